@@ -1,0 +1,36 @@
+"""What is kept of a run's state: the last step, to resume from, and the best one."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class Checkpoint(ModelCheckpoint):
+    """``last.ckpt`` and ``best.ckpt``, written at every validation; ``last.ckpt`` at the end of training too.
+
+    Args:
+        dirpath: folder of the checkpoints.
+        monitor: logged metric that decides the best.
+        mode: ``"min"`` or ``"max"``.
+    """
+
+    def __init__(self, dirpath: str, monitor: str, mode: Literal["min", "max"]) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="best",
+            monitor=monitor,
+            mode=mode,
+            save_top_k=1,
+            save_last=True,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the final state where the last step was not one that validated."""
+        super().on_train_end(trainer, pl_module)
+        if trainer.global_step > self._last_global_step_saved:
+            trainer.save_checkpoint(f"{self.dirpath}/last.ckpt")

@@ -1,0 +1,414 @@
+"""The command line: ``spo COMMAND ...``. What is slow to import is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+class Usage(Exception):
+    """The command line itself is wrong."""
+
+
+# --- help ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it does, how it is called, examples of it, and whether it takes config groups."""
+
+    summary: str
+    usage: str
+    text: str
+    examples: Sequence[str]
+    run: Callable[[list[str]], int]
+    groups: bool = False
+
+
+def _help(name: str | None, arguments: Sequence[str]) -> str:
+    if name is None:
+        width = max(map(len, COMMANDS))
+        lines = [
+            "usage: spo COMMAND ...",
+            "",
+            "Aligns language models to preferences, with SPO and other methods, on one footing.",
+            "",
+            "commands:",
+            *(f"  {key:{width}}  {command.summary}" for key, command in COMMANDS.items()),
+            "",
+            *_groups_help(arguments),
+            "examples:",
+            *(f"  {command.examples[0]}" for command in COMMANDS.values()),
+            "",
+            "spo COMMAND --help says more about each.",
+        ]
+        return "\n".join(lines)
+    command = COMMANDS[name]
+    lines = [f"usage: {command.usage}", "", textwrap.dedent(command.text).strip(), ""]
+    if command.groups:
+        lines += _groups_help(arguments)
+    return "\n".join([*lines, "examples:", *(f"  {example}" for example in command.examples)])
+
+
+def _groups_help(arguments: Sequence[str]) -> list[str]:
+    groups = _group_members(_config_folders(arguments))
+    width = max(map(len, groups), default=0)
+    lines = ["config groups, chosen as GROUP=MEMBER (debug: +debug=MEMBER); any key as GROUP.KEY=VALUE:"]
+    for group, members in groups.items():
+        lines += textwrap.wrap(
+            ", ".join(members), 100, initial_indent=f"  {group:{width}}  ", subsequent_indent=" " * (width + 4)
+        )
+    return [*lines, ""]
+
+
+def _config_folders(arguments: Sequence[str]) -> list[Path]:
+    # spo.runtime.config.conf_dir would import Hydra
+    package = Path(__file__).resolve().parent
+    folders = [next((f for f in (package / "conf", package.parent / "conf") if f.is_dir()), package / "conf")]
+    config_dir = _option(arguments, "--config-dir", "-cd")
+    return [*folders, Path(config_dir)] if config_dir is not None else folders
+
+
+def _group_members(folders: Sequence[Path]) -> dict[str, list[str]]:
+    groups: dict[str, set[str]] = {}
+    for folder in folders:
+        for file in folder.glob("*/*.yaml"):
+            if file.stem != "common":
+                groups.setdefault(file.parent.name, set()).add(file.stem)
+    return {group: sorted(members) for group, members in sorted(groups.items())}
+
+
+def _option(arguments: Sequence[str], *names: str) -> str | None:
+    for position, word in enumerate(arguments):
+        if word in names:
+            return arguments[position + 1] if position + 1 < len(arguments) else None
+        if word.partition("=")[0] in names and "=" in word:
+            return word.partition("=")[2]
+    return None
+
+
+# --- spo train -----------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: list[str]) -> int:
+    if "--resume" in arguments or any(word.startswith("--resume=") for word in arguments):
+        return _resume(arguments)
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.prog = "spo train"
+    flags = parser.parse_intermixed_args(arguments)
+    hydra_flags = _without(arguments, flags.overrides)
+    if flags.hydra_help or flags.info is not None or flags.shell_completion:
+        return _run_hydra(arguments, multirun=False)
+
+    from spo.runtime.checks import plan, warnings
+    from spo.runtime.rundir import is_first_process
+
+    runs = flags.cfg is None
+    planned = plan(flags.overrides, multirun=flags.multirun, config_dir=flags.config_dir, complete=runs)
+    if planned.multirun and runs and is_first_process():
+        for warning in dict.fromkeys(text for job in planned.jobs for text in warnings(job.cfg)):
+            print(f"note: {warning}", file=sys.stderr)
+    return _run_hydra([*hydra_flags, *planned.overrides], multirun=planned.multirun)
+
+
+def _without(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The flags of a command line, Hydra's parser being unable to read flags and overrides in any order."""
+    left, flags = list(overrides), []
+    for word in arguments:
+        if left and word == left[0]:
+            left.pop(0)
+        else:
+            flags.append(word)
+    return flags
+
+
+def _run_hydra(arguments: Sequence[str], multirun: bool) -> int:
+    """Hands a command line to Hydra, which composes each run and calls the task with it."""
+    import hydra
+
+    from spo.runtime.config import MAIN, VERSION_BASE, conf_dir, register_resolvers
+
+    register_resolvers()
+    original = list(sys.argv)
+    config_dir = _option(arguments, "--config-dir", "-cd")
+
+    def task(cfg: DictConfig) -> Any:
+        sys.argv = original  # Lightning starts the processes of further devices with it
+        return _multirun_job(cfg, config_dir) if multirun else _job(cfg)
+
+    full_error = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back to main, which words them
+    sys.argv = [original[0], *arguments]
+    try:
+        hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=MAIN)(task)()
+    finally:
+        sys.argv = original
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+    return 0
+
+
+def _job(cfg: DictConfig) -> Any:
+    from spo.runtime.train import train
+
+    return train(cfg)
+
+
+def _multirun_job(cfg: DictConfig, config_dir: str | None) -> Any:
+    """One job of several: a failure is told at once, and the others go on.
+
+    A job that needs several processes gets one of its own from which they start, since they repeat its command line.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    try:
+        return _job(cfg) if devices_of(cfg) == 1 else _job_in_own_process(config_dir)
+    except Exception as error:
+        words = _in_words(error) or traceback.format_exc()
+        print(f"spo: the job {' '.join(HydraConfig.get().overrides.task)} failed: {words}", file=sys.stderr)
+        raise
+
+
+def devices_of(cfg: DictConfig) -> int:
+    """Processes that Lightning will start for the run, ``auto`` and lists of devices resolved."""
+    nodes, devices = int(cfg.trainer.num_nodes), cfg.trainer.devices
+    if isinstance(devices, int) and devices >= 0:
+        return nodes * devices
+    if str(devices).isdigit():
+        return nodes * int(devices)
+    if str(devices) not in ("auto", "-1"):
+        return nodes * len(devices if not isinstance(devices, str) else devices.strip(",").split(","))
+    import torch
+
+    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return nodes * (torch.cuda.device_count() if on_gpu else 1)
+
+
+def _job_in_own_process(config_dir: str | None) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from spo.runtime.errors import UserError
+
+    job = HydraConfig.get()
+    command = [sys.executable, "-m", "spo", "train", *(["--config-dir", config_dir] if config_dir else [])]
+    directory = job.runtime.output_dir.replace("'", r"\'")
+    done = subprocess.run([*command, *job.overrides.task, "hydra.mode=RUN", f"hydra.run.dir='{directory}'"])
+    if done.returncode:
+        raise UserError(f"the job in {job.runtime.output_dir} ended with status {done.returncode}")
+
+
+def _resume(arguments: list[str]) -> int:
+    parser = _Parser("spo train --resume RUN_DIR [trainer.max_steps=N] [logger.KEY=VALUE] [strategy=MEMBER]")
+    parser.add_argument("--resume", metavar="RUN_DIR", type=Path, required=True)
+    parser.add_argument("overrides", nargs="*")
+    given = parser.parse_intermixed_args(arguments)
+    from spo.runtime.train import resume
+
+    resume(given.resume, given.overrides)
+    return 0
+
+
+# --- the other commands --------------------------------------------------------------------------------------------
+
+
+def _evaluate(arguments: list[str]) -> int:
+    parser = _Parser(COMMANDS["evaluate"].usage)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    given = parser.parse_args(arguments)
+    from spo.runtime.evaluate import evaluate_command
+
+    evaluate_command(given.run_dir, given.overrides)
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    parser = _Parser(COMMANDS["report"].usage)
+    parser.add_argument("run_dir", type=Path)
+    given = parser.parse_args(arguments)
+    from spo.reports.html import render_report
+    from spo.runtime.errors import UserError
+
+    try:
+        print(render_report(given.run_dir))
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error
+    return 0
+
+
+def _inspect(arguments: list[str]) -> int:
+    parser = _Parser(COMMANDS["inspect"].usage)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--limit", type=int, default=3, metavar="N")
+    parser.add_argument("--config-dir", "-cd", metavar="DIR")
+    given = parser.parse_intermixed_args(arguments)
+    from spo.runtime.checks import plan
+    from spo.runtime.train import inspect
+
+    inspect(plan(given.overrides, config_dir=given.config_dir).jobs[0].cfg, given.limit)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, usage: str) -> None:
+        super().__init__(prog="spo", usage=usage, add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> Any:
+        raise Usage(f"{message}\nusage: {self.usage}")
+
+
+COMMANDS = {
+    "train": Command(
+        "align a model and evaluate it",
+        "spo train [GROUP=MEMBER] [KEY=VALUE] ... [-m] [--cfg job] [--config-dir DIR]\n"
+        "       spo train --resume RUN_DIR [trainer.max_steps=N] [logger.KEY=VALUE] [strategy=MEMBER]",
+        """
+        Makes or loads the reference model, aligns it with a method, evaluates the result on held-out prompts and
+        writes a run directory with the model, the metrics, the samples and report.html. Without any argument it
+        does so with a built-in model and data set, on any computer, without a network.
+
+        -m, --multirun    one run for each combination of values: method=spo,dpo seed=1,2
+        --cfg job         print the configuration instead of running it (--resolve fills in references)
+        --config-dir DIR  a folder with members of your own for the groups below
+        --resume RUN_DIR  go on with a run that was interrupted, or for more steps
+        --hydra-help      the flags of Hydra, all of which are passed on
+
+        Plain numbers may stand for alpha and beta: alpha=0.5 is alpha=constant alpha.value=0.5.
+        """,
+        [
+            "spo train",
+            "spo train model=hf model.path=MODEL data=jsonl data.path=PAIRS.jsonl",
+            "spo train method=dpo beta=0.1 seed=1",
+            "spo train -m method=spo,dpo,ipo seed=1,2",
+            "spo train --resume outputs/runs/RUN trainer.max_steps=300",
+        ],
+        _train,
+        groups=True,
+    ),
+    "evaluate": Command(
+        "evaluate the policy of a run again",
+        "spo evaluate RUN_DIR [KEY=VALUE] ...",
+        "Samples from the policy and its reference on test prompts and compares them, with other settings or data.",
+        [
+            "spo evaluate outputs/runs/RUN evaluation.num_prompts=512",
+            "spo evaluate outputs/runs/RUN data=jsonl data.path=PAIRS.jsonl",
+        ],
+        _evaluate,
+    ),
+    "report": Command(
+        "write report.html of a run again",
+        "spo report RUN_DIR",
+        "Makes the page from the files in the run directory, whether the run is finished or not.",
+        ["spo report outputs/runs/RUN"],
+        _report,
+    ),
+    "inspect": Command(
+        "show the rows of a data set as tokens, masks and text",
+        "spo inspect [data=MEMBER] [model=MEMBER] [KEY=VALUE] ... [--limit N] [--config-dir DIR]",
+        "Prints pairs exactly as the model is trained on them, and counts what is used, dropped and truncated.",
+        ["spo inspect data=jsonl data.path=PAIRS.jsonl model=hf model.path=MODEL"],
+        _inspect,
+        groups=True,
+    ),
+}
+
+
+# --- entry ---------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: words after ``spo``; ``None`` for the command line's.
+
+    Returns:
+        The exit status: 0, or 1 for an error in the run or its settings, or 2 for a wrong command line.
+    """
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:  # the reader has seen enough, as in `spo --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _main(words: list[str]) -> int:
+    name, arguments = (words[0], words[1:]) if words else ("--help", [])
+    if name in ("--help", "-h", "help"):
+        print(_help(None, arguments))
+        return 0
+    if name in ("--version", "-V"):
+        from spo import __version__
+
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f": the commands are {', '.join(COMMANDS)}"
+        return _fail(f"there is no command {name!r}{hint}", 2)
+    if "--help" in arguments or "-h" in arguments:
+        print(_help(name, arguments))
+        return 0
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: a `_target_` may lie beside the user
+    try:
+        return COMMANDS[name].run(arguments)
+    except Usage as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Exception as error:
+        if os.environ.get("SPO_DEBUG") == "1":
+            raise
+        words_of_error = _in_words(error)
+        if words_of_error is None:
+            raise
+        return _fail(words_of_error, 1)
+
+
+def _fail(message: str, status: int) -> int:
+    sys.stdout.flush()
+    print(f"spo: {message}", file=sys.stderr)
+    return status
+
+
+def _in_words(error: Exception) -> str | None:
+    """What to tell a person, or ``None`` for a fault of the program, which deserves its traceback."""
+    from spo.data.rows import DataError
+    from spo.runtime.errors import UserError, missing_package
+
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    for one in chain:
+        if isinstance(one, UserError | DataError):
+            return str(one)
+        if isinstance(one, ModuleNotFoundError) and (words := missing_package(str(one.name))):
+            return words
+    for one in chain:
+        if type(one).__name__ == "MisconfigurationException":
+            return str(one)
+    cause = error.__cause__ or error
+    from_hydra = type(cause).__module__.startswith(("hydra.", "omegaconf."))
+    if type(error).__module__.startswith(("hydra.", "omegaconf.")):
+        return str(error) if from_hydra or isinstance(cause, ValueError | TypeError | ImportError) else None
+    return None

@@ -1,0 +1,53 @@
+"""From tokenised pairs to padded tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spo.data.rendering import TokenizedPair
+from spo.types import PreferenceBatch, Sequences
+
+
+def collate(
+    pairs: Sequence[TokenizedPair],
+    indices: Sequence[int],
+    pad_token_id: int,
+    reference_logps: Tensor | None = None,
+) -> PreferenceBatch:
+    """Pads ``B`` pairs into one batch: the ``B`` chosen completions first, then the ``B`` rejected ones.
+
+    Args:
+        pairs: the pairs of this batch; all with a rejected completion, or none.
+        indices: position of each pair in its split.
+        pad_token_id: what fills the right end; no mask depends on it.
+        reference_logps: ``(n, 2)`` summed reference log-probs of chosen and rejected for the whole split of ``n``
+            pairs (``(n, 1)`` without rejected ones), indexed by ``indices``.
+
+    Raises:
+        ValueError: when only some of the pairs have a rejected completion.
+    """
+    sides = {len(pair.completions) for pair in pairs}
+    if len(sides) > 1:
+        raise ValueError("a batch needs a rejected completion in all of its pairs, or in none")
+    rows = [(pair.prompt_ids, pair.completions[side]) for side in range(sides.pop()) for pair in pairs]
+    length = torch.tensor([len(prompt) + len(completion) for prompt, completion in rows])
+    input_ids = torch.full((len(rows), int(length.max())), pad_token_id)
+    for i, (prompt, completion) in enumerate(rows):
+        input_ids[i, : length[i]] = torch.tensor(prompt + completion)
+    index = torch.tensor(list(indices))
+    return PreferenceBatch(
+        sequences=Sequences(input_ids, torch.tensor([len(prompt) for prompt, _ in rows]), length),
+        index=index,
+        preference=_column([pair.preference for pair in pairs]),
+        weight=_column([pair.weight for pair in pairs]),
+        reference_logps=None if reference_logps is None else reference_logps[index].T.flatten(),
+    )
+
+
+def _column(values: list[float | None]) -> Tensor | None:
+    if all(value is None for value in values):
+        return None
+    return torch.tensor([1.0 if value is None else value for value in values])

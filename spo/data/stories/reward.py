@@ -1,0 +1,194 @@
+"""The gold reward of the story world: what a reader who knows the world would say of a continuation.
+
+``reward = SCALE * fluency * (sum of weight * component over WEIGHTS) / (sum of weights)``, every component in [0, 1]:
+
+* ``coherence``: the share of sentences that stay with the opening: they speak of the hero or the wish, and name no
+  other hero, no wrong pronoun, no other thing and no other colour. A quarter of it asks that the wish is named at all.
+* ``plot``: problem, attempt, resolution and ending, a quarter each, counted only in this order; an attempt or a
+  resolution that belongs to another problem counts half.
+* ``freshness``: ``1 - REPETITION_COST * (share of word trigrams said before)``, not below 0.
+* ``vividness``: distinct adjectives per sentence, full marks from one in two sentences.
+* ``brevity``: 1 up to ``SHORT`` words, falling to 0 at ``LONG`` words.
+* ``fluency`` multiplies them all: the share of word trigrams, sentence ends included, that occur in the world, so
+  that gibberish and word salad earn nothing, whatever their other merits.
+
+Plot and vividness ask for words, brevity and freshness against them: good is not the same as long.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import product
+from operator import itemgetter
+
+from spo.data.stories.grammar import NAMES, QUALITIES, THINGS, Hero, fill, plain, slots, templates
+
+WEIGHTS = {"coherence": 4.0, "plot": 4.0, "freshness": 2.0, "vividness": 2.0, "brevity": 2.0}
+SCALE = 10.0
+REPETITION_COST = 4.0
+SHORT, LONG = 28, 52
+
+_WORD = re.compile(r"[^\W\d_]+|[.!?]")
+_PRONOUNS = {"she": "she", "her": "she", "he": "he", "him": "he", "his": "he"}
+_ROLES = {
+    **{name.lower(): "name" for name in NAMES},
+    **{thing: "thing" for thing in THINGS},
+    **{quality: "quality" for quality in QUALITIES},
+    **{"she": "she", "he": "she", "her": "her", "him": "her", "his": "her", "an": "a"},
+}
+ADJECTIVES = frozenset(word for _, _, template in templates() for slot in slots(template) for word in slot)
+_STEPS = {"problem": 1, "attempt": 2, "resolution": 3, "ending": 4}
+_LIKENESS = 0.6
+_END = "."
+
+
+class GoldReward:
+    """Scores continuations of story openings; any text is welcome, and text from outside the world scores low.
+
+    Usable as the ``Reward`` of :mod:`spo.data.rows`.
+    """
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
+        """Scores each completion.
+
+        Args:
+            prompts: story openings.
+            completions: one continuation for each.
+
+        Returns:
+            The key ``reward``, and one key for each component, each with one number per completion.
+
+        Raises:
+            ValueError: where the two lists differ in length.
+        """
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions: one completion per prompt")
+        scores = [score(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        return {key: [row[key] for row in scores] for key in ("reward", *WEIGHTS, "fluency")}
+
+
+def score(prompt: str, completion: str) -> dict[str, float]:
+    """The reward and the components of one completion."""
+    sentences = _sentences(completion)
+    words = [word for sentence in sentences for word in sentence]
+    parts = {
+        "coherence": _coherence(_subject(prompt), sentences),
+        "plot": _plot(sentences),
+        "freshness": _freshness(words),
+        "vividness": min(1.0, 2 * len(ADJECTIVES & set(words)) / max(1, len(sentences))),
+        "brevity": min(1.0, max(0.0, (LONG - len(words)) / (LONG - SHORT))),
+    }
+    fluency = _fluency(sentences)
+    total = sum(WEIGHTS[key] * value for key, value in parts.items()) / sum(WEIGHTS.values())
+    return {"reward": SCALE * fluency * total, **parts, "fluency": fluency}
+
+
+def _sentences(text: str) -> list[tuple[str, ...]]:
+    """Lower-cased words, sentence by sentence."""
+    sentences: list[tuple[str, ...]] = []
+    current: list[str] = []
+    for word in [*_WORD.findall(text.lower()), _END]:
+        if word not in ".!?":
+            current.append(word)
+        elif current:
+            sentences.append(tuple(current))
+            current = []
+    return sentences
+
+
+@lru_cache(maxsize=1 << 16)
+def _subject(prompt: str) -> Hero | None:
+    """The hero of an opening, or ``None`` where the prompt is not from this world."""
+    words = [word for sentence in _sentences(prompt) for word in sentence]
+    name = next((name for name in NAMES if name.lower() in words), None)
+    thing = next((word for word in words if word in THINGS), None)
+    quality = next((word for word in words if word in QUALITIES), None)
+    return Hero(name, thing, quality) if name and thing and quality else None
+
+
+def _coherence(hero: Hero | None, sentences: list[tuple[str, ...]]) -> float:
+    if hero is None or not sentences:
+        return 0.0
+    kept = sum(_stays(hero, sentence) for sentence in sentences) / len(sentences)
+    named = any(hero.thing in sentence for sentence in sentences)
+    return 0.75 * kept + 0.25 * named
+
+
+@lru_cache(maxsize=1 << 16)
+def _stays(hero: Hero, sentence: tuple[str, ...]) -> bool:
+    """Whether a sentence is about the hero or the wish, without a word that contradicts the opening."""
+    told = {
+        "name": {word for word in sentence if _ROLES.get(word) == "name"},
+        "pronoun": {_PRONOUNS[word] for word in sentence if word in _PRONOUNS},
+        "thing": {word for word in sentence if word in THINGS},
+        "quality": {word for word in sentence if word in QUALITIES},
+    }
+    own = {"name": hero.name.lower(), "pronoun": NAMES[hero.name], "thing": hero.thing, "quality": hero.quality}
+    speaks = any(own[key] in told[key] for key in ("name", "pronoun", "thing"))
+    return speaks and all(words <= {own[key]} for key, words in told.items())
+
+
+def _plot(sentences: list[tuple[str, ...]]) -> float:
+    """The best chain of steps told in order, a quarter for each."""
+    best: dict[tuple[int, str | None], float] = {(0, None): 0.0}
+    for sentence in sentences:
+        part, thread = _part(sentence)
+        step = _STEPS.get(part, 0)
+        for (reached, problem), value in list(best.items()):
+            if step > reached:
+                gain = 0.5 if part in ("attempt", "resolution") and thread != problem else 1.0
+                state = (step, thread if part == "problem" else problem)
+                best[state] = max(best.get(state, 0.0), value + gain)
+    return max(best.values()) / len(_STEPS)
+
+
+@lru_cache(maxsize=1 << 16)
+def _part(sentence: tuple[str, ...]) -> tuple[str, str | None]:
+    """The part and thread of the template with which a sentence shares most words, adjectives aside."""
+    core = _core(sentence)
+    likeness, part, thread = max(
+        ((2 * len(core & other) / (len(core) + len(other)), part, thread) for other, part, thread in _cores()),
+        key=itemgetter(0),
+    )
+    return (part, thread) if likeness > _LIKENESS else ("", None)
+
+
+def _core(sentence: Sequence[str]) -> frozenset[str]:
+    return frozenset(_ROLES.get(word, word) for word in sentence if word not in ADJECTIVES) - {"quality"}
+
+
+@lru_cache(maxsize=1)
+def _cores() -> list[tuple[frozenset[str], str, str | None]]:
+    hero = Hero("Mia", THINGS[0], QUALITIES[0])
+    return [
+        (_core(_sentences(fill(plain(template), hero, []))[0]), part, thread) for part, thread, template in templates()
+    ]
+
+
+def _freshness(words: list[str]) -> float:
+    trigrams = list(zip(words, words[1:], words[2:], strict=False))
+    repeated = 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
+    return max(0.0, 1 - REPETITION_COST * repeated)
+
+
+def _fluency(sentences: list[tuple[str, ...]]) -> float:
+    trigrams = [trigram for sentence in sentences for trigram in _trigrams(sentence)]
+    return sum(trigram in _known_trigrams() for trigram in trigrams) / len(trigrams) if trigrams else 0.0
+
+
+def _trigrams(sentence: Sequence[str]) -> list[tuple[str, ...]]:
+    padded = (_END, *(_ROLES.get(word, word) for word in sentence), _END)
+    return list(zip(padded, padded[1:], padded[2:], strict=False))
+
+
+@lru_cache(maxsize=1)
+def _known_trigrams() -> frozenset[tuple[str, ...]]:
+    """Every trigram that a template can write, its names, things, qualities and pronouns taken as kinds of words."""
+    hero = Hero("Mia", THINGS[0], QUALITIES[0])
+    known: set[tuple[str, ...]] = set()
+    for _, _, template in templates():
+        for choice in product(*[(None, *slot) for slot in slots(template)]):
+            known.update(_trigrams(_sentences(fill(template, hero, list(choice)))[0]))
+    return frozenset(known)

@@ -1,0 +1,24 @@
+"""How varied a set of completions is, beyond its entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torchmetrics.functional.text import bleu_score
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Share of distinct word n-grams among all n-grams of all texts (Li et al., arXiv:1510.03055); 0 where none are."""
+    grams = [gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n)), strict=False)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def self_bleu(texts: Sequence[str]) -> float:
+    """Mean BLEU-4 of each text against all the others (Zhu et al., arXiv:1802.01886): high means alike.
+
+    Its cost is quadratic in the number of texts; callers pass a sample.
+    """
+    if len(texts) < 2:
+        return 0.0
+    scores = [bleu_score([text], [[*texts[:i], *texts[i + 1 :]]], smooth=True) for i, text in enumerate(texts)]
+    return float(sum(scores) / len(scores))

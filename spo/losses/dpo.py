@@ -1,0 +1,39 @@
+"""Direct Preference Optimization."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from spo.losses.base import PreferenceLoss, expected_loss, policy_margin, reference_margin, weighted
+from spo.types import PairLogps
+
+
+class DPOLoss(PreferenceLoss):
+    r"""DPO, arXiv:2305.18290, eq. 7; with label smoothing it is conservative DPO.
+
+    .. math:: L = -(1-\epsilon) \log\sigma(\beta h) - \epsilon \log\sigma(-\beta h), \quad
+              h = \log\frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)} - \log\frac{\pi(y_l|x)}{\pi_{ref}(y_l|x)}
+
+    with h from summed log-probabilities, ``(B,)``. A soft label p that chosen is better takes the place of 1, and
+    is smoothed like it: p (1 - epsilon) + (1 - p) epsilon.
+
+    Args:
+        label_smoothing: epsilon, the assumed share of flipped labels, in [0, 0.5).
+
+    Raises:
+        ValueError: label_smoothing is outside [0, 0.5).
+    """
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        if not 0 <= label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
+        margin = policy_margin(pair) - reference_margin(pair)
+        preference = pair.preference
+        if self.label_smoothing:
+            certain = margin.new_ones(()) if preference is None else preference
+            preference = certain * (1 - self.label_smoothing) + (1 - certain) * self.label_smoothing
+        return weighted(expected_loss(lambda h: -logsigmoid(beta * h), margin, preference), pair)

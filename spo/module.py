@@ -1,0 +1,423 @@
+"""The alignment step: one LightningModule for every method."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from spo.losses import PreferenceLoss
+from spo.metrics import SumsAndCounts
+from spo.models.reference import Reference
+from spo.ops import completion_logits, completion_targets, sum_per_sequence, token_entropy, token_kl, token_logps
+from spo.regularizers import Regularizer
+from spo.sampling import SampleBuffer, derive_seed, eval_mode, sample
+from spo.schedules import Schedule
+from spo.types import PairLogps, PreferenceBatch, Sequences, Window
+
+log = logging.getLogger(__name__)
+PAIR_METRICS = (
+    "loss/preference",
+    "loss/regularizer",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+STEP_METRICS = ("loss", "grad_norm", "alpha", "beta", "lr", "buffer/age", "buffer/tokens")
+SCALE = "alpha * |margin|"
+USUAL_SCALE = (0.05, 20.0)
+"""alpha multiplies a sum over tokens: far outside, the loss is linear in the margin or a hinge, whatever alpha is."""
+TIME_METRICS = ("sampling_s", "step_s")
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How kl and entropy are watched while training: the same way for every method.
+
+    Attributes:
+        num_prompts: policy samples drawn per measurement.
+        max_new_tokens: their length limit.
+    """
+
+    num_prompts: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids of the prompts that samples are drawn from while training, and the ids that end and pad them."""
+
+    train: Sequence[Sequence[int]]
+    selection: Sequence[Sequence[int]]
+    eos_token_id: int
+    pad_token_id: int
+
+
+class AlignmentModule(LightningModule):
+    """Trains a policy on preferences with any loss, regularizer and reference.
+
+    Optimisation is manual because a step's gradient is defined over a whole :class:`~spo.types.Window`: the sum over
+    its pairs on all ranks divided by their number, whatever the micro-batches, plus the regularizer's mean over its
+    own sequences.
+
+    Args:
+        policy: Hugging Face causal language model to train.
+        loss: the method.
+        regularizer: the divergence from the reference.
+        reference: attached where it is needed.
+        alpha: softness schedule.
+        beta: schedule of the method's temperature, or of the regularizer's weight.
+        optimizer: from trainable parameters to an optimizer.
+        scheduler: from the optimizer to its learning-rate schedule, one step per optimiser step.
+        prompts: for sampling while training.
+        probe: how kl and entropy are watched; ``None`` turns it off.
+        clip_norm: largest gradient norm, or ``None``.
+        micro_batch_size: pairs per forward, also used to cut the regularizer's sequences; ``None`` for all at once.
+        log_every_n_steps: optimiser steps per row of the record.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        loss: PreferenceLoss,
+        regularizer: Regularizer,
+        reference: Reference,
+        *,
+        alpha: Schedule,
+        beta: Schedule,
+        optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer], LRScheduler],
+        prompts: Prompts,
+        probe: ProbeSettings | None,
+        clip_norm: float | None,
+        micro_batch_size: int | None,
+        log_every_n_steps: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.policy = policy
+        self.loss = loss
+        self.regularizer = regularizer
+        self.reference = reference
+        self.alpha, self.beta = alpha, beta
+        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.prompts, self.probe = prompts, probe
+        self.clip_norm, self.micro_batch_size = clip_norm, micro_batch_size
+        self.log_every_n_steps, self.seed = log_every_n_steps, seed
+        self.buffer: SampleBuffer | None = None
+        self._resumed_buffer: dict[str, Any] = {}
+        self._resumed_rng_state: Tensor | None = None
+        self.train_metrics = SumsAndCounts(PAIR_METRICS + STEP_METRICS + TIME_METRICS)
+        self.val_metrics = SumsAndCounts((*PAIR_METRICS, SCALE))
+        # an adapter's checkpoint holds the adapter, not the frozen weights it sits on
+        self.strict_loading = all(parameter.requires_grad for parameter in policy.parameters())
+
+    @property
+    def reads_beta(self) -> bool:
+        """Whether beta acts at all in this composition."""
+        return self.loss.uses_beta or self.regularizer.weight == "beta"
+
+    # --- log-probabilities -------------------------------------------------------------------------------------
+
+    def forward_logps(self, model: nn.Module, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Scores completions.
+
+        Returns:
+            ``(N,)`` summed log-probs and the ``(M, V)`` logits they came from.
+        """
+        logits = completion_logits(model, sequences)
+        return sum_per_sequence(token_logps(logits, completion_targets(sequences)), sequences), logits
+
+    def score(self, batch: PreferenceBatch) -> tuple[PairLogps, Tensor | None]:
+        """What the loss sees of a batch, and the regularizer's divergence where it is taken on the batch's responses.
+
+        Returns:
+            The pair log-probs, and ``(N,)`` divergences or ``None``.
+        """
+        sequences = batch.sequences
+        policy_logps, policy_logits = self.forward_logps(self.policy, sequences)
+        reference_logps, divergence = batch.reference_logps, None
+        on_dataset = self.regularizer.source == "dataset"
+        if on_dataset or (self.loss.uses_reference and reference_logps is None):
+            with self.reference.active(self.policy) as reference:
+                reference_logps, reference_logits = self.forward_logps(reference, sequences)
+            if on_dataset:
+                divergence = self.regularizer(policy_logits, reference_logits, sequences)
+        return batch.pair_logps(policy_logps, reference_logps), divergence
+
+    def preference_terms(self, pair: PairLogps, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each pair, ``(B,)``, and the metrics that follow from the pair's log-probs."""
+        alpha, beta = self.alpha(step), self.beta(step)
+        losses = self.loss(pair, alpha=alpha, beta=beta)
+        chosen, rejected = self.loss.rewards(pair, alpha=alpha, beta=beta)
+        metrics = {"loss/preference": losses, "rewards/chosen": chosen, "logps/chosen": pair.policy_chosen}
+        if rejected is not None and pair.policy_rejected is not None:
+            metrics |= {
+                "rewards/rejected": rejected,
+                "rewards/margins": chosen - rejected,
+                "rewards/accuracies": (chosen > rejected).float(),
+                "logps/rejected": pair.policy_rejected,
+            }
+        return losses, metrics
+
+    # --- the step ----------------------------------------------------------------------------------------------
+
+    def training_step(self, window: Window, batch_idx: int) -> None:
+        """One optimiser step."""
+        started, step = perf_counter(), self.global_step
+        optimizer = self.optimizers()
+        terms = [*self._pair_terms(window, step), *self._sample_terms(step)]
+        losses = []
+        for position, term in enumerate(terms):
+            with self._accumulating(last=position == len(terms) - 1):
+                loss = term()
+                self.manual_backward(loss)
+            losses.append(loss.detach())
+        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        limit = float("inf") if self.clip_norm is None else self.clip_norm
+        grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
+        learning_rate = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+        self.lr_schedulers().step()
+        values = {"loss": torch.stack(losses).sum(), "grad_norm": grad_norm, "lr": learning_rate}
+        self._record_step(step, {**values, "step_s": perf_counter() - started})
+
+    def _accumulating(self, last: bool) -> Any:
+        strategy = self.trainer.strategy
+        if not last and isinstance(strategy, ParallelStrategy):
+            return strategy.block_backward_sync()
+        return nullcontext()
+
+    def _pair_terms(self, window: Window, step: int) -> Iterator[Callable[[], Tensor]]:
+        # Gradients are averaged over ranks, so a sum over this rank's pairs is scaled back by their number.
+        scale = self.trainer.world_size / window.num_pairs
+
+        def term(batch: PreferenceBatch) -> Tensor:
+            pair, divergence = self.score(batch)
+            losses, metrics = self.preference_terms(pair, step)
+            total = losses.sum()
+            if divergence is not None:
+                metrics["loss/regularizer"] = divergence
+                share = len(batch) / len(divergence)  # a pair's divergence is the mean over its responses
+                total = total + self.regularizer.weight_at(self.beta(step)) * divergence.sum() * share
+            self.train_metrics.update(metrics)
+            return total * scale
+
+        return (partial(term, batch) for batch in window)
+
+    def _sample_terms(self, step: int) -> Iterator[Callable[[], Tensor]]:
+        if self.regularizer.source != "policy":
+            return iter(())
+        buffer = self._filled_buffer(step)
+        rows = buffer.rows(step)
+        weight = self.regularizer.weight_at(self.beta(step))
+        self.train_metrics.update(
+            {
+                "buffer/age": float(buffer.age(step)),
+                "buffer/tokens": rows.completion_length.sum().float(),
+            }
+        )
+
+        def term(part: Sequences) -> Tensor:
+            divergence = self.divergence(part.to(self.device))
+            self.train_metrics.update({"loss/regularizer": divergence})
+            return weight * divergence.sum() / len(rows)
+
+        size = len(rows) if self.micro_batch_size is None else 2 * self.micro_batch_size
+        return (partial(term, rows.rows(slice(first, first + size))) for first in range(0, len(rows), size))
+
+    def _filled_buffer(self, step: int) -> SampleBuffer:
+        assert self.buffer is not None
+        if self.buffer.is_stale(step):
+            started = perf_counter()
+            self.buffer.refresh(self.policy, step)
+            self.train_metrics.update({"sampling_s": perf_counter() - started})
+        return self.buffer
+
+    def divergence(self, samples: Sequences) -> Tensor:
+        """``(N,)`` the regularizer's divergence on samples of the policy, with gradient."""
+        policy_logits = completion_logits(self.policy, samples)
+        with self.reference.active(self.policy) as reference:
+            reference_logits = completion_logits(reference, samples)
+        return self.regularizer(policy_logits, reference_logits, samples)
+
+    # --- monitoring --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def watch(self, prompts: Sequence[Sequence[int]], *seed: object) -> dict[str, float]:
+        """Kl (nats per sequence, where a reference is at hand) and entropy (nats per token) on fresh samples."""
+        if self.probe is None:
+            return {}
+        seed_value = derive_seed("probe", self.seed, self.global_rank, *seed)
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed_value)).tolist()
+        samples = sample(
+            self.policy,
+            [prompts[i] for i in order[: self.probe.num_prompts]],
+            max_new_tokens=self.probe.max_new_tokens,
+            temperature=1.0,
+            eos_token_id=self.prompts.eos_token_id,
+            pad_token_id=self.prompts.pad_token_id,
+            seed=seed_value,
+        )
+        metric = SumsAndCounts(("kl", "entropy")).to(self.device)
+        with eval_mode(self.policy):
+            logits = completion_logits(self.policy, samples)
+            metric.update({"entropy": token_entropy(logits)})
+            if self.needs_reference_model:
+                with self.reference.active(self.policy) as reference:
+                    reference_logits = completion_logits(reference, samples)
+                metric.update({"kl": sum_per_sequence(token_kl(logits, reference_logits), samples)})
+        return metric.compute()
+
+    @property
+    def needs_reference_model(self) -> bool:
+        """Whether loss, regularizer or the watched kl score sequences with the reference."""
+        wanted = self.loss.uses_reference or self.regularizer.source is not None or self.probe is not None
+        return wanted and self.reference.scores_samples
+
+    def _record_step(self, step: int, values: dict[str, Tensor | float]) -> None:
+        if self.loss.uses_alpha:
+            values["alpha"] = self.alpha(step)
+        if self.reads_beta:
+            values["beta"] = self.beta(step)
+        self.train_metrics.update(values)
+
+    def on_train_batch_end(self, outputs: Any, batch: Window, batch_idx: int) -> None:
+        """Writes one row of the record every ``log_every_n_steps``."""
+        step = self.global_step
+        if step % self.log_every_n_steps and step != self.trainer.max_steps:
+            return
+        means = self.train_metrics.compute()
+        self.train_metrics.reset()
+        row = {f"time/{key}" if key in TIME_METRICS else f"train/{key}": value for key, value in means.items()}
+        started = perf_counter()
+        row |= {f"train/{key}": value for key, value in self.watch(self.prompts.train, "train", step).items()}
+        row["time/probe_s"] = perf_counter() - started
+        self._log(row)
+
+    def _log(self, row: dict[str, float]) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(row, step=self.global_step)
+        self.log_dict(row, logger=False)
+
+    # --- validation --------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts the selection split's sums afresh."""
+        self.val_metrics.reset()
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Adds one batch of the selection split."""
+        pair, divergence = self.score(batch)
+        _, metrics = self.preference_terms(pair, self.global_step)
+        if divergence is not None:
+            metrics["loss/regularizer"] = divergence
+        if self.loss.uses_alpha and "rewards/margins" in metrics:
+            metrics[SCALE] = metrics["rewards/margins"].abs()
+        self.val_metrics.update(metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Writes the selection split's row."""
+        means = self.val_metrics.compute()
+        self._warn_of_scale(means.pop(SCALE, None))
+        means |= self.watch(self.prompts.selection, "val")
+        if self.regularizer.source == "policy" and "kl" in means:
+            means["loss/regularizer"] = means["kl"]
+        weight = self.regularizer.weight_at(self.beta(self.global_step))
+        means["loss"] = means["loss/preference"] + weight * means.get("loss/regularizer", 0.0)
+        self._log({f"val/{key}": value for key, value in means.items()})
+
+    @rank_zero_only
+    def _warn_of_scale(self, scale: float | None) -> None:
+        low, high = USUAL_SCALE
+        if self.global_step > 0 or scale is None or low <= scale <= high:
+            return
+        log.warning(
+            "alpha=%g times the margin of a pair starts at %.3g on average, far from order one: %s",
+            self.alpha(0),
+            scale,
+            "it is small, and the loss hardly bends" if scale < low else "it is large, and most pairs are decided",
+        )
+
+    # --- life cycle --------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Shards the policy under FSDP2: every block by itself, the rest together. Other strategies need nothing."""
+        if self.device_mesh is None or isinstance(self.policy, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for blocks in [module for module in self.policy.modules() if isinstance(module, nn.ModuleList)]:
+            for block in blocks:
+                fully_shard(block, mesh=mesh)
+        fully_shard(self.policy, mesh=mesh)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """One optimizer over the trainable parameters, one learning-rate schedule."""
+        optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
+
+    def setup(self, stage: str) -> None:
+        """Brings the reference to the device and makes the sample buffer."""
+        self.reference.to(self.device)
+        regularizer = self.regularizer
+        if regularizer.source == "policy" and self.buffer is None:
+            self.buffer = SampleBuffer(
+                self.prompts.train,
+                refresh_every=regularizer.refresh_every,
+                num_samples=regularizer.num_samples,
+                batch_size=regularizer.batch_size,
+                max_new_tokens=regularizer.max_new_tokens,
+                eos_token_id=self.prompts.eos_token_id,
+                pad_token_id=self.prompts.pad_token_id,
+                seed=self.seed,
+                rank=self.global_rank,
+                world_size=self.trainer.world_size,
+            )
+
+    def on_train_start(self) -> None:
+        """Sets the mode, which Lightning leaves as it finds it, and takes up a resumed buffer."""
+        self.policy.train()
+        self.reference.to(self.device)
+        if self.buffer is not None:
+            self.buffer.load_state_dict(self._resumed_buffer)
+
+    def on_train_batch_start(self, batch: Window, batch_idx: int) -> None:
+        """Takes up a resumed random state: not earlier, because a data loader draws from it when it starts."""
+        if self._resumed_rng_state is not None:
+            torch.set_rng_state(self._resumed_rng_state)
+            self._resumed_rng_state = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what an exact resume needs beyond Lightning's own: buffer and random state; drops frozen weights."""
+        checkpoint["sample_buffer"] = {} if self.buffer is None else self.buffer.state_dict()
+        checkpoint["torch_rng_state"] = torch.get_rng_state()
+        if not self.strict_loading:
+            frozen = {f"policy.{name}" for name, p in self.policy.named_parameters() if not p.requires_grad}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes up what :meth:`on_save_checkpoint` kept."""
+        self._resumed_buffer = checkpoint["sample_buffer"]
+        self._resumed_rng_state = checkpoint["torch_rng_state"]

@@ -1,0 +1,7 @@
+"""Regularizers: divergences of the policy from the reference, chosen independently of the loss."""
+
+from spo.regularizers.base import NoRegularizer, Regularizer
+from spo.regularizers.global_kl import GlobalKL
+from spo.regularizers.local_kl import LocalKL
+
+__all__ = ["GlobalKL", "LocalKL", "NoRegularizer", "Regularizer"]

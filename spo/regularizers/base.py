@@ -1,0 +1,57 @@
+"""What a regularizer is: a divergence per sequence, and a declaration of the sequences it is taken over."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from spo.ops import sum_per_sequence, token_kl
+from spo.types import Sequences
+
+Weight = float | Literal["beta"]
+
+
+class Regularizer:
+    """A term ``weight * R`` added to the preference loss.
+
+    Attributes:
+        source: where its sequences come from: ``"policy"`` (samples of the current policy), ``"dataset"`` (the
+            responses of the batch) or ``None`` (there is no term).
+        weight: the coefficient of R; ``"beta"`` follows the beta schedule.
+    """
+
+    source: ClassVar[Literal["policy", "dataset"] | None]
+
+    def __init__(self, weight: Weight) -> None:
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if weight != "beta" and not (number and 0 <= weight < math.inf):  # type: ignore[operator]
+            raise ValueError(f"regularizer.weight must be a finite number >= 0 or 'beta', got {weight!r}")
+        self.weight = weight
+
+    def weight_at(self, beta: float) -> float:
+        """The coefficient of R while the beta schedule stands at ``beta``."""
+        return beta if self.weight == "beta" else float(self.weight)
+
+    def __call__(self, policy_logits: Tensor, reference_logits: Tensor, sequences: Sequences) -> Tensor:
+        """Token-wise KL(policy || reference), summed over each completion.
+
+        Args:
+            policy_logits: ``(M, V)`` at the completion tokens of ``sequences``.
+            reference_logits: ``(M, V)`` at the same tokens, without gradient.
+            sequences: ``N`` sequences.
+
+        Returns:
+            ``(N,)`` nats.
+        """
+        return sum_per_sequence(token_kl(policy_logits, reference_logits), sequences)
+
+
+class NoRegularizer(Regularizer):
+    """The preference loss alone."""
+
+    source: ClassVar[None] = None
+
+    def __init__(self) -> None:
+        super().__init__(weight=0.0)

@@ -1,0 +1,82 @@
+"""What ``spo inspect`` prints: rows as text, tokens and masks. A pure view."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from spo.data.rendering import TokenizedPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PROMPT, _COMPLETION, _SPECIAL = "dim", "bold green", "reverse yellow"
+
+
+def show_rows(
+    pairs: Sequence[TokenizedPair],
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    counts: Mapping[str, int],
+    console: Console | None = None,
+) -> None:
+    """Prints the first ``limit`` pairs as the model sees them, and the counts of the whole data.
+
+    Prompt tokens (not in the loss) are dim, completion tokens (in the loss) bright, BOS and EOS reversed. Where there
+    are no colours, a mask line of ``.`` (prompt) and ``#`` (completion) says the same.
+
+    Args:
+        pairs: the pairs.
+        tokenizer: names the tokens.
+        limit: how many pairs to print.
+        counts: of `spo.data.PreparedPairs`.
+        console: where to print; ``None`` for the terminal.
+    """
+    console = console or Console()
+    for number, pair in enumerate(pairs[:limit], 1):
+        console.print(_panel(number, pair, tokenizer))
+    table = Table(title="pairs", show_header=False)
+    for name, count in counts.items():
+        table.add_row(name, f"{count:,}")
+    console.print(table)
+
+
+def _panel(number: int, pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> Panel:
+    body = Text()
+    texts = {"prompt": pair.prompt_text, "chosen": pair.chosen_text, "rejected": pair.rejected_text}
+    for name, text in texts.items():
+        if text is not None:
+            body.append(f"{name}\n", "bold").append(f"{text}\n\n", _PROMPT if name == "prompt" else _COMPLETION)
+    for name, completion in zip(("chosen", "rejected"), pair.completions, strict=False):
+        body.append(f"tokens of prompt + {name}: {len(pair.prompt_ids)} + {len(completion)}\n", "bold")
+        body.append_text(_tokens(pair.prompt_ids, completion, tokenizer))
+        body.append("\nmask ").append("." * len(pair.prompt_ids), _PROMPT)
+        body.append("#" * len(completion), _COMPLETION).append("\n\n")
+    facts = {
+        "prompt id": pair.prompt_id,
+        "preference": 1.0 if pair.preference is None else pair.preference,
+        "weight": 1.0 if pair.weight is None else pair.weight,
+        "truncated": pair.truncated,
+        "tokens merge after the prompt": pair.boundary_moved,
+    }
+    body.append("   ".join(f"{name}: {value}" for name, value in facts.items()))
+    return Panel(body, title=Text(f"{number}. {pair.where}"), title_align="left")
+
+
+def _tokens(prompt: tuple[int, ...], completion: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> Text:
+    line = Text()
+    ids = prompt + completion
+    for position, (token_id, token) in enumerate(zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True)):
+        style = _PROMPT if position < len(prompt) else _COMPLETION
+        mark = ""
+        if position == 0 and token_id == tokenizer.bos_token_id:
+            style, mark = _SPECIAL, "BOS "
+        if position == len(ids) - 1 and token_id == tokenizer.eos_token_id:
+            style, mark = _SPECIAL, "EOS "
+        line.append(f"{mark}{token}", style).append(f":{token_id} ", "dim cyan")
+    return line

@@ -1,0 +1,366 @@
+"""What comes before alignment: the reference model, the preference pairs as tokens, their reference log-probs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, OmegaConf
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+
+from spo.callbacks import Progress
+from spo.data import (
+    Completion,
+    DataError,
+    EvalPrompt,
+    PreparedPairs,
+    Renderer,
+    Row,
+    RowError,
+    Source,
+    TokenizedPair,
+    eval_prompts,
+)
+from spo.data.collate import collate
+from spo.data.datamodule import PreferenceDataModule
+from spo.data.prepare import prepare
+from spo.data.rows import Split
+from spo.losses import SFTLoss
+from spo.models import ModelSpec, NoReference
+from spo.models.policy import folder_digest, save_policy
+from spo.module import AlignmentModule, Prompts
+from spo.ops import completion_logps
+from spo.regularizers import NoRegularizer
+from spo.runtime.cache import cached, digest, path_digest
+from spo.runtime.rundir import code_version
+from spo.sampling import derive_seed, sample
+from spo.schedules import Constant
+
+log = logging.getLogger(__name__)
+PROMPTS_PER_BATCH = 64
+CODE = ("types.py", "ops", "data", "models", "sampling", "module.py", "losses/sft.py", "runtime/prepare.py")
+"""What the cached results follow from: another change of the package leaves them valid."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that training and evaluation start from.
+
+    Attributes:
+        spec: how models are loaded.
+        base: folder of the weights that training starts from, which are the reference's too.
+        tokenizer: theirs.
+        renderer: from text to tokens and back.
+        pairs: the data set, tokenised and split.
+        bad_rows: rows that were skipped (``data.on_bad_row=skip``).
+    """
+
+    spec: ModelSpec
+    base: str
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+    pairs: PreparedPairs
+    bad_rows: list[RowError]
+
+    def sampling_prompts(self, split: Split, max_new_tokens: int, limit: int | None = None) -> list[EvalPrompt]:
+        """Prompts of a split that leave room for ``max_new_tokens`` within the context.
+
+        Raises:
+            DataError: none does.
+        """
+        room = self.renderer.max_length - max_new_tokens
+        every = eval_prompts(getattr(self.pairs, split), None)
+        fitting = [prompt for prompt in every if len(prompt.ids) <= room]
+        if every and not fitting:
+            raise DataError(
+                f"none of the {len(every)} {split} prompts leaves room for {max_new_tokens} sampled tokens within "
+                f"data.max_length={self.renderer.max_length}: set data.max_new_tokens lower"
+            )
+        return fitting[:limit]
+
+
+def model_spec(cfg: DictConfig) -> ModelSpec:
+    """The ``model`` group as an object, without the defaults it lends to other groups."""
+    names = [field.name for field in dataclasses.fields(ModelSpec)]
+    return ModelSpec(**instantiate({name: cfg.model[name] for name in names}, _convert_="all"))
+
+
+def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepared:
+    """Makes, or finds in the cache, the reference model and the preference pairs.
+
+    Args:
+        cfg: the run's configuration, resolved.
+        model_from: the configuration that the reference model follows from, where it is not ``cfg``: another data
+            set for the evaluation does not make another reference.
+
+    Raises:
+        DataError: the data cannot be used as asked.
+    """
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    spec = model_spec(cfg)
+    source: Source = instantiate(cfg.data.source, _convert_="all")
+    maker = cfg if model_from is None else model_from
+    made_from: Source = source if model_from is None else instantiate(maker.data.source, _convert_="all")
+    base = _reference_model(maker, spec, made_from)
+    tokenizer = spec.tokenizer(base)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masks go by position, so that the two may coincide
+    _check_context(cfg, spec, base)
+    renderer = Renderer(tokenizer, cfg.data.max_length, cfg.data.truncation)
+    rows, dropped = _preference_rows(cfg, spec, source, base, renderer)
+    if not rows and dropped:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        raise DataError(
+            f"none of the sampled pairs can be used ({reasons}): the reference model does not end its completions "
+            "within data.max_new_tokens; raise it, or sft.max_steps"
+        )
+    shares = cfg.data.splits
+    pairs = prepare(rows, renderer, cfg.data.seed, shares.selection, shares.test, cfg.data.min_pairs)
+    bad_rows: list[RowError] = list(getattr(source, "bad_rows", []))
+    lost = sum(dropped.values()) + len(bad_rows)
+    counts = {**pairs.counts, "read": pairs.counts["read"] + lost, "dropped": pairs.counts["dropped"] + lost}
+    return Prepared(spec, base, tokenizer, renderer, dataclasses.replace(pairs, counts=counts), bad_rows)
+
+
+def eval_device(cfg: DictConfig) -> torch.device:
+    """Where models run outside the Trainer."""
+    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def _check_context(cfg: DictConfig, spec: ModelSpec, base: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base, trust_remote_code=spec.trust_remote_code)
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and cfg.data.max_length > context:
+        raise DataError(
+            f"data.max_length={cfg.data.max_length} is longer than the model's context of {context} tokens: "
+            f"set data.max_length={context} or less"
+        )
+
+
+# --- the reference model -------------------------------------------------------------------------------------------
+
+
+def _reference_model(cfg: DictConfig, spec: ModelSpec, source: Source) -> str:
+    """Folder or hub name of the weights that alignment starts from."""
+    if spec.initial is None and cfg.sft.max_steps == 0:
+        assert spec.path is not None
+        return spec.path
+    key = {
+        "code": code_version(*CODE),
+        "initial": OmegaConf.to_container(cfg.model.initial, resolve=True) if cfg.model.initial else None,
+        "weights": None if spec.path is None else folder_digest(spec.path),
+        "dtype": spec.dtype,
+        "sft": OmegaConf.to_container(cfg.sft, resolve=True),
+        "data": _data_key(cfg),
+        "rendering": [cfg.data.max_length, cfg.data.truncation, cfg.data.seed],
+    }
+    return str(cached(cfg.paths.cache, "sft", key, partial(_fine_tune, cfg, spec, source)))
+
+
+def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path) -> None:
+    if spec.initial is not None:
+        model, tokenizer = spec.initial()
+    else:
+        assert spec.path is not None
+        model, tokenizer = spec.base(spec.path), spec.tokenizer(spec.path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if cfg.sft.max_steps > 0:
+        rows = source.sft_rows()
+        if rows is None:
+            rows = [dataclasses.replace(row, rejected=None) for row in source.rows(_no_completer)]
+        renderer = Renderer(tokenizer, cfg.data.max_length, cfg.data.truncation)
+        train = prepare(rows, renderer, cfg.data.seed, 0.0, 0.0, min_pairs=1).train
+        _fit_supervised(cfg, model.train(), train, tokenizer)
+    save_policy(model, tokenizer, folder)
+
+
+def _fit_supervised(cfg: DictConfig, model: Any, train: list[TokenizedPair], tokenizer: Any) -> None:
+    sft = cfg.sft
+    pad = tokenizer.pad_token_id
+    module = AlignmentModule(
+        model,
+        SFTLoss(),
+        NoRegularizer(),
+        NoReference(),
+        alpha=Constant(1.0),
+        beta=Constant(1.0),
+        optimizer=partial(torch.optim.AdamW, lr=sft.lr, betas=tuple(sft.betas), weight_decay=sft.weight_decay),
+        scheduler=partial(
+            get_cosine_schedule_with_warmup,
+            num_warmup_steps=sft.num_warmup_steps,
+            num_training_steps=sft.max_steps,
+        ),
+        prompts=Prompts([], [], tokenizer.eos_token_id, pad),
+        probe=None,
+        clip_norm=sft.clip_norm,
+        micro_batch_size=None,
+        log_every_n_steps=20,
+        seed=cfg.data.seed,
+    )
+    data = PreferenceDataModule(
+        train,
+        [],
+        batch_size=sft.batch_size,
+        micro_batch_size=None,
+        eval_batch_size=1,
+        seed=cfg.data.seed,
+        num_workers=0,
+        pad_token_id=pad,
+        max_steps=sft.max_steps,
+    )
+    log.info("making the reference model: %d steps of supervised fine-tuning", sft.max_steps)
+    trainer = Trainer(
+        accelerator=eval_device(cfg).type,
+        devices=1,
+        max_steps=sft.max_steps,
+        max_epochs=-1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=cfg.trainer.enable_progress_bar,
+        callbacks=[Progress()] if cfg.trainer.enable_progress_bar else [],
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, datamodule=data)
+    model.cpu()
+
+
+def _no_completer(prompts: Sequence[str], n: int) -> list[list[Completion]]:
+    raise DataError("this data needs a reference model to write its completions, so it cannot make one")
+
+
+# --- the pairs -----------------------------------------------------------------------------------------------------
+
+
+def _data_key(cfg: DictConfig) -> dict[str, Any]:
+    key: dict[str, Any] = {"source": OmegaConf.to_container(cfg.data.source, resolve=True)}
+    if cfg.data.path is not None:
+        key["content"] = path_digest(cfg.data.path)
+    return key
+
+
+def _preference_rows(
+    cfg: DictConfig, spec: ModelSpec, source: Source, base: str, renderer: Renderer
+) -> tuple[list[Row], dict[str, int]]:
+    """The rows, and how many pairs the source itself left out, by reason."""
+    if not getattr(source, "samples_rows", False):
+        return source.rows(_no_completer)[: cfg.data.limit], {}
+
+    def write(folder: Path) -> None:
+        model = spec.start(base).to(eval_device(cfg))
+        rows = source.rows(partial(_complete, cfg, model, renderer))
+        lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in rows]
+        (folder / "rows.jsonl").write_text("".join(lines))
+        (folder / "dropped.json").write_text(json.dumps(getattr(source, "dropped", {})))
+
+    key = {
+        "code": code_version(*CODE),
+        "base": folder_digest(base),
+        "adapter": spec.adapter_path and folder_digest(spec.adapter_path),
+        "dtype": spec.dtype,
+        "data": _data_key(cfg),
+        "max_new_tokens": cfg.data.max_new_tokens,
+        "seed": cfg.data.seed,
+    }
+    folder = cached(cfg.paths.cache, "pairs", key, write)
+    rows = [Row(**json.loads(line)) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    return rows, json.loads((folder / "dropped.json").read_text())
+
+
+def _complete(
+    cfg: DictConfig, model: Any, renderer: Renderer, prompts: Sequence[str], n: int
+) -> list[list[Completion]]:
+    """Draws ``n`` completions of each prompt from the reference model."""
+    ids = [renderer.prompt_ids(prompt) for prompt in prompts for _ in range(n)]
+    drawn: list[Completion] = []
+    for first in track(range(0, len(ids), PROMPTS_PER_BATCH), "sampling pairs", transient=True):
+        chunk = ids[first : first + PROMPTS_PER_BATCH]
+        sequences = sample(
+            model,
+            chunk,
+            max_new_tokens=cfg.data.max_new_tokens,
+            temperature=1.0,
+            eos_token_id=renderer.eos_id,
+            pad_token_id=renderer.tokenizer.pad_token_id,
+            seed=derive_seed("pairs", cfg.data.seed, prompts[first // n], n),
+        )
+        for row, start, end in zip(
+            sequences.input_ids.tolist(), sequences.prompt_length.tolist(), sequences.length.tolist(), strict=True
+        ):
+            finished = row[end - 1] == renderer.eos_id and end > start
+            drawn.append(Completion(renderer.decode(row[start:end]), finished))
+    return [drawn[i : i + n] for i in range(0, len(drawn), n)]
+
+
+# --- reference log-probs -------------------------------------------------------------------------------------------
+
+
+def reference_logps(cfg: DictConfig, prepared: Prepared, cache_dir: str, batch_size: int) -> dict[str, torch.Tensor]:
+    """Summed reference log-probs of the train and selection pairs, from the cache or computed for it.
+
+    The key holds the digests of weights, adapter and tokenizer, the dtype, the attention implementation, the code
+    and the very tokens: a change in any of them misses.
+
+    Args:
+        cfg: the run's configuration.
+        prepared: model and pairs.
+        cache_dir: root of the cache.
+        batch_size: pairs per forward.
+
+    Returns:
+        ``(n, 2)`` float32 per split, chosen and rejected.
+    """
+    spec = prepared.spec
+    splits = {"train": prepared.pairs.train, "selection": prepared.pairs.selection}
+    key = {
+        "code": code_version(*CODE),
+        "weights_and_tokenizer": folder_digest(prepared.base),
+        "adapter": spec.adapter_path and folder_digest(spec.adapter_path),
+        "dtype": spec.dtype,
+        "attn_implementation": spec.attn_implementation,
+        "precision": cfg.trainer.precision,
+        "tokens": {
+            split: digest([[pair.prompt_ids, *pair.completions] for pair in pairs]) for split, pairs in splits.items()
+        },
+    }
+
+    def write(folder: Path) -> None:
+        model = spec.start(prepared.base).to(eval_device(cfg))
+        # As the Trainer runs the policy, so that both round alike.
+        with torch.autocast(eval_device(cfg).type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
+            tensors = {
+                split: _score_pairs(model, pairs, prepared.tokenizer.pad_token_id, batch_size, split)
+                for split, pairs in splits.items()
+                if pairs
+            }
+        save_file(tensors, folder / "logps.safetensors")
+
+    return load_file(cached(cache_dir, "logps", key, write) / "logps.safetensors")
+
+
+@torch.no_grad()
+def _score_pairs(model: Any, pairs: list[TokenizedPair], pad: int, batch_size: int, split: str) -> torch.Tensor:
+    device = next(model.parameters()).device
+    parts = []
+    for first in track(range(0, len(pairs), batch_size), f"reference log-probs, {split}", transient=True):
+        chunk = pairs[first : first + batch_size]
+        batch = collate(chunk, range(len(chunk)), pad).to(device)
+        parts.append(completion_logps(model, batch.sequences).view(-1, len(chunk)).T.cpu())
+    return torch.cat(parts).contiguous()

@@ -1,0 +1,18 @@
+"""Keeps the terminal for what a person came to see."""
+
+from __future__ import annotations
+
+import logging
+from warnings import filterwarnings as filter_warnings
+
+from transformers.utils import logging as transformers_logging
+
+
+def quiet_libraries() -> None:
+    """Leaves the terminal to our own panels: no tips, no bars for loading a file."""
+    transformers_logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    filter_warnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    filter_warnings("ignore", message=".*smaller than the logging interval.*")
+    filter_warnings("ignore", message=".*does not have many workers.*")

@@ -1,0 +1,92 @@
+"""The local record of a run's curves: one JSON row per logged step."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+class Record(Logger):
+    """Appends to ``history.jsonl``. What is logged at the same step, by whatever part, shares a row.
+
+    Args:
+        path: of the file.
+        resume_at: step a run is resumed from. Rows up to it stay, later ones were logged by the interrupted run
+            after its last checkpoint and will be logged again.
+
+    Attributes:
+        latest: of each metric the value that was logged last, before a resume too; none where it was not finite.
+    """
+
+    def __init__(self, path: Path, resume_at: int | None = None) -> None:
+        super().__init__()
+        self.path = path
+        self._row: dict[str, Any] = {}
+        self.latest: dict[str, float] = {}
+        if resume_at is not None and path.exists():
+            kept = [row for row in _readable_rows(path) if row["step"] <= resume_at]
+            for row in kept:
+                self._note({key: value for key, value in row.items() if key != "step"})
+            if kept and kept[-1]["step"] == resume_at:
+                self._row = kept.pop()
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            temporary.replace(path)
+
+    @property
+    def name(self) -> str:
+        """Of this kind of logger."""
+        return "record"
+
+    @property
+    def version(self) -> str:
+        """There is one record per run."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The configuration has a file of its own, ``config.yaml``."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Adds metrics to the row of their step; a number that is not finite becomes null."""
+        if self._row and self._row["step"] != step:
+            self.save()
+        self._row = {"step": step, **self._row}
+        values = {key: float(v) if math.isfinite(v) else None for key, v in metrics.items()}
+        self._row |= values
+        self._note(values)
+
+    def _note(self, values: dict[str, float | None]) -> None:
+        for key, value in values.items():
+            self.latest.pop(key, None)
+            if value is not None:
+                self.latest[key] = value
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Writes the row that is being collected."""
+        if self._row:
+            with self.path.open("a") as file:
+                file.write(json.dumps(self._row) + "\n")
+            self._row = {}
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Writes what is left, however training ended."""
+        self.save()
+
+
+def _readable_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # a process that was killed leaves half a last line
+            break
+    return rows

@@ -1,0 +1,107 @@
+"""The command in a process of its own, the job inside this one, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spo.runtime.config import compose
+from spo.runtime.train import train
+
+TINY = "+debug=tiny"
+SECRETS = {"WANDB_API_KEY": "5ec2e7" * 6 + "0000", "HF_TOKEN": "hf_SecretOfTheEnvironment0123456789"}
+Numbers = dict[str, float]
+
+
+def spo(*words: str, folder: Path, cache: Path, status: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``spo WORDS`` from ``folder`` and checks its exit status."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("spo"), *words],
+        cwd=folder,
+        env=environment(cache, **variables),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status, f"spo {' '.join(words)}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+    return done
+
+
+def environment(cache: Path, **variables: str) -> dict[str, str]:
+    """This process's environment variables without secrets, with one thread (which makes sums reproducible)."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("SPO_DEBUG", *SECRETS)}
+    return {**kept, "SPO_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", **variables}
+
+
+def job(run_dir: Path, cache: Path, *overrides: str) -> Numbers:
+    """``spo train OVERRIDES`` inside this process, without W&B; its metrics but for times."""
+    torch.set_num_threads(1)
+    cfg = compose([f"paths.cache={cache}", "logger=record", *overrides], run_dir=run_dir)
+    return untimed(train(cfg))
+
+
+def numbers(run_dir: Path) -> Numbers:
+    """``metrics.json`` but for clocks and speeds."""
+    return untimed(json.loads((run_dir / "metrics.json").read_text()))
+
+
+def untimed(metrics: Numbers) -> Numbers:
+    return {key: value for key, value in metrics.items() if not key.startswith("time/")}
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def history(run_dir: Path) -> list[Numbers]:
+    """``history.jsonl`` but for clocks and speeds."""
+    return [untimed(row) for row in rows(run_dir / "history.jsonl")]
+
+
+def entries(cache: Path, kind: str) -> list[Path]:
+    """What the cache holds of a kind."""
+    return sorted(path for path in (cache / kind).glob("*") if path.is_dir())
+
+
+def shared_cache(factory: pytest.TempPathFactory) -> Path:
+    """One cache for all tests that need the reference model of ``+debug=tiny``."""
+    folder = factory.getbasetemp() / "shared cache"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The six jobs of ``method=spo,dpo,ipo seed=1,2``, run with a cold cache and secrets in the environment."""
+
+    folder: Path
+    cache: Path
+    cached: dict[str, int]
+    done: subprocess.CompletedProcess[str]
+
+    def directory(self, method: str, seed: int = 1) -> Path:
+        [found] = self.folder.glob(f"sweep/*method-{method}_seed-{seed}*")
+        return found
+
+
+def sweep(factory: pytest.TempPathFactory) -> Sweep:
+    """Runs it once per session."""
+    return _sweep(factory.getbasetemp() / "six jobs", shared_cache(factory))
+
+
+@cache
+def _sweep(folder: Path, cold: Path) -> Sweep:
+    if any(cold.iterdir()):
+        cold = folder.with_name("cold cache")
+    words = ["train", "-m", TINY, "method=spo,dpo,ipo", "seed=1,2", "hydra.sweep.dir=sweep"]
+    done = spo(*words, folder=folder, cache=cold, WANDB_MODE="offline", **SECRETS)
+    return Sweep(folder, cold, {kind: len(entries(cold, kind)) for kind in ("sft", "pairs")}, done)

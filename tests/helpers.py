@@ -1,0 +1,221 @@
+"""Models small enough to reason about, built without a network, and a trainer around the alignment module."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from spo.data import TokenizedPair
+from spo.data.datamodule import PreferenceDataModule
+from spo.losses import PreferenceLoss, SPOLoss
+from spo.models import ModelSpec, NoReference, Reference
+from spo.module import AlignmentModule, ProbeSettings, Prompts
+from spo.regularizers import NoRegularizer, Regularizer
+from spo.schedules import Constant
+from spo.types import Sequences
+
+VOCAB, BOS, EOS, PAD = 23, 1, 2, 0
+
+
+def tiny_llama(seed: int = 0, *, dtype: torch.dtype = torch.float64, scale: float = 0.5, **config: Any) -> nn.Module:
+    """A Llama of a few thousand weights, large enough in scale that its distributions are far from uniform."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "initializer_range": scale,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "tie_word_embeddings": False,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**settings | config)).to(dtype).eval()
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    return model.requires_grad_(False).eval()
+
+
+def sequences(rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, extra: int = 0, pad: int = PAD) -> Sequences:
+    """Prompts with completions, right-padded to the longest plus ``extra``."""
+    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    ids = torch.full((len(rows), max(lengths) + extra), pad)
+    for i, (prompt, completion) in enumerate(rows):
+        ids[i, : lengths[i]] = torch.tensor([*prompt, *completion])
+    return Sequences(ids, torch.tensor([len(prompt) for prompt, _ in rows]), torch.tensor(lengths))
+
+
+def random_rows(n: int, seed: int, vocab: int = VOCAB) -> list[tuple[list[int], list[int]]]:
+    """Prompts of 1 to 5 tokens with completions of 1 to 6."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(most: int) -> list[int]:
+        size = int(torch.randint(1, most + 1, (), generator=generator))
+        return torch.randint(3, vocab, (size,), generator=generator).tolist()
+
+    return [(tokens(5), tokens(6)) for _ in range(n)]
+
+
+def every_completion(prompt: Sequence[int], vocab: int, length: int) -> Sequences:
+    """All ``vocab ** length`` completions of one prompt."""
+    return sequences([(prompt, completion) for completion in itertools.product(range(vocab), repeat=length)])
+
+
+def random_pairs(n: int, seed: int, vocab: int = VOCAB, **columns: Callable[[int], Any]) -> list[TokenizedPair]:
+    """Pairs with one prompt each; ``columns`` give ``preference`` or ``weight`` from the position."""
+    chosen, rejected = random_rows(n, 2 * seed, vocab), random_rows(n, 2 * seed + 1, vocab)
+    return [
+        TokenizedPair(
+            prompt_ids=(BOS, *prompt),
+            chosen_ids=(*better, EOS),
+            rejected_ids=(*worse, 3, EOS),
+            prompt_text="",
+            chosen_text="",
+            rejected_text="",
+            prompt_id=str(i),
+            **{name: column(i) for name, column in columns.items()},
+        )
+        for i, ((prompt, better), (_, worse)) in enumerate(zip(chosen, rejected, strict=True))
+    ]
+
+
+def tiny_tokenizer(vocab: int = VOCAB) -> PreTrainedTokenizerFast:
+    """Words ``w3 w4 ...`` separated by spaces, one token each."""
+    tokens = {"<pad>": PAD, "<s>": BOS, "</s>": EOS} | {f"w{i}": i for i in range(3, vocab)}
+    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def save_model(folder: Path, **config: Any) -> Path:
+    """A folder with a tiny model and its tokenizer."""
+    tiny_llama(dtype=torch.float32, **config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def model_spec(**changes: Any) -> ModelSpec:
+    settings: dict[str, Any] = {
+        "path": None,
+        "initial": None,
+        "dtype": "float32",
+        "attn_implementation": "eager",
+        "trust_remote_code": False,
+        "dropout": 0.0,
+        "gradient_checkpointing": False,
+        "lora": None,
+        "adapter_path": None,
+    }
+    return ModelSpec(**settings | changes)
+
+
+class Spied(AlignmentModule):
+    """Keeps each step's gradients, as the optimizer sees them, and the sampled rows that the step used."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gradients: list[dict[str, Tensor]] = []
+        self.sampled: list[Tensor] = []
+
+    def training_step(self, window: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        plain = optimizer.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            named = self.policy.named_parameters()
+            self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+            if self.buffer is not None:
+                self.sampled.append(self.buffer.rows(self.global_step).input_ids.clone())
+            return plain(*args, **kwargs)
+
+        optimizer.step = step
+        try:
+            super().training_step(window, batch_idx)
+        finally:
+            optimizer.step = plain
+
+
+def make_module(
+    policy: nn.Module,
+    *,
+    loss: PreferenceLoss | None = None,
+    regularizer: Regularizer | None = None,
+    reference: Reference | None = None,
+    reference_model: nn.Module | None = None,
+    prompts: Sequence[Sequence[int]] = ((BOS, 5), (BOS, 6, 7), (BOS, 8)),
+    alpha: float = 0.2,
+    beta: float = 0.1,
+    lr: float = 0.01,
+    optimizer: Any = torch.optim.SGD,
+    probe: ProbeSettings | None = None,
+    clip_norm: float | None = None,
+    micro_batch_size: int | None = None,
+    log_every_n_steps: int = 1,
+    eos_token_id: int = EOS,
+    seed: int = 0,
+) -> Spied:
+    reference = reference or NoReference()
+    reference.attach(lambda: frozen(reference_model))  # type: ignore[arg-type]
+    return Spied(
+        policy,
+        loss or SPOLoss(),
+        regularizer or NoRegularizer(),
+        reference,
+        alpha=Constant(alpha),
+        beta=Constant(beta),
+        optimizer=partial(optimizer, lr=lr),
+        scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
+        prompts=Prompts(list(prompts), list(prompts), eos_token_id, PAD),
+        probe=probe,
+        clip_norm=clip_norm,
+        micro_batch_size=micro_batch_size,
+        log_every_n_steps=log_every_n_steps,
+        seed=seed,
+    )
+
+
+def make_data(
+    train: Sequence[TokenizedPair], selection: Sequence[TokenizedPair] = (), *, max_steps: int = 1, **changes: Any
+) -> PreferenceDataModule:
+    settings: dict[str, Any] = {
+        "batch_size": 32,
+        "micro_batch_size": None,
+        "eval_batch_size": 8,
+        "seed": 0,
+        "num_workers": 0,
+        "pad_token_id": PAD,
+    }
+    return PreferenceDataModule(list(train), list(selection), max_steps=max_steps, **settings | changes)
+
+
+def make_trainer(folder: Path, *, max_steps: int = 1, **changes: Any) -> Trainer:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "check_val_every_n_epoch": None,
+        "default_root_dir": folder,
+    }
+    return Trainer(max_steps=max_steps, max_epochs=-1, **settings | changes)

@@ -1,0 +1,478 @@
+"""The configuration: every yaml against what it configures, plain numbers, names of jobs, and problems told at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+
+from spo.runtime.checks import Plan, ensure, group_members, locate, plan, problems, warnings
+from spo.runtime.config import LONGEST, compose, composer, conf_dir, job_name, multiply, sugar
+from spo.runtime.errors import ConfigProblems, UserError, missing_package
+
+GROUPS = group_members([conf_dir()])
+MEMBERS = [(group, member) for group, members in GROUPS.items() for member in members]
+# What a class passes on in its **kwargs.
+FORWARDED = {"DDPStrategy": set(inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters)}
+DIRECTIVES = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+
+
+def targets(node: Any, prefix: str = "") -> list[tuple[str, DictConfig]]:
+    """Every node with a ``_target_``, with its key."""
+    found = []
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            found.append((prefix.rstrip("."), node))
+        for name in node:
+            if not OmegaConf.is_missing(node, name) and not OmegaConf.is_interpolation(node, name):
+                found += targets(node[name], f"{prefix}{name}.")
+    return found
+
+
+def completed(cfg: DictConfig) -> DictConfig:
+    """A configuration with something in place of what a person has to give, and without Hydra's node."""
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    cfg.paths.run = "run"
+    cfg.trainer.devices = 1  # strategy=fsdp has to be told
+    for key in ("model.path", "data.path", "data.source", "model.default_lr"):
+        parent, _, name = key.rpartition(".")
+        if OmegaConf.is_missing(cfg[parent], name):
+            cfg[parent][name] = 0.1 if name == "default_lr" else "given"
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def every_member() -> dict[tuple[str, str], DictConfig]:
+    """A configuration with each member selected; members of different groups share one where they can."""
+    presets = {group: GROUPS[group] for group in ("experiment", "hparams_search", "launcher", "debug")}
+    plain_groups = {group: members for group, members in GROUPS.items() if group not in presets}
+    found: dict[tuple[str, str], DictConfig] = {}
+    with composer() as composed:
+        for i in range(max(map(len, plain_groups.values()))):
+            chosen = {group: members[i % len(members)] for group, members in plain_groups.items()}
+            cfg = completed(composed([f"{group}={member}" for group, member in chosen.items()]))
+            found |= {item: cfg for item in chosen.items()}
+        for group, members in presets.items():
+            for member in members:
+                found[group, member] = completed(composed([f"{'+' if group == 'debug' else ''}{group}={member}"]))
+    return found
+
+
+# --- every yaml file -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("group", "member"), MEMBERS)
+def test_member_matches_the_signatures_of_its_targets(
+    every_member: dict[tuple[str, str], DictConfig], group: str, member: str
+) -> None:
+    cfg = every_member[group, member]
+    assert OmegaConf.to_container(cfg, resolve=True)  # every interpolation leads somewhere
+    for key, node in targets(cfg.get(group), f"{group}."):
+        target = locate(node["_target_"])
+        parameters = {
+            name: parameter
+            for name, parameter in inspect.signature(target).parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        }
+        given = {str(name) for name in node} - DIRECTIVES
+        known = parameters.keys() | FORWARDED.get(target.__name__, set())
+        assert given <= known, f"{key}: not parameters of {node['_target_']}"
+        signed_by = target.__init__ if inspect.isclass(target) else target
+        # a class may have inherited its signature from elsewhere
+        if getattr(signed_by, "__module__", target.__module__).startswith("spo."):
+            assert given == parameters.keys(), f"{key}: parameters without a value in yaml"
+            for name in given:
+                default = parameters[name].default
+                if default is not inspect.Parameter.empty and not OmegaConf.is_interpolation(node, name):
+                    assert plain(node[name]) == plain(default), f"{key}.{name}: two homes for one default"
+
+
+def plain(value: Any) -> Any:
+    value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return list(value) if isinstance(value, tuple) else value
+
+
+FROM_OUTSIDE = ("optimizer", "scheduler", "trainer", "strategy", "logger")
+THIRD_PARTY = [(group, member) for group, member in MEMBERS if group in FROM_OUTSIDE]
+
+
+@pytest.mark.parametrize(("group", "member"), THIRD_PARTY)
+def test_third_party_target_takes_its_yaml(
+    every_member: dict[tuple[str, str], DictConfig], group: str, member: str, tmp_path: Path
+) -> None:
+    cfg = every_member[group, member].copy()
+    cfg.paths.run = str(tmp_path)
+    for _key, node in targets(cfg[group], f"{group}."):
+        if node["_target_"].startswith("spo."):
+            continue
+        if node["_target_"].endswith("DeepSpeedStrategy") and importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("deepspeed is not installed")
+        extra = {"accelerator": "cpu", "devices": 1, "logger": False} if group == "trainer" else {}
+        made = instantiate(node, **extra)
+        if group == "optimizer":
+            optimizer = made([torch.nn.Parameter(torch.zeros(1))])
+            assert optimizer.param_groups[0]["lr"] == cfg.model.default_lr
+        elif group == "scheduler":
+            schedule = made(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
+            assert schedule.get_last_lr() == [0.0]  # all members warm up
+        elif group == "trainer":
+            assert made.max_steps == cfg.trainer.max_steps
+        else:
+            assert type(made).__name__ == node["_target_"].rpartition(".")[2]
+
+
+def test_every_group_is_selected_by_the_main_file() -> None:
+    with composer() as composed:
+        chosen = composed([]).hydra.runtime.choices
+    assert set(GROUPS) - set(chosen) <= {"debug"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], {"regularizer": "GlobalKL", "reference": "FrozenReference"}),
+        (["method=dpo"], {"regularizer": "NoRegularizer"}),
+        (["method=spo", "regularizer=none"], {"regularizer": "NoRegularizer"}),
+        (["regularizer=none", "method=spo"], {"regularizer": "NoRegularizer"}),
+        (["experiment=local_ablation"], {"regularizer": "LocalKL"}),
+        (["model=hf_lora", "model.path=x"], {"reference": "AdapterOffReference"}),
+        (["model=hf_lora", "model.path=x", "reference=frozen"], {"reference": "FrozenReference"}),
+    ],
+)
+def test_a_method_or_model_may_choose_for_another_group_and_the_person_has_the_last_word(
+    overrides: list[str], expected: dict[str, str]
+) -> None:
+    cfg = compose(overrides)
+    assert {group: cfg[group]["_target_"].rpartition(".")[2] for group in expected} == expected
+
+
+def test_defaults_that_depend_on_method_and_data() -> None:
+    cfg = compose(["method=ipo"])
+    assert (cfg.alpha.value, cfg.beta.value) == (cfg.data.default_alpha, cfg.method.default_beta)
+    assert compose(["method=spo"]).regularizer.weight == "beta"
+    assert compose(["method=dpo", "regularizer=global_kl"]).regularizer.weight == 0.01
+    falling = compose(["alpha=linear", "alpha.start=0.05"]).alpha
+    assert (falling.start, falling.end, falling.steps) == (0.05, 0.005, compose().trainer.max_steps)
+
+
+def test_compose_sets_the_run_directory(tmp_path: Path) -> None:
+    assert compose(["method=dpo"], run_dir=tmp_path).paths.run == str(tmp_path)
+    assert Path(compose(["hydra.run.dir=here/it/is"]).paths.run) == Path.cwd() / "here/it/is"
+
+
+# --- plain numbers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("alpha=0.5", ["alpha=constant", "alpha.value=0.5"]),
+        ("beta=1", ["beta=constant", "beta.value=1"]),
+        ("beta=1e-3", ["beta=constant", "beta.value=1e-3"]),
+        ("beta=0.01,0.1", ["beta=constant", "beta.value=0.01,0.1"]),
+        ("alpha=choice(0.1,0.2)", ["alpha=constant", "alpha.value=choice(0.1,0.2)"]),
+        ("alpha=range(0.1,0.5,0.1)", ["alpha=constant", "alpha.value=range(0.1,0.5,0.1)"]),
+        ("alpha=interval(0.1,1)", ["alpha=constant", "alpha.value=interval(0.1,1)"]),
+        ("alpha=shuffle(1,2)", ["alpha=constant", "alpha.value=shuffle(1,2)"]),
+        ("alpha=linear", ["alpha=linear"]),
+        ("alpha=linear,cosine", ["alpha=linear,cosine"]),
+        ("alpha=glob(*)", ["alpha=glob(*)"]),
+        ("alpha.value=0.5", ["alpha.value=0.5"]),
+        ("+alpha=0.5", ["+alpha=0.5"]),
+        ("seed=1", ["seed=1"]),
+        ("model.lora.alpha=16", ["model.lora.alpha=16"]),
+    ],
+)
+def test_plain_numbers(typed: str, meant: list[str]) -> None:
+    assert sugar([typed]) == meant
+    assert sugar(sugar([typed])) == meant
+
+
+BAD_NUMBERS = ["0", "-1", "0.0", "null", "true", "inf", "nan", "1e400", "", "[1,2]", "{a:1}", "1,linear", "1,null"]
+BAD_NUMBERS += ["0.1,0", "range(0,1,0.5)", "range(2,1)", "interval(0,1)", "choice(1,true)", "("]
+
+
+@pytest.mark.parametrize("value", BAD_NUMBERS)
+@pytest.mark.parametrize("key", ["alpha", "beta"])
+def test_what_is_no_positive_number_is_refused_in_words(key: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"^{key}=") as caught:
+        sugar([f"{key}={value}"])
+    assert "Traceback" not in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_plain_numbers_reach_the_schedules() -> None:
+    cfg = compose(["alpha=0.5", "beta=2"])
+    assert instantiate(cfg.alpha)(3) == 0.5 and instantiate(cfg.beta)(3) == 2
+
+
+# --- resolvers -----------------------------------------------------------------------------------------------------
+
+
+def test_multiply_is_decimal() -> None:
+    assert multiply(0.05, 0.1) == 0.005 and multiply(3, 4) == 12
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "default"),
+        (["hydra.run.dir=x", "hydra/launcher=joblib", "launcher=joblib", "paths.outputs=y", "rerun=true"], "default"),
+        (["method=spo", "alpha=constant", "alpha.value=0.5", "seed=1"], "method-spo_alpha-0.5_seed-1"),
+        (["alpha=constant"], "alpha-constant"),
+        (["alpha.value=0.5"], "alpha.value-0.5"),
+        (["trainer.max_steps=20"], "trainer.max_steps-20"),
+        (["method=spo_weighted", "beta=constant", "beta.value=1e-3"], "method-spo__weighted_beta-1e-3"),
+    ],
+)
+def test_job_names(overrides: list[str], name: str) -> None:
+    assert job_name(overrides) == name
+
+
+def test_job_name_shows_the_last_part_of_a_path_and_tells_folders_apart() -> None:
+    one, other = (job_name([f"data.path=/data/{folder}/my pairs.jsonl"]) for folder in ("a", "b"))
+    assert re.fullmatch(r"data\.path-my-pairs\.jsonl_[0-9a-f]{8}", one) and one != other
+
+
+KEYS = st.from_regex(r"[+~]{0,2}[a-z_][a-z0-9._]{0,12}", fullmatch=True)
+TEXTS = st.text(st.sampled_from("ab01_-./ =,éß[]{}'\"\\$:"), max_size=60)
+VALUES = TEXTS | st.sampled_from(["constant", "0.5", "spo_weighted"])
+LISTS = st.lists(st.tuples(KEYS | st.sampled_from(["alpha", "alpha.value"]), VALUES).map("=".join), max_size=6)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(LISTS, LISTS)
+def test_different_jobs_have_different_names(a: list[str], b: list[str]) -> None:
+    def meaning(overrides: list[str]) -> list[str]:
+        # alpha=0.5 is a way to write the pair, and where a job writes or starts is not part of it
+        written = [part for o in overrides for part in _written_out(o)]
+        return [o for o in written if not re.match(r"[+~]*(hydra[./=]|(paths|launcher)([.=@]|$)|rerun=)", o)]
+
+    for overrides in (a, b):
+        assert re.fullmatch(r"[A-Za-z0-9._-]+", job_name(overrides)) and len(job_name(overrides)) <= LONGEST
+        assert job_name(overrides) not in (".", "..")
+    if meaning(a) != meaning(b):
+        assert job_name(a) != job_name(b)
+
+
+def _written_out(override: str) -> list[str]:
+    key, _, value = override.partition("=")
+    if key in ("alpha", "beta") and re.fullmatch(r"[0-9.]+(e[+-]?[0-9]+)?", value):
+        return [f"{key}=constant", f"{key}.value={value}"]
+    return [override]
+
+
+# --- problems ------------------------------------------------------------------------------------------------------
+
+
+def told(*overrides: str, **kwargs: Any) -> str:
+    with pytest.raises(ConfigProblems) as caught:
+        plan(overrides, **kwargs)
+    return str(caught.value)
+
+
+def test_the_defaults_are_sound() -> None:
+    planned = plan([])
+    assert isinstance(planned, Plan) and len(planned.jobs) == 1
+    assert warnings(planned.jobs[0].cfg) == []
+    ensure(planned.jobs[0].cfg)
+
+
+def test_all_problems_of_the_command_line_are_told_together() -> None:
+    text = told("method=dop", "trainer.max_step=3", "foo", "alpha=0", "max_steps=3", "data=jsonl", "model=hf")
+    assert text.startswith("the configuration has 7 problems:")
+    for part in (
+        "method=dop: no such member of method; did you mean dpo?",
+        "trainer.max_step=3: unknown key; did you mean trainer.max_steps?",
+        "foo: cannot be read",
+        "alpha=0: 0 is no positive, finite number",
+        "max_steps=3: unknown key; did you mean sft.max_steps or trainer.max_steps?",
+        "data.path has no value: the file, folder or hub name of your preference pairs",
+        "model.path has no value: a Hugging Face folder or hub name",
+    ):
+        assert part in text
+
+
+def test_wrong_values_are_told_together() -> None:
+    text = told(
+        "method=dpo",
+        "method.loss.label_smoothing=0.7",
+        "trainer.precision=16-mixed",
+        "+trainer.accumulate_grad_batches=2",
+        "+trainer.foo=1",
+        "trainer.max_steps=-1",
+        "data.truncation=drop",
+        "data.on_bad_row=never",
+        "data.source.labels=softt",
+        "data.micro_batch_size=64",
+        "data.seed=1.5",
+        "data.splits.test=0.95",
+        "model.dtype=float23",
+        "optimizer.lr=-1",
+        "evaluation.confidence=95",
+    )
+    for part in (
+        "method.loss: label_smoothing must be in [0, 0.5), got 0.7",
+        "trainer.precision=16-mixed: half precision is not supported",
+        "trainer.accumulate_grad_batches is not for you to set: use data.micro_batch_size",
+        "trainer.foo: Trainer has no such parameter",
+        "trainer.max_steps=-1: must be at least 0",
+        "data.truncation=drop: choose drop_pair, trim_completion or trim_prompt; did you mean drop_pair?",
+        "data.on_bad_row=never: choose stop or skip",
+        "data.source.labels=softt: choose soft or hard",
+        "data.micro_batch_size=64 exceeds data.batch_size=32",
+        "data.seed=1.5: must be a whole number",
+        "data.splits: selection=0.1 and test=0.95 leave no prompt",
+        "model.dtype=float23: choose float32",
+        "optimizer.lr=-1: must be a positive number",
+        "evaluation.confidence=95: must be between 0 and 1",
+    ):
+        assert part in text, part
+    assert text.startswith("the configuration has 14 problems:")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["method=dpo", "reference=none"], "method=dpo compares with a reference model, but reference=none"),
+        (["reference=none"], "regularizer=global_kl scores sequences"),
+        (["reference=precomputed"], "regularizer=global_kl scores sequences"),
+        (["method=sft", "reference=precomputed"], "nothing reads the log-probabilities"),
+        (["reference=adapter_off"], "choose model=hf_lora"),
+        (["model.adapter_path=x"], "an adapter needs model.lora"),
+        (["model.path=somewhere/else"], "this model makes its own weights; for yours write model=hf"),
+        (["model.initial=null"], "model.path and model.initial are both null"),
+        (["model=hf", "model.path=./nowhere"], "model.path=./nowhere: there is no such folder"),
+        (
+            ["model=hf", "model.path=gpt2", "data=jsonl", "data.path=x.jsonl"],
+            "data.path=x.jsonl: there is no such file",
+        ),
+        (["method=dpo", "regularizer=local_kl", "regularizer.weight=beta"], "needs a number of its own"),
+        (["data.splits.test=0"], "data.splits.test=0: must be a share of the prompts, above 0"),
+        (["trainer.precision=bf16-true"], "weights in bfloat16 are model.dtype=bfloat16"),
+        (["trainer.devices=0"], "trainer.devices=0: must be a number of devices"),
+        (["trainer.accelerator=gpus"], "trainer.accelerator=gpus: choose"),
+        (["optimizer.lr=abc"], "optimizer.lr=abc: must be a positive number"),
+        (["rerun=maybe"], "rerun=maybe: must be true or false"),
+        (["strategy=fsdp"], "set trainer.devices"),
+        (["regularizer.refresh_every=0"], "regularizer.refresh_every=0: must be at least 1"),
+        (["alpha=linear", "alpha.end=0"], "alpha.end=0: must be a positive number"),
+        (["alpha=linear", "alpha.value=3"], "alpha.value=3: unknown key; alpha has end, start, steps"),
+        (["method.loss._target_=spo.losses.SPOLos"], "did you mean SPOLoss?"),
+        (["method.loss._target_=nowhere.Loss"], "there is no module nowhere"),
+        (["debug=tiny"], "write it with a plus, +debug=tiny"),
+        (["+seed=1"], "the key exists already; write seed=1"),
+        (["~nothing"], "there is nothing to delete"),
+        (["+mine.key=1"], "mine: nothing reads this key"),
+        (["method=spo,dpo"], "has several values; add -m"),
+    ],
+)
+def test_impossible_combinations(overrides: list[str], part: str) -> None:
+    text = told(*overrides)
+    assert part in text and text.startswith("the configuration has a problem:")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=dpo", "reference=precomputed"],
+        ["method=dpo", "regularizer=local_kl"],
+        ["regularizer=none", "reference=none"],
+        ["method=sft", "reference=none"],
+        ["model=hf", "model.path=gpt2"],
+        ["model=hf_lora", "model.path=org/name", "model.lora.r=4"],
+        ["+debug=tiny", "data.batch_size=4"],
+        ["+trainer.limit_val_batches=2"],
+        ["trainer=gpu", "trainer.precision=bf16-mixed"],
+        ["logger=many"],
+        ["callbacks=none", "evaluation=quick", "scheduler=cosine", "optimizer=sgd"],
+    ],
+)
+def test_possible_combinations(overrides: list[str]) -> None:
+    assert len(plan(overrides).jobs) == 1
+
+
+def test_warnings_for_what_has_no_effect() -> None:
+    def warned(*overrides: str) -> list[str]:
+        return warnings(compose(overrides))
+
+    assert warned("method=dpo", "alpha=0.3") == ["dpo does not read alpha: what you set it to has no effect"]
+    assert len(warned("method=dpo", "alpha=linear")) == 1
+    assert "nothing reads beta in sft" in warned("method=sft", "beta=3")[0]
+    assert "nothing reads beta in spo" in warned("regularizer=none", "beta=3")[0]
+    assert "data.micro_batch_size=4 changes" in warned("method=spo_weighted", "data.micro_batch_size=4")[0]
+    assert warned("alpha=0.3", "beta=3") == warned("method=dpo", "beta=3") == []
+
+
+# --- several jobs --------------------------------------------------------------------------------------------------
+
+
+def test_a_multirun_is_checked_as_a_whole() -> None:
+    planned = plan(["method=spo,dpo", "alpha=0.1,0.2", "seed=1"], multirun=True)
+    assert [job.overrides for job in planned.jobs] == [
+        [f"method={method}", "alpha=constant", f"alpha.value={alpha}", "seed=1"]
+        for method in ("spo", "dpo")
+        for alpha in (0.1, 0.2)
+    ]
+    assert planned.multirun and planned.jobs[1].cfg.alpha.value == 0.2
+    text = told("method=spo,dop,dpo", "reference=none,frozen", multirun=True)
+    assert "method=dop: no such member of method" in text
+    assert "method=dpo compares with a reference model, but reference=none" in text
+    assert "[job method=dpo reference=none]" in text and "frozen [job method=dop" not in text
+
+
+def test_presets_that_sweep_are_expanded() -> None:
+    jobs = plan(["hparams_search=grid", "method=dpo"]).jobs
+    assert {(job.cfg.alpha.value, job.cfg.beta.value) for job in jobs} == {
+        (a, b) for a in (0.02, 0.05, 0.1) for b in (0.01, 0.03, 0.1)
+    }
+    assert len(plan(["hparams_search=seeds", "seed=7"]).jobs) == 1  # the command line has the last word
+
+
+# --- configuration of one's own ------------------------------------------------------------------------------------
+
+OUTSIDE_LOSS = """
+class MyLoss:
+    def __init__(self, scale): self.scale = scale
+    def __call__(self, pair, *, alpha, beta): return self.scale * (pair.policy_rejected - pair.policy_chosen)
+"""
+
+
+def test_a_loss_from_outside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "outside_spo.py").write_text(OUTSIDE_LOSS)
+    (tmp_path / "conf/method").mkdir(parents=True)
+    yaml = "name: mine\ndefault_beta: 0.2\nloss:\n  _target_: outside_spo.MyLoss\n  scale: 2\n"
+    (tmp_path / "conf/method/mine.yaml").write_text(yaml)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = tmp_path / "conf"
+    (job,) = plan(["method=mine"], config_dir=own).jobs
+    assert job.cfg.beta.value == 0.2 and problems(job.cfg) == []
+    assert "method=mine compares with a reference" in told("method=mine", "reference=none", config_dir=own)
+    assert "did you mean mine?" in told("method=min", config_dir=own)
+    with pytest.raises(UserError, match="no such folder"):
+        plan([], config_dir=tmp_path / "nowhere")
+
+
+def test_a_preset_with_a_misspelt_key(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nsede: 3\ntrainer:\n  max_step: 4\n")
+    text = told("experiment=mine", config_dir=tmp_path)
+    assert "sede: nothing reads this key; did you mean seed?" in text
+    assert "trainer.max_step: Trainer has no such parameter; did you mean max_steps?" in text
+
+
+def test_missing_extras_end_in_one_line() -> None:
+    assert missing_package("hydra_plugins.hydra_joblib_launcher.launcher") == (
+        "hydra_joblib_launcher is not installed: pip install 'spo[joblib]'"
+    )
+    assert missing_package("peft.tuners") == "peft is not installed: pip install 'spo[peft]'"
+    assert missing_package("numpy") is None

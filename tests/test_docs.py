@@ -1,0 +1,170 @@
+"""Every fenced block of README and docs is executed, or at least read, as its tag says.
+
+run
+    executed as printed.
+run-tiny
+    executed with ``+debug=tiny`` appended to each command that starts from a configuration.
+compose
+    executed with ``--cfg job`` appended.
+parse
+    read only: what needs a network, an account or a cluster, and files that a person writes. A file whose first line
+    is a comment with its path lies in the folder of the blocks below it.
+
+Each block runs in a folder of its own, empty but for these files and for a model and pairs where the text takes the
+reader's for granted.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+import random
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.environments import ROOT, copy_of_project, fresh_environment, run
+from tests.helpers import save_model
+
+TAGS = ("run", "run-tiny", "compose", "parse")
+MOST_PARSED = 5
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+APPENDED = {"run": "", "run-tiny": " +debug=tiny", "compose": " --cfg job"}
+FROM_A_CONFIGURATION = re.compile(r"^spo (train|inspect)(?!.*--resume)\b[^#\n]*?(?=\s*(#|$))", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block: where it begins, what the words after its fence say, and its text."""
+
+    document: Path
+    line: int
+    language: str
+    tag: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.document.name}:{self.line}"
+
+    @property
+    def script(self) -> str:
+        """What is executed."""
+        return FROM_A_CONFIGURATION.sub(lambda match: match[0] + APPENDED[self.tag], self.text)
+
+    @property
+    def path(self) -> str | None:
+        """Path in the first line of a file that is shown, where it gives one."""
+        first = re.match(r"# (\S+/\S+\.(py|yaml))\n", self.text)
+        return first[1] if first and self.language != "bash" else None
+
+
+def blocks_of(document: Path, text: str) -> list[Block]:
+    found: list[Block] = []
+    fence, lines = "", text.splitlines()
+    for number, line in enumerate(lines, 1):
+        opening = re.match(r"\s*(```+|~~~+)\s*(\S*)\s*(.*)$", line)
+        if not fence and opening:
+            fence, start = opening[1], number
+            language, tag = opening[2], opening[3].strip()
+        elif fence and line.strip() == fence:
+            body = "\n".join(lines[start : number - 1]) + "\n"
+            found.append(Block(document, start, language, tag, body))
+            fence = ""
+    assert not fence, f"{document.name}:{start}: this block has no end"
+    return found
+
+
+BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document, document.read_text())]
+
+
+def tagged(*tags: str) -> Iterator[object]:
+    for block in BLOCKS:
+        if block.tag in tags:
+            fast = block.tag in ("compose", "parse")
+            yield pytest.param(block, id=str(block), marks=() if fast else pytest.mark.slow)
+
+
+def reader_has(folder: Path, block: Block) -> None:
+    """Puts what the text takes for granted into the folder: files shown above the block, a model, a file of pairs."""
+    for other in BLOCKS:
+        if other.document == block.document and other.line < block.line and other.path is not None:
+            file = folder / other.path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(other.text)
+    if "MODEL_DIR" in block.text:
+        save_model(folder / "MODEL_DIR", max_position_embeddings=512)
+    if "PAIRS.jsonl.gz" in block.text:
+        rng = random.Random(0)
+        with gzip.open(folder / "PAIRS.jsonl.gz", "wt") as file:
+            for _ in range(64):
+                prompt, chosen, rejected = (" ".join(f"w{rng.randint(3, 22)}" for _ in range(8)) for _ in range(3))
+                file.write(json.dumps({"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}) + "\n")
+
+
+def test_every_block_says_what_becomes_of_it() -> None:
+    assert [str(block) for block in BLOCKS if block.tag not in TAGS] == []
+    assert [str(block) for block in BLOCKS if block.tag != "parse" and block.language != "bash"] == []
+    assert len([block for block in BLOCKS if block.tag == "parse"]) <= MOST_PARSED
+    assert {block.tag for block in BLOCKS} == set(TAGS)
+
+
+def test_blocks_are_found_and_completed() -> None:
+    text = "a\n```bash run-tiny\nspo train a=1 -m  # why\nspo evaluate X\nspo train --resume X\nspo inspect\n```\n"
+    (block,) = blocks_of(Path("x.md"), text)
+    assert (block.line, block.language, block.tag) == (2, "bash", "run-tiny")
+    assert block.script == (
+        "spo train a=1 -m +debug=tiny  # why\nspo evaluate X\nspo train --resume X\nspo inspect +debug=tiny\n"
+    )
+    (untagged,) = blocks_of(Path("x.md"), "~~~\nx\n~~~\n")
+    assert untagged.tag not in TAGS
+    with pytest.raises(AssertionError, match=r"x.md:1: this block has no end"):
+        blocks_of(Path("x.md"), "```bash run\n")
+
+
+@pytest.mark.parametrize("block", tagged("run", "run-tiny", "compose"))
+def test_commands_run(block: Block, tmp_path: Path, cache_dir: Path) -> None:
+    folder, programs = tmp_path / "reader", None
+    if "pip install" in block.text:
+        programs = fresh_environment(tmp_path / "environment")
+        copy_of_project(folder)
+    else:
+        folder.mkdir()
+    reader_has(folder, block)
+    out = run(["bash", "-euo", "pipefail", "-c", block.script], folder, programs, SPO_CACHE_DIR=str(cache_dir))
+    if block.tag == "compose":
+        assert yaml.safe_load(out)["method"]["name"]
+    elif "spo train" in block.text:
+        results = sorted((folder / "outputs").rglob("metrics.json"))
+        assert results
+        assert "eval/entropy" in json.loads(results[-1].read_text())
+
+
+@pytest.mark.parametrize("block", tagged("parse"))
+def test_the_rest_can_be_read(block: Block) -> None:
+    if block.language == "bash":
+        done = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    elif block.language == "python":
+        assert ast.parse(block.text).body
+    else:
+        assert block.language == "yaml"
+        assert yaml.safe_load(block.text)
+
+
+def test_the_command_for_the_tests_can_be_found() -> None:
+    pattern = re.search(r'grep -m 1 -x "(.*)" README.md', (ROOT / ".ci" / "run").read_text())
+    assert pattern is not None
+    lines = [line for block in BLOCKS for line in block.text.splitlines() if re.fullmatch(pattern[1], line)]
+    assert lines == ["pip install -e '.[test]' -c constraints.txt && pytest"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", document.read_text()):
+        assert target.startswith("http") or (document.parent / target).exists(), f"{document.name}: {target}"

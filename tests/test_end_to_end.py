@@ -1,0 +1,632 @@
+"""The main job from end to end: what a person types, and what they find afterwards."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import spo.runtime.train as spo_train
+from spo import cli
+from spo.module import AlignmentModule
+from tests.commands import (
+    TINY,
+    Numbers,
+    Sweep,
+    entries,
+    environment,
+    history,
+    job,
+    numbers,
+    rows,
+    shared_cache,
+    spo,
+    sweep,
+    untimed,
+)
+from tests.fixtures import write_hh_like
+
+METHODS = ("spo", "dpo", "ipo")
+READS_BETA = {"spo", "dpo", "ipo"}
+PAIR_KEYS = ["loss", "loss/preference", "kl", "entropy", "logps/chosen", "logps/rejected"]
+PAIR_KEYS += [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+EVAL_KEYS = [
+    "win_rate",
+    "win_rate_ci_low",
+    "win_rate_ci_high",
+    "reward",
+    "kl",
+    "entropy",
+    "entropy_sequence",
+    "distinct_2",
+    "self_bleu",
+    "length",
+    "rewards/accuracies",
+]
+SAMPLE_KEYS = [
+    "prompt_id",
+    "split",
+    "sample_index",
+    "prompt",
+    "completion",
+    "tokens",
+    "reward",
+    "logp_policy",
+    "logp_reference",
+    "reference_completion",
+    "reference_reward",
+    "verdict",
+]
+# Enough to notice a difference, and little more: hardly a probe, no checkpoint, three steps at full speed.
+SMALL = (TINY, "trainer.max_steps=3", "scheduler.num_warmup_steps=0", "callbacks=none", "probe.num_prompts=1")
+SMALL += ("evaluation.num_prompts=4",)
+
+
+@pytest.fixture
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    return sweep(tmp_path_factory)
+
+
+@pytest.fixture
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shared_cache(tmp_path_factory)
+
+
+@pytest.fixture
+def here(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that the command is typed in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPO_CACHE_DIR", str(cache))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+# --- one line, six runs --------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_gives_a_directory_with_a_readable_name_for_each_job(swept: Sweep) -> None:
+    assert [path.name for path in swept.folder.iterdir()] == ["sweep"]
+    names = sorted(path.name for path in (swept.folder / "sweep").iterdir() if path.is_dir())
+    assert len(names) == 6
+    for method in METHODS:
+        for seed in (1, 2):
+            name = swept.directory(method, seed).name
+            assert name in names and re.fullmatch(r"[A-Za-z0-9._-]{1,120}", name)
+            assert (swept.directory(method, seed) / "metrics.json").is_file()
+
+
+def test_a_sweep_makes_one_reference_model_and_samples_one_set_of_pairs(swept: Sweep) -> None:
+    assert swept.cached == {"sft": 1, "pairs": 1}
+    provenances = [json.loads(file.read_text()) for file in swept.folder.glob("*/*/provenance.json")]
+    assert len(provenances) == 6 and len({one["inputs"]["pairs_sha256"] for one in provenances}) == 1
+
+
+def test_runs_of_a_sweep_differ_by_method_and_by_seed(swept: Sweep) -> None:
+    losses = {numbers(swept.directory(method, seed))["train/loss"] for method in METHODS for seed in (1, 2)}
+    assert len(losses) == 6
+
+
+# --- the run directory ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_files_of_a_run_directory(swept: Sweep, method: str) -> None:
+    run = swept.directory(method)
+    files = ["config.yaml", "metrics.json", "history.jsonl", "samples.jsonl", "provenance.json", "report.html"]
+    assert all((run / name).is_file() for name in files)
+    assert all((run / "checkpoints" / name).is_file() for name in ("last.ckpt", "best.ckpt"))
+    assert [file.name for file in (run / "policy").iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")] == []
+    assert (run / "policy/model.safetensors").is_file()
+    page = (run / "report.html").read_text()
+    assert "<svg" in page and not re.search(r"(src|href)\s*=\s*[\"']?https?:", page)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_names_of_the_metrics(swept: Sweep, method: str) -> None:
+    check_names(json.loads((swept.directory(method) / "metrics.json").read_text()), method)
+
+
+def check_names(metrics: Numbers, method: str) -> None:
+    coefficients = {"alpha": method == "spo", "beta": method in READS_BETA}
+    wanted = {f"{split}/{key}" for split in ("train", "val") for key in PAIR_KEYS}
+    wanted |= {f"eval/{key}" for key in EVAL_KEYS}
+    wanted |= {f"data/pairs_{key}" for key in ("read", "used", "dropped", "truncated")} | {"train/grad_norm"}
+    wanted |= {f"train/{name}" for name, read in coefficients.items() if read}
+    assert wanted <= metrics.keys()
+    assert all(read or f"train/{name}" not in metrics for name, read in coefficients.items())
+    clock = re.compile(r"(^|[/_])(time|seconds|s|per_second|speed)$")
+    assert all(isinstance(value, float) and value == value for value in metrics.values())
+    assert {key.partition("/")[0] for key in metrics} == {"train", "val", "eval", "data", "time"}
+    assert [key for key in metrics if clock.search(key) and not key.startswith("time/")] == []
+    assert 0 <= metrics["eval/win_rate_ci_low"] <= metrics["eval/win_rate"] <= metrics["eval/win_rate_ci_high"] <= 1
+
+
+def test_every_method_has_the_same_metrics_but_for_what_it_does_not_have(swept: Sweep) -> None:
+    keys = {method: set(numbers(swept.directory(method))) for method in METHODS}
+    assert keys["dpo"] == keys["ipo"]
+    own = {"train/alpha", "train/buffer/age", "train/buffer/tokens", "train/loss/regularizer", "val/loss/regularizer"}
+    assert keys["spo"] - keys["dpo"] == own and keys["dpo"] < keys["spo"]
+
+
+def test_supervised_fine_tuning_is_a_method_like_the_others(swept: Sweep, tmp_path: Path) -> None:
+    metrics = job(tmp_path / "run", swept.cache, TINY, "method=sft", "evaluation.num_prompts=4")
+    assert set(metrics) == set(numbers(swept.directory("dpo"))) - {"train/beta"}
+    assert metrics["val/loss"] == pytest.approx(-metrics["val/logps/chosen"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_curves_have_one_row_per_step(swept: Sweep, method: str) -> None:
+    curve = rows(swept.directory(method) / "history.jsonl")
+    assert [row["step"] for row in curve] == [0, 2, 4]
+    assert all("val/loss" in row for row in curve) and all("train/loss" in row for row in curve[1:])
+    final = numbers(swept.directory(method))
+    last = {key: value for key, value in untimed(curve[-1]).items() if key != "step"}
+    assert {key: final[key] for key in last} == last
+
+
+def test_before_the_first_step_policy_and_reference_are_the_same(swept: Sweep) -> None:
+    for method in METHODS:
+        assert history(swept.directory(method))[0]["val/kl"] == 0
+    start = history(swept.directory("dpo"))[0]
+    assert start["val/rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert start["val/loss"] == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_every_evaluation_prompt_has_its_samples(swept: Sweep) -> None:
+    run = swept.directory("spo")
+    samples, metrics = rows(run / "samples.jsonl"), numbers(run)
+    assert len(samples) == 8 == len({sample["prompt_id"] for sample in samples})
+    assert all(set(sample) == set(SAMPLE_KEYS) for sample in samples)
+    assert {sample["split"] for sample in samples} == {"test"}
+    assert metrics["eval/win_rate"] == sum(sample["verdict"] for sample in samples) / 8
+    assert metrics["eval/reward"] == pytest.approx(sum(sample["reward"] for sample in samples) / 8)
+    for sample in samples:
+        better, worse = sample["reward"] > sample["reference_reward"], sample["reward"] < sample["reference_reward"]
+        assert sample["verdict"] == (1.0 if better else 0.0 if worse else 0.5)
+        assert 1 <= sample["tokens"] <= 64 and sample["logp_policy"] < 0 and sample["logp_reference"] < 0
+
+
+def test_provenance_says_what_the_run_was_made_from(swept: Sweep) -> None:
+    record = json.loads((swept.directory("ipo", 2) / "provenance.json").read_text())
+    assert {"git_sha", "git_dirty", "versions", "data", "weights", "seeds", "command"} <= record.keys()
+    assert record["seeds"] == {"seed": 2, "data.seed": 0}
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["command"].startswith("spo train -m +debug=tiny")
+    assert all(re.fullmatch("[0-9a-f]{64}", record["inputs"][f"{name}_sha256"]) for name in ("reference", "pairs"))
+
+
+def test_the_configuration_is_written_in_full(swept: Sweep) -> None:
+    run = swept.directory("spo")
+    text = (run / "config.yaml").read_text()
+    config = yaml.safe_load(text)
+    assert "${" not in text and "???" not in text
+    assert (config["method"]["name"], config["seed"], config["trainer"]["max_steps"]) == ("spo", 1, 4)
+    assert config["paths"]["run"] == str(run) and config["regularizer"]["max_new_tokens"] == 64
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_saved_policy_loads_and_generates(swept: Sweep, method: str) -> None:
+    run = swept.directory(method)
+    loads_and_generates(run / "policy", rows(run / "samples.jsonl")[0]["prompt"])
+
+
+def loads_and_generates(folder: Path, prompt: str) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert inputs["input_ids"].shape[1] < generated.shape[1] <= inputs["input_ids"].shape[1] + 8
+    assert isinstance(tokenizer.decode(generated[0]), str)
+
+
+# --- the same again ------------------------------------------------------------------------------------------------
+
+NO_NETWORK = """
+import os, socket
+real = socket.socket.connect
+def connect(self, address):
+    if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        open(os.environ["ATTEMPTS"], "a").write(f"{address}\\n")
+        raise OSError("the network is cut")
+    return real(self, address)
+def getaddrinfo(host, *args, real=socket.getaddrinfo, **kwargs):
+    if host not in (None, "127.0.0.1", "::1", "localhost"):
+        open(os.environ["ATTEMPTS"], "a").write(f"{host}\\n")
+        raise socket.gaierror("the network is cut")
+    return real(host, *args, **kwargs)
+socket.socket.connect, socket.getaddrinfo = connect, getaddrinfo
+"""
+
+
+def test_a_warm_cache_and_a_cut_network_change_no_bit(swept: Sweep, tmp_path: Path) -> None:
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/sitecustomize.py").write_text(NO_NETWORK)
+    variables = {"PYTHONPATH": str(tmp_path / "cut"), "ATTEMPTS": str(tmp_path / "attempts"), "HF_HUB_OFFLINE": "0"}
+    words = ["train", TINY, "method=spo", "seed=1", "hydra.run.dir=warm"]
+    spo(*words, folder=tmp_path / "empty", cache=swept.cache, **variables)
+    assert not (tmp_path / "attempts").exists()
+    warm, cold = tmp_path / "empty/warm", swept.directory("spo", 1)
+    assert numbers(warm) == numbers(cold)
+    assert history(warm) == history(cold)
+    assert (warm / "samples.jsonl").read_bytes() == (cold / "samples.jsonl").read_bytes()
+    assert {kind: len(entries(swept.cache, kind)) for kind in ("sft", "pairs")} == swept.cached
+    assert [path.name for path in (tmp_path / "empty").iterdir()] == ["warm"]
+
+
+def test_the_same_command_again_shows_the_result(here: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", *SMALL, "logger=record", "hydra.run.dir=run"]
+    assert cli.main(words) == 0
+    before = {path: path.stat().st_mtime_ns for path in (here / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert cli.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "win rate" in shown and "optimiser steps" not in shown
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert {path.name for path in before if before[path] != after[path]} <= {".lock", "spo.log"}
+
+    assert cli.main([*words, "seed=2"]) == 1
+    told = capsys.readouterr().err
+    assert "seed: 0 there, 2 now" in told and "Traceback" not in told
+    assert numbers(here / "run") and not (here / "run.1").exists()
+
+
+@pytest.mark.slow
+def test_a_rerun_moves_the_old_run_aside(cache: Path, tmp_path: Path) -> None:
+    first = job(tmp_path / "run", cache, *SMALL)
+    second = job(tmp_path / "run", cache, *SMALL, "seed=2", "rerun=true")
+    assert numbers(tmp_path / "run.1") == first and numbers(tmp_path / "run") == second
+    assert first != second
+
+
+# --- interruptions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["spo", pytest.param("dpo", marks=pytest.mark.slow)])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(
+    method: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = job(tmp_path / "whole", cache, TINY, f"method={method}", "trainer.log_every_n_steps=1")
+    step = AlignmentModule.training_step
+
+    def interrupted(self: AlignmentModule, window: Any, batch_idx: int) -> None:
+        if self.global_step == 3:
+            raise RuntimeError("the power is gone")
+        step(self, window, batch_idx)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power"):
+        patch.setattr(AlignmentModule, "training_step", interrupted)
+        job(tmp_path / "broken", cache, TINY, f"method={method}", "trainer.log_every_n_steps=1")
+    assert not (tmp_path / "broken/metrics.json").exists()
+    assert job(tmp_path / "broken", cache, TINY, f"method={method}", "trainer.log_every_n_steps=1") == whole
+    assert history(tmp_path / "broken") == history(tmp_path / "whole")
+
+
+def test_a_run_interrupted_in_its_evaluation_keeps_its_curves(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = job(tmp_path / "whole", cache, TINY, "method=dpo")
+
+    def interrupted(*_: Any) -> None:
+        raise RuntimeError("the power is gone")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power"):
+        patch.setattr(spo_train, "evaluate_run", interrupted)
+        job(tmp_path / "broken", cache, TINY, "method=dpo")
+    assert job(tmp_path / "broken", cache, TINY, "method=dpo") == whole
+    assert history(tmp_path / "broken") == history(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["same command", "--resume"])
+def test_a_killed_run_goes_on_bit_for_bit(way: str, cache: Path, tmp_path: Path) -> None:
+    settings = [TINY, "logger=record", "trainer.max_steps=40", "trainer.val_check_interval=5"]
+    settings += ["trainer.log_every_n_steps=5", "probe.num_prompts=2"]
+    words = ["train", *settings, "hydra.run.dir=broken"]
+    spo("train", *settings, "hydra.run.dir=whole", folder=tmp_path, cache=cache)
+    broken = tmp_path / "broken"
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("spo"), *words],
+        cwd=tmp_path,
+        env=environment(cache),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    reached = broken / "history.jsonl"
+    while not (reached.exists() and '"step": 15' in reached.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken / "metrics.json").exists()
+    spo(*(words if way == "same command" else ["train", "--resume", "broken"]), folder=tmp_path, cache=cache)
+    assert numbers(broken) == numbers(tmp_path / "whole")
+    assert history(broken) == history(tmp_path / "whole")
+    assert [row["step"] for row in history(broken)] == list(range(0, 41, 5))
+    policies = [(tmp_path / name / "policy/model.safetensors").read_bytes() for name in ("broken", "whole")]
+    assert policies[0] == policies[1]
+
+
+@pytest.mark.slow
+def test_more_steps_for_a_finished_run(here: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job(here / "run", cache, TINY, "method=dpo", "scheduler=constant")
+    assert cli.main(["train", "--resume", "run", "alpha=0.3"]) == 1
+    assert "only trainer.max_steps, logger.* and strategy.* may change" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "run", "trainer.max_steps=6"]) == 0
+    assert [row["step"] for row in history(here / "run")] == [0, 2, 4, 6]
+    straight = job(here / "straight", cache, TINY, "method=dpo", "scheduler=constant", "trainer.max_steps=6")
+    assert numbers(here / "run") == straight
+
+
+# --- a finished run ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(swept: Sweep, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a finished run, in the folder that commands are typed in."""
+    torch.set_num_threads(1)
+    monkeypatch.setenv("SPO_CACHE_DIR", str(swept.cache))
+    shutil.copytree(swept.directory("ipo"), here / "run", symlinks=True)
+    return here / "run"
+
+
+def evaluations(run: Path) -> list[Numbers]:
+    return [numbers(path) for path in sorted((run / "evaluations").iterdir())]
+
+
+def test_an_evaluation_repeats_the_numbers_of_the_run(finished: Path) -> None:
+    before = numbers(finished)
+    assert cli.main(["evaluate", "run"]) == 0
+    [again] = evaluations(finished)
+    assert again == {key: value for key, value in before.items() if key.startswith("eval/")}
+    assert numbers(finished) == before
+
+
+def test_an_evaluation_with_other_settings(finished: Path) -> None:
+    assert cli.main(["evaluate", "run", "evaluation.num_prompts=4", "evaluation.samples_per_prompt=2"]) == 0
+    [folder] = (finished / "evaluations").iterdir()
+    samples = rows(folder / "samples.jsonl")
+    assert [sample["sample_index"] for sample in samples] == [0, 1] * 4
+    assert len({sample["prompt_id"] for sample in samples}) == 4
+
+
+def test_an_evaluation_on_other_data(finished: Path, here: Path) -> None:
+    file = write_hh_like(here / "pairs.jsonl.gz", 120, seed=0)
+    assert cli.main(["evaluate", "run", "data=hh", f"data.path={file}", "evaluation.num_prompts=4"]) == 0
+    [other] = evaluations(finished)
+    assert "eval/kl" in other and "eval/win_rate" not in other and "eval/reward" not in other
+    [folder] = (finished / "evaluations").iterdir()
+    assert all("Human:" in sample["prompt"] for sample in rows(folder / "samples.jsonl"))
+
+
+@pytest.mark.parametrize("override", ["method=dpo", "beta=0.3", "sft.max_steps=3", "model.path=x"])
+def test_an_evaluation_changes_nothing_that_was_trained_with(
+    override: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", "run", override]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("spo: an evaluation can change") and override.partition("=")[0] in told
+    assert not (finished / "evaluations").exists()
+
+
+def test_the_report_can_be_written_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (finished / "report.html").read_text()
+    (finished / "report.html").unlink()
+    assert cli.main(["report", "run"]) == 0
+    assert capsys.readouterr().out.strip().endswith("run/report.html")
+    assert len((finished / "report.html").read_text()) == pytest.approx(len(page), rel=0.05)
+
+
+def test_commands_on_something_that_is_no_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "empty").mkdir()
+    for command in ("evaluate empty", "evaluate nowhere", "train --resume nowhere", "report nowhere"):
+        words = command.split()
+        assert cli.main(words) == 1
+        told = capsys.readouterr().err
+        assert told.startswith("spo: ") and words[-1] in told and "Traceback" not in told
+
+
+def test_inspect_shows_tokens_and_masks(here: Path, swept: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", TINY, f"paths.cache={swept.cache}", "--limit", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("tokens of prompt + chosen") == 2 and shown.count("tokens of prompt + rejected") == 2
+    assert "BOS" in shown and "EOS" in shown and re.search(r"mask \.+#*", shown)
+    counts = {name: int(re.search(rf"\b{name}\W+(\d+)", shown)[1]) for name in ("read", "used", "dropped")}  # type: ignore[index]
+    assert counts["read"] == 192 == counts["used"] + counts["dropped"] and counts["dropped"] > 0
+
+
+# --- the alignment step --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["spo", pytest.param("ipo", marks=pytest.mark.slow)])
+def test_without_a_step_the_policy_is_the_reference(method: str, cache: Path, tmp_path: Path) -> None:
+    settings = ["trainer.max_steps=0", "evaluation.num_prompts=64", "evaluation.samples_per_prompt=3"]
+    metrics = job(tmp_path / "run", cache, TINY, f"method={method}", *settings, "evaluation.bootstrap_samples=1000")
+    assert metrics["eval/kl"] == 0
+    assert metrics["eval/win_rate_ci_low"] < 0.5 < metrics["eval/win_rate_ci_high"]
+    assert metrics["eval/win_rate_ci_high"] - metrics["eval/win_rate_ci_low"] < 0.25
+    assert metrics["val/kl"] == 0 and "train/loss" not in metrics
+
+
+CHANGES = [
+    ("", "regularizer.refresh_every=1"),
+    ("", "regularizer.num_samples=16"),
+    ("", "regularizer=local_kl"),
+    ("", "regularizer=none"),
+    ("", "alpha=0.5"),
+    ("", "beta=3"),
+    ("", "seed=5"),
+    ("method=dpo", "method.loss.label_smoothing=0.2"),
+    ("method=ipo", "method.loss.length_normalize=false"),
+]
+MORE_CHANGES = [
+    ("", "regularizer.batch_size=4"),
+    ("regularizer=none", "regularizer=local_kl"),
+    ("", "alpha=linear"),
+    ("", "method=spo_weighted"),
+    ("method=dpo", "beta=0.5"),
+    ("method=dpo", "regularizer=global_kl"),
+    ("method=ipo", "beta=0.5"),
+]
+_done: dict[tuple[str, ...], Numbers] = {}
+
+
+def aligned(cache: Path, folder: Path, *overrides: str) -> Numbers:
+    """Three steps with these settings, once per session."""
+    chosen = tuple(filter(None, overrides))
+    if chosen not in _done:
+        _done[chosen] = job(folder / str(len(_done)), cache, *SMALL, *chosen)
+    return _done[chosen]
+
+
+@pytest.mark.parametrize(
+    ("given", "change"), [*CHANGES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CHANGES)]
+)
+def test_what_is_set_has_an_effect_on_the_policy(given: str, change: str, cache: Path, tmp_path: Path) -> None:
+    before, after = aligned(cache, tmp_path, given), aligned(cache, tmp_path, given, change)
+    # what the policy thinks of the selection pairs, whatever the loss makes of it
+    assert before["val/logps/chosen"] != after["val/logps/chosen"]
+
+
+@pytest.mark.parametrize(
+    ("method", "change"),
+    [
+        ("", "data.micro_batch_size=3"),
+        pytest.param("method=dpo", "data.micro_batch_size=3", marks=pytest.mark.slow),
+        pytest.param("method=dpo", "data.eval_batch_size=5", marks=pytest.mark.slow),
+    ],
+)
+def test_the_size_of_a_forward_changes_nothing(method: str, change: str, cache: Path, tmp_path: Path) -> None:
+    before, after = aligned(cache, tmp_path, method), aligned(cache, tmp_path, method, change)
+    for key in before:
+        if key.startswith(("train/", "val/")):
+            assert after[key] == pytest.approx(before[key], rel=1e-5, abs=1e-5), key
+
+
+# --- references ----------------------------------------------------------------------------------------------------
+
+
+def test_stored_reference_log_probs_train_as_a_frozen_copy_does(
+    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored = tmp_path / "stored"
+    precomputed = ["method=dpo", "reference=precomputed", f"reference.cache_dir={stored}"]
+    frozen = aligned(cache, tmp_path, "method=dpo")
+    first = job(tmp_path / "first", cache, *SMALL, *precomputed)
+    for key in ("train/loss", "val/loss", "train/grad_norm", "val/rewards/margins"):
+        assert first[key] == pytest.approx(frozen[key], abs=1e-5), key
+
+    [entry] = entries(stored, "logps")
+    made = (entry / "logps.safetensors").stat().st_mtime_ns
+    job(tmp_path / "second", cache, *SMALL, *precomputed, "seed=2", "beta=0.3")
+    assert (entry / "logps.safetensors").stat().st_mtime_ns == made and entries(stored, "logps") == [entry]
+
+    content = bytearray((entry / "logps.safetensors").read_bytes())
+    content[-3] ^= 0xFF
+    (entry / "logps.safetensors").write_bytes(content)
+    caplog.clear()
+    assert job(tmp_path / "third", cache, *SMALL, *precomputed) == first
+    assert "is damaged: building it again" in caplog.text
+
+
+def test_no_reference_is_loaded_where_none_is_needed(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = job(tmp_path / "run", cache, *SMALL, "regularizer=none", "reference=none")
+    assert re.search(r"reference +none", capsys.readouterr().out)
+    assert "val/kl" not in metrics and "val/entropy" in metrics and metrics["eval/kl"] > 0
+    frozen = aligned(cache, tmp_path, "regularizer=none")
+    assert "val/kl" in frozen and {key: frozen[key] for key in metrics} == metrics
+
+
+@pytest.mark.slow
+def test_a_sweep_makes_one_reference_pass(cache: Path, tmp_path: Path) -> None:
+    words = ["train", "-m", *SMALL, "logger=record", "method=dpo", "reference=precomputed"]
+    words += ["seed=1,2", "beta=0.1,0.3", "optimizer.lr=0.001,0.002", f"reference.cache_dir={tmp_path / 'stored'}"]
+    done = spo(*words, "hydra.sweep.dir=sweep", folder=tmp_path, cache=cache)
+    assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 8
+    assert len(entries(tmp_path / "stored", "logps")) == 1
+    assert "damaged" not in done.stderr
+
+
+# --- the default, in full ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def defaults(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """``spo train`` from an empty folder with a cold cache, and after it the baselines: the folder and the cache."""
+    folder, cold = tmp_path_factory.mktemp("default"), tmp_path_factory.mktemp("cold")
+    spo("train", "hydra.run.dir=spo", folder=folder, cache=cold)
+    spo("train", "method=dpo", "hydra.run.dir=dpo", folder=folder, cache=cold)
+    spo("train", "method=ipo", "hydra.run.dir=ipo", folder=folder, cache=cold)
+    return folder, cold
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_beats_its_reference(method: str, defaults: tuple[Path, Path]) -> None:
+    metrics = json.loads((defaults[0] / method / "metrics.json").read_text())
+    check_names(metrics, method)
+    assert metrics["eval/win_rate_ci_low"] > 0.55
+    assert metrics["eval/reward"] > metrics["eval/reference/reward"]
+    assert len(rows(defaults[0] / method / "samples.jsonl")) == 256
+
+
+@pytest.mark.slow
+def test_the_default_is_the_same_with_a_warm_cache(defaults: tuple[Path, Path]) -> None:
+    folder, cache = defaults
+    spo("train", "hydra.run.dir=warm", folder=folder, cache=cache)
+    assert numbers(folder / "warm") == numbers(folder / "spo")
+    assert history(folder / "warm") == history(folder / "spo")
+
+
+# --- several processes ---------------------------------------------------------------------------------------------
+
+TWO = ("strategy=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dpo", "spo"])
+def test_two_devices_keep_one_record(method: str, cache: Path, tmp_path: Path) -> None:
+    words = ["train", TINY, "logger=record", f"method={method}"]
+    spo(*words, *TWO, "hydra.run.dir=two", folder=tmp_path, cache=cache)
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]
+    assert [row["step"] for row in history(tmp_path / "two")] == [0, 2, 4]
+    if method == "dpo":
+        one, two = job(tmp_path / "one", cache, TINY, "method=dpo"), numbers(tmp_path / "two")
+        sampled = ("kl", "entropy")  # while training, each rank draws samples of its own
+        for key in one:
+            if key.startswith(("train/", "val/")) and not key.endswith(sampled):
+                assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-4), key
+
+
+@pytest.mark.slow
+def test_jobs_of_several_devices_have_a_directory_each(cache: Path, tmp_path: Path) -> None:
+    words = ["train", "-m", TINY, *TWO, "method=dpo,ipo", "hydra.sweep.dir=sweep"]
+    spo(*words, folder=tmp_path, cache=cache)
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
+    directories = [path for path in (tmp_path / "sweep").iterdir() if path.is_dir()]
+    assert len(directories) == 2
+    for directory in directories:
+        assert len(rows(directory / "history.jsonl")) == 3 and (directory / "metrics.json").is_file()
+        assert len(list(directory.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+@pytest.mark.slow
+def test_jobs_side_by_side(cache: Path, tmp_path: Path) -> None:
+    words = ["train", "-m", TINY, "launcher=joblib", "logger=record", "method=dpo,ipo", "hydra.sweep.dir=sweep"]
+    spo(*words, folder=tmp_path, cache=cache)
+    found = {path.parent.name: numbers(path.parent) for path in tmp_path.glob("sweep/*/metrics.json")}
+    assert len(found) == 2
+    for method in ("dpo", "ipo"):
+        [name] = [name for name in found if f"method-{method}" in name]
+        assert found[name] == job(tmp_path / method, cache, TINY, f"method={method}")

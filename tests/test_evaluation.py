@@ -1,0 +1,223 @@
+"""Evaluation: diversity, intervals, and the numbers measured on samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from spo.data import EvalPrompt
+from spo.evaluation import Evaluation, EvaluationSettings, bootstrap_interval, distinct_n, evaluate_policy, self_bleu
+from spo.ops import completion_logps
+from tests.helpers import BOS, VOCAB, every_completion, sequences, tiny_llama, tiny_tokenizer
+
+FAVOURITE = 9
+
+
+def count_reward(prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
+    """How often the favourite token occurs; minus the length as a component."""
+    tokens = [[int(word[1:]) for word in text.split()] for text in completions]
+    return {
+        "reward": [float(ids.count(FAVOURITE)) for ids in tokens],
+        "shortness": [-float(len(ids)) for ids in tokens],
+    }
+
+
+def decode(ids: Sequence[int]) -> str:
+    return " ".join(f"w{token}" for token in ids)
+
+
+def prompts(n: int) -> list[EvalPrompt]:
+    return [EvalPrompt(f"id{i}", "test", (BOS, 3 + i % 20, 3 + i // 20), f"prompt {i}") for i in range(n)]
+
+
+def evaluate(policy: nn.Module, reference: nn.Module, n: int = 40, **changes: Any) -> Evaluation:
+    settings: dict[str, Any] = {
+        "num_prompts": n,
+        "samples_per_prompt": 2,
+        "max_new_tokens": 6,
+        "temperature": 1.0,
+        "batch_size": 32,
+        "confidence": 0.95,
+        "bootstrap_samples": 500,
+        "self_bleu_samples": 20,
+        "seed": 0,
+        "reward": count_reward,
+    }
+    return evaluate_policy(
+        policy, reference, tiny_tokenizer(), prompts(60), EvaluationSettings(**settings | changes), decode
+    )
+
+
+def favouring(strength: float) -> nn.Module:
+    """A model that says the favourite token more often, by an offset of ``strength`` nats."""
+    model = tiny_llama(scale=0.1)
+    head = nn.Linear(16, VOCAB, bias=True, dtype=torch.float64)
+    with torch.no_grad():
+        head.weight.copy_(model.lm_head.weight)  # type: ignore[union-attr]
+        head.bias.zero_()[FAVOURITE] = strength
+    model.lm_head = head
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------ diversity
+
+
+def test_distinct_n_by_hand() -> None:
+    texts = ["a b a b", "a b c"]  # bigrams: ab ba ab | ab bc
+    assert distinct_n(texts, 1) == 3 / 7
+    assert distinct_n(texts, 2) == 3 / 5
+    assert distinct_n(["a b"], 3) == distinct_n([], 2) == distinct_n(["", "one"], 2) == 0.0
+
+
+def test_self_bleu_by_hand() -> None:
+    assert self_bleu(["a b c d e"] * 3) == pytest.approx(1.0)
+    assert self_bleu(["a b c d e"]) == self_bleu([]) == 0.0
+    # Each against the other: unigrams 4/5; smoothing adds one to both counts of the longer n-grams: 4/5, 3/4, 2/3.
+    texts = ["a b c d e", "a b c d f"]
+    expected = math.exp(sum(map(math.log, (4 / 5, (3 + 1) / (4 + 1), (2 + 1) / (3 + 1), (1 + 1) / (2 + 1)))) / 4)
+    assert self_bleu(texts) == pytest.approx(expected, rel=1e-6)
+    assert self_bleu(["a b c d e", "f g h i j"]) < self_bleu(texts)
+
+
+# ------------------------------------------------------------------------------------------------------ intervals
+
+
+def test_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    truth, covered, widths = 0.6, 0, []
+    for trial in range(300):
+        wins = rng.binomial(1, truth, 60).astype(float).tolist()
+        low, high = bootstrap_interval(wins, confidence=0.9, samples=400, seed=trial)
+        covered += low <= truth <= high
+        widths.append(high - low)
+    assert 0.86 <= covered / 300 <= 0.94
+    assert np.mean(widths) == pytest.approx(2 * 1.645 * math.sqrt(0.24 / 60), rel=0.05)
+
+
+def test_bootstrap_interval_is_seeded_ordered_and_wider_for_more_confidence() -> None:
+    values = np.random.default_rng(1).normal(size=50).tolist()
+    first = bootstrap_interval(values, confidence=0.9, samples=1000, seed=3)
+    assert first == bootstrap_interval(values, confidence=0.9, samples=1000, seed=3)
+    wider = bootstrap_interval(values, confidence=0.99, samples=1000, seed=3)
+    assert wider[0] < first[0] < np.mean(values) < first[1] < wider[1]
+    assert bootstrap_interval([0.5] * 9, confidence=0.95, samples=10, seed=0) == (0.5, 0.5)
+
+
+# --------------------------------------------------------------------------------------------------- the evaluation
+
+
+def test_policy_equal_to_reference() -> None:
+    model = tiny_llama(scale=0.1)
+    metrics = evaluate(model, tiny_llama(scale=0.1)).metrics
+    assert metrics["eval/kl"] == 0
+    assert metrics["eval/win_rate_ci_low"] <= 0.5 <= metrics["eval/win_rate_ci_high"]
+    assert metrics["eval/win_rate_ci_low"] < metrics["eval/win_rate"] < metrics["eval/win_rate_ci_high"]
+
+
+def test_dropout_of_a_model_in_training_mode_is_no_part_of_its_distribution() -> None:
+    model = tiny_llama(scale=0.1, dtype=torch.float32, attention_dropout=0.9, _attn_implementation="eager").train()
+    metrics = evaluate(model, tiny_llama(scale=0.1, dtype=torch.float32), n=4).metrics
+    assert metrics["eval/kl"] == pytest.approx(0, abs=1e-6)
+    assert model.training
+
+
+def test_swapping_policy_and_reference_flips_the_win_rate() -> None:
+    better, plain = favouring(2.0), favouring(0.0)
+    ahead, behind = evaluate(better, plain).metrics, evaluate(plain, better).metrics
+    assert ahead["eval/win_rate_ci_low"] > 0.6
+    assert behind["eval/win_rate_ci_high"] < 0.4
+    assert ahead["eval/reward"] > ahead["eval/reference/reward"]
+    assert behind["eval/reward"] < behind["eval/reference/reward"]
+
+
+def test_metrics_follow_from_the_samples() -> None:
+    result = evaluate(favouring(1.0), favouring(0.0), n=15)
+    rows, metrics = result.samples, result.metrics
+    assert len(rows) == 30 and [row["sample_index"] for row in rows[:4]] == [0, 1, 0, 1]
+    assert [row["prompt_id"] for row in rows[:4]] == ["id0", "id0", "id1", "id1"]
+    wins = []
+    for row in rows:
+        mine, other = (count_reward([""], [row[key]])["reward"][0] for key in ("completion", "reference_completion"))
+        assert (row["reward"], row["reference_reward"]) == (mine, other)
+        assert row["verdict"] == (1.0 if mine > other else 0.0 if mine < other else 0.5)
+        assert row["tokens"] == len(row["completion"].split())
+        wins.append(row["verdict"])
+    assert metrics["eval/win_rate"] == pytest.approx(np.mean(wins))
+    assert metrics["eval/reward"] == pytest.approx(np.mean([row["reward"] for row in rows]))
+    assert metrics["eval/reward/shortness"] == pytest.approx(-metrics["eval/length"])
+    assert metrics["eval/length"] == pytest.approx(np.mean([row["tokens"] for row in rows]))
+    texts = [row["completion"] for row in rows]
+    assert metrics["eval/distinct_2"] == distinct_n(texts, 2)
+    assert metrics["eval/self_bleu"] == pytest.approx(self_bleu(texts[:20]))
+    assert metrics["eval/reference/distinct_2"] == distinct_n([row["reference_completion"] for row in rows], 2)
+    assert "eval/reference/kl" not in metrics
+
+
+def test_logps_of_the_samples_are_those_of_the_models() -> None:
+    policy, reference = favouring(1.0), favouring(0.0)
+    rows = evaluate(policy, reference, n=10, batch_size=3).samples
+    ids = [prompt.ids for prompt in prompts(60)[:10] for _ in range(2)]
+    completions = [[int(word[1:]) for word in row["completion"].split()] for row in rows]
+    batch = sequences(list(zip(ids, completions, strict=True)))
+    for key, model in (("logp_policy", policy), ("logp_reference", reference)):
+        np.testing.assert_allclose([row[key] for row in rows], completion_logps(model, batch).detach(), rtol=1e-6)
+
+
+def test_kl_and_entropy_agree_with_enumeration() -> None:
+    """Four tokens, three positions: 64 sequences, so the sampled means have an exact counterpart."""
+    policy, reference = (
+        tiny_llama(seed, scale=0.15, vocab_size=4, eos_token_id=None, pad_token_id=None) for seed in (0, 1)
+    )
+    everything = every_completion([1], 4, 3)
+    with torch.no_grad():
+        log_p, log_q = completion_logps(policy, everything), completion_logps(reference, everything)
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "w20"  # no token of this vocabulary, so nothing ends early
+    settings = EvaluationSettings(
+        num_prompts=1,
+        samples_per_prompt=3000,
+        max_new_tokens=3,
+        temperature=1.0,
+        batch_size=3000,
+        confidence=0.95,
+        bootstrap_samples=10,
+        self_bleu_samples=2,
+        seed=0,
+        reward=None,
+    )
+    prompt = EvalPrompt("id", "test", (1,), "")
+    result = evaluate_policy(policy, reference, tokenizer, [prompt], settings, decode)
+    metrics = result.metrics
+    assert metrics["eval/length"] == 3
+    assert metrics["eval/entropy_sequence"] == pytest.approx(-(log_p.exp() * log_p).sum().item(), rel=0.01)
+    assert metrics["eval/entropy"] == pytest.approx(metrics["eval/entropy_sequence"] / 3)
+    assert metrics["eval/kl"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), rel=0.05)
+    assert metrics["eval/reference/entropy_sequence"] == pytest.approx(-(log_q.exp() * log_q).sum().item(), rel=0.01)
+    # entropy and kl agree with the plain estimates from the samples' own log-probs
+    logps = np.array([[row["logp_policy"], row["logp_reference"]] for row in result.samples])
+    assert -logps[:, 0].mean() == pytest.approx(metrics["eval/entropy_sequence"], rel=0.02)
+    assert (logps[:, 0] - logps[:, 1]).mean() == pytest.approx(metrics["eval/kl"], rel=0.1)
+
+
+def test_without_a_reward_there_is_no_win_rate() -> None:
+    result = evaluate(tiny_llama(), tiny_llama(), n=4, reward=None)
+    assert not [key for key in result.metrics if "reward" in key or "win_rate" in key]
+    assert not {"reward", "reference_reward", "verdict"} & set(result.samples[0])
+    assert all(math.isfinite(value) for value in result.metrics.values())
+
+
+def test_seeded_and_reports_progress() -> None:
+    first, again, other = (evaluate(favouring(1.0), favouring(0.0), n=5, seed=seed) for seed in (0, 0, 1))
+    assert first == again
+    assert [row["completion"] for row in first.samples] != [row["completion"] for row in other.samples]
+    done: list[int] = []
+    settings = EvaluationSettings(7, 1, 3, 1.0, 3, 0.95, 10, 5, 0, None)
+    model = tiny_llama()
+    evaluate_policy(model, model, tiny_tokenizer(), prompts(7), settings, decode, done.append)
+    assert sum(done) == 14 and max(done) == 3

@@ -1,0 +1,96 @@
+"""Imports run one way, and the command line starts without the heavy ones."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spo
+
+ROOT = Path(spo.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# Each part of the package may import from the layers below its own, and from itself.
+LAYERS = [
+    {"types"},
+    {"ops"},
+    {"losses", "regularizers", "schedules"},
+    {"data", "models", "sampling", "metrics"},
+    {"module"},
+    {"callbacks", "evaluation", "tracking", "reports"},
+    {"runtime"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+WITHIN_A_LAYER = {("models", "data")}  # the built-in model learns its tokenizer from the built-in stories
+HEAVY = ("torch", "lightning", "transformers", "wandb", "datasets", "hydra", "omegaconf", "numpy", "rich")
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(file: Path) -> set[str]:
+    """Modules that a file imports, at the top or inside functions; those for type checkers alone left out."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            module = str(node.module)
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "spo" else {module}
+    return found
+
+
+def test_every_part_has_a_layer() -> None:
+    assert {part_of(file) for file in FILES} - {"__init__"} == set(LEVEL)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_imports_go_down(file: Path) -> None:
+    part = part_of(file)
+    for module in imported(file):
+        if not module.startswith("spo."):
+            continue
+        other = module.split(".")[1]
+        if other == "__version__" or other == part or (part, other) in WITHIN_A_LAYER:
+            continue
+        assert LEVEL[other] < LEVEL[part], f"{part} imports {module}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_who_imports_what_from_outside(file: Path) -> None:
+    outside = {module.partition(".")[0] for module in imported(file)} - {"spo"} - set(sys.stdlib_module_names)
+    if part_of(file) in ("types", "ops", "losses", "regularizers", "schedules"):
+        assert outside <= {"torch"}
+    if part_of(file) != "tracking":
+        assert "wandb" not in outside
+
+
+def test_the_layers_have_no_circle() -> None:
+    edges = {
+        (part_of(file), module.split(".")[1])
+        for file in FILES
+        for module in imported(file)
+        if module.startswith("spo.") and module.split(".")[1] in LEVEL and module.split(".")[1] != part_of(file)
+    }
+    assert not {(a, b) for a, b in edges if (b, a) in edges}
+
+
+def test_the_command_line_starts_light() -> None:
+    code = "import sys, json, spo.cli; spo.cli.main(['--help']); print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    modules = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "spo.cli" in modules
+    assert not modules & set(HEAVY)

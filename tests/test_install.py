@@ -1,0 +1,207 @@
+"""The package as installed: what the wheel holds, that it runs from any folder, and that what it needs is declared."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.environments import (
+    CONSTRAINTS,
+    ROOT,
+    build_wheel,
+    copy_of_project,
+    environment_beside_this_one,
+    fresh_environment,
+    run,
+)
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+# A loss that knows nothing of this package, and its yaml.
+OWN_LOSS = """
+class MyLoss:
+    def __init__(self, margin):
+        self.margin = margin
+
+    def __call__(self, pair, *, alpha, beta):
+        chosen = pair.policy_chosen - pair.reference_chosen
+        rejected = pair.policy_rejected - pair.reference_rejected
+        return (self.margin - beta * (chosen - rejected)).clamp(min=0)
+"""
+OWN_METHOD = """
+name: mine
+title: My own loss
+paper: ""
+default_beta: 0.3
+loss:
+  _target_: mypkg.MyLoss
+  margin: 1.5
+"""
+
+
+# --- the wheel -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    return build_wheel(copy_of_project(folder / "project"), folder / "dist")
+
+
+def test_wheel_holds_what_a_run_needs_and_nothing_else(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {f"spo/{file.relative_to(ROOT / 'spo')}" for file in (ROOT / "spo").rglob("*.*") if file.suffix != ".pyc"}
+    wanted |= {f"spo/{file.relative_to(ROOT)}" for file in (ROOT / "conf").rglob("*.yaml")}
+    assert {"spo/conf/train.yaml", "spo/reports/page/report.html.j2"} < wanted
+    assert {name for name in names if ".dist-info/" not in name} == wanted
+    assert {name.rpartition("/")[2] for name in names - wanted} >= {"METADATA", "LICENSE", "entry_points.txt"}
+
+
+# --- installed -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["wheel", "editable"])
+def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The programs of an environment that has the package, and the folder that its code is to come from."""
+    folder = tmp_path_factory.mktemp(request.param)
+    project = copy_of_project(folder / "project")
+    built = build_wheel(project, folder / "dist", editable=request.param == "editable")
+    programs = environment_beside_this_one(folder / "environment", built)
+    return programs, project if request.param == "editable" else folder / "environment"
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    return folder
+
+
+def write_own_method(folder: Path) -> None:
+    (folder / "mypkg.py").write_text(OWN_LOSS)
+    (folder / "my_conf" / "method").mkdir(parents=True)
+    (folder / "my_conf" / "method" / "mine.yaml").write_text(OWN_METHOD)
+
+
+def test_runs_from_an_empty_folder(installed: tuple[Path, Path], empty: Path) -> None:
+    programs, home = installed
+    where = "import spo, spo.runtime.config as c; print(spo.__file__); print(c.conf_dir())"
+    for path in run(["python", "-c", where], empty, programs).split():
+        assert Path(path).is_relative_to(home.resolve())
+    assert "spo_weighted" in run(["spo", "--help"], empty, programs)
+    assert yaml.safe_load(run(["spo", "train", "--cfg", "job"], empty, programs))["method"]["name"] == "spo"
+    assert run(["spo", "--version"], empty, programs) == run(["python", "-m", "spo", "--version"], empty, programs)
+    assert list(empty.iterdir()) == []
+
+
+def test_finds_a_method_of_ones_own(installed: tuple[Path, Path], empty: Path) -> None:
+    programs, _ = installed
+    write_own_method(empty)
+    chosen = ["--config-dir", "my_conf", "method=mine"]
+    cfg = yaml.safe_load(run(["spo", "train", *chosen, "beta=0.2", "--cfg", "job"], empty, programs))
+    assert cfg["method"]["loss"] == {"_target_": "mypkg.MyLoss", "margin": 1.5}
+    assert "mine" in run(["spo", "train", "--help", *chosen[:2]], empty, programs)
+
+
+def test_a_loss_of_ones_own_trains(wheel: Path, tmp_path: Path, empty: Path, cache_dir: Path) -> None:
+    programs = environment_beside_this_one(tmp_path / "environment", wheel)
+    write_own_method(empty)
+    command = ["spo", "train", "--config-dir", "my_conf", "method=mine", "hydra.run.dir=mine", "+debug=tiny"]
+    run(command, empty, programs, SPO_CACHE_DIR=str(cache_dir))
+    history = [json.loads(line) for line in (empty / "mine" / "history.jsonl").read_text().splitlines()]
+    losses = [row["train/loss/preference"] for row in history if "train/loss/preference" in row]
+    # while policy and reference are one, every pair's loss is the margin
+    assert losses[0] == pytest.approx(1.5, abs=0.2) and losses[-1] != losses[0]
+    assert "eval/win_rate" in json.loads((empty / "mine" / "metrics.json").read_text())
+
+
+@pytest.mark.slow
+def test_wheel_with_its_dependencies(wheel: Path, tmp_path: Path, empty: Path) -> None:
+    programs = fresh_environment(tmp_path / "environment")
+    run(["python", "-m", "pip", "install", "-q", str(wheel), "-c", str(CONSTRAINTS)], empty, programs)
+    run(["python", "-m", "pip", "check"], empty, programs)
+    run(["spo", "train", "+debug=tiny", "hydra.run.dir=first"], empty, programs)
+    assert (empty / "first" / "report.html").stat().st_size > 10_000
+    assert (empty / "first" / "policy" / "model.safetensors").is_file()
+
+
+# --- what is declared ----------------------------------------------------------------------------------------------
+
+
+def names_of(requirements: Iterable[str]) -> set[str]:
+    return {canonicalize_name(Requirement(requirement).name) for requirement in requirements}
+
+
+def imported(folder: Path) -> set[str]:
+    """Distributions that the files of a folder import from."""
+    modules: set[str] = set()
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
+                modules.add(node.module.partition(".")[0])
+    outside = modules - set(sys.stdlib_module_names) - {"spo", "tests"}
+    known = packages_distributions()
+    return {canonicalize_name(known[module][0]) if module in known else module for module in outside}
+
+
+def test_what_is_imported_is_declared() -> None:
+    base = names_of(PROJECT["dependencies"])
+    assert imported(ROOT / "spo") <= base | names_of([*EXTRAS["peft"], *EXTRAS["deepspeed"], *EXTRAS["tensorboard"]])
+    assert imported(ROOT / "tests") <= base | names_of([*EXTRAS["test"], *EXTRAS["trl"], *EXTRAS["peft"]])
+
+
+def test_what_is_declared_is_used() -> None:
+    text = "\n".join(file.read_text() for file in (ROOT / "conf").rglob("*.yaml"))
+    targets = {match.partition(".")[0] for match in re.findall(r"_target_: (\S+)", text)}
+    assert names_of(PROJECT["dependencies"]) <= imported(ROOT / "spo") | targets
+
+
+def needed(requirements: Iterable[str], extras: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Names of everything that the requirements lead to in this environment."""
+    seen: set[tuple[str, frozenset[str]]] = set()
+    waiting = [(Requirement(text), extras) for text in requirements]
+    while waiting:
+        requirement, within = waiting.pop()
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in within | {""}):
+            continue
+        name = canonicalize_name(requirement.name)
+        key = (name, frozenset(requirement.extras))
+        if key in seen:
+            continue
+        seen.add(key)
+        yield name
+        try:
+            waiting += [(Requirement(text), key[1]) for text in requires(name) or []]
+        except PackageNotFoundError:
+            continue
+
+
+def test_constraints_pin_all_that_is_installed() -> None:
+    lines = [line for line in CONSTRAINTS.read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.!]*", line) for line in lines)
+    pinned = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in lines}
+    assert len(pinned) == len(lines)
+    assert pinned["torch"] == "2.13.0"
+    # torch itself names the exact versions of what it needs of an accelerator
+    accelerator = ("nvidia-", "cuda-", "triton")
+    wanted = set(needed(["spo[test,trl]"])) - {"spo"}
+    assert {name for name in wanted if not name.startswith(accelerator)} <= pinned.keys()
+    for text in [*PROJECT["dependencies"], *(one for extra in ("test", "trl", "peft") for one in EXTRAS[extra])]:
+        requirement = Requirement(text)
+        if requirement.name != "spo":
+            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), text
+    assert version("torch").partition("+")[0] == pinned["torch"]

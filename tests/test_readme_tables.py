@@ -1,0 +1,56 @@
+"""README's tables of methods and config groups are what conf/ says."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spo.runtime.config import conf_dir
+from spo.runtime.errors import UserError
+from spo.runtime.tables import groups_table, methods_table, rewrite
+from tests.environments import ROOT
+
+README = ROOT / "README.md"
+
+
+def test_readme_is_up_to_date(tmp_path: Path) -> None:
+    copy = Path(shutil.copy(README, tmp_path))
+    subprocess.run([sys.executable, "-m", "spo.runtime.tables", str(copy)], check=True, cwd=ROOT)
+    assert copy.read_text() == README.read_text(), "run: python -m spo.runtime.tables README.md"
+
+
+def test_every_method_and_member_has_its_place() -> None:
+    text = README.read_text()
+    for file in conf_dir().glob("method/*.yaml"):
+        assert f"| `{file.stem}` | {yaml.safe_load(file.read_text())['title']} |" in text
+    for group in conf_dir().iterdir():
+        assert group.is_file() or f"| `{group.name}` |" in text
+    assert "`common`" not in text
+
+
+def test_a_new_method_is_a_new_line(tmp_path: Path) -> None:
+    conf = Path(shutil.copytree(conf_dir(), tmp_path / "conf"))
+    (conf / "method" / "zz.yaml").write_text(
+        "defaults:\n  - override /regularizer@_global_.regularizer: local_kl\n"
+        "name: zz\ntitle: Mine\npaper: arXiv:1\ndefault_beta: 0.25\nloss:\n  _target_: spo.losses.SPOLoss\n"
+    )
+    before, after = methods_table(conf_dir()).splitlines(), methods_table(conf).splitlines()
+    link = "[arXiv:1](https://arxiv.org/abs/1)"
+    assert after == [*before, f"| `zz` | Mine | {link} | alpha, regularizer `local_kl` | 0.25 |"]
+    assert "`zz`" in next(line for line in groups_table(conf).splitlines() if line.startswith("| `method` |"))
+
+
+@pytest.mark.parametrize("before", ["", "an old one\n"])
+def test_tables_are_written_between_their_markers(before: str) -> None:
+    parts = {"methods": methods_table(conf_dir()), "groups": groups_table(conf_dir())}
+    marked = "x\n" + "".join(f"<!-- {name} -->\n{before}<!-- /{name} -->\ny\n" for name in parts)
+    once = rewrite(marked, conf_dir())
+    expected = "x\n" + "".join(f"<!-- {name} -->\n{table}\n<!-- /{name} -->\ny\n" for name, table in parts.items())
+    assert once == expected == rewrite(once, conf_dir())
+    with pytest.raises(UserError, match="<!-- groups --> and <!-- /groups -->"):
+        rewrite(marked.partition("<!-- groups")[0], conf_dir())

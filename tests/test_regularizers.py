@@ -1,0 +1,142 @@
+"""The KL regularizers: brute force by enumeration, and what they do to a policy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spo.ops import completion_logits, completion_logps
+from spo.regularizers import GlobalKL, LocalKL, NoRegularizer, Regularizer
+from spo.types import Sequences
+from tests.helpers import every_completion, frozen, random_rows, sequences, tiny_llama
+
+TOKENS, LENGTH = 3, 3
+
+
+def global_kl(**changes: Any) -> GlobalKL:
+    settings = {"weight": "beta", "refresh_every": 4, "num_samples": 8, "batch_size": 2, "max_new_tokens": 5}
+    return GlobalKL(**settings | changes)  # type: ignore[arg-type]
+
+
+def three_token_models() -> tuple[nn.Module, nn.Module, Sequences]:
+    """Policy, reference, and every sequence of three tokens over a vocabulary of three."""
+    policy, reference = (tiny_llama(seed, vocab_size=TOKENS, eos_token_id=None, pad_token_id=None) for seed in (0, 1))
+    return policy, frozen(reference), every_completion([1], TOKENS, LENGTH)
+
+
+def divergences(policy: nn.Module, reference: nn.Module, batch: Sequences) -> Tensor:
+    with torch.no_grad():
+        reference_logits = completion_logits(reference, batch)
+    return global_kl()(completion_logits(policy, batch), reference_logits, batch)
+
+
+def gradient(value: Tensor, model: nn.Module) -> Tensor:
+    parameters = list(model.parameters())
+    grads = torch.autograd.grad(value, parameters, allow_unused=True)
+    filled = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True))
+    return torch.cat([g.flatten() for g in filled])
+
+
+def test_expectation_over_all_sequences_is_the_exact_sequence_kl() -> None:
+    policy, reference, everything = three_token_models()
+    log_p, log_q = completion_logps(policy, everything), completion_logps(reference, everything)
+    probability = log_p.exp()
+    assert probability.sum().item() == pytest.approx(1, rel=1e-12)
+    exact = (probability * (log_p - log_q)).sum()
+    token_wise = divergences(policy, reference, everything)
+    assert exact > 0.5
+    torch.testing.assert_close((probability * token_wise).sum(), exact, rtol=1e-12, atol=0)
+    # a single sequence's value is not its log-ratio: the two agree in expectation only
+    assert (token_wise - (log_p - log_q)).abs().max() > 0.1
+
+
+def test_the_gradient_is_that_of_the_conditionals_with_the_prefixes_given() -> None:
+    """What the estimator leaves out of the exact gradient is the prefixes' own dependence on the policy."""
+    policy, reference, everything = three_token_models()
+    log_p = completion_logps(policy, everything)
+    exact = gradient((log_p.exp() * (log_p - completion_logps(reference, everything))).sum(), policy)
+    token_wise = divergences(policy, reference, everything)
+    weights = completion_logps(policy, everything).exp().detach()
+    ours = gradient((weights * token_wise).sum(), policy)
+    missing = gradient((completion_logps(policy, everything).exp() * token_wise.detach()).sum(), policy)
+    # Llama's norms work in float32 whatever the weights are
+    torch.testing.assert_close(ours + missing, exact, rtol=1e-5, atol=2e-6)
+    assert (ours - exact).norm() > 0.01 * exact.norm()
+
+
+def test_zero_value_and_gradient_where_policy_is_reference() -> None:
+    policy, reference = tiny_llama(3), frozen(tiny_llama(3))
+    values = divergences(policy, reference, sequences(random_rows(5, seed=0)))
+    assert values.tolist() == [0.0] * 5
+    assert gradient(values.sum(), policy).abs().max() < 1e-13
+
+
+def test_never_negative_and_without_gradient_to_the_reference() -> None:
+    batch = sequences(random_rows(20, seed=0))
+    policy, reference = tiny_llama(0), frozen(tiny_llama(1))
+    values = divergences(policy, reference, batch)
+    assert (values > 0).all() and values.shape == (20,)
+    values.sum().backward()
+    assert all(p.grad is not None for p in policy.parameters())
+    assert all(p.grad is None for p in reference.parameters())
+
+
+def test_local_and_global_are_the_same_function_of_other_sequences() -> None:
+    batch = sequences(random_rows(4, seed=0))
+    p, q = (completion_logits(tiny_llama(seed), batch).detach() for seed in (0, 1))
+    assert torch.equal(LocalKL("beta")(p, q, batch), global_kl()(p, q, batch))
+    assert (LocalKL.source, GlobalKL.source, NoRegularizer.source) == ("dataset", "policy", None)
+
+
+def test_a_large_weight_drives_a_tabular_policy_to_the_reference() -> None:
+    """A tabular policy over one token: minimises L_pref + beta KL; the optimum nears the reference as beta grows."""
+    reference = torch.tensor([[2.0, 0.0, -1.0, 0.5]], dtype=torch.float64).log_softmax(-1)
+    one = Sequences(torch.tensor([[1, 0]]), torch.tensor([1]), torch.tensor([2]))
+
+    def optimum(beta: float) -> Tensor:
+        logits = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([logits], max_iter=300, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            logps = logits.log_softmax(-1)
+            preference = -torch.nn.functional.logsigmoid(logps[0, 2] - logps[0, 0])
+            total = preference + beta * LocalKL(1.0)(logits, reference, one).sum()
+            total.backward()
+            return total
+
+        optimizer.step(closure)
+        return logits.detach().log_softmax(-1)
+
+    distances = [(optimum(beta).exp() - reference.exp()).abs().max().item() for beta in (0.1, 1.0, 10.0, 1e4)]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[0] > 0.1 and distances[-1] < 1e-4
+
+
+def test_weight_follows_beta_or_is_a_number() -> None:
+    assert LocalKL("beta").weight_at(0.3) == 0.3
+    assert LocalKL(2).weight_at(0.3) == 2.0
+    assert NoRegularizer().weight_at(0.3) == 0.0
+
+
+@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf, "alpha", None, True])
+def test_weights_that_are_refused(weight: Any) -> None:
+    for make in (lambda: LocalKL(weight), lambda: global_kl(weight=weight)):
+        with pytest.raises(ValueError, match=r"regularizer\.weight must be"):
+            make()
+
+
+@pytest.mark.parametrize("name", ["refresh_every", "num_samples", "batch_size", "max_new_tokens"])
+def test_counts_that_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"regularizer\.{name} must be at least 1, got 0"):
+        global_kl(**{name: 0})
+
+
+def test_a_step_cannot_use_more_samples_than_there_are() -> None:
+    with pytest.raises(ValueError, match=r"batch_size \(9\) exceeds regularizer\.num_samples \(8\)"):
+        global_kl(batch_size=9)
+    assert isinstance(global_kl(batch_size=8), Regularizer)

@@ -1,0 +1,287 @@
+"""Run directories: what makes two runs the same, used directories, resuming, provenance."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from spo.runtime.config import compose
+from spo.runtime.errors import ConfigProblems, UserError
+from spo.runtime.evaluate import _changed
+from spo.runtime.rundir import (
+    Status,
+    claim,
+    code_version,
+    command_line,
+    differences,
+    finish,
+    git_state,
+    identity,
+    load_config,
+    resolved,
+    resumed_config,
+)
+
+
+def config(run_dir: Path, *overrides: str) -> DictConfig:
+    return compose(overrides, run_dir=run_dir)
+
+
+def claimed(run_dir: Path, *overrides: str) -> Status:
+    with claim(run_dir, config(run_dir, *overrides)) as status:
+        return status
+
+
+# --- used directories ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_is_new_then_unfinished_then_finished(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert claimed(run_dir, "seed=3") is Status.NEW
+    assert OmegaConf.load(run_dir / "config.yaml").seed == 3
+    assert claimed(run_dir, "seed=3") is Status.UNFINISHED
+    finish(run_dir, {"eval/kl": 1.5})
+    assert json.loads((run_dir / "metrics.json").read_text()) == {"eval/kl": 1.5}
+    assert claimed(run_dir, "seed=3", "tags=[a]", "logger=csv") is Status.FINISHED
+
+
+def test_half_written_metrics_are_no_result(tmp_path: Path) -> None:
+    claimed(tmp_path)
+    (tmp_path / "metrics.json").write_text('{"eval/kl": 1.')
+    assert claimed(tmp_path) is Status.UNFINISHED
+
+
+def test_another_run_is_refused_and_every_difference_named(tmp_path: Path) -> None:
+    claimed(tmp_path, "seed=3")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(UserError) as caught:
+        claimed(tmp_path, "seed=4", "method=dpo", "alpha=0.5")
+    text = str(caught.value)
+    assert "seed: 3 there, 4 now" in text
+    assert 'method.name: "spo" there, "dpo" now' in text
+    assert "method.loss.label_smoothing: absent there, 0.0 now" in text
+    assert "alpha.value" in text and "rerun=true" in text
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_files_that_are_no_run_are_refused_but_hydras_log_is_none_of_them(tmp_path: Path) -> None:
+    (tmp_path / "spo.log").touch()
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"no run of spo \(thesis.tex\)"):
+        claimed(tmp_path)
+    (tmp_path / "thesis.tex").unlink()
+    assert claimed(tmp_path) is Status.NEW
+
+
+def test_rerun_moves_the_old_one_aside(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    claimed(run_dir, "seed=3")
+    assert claimed(run_dir, "seed=4", "rerun=true") is Status.NEW
+    assert claimed(run_dir, "seed=5", "rerun=true") is Status.NEW
+    seeds = {path.name: OmegaConf.load(path / "config.yaml").seed for path in tmp_path.iterdir()}
+    assert seeds == {"run": 5, "run.1": 3, "run.2": 4}
+
+
+def test_rerun_of_nothing_moves_nothing(tmp_path: Path) -> None:
+    assert claimed(tmp_path / "run", "rerun=true") is Status.NEW
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_two_processes_never_share_a_run_directory(tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    with claim(tmp_path, cfg), pytest.raises(UserError, match="another process is at work"), claim(tmp_path, cfg):
+        pass
+    assert claimed(tmp_path) is Status.UNFINISHED
+
+
+def test_further_ranks_only_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config(tmp_path)
+    with claim(tmp_path, cfg) as first:
+        before = sorted(file.name for file in tmp_path.iterdir())
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        with claim(tmp_path, cfg) as second:
+            assert first is second is Status.NEW
+        assert sorted(file.name for file in tmp_path.iterdir()) == before
+
+
+# --- identity ------------------------------------------------------------------------------------------------------
+
+
+def test_paths_loggers_and_tags_are_no_part_of_a_run(tmp_path: Path) -> None:
+    one = identity(config(tmp_path / "a", "paths.outputs=x", "logger=csv", "tags=[a]"))
+    other = identity(config(tmp_path / "b", "paths.cache=y", "logger=record", "rerun=true"))
+    assert one == other and differences(one, other) == []
+
+
+def test_the_bytes_of_data_and_weights_are_part_of_a_run(tmp_path: Path) -> None:
+    data, model = tmp_path / "pairs.jsonl", tmp_path / "model"
+    model.mkdir()
+    overrides = ["model=hf", f"model.path={model}", "data=jsonl", f"data.path={data}"]
+
+    def write(text: str, weights: bytes) -> dict[str, Any]:
+        data.write_text(text)
+        (model / "model.safetensors").write_bytes(weights)
+        return identity(config(tmp_path / "run", *overrides))
+
+    one = write("a", b"0")
+    assert write("a", b"0") == one
+    assert differences(one, write("b", b"0")) == ["the bytes of the data have changed"]
+    assert differences(one, write("a", b"1")) == ["the weights of the model have changed"]
+
+
+def test_the_code_is_part_of_a_run(tmp_path: Path) -> None:
+    one = identity(config(tmp_path))
+    assert one["code"] == code_version()
+    assert differences(one, {**one, "code": "0.0.0+0"}) == [f"the code of spo: {code_version()} there, 0.0.0+0 now"]
+
+
+# --- secrets -------------------------------------------------------------------------------------------------------
+
+
+def test_secrets_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_KEY", "hunter2")
+    cfg = config(
+        tmp_path,
+        "+logger.mine.api_key=${oc.env:MY_API_KEY}",
+        "+logger.mine.url='http://x/${oc.env:MY_API_KEY}'",
+        "+logger.mine.password=hunter2",
+        "+logger.mine.max_new_tokens=5",
+        "+logger.mine.eos_token=end",
+    )
+    with claim(tmp_path, cfg):
+        pass
+    assert not [file for file in tmp_path.iterdir() if b"hunter2" in file.read_bytes()]
+    written = OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml"), resolve=False)["logger"]["mine"]
+    assert written["api_key"] == "${oc.env:MY_API_KEY}" and written["password"] == "<redacted>"
+    assert written["max_new_tokens"] == 5 and written["eos_token"] == "end"
+    assert command_line(["/bin/spo", "train", "+a.token=x", "seed=1"]) == "spo train +a.token=<redacted> seed=1"
+
+
+def test_the_written_configuration_is_fully_resolved(tmp_path: Path) -> None:
+    claimed(tmp_path)
+    assert "${" not in (tmp_path / "config.yaml").read_text()
+    assert OmegaConf.load(tmp_path / "config.yaml").callbacks.checkpoint.dirpath == f"{tmp_path}/checkpoints"
+    assert resolved(config(tmp_path)) == OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml"))
+
+
+# --- provenance ----------------------------------------------------------------------------------------------------
+
+
+def test_provenance(tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("x")
+    cfg = config(tmp_path / "run", "seed=5", "data=jsonl", f"data.path={data}")
+    with claim(tmp_path / "run", cfg):
+        pass
+    provenance = json.loads((tmp_path / "run/provenance.json").read_text())
+    assert provenance["seeds"] == {"seed": 5, "data.seed": 0}
+    assert provenance["data"]["sha256"] == identity(cfg)["data"]
+    assert {"torch", "lightning", "transformers"} <= provenance["versions"].keys()
+    assert {"git_sha", "git_dirty", "command", "python", "code"} <= provenance.keys()
+
+
+def test_git_state(tmp_path: Path) -> None:
+    assert git_state(tmp_path) is None
+
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "a.py").write_text("1")
+    (tmp_path / ".gitignore").write_text("b.py\n")
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    sha = git("rev-parse", "HEAD")
+    assert git_state(tmp_path) == git_state(tmp_path, "a.py") == {"git_sha": sha, "git_dirty": False}
+    (tmp_path / "a.py").write_text("2")
+    (tmp_path / "b.py").write_text("an installed package inside a repository that ignores it")
+    assert git_state(tmp_path) == {"git_sha": sha, "git_dirty": True}
+    assert git_state(tmp_path, "b.py") is None
+
+
+# --- resuming ------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_may_change_its_steps_loggers_and_strategy(tmp_path: Path) -> None:
+    claimed(tmp_path, "trainer.max_steps=10", "seed=3")
+    cfg = resumed_config(tmp_path, ["trainer.max_steps=20", "logger=csv", "strategy=ddp"])
+    assert (cfg.seed, cfg.trainer.max_steps) == (3, 20)
+    assert list(cfg.logger) == ["csv"] and cfg.logger.csv.save_dir == str(tmp_path)
+    assert cfg.strategy.plugin["_target_"].endswith("DDPStrategy")
+    with claim(tmp_path, cfg) as status:
+        assert status is Status.UNFINISHED
+    with pytest.raises(UserError, match=r"trainer\.max_steps: 20 there, 10 now"):
+        claimed(tmp_path, "trainer.max_steps=10", "seed=3", "strategy=ddp")
+
+
+def test_a_resumed_run_may_change_nothing_else(tmp_path: Path) -> None:
+    claimed(tmp_path)
+    with pytest.raises(ConfigProblems) as caught:
+        resumed_config(tmp_path, ["seed=4", "method=dpo", "alpha=0.5", "trainer.max_steps=x", "logger.wandb.projekt=y"])
+    text = str(caught.value)
+    for part in ("seed=4: a resumed run keeps", "method=dpo: a", "alpha=constant: a", "max_steps=x: must"):
+        assert part in text
+    assert "logger.wandb.projekt=y: unknown key; logger.wandb has" in text
+    assert claimed(tmp_path) is Status.UNFINISHED
+
+
+def test_a_finished_run_goes_on_where_its_steps_have_grown(tmp_path: Path) -> None:
+    claimed(tmp_path, "trainer.max_steps=10")
+    finish(tmp_path, {"a": 1.0})
+    with claim(tmp_path, resumed_config(tmp_path, [])) as status:
+        assert status is Status.FINISHED
+    with pytest.raises(UserError, match="finished at 10 steps"):
+        resumed_config(tmp_path, ["trainer.max_steps=5"])
+    with claim(tmp_path, resumed_config(tmp_path, ["trainer.max_steps=20"])) as status:
+        assert status is Status.UNFINISHED
+    assert json.loads((tmp_path / "metrics.10.json").read_text()) == {"a": 1.0}
+
+
+def test_a_run_directory_may_be_moved(tmp_path: Path) -> None:
+    claimed(tmp_path / "old")
+    os.rename(tmp_path / "old", tmp_path / "new")
+    cfg = load_config(tmp_path / "new")
+    assert cfg.paths.run == str(tmp_path / "new")
+    assert cfg.callbacks.checkpoint.dirpath == f"{tmp_path}/new/checkpoints"
+    with claim(tmp_path / "new", cfg) as status:
+        assert status is Status.UNFINISHED
+
+
+def test_what_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        resumed_config(tmp_path / "nowhere", [])
+    with pytest.raises(UserError, match=r"has no composed\.yaml"):
+        resumed_config(tmp_path, [])
+
+
+def test_more_steps_reach_all_that_follows_from_them(tmp_path: Path) -> None:
+    claimed(tmp_path, "trainer.max_steps=10", "alpha=linear", "beta=cosine")
+    cfg = resumed_config(tmp_path, ["trainer.max_steps=20"])
+    assert (cfg.scheduler.num_training_steps, cfg.alpha.steps, cfg.beta.steps) == (20, 20, 20)
+    assert OmegaConf.load(tmp_path / "config.yaml").scheduler.num_training_steps == 20
+    with claim(tmp_path, cfg) as status:
+        assert status is Status.UNFINISHED
+
+
+def test_a_secret_typed_into_the_configuration_is_in_no_file(tmp_path: Path) -> None:
+    claimed(tmp_path, "+logger.wandb.api_key=hunter2")
+    assert all("hunter2" not in file.read_text() for file in tmp_path.iterdir())
+
+
+def test_an_evaluation_s_changes_reach_all_that_follows_from_them(tmp_path: Path) -> None:
+    claimed(tmp_path, "evaluation.num_prompts=3")
+    cfg = _changed(load_config(tmp_path), ["data.max_new_tokens=10", "data.seed=5"])
+    assert (cfg.evaluation.max_new_tokens, cfg.data.source.seed, cfg.evaluation.num_prompts) == (10, 5, 3)
+    other = _changed(load_config(tmp_path), ["data=jsonl", "data.path=x.jsonl"])
+    assert (other.data.source.path, other.evaluation.reward, other.evaluation.num_prompts) == ("x.jsonl", None, 3)
+    with pytest.raises(UserError, match=r"method=dpo"):
+        _changed(load_config(tmp_path), ["method=dpo"])

@@ -1,0 +1,283 @@
+"""Sampling: the model's own distribution, by position, without a trace in the global state."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from spo.ops import completion_logps
+from spo.sampling import SampleBuffer, derive_seed, sample
+from spo.types import Sequences
+from tests.helpers import BOS, EOS, PAD, VOCAB, every_completion, model_spec, save_model, sequences, tiny_llama
+
+PROMPTS = [[BOS, 5, 6], [BOS], [BOS, 7, 8, 9, 10]]
+
+
+def draw(model: nn.Module, prompts: Any = PROMPTS, **changes: Any) -> Sequences:
+    settings: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "temperature": 1.0,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "seed": 1,
+    }
+    return sample(model, prompts, **settings | changes)
+
+
+def completions(drawn: Sequences) -> list[list[int]]:
+    spans = zip(drawn.input_ids.tolist(), drawn.prompt_length.tolist(), drawn.length.tolist(), strict=True)
+    return [ids[start:end] for ids, start, end in spans]
+
+
+def test_the_same_seed_gives_the_same_samples_and_leaves_the_global_state_alone() -> None:
+    model = tiny_llama(scale=0.2)
+    state = torch.get_rng_state()
+    first = draw(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(7)
+    assert torch.equal(draw(model).input_ids, first.input_ids)
+    assert completions(draw(model, seed=2)) != completions(first)
+
+
+def test_prompts_are_kept_and_padding_is_on_the_right() -> None:
+    drawn = draw(tiny_llama(scale=0.2))
+    for prompt, ids, start, end in zip(PROMPTS, drawn.input_ids, drawn.prompt_length, drawn.length, strict=True):
+        assert ids[:start].tolist() == prompt
+        assert 1 <= end - start <= 6
+        assert (ids[end:] == PAD).all()
+
+
+def test_training_mode_is_restored_module_by_module_and_dropout_is_off() -> None:
+    model = tiny_llama(scale=0.2, dtype=torch.float32, attention_dropout=0.9, _attn_implementation="eager")
+    reference = completions(draw(model))
+    model.train()
+    model.model.norm.eval()  # type: ignore[union-attr, operator]
+    modes = [module.training for module in model.modules()]
+    assert completions(draw(model)) == reference
+    assert [module.training for module in model.modules()] == modes and not all(modes)
+
+
+def test_mode_is_restored_after_an_error() -> None:
+    model = tiny_llama().train()
+    with pytest.raises(IndexError):
+        draw(model, [[VOCAB + 3]])
+    assert all(module.training for module in model.modules())
+
+
+class Scripted(nn.Module):
+    """Stands for a model of which it is known what ``generate`` returns after the prompt."""
+
+    def __init__(self, *completions: list[int]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.completions = torch.tensor(completions)
+
+    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **settings: Any) -> torch.Tensor:
+        self.input_ids, self.attention_mask = input_ids, attention_mask
+        return torch.cat([input_ids, self.completions], dim=1)
+
+
+@pytest.mark.parametrize(("bos", "eos", "pad"), [(1, 2, 0), (1, 2, 2), (4, 4, 4)])
+def test_the_first_generated_eos_ends_a_completion_whatever_the_prompt_holds(bos: int, eos: int, pad: int) -> None:
+    model = Scripted([7, 8, eos, pad, pad], [eos, pad, pad, pad, pad], [7, 8, 9, 7, 8], [7, 8, 9, 7, eos])
+    prompts = [[bos, 5], [bos, eos, eos, 5], [bos], [bos, eos]]
+    drawn = draw(model, prompts, max_new_tokens=5, eos_token_id=eos, pad_token_id=pad)
+    assert completions(drawn) == [[7, 8, eos], [eos], [7, 8, 9, 7, 8], [7, 8, 9, 7, eos]]
+    assert drawn.length.tolist() == [5, 5, 6, 7]
+    # generate is given every prompt against its right edge, the padding masked by position
+    assert model.attention_mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1], [0, 0, 1, 1]]
+    assert [row[mask == 1].tolist() for row, mask in zip(model.input_ids, model.attention_mask, strict=True)] == prompts
+
+
+def test_bos_eos_and_pad_of_one_id_through_a_real_model() -> None:
+    model = tiny_llama(scale=0.2, bos_token_id=4, eos_token_id=4, pad_token_id=4)
+    drawn = draw(model, [[4, 4, 5], [4], [4, 6]] * 20, max_new_tokens=40, eos_token_id=4, pad_token_id=4)
+    ended = 0
+    for completion in completions(drawn):
+        assert 4 not in completion[:-1]
+        assert completion[-1] == 4 or len(completion) == 40
+        ended += completion[-1] == 4
+    assert ended > 10
+
+
+@pytest.mark.parametrize("positions", ["rotary", "absolute"])
+def test_greedy_equals_the_argmax_of_the_plain_model_and_hf_generate(positions: str) -> None:
+    if positions == "rotary":
+        model = tiny_llama(2)
+    else:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            config = GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5)
+            model = GPT2LMHeadModel(config).double().eval()
+    drawn = draw(model, temperature=0.0, max_new_tokens=8)
+    for prompt, completion in zip(PROMPTS, completions(drawn), strict=True):
+        ids = list(prompt)
+        for _ in range(8):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == EOS:
+                break
+        assert completion == ids[len(prompt) :]
+        generated = model.generate(  # type: ignore[operator]
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=8, eos_token_id=EOS, pad_token_id=PAD
+        )
+        assert completion == generated[0, len(prompt) :].tolist()
+
+
+def test_samples_follow_the_exact_distribution() -> None:
+    """Chi-square over all 64 completions of three tokens of a vocabulary of four, the prompt padded on the left."""
+    model = tiny_llama(scale=0.15, vocab_size=4, eos_token_id=None, pad_token_id=None, bos_token_id=None)
+    n, prompt = 4000, [1]
+    with torch.no_grad():
+        probability = completion_logps(model, every_completion(prompt, 4, 3)).exp()
+    drawn = draw(model, [prompt] * n + [[1, 2, 3, 0]], max_new_tokens=3, eos_token_id=99)
+    counts = Counter(map(tuple, completions(drawn)[:n]))
+    expected = dict(zip(itertools.product(range(4), repeat=3), (n * probability).tolist(), strict=True))
+    assert min(expected.values()) > 3
+    statistic = sum((counts[outcome] - mean) ** 2 / mean for outcome, mean in expected.items())
+    assert 35 < statistic < 100  # 63 degrees of freedom: 0.2% and 99.8%
+
+
+def test_temperature_sharpens() -> None:
+    model = tiny_llama(scale=0.3)
+    prompts = [[BOS]] * 200
+
+    def distinct(temperature: float) -> int:
+        return len(set(map(tuple, completions(draw(model, prompts, temperature=temperature, max_new_tokens=2)))))
+
+    assert distinct(0.0) == 1 < distinct(0.2) < distinct(1.0) < distinct(5.0)
+
+
+MEDDLING: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 0.01,
+    "top_k": 1,
+    "top_p": 0.1,
+    "min_p": 0.5,
+    "typical_p": 0.2,
+    "repetition_penalty": 50.0,
+    "no_repeat_ngram_size": 1,
+    "suppress_tokens": list(range(3, 20)),
+    "begin_suppress_tokens": [20],
+    "forced_eos_token_id": 21,
+    "exponential_decay_length_penalty": [1, 50.0],
+    "sequence_bias": [[[22], 50.0]],
+    "min_length": 40,
+    "bad_words_ids": [[22]],
+    "encoder_repetition_penalty": 9.0,
+    "max_length": 4,
+    "eos_token_id": [3, 4, 5, 6, 7, 8],
+}
+
+
+@pytest.mark.parametrize("key", [*MEDDLING, "all"])
+def test_the_folder_s_generation_config_has_no_effect(key: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", scale=0.2)
+    plain = model_spec().base(folder)
+    expected = completions(draw(plain, PROMPTS * 3))
+    settings = MEDDLING if key == "all" else {key: MEDDLING[key]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    meddled = model_spec().base(folder)
+    held = meddled.generation_config.to_dict()  # type: ignore[union-attr]
+    assert completions(draw(meddled, PROMPTS * 3)) == expected
+    assert meddled.generation_config.to_dict() == held  # type: ignore[union-attr]
+
+
+def test_seeds_differ_by_any_part() -> None:
+    seeds = {derive_seed("probe", 0, 0), derive_seed("probe", 0, 1), derive_seed("probe", 1, 0), derive_seed("x", 0, 0)}
+    assert len(seeds) == 4 and derive_seed("probe", 0, 0) in seeds
+    assert derive_seed("stage", 3) == 244320886372465  # a cache or a rerun relies on it never changing
+
+
+# --------------------------------------------------------------------------------------------------------- buffer
+
+
+def buffer(**changes: Any) -> SampleBuffer:
+    settings: dict[str, Any] = {
+        "refresh_every": 3,
+        "num_samples": 4,
+        "batch_size": 2,
+        "max_new_tokens": 5,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "seed": 0,
+    }
+    return SampleBuffer([[BOS, i] for i in range(3, 13)], **settings | changes)
+
+
+def test_buffer_is_stale_before_the_first_and_every_few_steps() -> None:
+    held, model = buffer(), tiny_llama(scale=0.2)
+    refreshed = []
+    for step in range(8):
+        if held.is_stale(step):
+            held.refresh(model, step)
+            refreshed.append(step)
+        assert held.age(step) == step % 3
+    assert refreshed == [0, 3, 6]
+
+
+def test_buffer_draws_distinct_prompts_and_walks_through_its_rows() -> None:
+    held = buffer()
+    held.refresh(tiny_llama(scale=0.2), 0)
+    assert held.samples is not None
+    prompts = held.samples.input_ids[:, 1].tolist()
+    assert len(set(prompts)) == 4
+    served = [held.rows(step).input_ids[:, 1].tolist() for step in range(3)]
+    assert served == [prompts[:2], prompts[2:], prompts[:2]]
+
+
+def test_buffer_larger_than_the_prompts_uses_them_again() -> None:
+    held = buffer(num_samples=25)
+    held.refresh(tiny_llama(scale=0.2), 0)
+    assert held.samples is not None
+    counts = Counter(held.samples.input_ids[:, 1].tolist())
+    assert len(counts) == 10 and set(counts.values()) == {2, 3}
+
+
+def test_buffer_depends_on_seed_step_and_rank_alone() -> None:
+    model = tiny_llama(scale=0.2)
+
+    def rows(step: int = 3, **changes: Any) -> list[list[int]]:
+        held = buffer(**changes)
+        held.refresh(model, step)
+        assert held.samples is not None
+        return held.samples.input_ids.tolist()
+
+    assert rows() == rows()
+    assert all(rows() != other for other in (rows(step=6), rows(seed=1), rows(rank=1, world_size=1)))
+    assert len(rows(world_size=2)) == 2
+
+
+def test_empty_buffer_cannot_serve() -> None:
+    with pytest.raises(RuntimeError, match="refresh"):
+        buffer().rows(0)
+
+
+def test_buffer_state_round_trip() -> None:
+    held, model = buffer(), tiny_llama(scale=0.2)
+    assert held.state_dict() == {}
+    held.refresh(model, 3)
+    other = buffer()
+    other.load_state_dict(held.state_dict())
+    assert not other.is_stale(5) and other.is_stale(6) and other.age(5) == 2
+    ours, theirs = held.rows(4), other.rows(4)
+    assert torch.equal(ours.input_ids, theirs.input_ids)
+    assert torch.equal(ours.completion_index, theirs.completion_index)  # type: ignore[arg-type]
+    empty = buffer()
+    empty.load_state_dict({})
+    assert empty.is_stale(0)
+
+
+def test_samples_score_as_any_other_sequences() -> None:
+    model = tiny_llama(scale=0.2)
+    drawn = draw(model)
+    again = sequences(list(zip(PROMPTS, completions(drawn), strict=True)))
+    torch.testing.assert_close(completion_logps(model, drawn), completion_logps(model, again))
