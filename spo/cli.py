@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spo.runtime.groups import MAIN, conf_dir, group_members
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -62,31 +64,22 @@ def _help(name: str | None, arguments: Sequence[str]) -> str:
 
 
 def _groups_help(arguments: Sequence[str]) -> list[str]:
-    groups = _group_members(_config_folders(arguments))
+    groups = group_members(_config_folders(arguments))
     width = max(map(len, groups), default=0)
     lines = ["config groups, chosen as GROUP=MEMBER (debug: +debug=MEMBER); any key as GROUP.KEY=VALUE:"]
     for group, members in groups.items():
         lines += textwrap.wrap(
-            ", ".join(members), 100, initial_indent=f"  {group:{width}}  ", subsequent_indent=" " * (width + 4)
+            ", ".join(member for member in members if member != "common"),
+            100,
+            initial_indent=f"  {group:{width}}  ",
+            subsequent_indent=" " * (width + 4),
         )
     return [*lines, ""]
 
 
 def _config_folders(arguments: Sequence[str]) -> list[Path]:
-    # spo.runtime.config.conf_dir would import Hydra
-    package = Path(__file__).resolve().parent
-    folders = [next((f for f in (package / "conf", package.parent / "conf") if f.is_dir()), package / "conf")]
     config_dir = _option(arguments, "--config-dir", "-cd")
-    return [*folders, Path(config_dir)] if config_dir is not None else folders
-
-
-def _group_members(folders: Sequence[Path]) -> dict[str, list[str]]:
-    groups: dict[str, set[str]] = {}
-    for folder in folders:
-        for file in folder.glob("*/*.yaml"):
-            if file.stem != "common":
-                groups.setdefault(file.parent.name, set()).add(file.stem)
-    return {group: sorted(members) for group, members in sorted(groups.items())}
+    return [conf_dir(), *([Path(config_dir)] if config_dir is not None else [])]
 
 
 def _option(arguments: Sequence[str], *names: str) -> str | None:
@@ -114,13 +107,19 @@ def _train(arguments: list[str]) -> int:
         return _run_hydra(arguments, multirun=False)
 
     from spo.runtime.checks import plan, warnings
+    from spo.runtime.config import job_name
     from spo.runtime.rundir import is_first_process
+    from spo.runtime.unread import unread
 
     runs = flags.cfg is None
     planned = plan(flags.overrides, multirun=flags.multirun, config_dir=flags.config_dir, complete=runs)
     if planned.multirun and runs and is_first_process():
         for warning in dict.fromkeys(text for job in planned.jobs for text in warnings(job.cfg)):
             print(f"note: {warning}", file=sys.stderr)
+        names = {job_name(job.overrides, unread(job.cfg)) for job in planned.jobs}
+        if len(names) < len(planned.jobs):
+            words = f"{len(planned.jobs)} jobs are {len(names)} different runs"
+            print(f"note: {words}: what a job does not read is no part of it", file=sys.stderr)
     return _run_hydra([*hydra_flags, *planned.overrides], multirun=planned.multirun)
 
 
@@ -139,7 +138,7 @@ def _run_hydra(arguments: Sequence[str], multirun: bool) -> int:
     """Hands a command line to Hydra, which composes each run and calls the task with it."""
     import hydra
 
-    from spo.runtime.config import MAIN, VERSION_BASE, conf_dir, register_resolvers
+    from spo.runtime.config import VERSION_BASE, register_resolvers
 
     register_resolvers()
     original = list(sys.argv)
@@ -264,6 +263,18 @@ def _inspect(arguments: list[str]) -> int:
     return 0
 
 
+def _verify(arguments: list[str]) -> int:
+    parser = _Parser(COMMANDS["verify"].usage)
+    parser.add_argument("methods", nargs="*")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--config-dir", "-cd", metavar="DIR")
+    given = parser.parse_intermixed_args(arguments)
+    from spo.runtime.verify import verify_command
+
+    return 0 if verify_command(given.methods, given.full, given.config_dir, given.json) else 1
+
+
 class _Parser(argparse.ArgumentParser):
     def __init__(self, usage: str) -> None:
         super().__init__(prog="spo", usage=usage, add_help=False, allow_abbrev=False)
@@ -324,6 +335,22 @@ COMMANDS = {
         ["spo inspect data=jsonl data.path=PAIRS.jsonl model=hf model.path=MODEL"],
         _inspect,
         groups=True,
+    ),
+    "verify": Command(
+        "train every method to the optimum its paper proves",
+        "spo verify [METHOD ...] [--full] [--json FILE] [--config-dir DIR]",
+        """
+        Trains every method of the config group on a language small enough to enumerate, as a table of logits and as a
+        transformer, and compares the policy with the optimum of what it minimises: in closed form where the method
+        states one, solved numerically elsewhere. Ends with status 1 where one of them misses it.
+
+        METHOD ...        these alone; all of them where none is given
+        --full            the whole grid of alpha and beta instead of two settings per method
+        --json FILE       writes the rows of the table
+        --config-dir DIR  a folder with methods of your own (DIR/method/NAME.yaml); they are verified too
+        """,
+        ["spo verify", "spo verify --config-dir my_conf --json verified.json"],
+        _verify,
     ),
 }
 

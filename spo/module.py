@@ -20,14 +20,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from spo.losses import PreferenceLoss
+from spo.losses import Loss
 from spo.metrics import SumsAndCounts
 from spo.models.reference import Reference
 from spo.ops import completion_logits, completion_targets, sum_per_sequence, token_entropy, token_kl, token_logps
-from spo.regularizers import Regularizer
+from spo.regularizers import EnumeratedKL, Regularizer
 from spo.sampling import SampleBuffer, derive_seed, eval_mode, sample
-from spo.schedules import Schedule
-from spo.types import PairLogps, PreferenceBatch, Sequences, Window
+from spo.schedules import Controller, Schedule
+from spo.types import ListLogps, PairLogps, PreferenceBatch, Sequences, Window
 
 log = logging.getLogger(__name__)
 PAIR_METRICS = (
@@ -44,7 +44,7 @@ STEP_METRICS = ("loss", "grad_norm", "alpha", "beta", "lr", "buffer/age", "buffe
 SCALE = "alpha * |margin|"
 USUAL_SCALE = (0.05, 20.0)
 """alpha multiplies a sum over tokens: far outside, the loss is linear in the margin or a hinge, whatever alpha is."""
-TIME_METRICS = ("sampling_s", "step_s")
+TIME_METRICS = ("sampling_s", "step_s", "probe_s")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,14 @@ class Prompts:
     pad_token_id: int
 
 
+@dataclass(frozen=True)
+class Enumeration:
+    """Every response to each of ``num_prompts`` prompts, all responses of the first prompt first."""
+
+    sequences: Sequences
+    num_prompts: int
+
+
 class AlignmentModule(LightningModule):
     """Trains a policy on preferences with any loss, regularizer and reference.
 
@@ -92,12 +100,13 @@ class AlignmentModule(LightningModule):
         micro_batch_size: pairs per forward, also used to cut the regularizer's sequences; ``None`` for all at once.
         log_every_n_steps: optimiser steps per row of the record.
         seed: of the run.
+        enumeration: every response to every prompt, grouped by prompt, where the data set can be enumerated.
     """
 
     def __init__(
         self,
         policy: nn.Module,
-        loss: PreferenceLoss,
+        loss: Loss[Any],
         regularizer: Regularizer,
         reference: Reference,
         *,
@@ -111,6 +120,7 @@ class AlignmentModule(LightningModule):
         micro_batch_size: int | None,
         log_every_n_steps: int,
         seed: int,
+        enumeration: Enumeration | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -123,10 +133,18 @@ class AlignmentModule(LightningModule):
         self.prompts, self.probe = prompts, probe
         self.clip_norm, self.micro_batch_size = clip_norm, micro_batch_size
         self.log_every_n_steps, self.seed = log_every_n_steps, seed
+        self.enumeration = enumeration
         self.buffer: SampleBuffer | None = None
         self._resumed_buffer: dict[str, Any] = {}
         self._resumed_rng_state: Tensor | None = None
-        self.train_metrics = SumsAndCounts(PAIR_METRICS + STEP_METRICS + TIME_METRICS)
+        reads = {"alpha": loss.uses_alpha, "beta": self.reads_beta}
+        self.controllers = {
+            name: schedule
+            for name, schedule in (("alpha", alpha), ("beta", beta))
+            if reads[name] and isinstance(schedule, Controller)
+        }
+        controlled = [f"{name}/{key}" for name, c in self.controllers.items() for key in (c.watches, "at_bound")]
+        self.train_metrics = SumsAndCounts((*PAIR_METRICS, *STEP_METRICS, *controlled, *TIME_METRICS))
         self.val_metrics = SumsAndCounts((*PAIR_METRICS, SCALE))
         # an adapter's checkpoint holds the adapter, not the frozen weights it sits on
         self.strict_loading = all(parameter.requires_grad for parameter in policy.parameters())
@@ -147,11 +165,12 @@ class AlignmentModule(LightningModule):
         logits = completion_logits(model, sequences)
         return sum_per_sequence(token_logps(logits, completion_targets(sequences)), sequences), logits
 
-    def score(self, batch: PreferenceBatch) -> tuple[PairLogps, Tensor | None]:
+    def score(self, batch: PreferenceBatch) -> tuple[PairLogps | ListLogps, Tensor | None]:
         """What the loss sees of a batch, and the regularizer's divergence where it is taken on the batch's responses.
 
         Returns:
-            The pair log-probs, and ``(N,)`` divergences or ``None``.
+            The log-probs of the pairs (or lists, if the loss reads them), and the ``(B,)`` mean divergences of their
+            responses or ``None``.
         """
         sequences = batch.sequences
         policy_logps, policy_logits = self.forward_logps(self.policy, sequences)
@@ -161,23 +180,15 @@ class AlignmentModule(LightningModule):
             with self.reference.active(self.policy) as reference:
                 reference_logps, reference_logits = self.forward_logps(reference, sequences)
             if on_dataset:
-                divergence = self.regularizer(policy_logits, reference_logits, sequences)
-        return batch.pair_logps(policy_logps, reference_logps), divergence
+                divergence = batch.mean_per_pair(self.regularizer(policy_logits, reference_logits, sequences))
+        seen = batch.list_logps if self.loss.uses_lists else batch.pair_logps
+        return seen(policy_logps, reference_logps), divergence
 
-    def preference_terms(self, pair: PairLogps, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each pair, ``(B,)``, and the metrics that follow from the pair's log-probs."""
+    def preference_terms(self, logps: PairLogps | ListLogps, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each pair or list, ``(B,)``, and the metrics that follow from its log-probs."""
         alpha, beta = self.alpha(step), self.beta(step)
-        losses = self.loss(pair, alpha=alpha, beta=beta)
-        chosen, rejected = self.loss.rewards(pair, alpha=alpha, beta=beta)
-        metrics = {"loss/preference": losses, "rewards/chosen": chosen, "logps/chosen": pair.policy_chosen}
-        if rejected is not None and pair.policy_rejected is not None:
-            metrics |= {
-                "rewards/rejected": rejected,
-                "rewards/margins": chosen - rejected,
-                "rewards/accuracies": (chosen > rejected).float(),
-                "logps/rejected": pair.policy_rejected,
-            }
-        return losses, metrics
+        losses = self.loss(logps, alpha=alpha, beta=beta)
+        return losses, {"loss/preference": losses, **self.loss.metrics(logps, alpha=alpha, beta=beta)}
 
     # --- the step ----------------------------------------------------------------------------------------------
 
@@ -215,19 +226,20 @@ class AlignmentModule(LightningModule):
         scale = self.trainer.world_size / window.num_pairs
 
         def term(batch: PreferenceBatch) -> Tensor:
-            pair, divergence = self.score(batch)
-            losses, metrics = self.preference_terms(pair, step)
+            logps, divergence = self.score(batch)
+            losses, metrics = self.preference_terms(logps, step)
             total = losses.sum()
             if divergence is not None:
                 metrics["loss/regularizer"] = divergence
-                share = len(batch) / len(divergence)  # a pair's divergence is the mean over its responses
-                total = total + self.regularizer.weight_at(self.beta(step)) * divergence.sum() * share
+                total = total + self.regularizer.weight_at(self.beta(step)) * divergence.sum()
             self.train_metrics.update(metrics)
             return total * scale
 
         return (partial(term, batch) for batch in window)
 
     def _sample_terms(self, step: int) -> Iterator[Callable[[], Tensor]]:
+        if self.regularizer.source == "enumeration":
+            return iter([partial(self._enumerated_term, step)])
         if self.regularizer.source != "policy":
             return iter(())
         buffer = self._filled_buffer(step)
@@ -247,6 +259,21 @@ class AlignmentModule(LightningModule):
 
         size = len(rows) if self.micro_batch_size is None else 2 * self.micro_batch_size
         return (partial(term, rows.rows(slice(first, first + size))) for first in range(0, len(rows), size))
+
+    def _enumerated_term(self, step: int) -> Tensor:
+        divergence = self.enumerated_divergence()
+        self.train_metrics.update({"loss/regularizer": divergence})
+        return self.regularizer.weight_at(self.beta(step)) * divergence.mean()
+
+    def enumerated_divergence(self) -> Tensor:
+        """``(P,)`` the regularizer's divergence for each enumerated prompt, with gradient."""
+        assert isinstance(self.regularizer, EnumeratedKL) and self.enumeration is not None
+        sequences = self.enumeration.sequences.to(self.device)
+        policy_logps, _ = self.forward_logps(self.policy, sequences)
+        with self.reference.active(self.policy) as reference:
+            reference_logps, _ = self.forward_logps(reference, sequences)
+        shape = (self.enumeration.num_prompts, -1)
+        return self.regularizer.exact(policy_logps.view(shape), reference_logps.view(shape))
 
     def _filled_buffer(self, step: int) -> SampleBuffer:
         assert self.buffer is not None
@@ -274,7 +301,7 @@ class AlignmentModule(LightningModule):
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed_value)).tolist()
         samples = sample(
             self.policy,
-            [prompts[i] for i in order[: self.probe.num_prompts]],
+            [prompts[order[i % len(order)]] for i in range(self.probe.num_prompts)],
             max_new_tokens=self.probe.max_new_tokens,
             temperature=1.0,
             eos_token_id=self.prompts.eos_token_id,
@@ -305,17 +332,50 @@ class AlignmentModule(LightningModule):
         self.train_metrics.update(values)
 
     def on_train_batch_end(self, outputs: Any, batch: Window, batch_idx: int) -> None:
-        """Writes one row of the record every ``log_every_n_steps``."""
+        """Lets the controllers that are due see the policy; writes a row of the record every ``log_every_n_steps``."""
         step = self.global_step
-        if step % self.log_every_n_steps and step != self.trainer.max_steps:
+        due = {name: controller for name, controller in self.controllers.items() if step % controller.every == 0}
+        if not (due or self.is_log_step):
+            return
+        started = perf_counter()
+        watched = self.watch(self.prompts.train, "train", step)
+        self.train_metrics.update({"probe_s": perf_counter() - started})
+        for name, controller in due.items():
+            self._adjust(name, controller, watched[controller.watches])
+        if not self.is_log_step:
             return
         means = self.train_metrics.compute()
         self.train_metrics.reset()
         row = {f"time/{key}" if key in TIME_METRICS else f"train/{key}": value for key, value in means.items()}
-        started = perf_counter()
-        row |= {f"train/{key}": value for key, value in self.watch(self.prompts.train, "train", step).items()}
-        row["time/probe_s"] = perf_counter() - started
-        self._log(row)
+        self._log(row | {f"train/{key}": value for key, value in watched.items()})
+
+    def _adjust(self, name: str, controller: Controller, measured: float) -> None:
+        was_saturated = controller.saturated
+        controller.observe(measured)
+        self.train_metrics.update(
+            {f"{name}/{controller.watches}": measured, f"{name}/at_bound": float(controller.saturated)}
+        )
+        if controller.saturated and not was_saturated:
+            self._warn_of_bound(name, controller, measured)
+
+    @rank_zero_only
+    def _warn_of_bound(self, name: str, controller: Controller, measured: float) -> None:
+        log.warning(
+            "%s stands at its bound %s.%s=%g from step %d on: %s is %.4g there, and its target is %g",
+            name,
+            name,
+            "min" if controller.value == controller.min else "max",
+            controller.value,
+            self.global_step,
+            controller.watches,
+            measured,
+            controller.target,
+        )
+
+    @property
+    def is_log_step(self) -> bool:
+        """Whether the step just done is followed by a row of the record."""
+        return self.global_step % self.log_every_n_steps == 0 or self.global_step == self.trainer.max_steps
 
     def _log(self, row: dict[str, float]) -> None:
         for logger in self.loggers:
@@ -330,8 +390,8 @@ class AlignmentModule(LightningModule):
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Adds one batch of the selection split."""
-        pair, divergence = self.score(batch)
-        _, metrics = self.preference_terms(pair, self.global_step)
+        logps, divergence = self.score(batch)
+        _, metrics = self.preference_terms(logps, self.global_step)
         if divergence is not None:
             metrics["loss/regularizer"] = divergence
         if self.loss.uses_alpha and "rewards/margins" in metrics:
@@ -345,6 +405,9 @@ class AlignmentModule(LightningModule):
         means |= self.watch(self.prompts.selection, "val")
         if self.regularizer.source == "policy" and "kl" in means:
             means["loss/regularizer"] = means["kl"]
+        if self.regularizer.source == "enumeration":
+            with torch.no_grad():
+                means["loss/regularizer"] = float(self.enumerated_divergence().mean())
         weight = self.regularizer.weight_at(self.beta(self.global_step))
         means["loss"] = means["loss/preference"] + weight * means.get("loss/regularizer", 0.0)
         self._log({f"val/{key}": value for key, value in means.items()})
@@ -410,9 +473,10 @@ class AlignmentModule(LightningModule):
             self._resumed_rng_state = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what an exact resume needs beyond Lightning's own: buffer and random state; drops frozen weights."""
+        """Keeps what an exact resume needs beyond Lightning's own, such as the random state; drops frozen weights."""
         checkpoint["sample_buffer"] = {} if self.buffer is None else self.buffer.state_dict()
         checkpoint["torch_rng_state"] = torch.get_rng_state()
+        checkpoint["controllers"] = {name: c.state_dict() for name, c in self.controllers.items()}
         if not self.strict_loading:
             frozen = {f"policy.{name}" for name, p in self.policy.named_parameters() if not p.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
@@ -421,3 +485,5 @@ class AlignmentModule(LightningModule):
         """Takes up what :meth:`on_save_checkpoint` kept."""
         self._resumed_buffer = checkpoint["sample_buffer"]
         self._resumed_rng_state = checkpoint["torch_rng_state"]
+        for name, controller in self.controllers.items():
+            controller.load_state_dict(checkpoint["controllers"][name])

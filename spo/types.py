@@ -1,7 +1,7 @@
 """The shared vocabulary: what flows between data, models, losses and metrics, with shapes.
 
-Symbols used in every shape comment: ``B`` pairs, ``N`` sequences (``2B`` when a batch holds both completions of
-each pair), ``T`` padded tokens, ``M`` completion tokens of a batch laid end to end, ``V`` vocabulary.
+Symbols used in every shape comment: ``B`` pairs or lists, ``n`` completions of the longest list (2 for pairs), ``N``
+sequences, ``T`` padded tokens, ``M`` completion tokens of a batch laid end to end, ``V`` vocabulary.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class ListLogps(_Movable):
         order: ``(B, n)`` indices into the completions, best first.
         reference: ``(B, n)`` log pi_ref(y_i|x), or ``None``.
         weight: ``(B,)`` weight of each list; ``None`` means 1.
+        preference: ``(B,)`` probability that ``order`` holds, the reverse order holding otherwise; ``None`` means 1.
+            For a list of two it is the soft label of a pair.
     """
 
     policy: Tensor
@@ -68,6 +70,20 @@ class ListLogps(_Movable):
     order: Tensor
     reference: Tensor | None = None
     weight: Tensor | None = None
+    preference: Tensor | None = None
+
+    def best_first(self) -> ListLogps:
+        """The same lists with the completions in their order: the best is the first, missing ones are last and 0."""
+        exists = self.mask.gather(-1, self.order)
+        order = self.order.gather(-1, exists.long().argsort(dim=-1, descending=True, stable=True))
+        mask = self.mask.gather(-1, order)
+
+        def arranged(logps: Tensor) -> Tensor:
+            return logps.gather(-1, order).masked_fill(~mask, 0)
+
+        positions = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+        reference = None if self.reference is None else arranged(self.reference)
+        return replace(self, policy=arranged(self.policy), mask=mask, order=positions, reference=reference)
 
 
 @dataclass(frozen=True)
@@ -123,15 +139,16 @@ class Sequences(_Movable):
 
 @dataclass(frozen=True)
 class PreferenceBatch(_Movable):
-    """``B`` preference pairs as tokens.
+    """``B`` preference pairs or ranked lists as tokens, each distinct sequence once.
 
     Attributes:
-        sequences: ``2B`` sequences, the ``B`` chosen ones first; only the ``B`` chosen ones where a method needs
-            completions alone.
+        sequences: the ``N`` distinct sequences of the batch.
         index: ``(B,)`` position of each pair in its split, so that a metric can tell duplicates.
         preference: ``(B,)`` probability that chosen is better, or ``None`` for 1.
         weight: ``(B,)`` pair weights, or ``None`` for 1.
-        reference_logps: ``(2B,)`` precomputed summed reference log-probs in the order of ``sequences``, or ``None``.
+        reference_logps: ``(N,)`` precomputed summed reference log-probs in the order of ``sequences``, or ``None``.
+        completions: ``(n, B)`` which of ``sequences`` each completion is, best first, -1 where a list has fewer than
+            ``n``; ``None`` where all ``n * B`` are there, the ``B`` best ones first.
     """
 
     sequences: Sequences
@@ -139,23 +156,54 @@ class PreferenceBatch(_Movable):
     preference: Tensor | None = None
     weight: Tensor | None = None
     reference_logps: Tensor | None = None
+    completions: Tensor | None = None
 
     def __len__(self) -> int:
         return self.index.shape[0]
 
+    def _places(self) -> Tensor:
+        if self.completions is not None:
+            return self.completions
+        return torch.arange(len(self.sequences), device=self.index.device).view(-1, len(self))
+
+    def mask(self) -> Tensor:
+        """``(n, B)`` true where a completion exists."""
+        return self._places() >= 0
+
+    def per_completion(self, values: Tensor) -> Tensor:
+        """``(N,)`` values of ``sequences`` as ``(n, B)``, the best completions first; 0 where there is none."""
+        return values[self._places().clamp(min=0)].masked_fill(~self.mask(), 0)
+
+    def mean_per_pair(self, values: Tensor) -> Tensor:
+        """``(N,)`` values of ``sequences`` as ``(B,)``: the mean over the completions of each pair or list."""
+        return self.per_completion(values).sum(0) / self.mask().sum(0)
+
     def pair_logps(self, policy_logps: Tensor, reference_logps: Tensor | None) -> PairLogps:
-        """What a loss sees, from the ``(2B,)`` summed log-probs of ``sequences`` under policy and reference."""
-        pairs, length = len(self), self.sequences.completion_length
-        paired = len(self.sequences) == 2 * pairs
-        return PairLogps(
-            policy_chosen=policy_logps[:pairs],
-            policy_rejected=policy_logps[pairs:] if paired else None,
-            reference_chosen=None if reference_logps is None else reference_logps[:pairs],
-            reference_rejected=reference_logps[pairs:] if paired and reference_logps is not None else None,
-            chosen_length=length[:pairs],
-            rejected_length=length[pairs:] if paired else None,
-            preference=self.preference,
+        """What a loss sees, from the ``(N,)`` summed log-probs of ``sequences`` under policy and reference.
+
+        Of a longer list the pair is its best completion and the next one.
+        """
+
+        def sides(values: Tensor | None) -> tuple[Any, Any]:
+            if values is None:
+                return None, None
+            chosen, *others = self.per_completion(values)
+            return chosen, others[0] if others else None
+
+        policy, reference = sides(policy_logps), sides(reference_logps)
+        length = sides(self.sequences.completion_length)
+        return PairLogps(*policy, *reference, *length, self.preference, self.weight)
+
+    def list_logps(self, policy_logps: Tensor, reference_logps: Tensor | None) -> ListLogps:
+        """As :meth:`pair_logps`, for a loss that sees whole lists; a pair is a list of two."""
+        policy, mask = self.per_completion(policy_logps).T, self.mask().T
+        return ListLogps(
+            policy=policy,
+            mask=mask,
+            order=torch.arange(mask.shape[1], device=mask.device).expand_as(mask),
+            reference=None if reference_logps is None else self.per_completion(reference_logps).T,
             weight=self.weight,
+            preference=self.preference,
         )
 
 

@@ -52,6 +52,25 @@ def write_alpaca_like(path: Path, prompts: int, seed: int) -> Path:
     return _write(path, rows)
 
 
+def write_ranked_like(path: Path, prompts: int, seed: int) -> Path:
+    """Lists of nine responses as jsonl.gz with ``prompt``, ``responses`` and ``scores``, best first.
+
+    As in the published file a few responses are empty or repeated, and a few scores are equal.
+    """
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(prompts):
+        responses = [_text(rng, _length(rng, _ALPACA["chosen"])) for _ in range(9)]
+        scores = sorted(rng.random(9).round(2).tolist(), reverse=True)
+        odd = rng.random()
+        if odd < 0.06:
+            responses[7] = "" if odd < 0.03 else responses[2]
+        rows.append(
+            {"prompt": _text(rng, _length(rng, _ALPACA["prompt"])) + "?", "responses": responses, "scores": scores}
+        )
+    return _write(path, rows)
+
+
 def write_hh_like(path: Path, pairs: int, seed: int) -> Path:
     """Transcripts of one to eight turns as jsonl.gz with ``chosen`` and ``rejected`` only."""
     rng = np.random.default_rng(seed)

@@ -21,7 +21,7 @@ from spo.losses import PreferenceLoss, SPOLoss
 from spo.models import ModelSpec, NoReference, Reference
 from spo.module import AlignmentModule, ProbeSettings, Prompts
 from spo.regularizers import NoRegularizer, Regularizer
-from spo.schedules import Constant
+from spo.schedules import Constant, Schedule
 from spo.types import Sequences
 
 VOCAB, BOS, EOS, PAD = 23, 1, 2, 0
@@ -160,8 +160,8 @@ def make_module(
     reference: Reference | None = None,
     reference_model: nn.Module | None = None,
     prompts: Sequence[Sequence[int]] = ((BOS, 5), (BOS, 6, 7), (BOS, 8)),
-    alpha: float = 0.2,
-    beta: float = 0.1,
+    alpha: float | Schedule = 0.2,
+    beta: float | Schedule = 0.1,
     lr: float = 0.01,
     optimizer: Any = torch.optim.SGD,
     probe: ProbeSettings | None = None,
@@ -178,8 +178,8 @@ def make_module(
         loss or SPOLoss(),
         regularizer or NoRegularizer(),
         reference,
-        alpha=Constant(alpha),
-        beta=Constant(beta),
+        alpha=alpha if isinstance(alpha, Schedule) else Constant(alpha),
+        beta=beta if isinstance(beta, Schedule) else Constant(beta),
         optimizer=partial(optimizer, lr=lr),
         scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
         prompts=Prompts(list(prompts), list(prompts), eos_token_id, PAD),

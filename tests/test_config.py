@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from spo.runtime.checks import Plan, ensure, group_members, locate, plan, problems, warnings
-from spo.runtime.config import LONGEST, compose, composer, conf_dir, job_name, multiply, sugar
+from spo.runtime.checks import Plan, ensure, locate, plan, problems, warnings
+from spo.runtime.config import LONGEST, compose, composer, job_name, multiply, sugar
 from spo.runtime.errors import ConfigProblems, UserError, missing_package
+from spo.runtime.groups import conf_dir, group_members
+from spo.runtime.unread import unread
 
 GROUPS = group_members([conf_dir()])
 MEMBERS = [(group, member) for group, members in GROUPS.items() for member in members]
@@ -44,10 +46,12 @@ def completed(cfg: DictConfig) -> DictConfig:
     del cfg["hydra"]
     cfg.paths.run = "run"
     cfg.trainer.devices = 1  # strategy=fsdp has to be told
-    for key in ("model.path", "data.path", "data.source", "model.default_lr"):
+    numbers = {"model.default_lr": 0.1, "alpha.target": 1.0, "beta.target": 1.0}
+    lists = {"alpha.values": [0.1], "beta.values": [0.1]}
+    for key, value in {**dict.fromkeys(("model.path", "data.path", "data.source"), "given"), **numbers, **lists}.items():
         parent, _, name = key.rpartition(".")
         if OmegaConf.is_missing(cfg[parent], name):
-            cfg[parent][name] = 0.1 if name == "default_lr" else "given"
+            cfg[parent][name] = value
     return cfg
 
 
@@ -236,6 +240,30 @@ def test_multiply_is_decimal() -> None:
 )
 def test_job_names(overrides: list[str], name: str) -> None:
     assert job_name(overrides) == name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dropped", "name"),
+    [
+        (["method=dpo", "alpha=constant", "alpha.value=0.5", "beta=linear"], ["alpha"], "method-dpo_beta-linear"),
+        (["method=sft", "alpha=cosine", "beta.value=3", "seed=1"], ["alpha", "beta"], "method-sft_seed-1"),
+        (["alpha=linear", "++alpha.end=2", "~alpha.start", "alpha@x=y"], ["alpha"], "default"),
+        (["model.lora.alpha=16", "alpha=linear"], ["alpha"], "model.lora.alpha-16"),
+    ],
+)
+def test_job_names_leave_out_what_is_not_read(overrides: list[str], dropped: list[str], name: str) -> None:
+    assert job_name(overrides, dropped) == name
+
+
+def test_what_a_composition_does_not_read() -> None:
+    def of(*overrides: str) -> list[str]:
+        return unread(compose(overrides))
+
+    assert of() == of("method=dpo", "method.loss._target_=nowhere.Loss") == []
+    assert of("method=dpo") == of("method=dpo", "regularizer=global_kl") == ["alpha"]
+    assert of("regularizer=none") == ["beta"] and of("method=sft") == ["alpha", "beta"]
+    assert of("method=sft", "regularizer=global_kl", "regularizer.weight=beta") == ["alpha"]
+    assert of("regularizer.weight=0.1") == ["beta"]
 
 
 def test_job_name_shows_the_last_part_of_a_path_and_tells_folders_apart() -> None:

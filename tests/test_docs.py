@@ -10,8 +10,8 @@ parse
     read only: what needs a network, an account or a cluster, and files that a person writes. A file whose first line
     is a comment with its path lies in the folder of the blocks below it.
 
-Each block runs in a folder of its own, empty but for these files and for a model and pairs where the text takes the
-reader's for granted.
+Each block runs in a folder of its own, empty but for these files and for a model, pairs and benchmarks where the text
+takes them for granted.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import gzip
 import json
 import random
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,6 +98,8 @@ def reader_has(folder: Path, block: Block) -> None:
             file = folder / other.path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(other.text)
+    if "python benchmarks/" in block.text:
+        shutil.copytree(ROOT / "benchmarks", folder / "benchmarks")
     if "MODEL_DIR" in block.text:
         save_model(folder / "MODEL_DIR", max_position_embeddings=512)
     if "PAIRS.jsonl.gz" in block.text:
@@ -105,6 +108,13 @@ def reader_has(folder: Path, block: Block) -> None:
             for _ in range(64):
                 prompt, chosen, rejected = (" ".join(f"w{rng.randint(3, 22)}" for _ in range(8)) for _ in range(3))
                 file.write(json.dumps({"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}) + "\n")
+    if "LISTS.jsonl.gz" in block.text:
+        rng = random.Random(0)
+        with gzip.open(folder / "LISTS.jsonl.gz", "wt") as file:
+            for _ in range(64):
+                prompt, *texts = (" ".join(f"w{rng.randint(3, 22)}" for _ in range(8)) for _ in range(5))
+                responses = [f" {text}" for text in texts]
+                file.write(json.dumps({"prompt": prompt, "responses": responses, "scores": [4, 1, 3, 2]}) + "\n")
 
 
 def test_every_block_says_what_becomes_of_it() -> None:

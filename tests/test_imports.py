@@ -22,7 +22,7 @@ LAYERS = [
     {"losses", "regularizers", "schedules"},
     {"data", "models", "sampling", "metrics"},
     {"module"},
-    {"callbacks", "evaluation", "tracking", "reports"},
+    {"callbacks", "evaluation", "exact", "tracking", "reports"},
     {"runtime"},
     {"cli"},
     {"__main__"},

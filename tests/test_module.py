@@ -52,7 +52,7 @@ ROOT = Path(__file__).parents[1]
 
 def global_kl(**changes: Any) -> GlobalKL:
     settings = {"weight": 0.3, "refresh_every": 2, "num_samples": 10, "batch_size": 5, "max_new_tokens": 6}
-    return GlobalKL(**settings | changes)  # type: ignore[arg-type]
+    return GlobalKL(**settings | {"estimator": "tokenwise"} | changes)  # type: ignore[arg-type]
 
 
 def fit(tmp_path: Path, module: Spied, data: PreferenceDataModule, **changes: Any) -> Spied:

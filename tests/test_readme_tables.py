@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spo.runtime.config import conf_dir
+from spo.runtime.groups import conf_dir
 from spo.runtime.errors import UserError
 from spo.runtime.tables import groups_table, methods_table, rewrite
 from tests.environments import ROOT

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from spo import cli
 from tests.commands import Numbers, history, job, rows, shared_cache, spo
-from tests.fixtures import write_alpaca_like, write_hh_like
+from tests.fixtures import write_alpaca_like, write_hh_like, write_ranked_like
 from tests.helpers import tiny_llama
 
 ROOT = Path(__file__).parents[1]
@@ -34,9 +34,10 @@ class Input(NamedTuple):
     model: Path
     jsonl: Path
     hh: Path
+    ranked_jsonl: Path
 
     def overrides(self, data: str, method: str = "spo", model: str = "hf") -> list[str]:
-        few = [word for word in FEW if method == "spo" or not word.startswith("regularizer")]
+        few = [word for word in FEW if method.startswith("spo") or not word.startswith("regularizer")]
         return [f"model={model}", f"model.path={self.model}", f"data={data}", f"data.path={getattr(self, data)}", *few]
 
 
@@ -46,13 +47,14 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Input:
     folder = tmp_path_factory.mktemp("made up")
     jsonl = write_alpaca_like(folder / "alpaca.jsonl.gz", prompts=100, seed=0)
     hh = write_hh_like(folder / "hh.jsonl.gz", pairs=150, seed=0)
+    ranked = write_ranked_like(folder / "ranked.jsonl.gz", prompts=60, seed=0)
     model = folder / "model"
     config = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 512}
     special = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 2}
     tiny_llama(dtype=torch.float32, scale=0.1, **config, **special).save_pretrained(model)
     with gzip.open(jsonl, "rt") as lines:
         small_tokenizer(json.loads(line)["chosen"] for line in lines).save_pretrained(model)
-    return Input(model, jsonl, hh)
+    return Input(model, jsonl, hh, ranked)
 
 
 def small_tokenizer(texts: object) -> PreTrainedTokenizerFast:
@@ -72,7 +74,10 @@ def small_tokenizer(texts: object) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def real() -> Input:
     found = Input(
-        DATA / "stories260K", DATA / "alpaca_eval_pairs.train.jsonl.gz", DATA / "hh_rlhf_harmless_base.part1.jsonl.gz"
+        DATA / "stories260K",
+        DATA / "alpaca_eval_pairs.train.jsonl.gz",
+        DATA / "hh_rlhf_harmless_base.part1.jsonl.gz",
+        DATA / "alpaca_eval_ranked.train.jsonl.gz",
     )
     if not all(path.exists() for path in found):
         pytest.skip("no SPO_DATA_DIR")
@@ -162,6 +167,35 @@ def test_every_method_on_real_data(
     metrics = job(tmp_path / "run", cache, *overrides)
     check(metrics, tmp_path / "run")
     check_truncation(metrics, truncation)
+
+
+LISTS = ["data.truncation=trim_completion", "data.max_length=128", "data.max_new_tokens=8", "data.limit=60"]
+LIST_METHODS = pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("spo_ranked", []),
+        ("spo_best_of_n", ["data.source.max_responses=4"]),
+        pytest.param("sft", [], marks=pytest.mark.slow),
+        pytest.param("dpo", ["data.source.max_responses=2"], marks=pytest.mark.slow),
+    ],
+)
+
+
+@LIST_METHODS
+def test_lists_of_made_up_data(method: str, more: list[str], made_up: Input, cache: Path, tmp_path: Path) -> None:
+    lists(made_up, method, more, cache, tmp_path)
+
+
+@LIST_METHODS
+def test_lists_of_real_data(method: str, more: list[str], real: Input, cache: Path, tmp_path: Path) -> None:
+    lists(real, method, more, cache, tmp_path)
+
+
+def lists(source: Input, method: str, more: list[str], cache: Path, folder: Path) -> None:
+    words = [word for word in source.overrides("ranked_jsonl", method) if not word.startswith("data.max_new_tokens")]
+    metrics = job(folder / "run", cache, *words, f"method={method}", *LISTS, *more)
+    check(metrics, folder / "run")
+    assert 0 < metrics["train/rewards/accuracies"] < 1 and metrics["data/pairs_used"] > 40
 
 
 @pytest.mark.slow

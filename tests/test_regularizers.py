@@ -19,7 +19,7 @@ TOKENS, LENGTH = 3, 3
 
 def global_kl(**changes: Any) -> GlobalKL:
     settings = {"weight": "beta", "refresh_every": 4, "num_samples": 8, "batch_size": 2, "max_new_tokens": 5}
-    return GlobalKL(**settings | changes)  # type: ignore[arg-type]
+    return GlobalKL(**settings | {"estimator": "tokenwise"} | changes)  # type: ignore[arg-type]
 
 
 def three_token_models() -> tuple[nn.Module, nn.Module, Sequences]:

@@ -6,8 +6,12 @@ import math
 from typing import Any
 
 import pytest
+from hydra.utils import instantiate
 
-from spo.schedules import Constant, Cosine, Linear
+from spo.runtime.checks import plan
+from spo.runtime.config import compose
+from spo.runtime.errors import ConfigProblems
+from spo.schedules import Constant, Cosine, Linear, PerStep
 
 
 def test_constant() -> None:
@@ -47,6 +51,48 @@ def test_values_must_be_positive_and_finite(bad: float) -> None:
         "value": lambda: Constant(bad),
         "start": lambda: Linear(bad, 1.0, 3),
         "end": lambda: Cosine(1.0, bad, 3),
+        r"values\[1\]": lambda: PerStep([1.0, bad]),
     }.items():
         with pytest.raises(ValueError, match=f"{name} must be a positive, finite number"):
             make()
+
+
+def test_a_list_gives_each_step_its_value_and_stays_at_the_last() -> None:
+    assert [PerStep([0.5, 0.4, 0.3])(step) for step in range(6)] == [0.5, 0.4, 0.3, 0.3, 0.3, 0.3]
+    assert [PerStep([2])(step) for step in (0, 1, 99)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("bad", [[], 0.5, "0.5", None])
+def test_a_list_is_a_list_with_something_in_it(bad: Any) -> None:
+    with pytest.raises(ValueError, match="values must be a list with one number per step"):
+        PerStep(bad)
+
+
+@pytest.mark.parametrize("bad", ["high", True, None])
+def test_its_values_are_numbers(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"values\[0\] must be a positive, finite number"):
+        PerStep([bad])
+
+
+@pytest.mark.parametrize("key", ["alpha", "beta"])
+def test_every_schedule_is_a_member_of_both_groups(key: str) -> None:
+    values = f"{key}=list", f"{key}.values=[0.5,0.4,0.3]"
+    (job,) = plan(values).jobs
+    assert [instantiate(job.cfg[key])(step) for step in range(5)] == [0.5, 0.4, 0.3, 0.3, 0.3]
+    for name, kind in {"constant": Constant, "linear": Linear, "cosine": Cosine}.items():
+        assert type(instantiate(compose([f"{key}={name}"])[key])) is kind
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["alpha=list"], "alpha.values has no value: a list of positive numbers, one per optimiser step"),
+        (["alpha=list", "alpha.values=[]"], "alpha: values must be a list"),
+        (["alpha=list", "alpha.values=0.5"], "alpha: values must be a list"),
+        (["beta=list", "beta.values=[0.1,-1]"], "beta: values[1] must be a positive, finite number, got -1"),
+    ],
+)
+def test_a_wrong_list_is_refused_in_words(overrides: list[str], part: str) -> None:
+    with pytest.raises(ConfigProblems) as caught:
+        plan(overrides)
+    assert part in str(caught.value)

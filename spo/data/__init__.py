@@ -6,7 +6,7 @@ What needs torch or lightning is imported from its own module (`spo.data.collate
 from spo.data.prepare import EvalPrompt, PreparedPairs, eval_prompts, prepare
 from spo.data.rendering import Dropped, Renderer, TokenizedPair, prompt_id
 from spo.data.rows import SPLITS, Completer, Completion, DataError, Reward, Row, RowError, Source
-from spo.data.sources import FileSource, HHSource, HubSource, NoPreference
+from spo.data.sources import FileSource, HHSource, HubSource, NoPreference, RankedFileSource
 
 __all__ = [
     "SPLITS",
@@ -20,6 +20,7 @@ __all__ = [
     "HubSource",
     "NoPreference",
     "PreparedPairs",
+    "RankedFileSource",
     "Renderer",
     "Reward",
     "Row",

@@ -17,22 +17,34 @@ def collate(
     pad_token_id: int,
     reference_logps: Tensor | None = None,
 ) -> PreferenceBatch:
-    """Pads ``B`` pairs into one batch: the ``B`` chosen completions first, then the ``B`` rejected ones.
+    """Pads ``B`` pairs or lists into one batch, in which a sequence that several of them share is there once.
+
+    The best completions come first, then the second ones, and so on.
 
     Args:
         pairs: the pairs of this batch; all with a rejected completion, or none.
         indices: position of each pair in its split.
         pad_token_id: what fills the right end; no mask depends on it.
-        reference_logps: ``(n, 2)`` summed reference log-probs of chosen and rejected for the whole split of ``n``
-            pairs (``(n, 1)`` without rejected ones), indexed by ``indices``.
+        reference_logps: ``(P, n)`` summed reference log-probs of the completions, best first, for the whole split of
+            ``P`` pairs, indexed by ``indices``.
 
     Raises:
         ValueError: when only some of the pairs have a rejected completion.
     """
-    sides = {len(pair.completions) for pair in pairs}
-    if len(sides) > 1:
+    lists = [pair.completions for pair in pairs]
+    size = max(map(len, lists))
+    if min(map(len, lists)) < min(size, 2):
         raise ValueError("a batch needs a rejected completion in all of its pairs, or in none")
-    rows = [(pair.prompt_ids, pair.completions[side]) for side in range(sides.pop()) for pair in pairs]
+    seen: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    completions = [
+        [
+            seen.setdefault((pair.prompt_ids, ranked[rank]), len(seen)) if rank < len(ranked) else -1
+            for pair, ranked in zip(pairs, lists, strict=True)
+        ]
+        for rank in range(size)
+    ]
+    rows, flat = list(seen), [place for ranks in completions for place in ranks]
+    first = [flat.index(place) for place in range(len(rows))]
     length = torch.tensor([len(prompt) + len(completion) for prompt, completion in rows])
     input_ids = torch.full((len(rows), int(length.max())), pad_token_id)
     for i, (prompt, completion) in enumerate(rows):
@@ -43,7 +55,8 @@ def collate(
         index=index,
         preference=_column([pair.preference for pair in pairs]),
         weight=_column([pair.weight for pair in pairs]),
-        reference_logps=None if reference_logps is None else reference_logps[index].T.flatten(),
+        reference_logps=None if reference_logps is None else reference_logps[index].T.flatten()[first],
+        completions=torch.tensor(completions),
     )
 
 

@@ -33,7 +33,7 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: processes that collate.
         pad_token_id: what fills the right end of a batch.
         max_steps: optimiser steps of the whole run.
-        reference_logps: precomputed reference log-probs of the splits ``train`` and ``selection``, each ``(n, 2)``.
+        reference_logps: precomputed reference log-probs of the splits ``train`` and ``selection``, each ``(P, n)``.
 
     Raises:
         DataError: when a size is not positive or a split is empty.

@@ -112,17 +112,19 @@ def prepare(
                 "prompt is never in two splits. Give more prompts, or smaller shares in data.splits"
             )
     warnings = []
+    if repeated := sum(pair.repeated for pair in kept):
+        warnings.append(f"{repeated} responses were left out of their lists: a better one has the same tokens")
     if len(kept) < len(rows) / 2:
         warnings.append(f"{len(rows) - len(kept)} of {len(rows)} pairs were dropped{_explained(reasons, renderer)}")
     return PreparedPairs(parts["train"], parts["selection"], parts["test"], counts, warnings)
 
 
-def eval_prompts(pairs: Sequence[TokenizedPair], limit: int | None) -> list[EvalPrompt]:
-    """Each prompt of ``pairs`` once, in the order of their digests, so that the first ``limit`` are a fair sample."""
+def eval_prompts(pairs: Sequence[TokenizedPair]) -> list[EvalPrompt]:
+    """Each prompt of ``pairs`` once, in the order of their digests, so that the first few are a fair sample."""
     first: dict[str, TokenizedPair] = {}
     for pair in pairs:
         first.setdefault(pair.prompt_id, pair)
-    chosen = [first[key] for key in sorted(first)][:limit]
+    chosen = [first[key] for key in sorted(first)]
     return [EvalPrompt(pair.prompt_id, pair.split, pair.prompt_ids, pair.prompt_text) for pair in chosen]
 
 

@@ -47,6 +47,9 @@ class TokenizedPair:
         where: file and line.
         truncated: whether a prompt or completion was cut.
         boundary_moved: whether tokens merged at the end of the prompt.
+        worse_ids: of a list, the completions after the rejected one, best first.
+        worse_texts: their texts.
+        repeated: completions of the list that were left out because a better one has the same tokens.
     """
 
     prompt_ids: tuple[int, ...]
@@ -62,11 +65,21 @@ class TokenizedPair:
     where: str = ""
     truncated: bool = False
     boundary_moved: bool = False
+    worse_ids: tuple[tuple[int, ...], ...] = ()
+    worse_texts: tuple[str, ...] = ()
+    repeated: int = 0
 
     @property
     def completions(self) -> tuple[tuple[int, ...], ...]:
-        """The one or two completions, chosen first."""
-        return (self.chosen_ids,) if self.rejected_ids is None else (self.chosen_ids, self.rejected_ids)
+        """All completions, the best one first."""
+        first = (self.chosen_ids,) if self.rejected_ids is None else (self.chosen_ids, self.rejected_ids)
+        return first + self.worse_ids
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts of the completions."""
+        first = (self.chosen_text,) if self.rejected_text is None else (self.chosen_text, self.rejected_text)
+        return first + self.worse_texts
 
 
 @dataclass(frozen=True)
@@ -94,13 +107,16 @@ class Renderer:
         max_length: most tokens of prompt and completion together, BOS and EOS included.
         truncation: what happens to longer ones. ``drop_pair``: the pair is left out. ``trim_completion``: both
             completions are cut to what the prompt leaves, and a cut one has no EOS. ``trim_prompt``: the prompt loses
-            its beginning (never its BOS), by the same amount for both.
+            its beginning (never its BOS), by the same amount for both. A list is treated as a pair is: as a whole.
+        allow_empty: whether a completion may be its EOS alone; otherwise such a pair is left out.
 
     Raises:
         DataError: when the tokenizer has no EOS, or an argument makes no sense.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: Truncation) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: Truncation, allow_empty: bool = False
+    ) -> None:
         if truncation not in TRUNCATIONS:
             raise DataError(f"data.truncation={truncation}: choose {', '.join(TRUNCATIONS)}")
         if max_length < 2:
@@ -108,6 +124,7 @@ class Renderer:
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no EOS token, so no completion could ever end; give it an eos_token")
         self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
+        self.allow_empty = allow_empty
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int = tokenizer.eos_token_id
         plain, special = self._encode(["a"])[0], tokenizer("a")["input_ids"]
@@ -132,19 +149,16 @@ class Renderer:
             if plain:
                 return Dropped("no_prompt_token", row.where)
             raise RowError(row.where, "the prompt is empty, and the tokenizer has no BOS to begin with", "prompt")
-        if any(len(ids) == cut for ids in whole):
+        if any(len(ids) == cut for ids in whole) and not self.allow_empty:
             return Dropped("empty", row.where)
         completions = tuple((*ids[cut:], self.eos_id) for ids in whole)
-        if len(set(completions)) < len(completions):
-            return Dropped("identical", row.where)
-
-        pair = TokenizedPair(
+        alone = TokenizedPair(
             prompt_ids=prompt,
             chosen_ids=completions[0],
-            rejected_ids=completions[1] if len(completions) == 2 else None,
+            rejected_ids=None,
             prompt_text=text.prompt,
             chosen_text=text.completions[0],
-            rejected_text=text.completions[1] if len(completions) == 2 else None,
+            rejected_text=None,
             prompt_id=prompt_id(row.prompt),
             preference=row.preference,
             weight=row.weight,
@@ -152,7 +166,8 @@ class Renderer:
             where=row.where,
             boundary_moved=cut < len(plain),
         )
-        if len(prompt) + max(map(len, completions)) <= self.max_length:
+        pair = _ranked(alone, completions, text.completions)
+        if isinstance(pair, Dropped) or len(prompt) + max(map(len, completions)) <= self.max_length:
             return pair
         if self.truncation == "drop_pair":
             return Dropped("too_long", row.where)
@@ -194,7 +209,7 @@ class Renderer:
 
     def _as_text(self, row: Row) -> _Rendered:
         if isinstance(row.prompt, str):
-            texts = [self._without_eos(str(text)) for text in (row.chosen, row.rejected) if text is not None]
+            texts = [self._without_eos(str(text)) for text in _completions(row)]
             return _Rendered(row.prompt, tuple(texts), False)
         if not self.tokenizer.chat_template:
             raise DataError(
@@ -204,10 +219,11 @@ class Renderer:
         # After an assistant's turn the template must not open another one.
         opens = not row.prompt or row.prompt[-1]["role"] != "assistant"
         prompt = self._template(row.prompt, opens, row.where)
-        completions: list[str] = []
-        for messages in (row.chosen, row.rejected):
-            if messages:
-                completions.append(self._conversation(row.prompt, messages, row.where))  # type: ignore[arg-type]
+        completions = [
+            self._conversation(row.prompt, messages, row.where)  # type: ignore[arg-type]
+            for messages in _completions(row)
+            if messages
+        ]
         if not all(text.startswith(prompt) for text in completions):
             # Some templates open the assistant's turn with words that they leave out of a finished one.
             prompt = prompt[: _shared_length([prompt, *completions])]
@@ -243,18 +259,10 @@ class Renderer:
         room = self.max_length - len(pair.prompt_ids)
         if room < 1:
             return Dropped("prompt_too_long", pair.where)
-        chosen = pair.chosen_ids[:room]
-        rejected = pair.rejected_ids and pair.rejected_ids[:room]
-        if chosen == rejected:
-            return Dropped("identical", pair.where)
-        return replace(
-            pair,
-            chosen_ids=chosen,
-            rejected_ids=rejected,
-            chosen_text=pair.chosen_text if chosen == pair.chosen_ids else self.decode(chosen),
-            rejected_text=pair.rejected_text if rejected == pair.rejected_ids else self.decode(rejected or ()),
-            truncated=True,
-        )
+        kept = [ids[:room] for ids in pair.completions]
+        whole = zip(kept, pair.completions, pair.texts, strict=True)
+        texts = [text if ids == full else self.decode(ids) for ids, full, text in whole]
+        return _ranked(replace(pair, truncated=True), kept, texts)
 
     def _trim_prompt(self, pair: TokenizedPair) -> TokenizedPair | Dropped:
         bos = int(pair.prompt_ids[0] == self.bos_id)
@@ -265,10 +273,36 @@ class Renderer:
         return replace(pair, prompt_ids=pair.prompt_ids[:bos] + kept, prompt_text=self.decode(kept), truncated=True)
 
 
+def _ranked(
+    pair: TokenizedPair, completions: Sequence[tuple[int, ...]], texts: Sequence[str]
+) -> TokenizedPair | Dropped:
+    """The pair with these completions, best first. Of those with the same tokens only the best one stays."""
+    distinct: dict[tuple[int, ...], str] = {}
+    for ids, text in zip(completions, texts, strict=True):
+        distinct.setdefault(ids, text)
+    if len(distinct) < min(len(completions), 2):
+        return Dropped("identical", pair.where)
+    [chosen, *others], [chosen_text, *other_texts] = distinct.keys(), distinct.values()
+    return replace(
+        pair,
+        chosen_ids=chosen,
+        rejected_ids=others[0] if others else None,
+        chosen_text=chosen_text,
+        rejected_text=other_texts[0] if others else None,
+        worse_ids=tuple(others[1:]),
+        worse_texts=tuple(other_texts[1:]),
+        repeated=pair.repeated + len(completions) - len(distinct),
+    )
+
+
 def prompt_id(prompt: Text) -> str:
     """16 hex digits that stand for a prompt, whatever the tokenizer."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _completions(row: Row) -> tuple[Text, ...]:
+    return (row.chosen, *(() if row.rejected is None else (row.rejected,)), *row.worse)
 
 
 def _shared_length(sequences: Sequence[Sequence[object]]) -> int:

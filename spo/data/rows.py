@@ -26,7 +26,7 @@ class RowError(DataError):
 
 @dataclass(frozen=True)
 class Row:
-    """One preference pair, or one completion where ``rejected`` is ``None`` (supervised data).
+    """One preference pair, a ranked list, or one completion where ``rejected`` is ``None`` (supervised data).
 
     Attributes:
         prompt: text, or the messages before the completion (``{"role": ..., "content": ...}``).
@@ -36,6 +36,7 @@ class Row:
         weight: non-negative weight of the pair; ``None`` means 1.
         split: the split the source assigns, or ``None`` to let the prompt's hash decide.
         where: file and line (or the like) that a person can open.
+        worse: of a ranked list, the completions after ``rejected``, each worse than the one before it.
     """
 
     prompt: Text
@@ -45,6 +46,7 @@ class Row:
     weight: float | None = None
     split: Split | None = None
     where: str = ""
+    worse: tuple[Text, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ Completer = Callable[[Sequence[str], int], list[list[Completion]]]
 
 class Source(Protocol):
     """Where rows come from. ``sft_rows`` is ``None`` where the chosen completions are the supervised data.
+
+    A source that knows its prompts apart from their pairs has ``prompts(split) -> list[str]`` as well; one
+    whose data can be enumerated has its ``language``.
 
     Attributes:
         samples_rows: whether the completions of ``rows`` are drawn from the reference model, and worth keeping.

@@ -12,10 +12,14 @@ import json
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from spo.data.rendering import prompt_id
 from spo.data.rows import Completer, DataError, Message, Row, RowError, Split, Text
 
 OnBadRow = Literal["stop", "skip"]
@@ -44,13 +48,14 @@ class TableSource(ABC):
     """
 
     samples_rows = False
+    known: ClassVar[tuple[str, ...]] = COLUMNS
 
     def __init__(self, on_bad_row: OnBadRow, columns: Mapping[str, str] | None) -> None:
         if on_bad_row not in ("stop", "skip"):
             raise DataError(f"data.on_bad_row={on_bad_row}: choose stop or skip")
-        if unknown := set(columns or {}) - set(COLUMNS):
+        if unknown := set(columns or {}) - set(self.known):
             raise DataError(
-                f"data.source.columns: unknown {sorted(unknown)}; it maps {', '.join(COLUMNS)} to the data's names"
+                f"data.source.columns: unknown {sorted(unknown)}; it maps {', '.join(self.known)} to the data's names"
             )
         self.on_bad_row = on_bad_row
         self.columns = dict(columns or {})
@@ -138,12 +143,7 @@ class TableSource(ABC):
         column = self.columns.get(name, name)
         if column not in record:
             raise RowError(where, f"missing; the row has {', '.join(map(str, record)) or 'no columns'}", column)
-        value = record[column]
-        if isinstance(value, str):
-            return _checked(value, where, column)
-        if not isinstance(value, (list, tuple)):
-            raise RowError(where, f"must be text or a list of messages, not {_kind(value)}", column)
-        return tuple(_message(item, i, where, column) for i, item in enumerate(value, 1))
+        return _text(record[column], where, column)
 
     def _number(self, record: Record, name: str, where: str, highest: float) -> float | None:
         column = self.columns.get(name, name)
@@ -217,6 +217,113 @@ class HHSource(FileSource):
             raise RowError(where, f"chosen and rejected share no {_ASSISTANT!r} turn", "chosen")
         cut += len(_ASSISTANT)
         return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+class RankedFileSource(FileSource):
+    """Rows of ``prompt`` and ranked ``responses`` in a jsonl, jsonl.gz or parquet file, or a folder of them.
+
+    Prompt and responses are text, or lists of messages. The ranking is ``order`` (positions in ``responses``, counted
+    from 0, the best first) or, in a row without it, ``scores`` (one number per response, the higher the better).
+    ``weight`` (>= 0) is optional.
+
+    What says nothing about the ranking is left out of a list, and ``left_out`` counts it after `rows`: an empty
+    response, one equal to a better one, and all but one of those with equal scores (which one is decided by the digest
+    of its text, so that the order in the file never passes for a preference). A row with fewer than two left is
+    skipped, counted and listed.
+
+    Args:
+        path: the file or folder.
+        columns: see `TableSource`.
+        on_bad_row: see `TableSource`.
+        max_responses: most responses of a list, or ``None``. Which ones stay is decided by the digests of their texts
+            and never by their rank: a part chosen by rank, such as the best few, would no longer be a ranking of the
+            model of Plackett and Luce.
+
+    Attributes:
+        yields_lists: whether a row can hold more than two completions.
+    """
+
+    known = ("prompt", "responses", "scores", "order", "weight")
+
+    def __init__(
+        self, path: str, columns: Mapping[str, str] | None, on_bad_row: OnBadRow, max_responses: int | None
+    ) -> None:
+        super().__init__(path, columns, on_bad_row)
+        if max_responses is not None and max_responses < 2:
+            raise DataError(f"data.source.max_responses={max_responses}: a ranking needs at least 2")
+        self.max_responses = max_responses
+        self.yields_lists = max_responses is None or max_responses > 2
+        self.left_out: Counter[str] = Counter()
+
+    def rows(self, complete: Completer) -> list[Row]:
+        """The rows that can be used, see `TableSource.rows`."""
+        self.left_out.clear()
+        return super().rows(complete)
+
+    def parse(self, record: Record, where: str, split: Split | None) -> Row:
+        """One record as a row.
+
+        Raises:
+            RowError: with the column and the reason.
+        """
+        prompt, column = self._text(record, "prompt", where), self.columns.get("responses", "responses")
+        items = self._list(record, "responses", where)
+        if len(items) < 2:
+            raise RowError(where, f"a ranking needs at least 2 responses, not {len(items)}", column)
+        responses = [_text(item, where, column, f"response {i}") for i, item in enumerate(items, 1)]
+        if any(isinstance(response, str) != isinstance(prompt, str) for response in responses):
+            raise RowError(where, "prompt and responses must all be text, or all lists of messages", column)
+        kept, left_out = self._distinct(responses, self._ranked(record, responses, where))
+        if len(kept) < 2:
+            raise NoPreference(where, "fewer than 2 responses differ in text and rank and are not empty", column)
+        among = sorted(kept)[: self.max_responses]
+        chosen, rejected, *worse = (response for digest, response in kept.items() if digest in among)
+        weight = self._number(record, "weight", where, math.inf)
+        self.left_out += left_out
+        return Row(prompt, chosen, rejected, weight=weight, split=split, where=where, worse=tuple(worse))
+
+    def _ranked(self, record: Record, responses: Sequence[Text], where: str) -> list[list[int]]:
+        """Positions in ``responses``, best first, those of one rank together."""
+        size = len(responses)
+        if "order" in self.columns or record.get("order") is not None:
+            order, column = self._list(record, "order", where), self.columns.get("order", "order")
+            if any(isinstance(i, bool) or not isinstance(i, int) for i in order) or sorted(order) != list(range(size)):
+                raise RowError(where, f"must hold each of 0 to {size - 1} once, the best response's first", column)
+            return [[i] for i in order]
+        scores, column = self._list(record, "scores", where), self.columns.get("scores", "scores")
+        if len(scores) != size:
+            raise RowError(where, f"has {len(scores)} numbers for {size} responses", column)
+        for i, score in enumerate(scores, 1):
+            if isinstance(score, bool) or not isinstance(score, (int, float)):
+                raise RowError(where, f"score {i} must be a number, not {_kind(score)}", column)
+            if not math.isfinite(score):
+                raise RowError(where, f"score {i} must be finite, not {score}", column)
+        best_first = sorted(range(size), key=lambda i: -scores[i])
+        return [list(tied) for _, tied in groupby(best_first, key=scores.__getitem__)]
+
+    def _distinct(
+        self, responses: Sequence[Text], ranked: Sequence[Sequence[int]]
+    ) -> tuple[dict[str, Text], Counter[str]]:
+        """The responses to learn from, best first, by the digests of their texts; and why others are not."""
+        kept: dict[str, Text] = {}
+        left_out: Counter[str] = Counter()
+        for tied in ranked:
+            taken = False
+            for digest, response in sorted(((prompt_id(responses[i]), responses[i]) for i in tied), key=itemgetter(0)):
+                if _is_empty(response) or digest in kept or taken:
+                    left_out["empty" if _is_empty(response) else "equal" if digest in kept else "tied"] += 1
+                else:
+                    kept[digest], taken = response, True
+        return kept, left_out
+
+    def _list(self, record: Record, name: str, where: str) -> list[Any]:
+        column = self.columns.get(name, name)
+        if column not in record:
+            raise RowError(where, f"missing; the row has {', '.join(map(str, record)) or 'no columns'}", column)
+        value = record[column]
+        if not isinstance(value, list):
+            raise RowError(where, f"must be a list, not {_kind(value)}", column)
+        return value
 
 
 class HubSource(TableSource):
@@ -409,6 +516,15 @@ def _parquet_records(file: Path) -> Iterator[tuple[str, Record | RowError]]:
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         where = f"{file}, row {row + 1}"
         yield where, RowError(where, f"not a readable parquet file: {error}")
+
+
+def _text(value: Any, where: str, column: str, name: str = "") -> Text:
+    """Text or messages; ``name`` says which item of the column it is."""
+    if isinstance(value, str):
+        return _checked(value, where, column)
+    if not isinstance(value, (list, tuple)):
+        raise RowError(where, f"{name} must be text or a list of messages, not {_kind(value)}".strip(), column)
+    return tuple(_message(item, i, where, column) for i, item in enumerate(value, 1))
 
 
 def _checked(text: str, where: str, column: str) -> str:

@@ -37,3 +37,12 @@ class DPOLoss(PreferenceLoss):
             certain = margin.new_ones(()) if preference is None else preference
             preference = certain * (1 - self.label_smoothing) + (1 - certain) * self.label_smoothing
         return weighted(expected_loss(lambda h: -logsigmoid(beta * h), margin, preference), pair)
+
+    def optimum(
+        self, rewards: Tensor, reference_logps: Tensor, alpha: float, beta: float, *, lengths: Tensor | None = None
+    ) -> Tensor | None:
+        """Pi_ref exp(r / beta), normalised (arXiv:2305.18290, eq. 4); none with label smoothing.
+
+        Smoothed labels come from no reward: for three or more responses no policy fits all pairs.
+        """
+        return None if self.label_smoothing else (reference_logps + rewards / beta).log_softmax(-1)

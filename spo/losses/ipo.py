@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from spo.losses.base import PreferenceLoss, expected_loss, log_ratios, reference_margin, weighted
@@ -34,6 +35,25 @@ class IPOLoss(PreferenceLoss):
         chosen, rejected = self._ratios(pair)
         return beta * chosen, beta * rejected
 
+    def optimum(
+        self, rewards: Tensor, reference_logps: Tensor, alpha: float, beta: float, *, lengths: Tensor | None = None
+    ) -> Tensor:
+        r"""Pi_ref exp(w / tau), normalised, where w(y) is how often y beats a uniform response (arXiv:2310.12036, eq. 7).
+
+        The expected loss is quadratic in the log-ratios f: over uniform pairs its minimum is f = w / tau up to a
+        constant. With sums the constant is the normaliser. Per token f is the log-ratio over the length, so the
+        constant is found such that the policy sums to 1.
+
+        Raises:
+            ValueError: length_normalize is true and there are no lengths.
+        """
+        wins = (rewards.unsqueeze(-1) - rewards.unsqueeze(-2)).sigmoid().mean(-1)
+        if not self.length_normalize:
+            return (reference_logps + wins / beta).log_softmax(-1)
+        if lengths is None:
+            raise ValueError("the optimum of IPO with length_normalize=true needs the lengths of the responses")
+        return _normalised(reference_logps + lengths * wins / beta, lengths)
+
     def _ratios(self, pair: PairLogps) -> tuple[Tensor, Tensor]:
         chosen, rejected = log_ratios(pair)
         if rejected is None:
@@ -43,3 +63,16 @@ class IPOLoss(PreferenceLoss):
         if pair.chosen_length is None or pair.rejected_length is None:
             raise ValueError("IPO with length_normalize=true needs chosen_length and rejected_length")
         return chosen / pair.chosen_length, rejected / pair.rejected_length
+
+
+def _normalised(logits: Tensor, lengths: Tensor) -> Tensor:
+    """``logits + c lengths`` with the one c per row at which the exponentials sum to 1, by bisection."""
+    total = logits.logsumexp(-1, keepdim=True)
+    # At -total / shortest or -total / longest the sum is on either side of 1: lengths are positive.
+    ends = torch.cat([-total / lengths.amin(-1, keepdim=True), -total / lengths.amax(-1, keepdim=True)], -1)
+    low, high = ends.amin(-1, keepdim=True), ends.amax(-1, keepdim=True)
+    for _ in range(100):
+        middle = (low + high) / 2
+        above = (logits + middle * lengths).logsumexp(-1, keepdim=True) > 0
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return (logits + (low + high) / 2 * lengths).log_softmax(-1)

@@ -31,6 +31,16 @@ class SPOLoss(PreferenceLoss):
         losses = expected_loss(lambda d: -logsigmoid(alpha * d) / alpha, policy_margin(pair), pair.preference)
         return weighted(losses, pair)
 
+    def optimum(
+        self, rewards: Tensor, reference_logps: Tensor, alpha: float, beta: float, *, lengths: Tensor | None = None
+    ) -> Tensor:
+        """Softmax(r / alpha): every pair's loss is least where alpha d is the pair's difference in reward.
+
+        A weight of the pair that is positive and symmetric in its two responses, and held constant in the gradient, does
+        not move it.
+        """
+        return (rewards / alpha).log_softmax(-1)
+
     def rewards(self, pair: PairLogps, *, alpha: float, beta: float) -> tuple[Tensor, Tensor | None]:
         """Alpha log pi(y|x): their difference is the logit of SPO's preference probability."""
         rejected = pair.policy_rejected

@@ -1,4 +1,4 @@
-"""Policies and references: Hugging Face causal language models, adapters, and the built-in tiny one."""
+"""Policies and references: Hugging Face causal language models, adapters, and the built-in small ones."""
 
 from spo.models.policy import LoraSettings, ModelSpec
 from spo.models.reference import (
@@ -8,6 +8,7 @@ from spo.models.reference import (
     PrecomputedReference,
     Reference,
 )
+from spo.models.tabular import TabularConfig, TabularForCausalLM
 
 __all__ = [
     "AdapterOffReference",
@@ -17,4 +18,6 @@ __all__ = [
     "NoReference",
     "PrecomputedReference",
     "Reference",
+    "TabularConfig",
+    "TabularForCausalLM",
 ]

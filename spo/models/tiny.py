@@ -94,6 +94,7 @@ def build_tiny(
 
 
 def build(
+    tokenizer: PreTrainedTokenizerFast | None,
     vocab_size: int,
     num_stories: int,
     hidden_size: int,
@@ -106,8 +107,11 @@ def build(
     initializer_range: float,
     seed: int,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Model and tokenizer together, as ``model.initial``. Arguments as in the two functions above."""
-    tokenizer = build_tokenizer(vocab_size, num_stories, seed)
+    """Model and tokenizer together, as ``model.initial``.
+
+    Arguments are those of the two functions above; where ``tokenizer`` is given, none is trained.
+    """
+    tokenizer = build_tokenizer(vocab_size, num_stories, seed) if tokenizer is None else tokenizer
     model = build_tiny(
         tokenizer,
         hidden_size,

@@ -1,9 +1,11 @@
 """The only place where logits become numbers: log-probabilities, entropies and divergences of completions."""
 
-from spo.ops.divergence import token_entropy, token_kl
+from spo.ops.divergence import KL_ESTIMATORS, KLEstimator, token_entropy, token_kl
 from spo.ops.logps import completion_logits, completion_logps, completion_targets, sum_per_sequence, token_logps
 
 __all__ = [
+    "KL_ESTIMATORS",
+    "KLEstimator",
     "completion_logits",
     "completion_logps",
     "completion_targets",

@@ -1,7 +1,8 @@
 """Regularizers: divergences of the policy from the reference, chosen independently of the loss."""
 
 from spo.regularizers.base import NoRegularizer, Regularizer
+from spo.regularizers.enumerated_kl import EnumeratedKL
 from spo.regularizers.global_kl import GlobalKL
 from spo.regularizers.local_kl import LocalKL
 
-__all__ = ["GlobalKL", "LocalKL", "NoRegularizer", "Regularizer"]
+__all__ = ["EnumeratedKL", "GlobalKL", "LocalKL", "NoRegularizer", "Regularizer"]

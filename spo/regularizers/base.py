@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from spo.ops import sum_per_sequence, token_kl
+from spo.ops import KL_ESTIMATORS, KLEstimator
 from spo.types import Sequences
 
 Weight = float | Literal["beta"]
@@ -18,11 +18,13 @@ class Regularizer:
 
     Attributes:
         source: where its sequences come from: ``"policy"`` (samples of the current policy), ``"dataset"`` (the
-            responses of the batch) or ``None`` (there is no term).
+            responses of the batch), ``"enumeration"`` (every response) or ``None`` (there is no term).
         weight: the coefficient of R; ``"beta"`` follows the beta schedule.
+        estimator: how R is estimated on a sequence, a name in :data:`spo.ops.KL_ESTIMATORS`.
     """
 
-    source: ClassVar[Literal["policy", "dataset"] | None]
+    source: ClassVar[Literal["policy", "dataset", "enumeration"] | None]
+    estimator: KLEstimator = "tokenwise"
 
     def __init__(self, weight: Weight) -> None:
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
@@ -35,7 +37,7 @@ class Regularizer:
         return beta if self.weight == "beta" else float(self.weight)
 
     def __call__(self, policy_logits: Tensor, reference_logits: Tensor, sequences: Sequences) -> Tensor:
-        """Token-wise KL(policy || reference), summed over each completion.
+        """The estimate of KL(policy || reference) on each sequence.
 
         Args:
             policy_logits: ``(M, V)`` at the completion tokens of ``sequences``.
@@ -45,7 +47,7 @@ class Regularizer:
         Returns:
             ``(N,)`` nats.
         """
-        return sum_per_sequence(token_kl(policy_logits, reference_logits), sequences)
+        return KL_ESTIMATORS[self.estimator](policy_logits, reference_logits, sequences)
 
 
 class NoRegularizer(Regularizer):

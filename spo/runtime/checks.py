@@ -22,12 +22,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from spo.runtime.config import composer, conf_dir, parse, parser, sugar
+from spo.runtime.config import composer, parse, parser, sugar
 from spo.runtime.errors import ConfigProblems, UserError, missing_package
+from spo.runtime.groups import conf_dir, group_members
+from spo.runtime.unread import COEFFICIENTS, unread
 
 HINTS = {
     "model.path": "a Hugging Face folder or hub name",
     "data.path": "the file, folder or hub name of your preference pairs",
+    "alpha.target": "the entropy of the policy to aim for, in nats per token",
+    "beta.target": "the KL of the policy to the reference to aim for, in nats per sequence",
+    "alpha.values": "a list of positive numbers, one per optimiser step",
+    "beta.values": "a list of positive numbers, one per optimiser step",
 }
 # What must be a whole number, and the least it may be.
 COUNTS = {
@@ -41,6 +47,11 @@ COUNTS = {
     "data.max_length": 2,
     "data.max_new_tokens": 1,
     "data.min_pairs": 1,
+    "data.source.num_prompts": 1,
+    "data.source.num_symbols": 2,
+    "data.source.prompt_symbols": 0,
+    "data.source.num_pairs": 1,
+    "data.source.list_size": 2,
     "trainer.max_steps": 0,
     "trainer.val_check_interval": 1,
     "trainer.log_every_n_steps": 1,
@@ -58,12 +69,15 @@ COUNTS = {
     "evaluation.seed": 0,
     "evaluation.self_bleu_samples": 0,
     "data.limit": 1,
+    "data.source.max_responses": 2,
     "reference.batch_size": 1,
     "regularizer.refresh_every": 1,
     "regularizer.num_samples": 1,
     "regularizer.batch_size": 1,
     "regularizer.max_new_tokens": 1,
     "scheduler.num_warmup_steps": 0,
+    "alpha.every": 1,
+    "beta.every": 1,
 }
 BOOLEANS = ("rerun", "model.trust_remote_code", "model.gradient_checkpointing", "trainer.enable_progress_bar")
 PRECISIONS = ("32-true", "32", "bf16-mixed", "64-true")
@@ -112,13 +126,23 @@ def warnings(cfg: DictConfig) -> list[str]:
     """What is allowed, and yet probably not meant."""
     loss, regularizer = _build(cfg, "method.loss"), _build(cfg, "regularizer")
     name, found = _select(cfg, "method.name"), []
-    if loss is not None and not _declares(loss, "uses_alpha") and _changed(cfg, "alpha", "data.default_alpha"):
+    not_read = unread(cfg)
+    if "alpha" in not_read and _changed(cfg, "alpha", "data.default_alpha"):
         found.append(f"{name} does not read alpha: what you set it to has no effect")
-    if loss is not None and not _reads_beta(loss, regularizer) and _changed(cfg, "beta", "method.default_beta"):
+    if "beta" in not_read and _changed(cfg, "beta", "method.default_beta"):
         found.append(f"nothing reads beta in {name} with this regularizer: what you set it to has no effect")
+    for key in (name for name in COEFFICIENTS if name not in not_read):
+        every, steps = _select(cfg, f"{key}.every"), _select(cfg, "trainer.max_steps")
+        if every is not None and every > steps:
+            found.append(f"{key}.every={every} is more than trainer.max_steps={steps}: {key} is never adjusted")
     if getattr(regularizer, "source", None) == "policy" and _select(cfg, "probe.num_prompts") == 0:
         found.append(
             "probe.num_prompts=0 leaves the regularizer out of val/loss: it is measured on the probe's samples"
+        )
+    if getattr(regularizer, "estimator", None) == "k1":
+        found.append(
+            "regularizer.estimator=k1 measures the KL and does not regularise: its gradient is zero in expectation; "
+            "tokenwise, unbiased and k2 have a gradient of the KL"
         )
     if _select(cfg, "model.adapter_path") is not None:
         found.append("model.adapter_path brings its own rank, scale and targets: model.lora.* is not read")
@@ -129,10 +153,6 @@ def warnings(cfg: DictConfig) -> list[str]:
             "gradients"
         )
     return found
-
-
-def _reads_beta(loss: Any, regularizer: Any) -> bool:
-    return _declares(loss, "uses_beta") or getattr(regularizer, "weight", None) == "beta"
 
 
 def _changed(cfg: DictConfig, group: str, default_key: str) -> bool:
@@ -244,7 +264,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **{
         f"{name}.{key}": (lambda x: 0 < x < float("inf"), "a positive number")
         for name in ("alpha", "beta")
-        for key in ("value", "start", "end")
+        for key in ("value", "start", "end", "target", "rate", "min", "max")
     },
     "trainer.gradient_clip_val": (lambda x: x > 0, "a positive number, or null for no clipping"),
 }
@@ -293,6 +313,23 @@ def _model(cfg: DictConfig) -> Iterator[str]:
     if dtype is not None and not _is_dtype(str(dtype)):
         names = ["float32", "bfloat16", "float64"]
         yield f"model.dtype={dtype}: choose {_listed(names)}{_suggestion(str(dtype), names)}"
+    yield from _table(cfg)
+
+
+def _table(cfg: DictConfig) -> Iterator[str]:
+    if _select(cfg, "model.initial._target_") != "spo.models.tabular.build":
+        return
+    if _select(cfg, "data.tokenizer") is None:
+        yield "model=tabular needs a data set with a vocabulary of its own: data=enumerable"
+        return
+    from spo.models.tabular import check_size
+
+    tokenizer, context = _build(cfg, "data.tokenizer"), _select(cfg, "model.initial.context")
+    if tokenizer is not None and isinstance(context, int):
+        try:
+            check_size(len(tokenizer), context)
+        except ValueError as error:
+            yield str(error)
 
 
 def _is_dtype(name: str) -> bool:
@@ -339,6 +376,15 @@ def _data(cfg: DictConfig) -> Iterator[str]:
     batch, micro = _select(cfg, "data.batch_size"), _select(cfg, "data.micro_batch_size")
     if isinstance(batch, int) and isinstance(micro, int) and micro > batch:
         yield f"data.micro_batch_size={micro} exceeds data.batch_size={batch}: it is a part of the batch"
+    if str(_select(cfg, "data.source._target_")).endswith(".EnumerableSource"):
+        symbols, new = _select(cfg, "data.source.prompt_symbols"), _select(cfg, "data.max_new_tokens")
+        length = _select(cfg, "data.max_length")
+        whole = isinstance(symbols, int) and isinstance(new, int) and length != 1 + symbols + new
+        if whole or truncation != "trim_completion":
+            yield (
+                "data=enumerable: data.max_length and data.truncation follow from the language, so that tokens are "
+                "what sampling gives; set data.max_new_tokens and data.source.prompt_symbols instead"
+            )
 
 
 def _reads_files(cfg: DictConfig) -> bool:
@@ -370,6 +416,19 @@ def _parts_and_combinations(cfg: DictConfig, found: Sequence[str]) -> Iterator[s
     method, member = _select(cfg, "method.name"), _member("reference", reference)
     scores_pairs, scores_samples = (getattr(reference, name, True) for name in ("scores_pairs", "scores_samples"))
     source = getattr(regularizer, "source", None)
+    if source == "enumeration" and not hasattr(parts.get("data.source"), "language"):
+        yield (
+            f"regularizer={_member('regularizer', type(regularizer))} sums over every response, which takes a data set "
+            "that can be enumerated: choose data=enumerable, or regularizer=global_kl"
+        )
+    if getattr(parts.get("data.source"), "yields_lists", False) and not _reads_whole(loss):
+        yield (
+            f"method={method} compares two completions, but the data has lists of more: choose "
+            f"{_listed(f'method={name}' for name in _list_methods())}, or lists of two "
+            "(data.source.max_responses=2 in data=ranked_jsonl, data.source.list_size=2 in data=enumerable)"
+        )
+    if _declares(loss, "uses_lists") and not hasattr(loss, "of_ranking"):
+        yield f"method.loss: {type(loss).__name__} declares uses_lists: derive it from spo.losses.ListLoss"
     if _declares(loss, "uses_reference") and not scores_pairs:
         yield f"method={method} compares with a reference model, but reference={member}: choose reference=frozen"
     if source is not None and not scores_samples:
@@ -386,6 +445,29 @@ def _parts_and_combinations(cfg: DictConfig, found: Sequence[str]) -> Iterator[s
             f"regularizer.weight=beta: {method} reads beta itself, so the regularizer needs a number of its own, "
             "such as regularizer.weight=0.01"
         )
+    for name in COEFFICIENTS:
+        watched = getattr(parts[name], "watches", None)
+        if watched is None or name in unread(cfg):
+            continue
+        chosen = f"{name}={_member(name, type(parts[name]))}"
+        if _select(cfg, "probe.num_prompts") == 0:
+            yield f"{chosen} measures the policy on the probe's samples, but probe.num_prompts=0: give it some, say 16"
+        if watched == "kl" and not scores_samples:
+            yield f"{chosen} measures the KL to a reference model, which reference={member} has not: choose frozen"
+
+
+def _reads_whole(loss: Any) -> bool:
+    """Whether nothing of a list of completions is lost on the loss; supervised methods want the best one alone."""
+    return _declares(loss, "uses_lists") or not _declares(loss, "uses_rejected")
+
+
+def _list_methods() -> list[str]:
+    """The shipped methods that read lists."""
+    found = []
+    for file in sorted((conf_dir() / "method").glob("*.yaml")):
+        if _declares(locate(str(OmegaConf.select(OmegaConf.load(file), "loss._target_"))), "uses_lists"):
+            found.append(file.stem)
+    return found
 
 
 def _try_optimizer(make: Any, said: list[str]) -> None:
@@ -669,17 +751,6 @@ class _Composing:
             chosen = [f"{group}={member}" if group in default else f"+{group}={member}" for group, member in frozen]
             self._baselines[frozen] = _keys(self.composed(chosen))
         return self._baselines[frozen]
-
-
-def group_members(folders: Iterable[Path]) -> dict[str, list[str]]:
-    """The config groups that lie in the folders, with their members."""
-    groups: dict[str, set[str]] = {}
-    for folder in folders:
-        for file in folder.rglob("*.yaml"):
-            group = file.parent.relative_to(folder).as_posix()
-            if group != ".":
-                groups.setdefault(group, set()).add(file.stem)
-    return {group: sorted(members) for group, members in sorted(groups.items())}
 
 
 # --- small parts ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Composing a configuration: where the yaml files lie, plain numbers for alpha and beta, and the resolvers they use."""
+"""Composing a configuration: plain numbers for alpha and beta, and the resolvers that the yaml files use."""
 
 from __future__ import annotations
 
@@ -20,22 +20,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from spo.runtime.errors import UserError
+from spo.runtime.groups import MAIN, conf_dir
+from spo.runtime.unread import COEFFICIENTS, unread
 
-MAIN = "train"
-COEFFICIENTS = ("alpha", "beta")
 VERSION_BASE = "1.3"
 
 
 # --- composing -----------------------------------------------------------------------------------------------------
-
-
-def conf_dir() -> Path:
-    """The folder of the shipped yaml files: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / f"{MAIN}.yaml").is_file():
-            return folder
-    raise UserError(f"the configuration files of spo are missing from {package}: install the package again")
 
 
 def compose(
@@ -169,14 +160,20 @@ def _values(override: Override) -> list[Any]:
 def register_resolvers() -> None:
     """Makes the functions that the yaml files use as ``${spo.NAME:...}`` known."""
     OmegaConf.register_new_resolver("spo.multiply", multiply, replace=True)
+    OmegaConf.register_new_resolver("spo.add", add, replace=True)
     OmegaConf.register_new_resolver("spo.at_most", min, replace=True)
     OmegaConf.register_new_resolver("spo.processes", processes, replace=True)
-    OmegaConf.register_new_resolver("spo.job_name", job_name, replace=True)
+    OmegaConf.register_new_resolver("spo.job_name", _job_name, replace=True)
 
 
 def multiply(a: float, b: float) -> float:
     """``a * b`` as a person would write it: 0.05 times 0.1 is 0.005."""
     return float(Decimal(str(a)) * Decimal(str(b)))
+
+
+def add(*numbers: int) -> int:
+    """The sum."""
+    return sum(numbers)
 
 
 def processes(devices: int | str, nodes: int) -> int:
@@ -198,14 +195,22 @@ _VALUE = re.compile(r"[A-Za-z0-9._-]+")
 _NUMBER = re.compile(r"[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 
 
-def job_name(overrides: Sequence[str]) -> str:
+def _job_name(overrides: Sequence[str], *, _root_: DictConfig) -> str:
+    return job_name(overrides, unread(_root_))
+
+
+def job_name(overrides: Sequence[str], dropped: Sequence[str] = ()) -> str:
     """Name of a job's directory, such as ``method-spo_alpha-0.5_seed-1``: of ``[A-Za-z0-9._-]``, at most 120 of them.
 
     Two different lists of overrides have different names. ``_`` in a value is written ``__``, which keeps the name
     readable backwards; what does not fit (a path, of which the last part is shown, or other characters) is told
     apart by eight hex digits of the list's digest at the end.
+
+    Args:
+        overrides: of the job.
+        dropped: coefficients that it does not read, which are no part of what it is.
     """
-    named = [str(override) for override in overrides if not _UNNAMED.match(str(override))]
+    named = [text for text in map(str, overrides) if not (_UNNAMED.match(text) or _group(text) in dropped)]
     if not named:
         return "default"
     parts, lossless = [], True
@@ -222,6 +227,10 @@ def job_name(overrides: Sequence[str]) -> str:
         return name
     digits = hashlib.sha256("\0".join(named).encode()).hexdigest()[:8]
     return f"{name[: LONGEST - 9].rstrip('-_.') or 'job'}_{digits}"
+
+
+def _group(override: str) -> str:
+    return re.split(r"[.=@]", override.lstrip("+~"), maxsplit=1)[0]
 
 
 def _merged(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:

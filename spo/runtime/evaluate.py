@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def evaluate_command(run_dir: Path, overrides: Sequence[str]) -> dict[str, float
         raise UserError(f"{run_dir} has no policy yet: finish it with spo train --resume {run_dir}")
     cfg = _changed(own, overrides)
     prepared = prepare_run(cfg, model_from=made_from)
-    evaluation = evaluate_run(cfg, prepared, run_dir / "policy")
+    evaluation = evaluate_run(cfg, prepared, run_dir)
     folder = run_dir / "evaluations" / job_name(list(overrides))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolved(cfg))))
@@ -96,17 +96,17 @@ def write_samples(folder: Path, samples: list[dict[str, Any]]) -> None:
     (folder / "samples.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
 
 
-def evaluate_run(cfg: DictConfig, prepared: Prepared, policy_dir: Path) -> Evaluation:
+def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> Evaluation:
     """Compares the saved policy with the model that training started from, on the test split.
 
     Args:
         cfg: the run's configuration.
         prepared: model, tokenizer and pairs.
-        policy_dir: Hugging Face folder of the policy.
+        run_dir: holds ``policy/`` and ``coefficients.json``: alpha and beta as they were when training ended.
     """
     settings: EvaluationSettings = instantiate(cfg.evaluation, _convert_="all")
     device = eval_device(cfg)
-    policy = prepared.spec.base(policy_dir).requires_grad_(False).to(device)
+    policy = prepared.spec.base(run_dir / "policy").requires_grad_(False).to(device)
     reference = prepared.spec.start(prepared.base).to(device)
     prompts = prepared.sampling_prompts("test", settings.max_new_tokens, settings.num_prompts)
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as progress:
@@ -120,26 +120,30 @@ def evaluate_run(cfg: DictConfig, prepared: Prepared, policy_dir: Path) -> Evalu
             prepared.renderer.decode,
             lambda done: progress.advance(task, done),
         )
-    metrics = evaluation.metrics | _pair_metrics(cfg, policy, reference, prepared)
+    coefficients = json.loads((run_dir / "coefficients.json").read_text())
+    metrics = evaluation.metrics | _pair_metrics(cfg, coefficients, policy, reference, prepared)
     return Evaluation(metrics, evaluation.samples)
 
 
 @torch.no_grad()
 def _pair_metrics(
-    cfg: DictConfig, policy: torch.nn.Module, reference: torch.nn.Module, prepared: Prepared
+    cfg: DictConfig,
+    coefficients: Mapping[str, float],
+    policy: torch.nn.Module,
+    reference: torch.nn.Module,
+    prepared: Prepared,
 ) -> dict[str, float]:
     """Accuracy and margin of the method's implicit reward on the pairs of the test split."""
     loss = as_loss(instantiate(cfg.method.loss, _convert_="all"))
-    alpha, beta = (instantiate(cfg[name])(cfg.trainer.max_steps) for name in ("alpha", "beta"))
-    metric = SumsAndCounts(("rewards/accuracies", "rewards/margins"), over_ranks=False)
+    names = ("rewards/accuracies", "rewards/margins")
+    metric = SumsAndCounts(names, over_ranks=False)
     pairs: list[TokenizedPair] = prepared.pairs.test
     size = cfg.data.eval_batch_size
     for first in range(0, len(pairs), size):
         chunk = pairs[first : first + size]
         batch = collate(chunk, range(len(chunk)), prepared.tokenizer.pad_token_id).to(next(policy.parameters()).device)
-        pair = batch.pair_logps(completion_logps(policy, batch.sequences), completion_logps(reference, batch.sequences))
-        chosen, rejected = loss.rewards(pair, alpha=alpha, beta=beta)
-        if rejected is not None:
-            margin = (chosen - rejected).cpu()
-            metric.update({"rewards/accuracies": (margin > 0).float(), "rewards/margins": margin})
+        seen = batch.list_logps if loss.uses_lists else batch.pair_logps
+        logps = seen(completion_logps(policy, batch.sequences), completion_logps(reference, batch.sequences))
+        values = loss.metrics(logps, alpha=coefficients["alpha"], beta=coefficients["beta"])
+        metric.update({name: values[name].cpu() for name in names if name in values})
     return {f"eval/{key}": value for key, value in metric.compute().items()}

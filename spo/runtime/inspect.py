@@ -48,11 +48,10 @@ def show_rows(
 
 def _panel(number: int, pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> Panel:
     body = Text()
-    texts = {"prompt": pair.prompt_text, "chosen": pair.chosen_text, "rejected": pair.rejected_text}
-    for name, text in texts.items():
-        if text is not None:
-            body.append(f"{name}\n", "bold").append(f"{text}\n\n", _PROMPT if name == "prompt" else _COMPLETION)
-    for name, completion in zip(("chosen", "rejected"), pair.completions, strict=False):
+    names = ["chosen", "rejected", *(f"rejected, place {place}" for place in range(3, len(pair.completions) + 1))]
+    for name, text in zip(["prompt", *names], [pair.prompt_text, *pair.texts], strict=False):
+        body.append(f"{name}\n", "bold").append(f"{text}\n\n", _PROMPT if name == "prompt" else _COMPLETION)
+    for name, completion in zip(names, pair.completions, strict=False):
         body.append(f"tokens of prompt + {name}: {len(pair.prompt_ids)} + {len(completion)}\n", "bold")
         body.append_text(_tokens(pair.prompt_ids, completion, tokenizer))
         body.append("\nmask ").append("." * len(pair.prompt_ids), _PROMPT)

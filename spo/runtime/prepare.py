@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from spo.callbacks import Progress
@@ -31,11 +32,13 @@ from spo.data import (
     Source,
     TokenizedPair,
     eval_prompts,
+    prompt_id,
 )
 from spo.data.collate import collate
 from spo.data.datamodule import PreferenceDataModule
+from spo.data.enumerable import Language
 from spo.data.prepare import prepare
-from spo.data.rows import Split
+from spo.data.rows import SPLITS, Split
 from spo.losses import SFTLoss
 from spo.models import ModelSpec, NoReference
 from spo.models.policy import folder_digest, save_policy
@@ -63,7 +66,9 @@ class Prepared:
         tokenizer: theirs.
         renderer: from text to tokens and back.
         pairs: the data set, tokenised and split.
+        prompts: of each split, to sample from: those the source states, else those of the pairs.
         bad_rows: rows that were skipped (``data.on_bad_row=skip``).
+        language: every response there is, where the data can be enumerated.
     """
 
     spec: ModelSpec
@@ -71,7 +76,9 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
     pairs: PreparedPairs
+    prompts: dict[Split, list[EvalPrompt]]
     bad_rows: list[RowError]
+    language: Language | None
 
     def sampling_prompts(self, split: Split, max_new_tokens: int, limit: int | None = None) -> list[EvalPrompt]:
         """Prompts of a split that leave room for ``max_new_tokens`` within the context.
@@ -80,7 +87,7 @@ class Prepared:
             DataError: none does.
         """
         room = self.renderer.max_length - max_new_tokens
-        every = eval_prompts(getattr(self.pairs, split), None)
+        every = self.prompts[split]
         fitting = [prompt for prompt in every if len(prompt.ids) <= room]
         if every and not fitting:
             raise DataError(
@@ -118,7 +125,8 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks go by position, so that the two may coincide
     _check_context(cfg, spec, base)
-    renderer = Renderer(tokenizer, cfg.data.max_length, cfg.data.truncation)
+    language: Language | None = getattr(source, "language", None)
+    renderer = _renderer(cfg, tokenizer, source)
     rows, dropped = _preference_rows(cfg, spec, source, base, renderer)
     if not rows and dropped:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
@@ -126,12 +134,39 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
             f"none of the sampled pairs can be used ({reasons}): the reference model does not end its completions "
             "within data.max_new_tokens; raise it, or sft.max_steps"
         )
-    shares = cfg.data.splits
-    pairs = prepare(rows, renderer, cfg.data.seed, shares.selection, shares.test, cfg.data.min_pairs)
+    selection, test = (0.0, 0.0) if language else (cfg.data.splits.selection, cfg.data.splits.test)
+    pairs = prepare(rows, renderer, cfg.data.seed, selection, test, cfg.data.min_pairs)
+    if language:  # the data is all there is to know: nothing can be held out
+        counts = pairs.counts | dict.fromkeys(SPLITS, len(pairs.train))
+        pairs = dataclasses.replace(pairs, selection=pairs.train, test=pairs.train, counts=counts)
     bad_rows: list[RowError] = list(getattr(source, "bad_rows", []))
+    if left_out := getattr(source, "left_out", {}):
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
+        pairs.warnings.append(f"{sum(left_out.values())} responses were left out of their lists ({reasons})")
     lost = sum(dropped.values()) + len(bad_rows)
     counts = {**pairs.counts, "read": pairs.counts["read"] + lost, "dropped": pairs.counts["dropped"] + lost}
-    return Prepared(spec, base, tokenizer, renderer, dataclasses.replace(pairs, counts=counts), bad_rows)
+    prompts = {split: _prompts(source, split, pairs, renderer) for split in SPLITS}
+    pairs = dataclasses.replace(pairs, counts=counts)
+    return Prepared(spec, base, tokenizer, renderer, pairs, prompts, bad_rows, language)
+
+
+def _renderer(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, source: Source) -> Renderer:
+    # To an enumerable language the empty response belongs; elsewhere one says nothing.
+    allow_empty = hasattr(source, "language")
+    return Renderer(tokenizer, cfg.data.max_length, cfg.data.truncation, allow_empty)
+
+
+def _prompts(source: Source, split: Split, pairs: PreparedPairs, renderer: Renderer) -> list[EvalPrompt]:
+    """The prompts of a split.
+
+    A source that has prompts of its own states them, so that a prompt whose sampled pair could not be used is still
+    evaluated: whether it can depends on the last bit of the reference model.
+    """
+    own = getattr(source, "prompts", None)
+    if own is None:
+        return eval_prompts(getattr(pairs, split))
+    stated = [EvalPrompt(prompt_id(text), split, renderer.prompt_ids(text), text) for text in own(split)]
+    return sorted({prompt.prompt_id: prompt for prompt in stated}.values(), key=lambda prompt: prompt.prompt_id)
 
 
 def eval_device(cfg: DictConfig) -> torch.device:
@@ -183,8 +218,8 @@ def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path) -
     if cfg.sft.max_steps > 0:
         rows = source.sft_rows()
         if rows is None:
-            rows = [dataclasses.replace(row, rejected=None) for row in source.rows(_no_completer)]
-        renderer = Renderer(tokenizer, cfg.data.max_length, cfg.data.truncation)
+            rows = [dataclasses.replace(row, rejected=None, worse=()) for row in source.rows(_no_completer)]
+        renderer = _renderer(cfg, tokenizer, source)
         train = prepare(rows, renderer, cfg.data.seed, 0.0, 0.0, min_pairs=1).train
         _fit_supervised(cfg, model.train(), train, tokenizer)
     save_policy(model, tokenizer, folder)
@@ -291,7 +326,7 @@ def _complete(
     ids = [renderer.prompt_ids(prompt) for prompt in prompts for _ in range(n)]
     drawn: list[Completion] = []
     for first in track(range(0, len(ids), PROMPTS_PER_BATCH), "sampling pairs", transient=True):
-        chunk = ids[first : first + PROMPTS_PER_BATCH]
+        chunk, (prompt, done) = ids[first : first + PROMPTS_PER_BATCH], divmod(first, n)
         sequences = sample(
             model,
             chunk,
@@ -299,7 +334,7 @@ def _complete(
             temperature=1.0,
             eos_token_id=renderer.eos_id,
             pad_token_id=renderer.tokenizer.pad_token_id,
-            seed=derive_seed("pairs", cfg.data.seed, prompts[first // n], n),
+            seed=derive_seed("pairs", cfg.data.seed, prompts[prompt], n - done),  # no two chunks draw the same
         )
         for row, start, end in zip(
             sequences.input_ids.tolist(), sequences.prompt_length.tolist(), sequences.length.tolist(), strict=True
@@ -325,7 +360,7 @@ def reference_logps(cfg: DictConfig, prepared: Prepared, cache_dir: str, batch_s
         batch_size: pairs per forward.
 
     Returns:
-        ``(n, 2)`` float32 per split, chosen and rejected.
+        ``(P, n)`` float32 per split, best first; NaN where a list has fewer than ``n`` completions.
     """
     spec = prepared.spec
     splits = {"train": prepared.pairs.train, "selection": prepared.pairs.selection}
@@ -362,5 +397,8 @@ def _score_pairs(model: Any, pairs: list[TokenizedPair], pad: int, batch_size: i
     for first in track(range(0, len(pairs), batch_size), f"reference log-probs, {split}", transient=True):
         chunk = pairs[first : first + batch_size]
         batch = collate(chunk, range(len(chunk)), pad).to(device)
-        parts.append(completion_logps(model, batch.sequences).view(-1, len(chunk)).T.cpu())
-    return torch.cat(parts).contiguous()
+        parts.append(batch.per_completion(completion_logps(model, batch.sequences)).cpu())
+    longest = max(map(len, parts))
+    # Nothing reads the padding: if anything did, it would show.
+    padded = [functional.pad(part, (0, 0, 0, longest - len(part)), value=torch.nan) for part in parts]
+    return torch.cat(padded, dim=1).T.contiguous()

@@ -25,6 +25,7 @@ import spo
 from spo.runtime.cache import path_digest
 from spo.runtime.config import compose, parse, register_resolvers, sugar
 from spo.runtime.errors import ConfigProblems, UserError
+from spo.runtime.unread import unread
 
 CONFIG, COMPOSED, IDENTITY, METRICS, PROVENANCE, LOCK = (
     "config.yaml",
@@ -155,10 +156,12 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     """What makes two runs the same: configuration, bytes of data and weights, code.
 
     Returns:
-        ``config`` (flat keys, without paths, loggers, tags and Hydra's own), ``data``, ``weights`` and ``adapter``
-        (digests, ``None`` where there is no such file), ``code``, and the ``digest`` of it all.
+        ``config`` (flat keys, without paths, loggers, tags, Hydra's own and what the method does not read of alpha
+        and beta), ``data``, ``weights`` and ``adapter`` (digests, ``None`` where there is no such file), ``code``,
+        and the ``digest`` of it all.
     """
-    flat = {key: value for key, value in flatten(resolved(cfg)).items() if key.partition(".")[0] not in NOT_IDENTITY}
+    left_out = {*NOT_IDENTITY, *unread(cfg)}
+    flat = {key: value for key, value in flatten(resolved(cfg)).items() if key.partition(".")[0] not in left_out}
     # Where files lie is no part of what is computed, so the run's own folders appear by their names.
     folders = sorted(((str(path), f"<{name}>") for name, path in cfg.paths.items()), key=lambda pair: -len(pair[0]))
     flat = {key: _renamed(value, folders) for key, value in flat.items()}

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from hydra.utils import get_class
 
-from spo.runtime.config import MAIN, conf_dir
 from spo.runtime.errors import UserError
+from spo.runtime.groups import MAIN, conf_dir, group_members
 
 
 def methods_table(conf: Path) -> str:
@@ -31,10 +31,10 @@ def groups_table(conf: Path) -> str:
     """One line per config group."""
     lines = ["| group | members, the default in bold |", "|---|---|"]
     defaults = _chosen(yaml.safe_load((conf / f"{MAIN}.yaml").read_text()))
-    for group in sorted(path for path in conf.iterdir() if path.is_dir()):
-        members = [file.stem for file in sorted(group.glob("*.yaml")) if file.stem != "common"]
-        shown = [f"**`{member}`**" if member == defaults.get(group.name) else f"`{member}`" for member in members]
-        lines.append(f"| `{group.name}` | {', '.join(shown)} |")
+    for group, members in group_members([conf]).items():
+        chosen = defaults.get(group)
+        shown = [f"**`{name}`**" if name == chosen else f"`{name}`" for name in members if name != "common"]
+        lines.append(f"| `{group}` | {', '.join(shown)} |")
     return "\n".join(lines)
 
 

@@ -6,25 +6,28 @@ import dataclasses
 import json
 import logging
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from spo.data import SPLITS
 from spo.data.datamodule import PreferenceDataModule
+from spo.exact import ExactMetrics, World
 from spo.losses import as_loss
 from spo.models import PrecomputedReference, Reference
 from spo.models.policy import folder_digest, save_policy, whole_state_dict
-from spo.module import AlignmentModule, ProbeSettings, Prompts
+from spo.module import AlignmentModule, Enumeration, ProbeSettings, Prompts
 from spo.regularizers import Regularizer
 from spo.reports.html import render_report
 from spo.reports.terminal import result_panel, start_panel
+from spo.reports.wording import UNITS
 from spo.runtime.cache import digest
 from spo.runtime.checks import ensure, warnings
 from spo.runtime.evaluate import evaluate_run, write_samples
@@ -32,6 +35,8 @@ from spo.runtime.inspect import show_rows
 from spo.runtime.prepare import Prepared, prepare_run, reference_logps
 from spo.runtime.rundir import Status, claim, finish, is_first_process, resumed_config, write_json
 from spo.runtime.terminal import quiet_libraries
+from spo.runtime.unread import COEFFICIENTS, unread
+from spo.schedules import Controller, Schedule
 from spo.tracking import Record, RunDescription, Tracker
 
 log = logging.getLogger(__name__)
@@ -73,16 +78,11 @@ def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
     prepared_at = perf_counter()
 
     checkpoint = _last_checkpoint(run_dir) if resume else None
-    policy = prepared.spec.policy(prepared.base, seed=cfg.seed)
-    reference: Reference = instantiate(cfg.reference)
-    module = build_module(cfg, policy, reference, prepared)
-    if module.needs_reference_model:
-        reference.attach(lambda: prepared.spec.start(prepared.base))
-    data = build_data(cfg, reference, module, prepared)
     record = Record(run_dir / "history.jsonl", resume_at=_step_of(checkpoint))
     loggers = [instantiate(node) for node in cfg.logger.values()]
     trackers = [logger for logger in loggers if isinstance(logger, Tracker)]
-    trainer = build_trainer(cfg, [record, *loggers])
+    parts = assemble(cfg, prepared, [record, *loggers])
+    module, trainer = parts.module, parts.trainer
     for tracker in trackers:
         tracker.describe(describe(cfg, run_dir))
     if trainer.is_global_zero:
@@ -92,14 +92,15 @@ def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
     with ExitStack() as stack:
         for tracker in trackers:
             stack.callback(tracker.close)  # a job that fails must not leave its run open for the next one
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
         trained_at = perf_counter()
         weights = whole_state_dict(module.policy)
         if not trainer.is_global_zero:
             return {}
-        reference.to(torch.device("cpu"))  # makes room: the evaluation loads what was saved
+        module.reference.to(torch.device("cpu"))  # makes room: the evaluation loads what was saved
         save_policy(module.policy, prepared.tokenizer, run_dir / "policy", weights)
-        evaluation = evaluate_run(cfg, prepared, run_dir / "policy")
+        write_json(run_dir / "coefficients.json", {n: getattr(module, n)(trainer.global_step) for n in COEFFICIENTS})
+        evaluation = evaluate_run(cfg, prepared, run_dir)
         times = {"prepare_s": prepared_at - started, "train_s": trained_at - prepared_at}
         times |= {"evaluate_s": perf_counter() - trained_at, "total_s": perf_counter() - started}
         metrics = {
@@ -120,7 +121,46 @@ def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
 # --- the parts -----------------------------------------------------------------------------------------------------
 
 
-def build_module(cfg: DictConfig, policy: nn.Module, reference: Reference, prepared: Prepared) -> AlignmentModule:
+@dataclass(frozen=True)
+class Parts:
+    """What a run is put together from. ``exact`` measures against the optimum where the language can be enumerated."""
+
+    module: AlignmentModule
+    data: PreferenceDataModule
+    trainer: Trainer
+    exact: ExactMetrics | None
+
+
+def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
+    """Module, data and trainer of the run that ``cfg`` describes, ready to fit."""
+    policy = prepared.spec.policy(prepared.base, seed=cfg.seed)
+    reference: Reference = instantiate(cfg.reference)
+    exact = build_exact(cfg, prepared)
+    enumeration = None if exact is None else Enumeration(exact.world.sequences, len(exact.world.rewards))
+    module = build_module(cfg, policy, reference, prepared, enumeration)
+    if module.needs_reference_model:
+        reference.attach(lambda: prepared.spec.start(prepared.base))
+    data = build_data(cfg, reference, module, prepared)
+    trainer = build_trainer(cfg, loggers, [] if exact is None else [exact])
+    return Parts(module, data, trainer, exact)
+
+
+def build_exact(cfg: DictConfig, prepared: Prepared) -> ExactMetrics | None:
+    """Metrics by enumeration, for data whose every response is known."""
+    if prepared.language is None:
+        return None
+    world = World.of(prepared.language, prepared.renderer, prepared.pairs.train)
+    reference = world.logps(prepared.spec.start(prepared.base))
+    return ExactMetrics(world, reference, uniform=cfg.data.source.sampler == "full")
+
+
+def build_module(
+    cfg: DictConfig,
+    policy: nn.Module,
+    reference: Reference,
+    prepared: Prepared,
+    enumeration: Enumeration | None = None,
+) -> AlignmentModule:
     """The LightningModule of the run."""
     loss = as_loss(instantiate(cfg.method.loss, _convert_="all"))
     regularizer: Regularizer = instantiate(cfg.regularizer, _convert_="all")
@@ -146,6 +186,7 @@ def build_module(cfg: DictConfig, policy: nn.Module, reference: Reference, prepa
         micro_batch_size=cfg.data.micro_batch_size,
         log_every_n_steps=cfg.trainer.log_every_n_steps,
         seed=cfg.seed,
+        enumeration=enumeration,
     )
 
 
@@ -170,14 +211,15 @@ def build_data(
     )
 
 
-def build_trainer(cfg: DictConfig, loggers: list[Any]) -> Trainer:
+def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Callback]) -> Trainer:
     """Lightning's Trainer; what the alignment step and the data module do themselves is taken out of its hands."""
     settings = {key: value for key, value in cfg.trainer.items() if key != "gradient_clip_val"}
     shown = cfg.trainer.enable_progress_bar
     return instantiate(
         OmegaConf.create(settings),
         logger=loggers,
-        callbacks=[instantiate(node) for name, node in cfg.callbacks.items() if shown or name != "progress"],
+        callbacks=callbacks
+        + [instantiate(node) for name, node in cfg.callbacks.items() if shown or name != "progress"],
         strategy=instantiate(cfg.strategy).plugin,
         max_epochs=-1,
         check_val_every_n_epoch=None,
@@ -210,9 +252,8 @@ def method_name(cfg: DictConfig) -> str:
 
 def coefficients(cfg: DictConfig) -> list[str]:
     """The coefficients that the composition reads, such as ``alpha-0.05`` and ``beta-0.03``."""
-    loss, regularizer = as_loss(instantiate(cfg.method.loss)), instantiate(cfg.regularizer)
-    read = {"alpha": loss.uses_alpha, "beta": loss.uses_beta or regularizer.weight == "beta"}
-    return [f"{name}-{instantiate(cfg[name])(0):g}" for name, is_read in read.items() if is_read]
+    not_read = unread(cfg)
+    return [f"{name}-{instantiate(cfg[name])}" for name in COEFFICIENTS if name not in not_read]
 
 
 def facts(cfg: DictConfig, module: AlignmentModule, prepared: Prepared, trainer: Trainer) -> dict[str, str]:
@@ -229,7 +270,7 @@ def facts(cfg: DictConfig, module: AlignmentModule, prepared: Prepared, trainer:
         "splits": f"{counts['train']} train, {counts['selection']} selection, {counts['test']} test pairs",
         "a step": f"{size} pairs, about {tokens * size // len(train_pairs):,} tokens",
         "steps": f"{cfg.trainer.max_steps}, {cfg.trainer.max_steps * size / len(train_pairs):.1f} epochs",
-        "alpha": f"{module.alpha(0):g}" if module.loss.uses_alpha else "not read",
+        "alpha": _schedule_words(module.alpha) if module.loss.uses_alpha else "not read",
         "beta": _beta_words(module),
         "devices": f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}",
         "run directory": str(cfg.paths.run),
@@ -243,11 +284,17 @@ def _reference_words(module: AlignmentModule) -> str:
 
 
 def _beta_words(module: AlignmentModule) -> str:
-    regularizer, value = module.regularizer, module.beta(0)
+    regularizer, words = module.regularizer, _schedule_words(module.beta)
     if module.loss.uses_beta:
         extra = "" if regularizer.source is None else f"; regularizer.weight {regularizer.weight:g}"
-        return f"{value:g}, of the loss{extra}"
-    return f"{value:g}, weight of the regularizer" if regularizer.weight == "beta" else "not read"
+        return f"{words}, of the loss{extra}"
+    return f"{words}, weight of the regularizer" if regularizer.weight == "beta" else "not read"
+
+
+def _schedule_words(schedule: Schedule) -> str:
+    if not isinstance(schedule, Controller):
+        return f"{schedule(0):g}"
+    return f"{schedule(0):g}, adjusted to {schedule.watches} {schedule.target:g} {UNITS[schedule.watches]}"
 
 
 # --- files of the run directory ------------------------------------------------------------------------------------

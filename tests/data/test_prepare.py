@@ -116,9 +116,9 @@ def test_drops_are_counted_warned_of_and_refused() -> None:
 
 def test_eval_prompts_are_unique_and_in_a_stable_order() -> None:
     pairs = prepared(ROWS).train
-    result = eval_prompts(pairs, None)
+    result = eval_prompts(pairs)
     assert [prompt.prompt_id for prompt in result] == sorted({pair.prompt_id for pair in pairs})
-    assert eval_prompts(pairs[::-1], 5) == result[:5]
+    assert eval_prompts(pairs[::-1]) == result
     by_id = {pair.prompt_id: pair for pair in pairs}
     assert all((p.ids, p.text) == (by_id[p.prompt_id].prompt_ids, by_id[p.prompt_id].prompt_text) for p in result)
 

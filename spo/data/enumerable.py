@@ -1,0 +1,311 @@
+"""A language small enough to write down: every response to every prompt, its reward, and preferences over them.
+
+A response is a sequence of symbols that ends with end-of-text within ``max_new_tokens`` tokens, or is cut after that
+many symbols. None is the beginning of another, and nothing else can be sampled, so under any autoregressive model over
+this vocabulary their probabilities add up to one: what is an estimate elsewhere is a sum here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spo.data.rows import Completer, Row, Split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SYMBOLS = string.ascii_lowercase
+END = "<end>"
+MOST_RESPONSES = 20_000
+MOST_LISTS = 20_000
+"""Of a prompt, where each is used once: all pairs of 200 responses are just below it."""
+MOST_ORDERED = 4
+"""Completions in a list whose orders are all written out."""
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Language:
+    """``P`` prompts, each with the same ``R`` responses.
+
+    Attributes:
+        prompts: all with the same number of symbols.
+        responses: in order of length, then of the alphabet; the empty one is first.
+        rewards: ``(P, R)`` float64, in nats of Bradley and Terry.
+        support: ``(P, R)`` true where a response can appear in the data.
+    """
+
+    prompts: tuple[str, ...]
+    responses: tuple[str, ...]
+    rewards: NDArray[np.float64]
+    support: NDArray[np.bool_]
+
+    def preference(self, prompt: int, first: int | Indices, second: int | Indices) -> NDArray[np.float64]:
+        """Probability that ``first`` is better than ``second``, sigmoid(r_i - r_j) (Bradley and Terry 1952)."""
+        reward = self.rewards[prompt]
+        return np.exp(-np.logaddexp(0.0, reward[second] - reward[first]))
+
+    def order_probability(self, prompt: int, orders: Indices) -> NDArray[np.float64]:
+        r"""Probability of rankings, :math:`\prod_k e^{r_k} / \sum_{j \ge k} e^{r_j}` (Plackett 1975, Luce 1959).
+
+        Args:
+            prompt: position in ``prompts``.
+            orders: ``(..., n)`` responses, best first.
+
+        Returns:
+            ``(...)``.
+        """
+        reward = self.rewards[prompt][orders]
+        rest = np.logaddexp.accumulate(reward[..., ::-1], axis=-1)[..., ::-1]
+        return np.exp((reward - rest).sum(-1))
+
+    def drawn_orders(self, prompt: int, lists: Indices, rng: np.random.Generator) -> Indices:
+        """Each of the ``(K, n)`` lists in an order drawn from Plackett-Luce: Gumbel noise on rewards, sorted."""
+        noisy = self.rewards[prompt][lists] + rng.gumbel(size=lists.shape)
+        return np.take_along_axis(lists, np.argsort(-noisy, axis=-1), axis=-1)
+
+
+class EnumerableSource:
+    """Preferences over an enumerable language, with a seeded table of rewards.
+
+    Args:
+        seed: of rewards, support, lists and drawn labels.
+        num_prompts: prompts of the language.
+        num_symbols: symbols of the vocabulary, beside end-of-text.
+        prompt_symbols: symbols of a prompt.
+        max_new_tokens: most tokens of a response.
+        reward_scale: standard deviation of the rewards, which are normal, in nats of Bradley and Terry.
+        sampler: which responses are compared. ``full``: any of them, uniformly; ``restricted``: those of a seeded
+            part of them; ``reference``: two that are drawn from the reference model.
+        labels: ``soft`` states the exact probability of an outcome, ``hard`` draws one.
+        num_pairs: pairs (or lists) of each prompt; ``None`` for each possible one once.
+        support_share: share of a prompt's responses that ever appear where ``sampler`` is ``restricted``.
+        list_size: completions that are compared with each other: 2 for pairs under Bradley-Terry, more for rankings
+            under Plackett-Luce. With soft labels all orders of a ranking are rows, weighted by their probability.
+
+    Attributes:
+        language: all of it.
+        samples_rows: whether the pairs are drawn from the reference model.
+        dropped: how many pairs the last :meth:`rows` left out, by reason.
+
+    Raises:
+        ValueError: there is no such language, or it is too large to be written down.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        num_prompts: int,
+        num_symbols: int,
+        prompt_symbols: int,
+        max_new_tokens: int,
+        reward_scale: float,
+        sampler: Literal["full", "reference", "restricted"],
+        labels: Literal["soft", "hard"],
+        num_pairs: int | None,
+        support_share: float,
+        list_size: int,
+    ) -> None:
+        if sampler not in ("full", "reference", "restricted"):
+            raise ValueError(f"data.source.sampler={sampler}: choose full, reference or restricted")
+        if labels not in ("soft", "hard"):
+            raise ValueError(f"data.source.labels={labels}: choose soft or hard")
+        if not 0 < support_share <= 1:
+            raise ValueError(f"data.source.support_share={support_share}: must be above 0 and at most 1")
+        if not 0 <= reward_scale < math.inf:
+            raise ValueError(f"data.source.reward_scale={reward_scale}: must be at least 0 and finite")
+        if list_size < 2 or (num_pairs is not None and num_pairs < 1):
+            raise ValueError(
+                f"data.source.list_size={list_size}, num_pairs={num_pairs}: at least 2 completions, and 1 pair"
+            )
+        self.seed, self.sampler, self.labels = seed, sampler, labels
+        self.num_pairs, self.list_size, self.yields_lists = num_pairs, list_size, list_size > 2
+        prompts, responses = _prompts(num_prompts, num_symbols, prompt_symbols), _responses(num_symbols, max_new_tokens)
+        size = len(prompts), len(responses)
+        support = np.ones(size, dtype=bool)
+        if sampler == "restricted":
+            kept = max(round(support_share * len(responses)), list_size)
+            ranks = self._rng("support").random(size).argsort(axis=1).argsort(axis=1)
+            support = ranks < kept
+        rewards = self._rng("rewards").normal(0.0, reward_scale, size)
+        self.language = Language(prompts, responses, rewards, support)
+        self.samples_rows = sampler == "reference"
+        self.dropped: dict[str, int] = {}
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        n, supported = self.list_size, int(self.language.support[0].sum())
+        if n > supported:
+            raise ValueError(f"data.source.list_size={n}: a prompt has {supported} responses to compare")
+        if self.sampler == "reference" and n > 2:
+            raise ValueError(f"data.source.list_size={n}: data.source.sampler=reference draws pairs, of 2")
+        if n > MOST_ORDERED and self.labels == "soft":
+            raise ValueError(
+                f"data.source.list_size={n}: exact labels write all orders out, which is for lists of up to "
+                f"{MOST_ORDERED}; set data.source.labels=hard"
+            )
+        if self.num_pairs is None and self.sampler == "reference":
+            raise ValueError("data.source.num_pairs=null: data.source.sampler=reference has to know how many to draw")
+        if self.num_pairs is None and math.comb(supported, n) > MOST_LISTS:
+            kind = "pairs" if n == 2 else f"lists of {n}"
+            raise ValueError(
+                f"data.source.num_pairs=null: {supported} responses make more than {MOST_LISTS:,} {kind} of each "
+                "prompt; set data.source.num_pairs to the number to draw"
+            )
+
+    def prompts(self, split: Split) -> list[str]:
+        """The prompts of the language, which are those of every split."""
+        return list(self.language.prompts)
+
+    def sft_rows(self) -> None:
+        """There is no corpus: a model made from scratch is the reference as it is."""
+
+    def rows(self, complete: Completer) -> list[Row]:
+        """The pairs or rankings of every prompt.
+
+        Args:
+            complete: draws completions from the reference model; called where ``sampler`` is ``reference``.
+        """
+        self.dropped = {}
+        lists = self._reference_pairs(complete) if self.samples_rows else self._lists()
+        return [row for prompt, chosen in enumerate(lists) for row in self._labelled(prompt, chosen)]
+
+    def _lists(self) -> Iterator[Indices]:
+        """``(K, n)`` of each prompt: the responses that are compared."""
+        for prompt, support in enumerate(self.language.support):
+            responses = np.flatnonzero(support)
+            if self.num_pairs is None:
+                yield np.array(list(itertools.combinations(responses.tolist(), self.list_size)))
+            else:
+                rng = self._rng("lists", prompt)
+                drawn = [rng.choice(len(responses), self.list_size, replace=False) for _ in range(self.num_pairs)]
+                yield responses[np.array(drawn)]
+
+    def _reference_pairs(self, complete: Completer) -> Iterator[Indices]:
+        assert self.num_pairs is not None
+        place = {text: i for i, text in enumerate(self.language.responses)}
+        self.dropped = {"identical": 0}
+        for group in complete(self.language.prompts, 2 * self.num_pairs):
+            pairs = np.array([place[completion.text] for completion in group]).reshape(-1, 2)
+            different = pairs[:, 0] != pairs[:, 1]
+            self.dropped["identical"] += int((~different).sum())
+            yield pairs[different]
+
+    def _labelled(self, prompt: int, lists: Indices) -> Iterator[Row]:
+        if self.labels == "hard":
+            orders = self.language.drawn_orders(prompt, lists, self._rng("labels", prompt))
+            yield from (self._row(prompt, order) for order in orders.tolist())
+        elif self.list_size == 2:
+            # The better one first, so that accuracies say what they say elsewhere; the loss is the same either way.
+            reward = self.language.rewards[prompt][lists]
+            orders = np.where(reward[:, :1] >= reward[:, 1:], lists, lists[:, ::-1])
+            preferences = self.language.preference(prompt, orders[:, 0], orders[:, 1])
+            for order, preference in zip(orders.tolist(), preferences.tolist(), strict=True):
+                yield self._row(prompt, order, preference=preference)
+        else:
+            permutations = np.array(list(itertools.permutations(range(self.list_size))))
+            orders = lists[:, permutations].reshape(-1, self.list_size)
+            weights = len(permutations) * self.language.order_probability(prompt, orders)
+            for order, weight in zip(orders.tolist(), weights.tolist(), strict=True):
+                yield self._row(prompt, order, weight=weight)
+
+    def _row(
+        self, prompt: int, order: Sequence[int], preference: float | None = None, weight: float | None = None
+    ) -> Row:
+        chosen, rejected, *worse = (self.language.responses[i] for i in order)
+        return Row(
+            prompt=self.language.prompts[prompt],
+            chosen=chosen,
+            rejected=rejected,
+            worse=tuple(worse),
+            preference=preference,
+            weight=weight,
+            where=f"enumerable:{prompt}:{'-'.join(map(str, order))}",
+        )
+
+    def _rng(self, purpose: str, *parts: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *parts, *purpose.encode()])
+
+
+class EnumerableReward:
+    """The rewards of an enumerable language, looked up.
+
+    Args:
+        source: whose rewards they are.
+    """
+
+    def __init__(self, source: EnumerableSource) -> None:
+        language = source.language
+        self._table = {
+            (prompt, response): reward
+            for prompt, rewards in zip(language.prompts, language.rewards.tolist(), strict=True)
+            for response, reward in zip(language.responses, rewards, strict=True)
+        }
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
+        """The key ``reward``, one number per completion.
+
+        Raises:
+            ValueError: a completion is none of the language.
+        """
+        asked = list(zip(prompts, completions, strict=True))
+        if unknown := [pair for pair in asked if pair not in self._table]:
+            raise ValueError(f"prompt {unknown[0][0]!r} with completion {unknown[0][1]!r} is not of the language")
+        return {"reward": [self._table[pair] for pair in asked]}
+
+
+def language_tokenizer(num_symbols: int) -> PreTrainedTokenizerFast:
+    """One token for each symbol, and one that begins, ends and pads; it adds none by itself.
+
+    Args:
+        num_symbols: the first so many letters of the alphabet.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {END: 0} | {symbol: i for i, symbol in enumerate(SYMBOLS[:num_symbols], 1)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _prompts(num_prompts: int, num_symbols: int, prompt_symbols: int) -> tuple[str, ...]:
+    if not 2 <= num_symbols <= len(SYMBOLS):
+        raise ValueError(f"data.source.num_symbols={num_symbols}: must be from 2 to {len(SYMBOLS)}")
+    if prompt_symbols < 0 or not 1 <= num_prompts <= num_symbols**prompt_symbols:
+        raise ValueError(
+            f"data.source.num_prompts={num_prompts}: {prompt_symbols} symbols out of {num_symbols} make "
+            f"{num_symbols ** max(prompt_symbols, 0)} prompts; set data.source.prompt_symbols"
+        )
+    return tuple(itertools.islice(_words(num_symbols, prompt_symbols), num_prompts))
+
+
+def _responses(num_symbols: int, max_new_tokens: int) -> tuple[str, ...]:
+    if max_new_tokens < 1:
+        raise ValueError(f"data.max_new_tokens={max_new_tokens}: must be at least 1")
+    if sum(num_symbols**length for length in range(max_new_tokens + 1)) > MOST_RESPONSES:
+        raise ValueError(
+            f"data.source.num_symbols={num_symbols} and data.max_new_tokens={max_new_tokens} make more than "
+            f"{MOST_RESPONSES:,} responses, too many to enumerate: set either lower"
+        )
+    return tuple(word for length in range(max_new_tokens + 1) for word in _words(num_symbols, length))
+
+
+def _words(num_symbols: int, length: int) -> Iterator[str]:
+    return ("".join(symbols) for symbols in itertools.product(SYMBOLS[:num_symbols], repeat=length))

@@ -1,0 +1,80 @@
+"""The exact distance of a policy to the optimum of what it is trained on, logged while it trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from spo.exact.optimum import Objective, Optimum, entropy, find_optimum, kl, total_variation
+from spo.exact.world import World
+from spo.module import AlignmentModule
+
+
+class ExactMetrics(Callback):
+    """Logs ``exact/...`` at step 0 and wherever the run logs a row, by enumeration in float64, means over the prompts.
+
+    ``exact/entropy`` (nats per response), ``exact/kl_reference`` (KL(policy || reference), nats), ``exact/mass_outside``
+    (probability of responses that never appear in the data), and where the objective has a single minimum
+    ``exact/tv`` and ``exact/kl_optimum`` (total variation to it, KL(policy || optimum)) and ``exact/entropy_optimum``.
+    With a schedule the optimum is that of the coefficients in force at the step. A KL on the data set's responses has no
+    optimum that is computed here.
+
+    Args:
+        world: language and rows.
+        reference: ``(P, R)`` log pi_ref.
+        uniform: whether the rows stand for uniform draws from all responses.
+    """
+
+    def __init__(self, world: World, reference: Tensor, uniform: bool) -> None:
+        self.world, self.reference, self.uniform = world, reference, uniform
+        self._optima: dict[tuple[float, float, float], Optimum | None] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The row of step 0, which no optimiser step precedes."""
+        if trainer.sanity_checking:
+            self._log(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """A row wherever the module logs one."""
+        assert isinstance(pl_module, AlignmentModule)
+        if pl_module.is_log_step:
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, AlignmentModule)
+        row = {f"exact/{name}": value for name, value in self.measure(module).items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=trainer.global_step)
+
+    def measure(self, module: AlignmentModule) -> dict[str, float]:
+        """The metrics of the policy as it is."""
+        policy = self.world.logps(module.policy)
+        found = {
+            "entropy": entropy(policy),
+            "kl_reference": kl(policy, self.reference),
+            "mass_outside": (policy.exp() * ~self.world.support).sum(-1),
+        }
+        optimum = self.optimum(module)
+        if optimum is not None:
+            found |= {
+                "tv": total_variation(policy, optimum.logps),
+                "kl_optimum": kl(policy, optimum.logps),
+                "entropy_optimum": entropy(optimum.logps),
+            }
+        return {name: float(value.mean()) for name, value in found.items()}
+
+    def optimum(self, module: AlignmentModule) -> Optimum | None:
+        """Where the module's objective is least at its present step."""
+        regularizer, step = module.regularizer, module.global_step
+        if regularizer.source == "dataset":
+            return None
+        alpha, beta = module.alpha(step), module.beta(step)
+        key = (alpha, beta, regularizer.weight_at(beta))
+        if key not in self._optima:
+            self._optima[key] = find_optimum(
+                Objective(module.loss, self.world, self.reference, *key, uniform=self.uniform)
+            )
+        return self._optima[key]

@@ -1,0 +1,109 @@
+"""Every response to every prompt, as tensors: what an expectation over an enumerable language is taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spo.data import Renderer, Row, TokenizedPair
+from spo.data.collate import collate
+from spo.data.enumerable import Language
+from spo.losses import Loss
+from spo.ops import completion_logits, completion_targets, sum_per_sequence, token_logps
+from spo.sampling import eval_mode
+from spo.types import ListLogps, PairLogps, Sequences
+
+SEQUENCES_PER_FORWARD = 4096
+
+
+@dataclass(frozen=True)
+class World:
+    """An enumerable language of ``P`` prompts with ``R`` responses each, and the ``K`` rows of a data set over it.
+
+    Attributes:
+        sequences: ``P * R`` sequences, all responses of the first prompt first.
+        rewards: ``(P, R)`` float64.
+        lengths: ``(P, R)`` tokens of the responses, float64.
+        support: ``(P, R)`` true where a response can appear in the data.
+        completions: ``(n, K)`` positions in ``sequences`` of each row's completions, best first.
+        preference: ``(K,)`` probability that the first of two completions is the better one, under Bradley and Terry
+            with the rewards, whatever label the row has; ``None`` for rows of more than two.
+        weight: ``(K,)``.
+    """
+
+    sequences: Sequences
+    rewards: Tensor
+    lengths: Tensor
+    support: Tensor
+    completions: Tensor
+    preference: Tensor | None
+    weight: Tensor
+
+    @classmethod
+    def of(cls, language: Language, renderer: Renderer, rows: Sequence[TokenizedPair]) -> World:
+        """Lays the language out in tokens, and finds each row's completions in it."""
+        texts = [Row(prompt, response) for prompt in language.prompts for response in language.responses]
+        leaves = [leaf for leaf in map(renderer.render, texts) if isinstance(leaf, TokenizedPair)]
+        assert len(leaves) == len(texts), "a response of the language cannot be written in tokens"
+        place = {(leaf.prompt_ids, leaf.chosen_ids): i for i, leaf in enumerate(leaves)}
+        completions = torch.tensor([[place[row.prompt_ids, ids] for ids in row.completions] for row in rows]).T
+        rewards = torch.from_numpy(language.rewards)
+        preference = None
+        if len(completions) == 2:
+            chosen, rejected = rewards.flatten()[completions]
+            preference = (chosen - rejected).sigmoid()
+        weight = torch.tensor([1.0 if row.weight is None else row.weight for row in rows], dtype=torch.float64)
+        return cls(
+            sequences=collate(leaves, range(len(leaves)), renderer.eos_id).sequences,
+            rewards=rewards,
+            lengths=torch.tensor([len(leaf.chosen_ids) for leaf in leaves]).double().view_as(rewards),
+            support=torch.from_numpy(language.support),
+            completions=completions,
+            preference=preference,
+            weight=weight,
+        )
+
+    @torch.no_grad()
+    def logps(self, model: nn.Module) -> Tensor:
+        """``(P, R)`` log pi(y|x) in nats, the logits widened to float64 before anything is summed."""
+        device = next(model.parameters()).device
+        parts = []
+        with eval_mode(model):
+            for first in range(0, len(self.sequences), SEQUENCES_PER_FORWARD):
+                part = self.sequences.rows(slice(first, first + SEQUENCES_PER_FORWARD)).to(device)
+                logits = completion_logits(model, part).double()
+                parts.append(sum_per_sequence(token_logps(logits, completion_targets(part)), part))
+        return torch.cat(parts).cpu().view_as(self.rewards)
+
+    def rows(self, loss: Loss[Any], policy: Tensor, reference: Tensor) -> PairLogps | ListLogps:
+        """What ``loss`` sees of the rows, from ``(P, R)`` log-probs of policy and reference."""
+        return self._lists(policy, reference) if loss.uses_lists else self._pairs(policy, reference)
+
+    def _pairs(self, policy: Tensor, reference: Tensor) -> PairLogps:
+        chosen, rejected = self.completions
+        policy, reference, lengths = policy.flatten(), reference.flatten(), self.lengths.flatten()
+        return PairLogps(
+            policy_chosen=policy[chosen],
+            policy_rejected=policy[rejected],
+            reference_chosen=reference[chosen],
+            reference_rejected=reference[rejected],
+            chosen_length=lengths[chosen],
+            rejected_length=lengths[rejected],
+            preference=self.preference,
+            weight=self.weight,
+        )
+
+    def _lists(self, policy: Tensor, reference: Tensor) -> ListLogps:
+        n, rows = self.completions.shape
+        return ListLogps(
+            policy=policy.flatten()[self.completions.T],
+            mask=torch.ones(rows, n, dtype=torch.bool),
+            order=torch.arange(n).expand(rows, n),
+            reference=reference.flatten()[self.completions.T],
+            weight=self.weight,
+            preference=self.preference,
+        )

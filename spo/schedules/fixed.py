@@ -1,0 +1,71 @@
+"""Schedules that are known before training starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from spo.schedules.base import Schedule, positive
+
+
+class Constant(Schedule):
+    """The same value at every step.
+
+    Args:
+        value: positive.
+    """
+
+    def __init__(self, value: float) -> None:
+        positive(value=value)
+        self.value = value
+
+    def __call__(self, step: int) -> float:
+        return self.value
+
+
+class Linear(Schedule):
+    """A straight line from ``start`` to ``end`` over ``steps`` optimiser steps, ``end`` from then on.
+
+    Args:
+        start: value at step 0, positive.
+        end: value at the last of the ``steps``, positive.
+        steps: optimiser steps.
+    """
+
+    def __init__(self, start: float, end: float, steps: int) -> None:
+        positive(start=start, end=end)
+        self.start, self.end, self.steps = start, end, steps
+
+    def fraction(self, step: int) -> float:
+        """The covered share of the way from start to end, in [0, 1]."""
+        return min(step / max(self.steps - 1, 1), 1.0)
+
+    def __call__(self, step: int) -> float:
+        return self.start + self.fraction(step) * (self.end - self.start)
+
+
+class Cosine(Linear):
+    """Half a cosine from ``start`` to ``end``: flat at both ends. Arguments as in :class:`Linear`."""
+
+    def fraction(self, step: int) -> float:
+        return (1 - math.cos(math.pi * super().fraction(step))) / 2
+
+
+class PerStep(Schedule):
+    """One value per optimiser step, the last of them from then on.
+
+    Args:
+        values: positive, at least one.
+
+    Raises:
+        ValueError: ``values`` is no list, is empty, or holds something else than positive numbers.
+    """
+
+    def __init__(self, values: Sequence[float]) -> None:
+        if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+            raise ValueError(f"values must be a list with one number per step, such as [0.5,0.4], got {values!r}")
+        positive(**{f"values[{step}]": value for step, value in enumerate(values)})
+        self.values = list(values)
+
+    def __call__(self, step: int) -> float:
+        return self.values[min(step, len(self.values) - 1)]

@@ -1,0 +1,169 @@
+"""Optima of the objectives on enumerated responses: closed forms against a numerical solution that knows none of them."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+
+from spo.exact import Objective, World, find_optimum
+from spo.exact.optimum import entropy, kl, total_variation
+from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SPOLoss, WeightedSPOLoss
+from spo.types import Sequences
+
+P, R = 2, 6
+
+
+def numbers(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def world(responses: int = R, seed: int = 0, pairs: list[tuple[int, int]] | None = None) -> World:
+    """Two prompts, random rewards and lengths, every pair of responses once."""
+    rewards = numbers(seed, P, responses)
+    pairs = list(combinations(range(responses), 2)) if pairs is None else pairs
+    rows = torch.tensor([(p * responses + i, p * responses + j) for p in range(P) for i, j in pairs]).T
+    chosen, rejected = rewards.flatten()[rows]
+    nothing = torch.zeros(1, 2, dtype=torch.long)
+    return World(
+        sequences=Sequences(nothing, torch.tensor([1]), torch.tensor([2])),
+        rewards=rewards,
+        lengths=torch.randint(1, 4, (P, responses), generator=torch.Generator().manual_seed(seed)).double(),
+        support=torch.ones(P, responses, dtype=torch.bool),
+        completions=rows,
+        preference=(chosen - rejected).sigmoid(),
+        weight=torch.ones(rows.shape[1], dtype=torch.float64),
+    )
+
+
+def reference(responses: int = R) -> Tensor:
+    return numbers(7, P, responses).log_softmax(-1)
+
+
+def objective(loss: PreferenceLoss, uniform: bool = False, kl_weight: float = 0.0, **changes: object) -> Objective:
+    settings = {"world": world(), "reference": reference(), "alpha": 0.7, "beta": 0.4, **changes}
+    return Objective(loss, **settings, kl_weight=kl_weight, uniform=uniform)  # type: ignore[arg-type]
+
+
+LOSSES = [SPOLoss(), WeightedSPOLoss(gamma=0.5), DPOLoss(), IPOLoss(), IPOLoss(length_normalize=False)]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{type(loss).__name__}-{vars(loss)}")
+@pytest.mark.parametrize(("alpha", "beta"), [(0.3, 0.2), (1.0, 1.0), (4.0, 3.0)])
+def test_the_stated_optimum_is_where_the_objective_is_least(loss: PreferenceLoss, alpha: float, beta: float) -> None:
+    stated = find_optimum(objective(loss, uniform=True, alpha=alpha, beta=beta))
+    solved = find_optimum(objective(loss, uniform=False, alpha=alpha, beta=beta))
+    assert stated is not None and solved is not None
+    assert (stated.found, solved.found) == ("closed form", "numerical")
+    torch.testing.assert_close(stated.logps.exp().sum(-1), torch.ones(P, dtype=torch.float64))
+    torch.testing.assert_close(solved.logps, stated.logps, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0, 4.0])
+def test_spo_and_dpo_state_what_their_papers_prove(alpha: float) -> None:
+    rewards, ref = world().rewards, reference()
+    spo, dpo = SPOLoss().optimum(rewards, ref, alpha, 99.0), DPOLoss().optimum(rewards, ref, 99.0, alpha)
+    torch.testing.assert_close(spo.exp(), torch.softmax(rewards / alpha, -1))
+    weights = ref.exp() * (rewards / alpha).exp()
+    assert dpo is not None
+    torch.testing.assert_close(dpo.exp(), weights / weights.sum(-1, keepdim=True))
+
+
+def test_ipo_states_what_its_paper_proves() -> None:
+    rewards, ref = world().rewards, reference()
+    optimum = IPOLoss(length_normalize=False).optimum(rewards, ref, 99.0, 0.3)
+    for p in range(P):
+        wins = [sum(1 / (1 + float((r2 - r1).exp())) for r2 in rewards[p]) / R for r1 in rewards[p]]
+        weights = [float(ref[p, i].exp()) * 2.718281828459045 ** (wins[i] / 0.3) for i in range(R)]
+        torch.testing.assert_close(optimum[p].exp(), torch.tensor(weights, dtype=torch.float64) / sum(weights))
+    with pytest.raises(ValueError, match="needs the lengths"):
+        IPOLoss().optimum(rewards, ref, 1.0, 0.3)
+
+
+def test_both_conventions_of_ipo_agree_where_every_response_is_one_token() -> None:
+    rewards, ref = world().rewards, reference()
+    sums = IPOLoss(length_normalize=False).optimum(rewards, ref, 1.0, 0.3)
+    torch.testing.assert_close(IPOLoss().optimum(rewards, ref, 1.0, 0.3, lengths=torch.ones(P, R)), sums)
+
+
+def test_conservative_dpo_has_its_known_margin_for_two_responses_and_no_closed_form() -> None:
+    smoothing, beta, two = 0.2, 0.5, world(2)
+    loss = DPOLoss(label_smoothing=smoothing)
+    assert loss.optimum(two.rewards, reference(2), 1.0, beta) is None
+    optimum = find_optimum(objective(loss, uniform=True, world=two, reference=reference(2), beta=beta))
+    assert optimum is not None and optimum.found == "numerical"
+    p = (two.rewards[:, 0] - two.rewards[:, 1]).sigmoid()
+    margin = optimum.logps - reference(2)
+    expected = torch.logit(p * (1 - smoothing) + (1 - p) * smoothing) / beta
+    torch.testing.assert_close(margin[:, 0] - margin[:, 1], expected, atol=1e-6, rtol=0)
+
+
+def test_the_kl_draws_the_optimum_from_softmax_to_the_reference() -> None:
+    distances = []
+    for weight in (1e-6, 0.03, 0.3, 3.0, 1e4):
+        optimum = find_optimum(objective(SPOLoss(), uniform=True, kl_weight=weight))
+        assert optimum is not None and optimum.found == "numerical"
+        distances.append(float(kl(optimum.logps, reference()).mean()))
+        # where the objective is least no direction leads down
+        point = objective(SPOLoss(), kl_weight=weight)
+        for seed in range(5):
+            assert point(optimum.logps + 1e-3 * numbers(seed, P, R)) >= point(optimum.logps) - 1e-12
+    assert distances == sorted(distances, reverse=True) and distances[-1] < 1e-6
+    free = find_optimum(objective(SPOLoss(), uniform=True))
+    assert free is not None
+    assert distances[0] == pytest.approx(float(kl(free.logps, reference()).mean()), abs=1e-3)
+
+
+def test_pairs_that_leave_a_response_open_have_no_single_optimum() -> None:
+    loose = world(pairs=[(0, 1), (1, 2), (3, 4)])
+    assert find_optimum(objective(SPOLoss(), world=loose)) is None
+    assert find_optimum(objective(SPOLoss(), world=loose, kl_weight=0.1)) is not None
+    chain = world(pairs=[(i, i + 1) for i in range(R - 1)])
+    optimum = find_optimum(objective(SPOLoss(), world=chain))
+    assert optimum is not None
+    torch.testing.assert_close(optimum.logps.exp(), torch.softmax(chain.rewards / 0.7, -1), atol=1e-6, rtol=0)
+
+
+def test_ipo_depends_on_which_pairs_are_compared() -> None:
+    chain = world(pairs=[(i, i + 1) for i in range(R - 1)])
+    loss = IPOLoss(length_normalize=False)
+    stated, solved = (find_optimum(objective(loss, uniform=u, world=chain)) for u in (True, False))
+    assert stated is not None and solved is not None
+    assert float(total_variation(stated.logps, solved.logps).max()) > 0.01
+
+
+class Upside(SPOLoss):
+    """SPO that climbs, and says nothing about where it leads."""
+
+    def __call__(self, pair, *, alpha, beta):  # type: ignore[no-untyped-def]
+        return -super().__call__(pair, alpha=alpha, beta=beta)
+
+    def optimum(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        return None
+
+
+def test_an_objective_without_a_minimum_is_seen() -> None:
+    assert find_optimum(objective(Upside(), uniform=True)) is None
+
+
+class Stating(DPOLoss):
+    """A loss from outside that states its optimum as probabilities and knows of no lengths."""
+
+    def optimum(self, rewards, reference_logps, alpha, beta):  # type: ignore[no-untyped-def,override]
+        return torch.softmax(reference_logps + rewards / beta, -1)
+
+
+def test_an_optimum_may_be_stated_as_probabilities() -> None:
+    theirs, ours = (find_optimum(objective(loss, uniform=True)) for loss in (Stating(), DPOLoss()))
+    assert theirs is not None and ours is not None
+    torch.testing.assert_close(theirs.logps, ours.logps)
+
+
+def test_entropy_and_distances() -> None:
+    p, q = torch.tensor([0.5, 0.25, 0.25]).log(), torch.tensor([0.25, 0.5, 0.25]).log()
+    assert float(entropy(p)) == pytest.approx(1.5 * 0.6931472, abs=1e-6)
+    assert float(total_variation(p, q)) == pytest.approx(0.25)
+    assert float(kl(p, q)) == pytest.approx(0.25 * 0.6931472, abs=1e-6)
+    assert float(kl(p, p)) == 0

@@ -1,0 +1,128 @@
+"""`spo verify`: every method reaches its optimum, and a loss that is wrong does not."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from spo.cli import main
+from spo.runtime.groups import conf_dir
+from spo.runtime.verify import planned
+from tests.commands import spo
+
+PLAN: Any = OmegaConf.load(conf_dir() / "verify.yaml")
+METHODS = sorted({case.member for case in planned(PLAN, False, None)[0]})
+
+OWN = """
+    import torch
+    from torch import Tensor
+    from torch.nn.functional import logsigmoid
+    from spo.losses import SPOLoss
+
+
+    class Flipped(SPOLoss):
+        def __call__(self, pair, *, alpha, beta):
+            return -super().__call__(pair, alpha=alpha, beta=beta)
+
+
+    class Uniform:
+        '''Needs no base class: pulls every pair of responses together, whatever the label says.'''
+
+        uses_reference = uses_beta = False
+        uses_alpha = True
+
+        def __call__(self, pair, *, alpha, beta):
+            return (pair.policy_chosen - pair.policy_rejected) ** 2 / alpha
+
+        def optimum(self, rewards, reference_logps, alpha, beta):
+            return torch.full_like(rewards, 1 / rewards.shape[-1])
+
+
+    class Unsaid(SPOLoss):
+        '''SPO under another name that states no optimum.'''
+
+        def optimum(self, rewards, reference_logps, alpha, beta, *, lengths=None):
+            return None
+    """
+
+
+def own_methods(folder: Path, *names: str) -> Path:
+    """Losses beside the user and a folder of configs that name them."""
+    (folder / "own.py").write_text(textwrap.dedent(OWN))
+    (folder / "conf" / "method").mkdir(parents=True)
+    for name in names:
+        text = f"name: {name}\nloss:\n  _target_: own.{name.capitalize()}\n"
+        (folder / "conf" / "method" / f"{name}.yaml").write_text(text)
+    return folder / "conf"
+
+
+def verdicts(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "rows.json").read_text())
+
+
+def test_every_method_that_compares_is_planned_at_two_settings_and_as_a_transformer() -> None:
+    members = {file.stem for file in (conf_dir() / "method").glob("*.yaml")}
+    assert set(METHODS) == members - {"sft"}
+    cases, left_out = planned(PLAN, False, None)
+    assert len(left_out) == 1 and "sft" in left_out[0]
+    full, _ = planned(PLAN, True, None)
+    for method in METHODS:
+        models = [case.model for case in cases if case.member == method]
+        assert models.count("tabular") >= 2 and models.count("tiny") == 1
+        settings = {(case.model, case.alpha, case.beta) for case in cases if case.member == method}
+        assert settings < {(case.model, case.alpha, case.beta) for case in full if case.member == method}
+
+
+def test_methods_of_the_user_are_in_the_table_and_a_flipped_sign_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    conf = own_methods(tmp_path, "flipped", "uniform", "unsaid")
+    words = ["verify", "--config-dir", str(conf), "--json", "rows.json"]
+    assert main([*words, "flipped", "uniform", "unsaid"]) == 1
+    found = verdicts(tmp_path)
+    keys = {"method", "model", "alpha", "beta", "tv", "entropy", "entropy_predicted", "passed", "optimum"}
+    assert all(set(row) == keys for row in found)
+    outcome = {name: {row["passed"] for row in found if row["method"] == name} for name in ("flipped", "uniform", "unsaid")}
+    assert outcome == {"flipped": {False}, "uniform": {True}, "unsaid": {True}}
+    assert {row["optimum"] for row in found if row["method"] == "unsaid"} == {"numerical"}
+    assert all(row["tv"] <= (1e-3 if row["model"] == "tabular" else 0.03) for row in found if row["passed"])
+    out = capsys.readouterr().out
+    assert "FAIL" in out and "pass" in out and "flipped" in out
+    assert main([*words, "uniform"]) == 0
+    assert {row["method"] for row in verdicts(tmp_path)} == {"uniform"}
+
+
+def test_what_cannot_be_verified_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--json", str(tmp_path / "nowhere" / "rows.json")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+    assert main(["verify", "dpoo"]) == 1
+    assert "there is no method dpoo; did you mean dpo?" in capsys.readouterr().err
+    assert main(["verify", "--config-dir", str(tmp_path / "nowhere")]) == 1
+    assert "there is no such folder" in capsys.readouterr().err
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "broken.yaml").write_text("loss:\n  _target_: nowhere.Loss\n")
+    assert main(["verify", "--config-dir", str(tmp_path)]) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True], ids=["default", "full"])
+def test_every_method_reaches_its_optimum(full: bool, tmp_path: Path) -> None:
+    spo("verify", *(["--full"] if full else []), "--json", "rows.json", folder=tmp_path, cache=tmp_path / "cache")
+    found = verdicts(tmp_path)
+    cases, _ = planned(PLAN, full, None)
+    assert len(found) == len(cases) and all(row["passed"] for row in found)
+    for row in found:
+        assert row["tv"] <= (1e-3 if row["model"] == "tabular" else 0.03)
+        assert row["entropy"] == pytest.approx(row["entropy_predicted"], abs=0.01 if row["model"] == "tabular" else 0.1)
+    exact = [row["tv"] for row in found if row["model"] == "tabular"]
+    assert sorted(exact)[len(exact) // 2] < 1e-6
