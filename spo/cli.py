@@ -69,7 +69,7 @@ def _groups_help(arguments: Sequence[str]) -> list[str]:
     lines = ["config groups, chosen as GROUP=MEMBER (debug: +debug=MEMBER); any key as GROUP.KEY=VALUE:"]
     for group, members in groups.items():
         lines += textwrap.wrap(
-            ", ".join(member for member in members if member != "common"),
+            ", ".join(members),
             100,
             initial_indent=f"  {group:{width}}  ",
             subsequent_indent=" " * (width + 4),

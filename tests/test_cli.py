@@ -59,7 +59,7 @@ def run(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess[
 def test_help_lists_commands_groups_and_examples(tmp_path: Path) -> None:
     done = run("--help", folder=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
-    for word in ("train", "evaluate", "report", "inspect", "method", "dpo, ipo, sft, spo", "examples:"):
+    for word in ("train", "evaluate", "report", "inspect", "method", "dpo, ipo, ipo_sum, sft, spo", "examples:"):
         assert word in done.stdout
     assert run(folder=tmp_path).stdout == done.stdout
 
@@ -75,7 +75,7 @@ def test_help_lists_groups_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "method").mkdir()
     (tmp_path / "method/mine.yaml").write_text("{}")
     assert cli.main(["train", "--config-dir", str(tmp_path), "--help"]) == 0
-    assert "ipo, mine, sft" in capsys.readouterr().out
+    assert "ipo_sum, mine, sft" in capsys.readouterr().out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

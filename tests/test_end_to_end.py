@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spo.runtime.train as spo_train
 from spo import cli
 from spo.module import AlignmentModule
+from spo.runtime.config import compose
+from spo.runtime.prepare import prepare_run
 from tests.commands import (
     TINY,
     Numbers,
@@ -556,6 +559,14 @@ def test_a_sweep_makes_one_reference_pass(cache: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 8
     assert len(entries(tmp_path / "stored", "logps")) == 1
     assert "damaged" not in done.stderr
+
+
+def test_a_prompt_is_evaluated_whether_its_own_pair_could_be_used_or_not(cache: Path) -> None:
+    cfg = compose([f"paths.cache={cache}", *SMALL])
+    prepared = prepare_run(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
+    used = {pair.prompt_id for pair in prepared.pairs.test}
+    prompts = [prompt.prompt_id for prompt in prepared.sampling_prompts("test", cfg.data.max_new_tokens)]
+    assert used < set(prompts) and len(prompts) == 64 and prompts == sorted(prompts)
 
 
 # --- the default, in full ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Optima of the objectives on enumerated responses: closed forms against a numerical solution that knows none of them."""
+"""Optima of the objectives on enumerated responses: closed forms against a numerical solution that knows none."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spo.runtime.groups import conf_dir
 from spo.runtime.errors import UserError
+from spo.runtime.groups import conf_dir
 from spo.runtime.tables import groups_table, methods_table, rewrite
 from tests.environments import ROOT
 

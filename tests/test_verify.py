@@ -91,7 +91,9 @@ def test_methods_of_the_user_are_in_the_table_and_a_flipped_sign_fails(
     found = verdicts(tmp_path)
     keys = {"method", "model", "alpha", "beta", "tv", "entropy", "entropy_predicted", "passed", "optimum"}
     assert all(set(row) == keys for row in found)
-    outcome = {name: {row["passed"] for row in found if row["method"] == name} for name in ("flipped", "uniform", "unsaid")}
+    outcome = {
+        name: {row["passed"] for row in found if row["method"] == name} for name in ("flipped", "uniform", "unsaid")
+    }
     assert outcome == {"flipped": {False}, "uniform": {True}, "unsaid": {True}}
     assert {row["optimum"] for row in found if row["method"] == "unsaid"} == {"numerical"}
     assert all(row["tv"] <= (1e-3 if row["model"] == "tabular" else 0.03) for row in found if row["passed"])

@@ -26,7 +26,7 @@ SYMBOLS = string.ascii_lowercase
 END = "<end>"
 MOST_RESPONSES = 20_000
 MOST_LISTS = 20_000
-"""Of a prompt, where each is used once: all pairs of 200 responses are just below it."""
+"""Of a prompt, where each is used once: all pairs of 200 responses are just below it. So many are drawn beyond."""
 MOST_ORDERED = 4
 """Completions in a list whose orders are all written out."""
 
@@ -87,7 +87,8 @@ class EnumerableSource:
         sampler: which responses are compared. ``full``: any of them, uniformly; ``restricted``: those of a seeded
             part of them; ``reference``: two that are drawn from the reference model.
         labels: ``soft`` states the exact probability of an outcome, ``hard`` draws one.
-        num_pairs: pairs (or lists) of each prompt; ``None`` for each possible one once.
+        num_pairs: pairs (or lists) of each prompt, drawn uniformly; ``None`` for each possible one once, or 20,000
+            drawn ones where there are more.
         support_share: share of a prompt's responses that ever appear where ``sampler`` is ``restricted``.
         list_size: completions that are compared with each other: 2 for pairs under Bradley-Terry, more for rankings
             under Plackett-Luce. With soft labels all orders of a ranking are rows, weighted by their probability.
@@ -155,12 +156,6 @@ class EnumerableSource:
             )
         if self.num_pairs is None and self.sampler == "reference":
             raise ValueError("data.source.num_pairs=null: data.source.sampler=reference has to know how many to draw")
-        if self.num_pairs is None and math.comb(supported, n) > MOST_LISTS:
-            kind = "pairs" if n == 2 else f"lists of {n}"
-            raise ValueError(
-                f"data.source.num_pairs=null: {supported} responses make more than {MOST_LISTS:,} {kind} of each "
-                "prompt; set data.source.num_pairs to the number to draw"
-            )
 
     def prompts(self, split: Split) -> list[str]:
         """The prompts of the language, which are those of every split."""
@@ -183,11 +178,12 @@ class EnumerableSource:
         """``(K, n)`` of each prompt: the responses that are compared."""
         for prompt, support in enumerate(self.language.support):
             responses = np.flatnonzero(support)
-            if self.num_pairs is None:
+            number = self.num_pairs
+            if number is None and math.comb(len(responses), self.list_size) <= MOST_LISTS:
                 yield np.array(list(itertools.combinations(responses.tolist(), self.list_size)))
             else:
                 rng = self._rng("lists", prompt)
-                drawn = [rng.choice(len(responses), self.list_size, replace=False) for _ in range(self.num_pairs)]
+                drawn = [rng.choice(len(responses), self.list_size, replace=False) for _ in range(number or MOST_LISTS)]
                 yield responses[np.array(drawn)]
 
     def _reference_pairs(self, complete: Completer) -> Iterator[Indices]:

@@ -1,7 +1,7 @@
 """Exact statements about a run on an enumerable language: the optimum of its objective, and the distance to it."""
 
 from spo.exact.metrics import ExactMetrics
-from spo.exact.optimum import Objective, Optimum, find_optimum
+from spo.exact.optimum import Objective, Optimum, entropy, find_optimum
 from spo.exact.world import World
 
-__all__ = ["ExactMetrics", "Objective", "Optimum", "World", "find_optimum"]
+__all__ = ["ExactMetrics", "Objective", "Optimum", "World", "entropy", "find_optimum"]

@@ -16,11 +16,11 @@ from spo.module import AlignmentModule
 class ExactMetrics(Callback):
     """Logs ``exact/...`` at step 0 and wherever the run logs a row, by enumeration in float64, means over the prompts.
 
-    ``exact/entropy`` (nats per response), ``exact/kl_reference`` (KL(policy || reference), nats), ``exact/mass_outside``
-    (probability of responses that never appear in the data), and where the objective has a single minimum
-    ``exact/tv`` and ``exact/kl_optimum`` (total variation to it, KL(policy || optimum)) and ``exact/entropy_optimum``.
-    With a schedule the optimum is that of the coefficients in force at the step. A KL on the data set's responses has no
-    optimum that is computed here.
+    ``exact/entropy`` (nats per response), ``exact/kl_reference`` (KL(policy || reference), nats) and
+    ``exact/mass_outside`` (probability of responses that never appear in the data). Where the objective has a single
+    minimum also ``exact/tv`` and ``exact/kl_optimum`` (total variation to it, KL(policy || optimum)) and
+    ``exact/entropy_optimum``. With a schedule the optimum is that of the coefficients in force at the step. Of a KL on
+    the data set's responses no optimum is computed.
 
     Args:
         world: language and rows.

@@ -62,7 +62,7 @@ class Objective:
         return losses.mean() + self.kl_weight * kl(policy, self.reference).mean()
 
     def closed_form(self) -> Tensor | None:
-        """``(P, R)`` log-probabilities as the loss states them, or ``None`` where that is not this objective's optimum."""
+        """``(P, R)`` log-probabilities as the loss states them; ``None`` where they are for another objective."""
         if self.kl_weight > 0 or not self.uniform:
             return None
         known = {"lengths": self.world.lengths} if "lengths" in inspect.signature(self.loss.optimum).parameters else {}

@@ -38,7 +38,7 @@ class IPOLoss(PreferenceLoss):
     def optimum(
         self, rewards: Tensor, reference_logps: Tensor, alpha: float, beta: float, *, lengths: Tensor | None = None
     ) -> Tensor:
-        r"""Pi_ref exp(w / tau), normalised, where w(y) is how often y beats a uniform response (arXiv:2310.12036, eq. 7).
+        """Pi_ref exp(w / tau), normalised, w(y) being how often y beats a uniform response (arXiv:2310.12036, eq. 7).
 
         The expected loss is quadratic in the log-ratios f: over uniform pairs its minimum is f = w / tau up to a
         constant. With sums the constant is the normaliser. Per token f is the log-ratio over the length, so the

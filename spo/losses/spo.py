@@ -36,8 +36,8 @@ class SPOLoss(PreferenceLoss):
     ) -> Tensor:
         """Softmax(r / alpha): every pair's loss is least where alpha d is the pair's difference in reward.
 
-        A weight of the pair that is positive and symmetric in its two responses, and held constant in the gradient, does
-        not move it.
+        A weight of the pair that is positive and symmetric in its two responses, and held constant in the gradient,
+        does not move it.
         """
         return (rewards / alpha).log_softmax(-1)
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,14 @@ CURVES: tuple[tuple[str, tuple[tuple[str, tuple[str, ...], tuple[float, float] |
     ),
 )
 SCHEDULES = ("alpha", "beta")
+# Of a language that can be enumerated: sums over all responses, logged beside the splits under ``exact/``.
+EXACT = (
+    ("Total variation to the optimum", ("tv",)),
+    ("KL to the optimum", ("kl_optimum",)),
+    ("Entropy, and the optimum's", ("entropy", "entropy_optimum")),
+    ("KL to the reference", ("kl_reference",)),
+    ("Probability outside the data", ("mass_outside",)),
+)
 
 
 def render_report(run_dir: Path) -> Path:
@@ -292,6 +300,8 @@ def _panels(run: RunRecord) -> Iterable[tuple[str, list[Panel]]]:
     for group, specs in CURVES:
         panels = [_panel(run, title, keys, bounds, baseline) for title, keys, bounds, baseline in specs]
         yield group, [panel for panel in panels if panel.series]
+    panels = [_panel(run, title, keys, splits=("exact",)) for title, keys in EXACT]
+    yield "Exact, by enumeration", [panel for panel in panels if panel.series]
     varying = [name for name in SCHEDULES if any(len(set(run.curve(f"{split}/{name}")[1])) > 1 for split in SPLITS)]
     panels = [_panel(run, "Gradient norm", ("grad_norm",)), *(_panel(run, name, (name,)) for name in varying)]
     yield "Optimisation", [panel for panel in panels if panel.series]
@@ -310,18 +320,20 @@ def _panel(
     keys: tuple[str, ...],
     bounds: tuple[float, float] | None = None,
     baseline: float | None = None,
+    splits: Sequence[str] = SPLITS,
 ) -> Panel:
     series = []
     for place, key in enumerate(keys):
-        for split in SPLITS:
+        for split in splits:
             steps, values = run.curve(f"{split}/{key}")
             if steps:
-                validation = split != "train"
+                validation = split == "val"
                 short = key.rpartition("/")[2]
                 name = f"{clean(short)}, {split}" if len(keys) > 1 else split
                 hue = place + 1 if len(keys) > 1 else 1 + validation
                 series.append(Series(name, steps, values, hue=hue, dashed=validation))
-    return Panel(clean("-".join(keys)), clean(title), UNITS.get(keys[0], ""), series, bounds, baseline)
+    unit = UNITS.get(keys[0] if splits is SPLITS else f"{splits[0]}/{keys[0]}", "")
+    return Panel(clean("-".join(keys)), clean(title), unit, series, bounds, baseline)
 
 
 def _evaluated(run: RunRecord) -> list[dict[str, Any]]:

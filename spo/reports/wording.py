@@ -31,6 +31,10 @@ LABELS = {
 UNITS = {
     "entropy": "nats per token",
     "entropy_sequence": "nats per sequence",
+    "exact/entropy": "nats per response",
+    "exact/kl_optimum": "nats per response",
+    "exact/kl_reference": "nats per response",
+    "exact/mass_outside": "probability",
     "kl": "nats per sequence",
     "length": "tokens",
     "logps/chosen": "nats per sequence",

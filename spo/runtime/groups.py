@@ -20,10 +20,14 @@ def conf_dir() -> Path:
 
 
 def group_members(folders: Iterable[Path]) -> dict[str, list[str]]:
-    """The config groups in the folders, with their members; those of a subfolder are written like ``exact/alpha``."""
+    """The config groups in the folders, with their members; those of a subfolder are written like ``exact/alpha``.
+
+    ``common.yaml`` is no member, but what members build on.
+    """
     groups: dict[str, set[str]] = {}
     for folder in folders:
         for file in folder.glob("*/**/*.yaml"):
             group, *member = file.relative_to(folder).with_suffix("").parts
-            groups.setdefault(group, set()).add("/".join(member))
+            if file.stem != "common":
+                groups.setdefault(group, set()).add("/".join(member))
     return {group: sorted(members) for group, members in sorted(groups.items())}

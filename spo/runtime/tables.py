@@ -33,7 +33,7 @@ def groups_table(conf: Path) -> str:
     defaults = _chosen(yaml.safe_load((conf / f"{MAIN}.yaml").read_text()))
     for group, members in group_members([conf]).items():
         chosen = defaults.get(group)
-        shown = [f"**`{name}`**" if name == chosen else f"`{name}`" for name in members if name != "common"]
+        shown = [f"**`{name}`**" if name == chosen else f"`{name}`" for name in members]
         lines.append(f"| `{group}` | {', '.join(shown)} |")
     return "\n".join(lines)
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from spo.data import SPLITS
 from spo.data.datamodule import PreferenceDataModule
-from spo.exact import ExactMetrics, World
+from spo.exact import ExactMetrics, World, entropy
 from spo.losses import as_loss
 from spo.models import PrecomputedReference, Reference
 from spo.models.policy import folder_digest, save_policy, whole_state_dict
@@ -88,7 +88,7 @@ def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
     if trainer.is_global_zero:
         notes = [*warnings(cfg), *prepared.pairs.warnings]
         title = ": ".join(filter(None, [method_name(cfg), cfg.method.get("title")]))
-        start_panel(title, facts(cfg, module, prepared, trainer), notes)
+        start_panel(title, facts(cfg, module, prepared, trainer, parts.exact), notes)
     with ExitStack() as stack:
         for tracker in trackers:
             stack.callback(tracker.close)  # a job that fails must not leave its run open for the next one
@@ -256,7 +256,9 @@ def coefficients(cfg: DictConfig) -> list[str]:
     return [f"{name}-{instantiate(cfg[name])}" for name in COEFFICIENTS if name not in not_read]
 
 
-def facts(cfg: DictConfig, module: AlignmentModule, prepared: Prepared, trainer: Trainer) -> dict[str, str]:
+def facts(
+    cfg: DictConfig, module: AlignmentModule, prepared: Prepared, trainer: Trainer, exact: ExactMetrics | None
+) -> dict[str, str]:
     """What follows from the configuration and is worth knowing before waiting for the result."""
     parameters = list(module.policy.parameters())
     total, trainable = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
@@ -274,7 +276,15 @@ def facts(cfg: DictConfig, module: AlignmentModule, prepared: Prepared, trainer:
         "beta": _beta_words(module),
         "devices": f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}",
         "run directory": str(cfg.paths.run),
-    }
+    } | ({} if exact is None else {"optimum": _optimum_words(module, exact)})
+
+
+def _optimum_words(module: AlignmentModule, exact: ExactMetrics) -> str:
+    optimum = exact.optimum(module)
+    if optimum is None:
+        return "none: the data and the objective do not single one policy out"
+    stated = "as the loss states it" if optimum.found == "closed form" else "found numerically"
+    return f"{stated}, entropy {float(entropy(optimum.logps).mean()):.4g} nats per response"
 
 
 def _reference_words(module: AlignmentModule) -> str:

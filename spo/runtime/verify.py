@@ -15,6 +15,7 @@ from typing import Any
 from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
@@ -96,9 +97,10 @@ def verify_command(methods: Sequence[str], full: bool, config_dir: str | None, j
     assert isinstance(plan, DictConfig)
     cases, left_out = planned(plan, full, config_dir, methods)
     console, verdicts = Console(), []
-    with tempfile.TemporaryDirectory(prefix="spo-verify-") as folder, Progress(
-        *Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True
-    ) as progress:
+    with (
+        tempfile.TemporaryDirectory(prefix="spo-verify-") as folder,
+        Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress,
+    ):
         task = progress.add_task("verifying", total=len(cases))
         for number, case in enumerate(cases):
             progress.update(task, description=f"{case.member}, {case.model}")
@@ -199,23 +201,26 @@ def _finite(value: float | None) -> float | None:
 
 
 def _table(verdicts: Sequence[Verdict]) -> Table:
-    table = Table(title="trained policies against the optimum of what they minimise", caption=CAPTION)
-    for name in ("method", "model", "alpha", "beta", "tv", "entropy", "predicted", "optimum", ""):
-        table.add_column(name, justify="left" if name in ("method", "model", "optimum", "") else "right", no_wrap=True)
+    table = Table(title="trained policies against the optimum of what they minimise", caption=CAPTION, box=SIMPLE_HEAD)
+    for name in ("method", "model", "alpha", "beta", "tv", "entropy", "predicted", ""):
+        table.add_column(name, justify="left" if name in ("method", "model", "") else "right", no_wrap=True)
     for verdict in verdicts:
+        reached, predicted = (
+            "" if number is None else f"{number:.4f}" for number in (verdict.entropy, verdict.entropy_predicted)
+        )
         table.add_row(
             verdict.method,
             verdict.model,
             *("" if number is None else f"{number:g}" for number in (verdict.alpha, verdict.beta)),
             "none" if verdict.tv is None else f"{verdict.tv:.0e}",
-            *("" if n is None else f"{n:.4f}" for n in (verdict.entropy, verdict.entropy_predicted)),
-            verdict.optimum.removesuffix(" form"),
+            reached,
+            predicted + ("*" if verdict.optimum == "numerical" else " "),
             "[green]pass[/]" if verdict.passed else "[red]FAIL[/]",
         )
     return table
 
 
 CAPTION = (
-    "tv: total variation to the optimum, which the loss states in closed form or which was found numerically. "
+    "tv: total variation to the optimum, which the loss states in closed form or (*) which was found numerically. "
     "Entropies in nats per response. For methods that do not read beta it is the weight of the exact KL."
 )

@@ -1,0 +1,242 @@
+"""Figures of docs/theory.md from the run directories of a sweep: ``python docs/figures.py NAME SWEEP... [--out FOLDER]``.
+
+Each prints the numbers that the text quotes, and writes ``NAME.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
+MODELS = {"tabular": ("table of logits", ORANGE, "o", 6.5), "tiny": ("transformer", BLUE, "x", 6)}
+LEAK = {
+    ("spo", "none"): ("SPO", GREY, "-"),
+    ("spo", "global_kl"): ("SPO + global KL", BLUE, "-"),
+    ("spo", "local_kl"): ("SPO + local KL", ORANGE, "--"),
+    ("dpo", "none"): ("DPO", RED, "-."),
+    ("ipo", "none"): ("IPO", GREEN, ":"),
+}
+FIT_FROM = 200
+"""Pairs per prompt from which on the slope is fitted: with fewer, some responses have hardly been compared."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory says: configuration, final numbers, rows of the record."""
+
+    config: dict[str, Any]
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+
+    @property
+    def model(self) -> str:
+        return "tabular" if "tabular" in self.config["model"]["initial"]["_target_"] else "tiny"
+
+    @property
+    def regularizer(self) -> str:
+        name = self.config["regularizer"]["_target_"].rpartition(".")[2]
+        return {"NoRegularizer": "none", "GlobalKL": "global_kl", "LocalKL": "local_kl"}[name]
+
+
+def runs_of(sweep: Path) -> list[Run]:
+    """The finished runs of a sweep.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    found = [
+        Run(
+            yaml.safe_load((file.parent / "config.yaml").read_text()),
+            json.loads(file.read_text()),
+            [json.loads(line) for line in (file.parent / "history.jsonl").read_text().splitlines()],
+        )
+        for file in sorted(sweep.glob("*/metrics.json"))
+    ]
+    if not found:
+        raise SystemExit(f"{sweep} holds no finished run")
+    return found
+
+
+def by(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
+    """Runs grouped by a key, in its order."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[key(run)].append(run)
+    return dict(sorted(groups.items()))
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Exponent and factor of the power law nearest to the points, by least squares of the logarithms."""
+    exponent, logarithm = np.polyfit(np.log(x), np.log(y), 1)
+    return float(exponent), float(np.exp(logarithm))
+
+
+def alpha(*sweeps: Sequence[Run]) -> Figure:
+    """Entropy over the coefficient that each sweep varies: reached (points) and of the optimum (lines)."""
+    figure, panels = plt.subplots(1, len(sweeps), figsize=(7, 3.3), sharey=True, squeeze=False)
+    data = sweeps[0][0].config["data"]
+    uniform = np.log(sum(data["source"]["num_symbols"] ** length for length in range(data["max_new_tokens"] + 1)))
+    for axes, runs in zip(panels[0], sweeps, strict=True):
+        method = runs[0].config["method"]["name"].upper()
+        name = "alpha" if len(by(runs, lambda run: run.config["alpha"]["value"])) > 1 else "beta"
+        for world in by(runs, lambda run: run.config["data"]["seed"]).values():
+            line = by(world, lambda run: run.config[name]["value"])
+            axes.plot(
+                list(line), [group[0].metrics["exact/entropy_optimum"] for group in line.values()], color=GREY, lw=1
+            )
+        for model, group in by(runs, lambda run: run.model).items():
+            words, color, marker, size = MODELS[model]
+            axes.plot(
+                [run.config[name]["value"] for run in group],
+                [run.metrics["exact/entropy"] for run in group],
+                marker,
+                color=color,
+                markersize=size,
+                fillstyle="none",
+                label=f"reached, {words}",
+            )
+            differences = [abs(run.metrics["exact/entropy"] - run.metrics["exact/entropy_optimum"]) for run in group]
+            farthest = max(run.metrics["exact/tv"] for run in group)
+            print(
+                f"{method}, {words}: {len(group)} runs, largest difference of entropy {max(differences):.1e} nats, "
+                f"largest total variation {farthest:.1e}"
+            )
+        axes.set(xscale="log", xlabel=f"{name} of {method}")
+        optimum = "softmax(r / alpha)" if name == "alpha" else "reference · exp(r / beta)"
+        axes.set_title(f"{method}: {optimum}", fontsize=10)
+        axes.axhline(uniform, color=GREY, lw=0.8, ls=":")
+    panels[0, 0].set_ylabel("entropy of the policy (nats per response)")
+    panels[0, 0].text(0.1, uniform + 0.03, "uniform", color=GREY, fontsize=8, va="bottom")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    handles.append(plt.Line2D([], [], color=GREY, lw=1))
+    panels[0, -1].legend(handles, [*labels, "predicted, one line per world"], loc="lower right", fontsize=8)
+    return figure
+
+
+def labels(runs: Sequence[Run]) -> Figure:
+    """Distance to the optimum over the number of pairs with drawn labels, and the fitted power law."""
+    figure, axes = plt.subplots(figsize=(7, 3.6))
+    groups = by(runs, lambda run: run.config["data"]["source"]["num_pairs"])
+    pairs = np.array(list(groups), dtype=float)
+    measures = {
+        "total variation": ("o", BLUE, lambda run: run.metrics["exact/tv"]),
+        "√(KL / 2)": ("s", RED, lambda run: (run.metrics["exact/kl_optimum"] / 2) ** 0.5),
+    }
+    for words, (marker, color, measure) in measures.items():
+        values = [np.array([measure(run) for run in group]) for group in groups.values()]
+        means = np.array([value.mean() for value in values])
+        axes.fill_between(
+            pairs, [v.min() for v in values], [v.max() for v in values], color=color, alpha=0.15, lw=0
+        )
+        axes.plot(pairs, means, marker, color=color, markersize=5)
+        fitted = pairs >= FIT_FROM
+        exponent, factor = slope(pairs[fitted], means[fitted])
+        axes.plot(pairs[fitted], factor * pairs[fitted] ** exponent, color=color, lw=1)
+        axes.annotate(
+            f"{words}\nslope {exponent:.2f}", (pairs[-1], means[-1]), (8, 0), textcoords="offset points", color=color,
+            fontsize=9, va="bottom" if color == RED else "top",
+        )  # fmt: skip
+        print(f"{words}: slope {exponent:.3f} from {FIT_FROM} pairs on; means {', '.join(f'{m:.4f}' for m in means)}")
+    seeds = len(next(iter(groups.values())))
+    axes.set(xscale="log", yscale="log", xlabel="pairs with drawn labels (per prompt)", ylabel="distance to the optimum")
+    axes.set_xlim(right=pairs[-1] * 2.6)
+    axes.set_title(f"means of {seeds} worlds (band: smallest to largest); line: fit from {FIT_FROM} pairs on", fontsize=9)
+    return figure
+
+
+def leak(runs: Sequence[Run]) -> Figure:
+    """Change of the probability of responses outside the data, over training."""
+    models = by(runs, lambda run: run.model)
+    figure, panels = plt.subplots(1, len(models), figsize=(7.6, 3.5), sharey=True, squeeze=False)
+    for axes, (model, group) in zip(panels[0], models.items(), strict=True):
+        ends = []
+        for key, same in by(group, lambda run: (run.config["method"]["name"], run.regularizer)).items():
+            rows = [[row for row in run.history if "exact/mass_outside" in row] for run in same]
+            steps = [row["step"] for row in rows[0]]
+            mass = np.array([[row["exact/mass_outside"] for row in run] for run in rows])
+            change = mass - mass[:, :1]
+            print(
+                f"{model}, {key[0]}, {key[1]}: outside {mass[:, 0].mean():.3f} -> {mass[:, -1].mean():.3f}, change "
+                f"{change[:, -1].mean():+.3f} (from {change[:, -1].min():+.3f} to {change[:, -1].max():+.3f})"
+            )
+            if key in LEAK:
+                words, color, style = LEAK[key]
+                axes.fill_between(steps, change.min(0), change.max(0), color=color, alpha=0.12, lw=0)
+                axes.plot(steps, change.mean(0), style, color=color, lw=1.5)
+                ends.append((change.mean(0)[-1], words, color))
+        axes.axhline(0, color="black", lw=0.6)
+        axes.set(xlabel="optimiser step", xlim=(0, steps[-1]))
+        axes.set_title(MODELS[model][0], fontsize=10)
+        _label_ends(axes, ends)
+    panels[0, 0].set_ylabel("probability outside the data,\nless that of the reference")
+    return figure
+
+
+def kl_estimators(runs: Sequence[Run]) -> Figure:
+    """Distance of the trained policy to the exact optimum, by the estimator of the KL."""
+    figure, axes = plt.subplots(figsize=(7, 2.4))
+    groups = by(runs, lambda run: run.config["regularizer"]["estimator"])
+    for place, (name, group) in enumerate(groups.items()):
+        values = np.array([run.metrics["exact/tv"] for run in group])
+        axes.plot(values, np.full(len(values), place), "o", color=BLUE, fillstyle="none")
+        axes.plot(values.mean(), place, "|", color=RED, markersize=16, markeredgewidth=2)
+        print(f"{name}: total variation {values.mean():.4f} (from {values.min():.4f} to {values.max():.4f})")
+    axes.set(xscale="log", xlabel="total variation to the optimum of SPO + beta KL (circles: worlds, bar: their mean)")
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.margins(y=0.2)
+    axes.invert_yaxis()
+    return figure
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Names of the curves to the right of their ends, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    place, least = -np.inf, 0.055 * (high - low)
+    for end, words, color in sorted(ends):
+        place = max(end, place + least)
+        axes.annotate(
+            words, (1, end), (1.02, place), xycoords=("axes fraction", "data"), textcoords=("axes fraction", "data"),
+            color=color, fontsize=8, va="center",
+        )  # fmt: skip
+
+
+FIGURES: dict[str, Callable[..., Figure]] = {
+    "alpha": alpha, "labels": labels, "leak": leak, "kl_estimators": kl_estimators
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Draws one figure; returns its file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=FIGURES)
+    parser.add_argument("sweeps", type=Path, nargs="+", metavar="SWEEP", help="folder of run directories")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images", metavar="FOLDER")
+    given = parser.parse_args(arguments)
+    plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    figure = FIGURES[given.name](*map(runs_of, given.sweeps))
+    figure.tight_layout()
+    given.out.mkdir(parents=True, exist_ok=True)
+    file = given.out / f"{given.name}.png"
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    return file
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What a GPU has to agree on with the CPU, and the real command on one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SPOLoss
+from spo.models import FrozenReference
+from spo.module import ProbeSettings
+from spo.ops import completion_logps
+from spo.regularizers import GlobalKL
+from tests.commands import TINY, job, shared_cache
+from tests.helpers import make_data, make_module, make_trainer, random_pairs, random_rows, sequences, tiny_llama
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator"),
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shared_cache(tmp_path_factory)
+
+
+def test_log_probs_agree_with_the_cpu() -> None:
+    model, rows = tiny_llama(dtype=torch.float32), sequences(random_rows(16, 0))
+    on_cpu = completion_logps(model, rows)
+    on_gpu = completion_logps(model.to("cuda"), rows.to("cuda")).cpu()
+    torch.testing.assert_close(on_gpu, on_cpu, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("loss", [SPOLoss(), DPOLoss(), IPOLoss()], ids=lambda loss: type(loss).__name__)
+def test_a_step_has_the_gradients_of_the_cpu(loss: PreferenceLoss, tmp_path: Path) -> None:
+    found = []
+    for accelerator in ("cpu", "gpu"):
+        module = make_module(
+            tiny_llama(1, dtype=torch.float64).train(),
+            loss=loss,
+            reference=FrozenReference(),
+            reference_model=tiny_llama(2, dtype=torch.float64),
+        )
+        trainer = make_trainer(tmp_path, accelerator=accelerator)
+        trainer.fit(module, datamodule=make_data(random_pairs(8, 0)))
+        found.append({name: gradient.cpu() for name, gradient in module.gradients[0].items()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-9, rtol=1e-7)
+
+
+def test_sampling_and_probe_stay_on_the_device(tmp_path: Path) -> None:
+    module = make_module(
+        tiny_llama(1, dtype=torch.float32).train(),
+        regularizer=GlobalKL(0.1, 1, 4, 4, 5, "unbiased"),
+        reference=FrozenReference(),
+        reference_model=tiny_llama(2, dtype=torch.float32),
+        probe=ProbeSettings(4, 5),
+    )
+    make_trainer(tmp_path, accelerator="gpu", max_steps=2).fit(
+        module, datamodule=make_data(random_pairs(8, 0), max_steps=2)
+    )
+    assert all(
+        gradient.is_cuda and gradient.isfinite().all() for step in module.gradients for gradient in step.values()
+    )
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_command(precision: str, cache: Path, tmp_path: Path) -> None:
+    words = (TINY, "trainer=gpu", f"trainer.precision={precision}", "trainer.devices=1")
+    metrics = job(tmp_path / "run", cache, *words)
+    assert 0 <= metrics["eval/win_rate"] <= 1 and metrics["val/kl"] >= 0
+    assert (tmp_path / "run" / "policy" / "model.safetensors").exists()
+
+
+def test_memory_is_that_of_the_completions_alone() -> None:
+    """The vocabulary row of a prompt token never exists: a prompt of 400 tokens costs no logits."""
+    vocab = 50_000
+    model = tiny_llama(0, dtype=torch.float32, vocab_size=vocab, max_position_embeddings=512).cuda()
+    rows = sequences([([5] * 400, [6] * 8)] * 4).to("cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    completion_logps(model, rows)
+    whole = 4 * 408 * vocab * 4
+    assert torch.cuda.max_memory_allocated() - before < whole / 2
+
+
+def test_verified_on_the_gpu(tmp_path: Path, cache: Path) -> None:
+    settings = ["experiment=exact/verify", "model=tiny", "method=spo", "regularizer=none", "alpha=1"]
+    settings += ["trainer.accelerator=gpu", "trainer.max_steps=200", "optimizer.lr=3e-3"]
+    metrics = job(tmp_path / "run", cache, *settings)
+    assert metrics["exact/tv"] <= 0.03
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())
