@@ -106,8 +106,9 @@ def _train(arguments: list[str]) -> int:
     if flags.hydra_help or flags.info is not None or flags.shell_completion:
         return _run_hydra(arguments, multirun=False)
 
-    from spo.runtime.checks import plan, warnings
+    from spo.runtime.checks import warnings
     from spo.runtime.config import job_name
+    from spo.runtime.plan import plan
     from spo.runtime.rundir import is_first_process
     from spo.runtime.unread import unread
 
@@ -256,7 +257,7 @@ def _inspect(arguments: list[str]) -> int:
     parser.add_argument("--limit", type=int, default=3, metavar="N")
     parser.add_argument("--config-dir", "-cd", metavar="DIR")
     given = parser.parse_intermixed_args(arguments)
-    from spo.runtime.checks import plan
+    from spo.runtime.plan import plan
     from spo.runtime.train import inspect
 
     inspect(plan(given.overrides, config_dir=given.config_dir).jobs[0].cfg, given.limit)

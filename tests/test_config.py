@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from spo.runtime.checks import Plan, ensure, locate, plan, problems, warnings
+from spo.runtime.checks import ensure, problems, warnings
 from spo.runtime.config import LONGEST, compose, composer, job_name, multiply, sugar
 from spo.runtime.errors import ConfigProblems, UserError, missing_package
 from spo.runtime.groups import conf_dir, group_members
+from spo.runtime.nodes import locate
+from spo.runtime.plan import Plan, plan
 from spo.runtime.unread import unread
 
 GROUPS = group_members([conf_dir()])

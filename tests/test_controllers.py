@@ -17,9 +17,10 @@ from spo import cli
 from spo.callbacks import Checkpoint
 from spo.models import FrozenReference
 from spo.module import AlignmentModule, ProbeSettings
-from spo.runtime.checks import plan, problems, warnings
+from spo.runtime.checks import problems, warnings
 from spo.runtime.config import compose
 from spo.runtime.errors import ConfigProblems
+from spo.runtime.plan import plan
 from spo.schedules import Controller, TargetEntropy, TargetKL
 from spo.tracking import Record
 from tests.commands import TINY, history, job, numbers, rows, shared_cache, spo

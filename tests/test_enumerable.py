@@ -19,9 +19,9 @@ from spo import cli
 from spo.data import Completion, Dropped, Renderer, Row
 from spo.data.enumerable import EnumerableReward, EnumerableSource, Language, language_tokenizer
 from spo.ops import completion_logps
-from spo.runtime.checks import plan
 from spo.runtime.config import compose
 from spo.runtime.errors import ConfigProblems
+from spo.runtime.plan import plan
 from spo.runtime.prepare import prepare_run
 from tests.commands import history, job, rows, shared_cache, spo
 from tests.helpers import sequences

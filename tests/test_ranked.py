@@ -19,8 +19,8 @@ from spo.losses import DPOLoss, ListLoss, PreferenceLoss, SFTLoss, SPOBestOfNLos
 from spo.models import FrozenReference
 from spo.ops import completion_logps
 from spo.regularizers import LocalKL
-from spo.runtime.checks import plan
 from spo.runtime.errors import ConfigProblems
+from spo.runtime.plan import plan
 from spo.runtime.prepare import _score_pairs
 from spo.types import ListLogps, PairLogps, PreferenceBatch
 from tests.commands import TINY, history, job, shared_cache

@@ -17,8 +17,8 @@ from spo.models import TabularForCausalLM
 from spo.models.tabular import build, num_prefixes
 from spo.models.tiny import build as build_small_llama
 from spo.ops import completion_logits, completion_logps
-from spo.runtime.checks import plan
 from spo.runtime.errors import ConfigProblems
+from spo.runtime.plan import plan
 from spo.sampling import sample
 from spo.types import Sequences
 from tests.helpers import sequences
