@@ -1,4 +1,4 @@
-"""Figures of docs/theory.md from the run directories of a sweep: ``python docs/figures.py NAME SWEEP... [--out FOLDER]``.
+"""Figures of docs/theory.md from the runs of a sweep: ``python docs/figures.py NAME SWEEP... [--out FOLDER]``.
 
 Each prints the numbers that the text quotes, and writes ``NAME.png``.
 """
@@ -95,10 +95,15 @@ def alpha(*sweeps: Sequence[Run]) -> Figure:
     for axes, runs in zip(panels[0], sweeps, strict=True):
         method = runs[0].config["method"]["name"].upper()
         name = "alpha" if len(by(runs, lambda run: run.config["alpha"]["value"])) > 1 else "beta"
-        for world in by(runs, lambda run: run.config["data"]["seed"]).values():
-            line = by(world, lambda run: run.config[name]["value"])
+        # A reference of its own gives each model an optimum of its own, where the method has a reference at all.
+        for (model, _), line in by(runs, lambda run: (run.model, run.config["data"]["seed"])).items():
+            line = sorted(line, key=lambda run: run.config[name]["value"])
             axes.plot(
-                list(line), [group[0].metrics["exact/entropy_optimum"] for group in line.values()], color=GREY, lw=1
+                [run.config[name]["value"] for run in line],
+                [run.metrics["exact/entropy_optimum"] for run in line],
+                color=MODELS[model][1],
+                lw=1,
+                alpha=0.6,
             )
         for model, group in by(runs, lambda run: run.model).items():
             words, color, marker, size = MODELS[model]
@@ -125,7 +130,7 @@ def alpha(*sweeps: Sequence[Run]) -> Figure:
     panels[0, 0].text(0.1, uniform + 0.03, "uniform", color=GREY, fontsize=8, va="bottom")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     handles.append(plt.Line2D([], [], color=GREY, lw=1))
-    panels[0, -1].legend(handles, [*labels, "predicted, one line per world"], loc="lower right", fontsize=8)
+    panels[0, -1].legend(handles, [*labels, "predicted, one line per world"], loc="lower right", fontsize=7.5)
     return figure
 
 
@@ -141,22 +146,25 @@ def labels(runs: Sequence[Run]) -> Figure:
     for words, (marker, color, measure) in measures.items():
         values = [np.array([measure(run) for run in group]) for group in groups.values()]
         means = np.array([value.mean() for value in values])
-        axes.fill_between(
-            pairs, [v.min() for v in values], [v.max() for v in values], color=color, alpha=0.15, lw=0
-        )
+        axes.fill_between(pairs, [v.min() for v in values], [v.max() for v in values], color=color, alpha=0.15, lw=0)
         axes.plot(pairs, means, marker, color=color, markersize=5)
         fitted = pairs >= FIT_FROM
         exponent, factor = slope(pairs[fitted], means[fitted])
         axes.plot(pairs[fitted], factor * pairs[fitted] ** exponent, color=color, lw=1)
         axes.annotate(
-            f"{words}\nslope {exponent:.2f}", (pairs[-1], means[-1]), (8, 0), textcoords="offset points", color=color,
-            fontsize=9, va="bottom" if color == RED else "top",
+            f"{words}\nslope {exponent:.2f}", (pairs[-1], means[-1]), (8, 2 if color == RED else -2), color=color,
+            textcoords="offset points", fontsize=9, va="bottom" if color == RED else "top",
         )  # fmt: skip
         print(f"{words}: slope {exponent:.3f} from {FIT_FROM} pairs on; means {', '.join(f'{m:.4f}' for m in means)}")
     seeds = len(next(iter(groups.values())))
-    axes.set(xscale="log", yscale="log", xlabel="pairs with drawn labels (per prompt)", ylabel="distance to the optimum")
+    axes.set(
+        xscale="log", yscale="log", xlabel="pairs with drawn labels (per prompt)", ylabel="distance to the optimum"
+    )
     axes.set_xlim(right=pairs[-1] * 2.6)
-    axes.set_title(f"means of {seeds} worlds (band: smallest to largest); line: fit from {FIT_FROM} pairs on", fontsize=9)
+    axes.set_ylim(bottom=axes.get_ylim()[0] * 0.75)
+    axes.set_title(
+        f"means of {seeds} worlds (band: smallest to largest); line: fit from {FIT_FROM} pairs on", fontsize=9
+    )
     return figure
 
 

@@ -126,6 +126,19 @@ def test_pairs_that_leave_a_response_open_have_no_single_optimum() -> None:
     torch.testing.assert_close(optimum.logps.exp(), torch.softmax(chain.rewards / 0.7, -1), atol=1e-6, rtol=0)
 
 
+def test_a_kl_pushes_probability_out_of_a_restricted_support() -> None:
+    """What docs/theory.md says: the odds of being outside grow by exp(KL inside), whatever the weight of the KL."""
+    inside = [(i, j) for i, j in combinations(range(R), 2) if j < 3]
+    for weight in (0.05, 0.5):
+        optimum = find_optimum(objective(SPOLoss(), world=world(pairs=inside), kl_weight=weight))
+        assert optimum is not None
+        policy, ref = optimum.logps, reference()
+        within, ref_within = policy[:, :3].log_softmax(-1), ref[:, :3].log_softmax(-1)
+        odds = policy[:, 3:].logsumexp(-1) - policy[:, :3].logsumexp(-1)
+        ref_odds = ref[:, 3:].logsumexp(-1) - ref[:, :3].logsumexp(-1)
+        torch.testing.assert_close(odds - ref_odds, kl(within, ref_within), atol=1e-6, rtol=0)
+
+
 def test_ipo_depends_on_which_pairs_are_compared() -> None:
     chain = world(pairs=[(i, i + 1) for i in range(R - 1)])
     loss = IPOLoss(length_normalize=False)
