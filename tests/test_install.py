@@ -161,7 +161,9 @@ def imported(folder: Path) -> set[str]:
 def test_what_is_imported_is_declared() -> None:
     base = names_of(PROJECT["dependencies"])
     assert imported(ROOT / "spo") <= base | names_of([*EXTRAS["peft"], *EXTRAS["deepspeed"], *EXTRAS["tensorboard"]])
-    assert imported(ROOT / "tests") <= base | names_of([*EXTRAS["test"], *EXTRAS["trl"], *EXTRAS["peft"]])
+    assert imported(ROOT / "tests") <= base | names_of(
+        [*EXTRAS["test"], *EXTRAS["trl"], *EXTRAS["peft"], *EXTRAS["notebooks"]]
+    )
 
 
 def test_what_is_declared_is_used() -> None:

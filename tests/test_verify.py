@@ -99,8 +99,6 @@ def test_methods_of_the_user_are_in_the_table_and_a_flipped_sign_fails(
     assert all(row["tv"] <= (1e-3 if row["model"] == "tabular" else 0.03) for row in found if row["passed"])
     out = capsys.readouterr().out
     assert "FAIL" in out and "pass" in out and "flipped" in out
-    assert main([*words, "uniform"]) == 0
-    assert {row["method"] for row in verdicts(tmp_path)} == {"uniform"}
 
 
 def test_what_cannot_be_verified_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,11 +115,10 @@ def test_what_cannot_be_verified_is_said(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("full", [False, True], ids=["default", "full"])
-def test_every_method_reaches_its_optimum(full: bool, tmp_path: Path) -> None:
-    spo("verify", *(["--full"] if full else []), "--json", "rows.json", folder=tmp_path, cache=tmp_path / "cache")
+def test_every_method_reaches_its_optimum(tmp_path: Path) -> None:
+    spo("verify", "--full", "--json", "rows.json", folder=tmp_path, cache=tmp_path / "cache")
     found = verdicts(tmp_path)
-    cases, _ = planned(PLAN, full, None)
+    cases, _ = planned(PLAN, True, None)
     assert len(found) == len(cases) and all(row["passed"] for row in found)
     for row in found:
         assert row["tv"] <= (1e-3 if row["model"] == "tabular" else 0.03)
