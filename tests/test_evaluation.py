@@ -36,7 +36,9 @@ def prompts(n: int) -> list[EvalPrompt]:
     return [EvalPrompt(f"id{i}", "test", (BOS, 3 + i % 20, 3 + i // 20), f"prompt {i}") for i in range(n)]
 
 
-def evaluate(policy: nn.Module, reference: nn.Module, n: int = 40, **changes: Any) -> Evaluation:
+def evaluate(
+    policy: nn.Module, reference: nn.Module, n: int = 40, all_prompts: bool = False, **changes: Any
+) -> Evaluation:
     settings: dict[str, Any] = {
         "num_prompts": n,
         "samples_per_prompt": 2,
@@ -49,9 +51,8 @@ def evaluate(policy: nn.Module, reference: nn.Module, n: int = 40, **changes: An
         "seed": 0,
         "reward": count_reward,
     }
-    return evaluate_policy(
-        policy, reference, tiny_tokenizer(), prompts(60), EvaluationSettings(**settings | changes), decode
-    )
+    chosen = EvaluationSettings(**settings | changes)
+    return evaluate_policy(policy, reference, tiny_tokenizer(), prompts(60), chosen, decode, all_prompts=all_prompts)
 
 
 def favouring(strength: float) -> nn.Module:
@@ -203,6 +204,15 @@ def test_kl_and_entropy_agree_with_enumeration() -> None:
     logps = np.array([[row["logp_policy"], row["logp_reference"]] for row in result.samples])
     assert -logps[:, 0].mean() == pytest.approx(metrics["eval/entropy_sequence"], rel=0.02)
     assert (logps[:, 0] - logps[:, 1]).mean() == pytest.approx(metrics["eval/kl"], rel=0.1)
+
+
+def test_of_prompts_that_are_all_there_are_the_samples_are_drawn_again() -> None:
+    model = tiny_llama(scale=0.1)
+    one = {"n": 1, "samples_per_prompt": 200}
+    sampled, whole = (evaluate(model, favouring(1.0), all_prompts=all_, **one).metrics for all_ in (False, True))
+    assert sampled["eval/win_rate_ci_low"] == sampled["eval/win_rate"] == sampled["eval/win_rate_ci_high"]
+    rate, width = whole["eval/win_rate"], whole["eval/win_rate_ci_high"] - whole["eval/win_rate_ci_low"]
+    assert rate == sampled["eval/win_rate"] and 0.02 < width < 2 * 1.96 * math.sqrt(rate * (1 - rate) / 200) * 1.1
 
 
 def test_without_a_reward_there_is_no_win_rate() -> None:

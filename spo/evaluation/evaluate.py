@@ -77,11 +77,13 @@ def evaluate_policy(
     settings: EvaluationSettings,
     decode: Callable[[Sequence[int]], str],
     on_progress: Callable[[int], None] = lambda _: None,
+    all_prompts: bool = False,
 ) -> Evaluation:
     """Draws completions from both models and compares them.
 
     A sample of the policy wins with 1 against a sample of the reference for the same prompt where its reward is
-    higher, ties count half; the interval is a bootstrap over prompts, since samples of one prompt are not independent.
+    higher, ties count half. The interval is a bootstrap over prompts, since samples of one prompt are not independent
+    where the prompts are a sample themselves; over samples where there are no other prompts.
 
     Args:
         policy: the trained model.
@@ -91,6 +93,7 @@ def evaluate_policy(
         settings: how to evaluate.
         decode: from the token ids of a completion to its text.
         on_progress: called with the number of sequences just done.
+        all_prompts: whether there are no others that these prompts stand for.
 
     Returns:
         Metrics and samples. ``kl`` is in nats per sequence, estimated by the token-wise KL along samples of the
@@ -130,7 +133,7 @@ def evaluate_policy(
             row["verdict"] = verdicts[i]
         per_prompt = [fmean(chunk) for chunk in _chunks(verdicts, settings.samples_per_prompt)]
         low, high = bootstrap_interval(
-            per_prompt,
+            verdicts if all_prompts else per_prompt,
             confidence=settings.confidence,
             samples=settings.bootstrap_samples,
             seed=derive_seed("bootstrap", settings.seed),

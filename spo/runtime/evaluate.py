@@ -119,6 +119,7 @@ def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> Evaluati
             settings,
             prepared.renderer.decode,
             lambda done: progress.advance(task, done),
+            all_prompts=prepared.language is not None,
         )
     coefficients = json.loads((run_dir / "coefficients.json").read_text())
     metrics = evaluation.metrics | _pair_metrics(cfg, coefficients, policy, reference, prepared)
