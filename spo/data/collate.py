@@ -43,8 +43,7 @@ def collate(
         ]
         for rank in range(size)
     ]
-    rows, flat = list(seen), [place for ranks in completions for place in ranks]
-    first = [flat.index(place) for place in range(len(rows))]
+    rows = list(seen)
     length = torch.tensor([len(prompt) + len(completion) for prompt, completion in rows])
     input_ids = torch.full((len(rows), int(length.max())), pad_token_id)
     for i, (prompt, completion) in enumerate(rows):
@@ -55,9 +54,18 @@ def collate(
         index=index,
         preference=_column([pair.preference for pair in pairs]),
         weight=_column([pair.weight for pair in pairs]),
-        reference_logps=None if reference_logps is None else reference_logps[index].T.flatten()[first],
+        reference_logps=None if reference_logps is None else _per_sequence(reference_logps[index].T, completions),
         completions=torch.tensor(completions),
     )
+
+
+def _per_sequence(values: Tensor, completions: list[list[int]]) -> Tensor:
+    """``(n, B)`` values of completions as ``(N,)``, those of the first place where each distinct sequence is."""
+    first: dict[int, int] = {}
+    for position, place in enumerate(place for ranks in completions for place in ranks):
+        if place >= 0:
+            first.setdefault(place, position)
+    return values.flatten()[list(first.values())]  # sequences are numbered as they come
 
 
 def _column(values: list[float | None]) -> Tensor | None:
