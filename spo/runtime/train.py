@@ -98,8 +98,8 @@ def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
         if not trainer.is_global_zero:
             return {}
         module.reference.to(torch.device("cpu"))  # makes room: the evaluation loads what was saved
-        save_policy(module.policy, prepared.tokenizer, run_dir / "policy", weights)
         write_json(run_dir / "coefficients.json", {n: getattr(module, n)(trainer.global_step) for n in COEFFICIENTS})
+        save_policy(module.policy, prepared.tokenizer, run_dir / "policy", weights)
         evaluation = evaluate_run(cfg, prepared, run_dir)
         times = {"prepare_s": prepared_at - started, "train_s": trained_at - prepared_at}
         times |= {"evaluate_s": perf_counter() - trained_at, "total_s": perf_counter() - started}
