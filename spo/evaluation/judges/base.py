@@ -1,0 +1,48 @@
+"""What evaluation asks of a judge, whichever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+
+class JudgeError(RuntimeError):
+    """A judge cannot do its work; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two completions of one prompt, of which one may be the better."""
+
+    prompt: str
+    first: str
+    second: str
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Compares completions; one that scores them by themselves says the scores too.
+
+    Attributes:
+        identity: JSON-like; whatever its verdicts follow from. A judge with another identity is another judge.
+    """
+
+    identity: dict[str, Any]
+
+    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]] | None:
+        """Scores by name, ``reward`` and its components, one number per completion; ``None`` if it only compares."""
+
+    def verdicts(self, comparisons: Sequence[Comparison]) -> list[float | None]:
+        """1 where the first completion is better, 0 where the second is, 0.5 for a tie; ``None`` for no answer.
+
+        Swapping the two completions of a comparison turns a verdict ``v`` into ``1 - v``.
+        """
+
+    def usage(self) -> dict[str, float]:
+        """What was spent since the judge was made, such as ``calls``, ``cached``, ``tokens``; empty where nothing is."""
+
+
+def verdict_of_rewards(first: float, second: float) -> float:
+    """1 where the first reward is higher, 0 where it is lower, 0.5 where they are equal."""
+    return 0.5 + 0.5 * ((first > second) - (first < second))
