@@ -40,7 +40,7 @@ class Judge(Protocol):
         """
 
     def usage(self) -> dict[str, float]:
-        """What was spent since the judge was made, such as ``calls``, ``cached``, ``tokens``; empty where nothing is."""
+        """What was spent since it was made, such as ``calls``, ``cached``, ``tokens``; empty where nothing is."""
 
 
 def verdict_of_rewards(first: float, second: float) -> float:
