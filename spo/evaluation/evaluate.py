@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from spo.data import EvalPrompt, Reward
+from spo.data import EvalPrompt
 from spo.evaluation.diversity import distinct_n, self_bleu
 from spo.evaluation.intervals import bootstrap_interval
+from spo.evaluation.judges import Judge, verdict_of_rewards
 from spo.ops import completion_logits, completion_targets, sum_per_sequence, token_entropy, token_kl, token_logps
 from spo.sampling import derive_seed, eval_mode, sample
 from spo.types import Sequences
@@ -33,7 +34,6 @@ class EvaluationSettings:
         bootstrap_samples: resamples of the prompts.
         self_bleu_samples: completions on which self-BLEU is measured, whose cost is quadratic.
         seed: of the sampling.
-        reward: scores completions; ``None`` leaves reward and win rate out.
     """
 
     num_prompts: int
@@ -45,7 +45,6 @@ class EvaluationSettings:
     bootstrap_samples: int
     self_bleu_samples: int
     seed: int
-    reward: Reward | None
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,7 @@ def evaluate_policy(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[EvalPrompt],
     settings: EvaluationSettings,
+    judge: Judge | None,
     decode: Callable[[Sequence[int]], str],
     on_progress: Callable[[int], None] = lambda _: None,
     all_prompts: bool = False,
@@ -91,6 +91,7 @@ def evaluate_policy(
         tokenizer: theirs.
         prompts: of the test split.
         settings: how to evaluate.
+        judge: compares the completions; ``None`` leaves reward and win rate out.
         decode: from the token ids of a completion to its text.
         on_progress: called with the number of sequences just done.
         all_prompts: whether there are no others that these prompts stand for.
@@ -103,7 +104,7 @@ def evaluate_policy(
     repeated = [prompt for prompt in prompts[: settings.num_prompts] for _ in range(settings.samples_per_prompt)]
 
     def drawn(model: nn.Module, other: nn.Module, stage: str) -> _Drawn:
-        return _draw(model, other, stage, tokenizer, repeated, settings, decode, on_progress)
+        return _draw(model, other, stage, tokenizer, repeated, settings, judge, decode, on_progress)
 
     with eval_mode(policy), eval_mode(reference):
         ours, theirs = drawn(policy, reference, "policy"), drawn(reference, policy, "reference")
@@ -123,9 +124,9 @@ def evaluate_policy(
         }
         for i, prompt in enumerate(repeated)
     ]
-    if settings.reward is not None:
+    if ours.rewards:
         verdicts = [
-            0.5 + 0.5 * ((mine > other) - (mine < other))
+            verdict_of_rewards(mine, other)
             for mine, other in zip(ours.rewards["reward"], theirs.rewards["reward"], strict=True)
         ]
         for i, row in enumerate(rows):
@@ -154,6 +155,7 @@ def _draw(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[EvalPrompt],
     settings: EvaluationSettings,
+    judge: Judge | None,
     decode: Callable[[Sequence[int]], str],
     on_progress: Callable[[int], None],
 ) -> _Drawn:
@@ -179,9 +181,9 @@ def _draw(
         result.logp_reference.extend(cross if stage == "policy" else own)
         result.kl.extend(sum_per_sequence(token_kl(logits, other_logits), sequences).tolist())
         result.entropy.extend(sum_per_sequence(token_entropy(logits), sequences).tolist())
-        if settings.reward is not None:
-            for name, values in settings.reward([prompt.text for prompt in chunk], texts).items():
-                result.rewards.setdefault(name, []).extend(values)
+        scores = None if judge is None else judge.scores([prompt.text for prompt in chunk], texts)
+        for name, values in (scores or {}).items():
+            result.rewards.setdefault(name, []).extend(values)
         on_progress(len(chunk))
     return result
 

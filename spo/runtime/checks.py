@@ -33,6 +33,7 @@ HINTS = {
     "data.path": "the file, folder or hub name of your preference pairs",
     "alpha.target": "the entropy of the policy to aim for, in nats per token",
     "beta.target": "the KL of the policy to the reference to aim for, in nats per sequence",
+    "judge.reward._target_": 'your function, reward(prompts, completions) -> {"reward": [...]}',
     "alpha.values": "a list of positive numbers, one per optimiser step",
     "beta.values": "a list of positive numbers, one per optimiser step",
 }

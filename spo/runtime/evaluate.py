@@ -15,6 +15,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from spo.data import TokenizedPair
 from spo.data.collate import collate
 from spo.evaluation import Evaluation, EvaluationSettings, evaluate_policy
+from spo.evaluation.judges import Judge
 from spo.losses import as_loss
 from spo.metrics import SumsAndCounts
 from spo.ops import completion_logps
@@ -25,7 +26,7 @@ from spo.runtime.prepare import Prepared, eval_device, prepare_run
 from spo.runtime.rundir import load_config, resolved, write_json
 from spo.runtime.terminal import quiet_libraries
 
-CHANGEABLE = ("data", "evaluation", "trainer.accelerator", "trainer.devices")
+CHANGEABLE = ("data", "evaluation", "judge", "trainer.accelerator", "trainer.devices")
 
 
 def evaluate_command(run_dir: Path, overrides: Sequence[str]) -> dict[str, float]:
@@ -36,7 +37,7 @@ def evaluate_command(run_dir: Path, overrides: Sequence[str]) -> dict[str, float
 
     Args:
         run_dir: of a run that has written its policy.
-        overrides: of the groups ``data`` and ``evaluation``, and of the device.
+        overrides: of the groups ``data``, ``evaluation`` and ``judge``, and of the device.
 
     Returns:
         The metrics.
@@ -76,7 +77,7 @@ def _changed(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
         )
     cfg = OmegaConf.create(OmegaConf.to_container(own, resolve=False))
     assert isinstance(cfg, DictConfig)
-    for group in {one.key_or_group for one in parsed} & {"data", "evaluation"}:
+    for group in {one.key_or_group for one in parsed} & {"data", "evaluation", "judge"}:
         chosen = [one.input_line for one in parsed if one.key_or_group.partition(".")[0] == group]
         cfg[group] = OmegaConf.to_container(compose(chosen, run_dir=own.paths.run)[group], resolve=False)
     OmegaConf.set_struct(cfg, True)
@@ -105,6 +106,7 @@ def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> Evaluati
         run_dir: holds ``policy/`` and ``coefficients.json``: alpha and beta as they were when training ended.
     """
     settings: EvaluationSettings = instantiate(cfg.evaluation, _convert_="all")
+    judge: Judge | None = instantiate(cfg.judge, _convert_="all")
     device = eval_device(cfg)
     policy = prepared.spec.base(run_dir / "policy").requires_grad_(False).to(device)
     reference = prepared.spec.start(prepared.base).to(device)
@@ -117,6 +119,7 @@ def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> Evaluati
             prepared.tokenizer,
             prompts,
             settings,
+            judge,
             prepared.renderer.decode,
             lambda done: progress.advance(task, done),
             all_prompts=prepared.language is not None,
