@@ -47,6 +47,8 @@ def evaluate(
 ) -> Evaluation:
     settings: dict[str, Any] = {
         "num_prompts": n,
+        "selection_prompts": 0,
+        "against": ["reference"],
         "samples_per_prompt": 2,
         "max_new_tokens": 6,
         "temperature": 1.0,
@@ -59,7 +61,7 @@ def evaluate(
     chosen = EvaluationSettings(**settings | changes)
     judge = reward_judge(reward)
     return evaluate_policy(
-        policy, reference, tiny_tokenizer(), prompts(60), chosen, judge, decode, all_prompts=all_prompts
+        policy, reference, tiny_tokenizer(), prompts(n), chosen, judge, decode, all_prompts=all_prompts
     )
 
 
@@ -190,6 +192,8 @@ def test_kl_and_entropy_agree_with_enumeration() -> None:
     tokenizer.eos_token = "w20"  # no token of this vocabulary, so nothing ends early
     settings = EvaluationSettings(
         num_prompts=1,
+        selection_prompts=0,
+        against=["reference"],
         samples_per_prompt=3000,
         max_new_tokens=3,
         temperature=1.0,
@@ -234,7 +238,7 @@ def test_seeded_and_reports_progress() -> None:
     assert first == again
     assert [row["completion"] for row in first.samples] != [row["completion"] for row in other.samples]
     done: list[int] = []
-    settings = EvaluationSettings(7, 1, 3, 1.0, 3, 0.95, 10, 5, 0)
+    settings = EvaluationSettings(7, 0, 1, 3, 1.0, 3, ["reference"], 0.95, 10, 5, 0)
     model = tiny_llama()
     evaluate_policy(model, model, tiny_tokenizer(), prompts(7), settings, None, decode, done.append)
     assert sum(done) == 14 and max(done) == 3

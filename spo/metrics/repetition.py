@@ -6,6 +6,6 @@ from collections.abc import Sequence
 
 
 def repetition(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of n-grams that occurred before in the same sequence (Welleck et al., arXiv:1908.04319); 0 where none are."""
+    """Share of n-grams that occurred earlier in the sequence (Welleck et al., arXiv:1908.04319); 0 without any."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

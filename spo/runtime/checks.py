@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from spo.runtime.errors import ConfigProblems, missing_package
@@ -62,6 +62,7 @@ COUNTS = {
     "sft.batch_size": 1,
     "sft.num_warmup_steps": 0,
     "evaluation.num_prompts": 1,
+    "evaluation.selection_prompts": 0,
     "evaluation.samples_per_prompt": 1,
     "evaluation.max_new_tokens": 1,
     "evaluation.batch_size": 1,
@@ -116,7 +117,8 @@ def problems(cfg: DictConfig) -> list[str]:
     Args:
         cfg: a composed configuration, with or without Hydra's own node.
     """
-    found = [*missing_and_unresolved(cfg), *_targets(cfg), *_values(cfg), *_trainer(cfg), *_model(cfg), *_data(cfg)]
+    parts = (missing_and_unresolved, _targets, _values, _trainer, _model, _data, _evaluation)
+    found = [problem for part in parts for problem in part(cfg)]
     return list(dict.fromkeys([*found, *_parts_and_combinations(cfg, found)]))
 
 
@@ -383,6 +385,25 @@ def _data(cfg: DictConfig) -> Iterator[str]:
                 "data=enumerable: data.max_length and data.truncation follow from the language, so that tokens are "
                 "what sampling gives; set data.max_new_tokens and data.source.prompt_symbols instead"
             )
+
+
+def _evaluation(cfg: DictConfig) -> Iterator[str]:
+    against = select(cfg, "evaluation.against")
+    if against is None:
+        return
+    if not isinstance(against, ListConfig):
+        yield f"evaluation.against={against}: must be a list, such as [reference,chosen]"
+        return
+    runs = [str(name) for name in against if name not in ("reference", "chosen")]
+    for run in runs:
+        if not (Path(run).expanduser() / "samples.jsonl").is_file():
+            yield (
+                f"evaluation.against: {run} is neither reference nor chosen nor the directory of a run with samples "
+                f"(no samples.jsonl, seen from {Path.cwd()})"
+            )
+    names = [Path(run).resolve().name for run in runs]
+    for name in sorted({name for name in names if names.count(name) > 1 or name in ("reference", "chosen")}):
+        yield f"evaluation.against: the name {name} would stand for several opponents: rename a directory"
 
 
 def _reads_files(cfg: DictConfig) -> bool:

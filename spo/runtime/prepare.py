@@ -337,11 +337,7 @@ def _complete(
             pad_token_id=renderer.tokenizer.pad_token_id,
             seeds=seeds[chunk],
         )
-        for row, start, end in zip(
-            sequences.input_ids.tolist(), sequences.prompt_length.tolist(), sequences.length.tolist(), strict=True
-        ):
-            finished = row[end - 1] == renderer.eos_id and end > start
-            drawn.append(Completion(renderer.decode(row[start:end]), finished))
+        drawn += [Completion(renderer.decode(row), row[-1:] == [renderer.eos_id]) for row in sequences.completions()]
     return [drawn[i : i + n] for i in range(0, len(drawn), n)]
 
 

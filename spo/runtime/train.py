@@ -30,7 +30,7 @@ from spo.reports.terminal import result_panel, start_panel
 from spo.reports.wording import UNITS
 from spo.runtime.cache import digest
 from spo.runtime.checks import ensure, warnings
-from spo.runtime.evaluate import evaluate_run, write_samples
+from spo.runtime.evaluate import evaluate_run
 from spo.runtime.inspect import show_rows
 from spo.runtime.prepare import Prepared, prepare_run, reference_logps
 from spo.runtime.rundir import Status, claim, finish, is_first_process, resumed_config, write_json
@@ -109,7 +109,7 @@ def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
             **{f"data/pairs_{key}": float(prepared.pairs.counts[key]) for key in COUNTS},
             **{f"time/{key}": value for key, value in times.items()},
         }
-        write_samples(run_dir, evaluation.samples)
+        evaluation.write_samples(run_dir)
         for tracker in trackers:
             tracker.conclude(metrics, evaluation.samples)
     finish(run_dir, metrics)
