@@ -45,8 +45,8 @@ class Bootstrap:
         place = np.array([names[unit] for unit in units])
         even = np.full(len(names), 1 / len(names))
         drawn = np.random.default_rng(seed).multinomial(len(names), even, size=samples)
-        counts = np.vstack([np.ones(len(names)), drawn])
-        self.weights: Array = counts[:, place] / np.bincount(place)[place]
+        counts, sizes = np.vstack([np.ones(len(names)), drawn]), np.bincount(place)
+        self.weights: Array = counts[:, place] * (sizes.max() / sizes[place])
         self.confidence = confidence
 
     def estimate(self, statistic: Callable[[Array], Array]) -> Estimate:

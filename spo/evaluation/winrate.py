@@ -8,7 +8,7 @@ import numpy as np
 
 from spo.evaluation.intervals import Array, Bootstrap
 
-RIDGE = 0.01
+RIDGE = 0.001
 """Keeps the slope finite where length alone decides; in units of samples, so that it is nothing beside the data."""
 _ITERATIONS, _LARGEST_STEP, _LARGEST_LOGIT = 60, 2.0, 30.0
 _NUMBERS_AT_ONCE = 4_000_000
