@@ -1,8 +1,8 @@
 """Judging a policy against its reference on held-out prompts."""
 
 from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
-from spo.evaluation.draws import Draws
-from spo.evaluation.evaluate import Evaluation, Opponent, evaluate_policy
+from spo.evaluation.draws import Draws, draw
+from spo.evaluation.evaluate import Evaluation, Opponent, assess, evaluate_policy
 from spo.evaluation.intervals import Bootstrap, Estimate, bootstrap_interval
 from spo.evaluation.settings import EvaluationSettings
 from spo.evaluation.winrate import at_equal_length, win_rates
@@ -14,10 +14,12 @@ __all__ = [
     "Evaluation",
     "EvaluationSettings",
     "Opponent",
+    "assess",
     "at_equal_length",
     "bootstrap_interval",
     "distinct_n",
     "distinct_samples",
+    "draw",
     "evaluate_policy",
     "self_bleu",
     "win_rates",

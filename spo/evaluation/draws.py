@@ -44,7 +44,7 @@ def draw(
     settings: EvaluationSettings,
     tokenizer: PreTrainedTokenizerBase,
     decode: Callable[[Sequence[int]], str],
-    on_progress: Callable[[int], None],
+    on_progress: Callable[[int], None] = lambda _: None,
     other: nn.Module | None = None,
 ) -> Draws:
     """Draws from ``model`` and scores with it and ``other``.

@@ -48,9 +48,6 @@ def evaluate_policy(
 ) -> Evaluation:
     """Draws completions from both models, compares and measures them.
 
-    Intervals are a paired bootstrap over prompts, since samples of one prompt are not independent where the prompts
-    are a sample themselves; over samples where there are no other prompts.
-
     Args:
         policy: the trained model.
         reference: the model that training started from.
@@ -65,9 +62,7 @@ def evaluate_policy(
         kept: where completions may be kept, so that none is drawn twice.
 
     Returns:
-        Metrics and samples. ``kl`` is in nats per sequence, estimated by the token-wise KL along samples of the
-        policy; ``entropy`` in nats per token, ``entropy_sequence`` in nats per sequence; ``eval/reference/...`` are
-        the same quantities of the reference, that is the values before training.
+        See :func:`assess`.
     """
 
     def drawn(model: nn.Module, stage: str, other: nn.Module | None = None) -> Draws:
@@ -75,22 +70,52 @@ def evaluate_policy(
 
     with eval_mode(policy), eval_mode(reference):
         ours, theirs = drawn(policy, "policy", reference), drawn(reference, "reference")
+    return assess(prompts, ours, theirs, settings, judge, all_prompts, opponents)
+
+
+def assess(
+    prompts: Sequence[EvalPrompt],
+    ours: Draws,
+    theirs: Draws | None,
+    settings: EvaluationSettings,
+    judge: Judge | None,
+    all_prompts: bool = False,
+    opponents: Mapping[str, Opponent] | None = None,
+) -> Evaluation:
+    """Compares and measures completions.
+
+    Intervals are a paired bootstrap over prompts, since samples of one prompt are not independent where the prompts
+    are a sample themselves; over samples where there are no other prompts.
+
+    Args:
+        prompts: that the completions answer.
+        ours: completions of the policy.
+        theirs: completions of the reference, where there are some.
+        settings: how they were drawn, and how to compare them.
+        judge: compares the completions; ``None`` leaves reward and win rate out.
+        all_prompts: whether there are no others that these prompts stand for.
+        opponents: what the policy is compared with beside the reference, by name.
+
+    Returns:
+        Metrics and samples. ``kl`` is in nats per sequence, estimated by the token-wise KL along samples of the
+        policy; ``entropy`` in nats per token, ``entropy_sequence`` in nats per sequence; ``eval/reference/...`` are
+        the same quantities of the reference, that is the values before training.
+    """
     wanted = [(prompt, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
-    rows = [
-        {
-            "prompt_id": prompt.prompt_id,
-            "split": prompt.split,
-            "sample_index": index,
-            "prompt": prompt.text,
-            "completion": ours.texts[i],
-            "tokens": ours.tokens[i],
-            "logp_policy": ours.logps[i],
-            "logp_reference": ours.other_logps[i],
-            "reference_completion": theirs.texts[i],
-            "reference_tokens": theirs.tokens[i],
-        }
-        for i, (prompt, index) in enumerate(wanted)
-    ]
+    columns: dict[str, Sequence[Any]] = {
+        "prompt_id": [prompt.prompt_id for prompt, _ in wanted],
+        "split": [prompt.split for prompt, _ in wanted],
+        "sample_index": [i for _, i in wanted],
+        "prompt": [prompt.text for prompt, _ in wanted],
+        "completion": ours.texts,
+        "tokens": ours.tokens,
+        "logp_policy": ours.logps,
+    }
+    if ours.other_logps:
+        columns["logp_reference"] = ours.other_logps
+    if theirs is not None:
+        columns |= {"reference_completion": theirs.texts, "reference_tokens": theirs.tokens}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     units = range(len(rows)) if all_prompts else [row["prompt_id"] for row in rows]
     resampling: _Resampling = {
         "confidence": settings.confidence,
@@ -99,9 +124,12 @@ def evaluate_policy(
     }
     bootstrap = Bootstrap(units, **resampling)
     metrics = _summary(ours, settings, bootstrap)
-    metrics |= {f"reference/{key}": value for key, value in _summary(theirs, settings).items()}
+    if theirs is not None:
+        metrics |= {f"reference/{key}": value for key, value in _summary(theirs, settings).items()}
     if judge is not None:
-        against = {REFERENCE: [_Reply(*one) for one in zip(rows, units, theirs.texts, theirs.tokens, strict=True)]}
+        against = {}
+        if theirs is not None:
+            against[REFERENCE] = [_Reply(*one) for one in zip(rows, units, theirs.texts, theirs.tokens, strict=True)]
         for name, opponent in (opponents or {}).items():
             found = (
                 (row, unit, opponent.get((row["prompt_id"], row["sample_index"])))

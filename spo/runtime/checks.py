@@ -67,6 +67,7 @@ COUNTS = {
     "evaluation.max_new_tokens": 1,
     "evaluation.batch_size": 1,
     "evaluation.bootstrap_samples": 1,
+    "callbacks.samples.num_prompts": 1,
     "probe.num_prompts": 0,
     "probe.max_new_tokens": 1,
     "evaluation.seed": 0,
@@ -255,6 +256,10 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "data.splits.test": (lambda x: 0 < x < 1, "a share of the prompts, above 0 and below 1"),
     "evaluation.confidence": (lambda x: 0 < x < 1, "between 0 and 1"),
     "evaluation.temperature": (lambda x: x > 0, "a positive number"),
+    **{
+        f"callbacks.health.{name}": (lambda x: x > 0, "a positive number, or null for no check")
+        for name in ("chosen_fall", "rejected_fall", "p_eos", "repetition", "longer", "shorter", "entropy")
+    },
     "model.dropout": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
     "model.lora.dropout": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
     "model.lora.r": (lambda x: x >= 1, "at least 1"),

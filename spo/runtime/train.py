@@ -17,8 +17,10 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from spo.callbacks import ValidationSamples
 from spo.data import SPLITS
 from spo.data.datamodule import PreferenceDataModule
+from spo.evaluation import EvaluationSettings
 from spo.exact import ExactMetrics, World, entropy
 from spo.losses import as_loss
 from spo.models import PrecomputedReference, Reference
@@ -138,10 +140,11 @@ def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
     exact = build_exact(cfg, prepared)
     enumeration = None if exact is None else Enumeration(exact.world.sequences, len(exact.world.rewards))
     module = build_module(cfg, policy, reference, prepared, enumeration)
-    if module.needs_reference_model:
+    trainer = build_trainer(cfg, loggers, [] if exact is None else [exact])
+    sampled = _attach_samples(cfg, prepared, trainer)
+    if module.needs_reference_model or (sampled and reference.scores_samples):
         reference.attach(lambda: prepared.spec.start(prepared.base))
     data = build_data(cfg, reference, module, prepared)
-    trainer = build_trainer(cfg, loggers, [] if exact is None else [exact])
     return Parts(module, data, trainer, exact)
 
 
@@ -229,6 +232,17 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Callback]
         enable_checkpointing="checkpoint" in cfg.callbacks,
         default_root_dir=cfg.paths.run,
     )
+
+
+def _attach_samples(cfg: DictConfig, prepared: Prepared, trainer: Trainer) -> bool:
+    """Gives what it needs to the callback that samples at every validation; whether there is one."""
+    callbacks = [one for one in trainer.callbacks if isinstance(one, ValidationSamples)]  # type: ignore[attr-defined]
+    for callback in callbacks:
+        settings: EvaluationSettings = instantiate(cfg.evaluation, _convert_="all")
+        prompts = prepared.sampling_prompts("selection", settings.max_new_tokens)
+        judge = instantiate(cfg.judge, _convert_="all")
+        callback.attach(prompts, settings, judge, prepared.tokenizer, prepared.renderer.decode)
+    return bool(callbacks)
 
 
 def describe(cfg: DictConfig, run_dir: Path) -> RunDescription:
