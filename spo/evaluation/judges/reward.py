@@ -21,7 +21,11 @@ class RewardJudge:
 
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
-        self.identity: dict[str, Any] = {"judge": "reward", "reward": _name(reward)}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The name of the function and the arguments it was given."""
+        return {"judge": "reward", "reward": _name(self.reward)}
 
     def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
         """The rewards and their components.
