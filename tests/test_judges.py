@@ -817,7 +817,7 @@ def test_a_run_is_judged_by_a_function_of_one_s_own(tmp_path: Path, tmp_path_fac
     )
     words = ["judge=function", "judge.reward._target_=mine.shortness", "+judge.reward.factor=2", "hydra.run.dir=run"]
     cache = shared_cache(tmp_path_factory)
-    spo("train", "+debug=tiny", "logger=record", *words, folder=tmp_path, cache=cache, PYTHONPATH=str(tmp_path))
+    spo("train", "+debug=tiny", "logger=record", *words, folder=tmp_path, cache=cache)
     samples = rows(tmp_path / "run/samples.jsonl")
     for row in samples:
         assert row["reward"] == -2 * len(row["completion"])

@@ -157,7 +157,7 @@ class RewardModel(_Local):
         return token
 
 
-def one_output(outputs: int) -> str:
+def one_output(outputs: int | None) -> str:
     """Why a model with several outputs is no reward model."""
     return (
         f"this model has {outputs} outputs, and a reward model has one (num_labels=1); wrap a classifier in a reward "
