@@ -357,7 +357,7 @@ def test_an_endpoint_without_a_key_and_ties(endpoint: Endpoint, tmp_path: Path) 
         Reply(status=503, body=b"<html>busy</html>"),
         Reply(status=429, body=b"{}"),
         Reply(drops=True),
-        Reply(after_s=1.0),
+        Reply(after_s=4.0),
         Reply(body=b'{"choices": [{"mess'),
         Reply(body=b"<html>a proxy says hello</html>", headers=(("Content-Type", "text/html"),)),
         Reply(body=b'{"choices": []}'),
@@ -373,7 +373,7 @@ def test_what_goes_wrong_once_is_tried_again(endpoint: Endpoint, tmp_path: Path,
     endpoint.script = lambda question, times: (
         trouble if times == 0 else Reply(says="A" if "| one |" in question else "B")
     )
-    judge = http_judge(endpoint, tmp_path, timeout_s=0.5 if trouble.after_s else 20)
+    judge = http_judge(endpoint, tmp_path, timeout_s=2 if trouble.after_s else 20)
     assert judge.verdicts([Comparison("p", "one", "x"), Comparison("p", "y", "one")]) == [1.0, 0.0]
     assert set(Counter(endpoint.questions).values()) == {2} and judge.usage()["calls"] == 8
 
@@ -476,11 +476,10 @@ def test_the_pace_spaces_requests_evenly() -> None:
 
 def test_every_request_takes_its_turn_retries_too(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.script = lambda _, times: Reply(status=500, body=b"{}") if times == 0 else Reply()
-    judge = http_judge(endpoint, tmp_path, requests_per_minute=1200, concurrency=4)
-    judge.verdicts(comparisons(4))
-    assert len(endpoint.at) == 16
-    # Sixteen turns a twentieth of a second apart; what the network adds can only delay the last.
-    assert endpoint.at[-1] - endpoint.at[0] >= 0.5
+    clock, judge = Clock(), http_judge(endpoint, tmp_path, concurrency=1)
+    judge._pace = Pace(6, clock, clock.sleep)
+    judge.verdicts(comparisons(2))
+    assert len(endpoint.at) == 8 and clock.slept == [10.0] * 7
 
 
 def test_settings_that_make_no_sense(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
