@@ -64,9 +64,14 @@ class LocalModel:
         """The model, frozen, in eval mode, on its device.
 
         Raises:
-            JudgeError: there is none.
+            JudgeError: there is none, or weights of it are missing, which would be random.
         """
-        return self._loaded(self.auto_class, dtype=self.dtype).requires_grad_(False).eval().to(self.device)
+        model, found = self._loaded(self.auto_class, dtype=self.dtype, output_loading_info=True)
+        if absent := sorted(found["missing_keys"]):
+            raise JudgeError(
+                f"judge.path={self.path}: these are not the weights of a {type(model).__name__}, {absent[0]} is missing"
+            )
+        return model.requires_grad_(False).eval().to(self.device)
 
     def _loaded(self, auto_class: Any, **settings: Any) -> Any:
         try:
