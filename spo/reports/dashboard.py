@@ -159,16 +159,16 @@ def unit(key: str) -> str:
     return UNITS.get(key, UNITS.get(key.partition("/")[2], ""))
 
 
-def load_spec(spec: str | Path = DEFAULT) -> Dashboard:
+def load_spec(spec: str | Path | None = None) -> Dashboard:
     """Reads a dashboard.
 
     Args:
-        spec: name of a shipped one (``conf/dashboard/NAME.yaml``), or a file of your own.
+        spec: name of a shipped one (``conf/dashboard/NAME.yaml``), or a file of your own; ``None`` for the default.
 
     Raises:
         UserError: there is no such file, or it holds what is no dashboard; every problem is named.
     """
-    file = _file(spec)
+    file = _file(spec or DEFAULT)
     try:
         return TypeAdapter(Dashboard).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

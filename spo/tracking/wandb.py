@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import wandb
 from lightning.pytorch.loggers import WandbLogger
@@ -25,10 +26,12 @@ def has_api_key() -> bool:
     """Whether a key is set in the environment or in ``.netrc``, found out without asking a server."""
     if os.environ.get("WANDB_API_KEY"):
         return True
+    server = urlsplit(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url).netloc
     try:
-        return any("wandb" in host for host in netrc.netrc().hosts)
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
     except (OSError, netrc.NetrcParseError):
         return False
+    return server in hosts or any("wandb" in host for host in hosts)
 
 
 class WandbTracker(WandbLogger):
