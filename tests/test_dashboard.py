@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spo.errors import UserError
-from spo.reports.dashboard import Bars, Curves, Dashboard, Scatter, Section, load_spec, unit
+from spo.reports.dashboard import Bars, Curves, Dashboard, Scatter, Section, load_spec, unit_of
 from spo.reports.html import render_report
 from tests.test_reports import Page, history, write_run
 
@@ -79,7 +79,7 @@ def test_a_name_that_is_not_shipped_is_answered_with_those_that_are() -> None:
 
 
 def test_units_are_those_of_the_split_where_it_has_its_own() -> None:
-    units = [unit(key) for key in ("eval/kl", "train/entropy", "exact/entropy", "exact/tv")]
+    units = [unit_of(key) for key in ("eval/kl", "train/entropy", "exact/entropy", "exact/tv")]
     assert units == ["nats per sequence", "nats per token", "nats per response", ""]
 
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag, TypeAdapter, ValidationError
 
 from spo.errors import UserError
-from spo.reports.wording import UNITS
+from spo.reports.wording import UNITS, unit
 from spo.resources import conf_dir
 
 DEFAULT = "alignment"
@@ -154,9 +154,9 @@ class Dashboard(_Node):
         return frozenset(key for section in self.sections for panel in section.panels for key in panel.keys)
 
 
-def unit(key: str) -> str:
+def unit_of(key: str) -> str:
     """Unit of a metric with its split, such as ``eval/kl``; empty for a pure number."""
-    return UNITS.get(key, UNITS.get(key.partition("/")[2], ""))
+    return UNITS.get(key) or unit(key.partition("/")[2])
 
 
 def load_spec(spec: str | Path | None = None) -> Dashboard:

@@ -7,7 +7,7 @@ import wandb_workspaces.workspaces as ws
 from wandb_workspaces import expr
 
 from spo.errors import UserError
-from spo.reports.dashboard import Bars, Curves, Dashboard, Panel, unit
+from spo.reports.dashboard import Bars, Curves, Dashboard, Panel, unit_of
 from spo.tracking.wandb import has_api_key
 
 STEP = "Step"  # W&B's own, which the tracker sets to the optimiser step
@@ -88,5 +88,5 @@ def _panel(panel: Panel, place: int = 0) -> wr.interface.PanelTypes:
 
 def _axis(panel: Curves | Bars) -> str | None:
     """The unit, and the value to compare with, for which W&B has no line."""
-    words = [unit(panel.keys[0]), "" if panel.baseline is None else f"compare with {panel.baseline:g}"]
+    words = [unit_of(panel.keys[0]), "" if panel.baseline is None else f"compare with {panel.baseline:g}"]
     return ", ".join(filter(None, words)) or None
