@@ -29,7 +29,10 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-WITHIN_A_LAYER = {("models", "data")}  # the built-in model learns its tokenizer from the built-in stories
+WITHIN_A_LAYER = {
+    ("models", "data"),  # the built-in model learns its tokenizer from the built-in stories
+    ("tracking", "reports"),  # a W&B workspace and the report draw the same dashboard
+}
 HEAVY = ("torch", "lightning", "transformers", "wandb", "datasets", "hydra", "omegaconf", "numpy", "rich")
 
 
