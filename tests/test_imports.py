@@ -23,6 +23,7 @@ LAYERS = [
     {"data", "models", "sampling", "metrics"},
     {"module"},
     {"callbacks", "evaluation", "exact", "tracking", "reports"},
+    {"comparison"},
     {"runtime"},
     {"cli"},
     {"__main__"},
