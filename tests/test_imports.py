@@ -17,7 +17,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Each part of the package may import from the layers below its own, and from itself.
 LAYERS = [
-    {"types"},
+    {"errors"},
+    {"types", "resources"},
     {"ops"},
     {"losses", "regularizers", "schedules"},
     {"data", "models", "sampling", "metrics"},

@@ -45,7 +45,7 @@ class Panel:
     """A line chart of a few series over the training step.
 
     Attributes:
-        key: Identifies the chart in the page.
+        key: The metrics it shows.
         title: Its heading.
         unit: Unit of the vertical axis, empty for a pure number.
         series: The lines.
