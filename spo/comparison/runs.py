@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from spo.errors import UserError
 from spo.reports.record import RunRecord, read_run
 from spo.reports.wording import finite
 
@@ -26,7 +27,7 @@ OUTPUT = "comparison"  # folder of our own results inside a sweep directory
 _MOVED_ASIDE = re.compile(r"(.+)\.\d+")  # what `rerun=true` makes of an old run's directory
 
 
-class CannotCompare(Exception):
+class CannotCompare(UserError):
     """What was given cannot be compared; the message says why and what to do.
 
     Args:
@@ -41,7 +42,7 @@ class CannotCompare(Exception):
         super().__init__("\n".join([f"the comparison has {count}:", *lines, *([advice] if advice else [])]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A run directory.
 
@@ -82,6 +83,12 @@ class Run:
     def samples(self) -> list[dict[str, Any]]:
         """Rows of the test split."""
         return [row for row in self.record.samples if row.get("split", "test") == "test"]
+
+    @cached_property
+    def evaluated_again(self) -> list[dict[str, Any]]:
+        """Rows of the test split from every ``spo evaluate`` of the run."""
+        folders = sorted(file.parent for file in self.path.glob("evaluations/*/samples.jsonl"))
+        return [row for folder in folders for row in read_run(folder).samples if row.get("split", "test") == "test"]
 
     def number(self, key: str) -> float | None:
         """A final number, or the last one of the history where the final ones do not have it."""
@@ -139,7 +146,9 @@ def find_runs(paths: Sequence[Path]) -> Found:
         if not directories and not ledgers:
             problems.append(f"{path}: there is no run in it (a run has an {IDENTITY})")
     if problems:
-        raise CannotCompare(problems, "Give the directory of a sweep, or those of runs: spo compare outputs/sweeps/NAME")
+        raise CannotCompare(
+            problems, "Give the directory of a sweep, or those of runs: spo compare outputs/sweeps/NAME"
+        )
     found.runs = list(by_digest.values())
     return found
 
