@@ -155,11 +155,9 @@ def method_in_words(comparison: Comparison) -> list[str]:
     if comparison.select is not None:
         words.append(f"The best setting of each method was selected by {comparison.select} on the selection split.")
     if comparison.differences:
-        tests = len(comparison.differences)
-        words.append(
-            f"Differences in {label(comparison.metric_name)}: paired bootstrap, {comparison.bootstrap.draws:,} resamples"
-            + (f", p-values corrected for {tests} tests (Holm)." if tests > 1 else ".")
-        )
+        tests, name = len(comparison.differences), label(comparison.metric_name)
+        corrected = f", p-values corrected for {tests} tests (Holm)" if tests > 1 else ""
+        words.append(f"Differences in {name}: paired bootstrap of {comparison.bootstrap.draws:,} resamples{corrected}.")
     return words
 
 
