@@ -158,6 +158,8 @@ def method_in_words(comparison: Comparison) -> list[str]:
         tests, name = len(comparison.differences), label(comparison.metric_name)
         corrected = f", p-values corrected for {tests} tests (Holm)" if tests > 1 else ""
         words.append(f"Differences in {name}: paired bootstrap of {comparison.bootstrap.draws:,} resamples{corrected}.")
+        if tests > 1:
+            words.append("Their intervals are those of each difference alone.")
     return words
 
 

@@ -23,7 +23,7 @@ from spo.reports.html import PAGE as REPORT_PAGE
 from spo.reports.wording import UNITS, clean, finite, label, number, shorten, verdict_word
 
 FOLDER = Path(__file__).parent / "page"
-_SAMPLES, _TEXT_CHARACTERS = 9, 1200
+_SAMPLES, _TEXT_CHARACTERS = 6, 1200
 
 
 def write_page(comparison: Comparison, folder: Path, dashboard: Dashboard | None = None) -> Path:

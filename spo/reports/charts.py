@@ -91,7 +91,6 @@ class Whisker:
         low: Lower end of its interval, if there is one.
         high: Upper end.
         said: What it says, in words.
-        note: A second line under its name.
     """
 
     name: str
@@ -100,7 +99,6 @@ class Whisker:
     low: float | None
     high: float | None
     said: str
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -406,9 +404,9 @@ def whiskers(
         axis: Name of the horizontal axis.
         bounds: Its range; ``None`` for one that fits.
         baseline: Where a thin line is drawn to compare with.
-        compact: Whether there are many.
+        compact: Whether there are many rows of one colour.
     """
-    width, row, names = (400, 27, 112) if compact else (620, 54, 132)
+    width, row, names = (400, 27, 112) if compact else (560, 54, 120)
     height = row * len(rows) + BOTTOM + 4
     ends = [v for one in rows for v in (one.value, one.low, one.high) if v is not None]
     low, high = bounds or _padded(min(ends), max(ends))
@@ -416,12 +414,11 @@ def whiskers(
     def x(value: float) -> float:
         return names + (value - low) / (high - low) * (width - names - 58)
 
-    ticks = nice_ticks(low, high, 6)
-    step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
+    ticks = [0, 0.25, 0.5, 0.75, 1] if (low, high) == (0, 1) else nice_ticks(low, high, 4 if compact else 6)
     base = row * len(rows)
     parts = [
         f'<line class="grid" x1="{x(t):.1f}" x2="{x(t):.1f}" y1="4" y2="{base}"/>'
-        f'<text class="tick" text-anchor="middle" x="{x(t):.1f}" y="{base + 16}">{tick_text(t, step)}</text>'
+        f'<text class="tick" text-anchor="middle" x="{x(t):.1f}" y="{base + 16}">{t:g}</text>'
         for t in ticks
     ]
     if baseline is not None and low <= baseline <= high:
@@ -430,9 +427,8 @@ def whiskers(
         )
     for place, one in enumerate(rows):
         y = row * place + row / 2
-        inner = marker(one.hue, 9, y - (8 if one.note else 0), 5)
-        inner += f'<text class="row-name" x="22" y="{y - (3 if one.note else -5):.1f}">{escape(one.name)}</text>'
-        inner += f'<text class="tick" x="22" y="{y + 13:.1f}">{escape(one.note)}</text>' if one.note else ""
+        inner = "" if compact else marker(one.hue, 8, y, 5)
+        inner += f'<text class="row-name" x="{0 if compact else 22}" y="{y + 5:.1f}">{escape(one.name)}</text>'
         if one.low is not None and one.high is not None:
             inner += (
                 f'<rect class="interval hue-{one.hue}" x="{x(one.low):.1f}" y="{y - 7:.1f}" rx="3" '
