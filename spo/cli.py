@@ -451,6 +451,7 @@ def _fail(message: str, status: int) -> int:
 def _in_words(error: Exception) -> str | None:
     """What to tell a person, or ``None`` for a fault of the program, which deserves its traceback."""
     from spo.data.rows import DataError
+    from spo.evaluation.judges.base import JudgeError
     from spo.runtime.errors import UserError, missing_package
 
     chain: list[BaseException] = []
@@ -459,7 +460,7 @@ def _in_words(error: Exception) -> str | None:
         chain.append(link)
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     for one in chain:
-        if isinstance(one, UserError | DataError):
+        if isinstance(one, UserError | DataError | JudgeError):
             return str(one)
         if isinstance(one, ModuleNotFoundError) and (words := missing_package(str(one.name))):
             return words

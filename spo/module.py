@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from spo.losses import Loss
-from spo.metrics import SumsAndCounts
+from spo.metrics import SumsAndCounts, repetition
 from spo.models.reference import Reference
 from spo.ops import completion_logits, completion_targets, sum_per_sequence, token_entropy, token_kl, token_logps
 from spo.regularizers import EnumeratedKL, Regularizer
@@ -40,6 +40,8 @@ PAIR_METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
+HEALTH_METRICS = ("p_eos", "logps_per_token/chosen", "logps_per_token/rejected")
+PROBE_METRICS = ("kl", "entropy", "length", "repetition", "finished")
 STEP_METRICS = ("loss", "grad_norm", "alpha", "beta", "lr", "buffer/age", "buffer/tokens")
 SCALE = "alpha * |margin|"
 USUAL_SCALE = (0.05, 20.0)
@@ -49,7 +51,7 @@ TIME_METRICS = ("sampling_s", "step_s", "probe_s")
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How kl and entropy are watched while training: the same way for every method.
+    """How the policy's samples are watched while training: the same way for every method.
 
     Attributes:
         num_prompts: policy samples drawn per measurement.
@@ -78,6 +80,20 @@ class Enumeration:
     num_prompts: int
 
 
+class Scored(NamedTuple):
+    """A batch as policy and reference see it.
+
+    Attributes:
+        logps: of the pairs (or lists, if the loss reads them).
+        divergence: ``(B,)`` the regularizer's mean over their responses, where it is taken on the batch's responses.
+        tokens: ``(M,)`` log-probs of the policy for each completion token of the batch's sequences.
+    """
+
+    logps: PairLogps | ListLogps
+    divergence: Tensor | None
+    tokens: Tensor
+
+
 class AlignmentModule(LightningModule):
     """Trains a policy on preferences with any loss, regularizer and reference.
 
@@ -101,6 +117,9 @@ class AlignmentModule(LightningModule):
         log_every_n_steps: optimiser steps per row of the record.
         seed: of the run.
         enumeration: every response to every prompt, grouped by prompt, where the data set can be enumerated.
+
+    Attributes:
+        validated: the means of the last validation, under their names without ``val/``.
     """
 
     def __init__(
@@ -145,7 +164,8 @@ class AlignmentModule(LightningModule):
         }
         controlled = [f"{name}/{key}" for name, c in self.controllers.items() for key in (c.watches, "at_bound")]
         self.train_metrics = SumsAndCounts((*PAIR_METRICS, *STEP_METRICS, *controlled, *TIME_METRICS))
-        self.val_metrics = SumsAndCounts((*PAIR_METRICS, SCALE))
+        self.val_metrics = SumsAndCounts((*PAIR_METRICS, *HEALTH_METRICS, SCALE))
+        self.validated: dict[str, float] = {}
         # an adapter's checkpoint holds the adapter, not the frozen weights it sits on
         self.strict_loading = all(parameter.requires_grad for parameter in policy.parameters())
 
@@ -156,33 +176,29 @@ class AlignmentModule(LightningModule):
 
     # --- log-probabilities -------------------------------------------------------------------------------------
 
-    def forward_logps(self, model: nn.Module, sequences: Sequences) -> tuple[Tensor, Tensor]:
+    def forward_logps(self, model: nn.Module, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
         """Scores completions.
 
         Returns:
-            ``(N,)`` summed log-probs and the ``(M, V)`` logits they came from.
+            ``(N,)`` summed log-probs, the ``(M,)`` of the tokens, and the ``(M, V)`` logits they came from.
         """
         logits = completion_logits(model, sequences)
-        return sum_per_sequence(token_logps(logits, completion_targets(sequences)), sequences), logits
+        tokens = token_logps(logits, completion_targets(sequences))
+        return sum_per_sequence(tokens, sequences), tokens, logits
 
-    def score(self, batch: PreferenceBatch) -> tuple[PairLogps | ListLogps, Tensor | None]:
-        """What the loss sees of a batch, and the regularizer's divergence where it is taken on the batch's responses.
-
-        Returns:
-            The log-probs of the pairs (or lists, if the loss reads them), and the ``(B,)`` mean divergences of their
-            responses or ``None``.
-        """
+    def score(self, batch: PreferenceBatch) -> Scored:
+        """What the loss sees of a batch, and what else is read from the same forward passes."""
         sequences = batch.sequences
-        policy_logps, policy_logits = self.forward_logps(self.policy, sequences)
+        policy_logps, policy_tokens, policy_logits = self.forward_logps(self.policy, sequences)
         reference_logps, divergence = batch.reference_logps, None
         on_dataset = self.regularizer.source == "dataset"
         if on_dataset or (self.loss.uses_reference and reference_logps is None):
             with self.reference.active(self.policy) as reference:
-                reference_logps, reference_logits = self.forward_logps(reference, sequences)
+                reference_logps, _, reference_logits = self.forward_logps(reference, sequences)
             if on_dataset:
                 divergence = batch.mean_per_pair(self.regularizer(policy_logits, reference_logits, sequences))
         seen = batch.list_logps if self.loss.uses_lists else batch.pair_logps
-        return seen(policy_logps, reference_logps), divergence
+        return Scored(seen(policy_logps, reference_logps), divergence, policy_tokens)
 
     def preference_terms(self, logps: PairLogps | ListLogps, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each pair or list, ``(B,)``, and the metrics that follow from its log-probs."""
@@ -226,7 +242,7 @@ class AlignmentModule(LightningModule):
         scale = self.trainer.world_size / window.num_pairs
 
         def term(batch: PreferenceBatch) -> Tensor:
-            logps, divergence = self.score(batch)
+            logps, divergence, _ = self.score(batch)
             losses, metrics = self.preference_terms(logps, step)
             total = losses.sum()
             if divergence is not None:
@@ -269,9 +285,9 @@ class AlignmentModule(LightningModule):
         """``(P,)`` the regularizer's divergence for each enumerated prompt, with gradient."""
         assert isinstance(self.regularizer, EnumeratedKL) and self.enumeration is not None
         sequences = self.enumeration.sequences.to(self.device)
-        policy_logps, _ = self.forward_logps(self.policy, sequences)
+        policy_logps, *_ = self.forward_logps(self.policy, sequences)
         with self.reference.active(self.policy) as reference:
-            reference_logps, _ = self.forward_logps(reference, sequences)
+            reference_logps, *_ = self.forward_logps(reference, sequences)
         shape = (self.enumeration.num_prompts, -1)
         return self.regularizer.exact(policy_logps.view(shape), reference_logps.view(shape))
 
@@ -294,28 +310,41 @@ class AlignmentModule(LightningModule):
 
     @torch.no_grad()
     def watch(self, prompts: Sequence[Sequence[int]], *seed: object) -> dict[str, float]:
-        """Kl (nats per sequence, where a reference is at hand) and entropy (nats per token) on fresh samples."""
+        """What fresh samples of the policy show, the same for any number of processes.
+
+        Returns:
+            ``kl`` (nats per sequence, where a reference is at hand), ``entropy`` (nats per token), ``length`` (tokens),
+            ``repetition`` (share of 4-grams that occurred before in their sample) and ``finished`` (share of samples
+            that end within the limit).
+        """
         if self.probe is None:
             return {}
-        seed_value = derive_seed("probe", self.seed, self.global_rank, *seed)
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed_value)).tolist()
+        drawn_with = derive_seed("probe", self.seed, *seed)
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(drawn_with)).tolist()
+        share = range(self.probe.num_prompts)[self.global_rank :: self.trainer.world_size]
+        rows = share or range(1)  # who has nothing to measure samples with the others: shards are gathered together
         samples = sample(
             self.policy,
-            [prompts[order[i % len(order)]] for i in range(self.probe.num_prompts)],
+            [prompts[order[i % len(order)]] for i in rows],
             max_new_tokens=self.probe.max_new_tokens,
             temperature=1.0,
             eos_token_id=self.prompts.eos_token_id,
             pad_token_id=self.prompts.pad_token_id,
-            seed=seed_value,
+            seeds=[derive_seed(drawn_with, i) for i in rows],
         )
-        metric = SumsAndCounts(("kl", "entropy")).to(self.device)
+        metric = SumsAndCounts(PROBE_METRICS).to(self.device)
         with eval_mode(self.policy):
             logits = completion_logits(self.policy, samples)
-            metric.update({"entropy": token_entropy(logits)})
+            found: dict[str, Tensor] = {"entropy": token_entropy(logits)}
             if self.needs_reference_model:
                 with self.reference.active(self.policy) as reference:
                     reference_logits = completion_logits(reference, samples)
-                metric.update({"kl": sum_per_sequence(token_kl(logits, reference_logits), samples)})
+                found["kl"] = sum_per_sequence(token_kl(logits, reference_logits), samples)
+        found["length"] = samples.completion_length
+        found["finished"] = (samples.last_token == self.prompts.eos_token_id).float()
+        found["repetition"] = torch.tensor([repetition(ids) for ids in samples.completions()])
+        if share:
+            metric.update(found)
         return metric.compute()
 
     @property
@@ -390,13 +419,26 @@ class AlignmentModule(LightningModule):
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Adds one batch of the selection split."""
-        logps, divergence = self.score(batch)
+        logps, divergence, tokens = self.score(batch)
         _, metrics = self.preference_terms(logps, self.global_step)
+        metrics |= self._health(batch, tokens)
         if divergence is not None:
             metrics["loss/regularizer"] = divergence
         if self.loss.uses_alpha and "rewards/margins" in metrics:
             metrics[SCALE] = metrics["rewards/margins"].abs()
         self.val_metrics.update(metrics)
+
+    def _health(self, batch: PreferenceBatch, tokens: Tensor) -> dict[str, Tensor]:
+        """P(EOS) where a chosen completion ends, and log-probs in nats per token: what a collapse shows in first."""
+        sequences, mask = batch.sequences, batch.mask()
+        per_token = batch.per_completion(sum_per_sequence(tokens, sequences) / sequences.completion_length)
+        ends = batch.per_completion(sequences.last_token == self.prompts.eos_token_id)[0]  # a cut one has no EOS
+        last = batch.per_completion(tokens[sequences.completion_length.cumsum(0) - 1])[0]
+        return {
+            "p_eos": last[ends].exp(),
+            "logps_per_token/chosen": per_token[0],
+            "logps_per_token/rejected": per_token[1:][mask[1:]],
+        }
 
     def on_validation_epoch_end(self) -> None:
         """Writes the selection split's row."""
@@ -410,6 +452,7 @@ class AlignmentModule(LightningModule):
                 means["loss/regularizer"] = float(self.enumerated_divergence().mean())
         weight = self.regularizer.weight_at(self.beta(self.global_step))
         means["loss"] = means["loss/preference"] + weight * means.get("loss/regularizer", 0.0)
+        self.validated = means
         self._log({f"val/{key}": value for key, value in means.items()})
 
     @rank_zero_only

@@ -131,6 +131,16 @@ class Sequences(_Movable):
         """``(N,)`` completion tokens."""
         return self.length - self.prompt_length
 
+    @property
+    def last_token(self) -> Tensor:
+        """``(N,)`` the token that each sequence ends with."""
+        return self.input_ids.gather(1, self.length[:, None] - 1).squeeze(1)
+
+    def completions(self) -> list[list[int]]:
+        """The completion tokens of each sequence, on the host."""
+        spans = zip(self.input_ids.tolist(), self.prompt_length.tolist(), self.length.tolist(), strict=True)
+        return [ids[start:end] for ids, start, end in spans]
+
     def rows(self, index: slice | Tensor) -> Sequences:
         """The chosen rows, cut to the longest of them (on an accelerator this waits for the device)."""
         length = self.length[index]

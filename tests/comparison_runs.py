@@ -72,6 +72,7 @@ def write_run(
     # What an update of this seed happens to do to all its samples.
     shift = generator.gauss(0, 0.05)
     rows = _samples(generator, seed, prompts, samples, (made if lift is None else lift) + shift, kl, entropy, judge)
+    config = dict(sorted(config.items()))
     identity = {"adapter": None, "code": "0.1.0+0123456789ab", "config": config, "data": None, "weights": None}
     _json(run_dir / "identity.json", {**identity, "digest": digest})
     nested = _nested(config)
@@ -208,6 +209,7 @@ def _metrics(generator: random.Random, rows: list[dict[str, Any]], kl: float) ->
             "eval/win_rate": wins,
             "eval/win_rate_ci_low": max(0.0, wins - 0.12),
             "eval/win_rate_ci_high": min(1.0, wins + 0.12),
+            "eval/win_rate_length_controlled": min(1.0, wins + 0.03),
             "eval/reward": mean("reward"),
             "eval/reference/reward": mean("reference_reward"),
             "val/win_rate": min(1.0, max(0.0, wins + generator.gauss(0, 0.02))),

@@ -50,11 +50,13 @@ def completed(cfg: DictConfig) -> DictConfig:
     cfg.trainer.devices = 1  # strategy=fsdp has to be told
     numbers = {"model.default_lr": 0.1, "alpha.target": 1.0, "beta.target": 1.0}
     lists = {"alpha.values": [0.1], "beta.values": [0.1]}
-    texts = dict.fromkeys(("model.path", "data.path", "data.source"), "given")
+    texts = dict.fromkeys(("model.path", "data.path", "data.source", "judge.path", "judge.model"), "given")
+    texts["judge.reward._target_"] = "builtins.len"
     for key, value in (texts | numbers | lists).items():
         parent, _, name = key.rpartition(".")
-        if OmegaConf.is_missing(cfg[parent], name):
-            cfg[parent][name] = value
+        node = OmegaConf.select(cfg, parent)
+        if node is not None and OmegaConf.is_missing(node, name):
+            node[name] = value
     return cfg
 
 

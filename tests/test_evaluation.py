@@ -11,8 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from spo.data import EvalPrompt
-from spo.evaluation import Evaluation, EvaluationSettings, bootstrap_interval, distinct_n, evaluate_policy, self_bleu
+from spo.data import EvalPrompt, Reward
+from spo.evaluation import (
+    Evaluation,
+    EvaluationSettings,
+    bootstrap_interval,
+    distinct_n,
+    draw_both,
+    evaluate_policy,
+    self_bleu,
+)
+from spo.evaluation.judges import reward_judge
 from spo.ops import completion_logps
 from tests.helpers import BOS, VOCAB, every_completion, sequences, tiny_llama, tiny_tokenizer
 
@@ -37,10 +46,17 @@ def prompts(n: int) -> list[EvalPrompt]:
 
 
 def evaluate(
-    policy: nn.Module, reference: nn.Module, n: int = 40, all_prompts: bool = False, **changes: Any
+    policy: nn.Module,
+    reference: nn.Module,
+    n: int = 40,
+    all_prompts: bool = False,
+    reward: Reward | None = count_reward,
+    **changes: Any,
 ) -> Evaluation:
     settings: dict[str, Any] = {
         "num_prompts": n,
+        "selection_prompts": 0,
+        "against": ["reference"],
         "samples_per_prompt": 2,
         "max_new_tokens": 6,
         "temperature": 1.0,
@@ -49,10 +65,12 @@ def evaluate(
         "bootstrap_samples": 500,
         "self_bleu_samples": 20,
         "seed": 0,
-        "reward": count_reward,
     }
     chosen = EvaluationSettings(**settings | changes)
-    return evaluate_policy(policy, reference, tiny_tokenizer(), prompts(60), chosen, decode, all_prompts=all_prompts)
+    judge = reward_judge(reward)
+    return evaluate_policy(
+        policy, reference, tiny_tokenizer(), prompts(n), chosen, judge, decode, all_prompts=all_prompts
+    )
 
 
 def favouring(strength: float) -> nn.Module:
@@ -182,6 +200,8 @@ def test_kl_and_entropy_agree_with_enumeration() -> None:
     tokenizer.eos_token = "w20"  # no token of this vocabulary, so nothing ends early
     settings = EvaluationSettings(
         num_prompts=1,
+        selection_prompts=0,
+        against=["reference"],
         samples_per_prompt=3000,
         max_new_tokens=3,
         temperature=1.0,
@@ -190,10 +210,9 @@ def test_kl_and_entropy_agree_with_enumeration() -> None:
         bootstrap_samples=10,
         self_bleu_samples=2,
         seed=0,
-        reward=None,
     )
     prompt = EvalPrompt("id", "test", (1,), "")
-    result = evaluate_policy(policy, reference, tokenizer, [prompt], settings, decode)
+    result = evaluate_policy(policy, reference, tokenizer, [prompt], settings, None, decode)
     metrics = result.metrics
     assert metrics["eval/length"] == 3
     assert metrics["eval/entropy_sequence"] == pytest.approx(-(log_p.exp() * log_p).sum().item(), rel=0.01)
@@ -227,7 +246,7 @@ def test_seeded_and_reports_progress() -> None:
     assert first == again
     assert [row["completion"] for row in first.samples] != [row["completion"] for row in other.samples]
     done: list[int] = []
-    settings = EvaluationSettings(7, 1, 3, 1.0, 3, 0.95, 10, 5, 0, None)
+    settings = EvaluationSettings(7, 0, 1, 3, 1.0, 3, ["reference"], 0.95, 10, 5, 0)
     model = tiny_llama()
-    evaluate_policy(model, model, tiny_tokenizer(), prompts(7), settings, decode, done.append)
+    draw_both(model, model, tiny_tokenizer(), prompts(7), settings, decode, done.append)
     assert sum(done) == 14 and max(done) == 3

@@ -322,6 +322,9 @@ def test_every_metric_of_a_pair_with_known_log_probs(loss: PreferenceLoss, tmp_p
         "val/rewards/accuracies": 1.0,
         "val/logps/chosen": pytest.approx(chosen),
         "val/logps/rejected": pytest.approx(rejected),
+        "val/logps_per_token/chosen": pytest.approx(chosen / 2),
+        "val/logps_per_token/rejected": pytest.approx(rejected / 3),
+        "val/p_eos": pytest.approx(math.exp(policy.logp(EOS))),
     }
 
 

@@ -282,6 +282,6 @@ def test_an_evaluation_s_changes_reach_all_that_follows_from_them(tmp_path: Path
     cfg = _changed(load_config(tmp_path), ["data.max_new_tokens=10", "data.seed=5"])
     assert (cfg.evaluation.max_new_tokens, cfg.data.source.seed, cfg.evaluation.num_prompts) == (10, 5, 3)
     other = _changed(load_config(tmp_path), ["data=jsonl", "data.path=x.jsonl"])
-    assert (other.data.source.path, other.evaluation.reward, other.evaluation.num_prompts) == ("x.jsonl", None, 3)
+    assert (other.data.source.path, other.judge.reward, other.evaluation.num_prompts) == ("x.jsonl", None, 3)
     with pytest.raises(UserError, match=r"method=dpo"):
         _changed(load_config(tmp_path), ["method=dpo"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,19 @@ from tests.helpers import BOS, EOS, PAD, VOCAB, every_completion, model_spec, sa
 PROMPTS = [[BOS, 5, 6], [BOS], [BOS, 7, 8, 9, 10]]
 
 
-def draw(model: nn.Module, prompts: Any = PROMPTS, **changes: Any) -> Sequences:
+def draw(model: nn.Module, prompts: Any = PROMPTS, seed: int = 1, **changes: Any) -> Sequences:
     settings: dict[str, Any] = {
         "max_new_tokens": 6,
         "temperature": 1.0,
         "eos_token_id": EOS,
         "pad_token_id": PAD,
-        "seed": 1,
+        "seeds": [derive_seed(seed, i) for i in range(len(prompts))],
     }
     return sample(model, prompts, **settings | changes)
 
 
 def completions(drawn: Sequences) -> list[list[int]]:
-    spans = zip(drawn.input_ids.tolist(), drawn.prompt_length.tolist(), drawn.length.tolist(), strict=True)
-    return [ids[start:end] for ids, start, end in spans]
+    return drawn.completions()
 
 
 def test_the_same_seed_gives_the_same_samples_and_leaves_the_global_state_alone() -> None:
@@ -44,6 +44,29 @@ def test_the_same_seed_gives_the_same_samples_and_leaves_the_global_state_alone(
     torch.rand(7)
     assert torch.equal(draw(model).input_ids, first.input_ids)
     assert completions(draw(model, seed=2)) != completions(first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_draws_the_same_whatever_stands_beside_it(dtype: torch.dtype) -> None:
+    model = tiny_llama(scale=0.3, dtype=dtype)
+    prompts = [[BOS, *range(3, 3 + i % 7)] for i in range(96)]
+    seeds = [derive_seed("row", i) for i in range(96)]
+
+    def in_batches_of(size: int, order: Seq[int]) -> list[list[int]]:
+        drawn: dict[int, list[int]] = {}
+        for first in range(0, 96, size):
+            rows = order[first : first + size]
+            found = draw(model, [prompts[i] for i in rows], seeds=[seeds[i] for i in rows], max_new_tokens=12)
+            drawn |= dict(zip(rows, completions(found), strict=True))
+        return [drawn[i] for i in range(96)]
+
+    whole = in_batches_of(96, range(96))
+    assert in_batches_of(1, range(96)) == in_batches_of(4, range(96)) == in_batches_of(64, range(96)) == whole
+    assert in_batches_of(7, range(95, -1, -1)) == whole
+    assert len(set(map(tuple, whole))) > 80
+    # one prompt with many seeds draws many completions, one seed with one prompt always the same
+    assert len(set(map(tuple, completions(draw(model, [[BOS]] * 50))))) > 25
+    assert len(set(map(tuple, completions(draw(model, [[BOS]] * 50, seeds=[3] * 50))))) == 1
 
 
 def test_prompts_are_kept_and_padding_is_on_the_right() -> None:

@@ -1,6 +1,8 @@
 """Lightning callbacks of the alignment run."""
 
 from spo.callbacks.checkpoint import Checkpoint
+from spo.callbacks.health import Health
 from spo.callbacks.progress import Progress
+from spo.callbacks.samples import ValidationSamples
 
-__all__ = ["Checkpoint", "Progress"]
+__all__ = ["Checkpoint", "Health", "Progress", "ValidationSamples"]

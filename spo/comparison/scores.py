@@ -12,6 +12,7 @@ import numpy as np
 from spo.comparison.runs import Run
 from spo.comparison.statistics import Scores
 from spo.evaluation.judges.base import verdict_of_rewards
+from spo.evaluation.winrate import at_equal_length
 from spo.reports.wording import finite
 
 Row = Mapping[str, Any]
@@ -56,7 +57,12 @@ def of_prompts(run: Run, metric: str) -> dict[str, float]:
     Returns:
         Empty where samples do not say anything about the metric, as for distinct-n, or none were recorded.
     """
-    values = _entropy(run) if metric == "entropy" else _by_prompt(run, _row_value(metric))
+    if metric == "entropy":
+        values = _entropy(run)
+    elif metric.endswith("_length_controlled"):
+        values = _at_equal_length(run, _comparison(metric.removesuffix("_length_controlled")))
+    else:
+        values = _by_prompt(run, _row_value(metric))
     recorded = run.record.metric(f"eval/{metric}")
     if not values or recorded is None:
         return {}
@@ -66,9 +72,17 @@ def of_prompts(run: Run, metric: str) -> dict[str, float]:
 
 def _row_value(metric: str) -> Callable[[Row], float | None]:
     if metric.startswith("win_rate/"):
-        name = metric.removeprefix("win_rate/")
-        return lambda row: finite(((row.get("opponents") or {}).get(name) or {}).get("verdict"))
+        of_opponent = _comparison(metric)
+        return lambda row: finite(of_opponent(row).get("verdict"))
     return OF_A_ROW.get(metric, lambda row: None)
+
+
+def _comparison(metric: str) -> Callable[[Row], Row]:
+    """Where a row holds ``verdict`` and ``tokens`` of the other side: its reference's, or those of a named opponent."""
+    name = metric.partition("/")[2]
+    if not name:
+        return lambda row: {"verdict": row.get("verdict"), "tokens": row.get("reference_tokens")}
+    return lambda row: (row.get("opponents") or {}).get(name) or {}
 
 
 def _by_prompt(run: Run, value: Callable[[Row], float | None]) -> dict[str, float]:
@@ -89,6 +103,26 @@ def _entropy(run: Run) -> dict[str, float]:
         return {}
     rate = fmean(nats[prompt] for prompt in both) / length
     return {prompt: (nats[prompt] - rate * tokens[prompt]) / length for prompt in both}
+
+
+def _at_equal_length(run: Run, of: Callable[[Row], Row]) -> dict[str, float]:
+    """What each prompt contributes to the win rate at equal length: the jackknife's pseudo-values."""
+    rows = []
+    for row in run.samples:
+        verdict, ours, theirs = finite(of(row).get("verdict")), _tokens(row), _tokens(of(row))
+        if verdict is not None and ours is not None and theirs is not None:
+            rows.append((str(row.get("prompt_id")), verdict, ours - theirs))
+    prompts = list(dict.fromkeys(prompt for prompt, _, _ in rows))
+    if len(prompts) < 2:
+        return {}
+    place = {prompt: index for index, prompt in enumerate(prompts)}
+    of_row = np.array([place[prompt] for prompt, _, _ in rows])
+    alike = 1 / np.bincount(of_row)[of_row]  # prompts weigh alike
+    weights = np.vstack([alike, *(alike * (of_row != index) for index in range(len(prompts)))])
+    verdicts, differences = (np.array(values, dtype=np.float64) for values in list(zip(*rows, strict=True))[1:])
+    whole, *without = at_equal_length(verdicts, differences, weights)
+    values = len(prompts) * whole - (len(prompts) - 1) * np.array(without)
+    return dict(zip(prompts, values.tolist(), strict=True))
 
 
 def prompts_of(runs: Sequence[Run], metric: str) -> list[str]:

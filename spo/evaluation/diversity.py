@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from torchmetrics.functional.text import bleu_score
 
@@ -11,6 +12,11 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     """Share of distinct word n-grams among all n-grams of all texts (Li et al., arXiv:1510.03055); 0 where none are."""
     grams = [gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n)), strict=False)]
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct_samples(groups: Sequence[Sequence[str]]) -> float:
+    """Share of distinct texts among the samples of one prompt, a mean over the prompts."""
+    return fmean(len(set(group)) / len(group) for group in groups)
 
 
 def self_bleu(texts: Sequence[str]) -> float:

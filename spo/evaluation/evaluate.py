@@ -2,50 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, TypedDict
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from spo.data import EvalPrompt, Reward
-from spo.evaluation.diversity import distinct_n, self_bleu
-from spo.evaluation.intervals import bootstrap_interval
-from spo.ops import completion_logits, completion_targets, sum_per_sequence, token_entropy, token_kl, token_logps
-from spo.sampling import derive_seed, eval_mode, sample
-from spo.types import Sequences
+from spo.data import EvalPrompt
+from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
+from spo.evaluation.draws import Draws, draw
+from spo.evaluation.intervals import Bootstrap
+from spo.evaluation.judges import Comparison, Judge, verdict_of_rewards
+from spo.evaluation.settings import REFERENCE, EvaluationSettings
+from spo.evaluation.winrate import win_rates
+from spo.sampling import derive_seed, eval_mode
 
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """How a policy is evaluated.
-
-    Attributes:
-        num_prompts: prompts of the test split, at most.
-        samples_per_prompt: completions drawn per prompt from the policy, and as many from the reference.
-        max_new_tokens: their length limit.
-        temperature: of the sampling; 1 is the model's own distribution.
-        batch_size: prompts sampled at a time.
-        confidence: of the interval around the win rate.
-        bootstrap_samples: resamples of the prompts.
-        self_bleu_samples: completions on which self-BLEU is measured, whose cost is quadratic.
-        seed: of the sampling.
-        reward: scores completions; ``None`` leaves reward and win rate out.
-    """
-
-    num_prompts: int
-    samples_per_prompt: int
-    max_new_tokens: int
-    temperature: float
-    batch_size: int
-    confidence: float
-    bootstrap_samples: int
-    self_bleu_samples: int
-    seed: int
-    reward: Reward | None
+Kept = Callable[[str, Callable[[], Draws]], Draws]
+"""``kept(stage, draw)``: the completions of a stage, ``"policy"`` or ``"reference"``, from where they were kept."""
+Opponent = Mapping[tuple[str, int], tuple[str, int]]
+"""Completion and its tokens by prompt id and number of the sample; a sample without one is not compared."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +33,23 @@ class Evaluation:
     samples: list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """Completions of one model on all prompts, with their scores under both models."""
-
-    texts: list[str]
-    tokens: list[int]
-    logp_policy: list[float]
-    logp_reference: list[float]
-    kl: list[float]
-    entropy: list[float]
-    rewards: dict[str, list[float]]
-
-
 def evaluate_policy(
+    policy: nn.Module,
+    reference: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[EvalPrompt],
+    settings: EvaluationSettings,
+    judge: Judge | None,
+    decode: Callable[[Sequence[int]], str],
+    all_prompts: bool = False,
+    opponents: Mapping[str, Opponent] | None = None,
+) -> Evaluation:
+    """Draws completions from both models, compares and measures them: see :func:`draw_both` and :func:`assess`."""
+    drawn = draw_both(policy, reference, tokenizer, prompts, settings, decode)
+    return assess(prompts, *drawn, settings, judge, all_prompts, opponents)
+
+
+def draw_both(
     policy: nn.Module,
     reference: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -77,129 +57,189 @@ def evaluate_policy(
     settings: EvaluationSettings,
     decode: Callable[[Sequence[int]], str],
     on_progress: Callable[[int], None] = lambda _: None,
-    all_prompts: bool = False,
-) -> Evaluation:
-    """Draws completions from both models and compares them.
-
-    A sample of the policy wins with 1 against a sample of the reference for the same prompt where its reward is
-    higher, ties count half. The interval is a bootstrap over prompts, since samples of one prompt are not independent
-    where the prompts are a sample themselves; over samples where there are no other prompts.
+    kept: Kept = lambda _, draw: draw(),
+) -> tuple[Draws, Draws]:
+    """Completions of the policy, with the reference's opinion of them, and completions of the reference.
 
     Args:
         policy: the trained model.
         reference: the model that training started from.
         tokenizer: theirs.
-        prompts: of the test split.
-        settings: how to evaluate.
+        prompts: of one split.
+        settings: how to sample.
         decode: from the token ids of a completion to its text.
-        on_progress: called with the number of sequences just done.
+        on_progress: called with the number of sequences just drawn.
+        kept: where completions may be kept, so that none is drawn twice.
+    """
+
+    def drawn(model: nn.Module, stage: str, other: nn.Module | None = None) -> Draws:
+        return kept(stage, lambda: draw(model, stage, prompts, settings, tokenizer, decode, on_progress, other))
+
+    with eval_mode(policy), eval_mode(reference):
+        return drawn(policy, "policy", reference), drawn(reference, "reference")
+
+
+def assess(
+    prompts: Sequence[EvalPrompt],
+    ours: Draws,
+    theirs: Draws | None,
+    settings: EvaluationSettings,
+    judge: Judge | None,
+    all_prompts: bool = False,
+    opponents: Mapping[str, Opponent] | None = None,
+) -> Evaluation:
+    """Compares and measures completions.
+
+    Intervals are a paired bootstrap over prompts, since samples of one prompt are not independent where the prompts
+    are a sample themselves; over samples where there are no other prompts.
+
+    Args:
+        prompts: that the completions answer.
+        ours: completions of the policy.
+        theirs: completions of the reference, where there are some.
+        settings: how they were drawn, and how to compare them.
+        judge: compares the completions; ``None`` leaves reward and win rate out.
         all_prompts: whether there are no others that these prompts stand for.
+        opponents: what the policy is compared with beside the reference, by name.
 
     Returns:
         Metrics and samples. ``kl`` is in nats per sequence, estimated by the token-wise KL along samples of the
         policy; ``entropy`` in nats per token, ``entropy_sequence`` in nats per sequence; ``eval/reference/...`` are
         the same quantities of the reference, that is the values before training.
     """
-    repeated = [prompt for prompt in prompts[: settings.num_prompts] for _ in range(settings.samples_per_prompt)]
-
-    def drawn(model: nn.Module, other: nn.Module, stage: str) -> _Drawn:
-        return _draw(model, other, stage, tokenizer, repeated, settings, decode, on_progress)
-
-    with eval_mode(policy), eval_mode(reference):
-        ours, theirs = drawn(policy, reference, "policy"), drawn(reference, policy, "reference")
-    metrics = _summary(ours, settings)
-    metrics |= {f"reference/{key}": value for key, value in _summary(theirs, settings).items() if key != "kl"}
-    rows = [
-        {
-            "prompt_id": prompt.prompt_id,
-            "split": prompt.split,
-            "sample_index": i % settings.samples_per_prompt,
-            "prompt": prompt.text,
-            "completion": ours.texts[i],
-            "tokens": ours.tokens[i],
-            "logp_policy": ours.logp_policy[i],
-            "logp_reference": ours.logp_reference[i],
-            "reference_completion": theirs.texts[i],
-        }
-        for i, prompt in enumerate(repeated)
-    ]
-    if settings.reward is not None:
-        verdicts = [
-            0.5 + 0.5 * ((mine > other) - (mine < other))
-            for mine, other in zip(ours.rewards["reward"], theirs.rewards["reward"], strict=True)
-        ]
-        for i, row in enumerate(rows):
-            row["reward"], row["reference_reward"] = ours.rewards["reward"][i], theirs.rewards["reward"][i]
-            row["verdict"] = verdicts[i]
-        per_prompt = [fmean(chunk) for chunk in _chunks(verdicts, settings.samples_per_prompt)]
-        low, high = bootstrap_interval(
-            verdicts if all_prompts else per_prompt,
-            confidence=settings.confidence,
-            samples=settings.bootstrap_samples,
-            seed=derive_seed("bootstrap", settings.seed),
-        )
-        metrics |= {"win_rate": fmean(per_prompt), "win_rate_ci_low": low, "win_rate_ci_high": high}
+    wanted = [(prompt, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
+    columns: dict[str, Sequence[Any]] = {
+        "prompt_id": [prompt.prompt_id for prompt, _ in wanted],
+        "split": [prompt.split for prompt, _ in wanted],
+        "sample_index": [i for _, i in wanted],
+        "prompt": [prompt.text for prompt, _ in wanted],
+        "completion": ours.texts,
+        "tokens": ours.tokens,
+        "logp_policy": ours.logps,
+    }
+    if ours.other_logps:
+        columns["logp_reference"] = ours.other_logps
+    if theirs is not None:
+        columns |= {"reference_completion": theirs.texts, "reference_tokens": theirs.tokens}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    units = range(len(rows)) if all_prompts else [row["prompt_id"] for row in rows]
+    resampling: _Resampling = {
+        "confidence": settings.confidence,
+        "samples": settings.bootstrap_samples,
+        "seed": derive_seed("bootstrap", settings.seed),
+    }
+    bootstrap = Bootstrap(units, **resampling)
+    metrics = _summary(ours, settings, bootstrap)
+    if theirs is not None:
+        metrics |= {f"reference/{key}": value for key, value in _summary(theirs, settings).items()}
+    if judge is not None:
+        against = {}
+        if theirs is not None:
+            against[REFERENCE] = [_Reply(*one) for one in zip(rows, units, theirs.texts, theirs.tokens, strict=True)]
+        for name, opponent in (opponents or {}).items():
+            found = (
+                (row, unit, opponent.get((row["prompt_id"], row["sample_index"])))
+                for row, unit in zip(rows, units, strict=True)
+            )
+            against[name] = [_Reply(row, unit, *reply) for row, unit, reply in found if reply is not None]
+        metrics |= _judged(judge, rows, against, REFERENCE in settings.against, resampling, bootstrap)
     return Evaluation({f"eval/{key}": value for key, value in metrics.items()}, rows)
 
 
-def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[first : first + size] for first in range(0, len(items), size))
-
-
-@torch.no_grad()
-def _draw(
-    model: nn.Module,
-    other: nn.Module,
-    stage: str,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[EvalPrompt],
-    settings: EvaluationSettings,
-    decode: Callable[[Sequence[int]], str],
-    on_progress: Callable[[int], None],
-) -> _Drawn:
-    result = _Drawn([], [], [], [], [], [], {})
-    for number, chunk in enumerate(_chunks(prompts, settings.batch_size)):
-        sequences = sample(
-            model,
-            [prompt.ids for prompt in chunk],
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            seed=derive_seed("evaluation", stage, settings.seed, number),
-        )
-        texts = _completion_texts(sequences, decode)
-        logits, other_logits = completion_logits(model, sequences), completion_logits(other, sequences)
-        targets = completion_targets(sequences)
-        own = sum_per_sequence(token_logps(logits, targets), sequences).tolist()
-        cross = sum_per_sequence(token_logps(other_logits, targets), sequences).tolist()
-        result.texts.extend(texts)
-        result.tokens.extend(sequences.completion_length.tolist())
-        result.logp_policy.extend(own if stage == "policy" else cross)
-        result.logp_reference.extend(cross if stage == "policy" else own)
-        result.kl.extend(sum_per_sequence(token_kl(logits, other_logits), sequences).tolist())
-        result.entropy.extend(sum_per_sequence(token_entropy(logits), sequences).tolist())
-        if settings.reward is not None:
-            for name, values in settings.reward([prompt.text for prompt in chunk], texts).items():
-                result.rewards.setdefault(name, []).extend(values)
-        on_progress(len(chunk))
-    return result
-
-
-def _completion_texts(sequences: Sequences, decode: Callable[[Sequence[int]], str]) -> list[str]:
-    rows = zip(sequences.input_ids.tolist(), sequences.prompt_length.tolist(), sequences.length.tolist(), strict=True)
-    return [decode(ids[start:end]) for ids, start, end in rows]
-
-
-def _summary(drawn: _Drawn, settings: EvaluationSettings) -> dict[str, float]:
-    summary = {
-        "kl": fmean(drawn.kl),
-        "entropy": sum(drawn.entropy) / sum(drawn.tokens),
-        "entropy_sequence": fmean(drawn.entropy),
-        "distinct_2": distinct_n(drawn.texts, 2),
-        "self_bleu": self_bleu(drawn.texts[: settings.self_bleu_samples]),
-        "length": fmean(drawn.tokens),
+def _summary(drawn: Draws, settings: EvaluationSettings, bootstrap: Bootstrap | None = None) -> dict[str, float]:
+    """What is measured without a judge; with its intervals where a bootstrap is given."""
+    means = {
+        "kl": (drawn.kl, None),
+        "entropy": (drawn.entropy, drawn.tokens),
+        "entropy_sequence": (drawn.entropy, None),
+        "length": (drawn.tokens, None),
     }
-    for name, values in drawn.rewards.items():
-        summary["reward" if name == "reward" else f"reward/{name}"] = fmean(values)
+    summary = {}
+    for name, (values, per) in means.items():
+        if values and bootstrap is not None:
+            summary |= bootstrap.mean(values, per).under(name)
+        elif values:
+            summary[name] = sum(values) / (len(values) if per is None else sum(per))
+    summary["distinct_2"] = distinct_n(drawn.texts, 2)
+    summary["self_bleu"] = self_bleu(drawn.texts[: settings.self_bleu_samples])
+    each = settings.samples_per_prompt
+    if each > 1:
+        groups = [drawn.texts[first : first + each] for first in range(0, len(drawn.texts), each)]
+        summary["distinct_samples"] = distinct_samples(groups)
     return summary
+
+
+class _Resampling(TypedDict):
+    confidence: float
+    samples: int
+    seed: int
+
+
+@dataclass
+class _Reply:
+    """A completion that the policy's own of the same row is compared with, and what the judge says of it."""
+
+    row: dict[str, Any]
+    unit: Hashable
+    completion: str
+    tokens: int
+    reward: float | None = None
+    verdict: float | None = None
+
+
+def _judged(
+    judge: Judge,
+    rows: Sequence[dict[str, Any]],
+    against: Mapping[str, Sequence[_Reply]],
+    with_reference: bool,
+    resampling: _Resampling,
+    bootstrap: Bootstrap,
+) -> dict[str, float]:
+    """Asks the judge, writes what it says into the rows, and sums it up."""
+    scores = judge.scores([row["prompt"] for row in rows], [row["completion"] for row in rows]) or {}
+    metrics = {_reward(name): fmean(values) for name, values in scores.items()}
+    if scores:
+        metrics |= bootstrap.mean(scores["reward"]).under("reward")
+    for row, reward in zip(rows, scores.get("reward", ()), strict=False):
+        row["reward"] = reward
+    for opponent, replies in against.items():
+        if not replies:
+            continue
+        is_reference = opponent == REFERENCE
+        theirs = judge.scores([one.row["prompt"] for one in replies], [one.completion for one in replies]) or {}
+        for one, reward in zip(replies, theirs.get("reward", ()), strict=False):
+            one.reward = reward
+        if is_reference:
+            metrics |= {f"reference/{_reward(name)}": fmean(values) for name, values in theirs.items()}
+        if not is_reference or with_reference:
+            _compare(judge, replies)
+            longer = [one.row["tokens"] - one.tokens for one in replies]
+            rates = win_rates([one.verdict for one in replies], longer, [one.unit for one in replies], **resampling)
+            under = "win_rate" if is_reference else f"win_rate/{opponent}"
+            metrics |= {key.replace("win_rate", under, 1): value for key, value in rates.items()}
+        for one in replies:
+            answer: dict[str, Any] = {"verdict": one.verdict} if not is_reference or with_reference else {}
+            answer |= {} if one.reward is None else {"reward": one.reward}
+            if is_reference:
+                one.row.update({"reference_reward" if key == "reward" else key: said for key, said in answer.items()})
+            else:
+                said_of = one.row.setdefault("opponents", {})
+                said_of[opponent] = {"completion": one.completion, "tokens": one.tokens, **answer}
+        if not is_reference:
+            metrics[f"prompts/{opponent}"] = float(len({one.row["prompt_id"] for one in replies}))
+    return metrics
+
+
+def _compare(judge: Judge, replies: Sequence[_Reply]) -> None:
+    """Whether the policy's completion is the better one: its reward compared, or the judge's own answer."""
+    if all(one.reward is not None for one in replies):
+        for one in replies:
+            one.verdict = verdict_of_rewards(one.row["reward"], one.reward)  # type: ignore[arg-type]
+        return
+    asked = [Comparison(one.row["prompt"], one.row["completion"], one.completion) for one in replies]
+    for one, verdict in zip(replies, judge.verdicts(asked), strict=True):
+        one.verdict = verdict
+
+
+def _reward(name: str) -> str:
+    return name if name == "reward" else f"reward/{name}"

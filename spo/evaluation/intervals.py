@@ -2,24 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
 
 
-def bootstrap_interval(values: Sequence[float], *, confidence: float, samples: int, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean.
+@dataclass(frozen=True)
+class Estimate:
+    """A number with the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def under(self, name: str) -> dict[str, float]:
+        """As metrics: ``NAME``, ``NAME_ci_low`` and ``NAME_ci_high``."""
+        return {name: self.value, f"{name}_ci_low": self.low, f"{name}_ci_high": self.high}
+
+
+class Bootstrap:
+    """Percentile bootstrap over prompts: the samples of a prompt are drawn again together.
+
+    Every number of an evaluation uses the same resamples, and a comparison with an opponent is resampled as the pair
+    it is: what makes a prompt hard for both sides cancels.
 
     Args:
-        values: one per independent unit (prompt).
+        units: of each sample the prompt it belongs to, or whatever is independent; prompts weigh alike.
         confidence: such as 0.95.
         samples: bootstrap resamples.
         seed: of the resampling.
 
-    Returns:
-        Lower and upper end.
+    Attributes:
+        weights: ``(1 + samples, N)`` of the samples: first as they are, then in each resample.
     """
-    data = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(0, len(data), size=(samples, len(data)))
-    low, high = np.quantile(data[drawn].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+
+    def __init__(self, units: Sequence[Hashable], *, confidence: float, samples: int, seed: int) -> None:
+        names = {name: place for place, name in enumerate(dict.fromkeys(units))}
+        place = np.array([names[unit] for unit in units])
+        even = np.full(len(names), 1 / len(names))
+        drawn = np.random.default_rng(seed).multinomial(len(names), even, size=samples)
+        counts, sizes = np.vstack([np.ones(len(names)), drawn]), np.bincount(place)
+        self.weights: Array = counts[:, place] * (sizes.max() / sizes[place])
+        self.confidence = confidence
+
+    def estimate(self, statistic: Callable[[Array], Array]) -> Estimate:
+        """Of a statistic that maps ``(K, N)`` weights to its ``(K,)`` values."""
+        value, *resampled = statistic(self.weights)
+        tail = (1 - self.confidence) / 2
+        low, high = np.quantile(resampled, [tail, 1 - tail])
+        return Estimate(float(value), float(low), float(high))
+
+    def mean(self, values: Sequence[float], per: Sequence[float] | None = None) -> Estimate:
+        """The mean of ``values``, or their sum over that of ``per``, such as entropy per token."""
+        total = np.asarray(values, dtype=np.float64)
+        counted = np.ones_like(total) if per is None else np.asarray(per, dtype=np.float64)
+        return self.estimate(lambda weights: weights @ total / (weights @ counted))
+
+
+def bootstrap_interval(values: Sequence[float], *, confidence: float, samples: int, seed: int) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean of independent values: its lower and upper end."""
+    estimate = Bootstrap(range(len(values)), confidence=confidence, samples=samples, seed=seed).mean(values)
+    return estimate.low, estimate.high

@@ -26,6 +26,7 @@ from spo.reports.wording import (
     label,
     number,
     shorten,
+    unit,
     verdict_word,
     win_rate_in_words,
 )
@@ -83,6 +84,7 @@ def render_report(run_dir: Path, dashboard: Dashboard | None = None) -> Path:
         provenance=[(key, _plain(value)) for key, value in run.provenance.items()],
         config_text=shorten(run.config_text, _FILE_CHARACTERS),
         notes=run.notes,
+        alarms=run.alarms,
         style=Markup((PAGE / "report.css").read_text(encoding="utf-8").strip()),
         script=Markup(script),
         # Only this script may run: a sampled text that got past the escaping would still be inert.
@@ -178,6 +180,7 @@ def _win_rate(run: RunRecord) -> dict[str, Any] | None:
         "value": f"{value:.3f}",
         "interval": None if low is None or high is None else f"{low:.3f} – {high:.3f}",
         "bar": interval_bar(value, low, high),
+        "controlled": run.metric("eval/win_rate_length_controlled"),
         "meaning": win_rate_in_words(low, high),
         "counted": counted if words else None,
     }
@@ -216,14 +219,25 @@ def _table(run: RunRecord) -> list[dict[str, str]]:
             cells[who + "_interval"] = "" if None in ends else f"{number(ends[0])} – {number(ends[1])}"
         policy, reference = run.metric(f"eval/{name}"), run.metric(f"eval/reference/{name}")
         change = "–" if policy is None or reference is None else number(float(policy - reference), signed=True)
-        rows.append({"name": label(name), "key": name, "unit": UNITS.get(name, ""), "change": change, **cells})
+        rows.append({"name": label(name), "key": name, "unit": unit(name), "change": change, **cells})
     return rows
 
 
 def _rank(name: str) -> int:
-    order = ("win_rate", "reward", "kl", "entropy", "entropy_sequence", "distinct_2", "self_bleu", "length")
-    if name.startswith("reward/"):
-        return order.index("reward")
+    order = (
+        "win_rate",
+        "win_rate_length_controlled",
+        "reward",
+        "kl",
+        "entropy",
+        "entropy_sequence",
+        "distinct_2",
+        "self_bleu",
+        "length",
+    )
+    for group in ("win_rate", "reward"):
+        if name.startswith(f"{group}/"):
+            return order.index(group)
     return order.index(name) if name in order else len(order)
 
 

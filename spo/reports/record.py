@@ -28,6 +28,7 @@ class RunRecord:
         history: One mapping per logged step.
         samples: One mapping per evaluated completion.
         provenance: Where the run came from; empty where it is missing.
+        alarms: What went beyond the limits of the health callback, as sentences with their step.
         notes: What was missing or damaged, in words.
     """
 
@@ -38,6 +39,7 @@ class RunRecord:
     history: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
+    alarms: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def metric(self, key: str) -> float | None:
@@ -91,10 +93,20 @@ def read_run(run_dir: Path) -> RunRecord:
     run.history = _rows(run, run_dir / "history.jsonl", "there are no curves")
     run.samples = _rows(run, run_dir / "samples.jsonl", "there are no samples")
     run.provenance = _mapping(run, run_dir / "provenance.json", "where the run came from is unknown") or {}
+    run.alarms = read_alarms(run_dir)
     without_step = sum(finite(row.get("step")) is None for row in run.history)
     if without_step:
         run.notes.append(f"{without_step} rows of history.jsonl have no step and are not in the curves.")
     return run
+
+
+def read_alarms(run_dir: Path) -> list[str]:
+    """Reads ``health.json``, which is there only where a limit was crossed."""
+    try:
+        alarms = json.loads((run_dir / "health.json").read_text(encoding="utf-8"))
+        return [f"step {alarm['step']}: {alarm['words']}" for alarm in alarms]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 def _text(run: RunRecord, path: Path, consequence: str) -> str | None:

@@ -11,9 +11,21 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from spo.reports.wording import INTERVAL, UNITS, clean, finite, label, number, shorten, verdict_word, win_rate_in_words
+from spo.reports.record import read_alarms
+from spo.reports.wording import INTERVAL, clean, finite, label, number, shorten, unit, verdict_word, win_rate_in_words
 
-_MAIN = ("reward", "kl", "entropy", "distinct_2", "self_bleu", "length", "rewards/accuracies")
+_MAIN = (
+    "reward",
+    "kl",
+    "entropy",
+    "distinct_2",
+    "distinct_samples",
+    "self_bleu",
+    "length",
+    "rewards/accuracies",
+    "calibration/ece",
+)
+_CONTROLLED = "_length_controlled"
 _SIDE_BY_SIDE = 70  # narrower than this, reference and policy stand below each other
 _SAMPLE_CHARACTERS = 280
 
@@ -47,6 +59,7 @@ def result_panel(metrics: dict[str, float], samples: list[dict[str, Any]], run_d
     """
     console = Console()
     parts: list[RenderableType] = [*_win_rate(console, metrics), Text(), _before_after(console, metrics)]
+    parts += [_text(console, f"health: {alarm}", "yellow") for alarm in read_alarms(run_dir)]
     for name, row in _chosen(samples):
         parts += [Text(), _sample(console, name, row)]
     console.print(Panel(Group(*parts), title=Text("result", "bold"), title_align="left", padding=(0, 1)))
@@ -57,13 +70,27 @@ def result_panel(metrics: dict[str, float], samples: list[dict[str, Any]], run_d
 
 def _win_rate(console: Console, metrics: Mapping[str, float]) -> list[RenderableType]:
     value = finite(metrics.get("eval/win_rate"))
+    others = sorted(
+        key for key in metrics if key.startswith("eval/win_rate/") and not key.endswith((*INTERVAL, _CONTROLLED))
+    )
+    shown = [line for key in others for line in _rate(console, metrics, key)]
     if value is None:
-        return [_text(console, "No win rate: the evaluation had no reward and no judge.")]
+        return shown or [_text(console, "No win rate: the evaluation had no reward and no judge.")]
     low, high = (finite(metrics.get(f"eval/win_rate{end}")) for end in INTERVAL)
-    line = Text.assemble("win rate against the reference  ", (f"{value:.3f}", "bold"))
+    main = [*_rate(console, metrics, "eval/win_rate"), _scale(console, value, low, high)]
+    return [*main, _text(console, win_rate_in_words(low, high), "dim"), *shown]
+
+
+def _rate(console: Console, metrics: Mapping[str, float], key: str) -> list[Text]:
+    """One line: the rate with its interval, and the rate at equal length."""
+    name = label(key.removeprefix("eval/"))
+    line = _text(console, f"{name}{'' if '/' in key[5:] else ' against the reference'}  ")
+    line.append(number(metrics[key]) if finite(metrics[key]) is None else f"{metrics[key]:.3f}", "bold")
+    low, high = (finite(metrics.get(f"{key}{end}")) for end in INTERVAL)
     if low is not None and high is not None:
         line.append(f"  95% interval [{low:.3f}, {high:.3f}]")
-    return [line, _scale(console, value, low, high), _text(console, win_rate_in_words(low, high), "dim")]
+    controlled = finite(metrics.get(key + _CONTROLLED))
+    return [line, _text(console, f"at equal length  {controlled:.3f}", "dim")] if controlled is not None else [line]
 
 
 def _scale(console: Console, value: float, low: float | None, high: float | None) -> Text:
@@ -95,7 +122,7 @@ def _before_after(console: Console, metrics: Mapping[str, float]) -> Table:
                 label(key),
                 "-" if reference is None else number(reference),
                 number(metrics[f"eval/{key}"]),
-                UNITS.get(key, ""),
+                unit(key),
             )
             table.add_row(*(_text(console, cell) for cell in cells))
     if not table.row_count:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from spo.runtime.errors import ConfigProblems, missing_package
@@ -33,6 +33,9 @@ HINTS = {
     "data.path": "the file, folder or hub name of your preference pairs",
     "alpha.target": "the entropy of the policy to aim for, in nats per token",
     "beta.target": "the KL of the policy to the reference to aim for, in nats per sequence",
+    "judge.path": "a Hugging Face folder or hub name",
+    "judge.model": "the model's name at the endpoint",
+    "judge.reward._target_": 'your function, reward(prompts, completions) -> {"reward": [...]}',
     "alpha.values": "a list of positive numbers, one per optimiser step",
     "beta.values": "a list of positive numbers, one per optimiser step",
 }
@@ -61,10 +64,12 @@ COUNTS = {
     "sft.batch_size": 1,
     "sft.num_warmup_steps": 0,
     "evaluation.num_prompts": 1,
+    "evaluation.selection_prompts": 0,
     "evaluation.samples_per_prompt": 1,
     "evaluation.max_new_tokens": 1,
     "evaluation.batch_size": 1,
     "evaluation.bootstrap_samples": 1,
+    "callbacks.samples.num_prompts": 1,
     "probe.num_prompts": 0,
     "probe.max_new_tokens": 1,
     "evaluation.seed": 0,
@@ -77,10 +82,21 @@ COUNTS = {
     "regularizer.batch_size": 1,
     "regularizer.max_new_tokens": 1,
     "scheduler.num_warmup_steps": 0,
+    "judge.batch_size": 1,
+    "judge.max_length": 2,
+    "judge.max_retries": 0,
+    "judge.attempts": 1,
+    "judge.concurrency": 1,
     "alpha.every": 1,
     "beta.every": 1,
 }
-BOOLEANS = ("rerun", "model.trust_remote_code", "model.gradient_checkpointing", "trainer.enable_progress_bar")
+BOOLEANS = (
+    "rerun",
+    "model.trust_remote_code",
+    "model.gradient_checkpointing",
+    "trainer.enable_progress_bar",
+    "judge.trust_remote_code",
+)
 PRECISIONS = ("32-true", "32", "bf16-mixed", "64-true")
 # Parameters of Lightning's Trainer that follow from other keys.
 NOT_THE_TRAINERS = {
@@ -100,7 +116,7 @@ NOT_THE_TRAINERS = {
     "reload_dataloaders_every_n_epochs": "the data module is read once",
 }
 # Packages that a target needs only when it is used, by the name of its class.
-NEEDED_BY = {"DeepSpeedStrategy": "deepspeed", "TensorBoardLogger": "tensorboard"}
+NEEDED_BY = {"DeepSpeedStrategy": "deepspeed", "TensorBoardLogger": "tensorboard", "HTTPJudge": "openai"}
 
 
 def ensure(cfg: DictConfig) -> None:
@@ -115,7 +131,8 @@ def problems(cfg: DictConfig) -> list[str]:
     Args:
         cfg: a composed configuration, with or without Hydra's own node.
     """
-    found = [*missing_and_unresolved(cfg), *_targets(cfg), *_values(cfg), *_trainer(cfg), *_model(cfg), *_data(cfg)]
+    parts = (missing_and_unresolved, _targets, _values, _trainer, _model, _data, _judge, _evaluation)
+    found = [problem for part in parts for problem in part(cfg)]
     return list(dict.fromkeys([*found, *_parts_and_combinations(cfg, found)]))
 
 
@@ -252,6 +269,16 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "data.splits.test": (lambda x: 0 < x < 1, "a share of the prompts, above 0 and below 1"),
     "evaluation.confidence": (lambda x: 0 < x < 1, "between 0 and 1"),
     "evaluation.temperature": (lambda x: x > 0, "a positive number"),
+    **{
+        f"callbacks.health.{name}": (lambda x: x > 0, "a positive number, or null for no check")
+        for name in ("chosen_fall", "rejected_fall", "p_eos", "repetition", "longer", "shorter", "entropy")
+    },
+    "judge.margin": (lambda x: x >= 0, "at least 0"),
+    "judge.max_unanswered": (lambda x: 0 <= x <= 1, "a share, between 0 and 1"),
+    "judge.timeout_s": (lambda x: x > 0, "a positive number of seconds"),
+    "judge.requests_per_minute": (lambda x: x > 0, "a positive number, or null for no limit"),
+    "judge.input_price": (lambda x: x >= 0, "at least 0, or null"),
+    "judge.output_price": (lambda x: x >= 0, "at least 0, or null"),
     "model.dropout": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
     "model.lora.dropout": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
     "model.lora.r": (lambda x: x >= 1, "at least 1"),
@@ -329,6 +356,25 @@ def _table(cfg: DictConfig) -> Iterator[str]:
             yield str(error)
 
 
+def _judge(cfg: DictConfig) -> Iterator[str]:
+    path, dtype = select(cfg, "judge.path"), select(cfg, "judge.dtype")
+    if dtype is not None and str(dtype) != "auto" and not _is_dtype(str(dtype)):
+        names = ["auto", "float32", "bfloat16", "float64"]
+        yield f"judge.dtype={dtype}: choose {listed(names)}{suggestion(str(dtype), names)}"
+    if path is None:
+        return
+    wrong = list(_model_folder("judge.path", str(path), "config.json"))
+    yield from wrong
+    if not wrong and Path(str(path)).is_dir() and str(select(cfg, "judge._target_")).endswith(".RewardModelJudge"):
+        from transformers import PretrainedConfig
+
+        from spo.evaluation.judges.local import one_output
+
+        outputs = PretrainedConfig.from_pretrained(str(path)).num_labels
+        if outputs != 1:
+            yield f"judge.path={path}: {one_output(outputs)}"
+
+
 def _is_dtype(name: str) -> bool:
     import torch
 
@@ -384,6 +430,25 @@ def _data(cfg: DictConfig) -> Iterator[str]:
             )
 
 
+def _evaluation(cfg: DictConfig) -> Iterator[str]:
+    against = select(cfg, "evaluation.against")
+    if against is None:
+        return
+    if not isinstance(against, ListConfig):
+        yield f"evaluation.against={against}: must be a list, such as [reference,chosen]"
+        return
+    runs = [str(name) for name in against if name not in ("reference", "chosen")]
+    for run in runs:
+        if not (Path(run).expanduser() / "samples.jsonl").is_file():
+            yield (
+                f"evaluation.against: {run} is neither reference nor chosen nor the directory of a run with samples "
+                f"(no samples.jsonl, seen from {Path.cwd()})"
+            )
+    names = [Path(run).resolve().name for run in runs]
+    for name in sorted({name for name in names if names.count(name) > 1 or name in ("reference", "chosen")}):
+        yield f"evaluation.against: the name {name} would stand for several opponents: rename a directory"
+
+
 def _reads_files(cfg: DictConfig) -> bool:
     from spo.data import FileSource, HHSource
 
@@ -399,6 +464,8 @@ def _parts_and_combinations(cfg: DictConfig, found: Sequence[str]) -> Iterator[s
     cheap = ["alpha", "beta", "method.loss", "regularizer", "optimizer"]
     if str(select(cfg, "data.source._target_")).startswith("spo."):
         cheap.append("data.source")
+    if select(cfg, "judge.reward") is None:  # a reward may be anything, a large model too
+        cheap.append("judge")
     # A node with a problem of its own is left out: making it would only say the same again.
     sound = [key for key in cheap if not any(problem.startswith((f"{key}.", f"{key}:")) for problem in found)]
     parts = {key: _build(cfg, key, said) if key in sound else None for key in cheap}
@@ -499,6 +566,8 @@ def _build(cfg: DictConfig, key: str, said: list[str] | None = None) -> Any:
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
+    from spo.evaluation.judges.base import JudgeError
+
     node = select(cfg, key)
     if not isinstance(node, DictConfig):
         return None
@@ -508,7 +577,7 @@ def _build(cfg: DictConfig, key: str, said: list[str] | None = None) -> Any:
         return None
     except InstantiationException as error:
         cause = error.__cause__ or error
-        if not isinstance(cause, ValueError | TypeError | InstantiationException):
+        if not isinstance(cause, ValueError | TypeError | JudgeError | InstantiationException):
             raise  # no wrong value, but a fault in the code
         if said is not None:
             said.append(first_line(cause) if first_line(cause).startswith(key) else f"{key}: {first_line(cause)}")

@@ -15,7 +15,6 @@ EXTRAS = {
     "submitit": "slurm",
     "optuna": "optuna",
     "openai": "judge",
-    "aiolimiter": "judge",
     "wandb_workspaces": "dashboards",
     "deepspeed": "deepspeed",
     "tensorboard": "tensorboard",

@@ -324,23 +324,20 @@ def _complete(
 ) -> list[list[Completion]]:
     """Draws ``n`` completions of each prompt from the reference model."""
     ids = [renderer.prompt_ids(prompt) for prompt in prompts for _ in range(n)]
+    seeds = [derive_seed("pairs", cfg.data.seed, prompt, i) for prompt in prompts for i in range(n)]
     drawn: list[Completion] = []
     for first in track(range(0, len(ids), PROMPTS_PER_BATCH), "sampling pairs", transient=True):
-        chunk, (prompt, done) = ids[first : first + PROMPTS_PER_BATCH], divmod(first, n)
+        chunk = slice(first, first + PROMPTS_PER_BATCH)
         sequences = sample(
             model,
-            chunk,
+            ids[chunk],
             max_new_tokens=cfg.data.max_new_tokens,
             temperature=1.0,
             eos_token_id=renderer.eos_id,
             pad_token_id=renderer.tokenizer.pad_token_id,
-            seed=derive_seed("pairs", cfg.data.seed, prompts[prompt], n - done),  # no two chunks draw the same
+            seeds=seeds[chunk],
         )
-        for row, start, end in zip(
-            sequences.input_ids.tolist(), sequences.prompt_length.tolist(), sequences.length.tolist(), strict=True
-        ):
-            finished = row[end - 1] == renderer.eos_id and end > start
-            drawn.append(Completion(renderer.decode(row[start:end]), finished))
+        drawn += [Completion(renderer.decode(row), row[-1:] == [renderer.eos_id]) for row in sequences.completions()]
     return [drawn[i : i + n] for i in range(0, len(drawn), n)]
 
 

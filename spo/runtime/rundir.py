@@ -157,8 +157,8 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
 
     Returns:
         ``config`` (flat keys, without paths, loggers, tags, Hydra's own and what the method does not read of alpha
-        and beta), ``data``, ``weights`` and ``adapter`` (digests, ``None`` where there is no such file), ``code``,
-        and the ``digest`` of it all.
+        and beta), ``data``, ``weights``, ``adapter`` and ``judge`` (digests, ``None`` where there is no such file),
+        ``code``, and the ``digest`` of it all.
     """
     left_out = {*NOT_IDENTITY, *unread(cfg)}
     flat = {key: value for key, value in flatten(resolved(cfg)).items() if key.partition(".")[0] not in left_out}
@@ -170,6 +170,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         "data": _file_digest(OmegaConf.select(cfg, "data.path")),
         "weights": _folder_digest(OmegaConf.select(cfg, "model.path")),
         "adapter": _folder_digest(OmegaConf.select(cfg, "model.adapter_path")),
+        "judge": _folder_digest(OmegaConf.select(cfg, "judge.path")),
         "code": code_version(),
     }
     whole = json.dumps(parts, sort_keys=True, default=str)
@@ -191,7 +192,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     for key in sorted(before.keys() | after.keys()):
         if before.get(key, _NOTHING) != after.get(key, _NOTHING):
             lines.append(f"{key}: {_shown(before, key)} there, {_shown(after, key)} now")
-    files = {"data": "bytes of the data", "weights": "weights of the model", "adapter": "weights of the adapter"}
+    files = {
+        "data": "bytes of the data",
+        "weights": "weights of the model",
+        "adapter": "weights of the adapter",
+        "judge": "weights of the judge",
+    }
     lines += [f"the {words} have changed" for name, words in files.items() if old.get(name) != new.get(name)]
     if old.get("code") != new.get("code"):
         lines.append(f"the code of spo: {old.get('code')} there, {new.get('code')} now")

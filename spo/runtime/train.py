@@ -17,8 +17,10 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from spo.callbacks import ValidationSamples
 from spo.data import SPLITS
 from spo.data.datamodule import PreferenceDataModule
+from spo.evaluation import EvaluationSettings
 from spo.exact import ExactMetrics, World, entropy
 from spo.losses import as_loss
 from spo.models import PrecomputedReference, Reference
@@ -30,7 +32,7 @@ from spo.reports.terminal import result_panel, start_panel
 from spo.reports.wording import UNITS
 from spo.runtime.cache import digest
 from spo.runtime.checks import ensure, warnings
-from spo.runtime.evaluate import evaluate_run, write_samples
+from spo.runtime.evaluate import evaluate_run
 from spo.runtime.inspect import show_rows
 from spo.runtime.prepare import Prepared, prepare_run, reference_logps
 from spo.runtime.rundir import Status, claim, finish, is_first_process, resumed_config, write_json
@@ -109,7 +111,7 @@ def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
             **{f"data/pairs_{key}": float(prepared.pairs.counts[key]) for key in COUNTS},
             **{f"time/{key}": value for key, value in times.items()},
         }
-        write_samples(run_dir, evaluation.samples)
+        evaluation.write_samples(run_dir)
         for tracker in trackers:
             tracker.conclude(metrics, evaluation.samples)
     finish(run_dir, metrics)
@@ -138,10 +140,11 @@ def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
     exact = build_exact(cfg, prepared)
     enumeration = None if exact is None else Enumeration(exact.world.sequences, len(exact.world.rewards))
     module = build_module(cfg, policy, reference, prepared, enumeration)
-    if module.needs_reference_model:
+    trainer = build_trainer(cfg, loggers, [] if exact is None else [exact])
+    sampled = _attach_samples(cfg, prepared, trainer)
+    if module.needs_reference_model or (sampled and reference.scores_samples):
         reference.attach(lambda: prepared.spec.start(prepared.base))
     data = build_data(cfg, reference, module, prepared)
-    trainer = build_trainer(cfg, loggers, [] if exact is None else [exact])
     return Parts(module, data, trainer, exact)
 
 
@@ -229,6 +232,17 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Callback]
         enable_checkpointing="checkpoint" in cfg.callbacks,
         default_root_dir=cfg.paths.run,
     )
+
+
+def _attach_samples(cfg: DictConfig, prepared: Prepared, trainer: Trainer) -> bool:
+    """Gives what it needs to the callback that samples at every validation; whether there is one."""
+    callbacks = [one for one in trainer.callbacks if isinstance(one, ValidationSamples)]  # type: ignore[attr-defined]
+    for callback in callbacks:
+        settings: EvaluationSettings = instantiate(cfg.evaluation, _convert_="all")
+        prompts = prepared.sampling_prompts("selection", settings.max_new_tokens)
+        judge = instantiate(cfg.judge, _convert_="all")
+        callback.attach(prompts, settings, judge, prepared.tokenizer, prepared.renderer.decode)
+    return bool(callbacks)
 
 
 def describe(cfg: DictConfig, run_dir: Path) -> RunDescription:

@@ -72,7 +72,8 @@ class SampleBuffer:
         seed = derive_seed("global_kl", self.seed, step, self.rank)
         order = torch.randperm(len(self.prompts), generator=torch.Generator().manual_seed(seed)).tolist()
         prompts = [self.prompts[order[i % len(order)]] for i in range(self.num_samples)]
-        self.samples = sample(policy, prompts, temperature=1.0, seed=seed, **self.sampling).to("cpu")
+        seeds = [derive_seed(seed, row) for row in range(self.num_samples)]
+        self.samples = sample(policy, prompts, temperature=1.0, seeds=seeds, **self.sampling).to("cpu")
         self.drawn_at = step
 
     def rows(self, step: int) -> Sequences:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from spo.types import Sequences
 
@@ -18,13 +18,6 @@ from spo.types import Sequences
 def derive_seed(*parts: object) -> int:
     """A seed for one use of randomness, from what identifies it: no stage can disturb another's stream."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
-
-
-@contextmanager
-def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 @contextmanager
@@ -62,6 +55,31 @@ def _left_padded(prompts: Seq[Seq[int]], pad_token_id: int, device: torch.device
     return ids.to(device), mask.to(device)
 
 
+class _Draw(LogitsProcessor):
+    """Leaves each row one token, drawn by inverting its distribution at a number of the row's own.
+
+    Args:
+        numbers: ``(N, max_new_tokens)`` uniform in [0, 1): what a row draws does not depend on those beside it.
+        temperature: of the softmax.
+        start: length of the padded prompts.
+    """
+
+    def __init__(self, numbers: Tensor, temperature: float, start: int) -> None:
+        self.numbers, self.temperature, self.start = numbers, temperature, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # In float64, where the device has it: the sums of a large vocabulary would round to its rare tokens' size.
+        cumulative = (scores.to(self.numbers.dtype) / self.temperature).softmax(-1).cumsum(-1)
+        numbers = self.numbers[:, input_ids.shape[1] - self.start, None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, numbers, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def _numbers(seeds: Seq[int], length: int, device: torch.device) -> Tensor:
+    rows = [torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+
 @torch.no_grad()
 def sample(
     model: nn.Module,
@@ -71,20 +89,22 @@ def sample(
     temperature: float,
     eos_token_id: int,
     pad_token_id: int,
-    seed: int,
+    seeds: Seq[int],
 ) -> Sequences:
     """Draws one completion per prompt, with no truncation of the distribution and dropout off.
 
-    A completion ends with its first end-of-text token, which belongs to it, or is cut at ``max_new_tokens``.
+    What is drawn for a prompt follows from the weights, the prompt and its seed: other prompts of the batch, their
+    number and the global random state have no part in it (but for rounding: batches of other shapes add up in another
+    order). A completion ends with its first end-of-text token, which belongs to it, or is cut at ``max_new_tokens``.
 
     Args:
-        model: a Hugging Face causal language model; its mode and the global random state are left as they were.
+        model: a Hugging Face causal language model; its mode is left as it was.
         prompts: token ids of each prompt, none empty.
         max_new_tokens: length limit of a completion.
         temperature: 1 samples the model's own distribution, 0 decodes greedily.
         eos_token_id: ends a completion wherever it is generated (its value in the prompt means nothing).
         pad_token_id: fills the padding.
-        seed: the samples are a function of it, of the weights and of the prompts.
+        seeds: one per prompt.
 
     Returns:
         ``len(prompts)`` sequences, right-padded.
@@ -92,9 +112,7 @@ def sample(
     device = next(model.parameters()).device
     ids, mask = _left_padded(prompts, pad_token_id, device)
     config = GenerationConfig(
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else 1.0,
-        top_k=0,  # transformers' own default is 50
+        do_sample=False,  # greedy, among the tokens that _Draw leaves
         num_beams=1,
         num_return_sequences=1,
         max_new_tokens=max_new_tokens,
@@ -102,11 +120,13 @@ def sample(
         pad_token_id=pad_token_id,
         use_cache=True,
     )
-    with _own_randomness(seed, device), _own_settings(model), eval_mode(model):
+    draw = [_Draw(_numbers(seeds, max_new_tokens, device), temperature, ids.shape[1])] if temperature > 0 else []
+    with _own_settings(model), eval_mode(model):
         generated = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
+            logits_processor=LogitsProcessorList(draw),
             synced_gpus=isinstance(model, FSDPModule),  # shards are gathered by all ranks together
         )[:, ids.shape[1] :]
     ended = (generated == eos_token_id).long().cumsum(1)

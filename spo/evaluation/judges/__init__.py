@@ -1,5 +1,20 @@
 """Rewards and judges behind one interface: who says which of two completions is the better one."""
 
 from spo.evaluation.judges.base import Comparison, Judge, JudgeError, verdict_of_rewards
+from spo.evaluation.judges.http import HTTPJudge
+from spo.evaluation.judges.local import LanguageModelJudge, RewardModelJudge
+from spo.evaluation.judges.pairwise import PairwiseJudge
+from spo.evaluation.judges.reward import RewardJudge, reward_judge
 
-__all__ = ["Comparison", "Judge", "JudgeError", "verdict_of_rewards"]
+__all__ = [
+    "Comparison",
+    "HTTPJudge",
+    "Judge",
+    "JudgeError",
+    "LanguageModelJudge",
+    "PairwiseJudge",
+    "RewardJudge",
+    "RewardModelJudge",
+    "reward_judge",
+    "verdict_of_rewards",
+]

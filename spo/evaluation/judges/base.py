@@ -19,16 +19,19 @@ class Comparison:
     first: str
     second: str
 
+    @property
+    def swapped(self) -> Comparison:
+        """The same, shown the other way round."""
+        return Comparison(self.prompt, self.second, self.first)
+
 
 @runtime_checkable
 class Judge(Protocol):
-    """Compares completions; one that scores them by themselves says the scores too.
+    """Compares completions; one that scores them by themselves says the scores too."""
 
-    Attributes:
-        identity: JSON-like; whatever its verdicts follow from. A judge with another identity is another judge.
-    """
-
-    identity: dict[str, Any]
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON-like; whatever its verdicts follow from. A judge with another identity is another judge."""
 
     def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]] | None:
         """Scores by name, ``reward`` and its components, one number per completion; ``None`` if it only compares."""

@@ -1,0 +1,170 @@
+"""Alarms for a policy that is falling apart: what the losses do not show until it is too late."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from spo.module import AlignmentModule
+
+log = logging.getLogger(__name__)
+Numbers = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a limit is compared with.
+
+    Attributes:
+        value: from the validation at hand and the first one.
+        crossed: whether a value is beyond a limit.
+        words: of a value ``{value}``, as a sentence that names the trouble.
+    """
+
+    value: Callable[[Numbers, Numbers], float]
+    crossed: Callable[[float, float], bool]
+    words: str
+
+
+def _fall(key: str) -> Callable[[Numbers, Numbers], float]:
+    return lambda now, start: start[key] - now[key]
+
+
+def _share(key: str) -> Callable[[Numbers, Numbers], float]:
+    return lambda now, start: now[key] / max(start[key], 1e-12)
+
+
+def _above(value: float, limit: float) -> bool:
+    return value > limit
+
+
+def _below(value: float, limit: float) -> bool:
+    return value < limit
+
+
+CHECKS: Mapping[str, Check] = {
+    "chosen_fall": Check(
+        _fall("logps_per_token/chosen"), _above, "chosen completions have lost {value:.3g} nats per token"
+    ),
+    "rejected_fall": Check(
+        _fall("logps_per_token/rejected"), _above, "rejected completions have lost {value:.3g} nats per token"
+    ),
+    "p_eos": Check(
+        _share("p_eos"),
+        _below,
+        "the probability of ending where a chosen completion ends is {value:.3g} times its start",
+    ),
+    "repetition": Check(
+        lambda now, _: now["repetition"], _above, "a share of {value:.3g} of the samples' 4-grams are repetitions"
+    ),
+    "longer": Check(_share("length"), _above, "samples are {value:.3g} times as long as at the start"),
+    "shorter": Check(_share("length"), _below, "samples are {value:.3g} times as long as at the start"),
+    "entropy": Check(_share("entropy"), _below, "the entropy per token is {value:.3g} times its start"),
+}
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A limit that was crossed, with the step at which that was first seen."""
+
+    step: int
+    check: str
+    value: float
+    limit: float
+    words: str
+
+
+class Health(Callback):
+    """Compares each validation with the first one, and says once when a limit is crossed.
+
+    Logs ``val/health/logp_drift_chosen`` and ``val/health/logp_drift_rejected`` (nats per token since the start) and
+    ``val/health/alarms``, the number of limits that the policy is beyond at that step. Alarms are written to
+    ``health.json``, which the report shows. A limit that is ``None`` is not checked.
+
+    Args:
+        path: of ``health.json``.
+        chosen_fall: nats per token that the log-prob of chosen completions may lose.
+        rejected_fall: the same of rejected ones, which every method wants to fall somewhat.
+        p_eos: least P(EOS) where a chosen completion ends, as a share of that at the start.
+        repetition: largest share of 4-grams that are repetitions within their sample.
+        longer: largest mean length of samples, as a multiple of that at the start.
+        shorter: least mean length of samples, likewise.
+        entropy: least entropy per token, as a share of that at the start.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        chosen_fall: float | None,
+        rejected_fall: float | None,
+        p_eos: float | None,
+        repetition: float | None,
+        longer: float | None,
+        shorter: float | None,
+        entropy: float | None,
+    ) -> None:
+        self.path = Path(path)
+        limits = {
+            "chosen_fall": chosen_fall,
+            "rejected_fall": rejected_fall,
+            "p_eos": p_eos,
+            "repetition": repetition,
+            "longer": longer,
+            "shorter": shorter,
+            "entropy": entropy,
+        }
+        self.limits = {name: limit for name, limit in limits.items() if limit is not None}
+        self.start: dict[str, float] = {}
+        self.alarms: list[Alarm] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks what was just measured."""
+        assert isinstance(pl_module, AlignmentModule)
+        now = pl_module.validated
+        self.start = self.start or dict(now)
+        row = {
+            f"val/health/logp_drift_{side}": now[key] - self.start[key]
+            for side in ("chosen", "rejected")
+            if (key := f"logps_per_token/{side}") in now
+        }
+        beyond = self.beyond(now, trainer.global_step)
+        row["val/health/alarms"] = float(len(beyond))
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=trainer.global_step)
+        known = {alarm.check for alarm in self.alarms}
+        fresh = [alarm for alarm in beyond if alarm.check not in known]
+        self.alarms += fresh
+        if fresh and trainer.is_global_zero:
+            for alarm in fresh:
+                log.warning("step %d: %s", alarm.step, alarm.words)
+            self.path.write_text(json.dumps([asdict(alarm) for alarm in self.alarms], indent=2) + "\n")
+
+    def beyond(self, now: Numbers, step: int) -> list[Alarm]:
+        """The limits that a validation is beyond; what was not measured is not checked."""
+        found = []
+        for name, limit in self.limits.items():
+            check = CHECKS[name]
+            try:
+                value = check.value(now, self.start)
+            except KeyError:
+                continue
+            if check.crossed(value, limit):
+                words = f"{check.words.format(value=value)} (callbacks.health.{name}={limit:g})"
+                found.append(Alarm(step, name, value, limit, words))
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The start and the alarms, so that a resumed run compares with the same and says nothing twice."""
+        return {"start": self.start, "alarms": [asdict(alarm) for alarm in self.alarms]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what :meth:`state_dict` kept."""
+        self.start = state_dict["start"]
+        self.alarms = [Alarm(**alarm) for alarm in state_dict["alarms"]]

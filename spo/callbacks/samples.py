@@ -1,0 +1,78 @@
+"""Win rate and samples while training, for those who want to look at every validation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from transformers import PreTrainedTokenizerBase
+
+from spo.data import EvalPrompt
+from spo.evaluation import Draws, EvaluationSettings, assess, draw
+from spo.evaluation.judges import Judge
+from spo.module import AlignmentModule
+from spo.sampling import eval_mode
+
+LOGGED = ("win_rate", "win_rate_ci_low", "win_rate_ci_high", "reward")
+
+
+class ValidationSamples(Callback):
+    """At every validation draws completions of a few selection prompts, the same random numbers each time.
+
+    Logs ``val/reward`` and ``val/win_rate`` with its interval, of few prompts and thus rough, and keeps the samples
+    in ``samples.validation.jsonl``: rows as in ``samples.jsonl``, with their ``step``.
+
+    Args:
+        path: of that file.
+        num_prompts: prompts of the selection split.
+    """
+
+    def __init__(self, path: str, num_prompts: int) -> None:
+        self.path, self.num_prompts = Path(path), num_prompts
+        self._reference: Draws | None = None
+
+    def attach(
+        self,
+        prompts: Sequence[EvalPrompt],
+        settings: EvaluationSettings,
+        judge: Judge | None,
+        tokenizer: PreTrainedTokenizerBase,
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        """Takes what the run's final evaluation takes, but for the number of prompts and the opponents."""
+        self.prompts = prompts[: self.num_prompts]
+        self.settings = replace(settings, against=["reference"])
+        self.judge, self.tokenizer, self.decode = judge, tokenizer, decode
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws on every process, as a sharded policy needs; judges and writes on the first."""
+        assert isinstance(pl_module, AlignmentModule)
+        policy, reference = pl_module.policy, pl_module.reference
+        with eval_mode(policy):
+            ours = self._draw(policy, "policy")
+            if self._reference is None and reference.scores_samples:
+                with reference.active(policy) as model:
+                    self._reference = self._draw(model, "reference")
+        if not trainer.is_global_zero:
+            return
+        found = assess(self.prompts, ours, self._reference, self.settings, self.judge)
+        row = {f"val/{name}": found.metrics[f"eval/{name}"] for name in LOGGED if f"eval/{name}" in found.metrics}
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=trainer.global_step)
+        self._write(found.samples, trainer.global_step)
+
+    def _draw(self, model: Any, stage: str) -> Draws:
+        return draw(model, stage, self.prompts, self.settings, self.tokenizer, self.decode)
+
+    def _write(self, samples: Sequence[dict[str, Any]], step: int) -> None:
+        """Adds the rows of a step; those of a run that was interrupted after it are written again."""
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        rows = [row for row in rows if row["step"] < step] + [{"step": step, **row} for row in samples]
+        unfinished = self.path.with_suffix(".tmp")
+        unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        unfinished.replace(self.path)

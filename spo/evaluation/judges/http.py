@@ -1,0 +1,211 @@
+"""A judge behind an HTTP endpoint that speaks OpenAI's protocol: OpenAI's own, vLLM's, llama.cpp's, a proxy."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cached_property
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from spo.evaluation.judges.base import Comparison, JudgeError
+from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, question
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+_ANSWERS = {"A": 1.0, "B": 0.0, "TIE": 0.5}
+_ANSWER = re.compile(rf"\W*({'|'.join(_ANSWERS)})\W*", re.IGNORECASE)
+# No other question would fare better: wrong key, no permission, no such model or address.
+_HOPELESS = (401, 403, 404)
+
+
+class HTTPJudge(PairwiseJudge):
+    """Asks a chat model over HTTP, which answers ``A``, ``B`` or ``TIE``.
+
+    Failed requests (no connection, timeout, status 408, 409, 429, 5xx) are sent again by the ``openai`` client, after
+    exponentially growing pauses or after what the server's Retry-After asks for. Any other answer than the three is
+    asked again, and then counts as none.
+
+    Args:
+        base_url: of the endpoint, such as ``http://localhost:8000/v1``.
+        model: its name there.
+        key_variable: name of the environment variable that holds the key; ``None`` where the endpoint asks for none.
+        template: of the question; ``{prompt}``, ``{first}`` and ``{second}`` are filled in.
+        request: further parameters of the request, such as ``temperature``, as the endpoint calls them.
+        timeout_s: seconds that an answer may take.
+        max_retries: of a failed request.
+        attempts: times that a question is asked until the answer can be read.
+        requests_per_minute: over all threads, evenly spaced, retries included; ``None``: no limit.
+        concurrency: requests under way at a time.
+        input_price: of a million tokens of the questions; ``None``: no cost is counted.
+        output_price: of a million tokens of the answers, in the same currency.
+        cache: file of the verdicts.
+        max_unanswered: share of the questions that may stay without an answer.
+
+    Raises:
+        JudgeError: the key is not in the environment.
+        ValueError: an argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_url: str,
+        model: str,
+        key_variable: str | None,
+        template: str,
+        request: Mapping[str, Any],
+        timeout_s: float,
+        max_retries: int,
+        attempts: int,
+        requests_per_minute: float | None,
+        concurrency: int,
+        input_price: float | None,
+        output_price: float | None,
+        cache: str,
+        max_unanswered: float,
+    ) -> None:
+        super().__init__(cache, max_unanswered)
+        address = urlsplit(base_url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise ValueError("judge.base_url: must be an address such as http://localhost:8000/v1")
+        if address.username or address.password or address.query:
+            raise ValueError(
+                "judge.base_url: holds more than an address; a key goes into judge.key_variable's variable"
+            )
+        if (input_price is None) != (output_price is None):
+            raise ValueError("judge.input_price and judge.output_price: give both, or neither")
+        self.base_url, self.model = base_url, model
+        self.template, self.request = check_template(template), dict(request)
+        self.timeout_s, self.max_retries, self.attempts = timeout_s, max_retries, attempts
+        self.concurrency = concurrency
+        self.prices = None if input_price is None or output_price is None else (input_price, output_price)
+        self._key = _key(key_variable)
+        self._pace = Pace(requests_per_minute)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Endpoint, model, question and parameters; not how often or how fast it is asked."""
+        return {
+            "judge": "http",
+            "base_url": self.base_url,
+            "model": self.model,
+            "template": self.template,
+            "request": self.request,
+        }
+
+    def ask(self, comparisons: Sequence[Comparison]) -> Iterator[Mapping[Comparison, float | str]]:
+        """Asks in ``concurrency`` threads.
+
+        Raises:
+            JudgeError: the endpoint does not know the key or the model.
+        """
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            pending = {pool.submit(self._answer, comparison): comparison for comparison in comparisons}
+            for done in as_completed(pending):
+                yield {pending[done]: done.result()}
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _answer(self, comparison: Comparison) -> float | str:
+        import openai
+
+        content, said = question(self.template, comparison), ""
+        for _ in range(self.attempts):
+            try:
+                response = self._client.chat.completions.create(
+                    model=self.model, messages=[{"role": "user", "content": content}], extra_body=self.request
+                )
+                self._count(response.usage)
+                said = str(response.choices[0].message.content)
+            except openai.APIStatusError as error:
+                words = f"the endpoint {self.base_url} answers {self._without_key(error)}"
+                if error.status_code in _HOPELESS:
+                    raise JudgeError(f"{words}: set judge.base_url, judge.model and the key to ones that fit") from None
+                return words
+            except openai.APIConnectionError as error:
+                return f"{self.base_url}: {self._without_key(error)}"
+            except (openai.APIError, AttributeError, LookupError, TypeError, ValueError) as error:
+                said = f"what is no chat completion ({self._without_key(error)})"  # whatever it sent with status 200
+                continue
+            if match := _ANSWER.fullmatch(said):
+                return _ANSWERS[match[1].upper()]
+        return f"it said {said!r:.80} instead of A, B or TIE"
+
+    def _count(self, usage: Any) -> None:
+        if usage is None:
+            return
+        self.spend(tokens=usage.prompt_tokens + usage.completion_tokens)
+        if self.prices is not None:
+            cost = usage.prompt_tokens * self.prices[0] + usage.completion_tokens * self.prices[1]
+            self.spend(cost=cost / 1e6)
+
+    def _without_key(self, error: Exception) -> str:
+        text = f"{error}".replace(self._key, "<key>") if self._key else f"{error}"
+        return text if len(text) <= 300 else f"{text[:300]} ..."
+
+    @cached_property
+    def _client(self) -> OpenAI:
+        from openai import DefaultHttpxClient, OpenAI
+
+        def before_request(_: Any) -> None:
+            self._pace.wait()
+            self.spend(calls=1)
+
+        return OpenAI(
+            base_url=self.base_url,
+            api_key=self._key or "none",
+            timeout=self.timeout_s,
+            max_retries=self.max_retries,
+            http_client=DefaultHttpxClient(timeout=self.timeout_s, event_hooks={"request": [before_request]}),
+        )
+
+
+class Pace:
+    """Spaces what several threads do evenly.
+
+    Args:
+        per_minute: how often at most; ``None``: no limit.
+        clock: seconds.
+        sleep: waits for as many seconds.
+    """
+
+    def __init__(
+        self,
+        per_minute: float | None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._gap = 0.0 if per_minute is None else 60 / per_minute
+        self._clock, self._sleep = clock, sleep
+        self._next = clock()
+        self._lock = Lock()
+
+    def wait(self) -> None:
+        """Returns when it is the caller's turn."""
+        with self._lock:
+            now = self._clock()
+            turn = max(now, self._next)
+            self._next = turn + self._gap
+        if turn > now:
+            self._sleep(turn - now)
+
+
+def _key(variable: str | None) -> str:
+    """The key in an environment variable; empty where none is named."""
+    if variable is None:
+        return ""
+    if not re.fullmatch(r"[A-Za-z_]\w*", variable):
+        raise ValueError("judge.key_variable: is no name of an environment variable; put the key there, its name here")
+    if not os.environ.get(variable):
+        raise JudgeError(
+            f"judge.key_variable={variable}: this environment variable is not set; put the endpoint's key there, or "
+            "set judge.key_variable=null if it asks for none"
+        )
+    return os.environ[variable]

@@ -1,0 +1,308 @@
+"""Judges that are models on this machine: a reward model, and a language model that is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from spo.evaluation.judges.base import Comparison, JudgeError
+from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, question
+from spo.evaluation.judges.reward import RewardJudge
+from spo.models.policy import folder_digest
+from spo.ops import completion_logits
+from spo.ops.logps import at_least_float32
+from spo.types import Sequences
+
+
+class _Local:
+    """A Hugging Face model that is loaded when it is first needed."""
+
+    auto_class: Any
+
+    def __init__(self, path: str, dtype: str, trust_remote_code: bool, device: str | None, batch_size: int) -> None:
+        self.path, self.dtype, self.trust_remote_code = path, dtype, trust_remote_code
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.batch_size = batch_size
+
+    @cached_property
+    def digest(self) -> str:
+        """Of weights, configuration and tokenizer."""
+        return folder_digest(self.path)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise JudgeError(f"judge.path={self.path}: no tokenizer can be loaded from it ({error})") from error
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        try:
+            model = self.auto_class.from_pretrained(
+                self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise JudgeError(f"judge.path={self.path}: no such model can be loaded from it ({error})") from error
+        return model.requires_grad_(False).eval().to(self.device)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model takes."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return min(context or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
+
+    def batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Positions of the rows, a batch at a time, rows of like length together."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        return (order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size))
+
+
+class RewardModel(_Local):
+    """A sequence classification model with one output, as a reward function.
+
+    It reads prompt and completion through its tokenizer's chat template, as a turn of the user and one of the
+    assistant; without a template as a pair where the tokenizer has a separator, as BERT's, else as one text that ends
+    in EOS.
+
+    Args:
+        path: Hugging Face folder or hub name.
+        dtype: of the weights, a name of torch's; ``auto``: as they were saved.
+        trust_remote_code: whether code in the model folder may run.
+        device: torch's name of a device; ``None``: the GPU where there is one.
+        batch_size: texts at a time.
+        max_length: tokens of a text, which loses its beginning where it is longer; ``None``: what the model takes.
+    """
+
+    auto_class = AutoModelForSequenceClassification
+
+    def __init__(
+        self,
+        path: str,
+        dtype: str,
+        trust_remote_code: bool,
+        device: str | None,
+        batch_size: int,
+        max_length: int | None,
+    ) -> None:
+        super().__init__(path, dtype, trust_remote_code, device, batch_size)
+        self.max_length = max_length
+        self.truncated = 0
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
+        """The model's output for each completion, in at least float32.
+
+        Raises:
+            JudgeError: the model has more than one output.
+        """
+        if self.model.config.num_labels != 1:
+            raise JudgeError(f"judge.path={self.path}: {one_output(self.model.config.num_labels)}")
+        rows = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        rewards = [0.0] * len(rows)
+        for batch in self.batches([row["input_ids"] for row in rows]):
+            logits = at_least_float32(self.model(**self._padded([rows[i] for i in batch])).logits)
+            for i, value in zip(batch, logits.squeeze(-1).tolist(), strict=True):
+                rewards[i] = value
+        return {"reward": rewards}
+
+    def _encode(self, prompt: str, completion: str) -> dict[str, list[int]]:
+        tokenizer = self.tokenizer
+        if tokenizer.chat_template:
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            texts = [str(tokenizer.apply_chat_template(turns, tokenize=False))]
+        elif tokenizer.sep_token is not None:
+            texts = [prompt, completion]
+        else:
+            texts = [f"{prompt}{completion}{tokenizer.eos_token or ''}"]
+        special = not tokenizer.chat_template  # a template has written them
+        row = tokenizer(*texts, add_special_tokens=special, verbose=False)
+        limit = self.max_length or self.context
+        if len(row["input_ids"]) > limit:
+            self.truncated += 1
+            tokenizer.truncation_side = "left"
+            row = tokenizer(*texts, add_special_tokens=special, truncation=True, max_length=limit)
+        return dict(row)
+
+    def _padded(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        padding = self._padding([row["input_ids"] for row in rows])
+
+        def column(name: str) -> Tensor:
+            fill = padding if name == "input_ids" else 0
+            padded = [[*row[name], *[fill] * (width - len(row[name]))] for row in rows]
+            return torch.tensor(padded, device=self.device)
+
+        return {name: column(name) for name in rows[0]}
+
+    def _padding(self, rows: Sequence[Sequence[int]]) -> int:
+        """The token to pad with. Decoders find the end of a row by its value, so no row may hold it."""
+        token = self.tokenizer.pad_token_id
+        if token is None or token == self.tokenizer.eos_token_id:
+            used = {token for row in rows for token in row}
+            token = next(i for i in count() if i not in used)
+        self.model.config.get_text_config().pad_token_id = token
+        return token
+
+
+def one_output(outputs: int) -> str:
+    """Why a model with several outputs is no reward model."""
+    return (
+        f"this model has {outputs} outputs, and a reward model has one (num_labels=1); wrap a classifier in a reward "
+        "function of yours and write judge=function"
+    )
+
+
+class RewardModelJudge(RewardJudge):
+    """Compares completions by a reward model; see :class:`RewardModel`.
+
+    Args:
+        path: Hugging Face folder or hub name of a sequence classification model with one output.
+        dtype: of the weights, a name of torch's; ``auto``: as they were saved.
+        trust_remote_code: whether code in the model folder may run.
+        device: torch's name of a device; ``None``: the GPU where there is one.
+        batch_size: texts at a time.
+        max_length: tokens of a text, which loses its beginning where it is longer; ``None``: what the model takes.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        dtype: str,
+        trust_remote_code: bool,
+        device: str | None,
+        batch_size: int,
+        max_length: int | None,
+    ) -> None:
+        self.model = RewardModel(path, dtype, trust_remote_code, device, batch_size, max_length)
+        super().__init__(self.model)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Weights and what is read."""
+        model = self.model
+        return {"judge": "reward_model", "weights": model.digest, "dtype": model.dtype, "max_length": model.max_length}
+
+    def usage(self) -> dict[str, float]:
+        """How many texts were too long and lost their beginning."""
+        return {"truncated": float(self.model.truncated)}
+
+
+class LanguageModelJudge(PairwiseJudge):
+    """Asks a causal language model which completion is better, and compares the log-probabilities of ``A`` and ``B``.
+
+    Nothing is generated: one forward pass answers one question. The question goes through the tokenizer's chat
+    template where it has one.
+
+    Args:
+        path: Hugging Face folder or hub name.
+        dtype: of the weights, a name of torch's; ``auto``: as they were saved.
+        trust_remote_code: whether code in the model folder may run.
+        device: torch's name of a device; ``None``: the GPU where there is one.
+        batch_size: questions at a time.
+        template: of the question; ``{prompt}``, ``{first}`` and ``{second}`` are filled in.
+        margin: nats; log-probabilities that differ by no more are a tie.
+        cache: file of the verdicts.
+        max_unanswered: share of the questions that may stay without an answer, being longer than the model's context.
+
+    Raises:
+        ValueError: the template lacks a placeholder.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        dtype: str,
+        trust_remote_code: bool,
+        device: str | None,
+        batch_size: int,
+        template: str,
+        margin: float,
+        cache: str,
+        max_unanswered: float,
+    ) -> None:
+        super().__init__(cache, max_unanswered)
+        self._local = _CausalModel(path, dtype, trust_remote_code, device, batch_size)
+        self.template, self.margin = check_template(template), margin
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Weights, question and margin."""
+        return {
+            "judge": "language_model",
+            "weights": self._local.digest,
+            "dtype": self._local.dtype,
+            "template": self.template,
+            "margin": self.margin,
+        }
+
+    @torch.no_grad()
+    def ask(self, comparisons: Sequence[Comparison]) -> Iterator[Mapping[Comparison, float | str]]:
+        """Answers a batch at a time.
+
+        Raises:
+            JudgeError: the tokenizer cannot tell A from B.
+        """
+        context = self._local.context
+        questions = [self._encode(comparison) for comparison in comparisons]
+        fitting = [i for i, (ids, _) in enumerate(questions) if len(ids) <= context]
+        for i in set(range(len(questions))) - set(fitting):
+            length = len(questions[i][0])
+            yield {comparisons[i]: f"a question of {length} tokens exceeds the judge's context of {context}"}
+        for batch in self._local.batches([questions[i][0] for i in fitting]):
+            chosen = [fitting[i] for i in batch]
+            differences = self._differences([questions[i] for i in chosen])
+            yield {comparisons[i]: self._verdict(value) for i, value in zip(chosen, differences, strict=True)}
+
+    def _verdict(self, difference: float) -> float:
+        return 0.5 if abs(difference) <= self.margin else float(difference > 0)
+
+    def _differences(self, questions: Sequence[tuple[list[int], tuple[int, int]]]) -> list[float]:
+        """Of each question, how much more probable the answer A is than B, in nats."""
+        lengths = torch.tensor([len(ids) for ids, _ in questions])
+        ids = torch.zeros(len(questions), int(lengths.max()) + 1, dtype=torch.long)
+        for row, (question_ids, (label, _)) in zip(ids, questions, strict=True):
+            row[: len(question_ids) + 1] = torch.tensor([*question_ids, label])
+        sequences = Sequences(ids, lengths, lengths + 1).to(self._local.device)
+        logits = at_least_float32(completion_logits(self._local.model, sequences))
+        labels = torch.tensor([labels for _, labels in questions], device=logits.device)
+        first, second = logits.gather(-1, labels).unbind(-1)
+        self.spend(calls=len(questions), tokens=int(lengths.sum()))
+        return (first - second).tolist()
+
+    def _encode(self, comparison: Comparison) -> tuple[list[int], tuple[int, int]]:
+        """Tokens of the question, and the token of each answer: the first in which the two differ."""
+        tokenizer, text = self._local.tokenizer, question(self.template, comparison).rstrip()
+        if tokenizer.chat_template:
+            turn = [{"role": "user", "content": text}]
+            # models that think before they answer are asked not to; other templates do not read it
+            text = str(
+                tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+            )
+        gap = "" if text[-1:].isspace() else " "
+        special = not tokenizer.chat_template
+        first, second = (
+            tokenizer(f"{text}{gap}{label}", add_special_tokens=special, verbose=False)["input_ids"] for label in "AB"
+        )
+        cut = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
+        if cut is None:
+            raise JudgeError(f"judge.path={self._local.path}: its tokenizer has the same tokens for A and B")
+        return first[:cut], (first[cut], second[cut])
+
+
+class _CausalModel(_Local):
+    auto_class = AutoModelForCausalLM

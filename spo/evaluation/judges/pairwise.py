@@ -1,0 +1,187 @@
+"""Judges that compare: each order of two completions is asked once, and the answer kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sqlite3
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from spo.evaluation.judges.base import Comparison, JudgeError
+
+PLACEHOLDERS = ("prompt", "first", "second")
+
+
+class PairwiseJudge(ABC):
+    """Asks about both orders of two completions and takes the mean of the two answers.
+
+    So a judge that prefers what comes first, whatever it says, gives a tie, and swapping the completions of a
+    comparison turns a verdict ``v`` into exactly ``1 - v``. Equal completions are a tie without a question. A subclass
+    answers in the order it is shown.
+
+    Args:
+        cache: file of the verdicts, shared by runs and processes. They are written as they come, so that an
+            interrupted evaluation goes on where it stopped.
+        max_unanswered: share of the questions that may stay without an answer.
+    """
+
+    def __init__(self, cache: str | Path, max_unanswered: float) -> None:
+        self.max_unanswered = max_unanswered
+        self._store = VerdictStore(cache)
+        self._spent: Counter[str] = Counter({"calls": 0, "cached": 0, "unanswered": 0})
+        self._lock = Lock()
+
+    @property
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """JSON-like; whatever the answers follow from."""
+
+    @abstractmethod
+    def ask(self, comparisons: Sequence[Comparison]) -> Iterator[Mapping[Comparison, float | str]]:
+        """Compares in the order shown, and gives the answers as they come.
+
+        Yields:
+            Some of the comparisons with the verdict on each (1 first, 0 second, 0.5 tie), or, in words, why there is
+            none.
+        """
+
+    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> None:
+        """None: it only compares."""
+        return None
+
+    def verdicts(self, comparisons: Sequence[Comparison]) -> list[float | None]:
+        """Verdicts of both orders, from the cache where they are there.
+
+        Returns:
+            For each comparison the mean of its two answers; ``None`` where one is missing.
+
+        Raises:
+            JudgeError: more than ``max_unanswered`` of the questions have no answer, or nothing can be asked at all.
+        """
+        own = json.dumps(self.identity, sort_keys=True)
+        keys = {
+            shown: _digest(own, shown.prompt, shown.first, shown.second)
+            for comparison in comparisons
+            if comparison.first != comparison.second
+            for shown in (comparison, comparison.swapped)
+        }
+        known = self._store.get(keys.values())
+        verdicts = {shown: known[key] for shown, key in keys.items() if key in known}
+        self.spend(cached=len(verdicts))
+        open_questions = [shown for shown in keys if shown not in verdicts]
+        if open_questions:
+            verdicts |= self._asked(open_questions, keys)
+        return [_mean(comparison, verdicts) for comparison in comparisons]
+
+    def usage(self) -> dict[str, float]:
+        """Questions asked (``calls``), answered by the cache and left unanswered, and what a subclass counts."""
+        with self._lock:
+            return {key: float(value) for key, value in self._spent.items()}
+
+    def spend(self, **amounts: float) -> None:
+        """Adds to what :meth:`usage` tells; any thread may call it."""
+        with self._lock:
+            self._spent.update(amounts)  # type: ignore[arg-type]
+
+    def _asked(self, questions: list[Comparison], keys: Mapping[Comparison, str]) -> dict[Comparison, float]:
+        verdicts: dict[Comparison, float] = {}
+        missing = 0
+        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, transient=True) as progress, closing(self.ask(questions)) as answers:  # type: ignore[type-var]
+            task = progress.add_task("judging", total=len(keys), completed=len(keys) - len(questions))
+            for some in answers:
+                found = {shown: answer for shown, answer in some.items() if not isinstance(answer, str)}
+                self._store.put({keys[shown]: verdict for shown, verdict in found.items()})
+                verdicts |= found
+                progress.advance(task, len(some))
+                self.spend(unanswered=len(some) - len(found))
+                missing += len(some) - len(found)
+                if missing > self.max_unanswered * len(keys):  # no use in asking, and paying for, the others
+                    reason = next(answer for answer in some.values() if isinstance(answer, str))
+                    raise JudgeError(
+                        f"the judge left more than {self.max_unanswered:.0%} of {len(keys)} questions unanswered "
+                        f"(judge.max_unanswered); the last one: {reason}. Run the same command again when that is put "
+                        f"right: the answers that it gave are kept in {self._store.file}"
+                    )
+        return verdicts
+
+
+def _mean(comparison: Comparison, verdicts: Mapping[Comparison, float]) -> float | None:
+    if comparison.first == comparison.second:
+        return 0.5
+    there, back = verdicts.get(comparison), verdicts.get(comparison.swapped)
+    return None if there is None or back is None else (there + (1 - back)) / 2
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class VerdictStore:
+    """Verdicts by key, in a file that several processes read and write.
+
+    Args:
+        file: an sqlite database, made where it is missing. Its rollback journal, unlike a write-ahead log, also works
+            on the network file systems of clusters.
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        self.file = Path(file)
+
+    def get(self, keys: Iterable[str]) -> dict[str, float]:
+        """The verdicts that are known.
+
+        Raises:
+            JudgeError: the file cannot be used.
+        """
+        if not self.file.exists():
+            return {}
+        with self._open() as database:
+            found = ((key, database.execute("SELECT verdict FROM verdicts WHERE key = ?", [key])) for key in keys)
+            return {key: row[0] for key, cursor in found if (row := cursor.fetchone()) is not None}
+
+    def put(self, verdicts: Mapping[str, float]) -> None:
+        """Keeps verdicts; once it returns they survive the end of the process.
+
+        Raises:
+            JudgeError: the file cannot be used.
+        """
+        if verdicts:
+            with self._open() as database:
+                database.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", verdicts.items())
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(self.file, timeout=60)) as database, database:
+                database.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict REAL NOT NULL)")
+                yield database
+        except (sqlite3.Error, OSError) as error:
+            words = f"the cache of verdicts {self.file} cannot be used ({error}): move it away, or set judge.cache"
+            raise JudgeError(words) from error
+
+
+def check_template(template: str) -> str:
+    """The template of a question, if it holds ``{prompt}``, ``{first}`` and ``{second}``.
+
+    Raises:
+        ValueError: one of them is missing.
+    """
+    if absent := [f"{{{name}}}" for name in PLACEHOLDERS if f"{{{name}}}" not in template]:
+        raise ValueError(f"judge.template: {' and '.join(absent)} must occur in it")
+    return template
+
+
+def question(template: str, comparison: Comparison) -> str:
+    """The template with prompt and completions in place; braces of theirs mean nothing."""
+    return re.sub(rf"{{({'|'.join(PLACEHOLDERS)})}}", lambda match: getattr(comparison, match[1]), template)

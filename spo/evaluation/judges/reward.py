@@ -1,0 +1,76 @@
+"""Judging by a reward function: of two completions the one with the higher reward is the better."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from spo.data import Reward
+from spo.evaluation.judges.base import Comparison, JudgeError, verdict_of_rewards
+
+
+class RewardJudge:
+    """Compares completions by a reward function.
+
+    Args:
+        reward: ``reward(prompts, completions)`` gives the key ``reward`` and any components, one number per completion.
+    """
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The name of the function and the arguments it was given."""
+        return {"judge": "reward", "reward": _name(self.reward)}
+
+    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
+        """The rewards and their components.
+
+        Raises:
+            JudgeError: the function does not give one finite number per completion.
+        """
+        scores = self.reward(prompts, completions)
+        name = _name(self.reward)
+        if not isinstance(scores, dict) or "reward" not in scores:
+            raise JudgeError(f'{name}: a reward function returns {{"reward": [...]}}, this returned {scores!r:.80}')
+        found = {str(key): [float(value) for value in values] for key, values in scores.items()}
+        for key, values in found.items():
+            if len(values) != len(completions):
+                raise JudgeError(f"{name}: {len(values)} values of {key} for {len(completions)} completions")
+            if not all(map(math.isfinite, values)):
+                raise JudgeError(f"{name}: {key} is not a finite number for every completion")
+        return found
+
+    def verdicts(self, comparisons: Sequence[Comparison]) -> list[float | None]:
+        """Verdicts of the rewards; equal ones are a tie."""
+        prompts = [comparison.prompt for comparison in comparisons]
+        first = self.scores(prompts, [comparison.first for comparison in comparisons])["reward"]
+        second = self.scores(prompts, [comparison.second for comparison in comparisons])["reward"]
+        return [verdict_of_rewards(a, b) for a, b in zip(first, second, strict=True)]
+
+    def usage(self) -> dict[str, float]:
+        """Nothing is spent."""
+        return {}
+
+
+def reward_judge(reward: Reward | None) -> RewardJudge | None:
+    """The judge of a reward function, or none where the data has no reward.
+
+    Args:
+        reward: a function, or an object that is called like one; a class is instantiated first.
+    """
+    if isinstance(reward, partial) and inspect.isclass(reward.func):  # named by _target_ beside _partial_
+        reward = reward()
+    return None if reward is None else RewardJudge(reward)
+
+
+def _name(reward: Any) -> str:
+    if isinstance(reward, partial):
+        given = ", ".join(f"{key}={value!r}" for key, value in reward.keywords.items())
+        return f"{_name(reward.func)}({given})" if given else _name(reward.func)
+    named = reward if hasattr(reward, "__qualname__") else type(reward)
+    return f"{named.__module__}.{named.__qualname__}"

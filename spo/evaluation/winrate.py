@@ -1,0 +1,93 @@
+"""Win rates with intervals, as they are and at equal length."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from spo.evaluation.intervals import Array, Bootstrap
+
+RIDGE = 0.001
+"""Keeps the slope finite where length alone decides; in units of samples, so that it is nothing beside the data."""
+_ITERATIONS, _LARGEST_STEP, _LARGEST_LOGIT = 60, 2.0, 30.0
+_NUMBERS_AT_ONCE = 4_000_000
+
+
+def win_rates(
+    verdicts: Sequence[float | None],
+    length_differences: Sequence[float],
+    units: Sequence[Hashable],
+    *,
+    confidence: float,
+    samples: int,
+    seed: int,
+) -> dict[str, float]:
+    """The share of comparisons won, ties as half, and the same at equal length.
+
+    Args:
+        verdicts: 1 for a win of the policy, 0 for a loss, 0.5 for a tie or anything between; ``None`` where the judge
+            gave no answer: such a comparison is left out.
+        length_differences: tokens of the policy's completion minus those of the other one.
+        units: the prompt of each comparison; prompts weigh alike, and are what the bootstrap resamples.
+        confidence: of the intervals.
+        samples: bootstrap resamples.
+        seed: of the resampling.
+
+    Returns:
+        ``win_rate`` and ``win_rate_length_controlled``, each with ``_ci_low`` and ``_ci_high``; empty without answers.
+    """
+    answered = [i for i, verdict in enumerate(verdicts) if verdict is not None]
+    if not answered:
+        return {}
+    won = np.array([verdicts[i] for i in answered], dtype=np.float64)
+    longer = np.array([length_differences[i] for i in answered], dtype=np.float64)
+    bootstrap = Bootstrap([units[i] for i in answered], confidence=confidence, samples=samples, seed=seed)
+    controlled = bootstrap.estimate(lambda weights: at_equal_length(won, longer, weights))
+    return bootstrap.mean(won.tolist()).under("win_rate") | controlled.under("win_rate_length_controlled")
+
+
+def at_equal_length(verdicts: Array, length_differences: Array, weights: Array) -> Array:
+    """Win rates that a logistic regression on the difference in length predicts where there is none.
+
+    As in AlpacaEval 2 (Dubois et al., arXiv:2404.04475) the log-odds of a win are ``b + s tanh(d / sd(d))``, and the
+    answer is ``sigmoid(b)``. Its term for the difficulty of an instruction needs many models' results and is left out.
+    Verdicts may be shares: the loss is the cross-entropy. If length has no effect, that is the plain win rate.
+
+    Args:
+        verdicts: ``(N,)`` in [0, 1].
+        length_differences: ``(N,)``, in any unit.
+        weights: ``(K, N)`` of the comparisons, for ``K`` regressions at once.
+
+    Returns:
+        ``(K,)``.
+    """
+    spread = length_differences.std()
+    x = np.tanh(length_differences / spread) if spread > 0 else np.zeros_like(length_differences)
+    start = _fit(verdicts, x, weights[:1], np.zeros((1, 2)))
+    size = max(_NUMBERS_AT_ONCE // len(x), 1)
+    parts = [weights[first : first + size] for first in range(0, len(weights), size)]
+    fitted = np.vstack([_fit(verdicts, x, part, np.repeat(start, len(part), axis=0)) for part in parts])
+    return _sigmoid(fitted[:, 0])
+
+
+def _fit(verdicts: Array, x: Array, weights: Array, start: Array) -> Array:
+    """``(K, 2)`` intercepts and slopes of ``K`` weighted logistic regressions, by Newton's method in bounded steps."""
+    intercept, slope = start.T.copy()
+    for _ in range(_ITERATIONS):
+        p = _sigmoid(intercept[:, None] + slope[:, None] * x)
+        residual, curvature = weights * (verdicts - p), weights * p * (1 - p)
+        gradient = residual.sum(1), residual @ x - RIDGE * slope
+        a, b, c = curvature.sum(1) + 1e-12, curvature @ x, curvature @ x**2 + RIDGE
+        step = np.stack([c * gradient[0] - b * gradient[1], a * gradient[1] - b * gradient[0]]) / (a * c - b * b)
+        step *= np.minimum(1, _LARGEST_STEP / np.maximum(np.abs(step).max(0), 1e-12))
+        # Where every comparison was won the intercept would run away; its sigmoid is 1 long before.
+        intercept = np.clip(intercept + step[0], -_LARGEST_LOGIT, _LARGEST_LOGIT)
+        slope = slope + step[1]
+        if np.abs(step).max() < 1e-9:
+            break
+    return np.stack([intercept, slope], axis=1)
+
+
+def _sigmoid(x: Array) -> Array:
+    return 0.5 * (1 + np.tanh(x / 2))

@@ -1,0 +1,132 @@
+"""Win rates, plain and at equal length, and the bootstrap under them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spo.evaluation import Bootstrap, at_equal_length, win_rates
+
+SETTINGS: dict[str, Any] = {"confidence": 0.95, "samples": 400, "seed": 0}
+
+
+def rates(verdicts: Any, longer: Any, units: Any = None, **changes: Any) -> dict[str, float]:
+    units = range(len(verdicts)) if units is None else units
+    return win_rates(list(verdicts), list(longer), list(units), **SETTINGS | changes)
+
+
+def controlled(verdicts: Any, longer: Any) -> float:
+    verdicts, longer = np.asarray(verdicts, dtype=float), np.asarray(longer, dtype=float)
+    return float(at_equal_length(verdicts, longer, np.ones((1, len(verdicts))))[0])
+
+
+def test_by_hand_with_ties_and_unanswered() -> None:
+    found = rates([1.0, 0.0, 0.5, None, 1.0], [0, 0, 0, 99, 0])
+    assert found["win_rate"] == 2.5 / 4
+    assert found["win_rate_length_controlled"] == pytest.approx(2.5 / 4)
+    assert rates([None, None], [1, 2]) == {}
+    # prompts weigh alike, however many of their comparisons were answered
+    uneven = rates([1.0, None, 0.0, 0.0], [0] * 4, ["a", "a", "b", "b"])
+    assert uneven["win_rate"] == 0.5 and uneven["win_rate_length_controlled"] == pytest.approx(0.5)
+
+
+def test_without_an_effect_of_length_it_is_the_plain_rate() -> None:
+    verdicts = [1, 1, 1, 0] * 20
+    for longer in ([0] * 80, [7] * 40 + [-7] * 40, [3, 3, 3, 3, -5, -5, -5, -5] * 10):
+        assert controlled(verdicts, longer) == pytest.approx(0.75, abs=1e-9)
+    soft = [0.9, 0.4] * 30
+    assert controlled(soft, [5, 5, -5, -5] * 15) == pytest.approx(0.65, abs=1e-9)
+
+
+def test_a_verdict_that_is_length_alone_is_worth_one_half() -> None:
+    longer = np.random.default_rng(0).normal(size=400)
+    longer = np.concatenate([longer, -longer])
+    assert (longer > 0).mean() == 0.5
+    assert controlled(longer > 0, longer) == pytest.approx(0.5, abs=1e-6)
+    # three quarters of the answers are longer and win for it: at equal length nothing is left that is sure
+    longer = np.concatenate([np.linspace(1, 60, 300), np.linspace(-60, -1, 100)])
+    found = rates((longer > 0).astype(float), longer)
+    assert found["win_rate"] == 0.75
+    low, high = found["win_rate_length_controlled_ci_low"], found["win_rate_length_controlled_ci_high"]
+    assert found["win_rate_ci_low"] > 0.7 and low < 0.5 < high
+    assert all(math.isfinite(value) for value in found.values())
+
+
+def test_recovers_what_made_the_verdicts() -> None:
+    rng = np.random.default_rng(1)
+    longer = rng.normal(20, 30, size=20_000)
+    log_odds = 0.8 + 1.5 * np.tanh(longer / longer.std())
+    verdicts = (rng.random(20_000) < 1 / (1 + np.exp(-log_odds))).astype(float)
+    assert controlled(verdicts, longer) == pytest.approx(1 / (1 + math.exp(-0.8)), abs=0.02)
+    assert verdicts.mean() > 0.75
+
+
+def test_agrees_with_an_independent_fit_in_every_resample() -> None:
+    rng = np.random.default_rng(2)
+    verdicts, longer = rng.choice([0, 0.5, 1, 0.8], size=50), rng.normal(5, 20, size=50)
+    weights = Bootstrap(range(50), confidence=0.95, samples=6, seed=3).weights
+    found = at_equal_length(verdicts, longer, weights)
+    x, v = torch.tensor(np.tanh(longer / longer.std())), torch.tensor(verdicts)
+    for row, value in zip(torch.tensor(weights), found, strict=True):
+        parameters = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([parameters], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15)
+
+        def closure(row: torch.Tensor = row, p: torch.Tensor = parameters, o: Any = optimizer) -> torch.Tensor:
+            o.zero_grad()
+            losses = torch.nn.functional.binary_cross_entropy_with_logits(p[0] + p[1] * x, v, reduction="none")
+            loss = (row * losses).sum() + 0.0005 * p[1] ** 2
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        assert value == pytest.approx(parameters[0].sigmoid().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("verdicts", [[1] * 9, [0] * 9, [1] * 8 + [0], [0, 0, 0, 0, 1, 1, 1, 1, 1]])
+def test_separable_answers_stay_finite(verdicts: list[float]) -> None:
+    for longer in (range(-4, 5), range(9), [0] * 9):
+        found = rates(verdicts, longer)
+        assert all(0 <= value <= 1 for value in found.values())
+        if len(set(verdicts)) == 1:
+            assert found["win_rate_length_controlled"] == pytest.approx(verdicts[0], abs=1e-6)
+
+
+def test_swapping_the_sides_mirrors_every_number() -> None:
+    rng = np.random.default_rng(4)
+    verdicts, longer, units = rng.choice([0.0, 0.5, 1.0], size=60), rng.normal(4, 9, size=60), np.arange(60) // 3
+    ours, theirs = rates(verdicts, longer, units), rates(1 - verdicts, -longer, units)
+    for key in ("win_rate", "win_rate_length_controlled"):
+        assert ours[key] == pytest.approx(1 - theirs[key], abs=1e-7)
+        assert ours[f"{key}_ci_low"] == pytest.approx(1 - theirs[f"{key}_ci_high"], abs=1e-7)
+
+
+def test_the_interval_at_equal_length_covers_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(5)
+    truth, covered = 1 / (1 + math.exp(-0.5)), 0
+    for trial in range(120):
+        longer = rng.normal(10, 20, size=150)
+        log_odds = 0.5 + np.tanh(longer / longer.std())
+        verdicts = (rng.random(150) < 1 / (1 + np.exp(-log_odds))).astype(float)
+        found = rates(verdicts, longer, confidence=0.9, samples=200, seed=trial)
+        covered += found["win_rate_length_controlled_ci_low"] <= truth <= found["win_rate_length_controlled_ci_high"]
+    assert 0.82 <= covered / 120 <= 0.96
+
+
+def test_samples_of_a_prompt_are_resampled_together() -> None:
+    values = np.repeat(np.random.default_rng(6).normal(size=30), 4)
+    by_prompt = Bootstrap(np.repeat(np.arange(30), 4).tolist(), **SETTINGS).mean(values.tolist())
+    as_if_independent = Bootstrap(range(120), **SETTINGS).mean(values.tolist())
+    assert by_prompt.value == pytest.approx(as_if_independent.value)
+    ratio = (by_prompt.high - by_prompt.low) / (as_if_independent.high - as_if_independent.low)
+    assert 1.5 < ratio < 2.6  # four copies say no more than one: twice the width
+
+
+def test_a_ratio_of_sums() -> None:
+    bootstrap = Bootstrap(range(3), **SETTINGS)
+    found = bootstrap.mean([1.0, 4.0, 9.0], per=[1, 2, 3])
+    assert found.value == 14 / 6 and 1.0 <= found.low < found.value < found.high <= 3.0
+    assert found.under("entropy").keys() == {"entropy", "entropy_ci_low", "entropy_ci_high"}
