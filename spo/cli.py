@@ -254,14 +254,36 @@ def _compare(arguments: list[str]) -> int:
 def _report(arguments: list[str]) -> int:
     parser = _Parser(COMMANDS["report"].usage)
     parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--spec", metavar="NAME|FILE")
     given = parser.parse_args(arguments)
+    from spo.reports.dashboard import load_spec
     from spo.reports.html import render_report
     from spo.runtime.errors import UserError
 
     try:
-        print(render_report(given.run_dir))
+        print(render_report(given.run_dir, load_spec(given.spec)))
     except FileNotFoundError as error:
         raise UserError(str(error)) from error
+    return 0
+
+
+def _dashboard(arguments: list[str]) -> int:
+    parser = _Parser(COMMANDS["dashboard"].usage)
+    parser.add_argument("project", metavar="ENTITY/PROJECT")
+    parser.add_argument("--spec", metavar="NAME|FILE")
+    parser.add_argument("--group-by", metavar="KEY")
+    parser.add_argument("--report", action="store_true")
+    given = parser.parse_args(arguments)
+    entity, _, project = given.project.partition("/")
+    if not (entity and project) or "/" in project:
+        raise Usage(f"{given.project}: give the entity and the project as ENTITY/PROJECT\nusage: {parser.usage}")
+    from spo.reports.dashboard import load_spec
+
+    dashboard = load_spec(given.spec)
+    from spo.tracking import workspace
+
+    make = workspace.report if given.report else workspace.workspace
+    print(workspace.save(make(dashboard, entity, project, given.group_by)))
     return 0
 
 
@@ -355,10 +377,28 @@ COMMANDS = {
     ),
     "report": Command(
         "write report.html of a run again",
-        "spo report RUN_DIR",
-        "Makes the page from the files in the run directory, whether the run is finished or not.",
-        ["spo report outputs/runs/RUN"],
+        "spo report RUN_DIR [--spec NAME|FILE]",
+        """
+        Makes the page from the files in the run directory, whether the run is finished or not.
+
+        --spec NAME|FILE  which curves it draws: a dashboard of conf/dashboard, or a yaml file of your own
+        """,
+        ["spo report outputs/runs/RUN", "spo report outputs/runs/RUN --spec my_dashboard.yaml"],
         _report,
+    ),
+    "dashboard": Command(
+        "make a W&B workspace or report for the runs of a project",
+        "spo dashboard ENTITY/PROJECT [--report] [--group-by KEY] [--spec NAME|FILE]",
+        """
+        Saves a dashboard as a new view of a W&B project: a workspace, or a report to write into and share. It needs an
+        API key and pip install 'spo[dashboards]'. The same dashboard is drawn without W&B by spo report.
+
+        --report          a report instead of a workspace
+        --group-by KEY    one line for each value of a key of the configuration: its mean, with a band
+        --spec NAME|FILE  a dashboard of conf/dashboard, or a yaml file of your own
+        """,
+        ["spo dashboard ENTITY/spo", "spo dashboard ENTITY/spo --report --group-by method.name"],
+        _dashboard,
     ),
     "inspect": Command(
         "show the rows of a data set as tokens, masks and text",

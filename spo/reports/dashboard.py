@@ -11,7 +11,7 @@ import yaml
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag, TypeAdapter, ValidationError
 
 from spo.errors import UserError
-from spo.reports.wording import UNITS
+from spo.reports.wording import UNITS, unit
 from spo.resources import conf_dir
 
 DEFAULT = "alignment"
@@ -154,21 +154,21 @@ class Dashboard(_Node):
         return frozenset(key for section in self.sections for panel in section.panels for key in panel.keys)
 
 
-def unit(key: str) -> str:
+def unit_of(key: str) -> str:
     """Unit of a metric with its split, such as ``eval/kl``; empty for a pure number."""
-    return UNITS.get(key, UNITS.get(key.partition("/")[2], ""))
+    return UNITS.get(key) or unit(key.partition("/")[2])
 
 
-def load_spec(spec: str | Path = DEFAULT) -> Dashboard:
+def load_spec(spec: str | Path | None = None) -> Dashboard:
     """Reads a dashboard.
 
     Args:
-        spec: name of a shipped one (``conf/dashboard/NAME.yaml``), or a file of your own.
+        spec: name of a shipped one (``conf/dashboard/NAME.yaml``), or a file of your own; ``None`` for the default.
 
     Raises:
         UserError: there is no such file, or it holds what is no dashboard; every problem is named.
     """
-    file = _file(spec)
+    file = _file(spec or DEFAULT)
     try:
         return TypeAdapter(Dashboard).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from spo.reports.charts import Panel, Series, histogram, interval_bar, line_chart
-from spo.reports.dashboard import Curves, Dashboard, load_spec, unit
+from spo.reports.dashboard import Curves, Dashboard, load_spec, unit_of
 from spo.reports.record import RunRecord, read_run
 from spo.reports.wording import (
     INTERVAL,
@@ -302,7 +302,7 @@ def _panel(run: RunRecord, curves: Curves) -> Panel:
             hue = place + 1 if len(curves.metrics) > 1 else 1 + validation
             series.append(Series(name, steps, values, hue=hue, dashed=validation))
     key, title = clean("-".join(curves.metrics)), clean(curves.title)
-    return Panel(key, title, unit(curves.keys[0]), series, curves.bounds, curves.baseline)
+    return Panel(key, title, unit_of(curves.keys[0]), series, curves.bounds, curves.baseline)
 
 
 def _evaluated(run: RunRecord) -> list[dict[str, Any]]:
