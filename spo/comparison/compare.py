@@ -14,7 +14,7 @@ from spo.comparison.checks import Problem, find_problems
 from spo.comparison.runs import CannotCompare, Found, Run
 from spo.comparison.scores import against, prompts_of, table
 from spo.comparison.statistics import Bootstrap, Estimate, holm
-from spo.reports.wording import label, number
+from spo.reports.wording import INTERVAL, label, number
 
 COLUMNS = (
     "win_rate",
@@ -31,6 +31,7 @@ LEVEL = 0.05  # of the tests, after correction
 _LOWER_IS_BETTER = ("loss", "kl", "self_bleu", "repetition", "logps/rejected", "ece", "brier", "log_loss")
 _HIGHER_IS_BETTER = ("win_rate", "reward", "rewards/accuracies")
 _SHARES, _POSITIVE = ("win_rate", "distinct_", "self_bleu", "rewards/accuracies"), ("kl", "entropy", "length")
+_COUNTS = ("reference/", "judge/", "prompts/")  # what is no measure of a policy
 _COEFFICIENTS = ("alpha.value", "beta.value")
 
 
@@ -226,7 +227,7 @@ def _lost(runs: Iterable[Run], names: Sequence[str]) -> list[str]:
 
 def _metric(runs: Sequence[Run], wanted: str | None, notes: list[str]) -> str:
     common = set.intersection(*(set(run.record.metrics or {}) for run in runs))
-    known = sorted(key for key in common if key.startswith("eval/") and "reference/" not in key)
+    known = sorted(key for key in common if key.startswith("eval/") and "/reference/" not in key)
     if wanted is not None:
         if wanted in known:
             return wanted
@@ -324,7 +325,8 @@ def _estimates(setting: Setting, bootstrap: Bootstrap) -> dict[str, Estimate]:
     names = [key.removeprefix("eval/") for key in sorted(shared) if key.startswith("eval/")]
     found = {}
     for name in names:
-        scores = None if "reference/" in name else table(setting.runs, name, prompts_of(setting.runs, name))
+        counts = name.startswith(_COUNTS) or name.endswith(INTERVAL)
+        scores = None if counts else table(setting.runs, name, prompts_of(setting.runs, name))
         if scores is not None:
             found[name] = _bounded(bootstrap.mean(scores), name)
     return found

@@ -13,8 +13,8 @@ from spo.comparison.compare import Comparison, Method, Setting, better
 from spo.comparison.runs import Run
 from spo.comparison.statistics import pareto
 from spo.reports.charts import Cloud, Panel, Point, Series, Tile, Whisker, line_chart, scatter, tiles, whiskers
-from spo.reports.dashboard import Dashboard, unit
-from spo.reports.wording import UNITS, clean, label, number
+from spo.reports.dashboard import Dashboard, unit_of
+from spo.reports.wording import clean, label, number, unit
 
 HUES = 8
 _CURVE_STEPS = 3  # a validation curve of fewer steps gives way to the training one
@@ -42,8 +42,12 @@ def headline(comparison: Comparison) -> Markup:
         rows.append(Whisker(method.name + mark, hue[method.name], one.value, one.low, one.high, said))
     share = metric.startswith("win_rate")
     start = 0.5 if share else comparison.reference.get(metric)
-    axis = label(metric) + (f", {UNITS[metric]}" if metric in UNITS else "")
+    axis = _axis(metric)
     return whiskers(rows, axis, (0.0, 1.0) if share else None, start)
+
+
+def _axis(metric: str) -> str:
+    return ", ".join(part for part in (label(metric), unit(metric)) if part)
 
 
 # --- frontier ------------------------------------------------------------------------------------------------------
@@ -82,10 +86,9 @@ def frontier(comparison: Comparison, cost: str) -> Markup | None:
         clouds.append(Cloud(method.name, hue[method.name], [*points, *means], corners))
     if not any(cloud.points for cloud in clouds):
         return None
-    names = [label(name) + (f", {UNITS[name]}" if name in UNITS else "") for name in (cost, metric)]
     reference = comparison.reference
     start = (reference[cost], reference[metric]) if cost in reference and metric in reference else None
-    return scatter(clouds, names[0], names[1], start, 0.5 if metric.startswith("win_rate") else None)
+    return scatter(clouds, _axis(cost), _axis(metric), start, 0.5 if metric.startswith("win_rate") else None)
 
 
 def _eval(run: Run, metric: str) -> float | None:
@@ -248,7 +251,7 @@ def _panels(comparison: Comparison, spec: Any) -> list[Panel]:
             if spec.varying and all(len(set(one.values)) == 1 for one in series):
                 continue
             title = f"{spec.title}: {metric.rpartition('/')[2]}" if len(spec.metrics) > 1 else spec.title
-            words = ", ".join(part for part in (unit(key), key.partition("/")[0]) if part)
+            words = ", ".join(part for part in (unit_of(key), key.partition("/")[0]) if part)
             panels.append(Panel(clean(key), clean(title), words, series, spec.bounds, spec.baseline))
             break
     return panels

@@ -20,7 +20,7 @@ from spo.comparison.runs import Run
 from spo.reports.charts import marker
 from spo.reports.dashboard import Dashboard, load_spec
 from spo.reports.html import PAGE as REPORT_PAGE
-from spo.reports.wording import UNITS, clean, finite, label, number, shorten, verdict_word
+from spo.reports.wording import clean, finite, label, number, shorten, unit, verdict_word
 
 FOLDER = Path(__file__).parent / "page"
 _SAMPLES, _TEXT_CHARACTERS = 6, 1200
@@ -132,7 +132,7 @@ def _difference(one: Difference, comparison: Comparison) -> dict[str, Any]:
 
 
 def _column(name: str) -> dict[str, str]:
-    return {"name": name, "label": label(name), "unit": UNITS.get(name, "")}
+    return {"name": name, "label": label(name), "unit": unit(name)}
 
 
 def _row(method: Method, comparison: Comparison) -> dict[str, Any]:

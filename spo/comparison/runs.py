@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from spo.errors import UserError
-from spo.reports.record import RunRecord, read_run
+from spo.reports.record import RunRecord, load_yaml, read_run
 from spo.reports.wording import finite
 
 IDENTITY, COMPOSED, METRICS, FAILURE, SWEEP = (
@@ -78,6 +78,11 @@ class Run:
     def key(self) -> str:
         """Equal for the seeds of one setting."""
         return json.dumps(self.setting, sort_keys=True, default=str)
+
+    @property
+    def has_all_prompts(self) -> bool:
+        """Whether its prompts are no sample of others, as those of an enumerable language."""
+        return str(self.setting.get("data.source._target_")).endswith(".EnumerableSource")
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
@@ -210,7 +215,7 @@ def _composed(file: Path) -> dict[str, str]:
     """The configuration with its references left in, flat; empty where it is missing."""
     try:
         text = file.read_text(encoding="utf-8")
-        return {key: str(value) for key, value in _flat(yaml.safe_load(text))}
+        return {key: str(value) for key, value in _flat(load_yaml(text))}
     except (OSError, yaml.YAMLError):
         return {}
 

@@ -18,6 +18,12 @@ from spo.reports.wording import finite
 Row = Mapping[str, Any]
 
 
+def unit_of(run: Run, row: Row) -> str:
+    """The prompt of a row, whose samples stand together; the sample itself where there are no other prompts at all."""
+    prompt = str(row.get("prompt_id"))
+    return f"{prompt} {row.get('sample_index')}" if run.has_all_prompts else prompt
+
+
 def _tokens(row: Row) -> float | None:
     tokens = row.get("tokens")
     return float(len(tokens)) if isinstance(tokens, list) else finite(tokens)
@@ -91,7 +97,7 @@ def _by_prompt(run: Run, value: Callable[[Row], float | None]) -> dict[str, floa
     for row in run.samples:
         one = value(row)
         if one is not None:
-            found.setdefault(str(row.get("prompt_id")), []).append(one)
+            found.setdefault(unit_of(run, row), []).append(one)
     return {prompt: fmean(values) for prompt, values in found.items()}
 
 
@@ -111,7 +117,7 @@ def _at_equal_length(run: Run, of: Callable[[Row], Row]) -> dict[str, float]:
     for row in run.samples:
         verdict, ours, theirs = finite(of(row).get("verdict")), _tokens(row), _tokens(of(row))
         if verdict is not None and ours is not None and theirs is not None:
-            rows.append((str(row.get("prompt_id")), verdict, ours - theirs))
+            rows.append((unit_of(run, row), verdict, ours - theirs))
     prompts = list(dict.fromkeys(prompt for prompt, _, _ in rows))
     if len(prompts) < 2:
         return {}
@@ -176,7 +182,7 @@ def _rewards(run: Run) -> dict[str, list[float]]:
     for row in run.samples:
         reward = finite(row.get("reward"))
         if reward is not None:
-            found.setdefault(str(row.get("prompt_id")), []).append(reward)
+            found.setdefault(unit_of(run, row), []).append(reward)
     return found
 
 
@@ -185,5 +191,5 @@ def _judged(run: Run, other: Run) -> dict[str, float]:
     for row in [*run.samples, *run.evaluated_again]:
         verdict = finite(((row.get("opponents") or {}).get(other.name) or {}).get("verdict"))
         if verdict is not None:
-            found.setdefault(str(row.get("prompt_id")), []).append(verdict)
+            found.setdefault(unit_of(run, row), []).append(verdict)
     return {prompt: fmean(verdicts) for prompt, verdicts in found.items()}

@@ -11,16 +11,16 @@ from rich.text import Text
 
 from spo.comparison.compare import Comparison, Method, in_words
 from spo.comparison.output import columns, interval, method_in_words
-from spo.reports.wording import UNITS, clean, label, number
+from spo.reports.wording import clean, label, number, unit
 
-_METHOD_WIDTH = 22  # characters for a method's column; methods that do not fit go below
+_LABELS, _METHOD = 26, 17  # characters for the columns; methods that do not fit go below
 
 
 def show(comparison: Comparison) -> None:
     """Prints the table, what differs for sure, and what is unfair about it."""
     console = Console()
     _problems(console, comparison)
-    fitting = max(1, (console.width - 24) // _METHOD_WIDTH)
+    fitting = max(1, (console.width - _LABELS) // _METHOD)
     for first in range(0, len(comparison.methods), fitting):
         console.print(_table(console, comparison, comparison.methods[first : first + fitting]))
     console.print()
@@ -45,19 +45,20 @@ def _table(console: Console, comparison: Comparison, methods: Sequence[Method]) 
     table.add_column(_text(console, f"{len(comparison.methods)} methods", "dim"))
     for method in methods:
         mark = " (!)" if method.problems else ""
-        table.add_column(_text(console, method.name + mark, "bold red" if mark else "bold"), justify="right")
+        table.add_column(
+            _text(console, method.name + mark, "bold red" if mark else "bold"), justify="right", max_width=_METHOD - 2
+        )
     table.add_row("best setting", *(_text(console, method.best.label) for method in methods))
     table.add_row("settings tried", *(str(len(method.settings)) for method in methods))
     table.add_row("seeds", *(", ".join(map(str, method.best.seeds)) for method in methods), end_section=True)
     for name in columns(comparison):
-        unit = UNITS.get(name, "")
         cells = []
         for method in methods:
             estimate = method.estimates.get(name)
             value = number(None if estimate is None else estimate.value)
             style = "bold" if name == comparison.metric_name else ""
             cells.append(Text.assemble((value, style), "\n", (interval(estimate), "dim")))
-        table.add_row(Text.assemble(label(name), "\n", (unit, "dim")), *cells)
+        table.add_row(Text.assemble(label(name), "\n", (unit(name), "dim")), *cells)
     return table
 
 
