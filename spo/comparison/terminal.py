@@ -48,7 +48,7 @@ def _table(console: Console, comparison: Comparison, methods: Sequence[Method]) 
         table.add_column(
             _text(console, method.name + mark, "bold red" if mark else "bold"), justify="right", max_width=_METHOD - 2
         )
-    table.add_row("best setting", *(_text(console, method.best.label) for method in methods))
+    table.add_row("best setting", *(_text(console, method.best.label.replace(", ", "\n")) for method in methods))
     table.add_row("settings tried", *(str(len(method.settings)) for method in methods))
     table.add_row("seeds", *(", ".join(map(str, method.best.seeds)) for method in methods), end_section=True)
     for name in columns(comparison):
