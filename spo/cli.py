@@ -237,6 +237,20 @@ def _evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def _compare(arguments: list[str]) -> int:
+    parser = _Parser(COMMANDS["compare"].usage)
+    parser.add_argument("paths", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    for name in ("--metric", "--select", "--baseline"):
+        parser.add_argument(name)
+    parser.add_argument("--anyway", action="store_true")
+    given = parser.parse_intermixed_args(arguments)
+    from spo.comparison.command import compare_command
+
+    compare_command(**vars(given))
+    return 0
+
+
 def _report(arguments: list[str]) -> int:
     parser = _Parser(COMMANDS["report"].usage)
     parser.add_argument("run_dir", type=Path)
@@ -343,6 +357,23 @@ COMMANDS = {
             "spo evaluate outputs/runs/RUN data=jsonl data.path=PAIRS.jsonl",
         ],
         _evaluate,
+    ),
+    "compare": Command(
+        "compare the methods of a sweep",
+        "spo compare SWEEP_OR_RUN ... [--out DIR] [--metric KEY] [--select KEY] [--baseline METHOD] [--anyway]",
+        """
+        Reads run directories, finds the best setting of each method on the selection split, and compares those on the
+        test split: a table with intervals over seeds and prompts, which differences are more than luck, and a page with
+        figures. Refuses an unfair comparison: unequal numbers of settings, missing seeds, mixed data, unfinished runs.
+
+        --out DIR          where the files go; comparison/ beside the runs where it is not given
+        --metric KEY       what methods are ranked by, of metrics.json; eval/win_rate where it is not given
+        --select KEY       what settings are selected by; val/win_rate, or what the runs have instead
+        --baseline METHOD  compare each method with this one, instead of each with each
+        --anyway           go on where the comparison is unfair, and mark it in every output
+        """,
+        ["spo compare outputs/sweeps/baselines", "spo compare outputs/sweeps/baselines --baseline dpo --out results"],
+        _compare,
     ),
     "report": Command(
         "write report.html of a run again",

@@ -12,7 +12,15 @@ import torch
 from torch import nn
 
 from spo.data import EvalPrompt, Reward
-from spo.evaluation import Evaluation, EvaluationSettings, bootstrap_interval, distinct_n, evaluate_policy, self_bleu
+from spo.evaluation import (
+    Evaluation,
+    EvaluationSettings,
+    bootstrap_interval,
+    distinct_n,
+    draw_both,
+    evaluate_policy,
+    self_bleu,
+)
 from spo.evaluation.judges import reward_judge
 from spo.ops import completion_logps
 from tests.helpers import BOS, VOCAB, every_completion, sequences, tiny_llama, tiny_tokenizer
@@ -240,5 +248,5 @@ def test_seeded_and_reports_progress() -> None:
     done: list[int] = []
     settings = EvaluationSettings(7, 0, 1, 3, 1.0, 3, ["reference"], 0.95, 10, 5, 0)
     model = tiny_llama()
-    evaluate_policy(model, model, tiny_tokenizer(), prompts(7), settings, None, decode, done.append)
+    draw_both(model, model, tiny_tokenizer(), prompts(7), settings, decode, done.append)
     assert sum(done) == 14 and max(done) == 3

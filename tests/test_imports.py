@@ -24,6 +24,7 @@ LAYERS = [
     {"data", "models", "sampling", "metrics"},
     {"module", "evaluation"},
     {"callbacks", "exact", "tracking", "reports"},
+    {"comparison"},
     {"runtime"},
     {"cli"},
     {"__main__"},

@@ -2,7 +2,7 @@
 
 from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
 from spo.evaluation.draws import Draws, draw
-from spo.evaluation.evaluate import Evaluation, Opponent, assess, evaluate_policy
+from spo.evaluation.evaluate import Evaluation, Opponent, assess, draw_both, evaluate_policy
 from spo.evaluation.intervals import Bootstrap, Estimate, bootstrap_interval
 from spo.evaluation.settings import EvaluationSettings
 from spo.evaluation.winrate import at_equal_length, win_rates
@@ -20,6 +20,7 @@ __all__ = [
     "distinct_n",
     "distinct_samples",
     "draw",
+    "draw_both",
     "evaluate_policy",
     "self_bleu",
     "win_rates",

@@ -41,36 +41,42 @@ def evaluate_policy(
     settings: EvaluationSettings,
     judge: Judge | None,
     decode: Callable[[Sequence[int]], str],
-    on_progress: Callable[[int], None] = lambda _: None,
     all_prompts: bool = False,
     opponents: Mapping[str, Opponent] | None = None,
-    kept: Kept = lambda _, draw: draw(),
 ) -> Evaluation:
-    """Draws completions from both models, compares and measures them.
+    """Draws completions from both models, compares and measures them: see :func:`draw_both` and :func:`assess`."""
+    drawn = draw_both(policy, reference, tokenizer, prompts, settings, decode)
+    return assess(prompts, *drawn, settings, judge, all_prompts, opponents)
+
+
+def draw_both(
+    policy: nn.Module,
+    reference: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[EvalPrompt],
+    settings: EvaluationSettings,
+    decode: Callable[[Sequence[int]], str],
+    on_progress: Callable[[int], None] = lambda _: None,
+    kept: Kept = lambda _, draw: draw(),
+) -> tuple[Draws, Draws]:
+    """Completions of the policy, with the reference's opinion of them, and completions of the reference.
 
     Args:
         policy: the trained model.
         reference: the model that training started from.
         tokenizer: theirs.
         prompts: of one split.
-        settings: how to evaluate.
-        judge: compares the completions; ``None`` leaves reward and win rate out.
+        settings: how to sample.
         decode: from the token ids of a completion to its text.
         on_progress: called with the number of sequences just drawn.
-        all_prompts: whether there are no others that these prompts stand for.
-        opponents: what the policy is compared with beside the reference, by name.
         kept: where completions may be kept, so that none is drawn twice.
-
-    Returns:
-        See :func:`assess`.
     """
 
     def drawn(model: nn.Module, stage: str, other: nn.Module | None = None) -> Draws:
         return kept(stage, lambda: draw(model, stage, prompts, settings, tokenizer, decode, on_progress, other))
 
     with eval_mode(policy), eval_mode(reference):
-        ours, theirs = drawn(policy, "policy", reference), drawn(reference, "reference")
-    return assess(prompts, ours, theirs, settings, judge, all_prompts, opponents)
+        return drawn(policy, "policy", reference), drawn(reference, "reference")
 
 
 def assess(

@@ -18,7 +18,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from spo.data import EvalPrompt, TokenizedPair
 from spo.data.collate import collate
 from spo.data.rows import Split
-from spo.evaluation import Draws, Evaluation, EvaluationSettings, Opponent, evaluate_policy
+from spo.evaluation import Draws, EvaluationSettings, Opponent, assess, draw_both
 from spo.evaluation.judges import Judge
 from spo.evaluation.settings import CHOSEN, REFERENCE
 from spo.losses import as_loss
@@ -143,46 +143,42 @@ def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> RunEvalu
     policy = prepared.spec.base(run_dir / "policy").requires_grad_(False).to(device)
     reference = prepared.spec.start(prepared.base).to(device)
     limits: dict[Split, int] = {"test": settings.num_prompts, "selection": settings.selection_prompts}
-    if prepared.language is not None:
-        del limits["selection"]  # the splits are one and the same
+    if prepared.language is not None or settings.selection_prompts == 0 or not prepared.prompts["selection"]:
+        del limits["selection"]  # of a language that is enumerated the splits are one and the same
     prompts = {
         split: prepared.sampling_prompts(split, settings.max_new_tokens, limit) for split, limit in limits.items()
     }
     opponents = _opponents(settings, prompts["test"], prepared.pairs.test) if judge is not None else {}
     digests = _model_digests(cfg, prepared, run_dir)
     total = 2 * sum(map(len, prompts.values())) * settings.samples_per_prompt
+    drawn = {}
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as progress:
         task = progress.add_task("evaluating", total=total)
-
-        def evaluated(split: Split, settings: EvaluationSettings, opponents: Mapping[str, Opponent]) -> Evaluation:
-            return evaluate_policy(
+        for split in prompts:
+            drawn[split] = draw_both(
                 policy,
                 reference,
                 prepared.tokenizer,
                 prompts[split],
                 settings,
-                judge,
                 prepared.renderer.decode,
                 lambda done: progress.advance(task, done),
-                all_prompts=prepared.language is not None,
-                opponents=opponents,
-                kept=partial(_kept, cfg, settings, prompts[split], digests),
+                partial(_kept, cfg, settings, prompts[split], digests),
             )
-
-        test = evaluated("test", settings, opponents)
-        selection = None
-        if prepared.language is not None:
-            selection = replace(test, samples=[]) if settings.selection_prompts > 0 else None
-        elif prompts.get("selection"):
-            selection = evaluated("selection", replace(settings, against=[REFERENCE]), {})
+    whole = prepared.language is not None
+    test = assess(prompts["test"], *drawn["test"], settings, judge, whole, opponents)
+    if "selection" in prompts:
+        against_reference = replace(settings, against=[REFERENCE])
+        selection = assess(prompts["selection"], *drawn["selection"], against_reference, judge)
+    else:
+        selection = replace(test, samples=[])
     metrics = test.metrics | _pair_metrics(cfg, run_dir, policy, reference, prepared)
     if judge is not None:
         metrics |= {f"eval/judge/{name}": value for name, value in judge.usage().items()}
-    if selection is not None:
-        metrics |= {
-            f"val/{name}": selection.metrics[f"eval/{name}"] for name in VAL if f"eval/{name}" in selection.metrics
-        }
-    return RunEvaluation(metrics, test.samples, [] if selection is None else selection.samples)
+    if settings.selection_prompts > 0:
+        known = selection.metrics
+        metrics |= {f"val/{name}": known[f"eval/{name}"] for name in VAL if f"eval/{name}" in known}
+    return RunEvaluation(metrics, test.samples, selection.samples)
 
 
 def _model_digests(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> dict[str, Any]:
