@@ -209,6 +209,12 @@ def described(folder: Path, recorded: Sequence[Mapping[str, Any]] = ()) -> RunDe
     return RunDescription("a", "group", "spo", ["spo"], {"seed": 1}, folder, recorded)
 
 
+def closed(tracker: WandbTracker) -> None:
+    """Closes a run and waits for wandb's own process, which writes the file, to be done with it."""
+    tracker.close()
+    wandb.teardown()
+
+
 def test_a_run_that_goes_on_online_keeps_its_id_and_fills_what_the_server_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,9 +247,28 @@ def test_what_a_run_has_logged_it_does_not_log_again(tmp_path: Path) -> None:
     tracker.describe(described(tmp_path, [{"step": 4, "train/loss": 0.4}]))
     for step in (2, 4, 6):
         tracker.log_metrics({"train/loss": float(step)}, step)
-    tracker.close()
+    closed(tracker)
     shown = [(row["_step"], row["train/loss"]) for row in Offline(tmp_path).history]
     assert shown == [(4, 4.0), (6, 6.0)]
+
+
+def test_further_opponents_are_columns_of_the_samples_table(tmp_path: Path) -> None:
+    chosen = {"completion": "c", "verdict": 1.0}
+    samples = [
+        {"prompt": "a", "reward": None, "opponents": {"chosen": chosen}},
+        {"prompt": "b", "reward": 2.0, "opponents": {"../other": {"completion": "d", "verdict": None}}},
+        {"prompt": "c", "reward": 2.0},
+    ]
+    tracker = WandbTracker("spo", None, "offline", str(tmp_path))
+    tracker.describe(described(tmp_path))
+    tracker.conclude({}, samples)
+    closed(tracker)
+    [file] = Offline(tmp_path).folder.glob("files/media/table/samples*.table.json")
+    table = json.loads(file.read_text())
+    rows_of_table = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [row["opponents/chosen/completion"] for row in rows_of_table] == ["c", None, None]
+    assert [row["opponents/../other/completion"] for row in rows_of_table] == [None, "d", None]
+    assert [row["reward"] for row in rows_of_table] == [None, 2.0, 2.0]
 
 
 def test_disabled_is_nothing_on_disk(tmp_path: Path) -> None:

@@ -84,8 +84,10 @@ class WandbTracker(WandbLogger):
         """Writes the summary and the samples table."""
         run = self.experiment
         if samples:
-            columns = list(samples[0])
-            run.log({"samples": wandb.Table(columns=columns, data=[[row.get(c) for c in columns] for row in samples])})
+            rows = [_flat(row) for row in samples]
+            columns = list(dict.fromkeys(column for row in rows for column in row))
+            data = [[row.get(column) for column in columns] for row in rows]
+            run.log({"samples": wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
         run.summary.update(metrics)
 
     @rank_zero_only
@@ -94,6 +96,14 @@ class WandbTracker(WandbLogger):
         if self._experiment is not None:
             self._experiment.finish()
             self._experiment = None
+
+
+def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What is nested in a row, such as further opponents, as columns ``opponents/chosen/completion``."""
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
 def _run_id(file: Path) -> str:
