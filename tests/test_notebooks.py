@@ -16,7 +16,7 @@ from tests.environments import ROOT
 
 FOLDER = ROOT / "notebooks"
 SHOWN = ("02_softness.ipynb",)  # whose measurements are part of the documentation; the others hold no outputs
-STRIPPED = ("01_quickstart.ipynb",)
+STRIPPED = ("01_quickstart.ipynb", "03_compare.ipynb")
 LARGEST = 300_000
 
 
@@ -106,3 +106,18 @@ def test_quickstart_from_top_to_bottom(tmp_path: Path, cache_dir: Path, monkeypa
     }
     assert found["samples"] == len((runs / "spo" / "samples.jsonl").read_text().splitlines())
     assert (runs / "spo" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_compare_from_top_to_bottom(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPO_CACHE_DIR", str(cache_dir))
+    grid = {"SPO": '["alpha=0.1", "alpha=1"]', "DPO": '["beta=0.1", "beta=1"]', "IPO": '["beta=1", "beta=3"]'}
+    notebook = execute("03_compare.ipynb", tmp_path, SIZE='["+debug=tiny"]', SEEDS="[1, 2]", **grid)
+    found, runs = numbers(notebook), tmp_path / "outputs" / "compare"
+    assert pictures(notebook) == 4
+    assert (runs / "comparison" / "comparison.html").exists()
+    assert set(found["best"]) == {"spo", "dpo", "ipo"}
+    for method, setting in found["best"].items():
+        folders = [runs / f"{method}_{setting.replace(' ', '-')}_seed-{seed}" for seed in (1, 2)]
+        rates = [json.loads((folder / "metrics.json").read_text())["eval/win_rate"] for folder in folders]
+        assert found["values"][method] == pytest.approx(sum(rates) / 2)

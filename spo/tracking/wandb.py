@@ -85,8 +85,8 @@ class WandbTracker(WandbLogger):
         run = self.experiment
         if samples:
             rows = [_flat(row) for row in samples]
-            columns = list(dict.fromkeys(column for row in rows for column in row))
-            data = [[row.get(column) for column in columns] for row in rows]
+            columns: list[str | int] = list(dict.fromkeys(column for row in rows for column in row))
+            data = [[row.get(str(column)) for column in columns] for row in rows]
             run.log({"samples": wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
         run.summary.update(metrics)
 
