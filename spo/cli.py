@@ -237,17 +237,53 @@ def _evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def _compare(arguments: list[str]) -> int:
+    parser = _Parser(COMMANDS["compare"].usage)
+    parser.add_argument("paths", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    for name in ("--metric", "--select", "--baseline"):
+        parser.add_argument(name)
+    parser.add_argument("--anyway", action="store_true")
+    given = parser.parse_intermixed_args(arguments)
+    from spo.comparison.command import compare_command
+
+    compare_command(**vars(given))
+    return 0
+
+
 def _report(arguments: list[str]) -> int:
     parser = _Parser(COMMANDS["report"].usage)
     parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--spec", metavar="NAME|FILE")
     given = parser.parse_args(arguments)
+    from spo.reports.dashboard import load_spec
     from spo.reports.html import render_report
     from spo.runtime.errors import UserError
 
     try:
-        print(render_report(given.run_dir))
+        print(render_report(given.run_dir, load_spec(given.spec)))
     except FileNotFoundError as error:
         raise UserError(str(error)) from error
+    return 0
+
+
+def _dashboard(arguments: list[str]) -> int:
+    parser = _Parser(COMMANDS["dashboard"].usage)
+    parser.add_argument("project", metavar="ENTITY/PROJECT")
+    parser.add_argument("--spec", metavar="NAME|FILE")
+    parser.add_argument("--group-by", metavar="KEY")
+    parser.add_argument("--report", action="store_true")
+    given = parser.parse_args(arguments)
+    entity, _, project = given.project.partition("/")
+    if not (entity and project) or "/" in project:
+        raise Usage(f"{given.project}: give the entity and the project as ENTITY/PROJECT\nusage: {parser.usage}")
+    from spo.reports.dashboard import load_spec
+
+    dashboard = load_spec(given.spec)
+    from spo.tracking import workspace
+
+    make = workspace.report if given.report else workspace.workspace
+    print(workspace.save(make(dashboard, entity, project, given.group_by)))
     return 0
 
 
@@ -322,12 +358,47 @@ COMMANDS = {
         ],
         _evaluate,
     ),
+    "compare": Command(
+        "compare the methods of a sweep",
+        "spo compare SWEEP_OR_RUN ... [--out DIR] [--metric KEY] [--select KEY] [--baseline METHOD] [--anyway]",
+        """
+        Reads run directories, finds the best setting of each method on the selection split, and compares those on the
+        test split: a table with intervals over seeds and prompts, which differences are more than luck, and a page with
+        figures. Refuses an unfair comparison: unequal numbers of settings, missing seeds, mixed data, unfinished runs.
+
+        --out DIR          where the files go; comparison/ beside the runs where it is not given
+        --metric KEY       what methods are ranked by, of metrics.json; eval/win_rate where it is not given
+        --select KEY       what settings are selected by; val/win_rate, or what the runs have instead
+        --baseline METHOD  compare each method with this one, instead of each with each
+        --anyway           go on where the comparison is unfair, and mark it in every output
+        """,
+        ["spo compare outputs/sweeps/baselines", "spo compare outputs/sweeps/baselines --baseline dpo --out results"],
+        _compare,
+    ),
     "report": Command(
         "write report.html of a run again",
-        "spo report RUN_DIR",
-        "Makes the page from the files in the run directory, whether the run is finished or not.",
-        ["spo report outputs/runs/RUN"],
+        "spo report RUN_DIR [--spec NAME|FILE]",
+        """
+        Makes the page from the files in the run directory, whether the run is finished or not.
+
+        --spec NAME|FILE  which curves it draws: a dashboard of conf/dashboard, or a yaml file of your own
+        """,
+        ["spo report outputs/runs/RUN", "spo report outputs/runs/RUN --spec my_dashboard.yaml"],
         _report,
+    ),
+    "dashboard": Command(
+        "make a W&B workspace or report for the runs of a project",
+        "spo dashboard ENTITY/PROJECT [--report] [--group-by KEY] [--spec NAME|FILE]",
+        """
+        Saves a dashboard as a new view of a W&B project: a workspace, or a report to write into and share. It needs an
+        API key and pip install 'spo[dashboards]'. The same dashboard is drawn without W&B by spo report.
+
+        --report          a report instead of a workspace
+        --group-by KEY    one line for each value of a key of the configuration: its mean, with a band
+        --spec NAME|FILE  a dashboard of conf/dashboard, or a yaml file of your own
+        """,
+        ["spo dashboard ENTITY/spo", "spo dashboard ENTITY/spo --report --group-by method.name"],
+        _dashboard,
     ),
     "inspect": Command(
         "show the rows of a data set as tokens, masks and text",

@@ -1,4 +1,4 @@
-"""The notebooks as they are committed: executed from top to bottom, and holding what they showed."""
+"""The notebooks: as they are committed, and executed from top to bottom."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from nbclient import NotebookClient
 
 from tests.environments import ROOT
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FOLDER = ROOT / "notebooks"
+SHOWN = ("02_softness.ipynb",)  # whose measurements are part of the documentation; the others hold no outputs
+STRIPPED = ("01_quickstart.ipynb", "03_compare.ipynb")
 LARGEST = 300_000
 
 
@@ -22,29 +24,59 @@ def read(file: Path) -> Any:
     return nbformat.read(file, as_version=4)
 
 
+def code_of(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
 def numbers(notebook: Any) -> dict[str, Any]:
     """What the last cell prints."""
     return json.loads(notebook.cells[-1].outputs[0].text)
 
 
+def execute(name: str, folder: Path, **changes: str) -> Any:
+    """Runs a notebook in a folder, with lines of its settings replaced."""
+    notebook = read(FOLDER / name)
+    for cell in code_of(notebook):
+        cell.outputs, cell.execution_count = [], None
+    for old, new in changes.items():
+        lines = [cell for cell in code_of(notebook) if re.search(rf"^{old} = ", cell.source, re.MULTILINE)]
+        assert len(lines) == 1
+        lines[0].source = re.sub(rf"^{old} = .*$", f"{old} = {new}", lines[0].source, flags=re.MULTILINE)
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": folder}}).execute()
+    return notebook
+
+
+def pictures(notebook: Any) -> int:
+    return sum("image/png" in output.get("data", {}) for cell in code_of(notebook) for output in cell.outputs)
+
+
 def test_there_are_notebooks() -> None:
-    assert [file.name for file in NOTEBOOKS] == ["02_softness.ipynb"]
+    assert sorted(file.name for file in FOLDER.glob("*.ipynb")) == sorted((*SHOWN, *STRIPPED))
 
 
-@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.name)
-def test_a_committed_notebook_shows_its_results(file: Path) -> None:
-    notebook = read(file)
-    nbformat.validate(notebook)
-    text = file.read_text()
+@pytest.mark.parametrize("name", (*SHOWN, *STRIPPED))
+def test_a_notebook_is_one_that_runs_anywhere(name: str) -> None:
+    text = (FOLDER / name).read_text()
+    nbformat.validate(read(FOLDER / name))
     assert len(text) < LARGEST
     assert not re.search(r"[\"' (](/tmp|/home|/root|/work|/usr|[A-Z]:\\\\)", text)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code_of(read(FOLDER / name)):
+        ast.parse(cell.source)
+
+
+@pytest.mark.parametrize("name", STRIPPED)
+def test_outputs_are_stripped(name: str) -> None:
+    for cell in code_of(read(FOLDER / name)):
+        assert not cell.outputs and cell.execution_count is None
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_committed_notebook_shows_its_results(name: str) -> None:
+    code = code_of(read(FOLDER / name))
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
-    for cell in code:
-        ast.parse(cell.source)
+    assert pictures(read(FOLDER / name))
 
 
 def check_softness(found: dict[str, Any]) -> None:
@@ -54,15 +86,38 @@ def check_softness(found: dict[str, Any]) -> None:
 
 
 def test_what_softness_shows() -> None:
-    check_softness(numbers(read(ROOT / "notebooks" / "02_softness.ipynb")))
+    check_softness(numbers(read(FOLDER / "02_softness.ipynb")))
 
 
 @pytest.mark.slow
 def test_softness_from_top_to_bottom(tmp_path: Path) -> None:
-    notebook = read(ROOT / "notebooks" / "02_softness.ipynb")
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": tmp_path}}).execute()
-    check_softness(numbers(notebook))
+    check_softness(numbers(execute("02_softness.ipynb", tmp_path)))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_quickstart_from_top_to_bottom(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPO_CACHE_DIR", str(cache_dir))
+    notebook = execute("01_quickstart.ipynb", tmp_path, SIZE='["+debug=tiny"]')
+    found, runs = numbers(notebook), tmp_path / "outputs" / "quickstart"
+    assert pictures(notebook) == 3
+    assert {name: found[name] for name in ("spo", "dpo")} == {
+        name: json.loads((runs / name / "metrics.json").read_text())["eval/win_rate"] for name in ("spo", "dpo")
+    }
+    assert found["samples"] == len((runs / "spo" / "samples.jsonl").read_text().splitlines())
+    assert (runs / "spo" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_compare_from_top_to_bottom(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPO_CACHE_DIR", str(cache_dir))
+    grid = {"SPO": '["alpha=0.1", "alpha=1"]', "DPO": '["beta=0.1", "beta=1"]', "IPO": '["beta=1", "beta=3"]'}
+    notebook = execute("03_compare.ipynb", tmp_path, SIZE='["+debug=tiny"]', SEEDS="[1, 2]", **grid)
+    found, runs = numbers(notebook), tmp_path / "outputs" / "compare"
+    assert pictures(notebook) == 4
+    assert (runs / "comparison" / "comparison.html").exists()
+    assert set(found["best"]) == {"spo", "dpo", "ipo"}
+    for method, setting in found["best"].items():
+        folders = [runs / f"{method}_{setting.replace(' ', '-')}_seed-{seed}" for seed in (1, 2)]
+        rates = [json.loads((folder / "metrics.json").read_text())["eval/win_rate"] for folder in folders]
+        assert found["values"][method] == pytest.approx(sum(rates) / 2)

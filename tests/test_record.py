@@ -83,3 +83,18 @@ def test_resume_without_a_file_starts_one(path: Path) -> None:
     record.log_metrics({"a": 1.0}, step=5)
     record.finalize("success")
     assert rows(path) == [{"step": 5, "a": 1.0}]
+
+
+def test_a_run_that_begins_again_leaves_nothing_of_its_first_attempt(path: Path) -> None:
+    path.write_text('{"step": 0, "a": 0.0}\n{"step": 2, "a": 2.0}\n{"ste')  # killed before its first checkpoint
+    record = Record(path, resume_at=None)
+    record.log_metrics({"a": 1.0}, step=0)
+    record.finalize("success")
+    assert rows(path) == [{"step": 0, "a": 1.0}] and record.latest == {"a": 1.0} and record.resumed == ()
+
+
+def test_what_stayed_is_told_to_others(path: Path) -> None:
+    path.write_text("".join(json.dumps({"step": step, "a": float(step)}) + "\n" for step in (2, 4, 6)))
+    record = Record(path, resume_at=4)
+    record.log_metrics({"b": 1.0}, step=4)
+    assert record.resumed == ({"step": 2, "a": 2.0}, {"step": 4, "a": 4.0})

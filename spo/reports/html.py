@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from spo.reports.charts import Panel, Series, histogram, interval_bar, line_chart
+from spo.reports.dashboard import Curves, Dashboard, load_spec, unit_of
 from spo.reports.record import RunRecord, read_run
 from spo.reports.wording import (
     INTERVAL,
@@ -33,47 +34,12 @@ from spo.reports.wording import (
 PAGE = Path(__file__).parent / "page"
 SPLITS = ("train", "val")
 # Sizes that keep the page below a megabyte, whatever the run.
-_SAMPLES_PER_ORDER, _SAMPLE_BYTES, _TEXT_CHARACTERS, _FILE_CHARACTERS, _PANELS = 20, 350_000, 3000, 60_000, 24
+_SAMPLES_PER_ORDER, _SAMPLE_BYTES, _TEXT_CHARACTERS, _FILE_CHARACTERS, _PANELS = 20, 350_000, 3000, 60_000, 30
 
-# (group, ((title, keys that share axes, fixed bounds, baseline), ...)); any other key gets a panel of its own.
-CURVES: tuple[tuple[str, tuple[tuple[str, tuple[str, ...], tuple[float, float] | None, float | None], ...]], ...] = (
-    (
-        "Loss",
-        (
-            ("Loss", ("loss",), None, None),
-            ("Preference loss", ("loss/preference",), None, None),
-            ("Regularizer", ("loss/regularizer",), None, None),
-        ),
-    ),
-    (
-        "Implicit rewards",
-        (
-            ("Implicit reward", ("rewards/chosen", "rewards/rejected"), None, None),
-            ("Implicit reward margin", ("rewards/margins",), None, None),
-            ("Implicit reward accuracy", ("rewards/accuracies",), (0.0, 1.0), 0.5),
-        ),
-    ),
-    (
-        "Log-probabilities, KL and entropy",
-        (
-            ("Log-probability", ("logps/chosen", "logps/rejected"), None, None),
-            ("KL to the reference", ("kl",), None, None),
-            ("Entropy", ("entropy",), None, None),
-        ),
-    ),
-)
 SCHEDULES = ("alpha", "beta")
-# Of a language that can be enumerated: sums over all responses, logged beside the splits under ``exact/``.
-EXACT = (
-    ("Total variation to the optimum", ("tv",)),
-    ("KL to the optimum", ("kl_optimum",)),
-    ("Entropy, and the optimum's", ("entropy", "entropy_optimum")),
-    ("KL to the reference", ("kl_reference",)),
-    ("Probability outside the data", ("mass_outside",)),
-)
 
 
-def render_report(run_dir: Path) -> Path:
+def render_report(run_dir: Path, dashboard: Dashboard | None = None) -> Path:
     """Writes ``report.html`` into a run directory, finished or not, and replaces the one that is there.
 
     The page is a function of the files alone: rendered twice, it has the same bytes.
@@ -81,6 +47,7 @@ def render_report(run_dir: Path) -> Path:
     Args:
         run_dir: A run directory. Read are ``config.yaml``, ``metrics.json``, ``history.jsonl``, ``samples.jsonl``
             and ``provenance.json``; each may be missing, cut off or incomplete.
+        dashboard: whose curves to draw; ``None`` for the shipped one.
 
     Returns:
         The path of the page.
@@ -90,7 +57,7 @@ def render_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir)
-    groups, chart_data = _curves(run)
+    groups, chart_data = _curves(run, dashboard or load_spec())
     script = (PAGE / "report.js").read_text(encoding="utf-8").strip()
     environment = Environment(
         loader=FileSystemLoader(PAGE),
@@ -278,7 +245,7 @@ def _others(run: RunRecord) -> list[tuple[str, str]]:
     return [(key, number(value)) for key, value in sorted((run.metrics or {}).items()) if not key.startswith(shown)]
 
 
-def _curves(run: RunRecord) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _curves(run: RunRecord, dashboard: Dashboard) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns the groups of drawn charts, and the points in them for the hover read-out."""
     steps = [step for row in run.history if (step := finite(row.get("step"))) is not None]
     if not steps:
@@ -286,7 +253,7 @@ def _curves(run: RunRecord) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
     span = (min(steps), max(steps))
     groups, data = [], []
     drawn = 0
-    for group, panels in _panels(run):
+    for group, panels in _panels(run, dashboard):
         charts = []
         for panel in panels[: max(_PANELS - drawn, 0)]:
             svg, points = line_chart(panel, span)
@@ -301,44 +268,32 @@ def _curves(run: RunRecord) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
     return groups, data
 
 
-def _panels(run: RunRecord) -> Iterable[tuple[str, list[Panel]]]:
-    for group, specs in CURVES:
-        panels = [_panel(run, title, keys, bounds, baseline) for title, keys, bounds, baseline in specs]
-        yield group, [panel for panel in panels if panel.series]
-    panels = [_panel(run, title, keys, splits=("exact",)) for title, keys in EXACT]
-    yield "Exact, by enumeration", [panel for panel in panels if panel.series]
-    varying = [name for name in SCHEDULES if any(len(set(run.curve(f"{split}/{name}")[1])) > 1 for split in SPLITS)]
-    panels = [_panel(run, "Gradient norm", ("grad_norm",)), *(_panel(run, name, (name,)) for name in varying)]
-    yield "Optimisation", [panel for panel in panels if panel.series]
-    known = {key for _, specs in CURVES for _, keys, _, _ in specs for key in keys} | {"grad_norm", *SCHEDULES}
-    logged = dict.fromkeys(key for row in run.history for key in row)
-    others = dict.fromkeys(
-        key.partition("/")[2] for key in logged if key.startswith(tuple(f"{split}/" for split in SPLITS))
-    )
-    panels = [_panel(run, label(name), (name,)) for name in others if name not in known]
+def _panels(run: RunRecord, dashboard: Dashboard) -> Iterable[tuple[str, list[Panel]]]:
+    """Returns the dashboard's sections as far as the run fills them, and what else was logged of its splits."""
+    for section in dashboard.sections:
+        panels = [_panel(run, curves) for curves in section.curves]
+        yield section.title, [panel for panel in panels if panel.series]
+    known = {metric for section in dashboard.sections for curves in section.curves for metric in curves.metrics}
+    logged = dict.fromkeys(key.partition("/") for row in run.history for key in row)
+    others = dict.fromkeys(name for split, _, name in logged if split in SPLITS and name not in {*known, *SCHEDULES})
+    panels = [_panel(run, Curves(label(name), (name,))) for name in others]
     yield "Further curves", [panel for panel in panels if panel.series]
 
 
-def _panel(
-    run: RunRecord,
-    title: str,
-    keys: tuple[str, ...],
-    bounds: tuple[float, float] | None = None,
-    baseline: float | None = None,
-    splits: Sequence[str] = SPLITS,
-) -> Panel:
+def _panel(run: RunRecord, curves: Curves) -> Panel:
     series = []
-    for place, key in enumerate(keys):
-        for split in splits:
-            steps, values = run.curve(f"{split}/{key}")
-            if steps:
-                validation = split == "val"
-                short = key.rpartition("/")[2]
-                name = f"{clean(short)}, {split}" if len(keys) > 1 else split
-                hue = place + 1 if len(keys) > 1 else 1 + validation
-                series.append(Series(name, steps, values, hue=hue, dashed=validation))
-    unit = UNITS.get(keys[0] if splits is SPLITS else f"{splits[0]}/{keys[0]}", "")
-    return Panel(clean("-".join(keys)), clean(title), unit, series, bounds, baseline)
+    for place, metric in enumerate(curves.metrics):
+        for split in curves.splits:
+            steps, values = run.curve(f"{split}/{metric}")
+            if not steps or (curves.varying and len(set(values)) == 1):
+                continue
+            validation = split == "val"
+            short = metric.rpartition("/")[2]
+            name = f"{clean(short)}, {split}" if len(curves.metrics) > 1 else split
+            hue = place + 1 if len(curves.metrics) > 1 else 1 + validation
+            series.append(Series(name, steps, values, hue=hue, dashed=validation))
+    key, title = clean("-".join(curves.metrics)), clean(curves.title)
+    return Panel(key, title, unit_of(curves.keys[0]), series, curves.bounds, curves.baseline)
 
 
 def _evaluated(run: RunRecord) -> list[dict[str, Any]]:

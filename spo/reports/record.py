@@ -69,6 +69,15 @@ class RunRecord:
         return node
 
 
+def load_yaml(text: str) -> Any:
+    """Reads YAML of plain values; in C where that is built in, which is ten times faster.
+
+    Raises:
+        yaml.YAMLError: It is none.
+    """
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 def read_run(run_dir: Path) -> RunRecord:
     """Reads every file of a run directory that is there.
 
@@ -85,7 +94,7 @@ def read_run(run_dir: Path) -> RunRecord:
     run = RunRecord(name=run_dir.resolve().name)
     run.config_text = _text(run, run_dir / "config.yaml", "the config cannot be shown") or ""
     try:
-        config = yaml.safe_load(run.config_text)
+        config = load_yaml(run.config_text)
         run.config = config if isinstance(config, dict) else {}
     except yaml.YAMLError as error:
         run.notes.append(f"config.yaml is not valid YAML ({str(error).splitlines()[0]}); it is shown as it is.")

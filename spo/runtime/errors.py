@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from spo.errors import UserError
+
 # The module that is missing, and the extra of the package that brings it.
 EXTRAS = {
     "peft": "peft",
@@ -18,10 +20,6 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "trl": "trl",
 }
-
-
-class UserError(Exception):
-    """Something the person who typed the command can put right. The message says what, where and how."""
 
 
 class ConfigProblems(UserError):

@@ -85,8 +85,6 @@ def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
     trackers = [logger for logger in loggers if isinstance(logger, Tracker)]
     parts = assemble(cfg, prepared, [record, *loggers])
     module, trainer = parts.module, parts.trainer
-    for tracker in trackers:
-        tracker.describe(describe(cfg, run_dir))
     if trainer.is_global_zero:
         notes = [*warnings(cfg), *prepared.pairs.warnings]
         title = ": ".join(filter(None, [method_name(cfg), cfg.method.get("title")]))
@@ -94,6 +92,7 @@ def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
     with ExitStack() as stack:
         for tracker in trackers:
             stack.callback(tracker.close)  # a job that fails must not leave its run open for the next one
+            tracker.describe(describe(cfg, run_dir, record))
         trainer.fit(module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
         trained_at = perf_counter()
         weights = whole_state_dict(module.policy)
@@ -245,7 +244,7 @@ def _attach_samples(cfg: DictConfig, prepared: Prepared, trainer: Trainer) -> bo
     return bool(callbacks)
 
 
-def describe(cfg: DictConfig, run_dir: Path) -> RunDescription:
+def describe(cfg: DictConfig, run_dir: Path, record: Record) -> RunDescription:
     """The run as dashboards list it: its name, and one tag for each part of it."""
     parts = [method_name(cfg), *coefficients(cfg), f"seed-{cfg.seed}"]
     config = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
@@ -256,6 +255,8 @@ def describe(cfg: DictConfig, run_dir: Path) -> RunDescription:
         job_type=method_name(cfg),
         tags=[*parts, *cfg.tags],
         config={**config, "provenance": provenance},  # type: ignore[dict-item]
+        directory=run_dir,
+        recorded=record.resumed,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -16,6 +18,8 @@ class RunDescription:
         job_type: what kind of work it is.
         tags: for filtering.
         config: the resolved configuration and provenance, free of secrets.
+        directory: the run directory, where a tracker may keep which run of its own this is.
+        recorded: rows of ``history.jsonl`` from before an interruption, which a view may have lost or seen in part.
     """
 
     name: str
@@ -23,6 +27,8 @@ class RunDescription:
     job_type: str
     tags: list[str]
     config: dict[str, Any]
+    directory: Path
+    recorded: Sequence[Mapping[str, Any]] = ()
 
 
 @runtime_checkable
@@ -30,7 +36,7 @@ class Tracker(Protocol):
     """A logger that shows more than curves."""
 
     def describe(self, description: RunDescription) -> None:
-        """Says what the run is, before its first metric."""
+        """Opens the run, before its first metric."""
 
     def conclude(self, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
         """Takes the final numbers and the samples."""

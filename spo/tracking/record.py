@@ -16,11 +16,12 @@ class Record(Logger):
 
     Args:
         path: of the file.
-        resume_at: step a run is resumed from. Rows up to it stay, later ones were logged by the interrupted run
-            after its last checkpoint and will be logged again.
+        resume_at: step a run is resumed from, ``None`` for its beginning. Rows up to it stay, later ones were logged
+            by the interrupted run after its last checkpoint and will be logged again.
 
     Attributes:
         latest: of each metric the value that was logged last, before a resume too; none where it was not finite.
+        resumed: the rows that stayed.
     """
 
     def __init__(self, path: Path, resume_at: int | None = None) -> None:
@@ -28,8 +29,10 @@ class Record(Logger):
         self.path = path
         self._row: dict[str, Any] = {}
         self.latest: dict[str, float] = {}
-        if resume_at is not None and path.exists():
-            kept = [row for row in _readable_rows(path) if row["step"] <= resume_at]
+        self.resumed: tuple[dict[str, Any], ...] = ()
+        if path.exists():
+            kept = [row for row in _readable_rows(path) if resume_at is not None and row["step"] <= resume_at]
+            self.resumed = tuple(dict(row) for row in kept)
             for row in kept:
                 self._note({key: value for key, value in row.items() if key != "step"})
             if kept and kept[-1]["step"] == resume_at:

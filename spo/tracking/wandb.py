@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import netrc
 import os
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import wandb
 from lightning.pytorch.loggers import WandbLogger
@@ -13,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from spo.tracking.describe import RunDescription
 
+ID_FILE = "wandb_run.json"
 Mode = Literal["auto", "online", "offline", "disabled"]
 
 
@@ -20,14 +26,20 @@ def has_api_key() -> bool:
     """Whether a key is set in the environment or in ``.netrc``, found out without asking a server."""
     if os.environ.get("WANDB_API_KEY"):
         return True
+    server = urlsplit(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url).netloc
     try:
-        return any("wandb" in host for host in netrc.netrc().hosts)
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
     except (OSError, netrc.NetrcParseError):
         return False
+    return server in hosts or any("wandb" in host for host in hosts)
 
 
 class WandbTracker(WandbLogger):
     """A W&B run of the directory's run: curves, the resolved config, final numbers and samples as a table.
+
+    A run keeps its id over interruptions. What it had recorded before one and W&B does not hold is logged again when it
+    goes on: all of it offline, where every process writes a file of its own. The files of earlier processes are moved
+    to ``wandb/superseded/``, as uploading two files with one id gives a run with half its curves, or twice some.
 
     Args:
         project: W&B project.
@@ -43,24 +55,39 @@ class WandbTracker(WandbLogger):
         settings = wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True)
         super().__init__(project=project, entity=entity, mode=mode, dir=save_dir, save_dir=save_dir, settings=settings)
 
+    @rank_zero_only
     def describe(self, description: RunDescription) -> None:
-        """Sets name, group, job type, tags and config of the run that will be opened."""
+        """Opens the run, under the id it had before if it goes on, and logs what W&B lacks of it."""
         self._wandb_init.pop("anonymous", None)  # deprecated by wandb
         self._wandb_init.update(
+            id=_run_id(description.directory / ID_FILE),
             name=description.name,
             group=description.group,
             job_type=description.job_type,
             tags=description.tags,
             config=description.config,
         )
+        _supersede(Path(self._wandb_init["dir"]) / "wandb", self._wandb_init["id"])
+        known = self.experiment.starting_step  # 0, unless the server holds the run
+        for row in description.recorded:
+            if row["step"] >= known:
+                values = {key: math.nan if value is None else value for key, value in row.items() if key != "step"}
+                self.log_metrics(values, row["step"])
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Logs at the optimiser step, which is W&B's own step too: what it has seen of a resumed run it drops."""
+        self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
 
     @rank_zero_only
     def conclude(self, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
         """Writes the summary and the samples table."""
         run = self.experiment
         if samples:
-            columns = list(samples[0])
-            run.log({"samples": wandb.Table(columns=columns, data=[[row.get(c) for c in columns] for row in samples])})
+            rows = [_flat(row) for row in samples]
+            columns: list[str | int] = list(dict.fromkeys(column for row in rows for column in row))
+            data = [[row.get(str(column)) for column in columns] for row in rows]
+            run.log({"samples": wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
         run.summary.update(metrics)
 
     @rank_zero_only
@@ -69,3 +96,26 @@ class WandbTracker(WandbLogger):
         if self._experiment is not None:
             self._experiment.finish()
             self._experiment = None
+
+
+def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What is nested in a row, such as further opponents, as columns ``opponents/chosen/completion``."""
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _run_id(file: Path) -> str:
+    """The id of the W&B run that belongs to a run directory, made once."""
+    if not file.exists():
+        unfinished = file.with_name(f".{file.name}")
+        unfinished.write_text(json.dumps({"id": secrets.token_hex(4)}) + "\n")
+        unfinished.replace(file)
+    return json.loads(file.read_text(encoding="utf-8"))["id"]
+
+
+def _supersede(folder: Path, run_id: str) -> None:
+    for old in sorted(folder.glob(f"*run-*-{run_id}")):
+        (folder / "superseded").mkdir(exist_ok=True)
+        old.rename(folder / "superseded" / old.name)

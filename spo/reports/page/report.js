@@ -11,7 +11,8 @@
     }
     return Math.abs(steps[low] - step) <= Math.abs(steps[high] - step) ? low : high;
   };
-  const drawn = charts.map((chart) => ({ chart, svg: document.querySelector(`svg[data-chart="${CSS.escape(chart.key)}"]`) }));
+  const figures = document.querySelectorAll("svg[data-chart]");
+  const drawn = charts.map((chart, place) => ({ chart, svg: figures[place] }));
 
   const hover = ({ chart, svg }, event) => {
     const box = svg.getBoundingClientRect();

@@ -1,0 +1,92 @@
+"""A dashboard as a W&B workspace, or as a report. Needs the extra ``dashboards``."""
+
+from __future__ import annotations
+
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
+from wandb_workspaces import expr
+
+from spo.errors import UserError
+from spo.reports.dashboard import Bars, Curves, Dashboard, Panel, unit_of
+from spo.tracking.wandb import has_api_key
+
+STEP = "Step"  # W&B's own, which the tracker sets to the optimiser step
+_COLUMNS, _WIDTH, _HEIGHT = 3, 8, 7  # of panels in a report, whose grid is 24 wide
+
+
+def workspace(dashboard: Dashboard, entity: str, project: str, group_by: str | None = None) -> ws.Workspace:
+    """The workspace of a dashboard, not saved.
+
+    Args:
+        dashboard: what it shows.
+        entity: W&B entity.
+        project: W&B project of the runs.
+        group_by: config key, such as ``method.name``, of whose values each becomes one line: the mean, with a band.
+    """
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=dashboard.title,
+        sections=[
+            ws.Section(name=section.title, panels=[_panel(one) for one in section.panels], is_open=True)
+            for section in dashboard.sections
+        ],
+        settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=100),
+        runset_settings=ws.RunsetSettings(groupby=[expr.Config(group_by)] if group_by else []),
+    )
+
+
+def report(dashboard: Dashboard, entity: str, project: str, group_by: str | None = None) -> wr.Report:
+    """The report of a dashboard, not saved: what :func:`workspace` shows, to be written into and shared."""
+    groups = [f"config.{group_by}"] if group_by else []
+    blocks: list[wr.interface.BlockTypes] = [wr.TableOfContents()]
+    for section in dashboard.sections:
+        runs = wr.Runset(entity=entity, project=project, groupby=groups)
+        panels = [_panel(one, place) for place, one in enumerate(section.panels)]
+        blocks += [wr.H2(section.title), wr.PanelGrid(runsets=[runs], panels=panels)]
+    return wr.Report(entity=entity, project=project, title=dashboard.title, blocks=blocks, width="fluid")
+
+
+def save(view: ws.Workspace | wr.Report) -> str:
+    """Saves a workspace as a new view of its project, or a report, and returns its address.
+
+    Raises:
+        UserError: there is no API key, or W&B refuses.
+    """
+    if not has_api_key():
+        raise UserError("saving a dashboard needs an account: run `wandb login`, or set WANDB_API_KEY")
+    try:
+        view.save()
+    except Exception as error:  # of wandb, of its transport, or a message of the server
+        raise UserError(f"W&B did not take the dashboard for {view.entity}/{view.project}: {error}") from error
+    return str(view.url)
+
+
+def _panel(panel: Panel, place: int = 0) -> wr.interface.PanelTypes:
+    row, column = divmod(place, _COLUMNS)
+    layout = wr.Layout(x=column * _WIDTH, y=row * _HEIGHT, w=_WIDTH, h=_HEIGHT)
+    if isinstance(panel, Curves):
+        return wr.LinePlot(
+            title=panel.title,
+            x=STEP,
+            y=list(panel.keys),
+            range_y=panel.bounds or (None, None),
+            title_y=_axis(panel),
+            max_runs_to_show=100,
+            layout=layout,
+        )
+    if isinstance(panel, Bars):
+        return wr.BarPlot(
+            title=panel.title,
+            metrics=list(panel.final),
+            range_x=panel.bounds or (None, None),
+            title_x=_axis(panel),
+            layout=layout,
+        )
+    return wr.ScatterPlot(title=panel.title, x=wr.SummaryMetric(panel.x), y=wr.SummaryMetric(panel.y), layout=layout)
+
+
+def _axis(panel: Curves | Bars) -> str | None:
+    """The unit, and the value to compare with, for which W&B has no line."""
+    words = [unit_of(panel.keys[0]), "" if panel.baseline is None else f"compare with {panel.baseline:g}"]
+    return ", ".join(filter(None, words)) or None

@@ -1,0 +1,432 @@
+"""What `spo compare` says follows from the files, and what would be unfair is refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spo import cli
+from spo.comparison.compare import Comparison, Method, better, compare, in_words
+from spo.comparison.output import to_csv, to_dict, to_markdown
+from spo.comparison.runs import CannotCompare, find_runs
+from spo.comparison.scores import against, of_prompts
+from spo.comparison.statistics import Bootstrap
+from spo.comparison.terminal import show
+from spo.evaluation.winrate import win_rates
+from tests.commands import TINY, spo
+from tests.comparison_runs import write_run, write_sweep
+
+QUICK = Bootstrap(draws=400)
+
+
+def compared(*paths: Path, **options: Any) -> Comparison:
+    return compare(find_runs(paths), bootstrap=QUICK, **options)
+
+
+def method(comparison: Comparison, name: str) -> Method:
+    return next(one for one in comparison.methods if one.name == name)
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def rewrite(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes each row of a file of lines, or the one value of another."""
+    if file.suffix == ".jsonl":
+        rows = lines(file)
+        for row in rows:
+            change(row)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        value = json.loads(file.read_text())
+        change(value)
+        file.write_text(json.dumps(value))
+
+
+# --- what it says --------------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_means_over_seeds_and_prompts(tmp_path: Path) -> None:
+    comparison = compared(write_sweep(tmp_path, prompts=40, samples=2))
+    assert [len(one.settings) for one in comparison.methods] == [1, 1, 1]
+    assert comparison.prompts == 40 and list(comparison.seeds) == [1, 2, 3] and comparison.select is None
+    for name in ("spo", "dpo", "ipo"):
+        runs = sorted(tmp_path.glob(f"method-{name}_*"))
+        verdicts = [fmean(row["verdict"] for row in lines(run / "samples.jsonl")) for run in runs]
+        metrics = [json.loads((run / "metrics.json").read_text()) for run in runs]
+        estimates = method(comparison, name).estimates
+        assert math.isclose(estimates["win_rate"].value, fmean(verdicts))
+        for key in ("kl", "entropy", "distinct_2", "self_bleu", "length", "reward"):
+            one = estimates[key]
+            assert math.isclose(one.value, fmean(each[f"eval/{key}"] for each in metrics)), key
+            assert one.low is not None and one.high is not None and one.low < one.value < one.high
+    values = [one.estimates["win_rate"].value for one in comparison.methods]
+    assert values == sorted(values, reverse=True)
+
+
+def test_the_best_setting_is_selected_without_a_look_at_the_test_split(tmp_path: Path) -> None:
+    for beta, val, test in ((0.1, 0.7, 0.2), (0.2, 0.6, 0.9), (0.3, 0.65, 0.5)):
+        for seed in (1, 2):
+            run = write_run(tmp_path, method="dpo", seed=seed, beta=beta)
+            numbers = {"val/win_rate": val + (0.1 if seed == 1 else -0.1), "eval/win_rate": test, "val/loss": beta}
+            rewrite(run / "metrics.json", lambda metrics, numbers=numbers: metrics.update(numbers))
+    [found] = compared(tmp_path).methods
+    assert found.best.label == "beta 0.1" and len(found.settings) == 3
+    assert found.best.selection is not None and math.isclose(found.best.selection, 0.7)
+    assert math.isclose(found.estimates["win_rate"].value, 0.2)
+    [by_loss] = compared(tmp_path, select="val/loss").methods  # of a loss, the lowest is the best
+    assert by_loss.best.label == "beta 0.1"
+    [by_length] = compared(tmp_path, metric="eval/length").methods
+    assert by_length.best.label == "beta 0.1"
+
+
+def test_selection_falls_back_and_says_so(tmp_path: Path) -> None:
+    for beta in (0.1, 0.2):
+        write_run(tmp_path, method="dpo", beta=beta, without=["val/win_rate", "val/reward"])
+    comparison = compared(tmp_path)
+    assert comparison.select == "val/rewards/accuracies"
+    assert any("not all runs have val/win_rate" in note for note in comparison.notes)
+    assert any("one seed" in note for note in comparison.notes)
+    with pytest.raises(CannotCompare, match="favours the luckiest setting"):
+        compared(tmp_path, select="eval/win_rate")
+    with pytest.raises(CannotCompare, match="not all runs have it") as error:
+        compared(tmp_path, select="val/win_rate")
+    assert "val/rewards/accuracies" in str(error.value)
+
+
+def test_labels_show_what_varies_and_not_what_follows_from_it(tmp_path: Path) -> None:
+    for steps in (60, 120):
+        changes = {"trainer.max_steps": steps, "scheduler.num_training_steps": steps}
+        write_run(tmp_path / str(steps), alpha=0.1, changes=changes)
+    [found] = compared(tmp_path).methods
+    assert [one.label for one in found.settings] == ["trainer.max_steps 60", "trainer.max_steps 120"]
+    [alone] = compared(write_run(tmp_path / "alone", alpha=0.1)).methods
+    assert alone.best.label == "alpha 0.1, beta 0.1"
+
+
+def test_kl_and_entropy_vary_as_the_samples_and_lie_where_they_were_recorded(tmp_path: Path) -> None:
+    [run] = find_runs([write_run(tmp_path)]).runs
+    for name in ("kl", "entropy", "win_rate_length_controlled"):
+        scores = of_prompts(run, name)
+        assert len(scores) == 48
+        assert math.isclose(fmean(scores.values()), run.record.metric(f"eval/{name}") or 0.0)
+    ratio = [row["logp_policy"] - row["logp_reference"] for row in run.samples]
+    assert np.allclose(np.diff(list(of_prompts(run, "kl").values())), np.diff(ratio))
+    assert of_prompts(run, "distinct_2") == {} and of_prompts(run, "unheard_of") == {}
+
+
+def test_the_interval_at_equal_length_agrees_with_the_bootstrap_of_the_evaluation(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, prompts=200)
+    rows = lines(folder / "samples.jsonl")
+    rates = win_rates(
+        [row["verdict"] for row in rows],
+        [row["tokens"] - row["reference_tokens"] for row in rows],
+        [row["prompt_id"] for row in rows],
+        confidence=0.95,
+        samples=1000,
+        seed=0,
+    )
+    rewrite(folder / "metrics.json", lambda metrics: metrics.update({f"eval/{key}": v for key, v in rates.items()}))
+    one = compared(folder).methods[0].estimates["win_rate_length_controlled"]
+    assert math.isclose(one.value, rates["win_rate_length_controlled"])
+    assert one.low == pytest.approx(rates["win_rate_length_controlled_ci_low"], abs=0.012)
+    assert one.high == pytest.approx(rates["win_rate_length_controlled_ci_high"], abs=0.012)
+
+
+def test_unanswered_verdicts_are_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    rewrite(folder / "samples.jsonl", lambda row: row.update(verdict=None) if row["prompt_id"].endswith("0") else None)
+    [run] = find_runs([folder]).runs
+    assert len(of_prompts(run, "win_rate")) == 45
+    assert compared(folder).methods[0].estimates["win_rate"].low is not None
+
+
+def test_prompts_that_are_all_there_are_no_sample(tmp_path: Path) -> None:
+    source = {"data.source._target_": "spo.data.enumerable.EnumerableSource"}
+    [run] = find_runs([write_run(tmp_path, prompts=2, samples=30, changes=source)]).runs
+    assert len(of_prompts(run, "win_rate")) == 60
+
+
+# --- differences ---------------------------------------------------------------------------------------------------
+
+
+def test_one_loss_under_two_names_is_no_difference(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        for name in ("dpo", "renamed"):
+            write_run(tmp_path, method=name, seed=seed, luck=0)
+    comparison = compared(tmp_path)
+    [difference] = comparison.differences
+    assert difference.estimate.value == 0 and difference.p == 1 and not difference.significant
+    assert "no difference in win rate is shown" in in_words(difference, comparison)
+    assert all(duel.estimate is not None and duel.estimate.value == 0.5 for duel in comparison.duels)
+
+
+def test_one_loss_with_other_luck_is_no_difference(tmp_path: Path) -> None:
+    found = []
+    for trial in range(8):
+        for seed in (1, 2, 3):
+            for name in ("one", "other"):
+                write_run(tmp_path / str(trial), method=name, seed=seed, lift=0.8, changes={"data.limit": trial})
+        found += [difference.significant for difference in compared(tmp_path / str(trial)).differences]
+    assert sum(found) <= 1
+
+
+def test_differences_are_of_all_pairs_or_to_the_baseline(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        for name, lift in (("good", 2.5), ("fair", 0.6), ("poor", -0.8)):
+            write_run(tmp_path, method=name, seed=seed, lift=lift, prompts=80)
+    comparison = compared(tmp_path)
+    assert [(one.first, one.second) for one in comparison.differences] == [
+        ("good", "fair"),
+        ("good", "poor"),
+        ("fair", "poor"),
+    ]
+    assert all(one.significant and one.paired and one.p >= one.estimate.p for one in comparison.differences)  # type: ignore[operator]
+    assert in_words(comparison.differences[0], comparison).startswith("good is better than fair in win rate (")
+    to_fair = compared(tmp_path, baseline="fair")
+    assert [(one.first, one.second) for one in to_fair.differences] == [("good", "fair"), ("poor", "fair")]
+    assert in_words(to_fair.differences[1], to_fair).startswith("poor is worse than fair")
+    with pytest.raises(CannotCompare, match="--baseline nobody: there is no run of it; the methods are"):
+        compared(tmp_path, baseline="nobody")
+    by_kl = compared(tmp_path, metric="eval/kl")
+    assert by_kl.higher is False
+    values = [one.estimates["kl"].value for one in by_kl.methods]
+    assert values == sorted(values)
+    with pytest.raises(CannotCompare, match="--metric eval/charm: not all runs have it; they share eval/"):
+        compared(tmp_path, metric="eval/charm")
+
+
+def test_better_is_known_where_it_is_agreed() -> None:
+    assert better("eval/win_rate") and better("val/reward") and better("val/rewards/accuracies")
+    assert better("val/loss") is False and better("eval/kl") is False and better("eval/self_bleu") is False
+    assert better("eval/length") is None and better("eval/entropy") is None
+
+
+def test_methods_meet_each_other_by_their_rewards(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path, method=name, prompts=3, samples=2) for name in ("one", "two")]
+    for path, rewards in zip(paths, ([1, 5, 2, 2, 9, 9], [3, 3, 2, 2, 1, 1]), strict=True):
+        of_rows = iter(rewards)
+        rewrite(path / "samples.jsonl", lambda row, of_rows=of_rows: row.update(reward=next(of_rows)))
+    one, two = find_runs(paths).runs
+    assert list(against(one, two).values()) == [0.5, 0.5, 1.0]
+    assert list(against(two, one).values()) == [0.5, 0.5, 0.0]
+    duels = {(duel.first, duel.second): duel.estimate for duel in compared(tmp_path).duels}
+    assert duels["one", "two"] is not None and math.isclose(duels["one", "two"].value, 2 / 3)
+    assert duels["two", "one"] is not None and math.isclose(duels["two", "one"].value, 1 / 3)
+
+
+def test_methods_meet_each_other_as_a_judge_has_said(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path, method=name, prompts=4, judge=False) for name in ("one", "two")]
+    with pytest.raises(CannotCompare, match="neither eval/win_rate nor eval/reward"):
+        compared(tmp_path)
+    assert all(duel.estimate is None for duel in compared(tmp_path, metric="eval/kl").duels)
+    folder = paths[0] / "evaluations" / "judge-openai"
+    folder.mkdir(parents=True)
+    shutil.copy(paths[0] / "samples.jsonl", folder)
+    shares = iter([1.0, 0.5, None, 0.0])
+    rewrite(folder / "samples.jsonl", lambda row: row.update(opponents={paths[1].name: {"verdict": next(shares)}}))
+    one, two = find_runs(paths).runs
+    assert list(against(one, two).values()) == [1.0, 0.5, 0.0]
+    assert list(against(two, one).values()) == [0.0, 0.5, 1.0]
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_run_counts_once(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / "sweep", seeds=(1, 2))
+    first = next(sweep.glob("method-spo*"))
+    shutil.copytree(first, tmp_path / "elsewhere" / "copy")
+    shutil.copytree(first, sweep / f"{first.name}.1")  # what rerun=true moved aside
+    (sweep / "comparison").mkdir()
+    found = find_runs([sweep, first, tmp_path / "elsewhere"])
+    assert len(found.runs) == 6
+    assert [note for note in found.notes if "are the same run, and count once" in note]
+    assert all(len(one.best.runs) == 2 for one in compare(found, bootstrap=QUICK).methods)
+
+
+def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CannotCompare) as error:
+        find_runs([tmp_path / "empty", tmp_path / "absent"])
+    assert "2 problems" in str(error.value)
+    assert "there is no run in it" in str(error.value) and "there is no such directory" in str(error.value)
+    broken = write_run(tmp_path / "sweep")
+    (broken / "identity.json").write_text("{")
+    assert find_runs([tmp_path / "sweep"]).problems == [f"{broken.name}: its identity.json cannot be read"]
+
+
+# --- refusing ------------------------------------------------------------------------------------------------------
+
+
+def test_a_fair_comparison_has_no_problem(tmp_path: Path) -> None:
+    assert not compared(write_sweep(tmp_path, grid=True, seeds=(1, 2), prompts=12)).problems
+
+
+def spoil_budget(sweep: Path) -> None:
+    write_run(sweep, method="dpo", beta=0.5, seed=1)
+    write_run(sweep, method="dpo", beta=0.5, seed=2)
+
+
+def spoil_config(key: str, value: Any) -> Callable[[Path], None]:
+    def spoil(sweep: Path) -> None:
+        shutil.rmtree(next(sweep.glob("method-ipo*seed-1")))
+        write_run(sweep, method="ipo", seed=1, changes={key: value})
+
+    return spoil
+
+
+def spoil_digest(sweep: Path) -> None:
+    shutil.rmtree(next(sweep.glob("method-ipo*seed-1")))
+    write_run(sweep, method="ipo", seed=1, provenance={"pairs_sha256": "ef" * 32})
+
+
+def spoil_prompts(sweep: Path) -> None:
+    file = next(sweep.glob("method-ipo*seed-1")) / "samples.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-3]))
+
+
+def spoil_run(**how: Any) -> Callable[[Path], None]:
+    def spoil(sweep: Path) -> None:
+        shutil.rmtree(next(sweep.glob("method-ipo*seed-1")))
+        write_run(sweep, method="ipo", seed=1, finished=False, **how)
+
+    return spoil
+
+
+def spoil_code(sweep: Path) -> None:
+    run = next(sweep.glob("method-ipo*seed-1"))
+    shutil.copytree(run, sweep / "again")
+    rewrite(sweep / "again" / "identity.json", lambda identity: identity.update(code="0.2.0+ff", digest="other"))
+
+
+def spoil_job(sweep: Path) -> None:
+    job = {
+        "overrides": ["method=kto", "seed=1"],
+        "directory": "method-kto",
+        "status": "failed",
+        "error": "no such loss",
+    }
+    (sweep / "sweep.json").write_text(json.dumps({"command": "", "jobs": [{**job, "same_as": None}]}))
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (spoil_budget, "the numbers of settings tried differ: dpo 2, ipo 1, spo 1"),
+        (lambda sweep: shutil.rmtree(next(sweep.glob("method-dpo*seed-2"))), "dpo: it lacks seed 2"),
+        (spoil_digest, "the preference pairs are not the same for all runs (cdcdcdcd: "),
+        (spoil_config("data.seed", 1), "the data differs between runs: data.seed (0 or 1)"),
+        (spoil_config("sft.max_steps", 1), "the start differs between runs: sft.max_steps (1 or 300)"),
+        (spoil_config("judge._target_", "x"), "how it is judged differs between runs: judge._target_ ("),
+        (spoil_config("trainer.max_steps", 9), "the methods were trained for different lengths: "),
+        (spoil_prompts, "the test prompts are not the same for all runs (48 samples: "),
+        (spoil_run(), "seed-1 is unfinished, at step 30"),
+        (spoil_run(error="the loss is not finite"), "seed-1 is failed: the loss is not finite"),
+        (spoil_code, "have one setting and seed and are different runs (the code of spo differ)"),
+        (spoil_job, "the job method=kto seed=1 is failed: no such loss"),
+    ],
+)
+def test_what_is_unfair_is_refused_or_marked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None], words: str
+) -> None:
+    sweep = write_sweep(tmp_path, seeds=(1, 2))
+    spoil(sweep)
+    with pytest.raises(CannotCompare) as error:
+        compared(sweep)
+    assert words in str(error.value) and "add --anyway" in str(error.value)
+    comparison = compared(sweep, anyway=True)
+    show(comparison)
+    flat = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert words[:20] in flat and "not a fair comparison" in flat and "(!)" in flat
+    for text in (to_csv(comparison), to_markdown(comparison), json.dumps(to_dict(comparison), ensure_ascii=False)):
+        assert words.replace('"', '\\"')[:40] in text
+
+
+def test_all_problems_are_named_at_once_and_end_with_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = write_sweep(tmp_path, seeds=(1, 2))
+    for spoil in (spoil_budget, spoil_prompts, spoil_job):
+        spoil(sweep)
+    assert cli.main(["compare", str(sweep)]) == 1
+    said = capsys.readouterr().err
+    assert "the comparison has 3 problems:" in said and not (sweep / "comparison").exists()
+    assert cli.main(["compare", str(sweep), "--anyway"]) == 0
+    assert "not a fair comparison" in capsys.readouterr().out
+    assert "This is not a fair comparison" in (sweep / "comparison" / "comparison.html").read_text()
+
+
+def test_methods_without_a_finished_run_are_named(tmp_path: Path) -> None:
+    write_run(tmp_path, method="dpo")
+    write_run(tmp_path, method="ipo", finished=False)
+    comparison = compared(tmp_path, anyway=True)
+    assert [one.name for one in comparison.methods] == ["dpo"] and "ipo has no finished run" in comparison.notes
+    shutil.rmtree(next(tmp_path.glob("method-dpo*")))
+    with pytest.raises(CannotCompare, match="no run is finished"):
+        compared(tmp_path, anyway=True)
+
+
+# --- outputs -------------------------------------------------------------------------------------------------------
+
+
+def test_csv_json_and_markdown_hold_the_same_numbers(tmp_path: Path) -> None:
+    comparison = compared(write_sweep(tmp_path, grid=True, seeds=(1, 2), prompts=20))
+    plain = json.loads(json.dumps(to_dict(comparison)))
+    table = list(csv.DictReader(io.StringIO(to_csv(comparison))))
+    assert [row["method"] for row in table] == [one["name"] for one in plain["methods"]]
+    for row, of_json in zip(table, plain["methods"], strict=True):
+        assert row["setting"] == of_json["best"] and int(row["trials"]) == of_json["trials"] == 9
+        assert float(row["win_rate"]) == of_json["metrics"]["win_rate"]["value"]
+        assert float(row["kl_low"]) == of_json["metrics"]["kl"]["low"]
+        assert sum(setting["best"] for setting in of_json["settings"]) == 1
+        assert all(len(setting["runs"]) == 2 for setting in of_json["settings"])
+    assert plain["select"] == "val/win_rate" and len(plain["differences"]) == 3 and len(plain["win_matrix"]) == 6
+    markdown = to_markdown(comparison)
+    rows = [line for line in markdown.splitlines() if line.startswith("| ")]
+    assert len(rows) == 5 and len({row.count("|") for row in rows}) == 1
+    assert f"{method(comparison, 'dpo').estimates['win_rate'].value:.3f} [" in markdown
+    assert all(one["words"] in markdown for one in plain["differences"])
+
+
+def test_the_command_writes_beside_the_runs_or_where_it_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = write_sweep(Path("sweep"), seeds=(1,), prompts=12)
+    assert cli.main(["compare", "sweep"]) == 0
+    names = {"comparison.html", "comparison.json", "comparison.md", "table.csv"}
+    assert {file.name for file in (sweep / "comparison").iterdir()} == names
+    out = capsys.readouterr().out
+    assert "win rate" in out and "sweep/comparison/comparison.html" in out
+    again = {file.name: file.read_bytes() for file in (sweep / "comparison").iterdir()}
+    runs = [str(path) for path in sorted(sweep.glob("method-*"))]
+    assert cli.main(["compare", *runs, "--out", "here", "--baseline", "dpo"]) == 0
+    assert {file.name for file in Path("here").iterdir()} == names
+    assert cli.main(["compare", *runs]) == 0  # the same runs: the same files, byte by byte
+    assert {file.name: file.read_bytes() for file in (sweep / "comparison").iterdir()} == again
+    assert cli.main(["compare"]) == 2
+    assert "usage: spo compare SWEEP_OR_RUN" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_of_one_loss_under_two_names_from_end_to_end(tmp_path: Path, cache_dir: Path) -> None:
+    words = ["train", "-m", TINY, "method=dpo,cdpo", "method.loss.label_smoothing=0.0", "seed=1,2"]
+    spo(*words, "logger=record", "hydra.sweep.dir=sweep", folder=tmp_path, cache=cache_dir)
+    done = spo("compare", "sweep", folder=tmp_path, cache=cache_dir)
+    assert "no difference in win rate is shown (0, p = 1.00)" in " ".join(done.stdout.split())
+    found = json.loads((tmp_path / "sweep" / "comparison" / "comparison.json").read_text())
+    assert found["problems"] == [] and [one["name"] for one in found["methods"]] == ["dpo", "cdpo"]
+    assert found["methods"][0]["metrics"] == found["methods"][1]["metrics"]
+    assert all(one["win_rate"]["value"] == 0.5 for one in found["win_matrix"])

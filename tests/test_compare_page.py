@@ -1,0 +1,272 @@
+"""The comparison's page: one file, what it draws is what was found, and a browser shows it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from spo.comparison.compare import Comparison, compare
+from spo.comparison.figures import frontier, hues, settings_chart, win_matrix
+from spo.comparison.page import write_page
+from spo.comparison.runs import find_runs
+from spo.comparison.statistics import Bootstrap
+from spo.reports.charts import Cloud, Point, Series, Whisker, line_chart, marker, scatter, whiskers
+from spo.reports.charts import Panel as ChartPanel
+from tests.comparison_runs import write_run, write_sweep
+from tests.test_reports import HOSTILE, Page
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+QUICK = Bootstrap(draws=300)
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
+    folder = write_sweep(tmp_path_factory.mktemp("grid"), grid=True, seeds=(1, 2), prompts=24)
+    comparison = compare(find_runs([folder]), bootstrap=QUICK)
+    return comparison, write_page(comparison, folder / "comparison")
+
+
+def page_of(folder: Path, **options: Any) -> Page:
+    return Page(write_page(compare(find_runs([folder]), bootstrap=QUICK, **options), folder / "comparison"))
+
+
+def test_the_page_is_one_file_in_which_only_its_own_script_runs(grid: tuple[Comparison, Path]) -> None:
+    page = Page(grid[1])
+    for tag, attributes in page.elements:
+        assert not {"src", "href", "srcset", "xlink:href"} & set(attributes), (tag, attributes)
+        assert not any(name.startswith("on") for name in attributes)
+    assert "url(" not in page.source and "@import" not in page.source
+    script = page.data["script"][-1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    [policy] = [one["content"] for tag, one in page.elements if one.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert len(page.source) < 1_000_000
+    assert "prefers-color-scheme: dark" in page.source and "@media print" in page.source
+
+
+def test_the_page_says_what_was_found(grid: tuple[Comparison, Path]) -> None:
+    comparison, path = grid
+    page = Page(path)
+    assert "27 settings · 2 seeds · 24 test prompts · selected by val/win_rate" in page.text
+    for method in comparison.methods:
+        one = method.estimates["win_rate"]
+        assert f"{method.name} {method.best.label} 9 2 {one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" in page.text
+    for difference in comparison.differences:
+        found = "significant" if difference.significant else "no difference shown"
+        assert f"{difference.first} − {difference.second} {difference.estimate.value:+.3}"[:14] in page.text
+        assert found in page.text
+    assert "not a fair comparison" not in page.text
+    assert page.text.count("But it was lost.") == 6 * 4  # six prompts, three methods and the reference
+
+
+def test_every_run_is_a_point_and_every_frontier_a_line(grid: tuple[Comparison, Path]) -> None:
+    comparison, path = grid
+    for cost in ("kl", "entropy"):
+        drawn = str(frontier(comparison, cost))
+        assert len(re.findall(r'class="mark hue-\d faint"', drawn)) == 54
+        assert len(re.findall(r'class="mark hue-\d "', drawn)) == 27
+        assert drawn.count('class="ring"') == 3 and "the reference model" in drawn
+        lines = re.findall(r'<polyline class="curve frontier hue-\d" points="([^"]*)"', drawn)
+        assert 1 <= len(lines) <= 3
+        for line in lines:  # along it both the cost and the gain grow
+            corners = [tuple(map(float, corner.split(","))) for corner in line.split()]
+            sign = 1 if cost == "kl" else -1
+            assert all(a[1] >= b[1] and sign * a[0] <= sign * b[0] for a, b in pairwise(corners))
+        assert drawn in path.read_text(encoding="utf-8")
+
+
+def test_settings_are_a_map_of_two_keys_or_a_list_of_one(grid: tuple[Comparison, Path]) -> None:
+    comparison, _ = grid
+    charts = {method.name: str(settings_chart(comparison, method)) for method in comparison.methods}
+    assert charts["spo"].count('<rect class="tile hue-1"') == 9 and charts["spo"].count("tile-edge") == 1
+    best = next(method for method in comparison.methods if method.name == "spo").best
+    assert f"selected · {best.label} · 2 seeds" in charts["spo"]
+    for name in ("dpo", "ipo"):
+        assert len(re.findall("beta [0-9.]+( ✓)?</text>", charts[name])) == 9 and charts[name].count("✓") == 1
+
+
+def test_the_win_matrix_has_a_cell_for_every_pair(grid: tuple[Comparison, Path]) -> None:
+    comparison, _ = grid
+    drawn = str(win_matrix(comparison))
+    assert len(re.findall('<rect class="tile hue-[12]"', drawn)) == 6 and drawn.count("95% interval") == 6
+    for duel in comparison.duels:
+        assert duel.estimate is not None
+        assert f"{duel.first} against {duel.second}\nwin rate" in drawn
+
+
+def test_curves_are_means_in_bands_from_the_dashboard(grid: tuple[Comparison, Path]) -> None:
+    comparison, path = grid
+    charts = Page(path).charts
+    assert {"val/loss", "val/kl", "val/entropy", "train/grad_norm", "val/rewards/accuracies"} <= set(charts)
+    order = [method.name for method in comparison.methods]
+    for key, chart in charts.items():
+        assert [one["name"] for one in chart["series"]] == order
+        assert [one["hue"] for one in chart["series"]] == [hues(comparison)[name] for name in order]
+        runs = comparison.methods[0].best.runs
+        curves = [dict(zip(*run.record.curve(key), strict=True)) for run in runs]
+        first = chart["series"][0]
+        assert first["values"] == pytest.approx([sum(c[s] for c in curves) / 2 for s in first["steps"]], rel=1e-5)
+    assert path.read_text().count('<polygon class="band') == 3 * len(charts)
+
+
+def test_what_is_absent_is_said(tmp_path: Path) -> None:
+    write_run(tmp_path, method="dpo", judge=False)
+    write_run(tmp_path, method="ipo", judge=False)
+    for run in tmp_path.glob("method-*"):
+        (run / "history.jsonl").write_text("")
+    page = page_of(tmp_path, metric="eval/kl")
+    assert "Nobody has judged the methods against each other" in page.text
+    assert 'spo evaluate RUN judge=JUDGE "evaluation.against=[OTHER_RUN]"' in page.text
+    assert "No step was logged, so there are no curves." in page.text and not page.charts
+    for run in tmp_path.glob("method-*"):
+        (run / "samples.jsonl").unlink()
+    assert "The runs have no samples for the same prompts." in page_of(tmp_path, metric="eval/kl").text
+
+
+def test_one_method_is_a_sweep_without_differences(tmp_path: Path) -> None:
+    for beta in (0.1, 0.2):
+        write_run(tmp_path, method="dpo", beta=beta)
+    page = page_of(tmp_path)
+    assert (
+        "Differences" not in page.text and "Head to head" not in page.text and "Settings that were tried" in page.text
+    )
+
+
+def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
+    for name in ("dpo", "<b>x</b>"):
+        run = write_run(tmp_path, method="other" if name != "dpo" else name, changes={"method.title": HOSTILE})
+        identity = json.loads((run / "identity.json").read_text())
+        identity["config"]["method.name"] = name
+        (run / "identity.json").write_text(json.dumps(identity))
+        rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+        for row in rows:
+            row |= {"completion": HOSTILE, "prompt": HOSTILE, "reference_completion": HOSTILE}
+        (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = page_of(tmp_path)
+    assert not [tag for tag, _ in page.elements if tag in ("img", "iframe")]
+    assert len(page.data["script"]) == 2 and "{{ 7 * 7 }}" in page.text and "<b>x</b>" in page.text
+
+
+# --- drawing -------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_tell_colours_apart() -> None:
+    shapes = {marker(hue, 0, 0, 1).partition(' d="')[2] for hue in range(1, 9)}
+    assert len(shapes) == 8
+
+
+def test_points_lie_where_their_numbers_say() -> None:
+    points = [Point(0.0, 0.0, "low"), Point(10.0, 1.0, "high"), Point(5.0, 0.5, "middle")]
+    drawn = str(scatter([Cloud("a", 1, points, [(0.0, 0.0), (10.0, 1.0)])], "cost", "gain"))
+    at = [tuple(map(float, pair)) for pair in re.findall(r"translate\(([\d.]+) ([\d.]+)\)", drawn)]
+    assert at[2] == pytest.approx(((at[0][0] + at[1][0]) / 2, (at[0][1] + at[1][1]) / 2), abs=0.1)
+    assert at[0][0] < at[1][0] and at[0][1] > at[1][1]
+    [line] = re.findall('points="([^"]*)"', drawn)
+    assert line == " ".join(f"{x},{y}" for x, y in at[:2])
+    assert str(scatter([Cloud("a", 1, points[:1])], "cost", "gain")).count("<path") == 1
+
+
+def test_whiskers_reach_from_low_to_high() -> None:
+    rows = [Whisker("a", 1, 0.5, 0.25, 0.75, "said a"), Whisker("b", 2, 0.9, None, None, "said b")]
+    drawn = str(whiskers(rows, "win rate", (0.0, 1.0), 0.5))
+    [(x, width)] = re.findall(r'class="interval hue-1" x="([\d.]+)" y="[\d.]+" rx="3" width="([\d.]+)"', drawn)
+    ticks = {float(text): float(at) for at, text in re.findall(r'x="([\d.]+)" y="\d+">([\d.]+)</text>', drawn)}
+    assert float(x) == pytest.approx(ticks[0.25], abs=0.11)
+    assert float(x) + float(width) == pytest.approx(ticks[0.75], abs=0.11)
+
+
+def test_a_band_lies_around_its_line() -> None:
+    series = Series(
+        "a", [0, 1, 2], [1.0, float("nan"), 3.0], low=[0.0, float("nan"), 2.0], high=[2.0, float("nan"), 4.0]
+    )
+    drawn = str(line_chart(ChartPanel("k", "t", "", [series]), (0, 2))[0])
+    [edge] = re.findall('<polygon class="band hue-1" points="([^"]*)"', drawn)
+    corners = [tuple(map(float, corner.split(","))) for corner in edge.split()]
+    line = [tuple(map(float, at)) for at in re.findall(r'circle class="dot hue-1" cx="([\d.]+)" cy="([\d.]+)"', drawn)]
+    assert len(corners) == 4
+    assert line[0][1] == pytest.approx((corners[0][1] + corners[3][1]) / 2, abs=0.11)
+    assert line[1][1] == pytest.approx((corners[1][1] + corners[2][1]) / 2, abs=0.11)
+
+
+# --- in a browser --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
+    if not found:
+        pytest.skip("no browser")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        one = playwright.chromium.launch(executable_path=found[0], args=["--no-sandbox", "--disable-gpu"])
+        yield one
+        one.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("look", ["light", "dark", "narrow", "print"])
+def test_a_browser_shows_the_page(grid: tuple[Comparison, Path], browser: Browser, tmp_path: Path, look: str) -> None:
+    width = 400 if look == "narrow" else 1280
+    page = browser.new_page(
+        viewport={"width": width, "height": 900}, color_scheme="dark" if look == "dark" else "light"
+    )
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: said.append(request.url) if not request.url.startswith("file:") else None)
+    page.goto(grid[1].as_uri())
+    if look == "print":
+        page.emulate_media(media="print")
+    page.screenshot(path=tmp_path / f"comparison-{look}.png", full_page=True)
+    assert not said
+    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    boxes = page.evaluate("[...document.querySelectorAll('svg')].map((one) => one.getBoundingClientRect().toJSON())")
+    assert all(box["width"] > 8 and box["height"] > 8 and box["right"] <= width + 1 for box in boxes)
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (dark == "rgb(20, 23, 27)") is (look == "dark")
+    page.close()
+
+
+@pytest.mark.browser
+def test_the_table_sorts_and_figures_answer(grid: tuple[Comparison, Path], browser: Browser) -> None:
+    comparison, path = grid
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(path.as_uri())
+
+    def order() -> list[str]:
+        return [text.strip() for text in page.locator("#table tbody th").all_inner_texts()]
+
+    def by(key: str) -> list[str]:
+        return [m.name for m in sorted(comparison.methods, key=lambda m: m.estimates[key].value)]
+
+    heads = page.locator("#table thead th")
+    assert order() == by("win_rate")[::-1]
+    for name, key in (("KL to the reference", "kl"), ("entropy", "entropy")):
+        head = heads.filter(has_text=name)
+        head.get_by_role("button").click()
+        assert order() == by(key)[::-1] and head.get_attribute("aria-sort") == "descending"
+        head.get_by_role("button").press("Enter")
+        assert order() == by(key) and head.get_attribute("aria-sort") == "ascending"
+    heads.filter(has_text="method").get_by_role("button").click()
+    assert order() == ["dpo", "ipo", "spo"]
+    assert page.locator('th[aria-sort="ascending"], th[aria-sort="descending"]').count() == 1
+
+    page.locator(".tiles .tile-text").first.hover()
+    assert page.locator("#readout").is_visible() and "against" in page.locator("#readout").inner_text()
+    chart = page.locator('svg[data-chart="val/kl"]')
+    chart.scroll_into_view_if_needed()
+    chart.hover()
+    assert page.locator("#readout .key").all_inner_texts()[0].startswith(comparison.methods[0].name)
+    page.close()

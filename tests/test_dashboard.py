@@ -1,0 +1,257 @@
+"""The dashboard's file: what it may hold, and that it is what pages draw."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import wandb
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
+
+from spo import cli
+from spo.errors import UserError
+from spo.reports.dashboard import Bars, Curves, Dashboard, Scatter, Section, load_spec, unit_of
+from spo.reports.html import render_report
+from spo.tracking.wandb import has_api_key
+from spo.tracking.workspace import report, workspace
+from tests.commands import TINY, job, numbers, rows, shared_cache
+from tests.test_reports import Page, history, write_run
+
+OWN = """\
+title: Mine
+sections:
+  - title: Divergence
+    panels:
+      - {title: Loss of validation, metrics: [loss], splits: [val], bounds: [0, 1.5], baseline: 0.7}
+      - {title: Win rate over KL, x: eval/kl, y: eval/win_rate}
+      - {title: Win rate, final: [eval/win_rate]}
+  - {title: Nothing of this run, panels: [{title: Absent, metrics: [absent]}]}
+"""
+BROKEN = """\
+title: 3
+colour: red
+sections:
+  - title: A
+    panels:
+      - {title: a, metrics: [], zap: 1}
+      - {title: b, metrics: [loss], bounds: [1, 0], baseline: .nan}
+      - {title: c, metrics: [loss], x: eval/kl, y: eval/kl}
+      - {x: eval/kl}
+      - 3
+  - {title: B, panels: []}
+"""
+
+
+def test_a_file_is_read_as_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(OWN)
+    loss = Curves("Loss of validation", ("loss",), ("val",), (0, 1.5), 0.7)
+    first = Section(
+        "Divergence",
+        (loss, Scatter("Win rate over KL", "eval/kl", "eval/win_rate"), Bars("Win rate", ("eval/win_rate",))),
+    )
+    dashboard = load_spec(tmp_path / "mine.yaml")
+    assert dashboard == Dashboard("Mine", (first, Section("Nothing of this run", (Curves("Absent", ("absent",)),))))
+    assert first.curves == (loss,)
+    assert dashboard.keys == {"val/loss", "eval/kl", "eval/win_rate", "train/absent", "val/absent"}
+
+
+def test_every_mistake_is_named_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(BROKEN)
+    with pytest.raises(UserError) as caught:
+        load_spec(str(tmp_path / "mine.yaml"))
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("mine.yaml is no dashboard:")
+    places = [line.removeprefix("  - ").partition(":")[0] for line in lines[1:]]
+    panels = [f"sections[0].panels[{place}]" for place in ("0].metrics", "0].zap", "1].bounds", "1].baseline")]
+    assert {place.rstrip("]") for place in places} == {
+        *("title", "colour", "sections[1].panels", "sections[0].panels[2", "sections[0].panels[4"),
+        *("sections[0].panels[3].title", "sections[0].panels[3].y"),
+        *(panel.rstrip("]") for panel in panels),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("a: [1", "is no yaml"), ("", "is no dashboard"), ("- 1", "is no dashboard")]
+)
+def test_a_file_that_is_no_dashboard(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=words):
+        load_spec(tmp_path / "mine.yaml")
+
+
+def test_a_name_that_is_not_shipped_is_answered_with_those_that_are() -> None:
+    with pytest.raises(UserError, match="no dashboard nothing: give a yaml file, or one of alignment"):
+        load_spec("nothing")
+
+
+def test_units_are_those_of_the_split_where_it_has_its_own() -> None:
+    units = [unit_of(key) for key in ("eval/kl", "train/entropy", "exact/entropy", "exact/tv")]
+    assert units == ["nats per sequence", "nats per token", "nats per response", ""]
+
+
+def test_the_report_draws_the_dashboard_it_is_given(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(OWN)
+    page = Page(render_report(write_run(tmp_path / "run"), load_spec(tmp_path / "mine.yaml")))
+    first, *further = page.charts.values()
+    assert first["key"] == "loss" and [one["name"] for one in first["series"]] == ["val"]
+    assert first["series"][0]["values"] == pytest.approx([r["val/loss"] for r in history() if "val/loss" in r])
+    assert "Divergence Loss of validation" in page.text and "Nothing of this run" not in page.text
+    assert {"kl", "grad_norm", "rewards/chosen"} <= {chart["key"] for chart in further}  # each has a panel of its own
+    assert "Further curves" in page.text
+
+
+def test_one_panel_may_show_the_metrics_of_another(tmp_path: Path) -> None:
+    """The read-out under the pointer finds a chart by its place on the page, as its key may come twice."""
+    panels = (Curves("Training", ("loss",), ("train",)), Curves("Validation", ("loss",), ("val",)))
+    page = Page(render_report(write_run(tmp_path), Dashboard("Twice", (Section("Loss", panels),))))
+    keys = [attributes["data-chart"] for tag, attributes in page.elements if "data-chart" in attributes]
+    assert keys[:2] == ["loss", "loss"]
+
+
+# --- what is logged ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Runs of shipped compositions that log, between them, all there is."""
+    folder, cache = tmp_path_factory.mktemp("logged"), shared_cache(tmp_path_factory)
+    few = ("trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.log_every_n_steps=2")
+    compositions = {
+        "stories": (TINY, "callbacks=samples", "alpha=linear", "beta=linear"),
+        "enumerable": ("data=enumerable", "model=tabular", "evaluation=quick", "probe.num_prompts=2"),
+    }
+    for name, words in compositions.items():
+        job(folder / name, cache, *words, *few)
+    return [folder / name for name in compositions]
+
+
+def test_every_metric_of_a_panel_is_logged(runs: list[Path]) -> None:
+    logged = {key for run in runs for row in rows(run / "history.jsonl") for key in row if row[key] is not None}
+    final = {key for run in runs for key in numbers(run)}
+    for section in load_spec().sections:
+        for panel in section.panels:
+            assert set(panel.keys) <= (logged if isinstance(panel, Curves) else final), panel.title
+
+
+def test_every_curve_is_drawn_under_its_section(runs: list[Path]) -> None:
+    pages = [Page(render_report(run)) for run in runs]
+    headings = [(tag, text) for page in pages for tag in ("h3", "h4") for text in page.data.get(tag, [])]
+    shown = {(tag, re.sub(r"\s+", " ", text).strip()) for tag, text in headings}
+    for section in load_spec().sections:
+        assert not section.curves or ("h3", section.title) in shown
+        for curves in section.curves:
+            assert ("h4", curves.title) in shown, curves.title
+
+
+def test_a_run_has_few_curves_that_no_section_shows(runs: list[Path]) -> None:
+    """Whoever logs something new finds it among the further curves, and a place for it in the dashboard's file."""
+    known = load_spec().keys
+    logged = {key for row in rows(runs[0] / "history.jsonl") for key in row if key.startswith(("train/", "val/"))}
+    assert len(logged - known) < 12, sorted(logged - known)
+
+
+# --- W&B -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_workspace_has_every_section_and_panel() -> None:
+    dashboard = load_spec()
+    view = workspace(dashboard, "someone", "spo", group_by="method.name")
+    assert (view.name, view.entity, view.project) == (dashboard.title, "someone", "spo")
+    assert [section.name for section in view.sections] == [section.title for section in dashboard.sections]
+    spec = view._to_model().model_dump(by_alias=True, exclude_none=True)["spec"]["section"]  # what a server is sent
+    assert [one["name"] for one in spec["runSets"][0]["grouping"]] == ["method.value.name"]
+    for section, sent in zip(dashboard.sections, spec["panelBankConfig"]["sections"], strict=True):
+        for panel, drawn in zip(section.panels, sent["panels"], strict=True):
+            config = drawn["config"]
+            assert config["chartTitle"] == panel.title
+            if isinstance(panel, Curves):
+                assert (config["xAxis"], tuple(config["metrics"])) == ("_step", panel.keys)
+                assert (config.get("yAxisMin"), config.get("yAxisMax")) == (panel.bounds or (None, None))
+            elif isinstance(panel, Bars):
+                assert tuple(config["metrics"]) == panel.final
+                assert (config.get("xAxisMin"), config.get("xAxisMax")) == (panel.bounds or (None, None))
+            else:
+                assert (config["xAxis"], config["yAxis"]) == (f"summary:{panel.x}", f"summary:{panel.y}")
+    assert workspace(dashboard, "someone", "spo")._to_model().spec.section.run_sets[0].grouping == []
+
+
+def test_axes_say_the_unit_and_what_to_compare_with() -> None:
+    panels = (
+        Curves("a", ("kl",)),
+        Curves("b", ("tv",), ("exact",)),
+        Bars("c", ("eval/win_rate",), baseline=0.5),
+    )
+    [section] = workspace(Dashboard("D", (Section("S", panels),)), "someone", "spo").sections
+    assert [section.panels[0].title_y, section.panels[1].title_y] == ["nats per sequence", None]
+    assert section.panels[2].title_x == "share of prompts, compare with 0.5"
+
+
+def test_a_report_holds_the_same_panels_side_by_side() -> None:
+    dashboard = load_spec()
+    found = report(dashboard, "someone", "spo", group_by="method.name")
+    grids = [block for block in found.blocks if isinstance(block, wr.PanelGrid)]
+    assert [block.text for block in found.blocks if isinstance(block, wr.H2)] == [s.title for s in dashboard.sections]
+    for section, grid in zip(dashboard.sections, grids, strict=True):
+        assert [panel.title for panel in grid.panels] == [panel.title for panel in section.panels]
+        places = {(panel.layout.x, panel.layout.y) for panel in grid.panels}
+        assert len(places) == len(grid.panels) and max(x for x, _ in places) <= 16
+        assert (grid.runsets[0].project, grid.runsets[0].groupby) == ("spo", ["config.method.name"])
+
+
+def test_saving_needs_a_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "absent"))
+    assert cli.main(["dashboard", "someone/spo"]) == 1
+    assert "run `wandb login`, or set WANDB_API_KEY" in capsys.readouterr().err
+    for words in (["spo"], ["someone/"], ["a/b/c"], []):
+        assert cli.main(["dashboard", *words]) == 2
+    assert cli.main(["dashboard", "someone/spo", "--spec", "nothing"]) == 1
+    assert "there is no dashboard nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [(), ("--report",)])
+def test_the_command_saves_what_was_asked_for(
+    kind: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    saved: list[Any] = []
+    (tmp_path / "mine.yaml").write_text(OWN)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    for view in (ws.Workspace, wr.Report):
+        monkeypatch.setattr(view, "save", lambda self: saved.append(self))
+        monkeypatch.setattr(view, "url", "https://address")
+    assert cli.main(["dashboard", "someone/spo", *kind, "--spec", str(tmp_path / "mine.yaml")]) == 0
+    assert capsys.readouterr().out == "https://address\n"
+    assert isinstance(saved[0], wr.Report if kind else ws.Workspace)
+    assert (saved[0].title if kind else saved[0].name) == "Mine"
+
+    def refuse(self: Any) -> None:
+        raise RuntimeError("project not found")
+
+    monkeypatch.setattr(wr.Report if kind else ws.Workspace, "save", refuse)
+    assert cli.main(["dashboard", "someone/spo", *kind]) == 1
+    assert "W&B did not take the dashboard for someone/spo: project not found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["api.wandb.ai", "wandb.example.com", urlsplit(wandb.Settings().base_url).netloc])
+def test_a_key_of_the_server_is_found(host: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    (tmp_path / "netrc").write_text("machine github.com\n  login user\n  password key\n")
+    assert not has_api_key()
+    (tmp_path / "netrc").write_text(f"machine {host}\n  login user\n  password key\n")
+    assert has_api_key()
+
+
+def test_the_report_of_a_run_takes_a_dashboard_of_its_own(
+    runs: list[Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text(OWN)
+    assert cli.main(["report", str(runs[0]), "--spec", str(tmp_path / "mine.yaml")]) == 0
+    assert "Loss of validation" in Page(Path(capsys.readouterr().out.strip())).text
+    assert cli.main(["report", str(runs[0]), "--spec", "nothing"]) == 1
