@@ -274,6 +274,13 @@ def test_a_fair_comparison_has_no_problem(tmp_path: Path) -> None:
     assert not compared(write_sweep(tmp_path, grid=True, seeds=(1, 2), prompts=12)).problems
 
 
+def test_devices_and_batches_of_the_evaluation_make_no_other_setting(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, seeds=(1, 2))
+    for key, value in (("trainer.devices", 2), ("evaluation.batch_size", 8), ("callbacks.health.limit", 1)):
+        spoil_config(key, value)(sweep)
+        assert not compared(sweep).problems
+
+
 def spoil_budget(sweep: Path) -> None:
     write_run(sweep, method="dpo", beta=0.5, seed=1)
     write_run(sweep, method="dpo", beta=0.5, seed=2)

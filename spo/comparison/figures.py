@@ -250,7 +250,10 @@ def _panels(comparison: Comparison, spec: Any) -> list[Panel]:
                 continue
             if spec.varying and all(len(set(one.values)) == 1 for one in series):
                 continue
-            title = f"{spec.title}: {metric.rpartition('/')[2]}" if len(spec.metrics) > 1 else spec.title
+            title = spec.title
+            if len(spec.metrics) > 1:
+                known = label(metric) != metric
+                title = label(metric)[0].upper() + label(metric)[1:] if known else f"{title}: {metric}"
             words = ", ".join(part for part in (unit_of(key), key.partition("/")[0]) if part)
             panels.append(Panel(clean(key), clean(title), words, series, spec.bounds, spec.baseline))
             break
