@@ -189,6 +189,8 @@ def compare(
     metric = _metric(runs, metric, notes)
     of_method = {name: [run for run in runs if run.method == name] for name in names}
     selects = any(len({run.key for run in some}) > 1 for some in of_method.values())
+    if select is not None and not selects:
+        notes.append(f"Nothing was selected by {select}: every method has one setting.")
     select = _selector(runs, select, notes) if selects else None
     methods = [_method(name, some, select, problems, bootstrap) for name, some in of_method.items()]
     main, higher = metric.removeprefix("eval/"), better(metric)
