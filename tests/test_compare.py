@@ -207,6 +207,15 @@ def test_differences_are_of_all_pairs_or_to_the_baseline(tmp_path: Path) -> None
         compared(tmp_path, metric="eval/charm")
 
 
+def test_a_number_that_is_not_finite_is_none(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path, method=name) for name in ("one", "two")]
+    rewrite(paths[1] / "metrics.json", lambda metrics: metrics.update({"eval/win_rate": math.nan, "eval/kl": math.inf}))
+    comparison = compared(tmp_path)
+    assert comparison.metric == "eval/reward" and "kl" not in method(comparison, "two").estimates
+    assert "compared by their reward" in comparison.notes[0]
+    assert "nan" not in to_csv(comparison).lower()
+
+
 def test_better_is_known_where_it_is_agreed() -> None:
     assert better("eval/win_rate") and better("val/reward") and better("val/rewards/accuracies")
     assert better("val/loss") is False and better("eval/kl") is False and better("eval/self_bleu") is False

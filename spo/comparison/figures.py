@@ -61,9 +61,11 @@ def frontier(comparison: Comparison, cost: str) -> Markup | None:
         cost: ``kl`` or ``entropy``; less KL and more entropy are the better.
 
     Returns:
-        ``None`` where no run has both.
+        ``None`` where no run has both, or both are the same.
     """
     metric, hue = comparison.metric_name, hues(comparison)
+    if metric == cost:
+        return None
     sign = -1.0 if cost == "entropy" else 1.0
     gain = -1.0 if comparison.higher is False else 1.0
     clouds = []
