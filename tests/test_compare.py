@@ -23,6 +23,7 @@ from spo.comparison.scores import against, of_prompts
 from spo.comparison.statistics import Bootstrap
 from spo.comparison.terminal import show
 from spo.evaluation.winrate import win_rates
+from spo.resources import conf_dir
 from tests.commands import TINY, spo
 from tests.comparison_runs import write_run, write_sweep
 
@@ -438,11 +439,14 @@ def test_the_command_writes_beside_the_runs_or_where_it_is_told(
 
 @pytest.mark.slow
 def test_a_sweep_of_one_loss_under_two_names_from_end_to_end(tmp_path: Path, cache_dir: Path) -> None:
-    words = ["train", "-m", TINY, "method=dpo,cdpo", "method.loss.label_smoothing=0.0", "seed=1,2"]
+    twin = tmp_path / "conf" / "method" / "twin.yaml"
+    twin.parent.mkdir(parents=True)
+    twin.write_text((conf_dir() / "method" / "dpo.yaml").read_text().replace("name: dpo", "name: twin"))
+    words = ["train", "--config-dir", "conf", "-m", TINY, "method=dpo,twin", "seed=1,2"]
     spo(*words, "logger=record", "hydra.sweep.dir=sweep", folder=tmp_path, cache=cache_dir)
     done = spo("compare", "sweep", folder=tmp_path, cache=cache_dir)
     assert "no difference in win rate is shown (0, p = 1.00)" in " ".join(done.stdout.split())
     found = json.loads((tmp_path / "sweep" / "comparison" / "comparison.json").read_text())
-    assert found["problems"] == [] and [one["name"] for one in found["methods"]] == ["dpo", "cdpo"]
+    assert found["problems"] == [] and [one["name"] for one in found["methods"]] == ["dpo", "twin"]
     assert found["methods"][0]["metrics"] == found["methods"][1]["metrics"]
     assert all(one["win_rate"]["value"] == 0.5 for one in found["win_matrix"])
