@@ -164,6 +164,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("spo.at_most", min, replace=True)
     OmegaConf.register_new_resolver("spo.processes", processes, replace=True)
     OmegaConf.register_new_resolver("spo.job_name", _job_name, replace=True)
+    OmegaConf.register_new_resolver("spo.sweep_name", job_name, replace=True)
 
 
 def multiply(a: float, b: float) -> float:
