@@ -205,7 +205,7 @@ def job_name(overrides: Sequence[str], dropped: Sequence[str] = ()) -> str:
 
     Two different lists of overrides have different names. ``_`` in a value is written ``__``, which keeps the name
     readable backwards; what does not fit (a path, of which the last part is shown, or other characters) is told
-    apart by eight hex digits of the list's digest at the end.
+    apart by eight hex digits of the list's digest at the end. A name that is cut keeps its seed.
 
     Args:
         overrides: of the job.
@@ -227,7 +227,11 @@ def job_name(overrides: Sequence[str], dropped: Sequence[str] = ()) -> str:
     if lossless and len(name) <= LONGEST:
         return name
     digits = hashlib.sha256("\0".join(named).encode()).hexdigest()[:8]
-    return f"{name[: LONGEST - 9].rstrip('-_.') or 'job'}_{digits}"
+    seed = next((f"_{part}" for part in parts if part.startswith("seed-")), "")
+    kept = name[: LONGEST - 9]
+    if len(name) > len(kept) and f"{seed}_" not in f"{kept}_":
+        kept = f"{name[: LONGEST - 9 - len(seed)].rstrip('-_.')}{seed}"
+    return f"{kept.rstrip('-_.') or 'job'}_{digits}"
 
 
 def _group(override: str) -> str:

@@ -166,9 +166,10 @@ def show(jobs: Sequence[Entry], directory: Path) -> None:
     console = Console()
     console.print(f"\nsweep {directory}", soft_wrap=True, markup=False, highlight=False)
     console.print(table)
-    for entry in jobs:
+    for entry, name in zip(jobs, names, strict=True):
         if entry.error and not entry.same_as:
-            console.print(Text(f"{entry.status}: {entry.directory}: {entry.error}", "red"), soft_wrap=True)
+            words = f"{entry.status}: {name}: {entry.error}\n  in {directory / entry.directory}"
+            console.print(Text(words, "red"), soft_wrap=True)
     counts = {status: sum(entry.status == status for entry in jobs) for status in _STYLES}
     console.print(", ".join(f"{count} {status}" for status, count in counts.items() if count))
 
