@@ -188,9 +188,11 @@ def _run_hydra(arguments: Sequence[str], multirun: bool) -> int:
     """Hands a command line to Hydra, which composes each run and calls the task with it."""
     import hydra
 
+    from spo.runtime import search
     from spo.runtime.config import VERSION_BASE, register_resolvers
 
     register_resolvers()
+    search.register()
     original = list(sys.argv)
     config_dir = _option(arguments, "--config-dir", "-cd")
 

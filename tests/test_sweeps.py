@@ -318,7 +318,7 @@ def every_run_is_whole(folder: Path, count: int, last_step: int) -> None:
         assert [row["step"] for row in history(run)] == list(range(last_step + 1))
 
 
-LONG = (*(word for word in FAST if "max_steps" not in word), "trainer.max_steps=300")
+LONG = (*FAST, "trainer.max_steps=40", "trainer.val_check_interval=5")
 
 
 @pytest.mark.slow
@@ -329,7 +329,7 @@ def test_a_sweep_that_is_killed_finishes_every_job_once(
 ) -> None:
     words = ["train", "-m", *LONG, f"launcher={launcher}", "method=dpo", "seed=1,2,3", "hydra.sweep.dir=sweep"]
     process = start(words, tmp_path, cache)
-    until(lambda: any('"step": 40' in file.read_text() for file in tmp_path.glob("sweep/*/history.jsonl")), process)
+    until(lambda: any('"step": 10' in file.read_text() for file in tmp_path.glob("sweep/*/history.jsonl")), process)
     if all_of_it:
         os.killpg(process.pid, signal.SIGKILL)
     else:
@@ -339,7 +339,7 @@ def test_a_sweep_that_is_killed_finishes_every_job_once(
     assert len(finished) < 3
     before = {run: (run / "metrics.json").stat().st_mtime_ns for run in finished}
     spo(*words, folder=tmp_path, cache=cache)
-    every_run_is_whole(tmp_path, 3, 300)
+    every_run_is_whole(tmp_path, 3, 40)
     assert {run: (run / "metrics.json").stat().st_mtime_ns for run in finished} == before
     if launcher == "local" and all_of_it:
         run = directory(tmp_path, "seed=1")
@@ -375,13 +375,13 @@ def test_a_launcher_whose_worker_is_killed_is_started_again(here: Path, cache: P
         stderr=subprocess.PIPE,
         text=True,
     )
-    until(lambda: any('"step": 40' in file.read_text() for file in here.glob("sweep/*/history.jsonl")))
+    until(lambda: any('"step": 10' in file.read_text() for file in here.glob("sweep/*/history.jsonl")))
     [worker, *_] = [pid for pid in children(process.pid) if b"LokyProcess" in command_of(pid)]
     os.kill(worker, signal.SIGKILL)
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert "starting again what is left" in err and "3 finished" in out
-    every_run_is_whole(here, 3, 300)
+    every_run_is_whole(here, 3, 40)
 
 
 def children(pid: int) -> list[int]:

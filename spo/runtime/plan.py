@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib.util
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from spo.runtime import search
 from spo.runtime.checks import missing_and_unresolved, problems
 from spo.runtime.config import composer, job_name, parse, parser, sugar
 from spo.runtime.errors import ConfigProblems, UserError, missing_package
@@ -96,7 +98,7 @@ def plan(
             found += [f"{o}: has several values; add -m for one run each, or write a list as [..]" for o in several]
             lists = [single]
         else:
-            lists = _expand(usable, first)
+            lists = _expand(usable, first, found) or [single]
         per_job: list[list[str]] = []
         jobs: list[Job] = []
         for job_overrides in lists:
@@ -143,14 +145,21 @@ def _first_value(text: str) -> str:
     return f"{override.get_key_element()}={next(override.sweep_string_iterator(), 'null')}"
 
 
-def _expand(overrides: Sequence[str], cfg: DictConfig) -> list[list[str]]:
-    """The jobs of a multirun, as Hydra's own sweeper makes them."""
+def _expand(overrides: Sequence[str], cfg: DictConfig, found: list[str]) -> list[list[str]]:
+    """The jobs of a multirun, as Hydra's own sweeper makes them; of a search, those at the ends of its ranges."""
     sweeper = cfg.hydra.sweeper
-    params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    if not _is_grid(cfg):
-        return [[_first_value(override) for override in overrides]]
-    task = [text for text in [*params, *overrides] if not parse(text).is_hydra_override()]
     own = [text for text in overrides if parse(text).is_hydra_override()]
+    if sweeper.get("_target_") == search.TARGET:
+        if importlib.util.find_spec("optuna") is None:
+            found.append(str(missing_package("optuna")))
+            return []
+        said, space = search.problems(cfg, overrides)
+        found += said
+        return [] if space is None else [[*own, *job] for job in space.corners()]
+    if not _is_grid(cfg):
+        return []
+    params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    task = [text for text in [*params, *overrides] if not parse(text).is_hydra_override()]
     [jobs] = BasicSweeper.split_arguments(parser().parse_overrides(task), None)
     return [[*own, *job] for job in jobs]
 
