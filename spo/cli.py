@@ -122,12 +122,15 @@ def _train(arguments: list[str]) -> int:
         for warning in dict.fromkeys(text for job in planned.jobs for text in warnings(job.cfg)):
             print(f"note: {warning}", file=sys.stderr)
         return _sweep(hydra_flags, planned)
+    if planned.multirun and not runs:  # of several jobs the first is shown
+        single = [word for word in hydra_flags if word not in ("-m", "--multirun")]
+        return _run_hydra([*single, *planned.jobs[0].overrides], multirun=False)
     return _run_hydra([*hydra_flags, *planned.overrides], multirun=planned.multirun)
 
 
 def _sweep(hydra_flags: Sequence[str], planned: Plan) -> int:
     """Runs the jobs of a multirun, goes on where one of its processes dies, and says what became of each."""
-    from spo.runtime.errors import error_line
+    from spo.runtime.errors import UserError, error_line, in_words
     from spo.runtime.rundir import SWEEP_VARIABLE, command_line
     from spo.runtime.sweep import Ledger, show
 
@@ -147,6 +150,8 @@ def _sweep(hydra_flags: Sequence[str], planned: Plan) -> int:
             except Exception as error:  # jobs keep their errors to themselves: this one is the launcher's
                 entries = entries if planned.complete else ledger.entries()
                 names = [entry.directory for entry in ledger.abandoned(entries)]
+                if not names and in_words(error) is None:
+                    raise UserError(f"the jobs could not be launched: {error_line(error)}") from error
                 if not names:
                     raise
                 died = True

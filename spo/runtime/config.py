@@ -163,6 +163,8 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("spo.add", add, replace=True)
     OmegaConf.register_new_resolver("spo.at_most", min, replace=True)
     OmegaConf.register_new_resolver("spo.processes", processes, replace=True)
+    OmegaConf.register_new_resolver("spo.tasks_per_node", tasks_per_node, replace=True)
+    OmegaConf.register_new_resolver("spo.gpus_per_node", gpus_per_node, replace=True)
     OmegaConf.register_new_resolver("spo.job_name", _job_name, replace=True)
     OmegaConf.register_new_resolver("spo.sweep_name", job_name, replace=True)
 
@@ -186,6 +188,18 @@ def processes(devices: int | str, nodes: int) -> int:
     if not str(devices).isdigit():
         raise ValueError(f"this strategy must know the number of devices: set trainer.devices, which is {devices}")
     return int(devices) * int(nodes)
+
+
+def tasks_per_node(devices: Any) -> int:
+    """Processes that a cluster is to start on each node: one for each device, one where their number is not told."""
+    if str(devices).isdigit():
+        return int(devices)
+    return 1 if str(devices) in ("auto", "-1") else len(str(devices).strip("[],").split(","))
+
+
+def gpus_per_node(devices: Any, accelerator: str) -> int | None:
+    """GPUs to ask a cluster for; ``None`` for a run on the CPU."""
+    return None if accelerator == "cpu" else tasks_per_node(devices)
 
 
 LONGEST = 120
