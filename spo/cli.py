@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,12 @@ from spo.runtime.groups import MAIN, conf_dir, group_members
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from spo.runtime.plan import Plan
+    from spo.runtime.sweep import Entry
+
+ATTEMPTS = 3
+"""How often a multirun is started where its launcher does not survive the death of a process."""
 
 
 class Usage(Exception):
@@ -107,21 +113,69 @@ def _train(arguments: list[str]) -> int:
         return _run_hydra(arguments, multirun=False)
 
     from spo.runtime.checks import warnings
-    from spo.runtime.config import job_name
     from spo.runtime.plan import plan
     from spo.runtime.rundir import is_first_process
-    from spo.runtime.unread import unread
 
     runs = flags.cfg is None
     planned = plan(flags.overrides, multirun=flags.multirun, config_dir=flags.config_dir, complete=runs)
     if planned.multirun and runs and is_first_process():
         for warning in dict.fromkeys(text for job in planned.jobs for text in warnings(job.cfg)):
             print(f"note: {warning}", file=sys.stderr)
-        names = {job_name(job.overrides, unread(job.cfg)) for job in planned.jobs}
-        if len(names) < len(planned.jobs):
-            words = f"{len(planned.jobs)} jobs are {len(names)} different runs"
-            print(f"note: {words}: what a job does not read is no part of it", file=sys.stderr)
+        return _sweep(hydra_flags, planned)
+    if planned.multirun and not runs:  # of several jobs the first is shown
+        single = [word for word in hydra_flags if word not in ("-m", "--multirun")]
+        return _run_hydra([*single, *planned.jobs[0].overrides], multirun=False)
     return _run_hydra([*hydra_flags, *planned.overrides], multirun=planned.multirun)
+
+
+def _sweep(hydra_flags: Sequence[str], planned: Plan) -> int:
+    """Runs the jobs of a multirun, goes on where one of its processes dies, and says what became of each."""
+    from spo.runtime.errors import UserError, error_line, in_words
+    from spo.runtime.rundir import SWEEP_VARIABLE, command_line
+    from spo.runtime.sweep import Ledger, show
+
+    ledger, jobs = Ledger(planned.sweep_dir), planned.named_jobs()
+    entries = ledger.begin(command_line(sys.argv), jobs, rerun=any(job.cfg.rerun for job in planned.jobs))
+    for note in _notes(entries):
+        print(f"note: {note}", file=sys.stderr)
+    directory = str(planned.sweep_dir).replace("'", r"\'")
+    arguments = [*hydra_flags, *planned.overrides, f"hydra.sweep.dir='{directory}'"]
+    os.environ[SWEEP_VARIABLE] = str(planned.sweep_dir)
+    died = False
+    try:
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                _run_hydra(arguments, multirun=True)
+                break
+            except Exception as error:  # jobs keep their errors to themselves: this one is the launcher's
+                entries = entries if planned.complete else ledger.entries()
+                names = [entry.directory for entry in ledger.abandoned(entries)]
+                if not names and in_words(error) is None:
+                    raise UserError(f"the jobs could not be launched: {error_line(error)}") from error
+                if not names:
+                    raise
+                died = True
+                goes_on = "starting again what is left" if left else "giving up"
+                print(
+                    f"spo: a process died ({error_line(error)}) at work on {', '.join(names)}: {goes_on}",
+                    file=sys.stderr,
+                )
+    finally:
+        del os.environ[SWEEP_VARIABLE]
+        entries = ledger.settle(entries if planned.complete else ledger.entries(), died)
+        if planned.complete:
+            show(entries, planned.sweep_dir)
+    return 0 if all(entry.status == "finished" for entry in entries) else 1
+
+
+def _notes(entries: Sequence[Entry]) -> Iterator[str]:
+    different = {entry.directory for entry in entries}
+    if len(different) < len(entries):
+        words = f"{len(entries)} jobs are {len(different)} different runs"
+        yield f"{words}: what a job does not read is no part of it"
+    for status, becomes in (("finished", "skipped"), ("failed", "tried again")):
+        if count := sum(entry.status == status and entry.same_as is None for entry in entries):
+            yield f"{count} of {len(different)} runs {'is' if count == 1 else 'are'} {status} already: {becomes}"
 
 
 def _without(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
@@ -139,15 +193,17 @@ def _run_hydra(arguments: Sequence[str], multirun: bool) -> int:
     """Hands a command line to Hydra, which composes each run and calls the task with it."""
     import hydra
 
+    from spo.runtime import search
     from spo.runtime.config import VERSION_BASE, register_resolvers
 
     register_resolvers()
+    search.register()
     original = list(sys.argv)
     config_dir = _option(arguments, "--config-dir", "-cd")
 
     def task(cfg: DictConfig) -> Any:
         sys.argv = original  # Lightning starts the processes of further devices with it
-        return _multirun_job(cfg, config_dir) if multirun else _job(cfg)
+        return _multirun_job(cfg, config_dir) if multirun else _only_job(cfg)
 
     full_error = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back to main, which words them
@@ -169,19 +225,62 @@ def _job(cfg: DictConfig) -> Any:
     return train(cfg)
 
 
-def _multirun_job(cfg: DictConfig, config_dir: str | None) -> Any:
-    """One job of several: a failure is told at once, and the others go on.
+def _only_job(cfg: DictConfig) -> Any:
+    """The run of this process; where it is a sweep's, the sweep is told why it failed."""
+    from spo.runtime.rundir import is_first_process, sweep_dir
 
-    A job that needs several processes gets one of its own from which they start, since they repeat its command line.
+    try:
+        return _job(cfg)
+    except Exception as error:
+        if (directory := sweep_dir()) is not None and is_first_process():
+            from hydra.core.hydra_config import HydraConfig
+
+            from spo.runtime.errors import error_line
+            from spo.runtime.sweep import Ledger
+
+            job = HydraConfig.get()
+            name = Path(job.runtime.output_dir).name
+            Ledger(directory).note(list(job.overrides.task), name, "failed", error_line(error))
+        raise
+
+
+def _multirun_job(cfg: DictConfig, config_dir: str | None) -> Any:
+    """One job of several: a failure is told at once and entered in the ledger, and the others go on."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from spo.runtime.errors import error_line, in_words
+    from spo.runtime.rundir import is_first_process
+    from spo.runtime.sweep import Ledger
+
+    if not is_first_process():
+        return _job(cfg)
+    job = HydraConfig.get()
+    overrides, directory = list(job.overrides.task), Path(job.runtime.output_dir).name
+    ledger = Ledger(Path(job.sweep.dir))
+    entry = ledger.entry(overrides)
+    if entry is not None and (entry.same_as or (cfg.rerun and entry.status == "finished")):
+        return None  # another job is the same run, or it is a launcher's second attempt
+    ledger.note(overrides, directory, "running")
+    try:
+        result = _job_in_own_process(config_dir) if _needs_own_process(cfg) else _job(cfg)
+    except Exception as error:
+        words = in_words(error) or traceback.format_exc()
+        print(f"spo: the job {' '.join(overrides)} failed: {words}", file=sys.stderr)
+        ledger.note(overrides, directory, "failed", error_line(error))
+        return None
+    ledger.note(overrides, directory, "finished")
+    return result
+
+
+def _needs_own_process(cfg: DictConfig) -> bool:
+    """Whether a job of a multirun must not run in the process that starts it.
+
+    Several devices start from a process of their own, since they repeat its command line. joblib's workers serve many
+    jobs: what one leaves in memory would stay, and its death would take the others along.
     """
     from hydra.core.hydra_config import HydraConfig
 
-    try:
-        return _job(cfg) if devices_of(cfg) == 1 else _job_in_own_process(config_dir)
-    except Exception as error:
-        words = _in_words(error) or traceback.format_exc()
-        print(f"spo: the job {' '.join(HydraConfig.get().overrides.task)} failed: {words}", file=sys.stderr)
-        raise
+    return devices_of(cfg) != 1 or str(HydraConfig.get().launcher._target_).endswith(".JoblibLauncher")
 
 
 def devices_of(cfg: DictConfig) -> int:
@@ -203,13 +302,22 @@ def _job_in_own_process(config_dir: str | None) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from spo.runtime.errors import UserError
+    from spo.runtime.rundir import write_failure
+    from spo.runtime.sweep import Ledger
 
     job = HydraConfig.get()
+    overrides, run_dir = list(job.overrides.task), Path(job.runtime.output_dir)
     command = [sys.executable, "-m", "spo", "train", *(["--config-dir", config_dir] if config_dir else [])]
-    directory = job.runtime.output_dir.replace("'", r"\'")
-    done = subprocess.run([*command, *job.overrides.task, "hydra.mode=RUN", f"hydra.run.dir='{directory}'"])
-    if done.returncode:
-        raise UserError(f"the job in {job.runtime.output_dir} ended with status {done.returncode}")
+    directory = str(run_dir).replace("'", r"\'")
+    status = subprocess.run([*command, *overrides, "hydra.mode=RUN", f"hydra.run.dir='{directory}'"]).returncode
+    if status == 0:
+        return
+    entry = Ledger(Path(job.sweep.dir)).entry(overrides)
+    if entry is not None and entry.status == "failed":
+        raise UserError(entry.error)
+    words = f"its process was killed by signal {-status}" if status < 0 else f"its process ended with status {status}"
+    write_failure(run_dir, words)
+    raise UserError(words)
 
 
 def _resume(arguments: list[str]) -> int:
@@ -476,7 +584,9 @@ def _main(words: list[str]) -> int:
     except Exception as error:
         if os.environ.get("SPO_DEBUG") == "1":
             raise
-        words_of_error = _in_words(error)
+        from spo.runtime.errors import in_words
+
+        words_of_error = in_words(error)
         if words_of_error is None:
             raise
         return _fail(words_of_error, 1)
@@ -486,29 +596,3 @@ def _fail(message: str, status: int) -> int:
     sys.stdout.flush()
     print(f"spo: {message}", file=sys.stderr)
     return status
-
-
-def _in_words(error: Exception) -> str | None:
-    """What to tell a person, or ``None`` for a fault of the program, which deserves its traceback."""
-    from spo.data.rows import DataError
-    from spo.evaluation.judges.base import JudgeError
-    from spo.runtime.errors import UserError, missing_package
-
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-    for one in chain:
-        if isinstance(one, UserError | DataError | JudgeError):
-            return str(one)
-        if isinstance(one, ModuleNotFoundError) and (words := missing_package(str(one.name))):
-            return words
-    for one in chain:
-        if type(one).__name__ == "MisconfigurationException":
-            return str(one)
-    cause = error.__cause__ or error
-    from_hydra = type(cause).__module__.startswith(("hydra.", "omegaconf."))
-    if type(error).__module__.startswith(("hydra.", "omegaconf.")):
-        return str(error) if from_hydra or isinstance(cause, ValueError | TypeError | ImportError) else None
-    return None

@@ -23,6 +23,7 @@ from spo.comparison.scores import against, of_prompts
 from spo.comparison.statistics import Bootstrap
 from spo.comparison.terminal import show
 from spo.evaluation.winrate import win_rates
+from spo.resources import conf_dir
 from tests.commands import TINY, spo
 from tests.comparison_runs import write_run, write_sweep
 
@@ -207,6 +208,15 @@ def test_differences_are_of_all_pairs_or_to_the_baseline(tmp_path: Path) -> None
         compared(tmp_path, metric="eval/charm")
 
 
+def test_a_number_that_is_not_finite_is_none(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path, method=name) for name in ("one", "two")]
+    rewrite(paths[1] / "metrics.json", lambda metrics: metrics.update({"eval/win_rate": math.nan, "eval/kl": math.inf}))
+    comparison = compared(tmp_path)
+    assert comparison.metric == "eval/reward" and "kl" not in method(comparison, "two").estimates
+    assert "compared by their reward" in comparison.notes[0]
+    assert "nan" not in to_csv(comparison).lower()
+
+
 def test_better_is_known_where_it_is_agreed() -> None:
     assert better("eval/win_rate") and better("val/reward") and better("val/rewards/accuracies")
     assert better("val/loss") is False and better("eval/kl") is False and better("eval/self_bleu") is False
@@ -272,6 +282,13 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
 
 def test_a_fair_comparison_has_no_problem(tmp_path: Path) -> None:
     assert not compared(write_sweep(tmp_path, grid=True, seeds=(1, 2), prompts=12)).problems
+
+
+def test_devices_and_batches_of_the_evaluation_make_no_other_setting(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, seeds=(1, 2))
+    for key, value in (("trainer.devices", 2), ("evaluation.batch_size", 8), ("callbacks.health.limit", 1)):
+        spoil_config(key, value)(sweep)
+        assert not compared(sweep).problems
 
 
 def spoil_budget(sweep: Path) -> None:
@@ -422,11 +439,14 @@ def test_the_command_writes_beside_the_runs_or_where_it_is_told(
 
 @pytest.mark.slow
 def test_a_sweep_of_one_loss_under_two_names_from_end_to_end(tmp_path: Path, cache_dir: Path) -> None:
-    words = ["train", "-m", TINY, "method=dpo,cdpo", "method.loss.label_smoothing=0.0", "seed=1,2"]
+    twin = tmp_path / "conf" / "method" / "twin.yaml"
+    twin.parent.mkdir(parents=True)
+    twin.write_text((conf_dir() / "method" / "dpo.yaml").read_text().replace("name: dpo", "name: twin"))
+    words = ["train", "--config-dir", "conf", "-m", TINY, "method=dpo,twin", "seed=1,2"]
     spo(*words, "logger=record", "hydra.sweep.dir=sweep", folder=tmp_path, cache=cache_dir)
     done = spo("compare", "sweep", folder=tmp_path, cache=cache_dir)
     assert "no difference in win rate is shown (0, p = 1.00)" in " ".join(done.stdout.split())
     found = json.loads((tmp_path / "sweep" / "comparison" / "comparison.json").read_text())
-    assert found["problems"] == [] and [one["name"] for one in found["methods"]] == ["dpo", "cdpo"]
+    assert found["problems"] == [] and [one["name"] for one in found["methods"]] == ["dpo", "twin"]
     assert found["methods"][0]["metrics"] == found["methods"][1]["metrics"]
     assert all(one["win_rate"]["value"] == 0.5 for one in found["win_matrix"])

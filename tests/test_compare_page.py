@@ -16,7 +16,7 @@ import pytest
 
 from spo.comparison.compare import Comparison, compare
 from spo.comparison.figures import frontier, hues, settings_chart, win_matrix
-from spo.comparison.page import write_page
+from spo.comparison.html import write_page
 from spo.comparison.runs import find_runs
 from spo.comparison.statistics import Bootstrap
 from spo.reports.charts import Cloud, Point, Series, Whisker, line_chart, marker, scatter, whiskers
@@ -218,7 +218,7 @@ def browser() -> Iterator[Browser]:
 @pytest.mark.browser
 @pytest.mark.parametrize("look", ["light", "dark", "narrow", "print"])
 def test_a_browser_shows_the_page(grid: tuple[Comparison, Path], browser: Browser, tmp_path: Path, look: str) -> None:
-    width = 400 if look == "narrow" else 1280
+    width = {"narrow": 400, "print": 720}.get(look, 1280)  # a sheet of A4 has 720 pixels between its margins
     page = browser.new_page(
         viewport={"width": width, "height": 900}, color_scheme="dark" if look == "dark" else "light"
     )

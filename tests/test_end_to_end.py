@@ -18,8 +18,11 @@ import yaml
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import spo.evaluation.evaluate as spo_draws
+import spo.runtime.evaluate as spo_evaluate
 import spo.runtime.train as spo_train
 from spo import cli
+from spo.evaluation.judges import JudgeError
 from spo.module import AlignmentModule
 from spo.runtime.config import compose
 from spo.runtime.prepare import prepare_run
@@ -56,6 +59,8 @@ EVAL_KEYS = [
     "self_bleu",
     "length",
     "rewards/accuracies",
+    "win_rate_length_controlled",
+    "calibration/ece",
 ]
 SAMPLE_KEYS = [
     "prompt_id",
@@ -68,6 +73,7 @@ SAMPLE_KEYS = [
     "logp_policy",
     "logp_reference",
     "reference_completion",
+    "reference_tokens",
     "reference_reward",
     "verdict",
 ]
@@ -390,8 +396,100 @@ def test_an_evaluation_repeats_the_numbers_of_the_run(finished: Path) -> None:
     before = numbers(finished)
     assert cli.main(["evaluate", "run"]) == 0
     [again] = evaluations(finished)
-    assert again == {key: value for key, value in before.items() if key.startswith("eval/")}
+    of_selection = {f"val/{name}" for name in spo_evaluate.VAL}
+    assert again == {key: value for key, value in before.items() if key.startswith("eval/") or key in of_selection}
     assert numbers(finished) == before
+
+
+def test_the_selection_split_is_evaluated_too(swept: Sweep) -> None:
+    run = swept.directory("dpo")
+    metrics, samples = numbers(run), rows(run / "samples.selection.jsonl")
+    assert {row["split"] for row in samples} == {"selection"} and len(samples) == 8
+    assert set(SAMPLE_KEYS) == samples[0].keys()
+    assert not {row["prompt_id"] for row in samples} & {row["prompt_id"] for row in rows(run / "samples.jsonl")}
+    assert metrics["val/win_rate"] == pytest.approx(sum(row["verdict"] for row in samples) / 8)
+    assert metrics["val/reward"] == pytest.approx(sum(row["reward"] for row in samples) / 8)
+    assert metrics["val/win_rate_ci_low"] <= metrics["val/win_rate"] <= metrics["val/win_rate_ci_high"]
+    assert metrics["val/kl"] != history(run)[-1]["val/kl"]  # of these samples, not of the last probe
+
+
+def test_an_evaluation_against_chosen_responses_and_another_run(finished: Path, here: Path, swept: Sweep) -> None:
+    other = swept.directory("dpo")
+    shutil.copytree(other, here / "theirs", symlinks=True)
+    assert cli.main(["evaluate", "run", "evaluation.against=[reference,chosen,theirs]"]) == 0
+    [metrics] = evaluations(finished)
+    [folder] = (finished / "evaluations").iterdir()
+    samples, theirs = rows(folder / "samples.jsonl"), rows(other / "samples.jsonl")
+    for row, their in zip(samples, theirs, strict=True):
+        assert row["prompt_id"] == their["prompt_id"]
+        met = row["opponents"]["theirs"]
+        assert (met["completion"], met["tokens"], met["reward"]) == tuple(
+            their[key] for key in ("completion", "tokens", "reward")
+        )
+        assert met["verdict"] == (row["reward"] > their["reward"]) + 0.5 * (row["reward"] == their["reward"])
+    verdicts = [row["opponents"]["theirs"]["verdict"] for row in samples]
+    assert metrics["eval/win_rate/theirs"] == pytest.approx(sum(verdicts) / len(verdicts))
+    compared = [row for row in samples if "chosen" in row["opponents"]]
+    assert metrics["eval/prompts/chosen"] == len(compared) <= metrics["eval/prompts/theirs"] == 8
+    assert {"eval/win_rate", "eval/win_rate/chosen_length_controlled_ci_high"} <= metrics.keys()
+
+
+def test_another_run_on_other_prompts_is_refused(
+    finished: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "theirs").mkdir()
+    lines = (finished / "samples.jsonl").read_text().splitlines(keepends=True)
+    (here / "theirs" / "samples.jsonl").write_text("".join(lines[:5]))
+    assert cli.main(["evaluate", "run", "evaluation.against=[theirs]"]) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "theirs was evaluated on other prompts: it has no sample for 3 of the 8" in told
+    for value, words in (("[nothing]", "nothing is neither reference nor chosen"), ("chosen", "must be a list")):
+        assert cli.main(["evaluate", "run", f"evaluation.against={value}"]) == 1
+        assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_evaluation_that_was_interrupted_draws_nothing_again(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[str] = []
+    draw, assess = spo_draws.draw, spo_evaluate.assess
+
+    def counted(model: Any, stage: str, *args: Any) -> Any:
+        drawn.append(stage)
+        return draw(model, stage, *args)
+
+    def broken(*args: Any) -> Any:
+        raise JudgeError("the judge is out of service")
+
+    monkeypatch.setattr(spo_draws, "draw", counted)
+    monkeypatch.setattr(spo_evaluate, "assess", broken)
+    again = ["evaluate", "run", "evaluation.seed=5", "evaluation.num_prompts=3", "evaluation.selection_prompts=2"]
+    assert cli.main(again) == 1
+    assert "the judge is out of service" in capsys.readouterr().err
+    assert drawn == ["policy", "reference"] * 2 and not (finished / "evaluations").exists()
+    monkeypatch.setattr(spo_evaluate, "assess", assess)
+    assert cli.main(again) == 0 and cli.main([*again, "judge=none"]) == 0 and len(drawn) == 4
+    with_judge, without = sorted(evaluations(finished), key=len, reverse=True)
+    assert {key: with_judge[key] for key in without} == without
+    assert cli.main([*again, "evaluation.temperature=0.5"]) == 0 and len(drawn) == 8
+
+
+def test_samples_and_win_rate_at_every_validation(cache: Path, tmp_path: Path) -> None:
+    settings = ["callbacks=samples", "callbacks.samples.num_prompts=3", "evaluation.selection_prompts=0"]
+    metrics = job(tmp_path / "run", cache, TINY, *settings)
+    samples = rows(tmp_path / "run" / "samples.validation.jsonl")
+    assert [(row["step"], row["split"]) for row in samples] == [(s, "selection") for s in (0, 2, 4) for _ in range(3)]
+    validations = [row for row in history(tmp_path / "run") if "val/win_rate" in row]
+    assert [row["step"] for row in validations] == [0, 2, 4]
+    for row in validations:
+        here = [sample for sample in samples if sample["step"] == row["step"]]
+        assert row["val/win_rate"] == pytest.approx(sum(one["verdict"] for one in here) / 3)
+        assert row["val/reward"] == pytest.approx(sum(one["reward"] for one in here) / 3)
+    assert metrics["val/win_rate"] == validations[-1]["val/win_rate"]
+    assert len({row["reference_completion"] for row in samples}) == 3 < len({row["completion"] for row in samples})
+    plain = job(tmp_path / "plain", cache, TINY, "evaluation.selection_prompts=0")
+    assert "val/win_rate" not in plain
+    assert plain == {key: value for key, value in metrics.items() if key in plain}  # looking changes nothing
 
 
 def test_an_evaluation_with_other_settings(finished: Path) -> None:
@@ -614,9 +712,8 @@ def test_two_devices_keep_one_record(method: str, cache: Path, tmp_path: Path) -
     assert [row["step"] for row in history(tmp_path / "two")] == [0, 2, 4]
     if method == "dpo":
         one, two = job(tmp_path / "one", cache, TINY, "method=dpo"), numbers(tmp_path / "two")
-        sampled = ("kl", "entropy")  # while training, each rank draws samples of its own
         for key in one:
-            if key.startswith(("train/", "val/")) and not key.endswith(sampled):
+            if key.startswith(("train/", "val/")):
                 assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-4), key
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,19 +15,35 @@ from torch import nn
 
 from spo.data import EvalPrompt, Reward
 from spo.evaluation import (
+    Draws,
     Evaluation,
     EvaluationSettings,
+    Opponent,
     bootstrap_interval,
     distinct_n,
+    distinct_samples,
     draw_both,
     evaluate_policy,
     self_bleu,
 )
-from spo.evaluation.judges import reward_judge
+from spo.evaluation.judges import Comparison, Judge, RewardJudge, reward_judge, verdict_of_rewards
 from spo.ops import completion_logps
 from tests.helpers import BOS, VOCAB, every_completion, sequences, tiny_llama, tiny_tokenizer
 
 FAVOURITE = 9
+SETTINGS: dict[str, Any] = {
+    "num_prompts": 40,
+    "selection_prompts": 0,
+    "against": ["reference"],
+    "samples_per_prompt": 2,
+    "max_new_tokens": 6,
+    "temperature": 1.0,
+    "batch_size": 32,
+    "confidence": 0.95,
+    "bootstrap_samples": 500,
+    "self_bleu_samples": 20,
+    "seed": 0,
+}
 
 
 def count_reward(prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
@@ -53,20 +71,7 @@ def evaluate(
     reward: Reward | None = count_reward,
     **changes: Any,
 ) -> Evaluation:
-    settings: dict[str, Any] = {
-        "num_prompts": n,
-        "selection_prompts": 0,
-        "against": ["reference"],
-        "samples_per_prompt": 2,
-        "max_new_tokens": 6,
-        "temperature": 1.0,
-        "batch_size": 32,
-        "confidence": 0.95,
-        "bootstrap_samples": 500,
-        "self_bleu_samples": 20,
-        "seed": 0,
-    }
-    chosen = EvaluationSettings(**settings | changes)
+    chosen = EvaluationSettings(**SETTINGS | {"num_prompts": n} | changes)
     judge = reward_judge(reward)
     return evaluate_policy(
         policy, reference, tiny_tokenizer(), prompts(n), chosen, judge, decode, all_prompts=all_prompts
@@ -198,19 +203,8 @@ def test_kl_and_entropy_agree_with_enumeration() -> None:
         log_p, log_q = completion_logps(policy, everything), completion_logps(reference, everything)
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "w20"  # no token of this vocabulary, so nothing ends early
-    settings = EvaluationSettings(
-        num_prompts=1,
-        selection_prompts=0,
-        against=["reference"],
-        samples_per_prompt=3000,
-        max_new_tokens=3,
-        temperature=1.0,
-        batch_size=3000,
-        confidence=0.95,
-        bootstrap_samples=10,
-        self_bleu_samples=2,
-        seed=0,
-    )
+    many = {"num_prompts": 1, "samples_per_prompt": 3000, "max_new_tokens": 3, "batch_size": 3000}
+    settings = EvaluationSettings(**SETTINGS | many | {"bootstrap_samples": 10, "self_bleu_samples": 2})
     prompt = EvalPrompt("id", "test", (1,), "")
     result = evaluate_policy(policy, reference, tokenizer, [prompt], settings, None, decode)
     metrics = result.metrics
@@ -246,7 +240,140 @@ def test_seeded_and_reports_progress() -> None:
     assert first == again
     assert [row["completion"] for row in first.samples] != [row["completion"] for row in other.samples]
     done: list[int] = []
-    settings = EvaluationSettings(7, 0, 1, 3, 1.0, 3, ["reference"], 0.95, 10, 5, 0)
+    settings = EvaluationSettings(**SETTINGS | {"num_prompts": 7, "samples_per_prompt": 1, "batch_size": 3})
     model = tiny_llama()
     draw_both(model, model, tiny_tokenizer(), prompts(7), settings, decode, done.append)
     assert sum(done) == 14 and max(done) == 3
+
+
+# ------------------------------------------------------------------------------------------- judges and opponents
+
+
+class Favourable:
+    """A judge that only compares: the completion with more of the favourite token wins; no answer to some prompts."""
+
+    identity: dict[str, Any] = {"judge": "favourable"}  # noqa: RUF012
+
+    def __init__(self, silent: Sequence[str] = ()) -> None:
+        self.silent = silent
+        self.asked: list[Comparison] = []
+
+    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> None:
+        return None
+
+    def verdicts(self, comparisons: Sequence[Comparison]) -> list[float | None]:
+        self.asked += comparisons
+        return [None if one.prompt in self.silent else self.verdict(one) for one in comparisons]
+
+    @staticmethod
+    def verdict(one: Comparison) -> float:
+        first, second = count_reward(["", ""], [one.first, one.second])["reward"]
+        return verdict_of_rewards(first, second)
+
+    def usage(self) -> dict[str, float]:
+        return {"calls": float(len(self.asked))}
+
+
+def judged(judge: Judge, n: int = 20, opponents: dict[str, Opponent] | None = None, **changes: Any) -> Evaluation:
+    settings = EvaluationSettings(**SETTINGS | {"num_prompts": n} | changes)
+    models = favouring(1.0), favouring(0.0)
+    return evaluate_policy(*models, tiny_tokenizer(), prompts(n), settings, judge, decode, opponents=opponents)
+
+
+def test_a_judge_that_compares_gives_the_win_rate_of_the_reward_it_stands_for() -> None:
+    by_reward, by_judge = evaluate(favouring(1.0), favouring(0.0), n=20), judged(Favourable())
+    for row, other in zip(by_reward.samples, by_judge.samples, strict=True):
+        assert row["verdict"] == other["verdict"] and "reward" not in other and "reference_reward" not in other
+    rates = {key: value for key, value in by_reward.metrics.items() if "win_rate" in key}
+    assert {key: by_judge.metrics[key] for key in rates} == rates and len(rates) == 6
+    assert not [key for key in by_judge.metrics if "reward" in key]
+
+
+def test_an_unanswered_comparison_is_null_and_counts_for_nobody() -> None:
+    rows = (found := judged(Favourable(silent=["prompt 0", "prompt 1"]))).samples
+    assert [row["verdict"] for row in rows[:4]] == [None] * 4
+    answered = [row["verdict"] for row in rows[4:]]
+    assert None not in answered and found.metrics["eval/win_rate"] == pytest.approx(np.mean(answered))
+    silent = judged(Favourable(silent=[f"prompt {i}" for i in range(20)]))
+    assert not [key for key in silent.metrics if "win_rate" in key]
+
+
+def test_only_what_is_asked_for_is_judged() -> None:
+    judge = Favourable()
+    found = judged(judge, against=[])
+    assert judge.asked == [] and "eval/win_rate" not in found.metrics and "verdict" not in found.samples[0]
+    assert "eval/reference/entropy" in found.metrics
+
+
+@pytest.mark.parametrize("judge", [Favourable(), reward_judge(count_reward)], ids=["compares", "scores"])
+def test_further_opponents(judge: Judge) -> None:
+    best, worst = ("w9 w9 w9 w9 w9 w9", 6), ("", 1)
+    opponents = {
+        "best": {(f"id{i}", k): best for i in range(20) for k in range(2)},
+        "half": {(f"id{i}", k): worst for i in range(10) for k in range(2)},
+    }
+    found = judged(judge, opponents=opponents)
+    metrics, rows = found.metrics, found.samples
+    assert metrics["eval/win_rate/best"] < 0.1 and metrics["eval/win_rate/half"] > 0.5
+    assert (metrics["eval/prompts/best"], metrics["eval/prompts/half"]) == (20, 10)
+    ends = ("", "_ci_low", "_ci_high")
+    for name in ("", "/best", "/half"):
+        for kind in ("", "_length_controlled"):
+            low, rate, high = (metrics[f"eval/win_rate{name}{kind}{ends[i]}"] for i in (1, 0, 2))
+            assert low <= rate <= high
+    assert rows[0]["opponents"]["best"]["completion"] == best[0] and rows[0]["opponents"]["best"]["tokens"] == 6
+    assert "half" in rows[19]["opponents"] and "half" not in rows[20]["opponents"]
+    verdicts = [row["opponents"]["half"]["verdict"] for row in rows[:20]]
+    assert metrics["eval/win_rate/half"] == pytest.approx(np.mean(verdicts))
+    assert ("reward" in rows[0]["opponents"]["best"]) == isinstance(judge, RewardJudge)
+
+
+def test_an_opponent_with_the_policy_s_own_samples_is_a_tie() -> None:
+    rows = judged(Favourable()).samples
+    own = {(row["prompt_id"], row["sample_index"]): (row["completion"], row["tokens"]) for row in rows}
+    metrics = judged(Favourable(), opponents={"itself": own}).metrics
+    for kind in ("", "_length_controlled"):
+        assert [metrics[f"eval/win_rate/itself{kind}{end}"] for end in ("", "_ci_low", "_ci_high")] == [0.5] * 3
+
+
+def test_no_number_depends_on_the_batch_size() -> None:
+    whole = evaluate(favouring(1.0), favouring(0.0), n=13, batch_size=26)
+    for size in (1, 4, 64):
+        other = evaluate(favouring(1.0), favouring(0.0), n=13, batch_size=size)
+        assert other.metrics == pytest.approx(whole.metrics, rel=1e-9)
+        assert [row["completion"] for row in other.samples] == [row["completion"] for row in whole.samples]
+    # nor does what is drawn for a prompt depend on how many others there are
+    fewer = evaluate(favouring(1.0), favouring(0.0), n=5)
+    assert [row["completion"] for row in fewer.samples] == [row["completion"] for row in whole.samples[:10]]
+
+
+def test_distinct_samples() -> None:
+    assert distinct_samples([["a", "a", "b", "b"], ["a", "b", "c", "d"]]) == 0.75
+    found = evaluate(favouring(1.0), favouring(0.0), n=6, samples_per_prompt=5)
+    texts = [[row["completion"] for row in found.samples[first : first + 5]] for first in range(0, 30, 5)]
+    assert found.metrics["eval/distinct_samples"] == distinct_samples(texts)
+    assert "eval/reference/distinct_samples" in found.metrics
+    assert "eval/distinct_samples" not in evaluate(favouring(1.0), favouring(0.0), n=6, samples_per_prompt=1).metrics
+
+
+def test_intervals_of_what_is_measured() -> None:
+    metrics = evaluate(favouring(1.0), favouring(0.0)).metrics
+    for name in ("reward", "kl", "entropy", "entropy_sequence", "length", "win_rate", "win_rate_length_controlled"):
+        assert metrics[f"eval/{name}_ci_low"] < metrics[f"eval/{name}"] < metrics[f"eval/{name}_ci_high"], name
+
+
+def test_completions_that_are_kept_are_not_drawn_again() -> None:
+    shelf: dict[str, Draws] = {}
+    drawn: list[str] = []
+
+    def kept(stage: str, draw: Callable[[], Draws]) -> Draws:
+        if stage not in shelf:
+            drawn.append(stage)
+            shelf[stage] = Draws(**json.loads(json.dumps(asdict(draw()))))
+        return shelf[stage]
+
+    settings = EvaluationSettings(**SETTINGS | {"num_prompts": 6})
+    models = favouring(1.0), favouring(0.0)
+    first, again = (draw_both(*models, tiny_tokenizer(), prompts(6), settings, decode, kept=kept) for _ in range(2))
+    assert first == again and drawn == ["policy", "reference"]
+    assert first == draw_both(*models, tiny_tokenizer(), prompts(6), settings, decode)

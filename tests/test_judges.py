@@ -9,9 +9,13 @@ import multiprocessing
 import os
 import random
 import signal
+import sqlite3
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -45,7 +49,7 @@ from spo.evaluation.judges.pairwise import VerdictStore, question
 from spo.runtime.checks import problems
 from spo.runtime.config import compose
 from spo.runtime.rundir import identity
-from tests.commands import job, rows, shared_cache, spo
+from tests.commands import environment, job, rows, shared_cache, spo
 from tests.endpoint import Endpoint, Reply, serving
 from tests.helpers import BOS, EOS, PAD, VOCAB, tiny_llama, tiny_tokenizer
 
@@ -78,7 +82,7 @@ class Fake(PairwiseJudge):
     def identity(self) -> dict[str, Any]:
         return {"judge": self.name}
 
-    def ask(self, comparisons: Sequence[Comparison]) -> Iterator[Mapping[Comparison, float | str]]:
+    def ask(self, comparisons: Sequence[Comparison]) -> Generator[Mapping[Comparison, float | str], None, None]:
         for comparison in comparisons:
             self.asked.append(comparison)
             self.spend(calls=1)
@@ -357,7 +361,7 @@ def test_an_endpoint_without_a_key_and_ties(endpoint: Endpoint, tmp_path: Path) 
         Reply(status=503, body=b"<html>busy</html>"),
         Reply(status=429, body=b"{}"),
         Reply(drops=True),
-        Reply(after_s=1.0),
+        Reply(after_s=4.0),
         Reply(body=b'{"choices": [{"mess'),
         Reply(body=b"<html>a proxy says hello</html>", headers=(("Content-Type", "text/html"),)),
         Reply(body=b'{"choices": []}'),
@@ -373,7 +377,7 @@ def test_what_goes_wrong_once_is_tried_again(endpoint: Endpoint, tmp_path: Path,
     endpoint.script = lambda question, times: (
         trouble if times == 0 else Reply(says="A" if "| one |" in question else "B")
     )
-    judge = http_judge(endpoint, tmp_path, timeout_s=0.5 if trouble.after_s else 20)
+    judge = http_judge(endpoint, tmp_path, timeout_s=2 if trouble.after_s else 20)
     assert judge.verdicts([Comparison("p", "one", "x"), Comparison("p", "y", "one")]) == [1.0, 0.0]
     assert set(Counter(endpoint.questions).values()) == {2} and judge.usage()["calls"] == 8
 
@@ -476,11 +480,10 @@ def test_the_pace_spaces_requests_evenly() -> None:
 
 def test_every_request_takes_its_turn_retries_too(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.script = lambda _, times: Reply(status=500, body=b"{}") if times == 0 else Reply()
-    judge = http_judge(endpoint, tmp_path, requests_per_minute=1200, concurrency=4)
-    judge.verdicts(comparisons(4))
-    assert len(endpoint.at) == 16
-    # Sixteen turns a twentieth of a second apart; what the network adds can only delay the last.
-    assert endpoint.at[-1] - endpoint.at[0] >= 0.5
+    clock, judge = Clock(), http_judge(endpoint, tmp_path, concurrency=1)
+    judge._pace = Pace(6, clock, clock.sleep)
+    judge.verdicts(comparisons(2))
+    assert len(endpoint.at) == 8 and clock.slept == [10.0] * 7
 
 
 def test_settings_that_make_no_sense(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -633,7 +636,10 @@ def test_a_classifier_is_no_reward_model(tmp_path: Path) -> None:
         reward_model(folder).scores(["w3"], ["w4"])
     found = problems(compose(["judge=reward_model", f"judge.path={folder}"]))
     assert len(found) == 1 and "3 outputs" in found[0]
-    with pytest.raises(JudgeError, match=r"judge\.path=.*nothing: no"):
+    tiny_llama(dtype=torch.float32, num_labels=1).save_pretrained(folder)  # no head for rewards: it would be random
+    with pytest.raises(JudgeError, match=r"not the weights of a LlamaForSequenceClassification, score\.weight is"):
+        reward_model(folder).scores(["w3"], ["w4"])
+    with pytest.raises(JudgeError, match=r"judge\.path=.*nothing: Auto\w+ cannot load it"):
         reward_model(tmp_path / "nothing").scores(["w3"], ["w4"])
 
 
@@ -817,7 +823,7 @@ def test_a_run_is_judged_by_a_function_of_one_s_own(tmp_path: Path, tmp_path_fac
     )
     words = ["judge=function", "judge.reward._target_=mine.shortness", "+judge.reward.factor=2", "hydra.run.dir=run"]
     cache = shared_cache(tmp_path_factory)
-    spo("train", "+debug=tiny", "logger=record", *words, folder=tmp_path, cache=cache, PYTHONPATH=str(tmp_path))
+    spo("train", "+debug=tiny", "logger=record", *words, folder=tmp_path, cache=cache)
     samples = rows(tmp_path / "run/samples.jsonl")
     for row in samples:
         assert row["reward"] == -2 * len(row["completion"])
@@ -836,3 +842,41 @@ def test_a_run_is_judged_by_a_reward_model(tmp_path: Path, tmp_path_factory: pyt
     judge = reward_model(folder)
     direct = judge.scores([row["prompt"] for row in samples], [row["completion"] for row in samples])["reward"]
     assert [row["reward"] for row in samples] == pytest.approx(direct, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_killed_asks_only_what_is_open(
+    endpoint: Endpoint, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cache, tiny = shared_cache(tmp_path_factory), ("+debug=tiny", "logger=record", "judge=none", "hydra.run.dir=run")
+    spo("train", *tiny, folder=tmp_path, cache=cache)
+    others = ("judge.model=m", "judge.key_variable=JUDGE_KEY", "judge.concurrency=2", "judge.requests_per_minute=null")
+    words = ["evaluate", "run", "judge=openai", f"judge.base_url={endpoint.url}", *others]
+    killed, held = threading.Event(), threading.Event()
+
+    def five_answers(*_: Any) -> Reply:
+        if len(endpoint.questions) > 5:
+            held.set()
+            killed.wait(timeout=60)
+        return Reply(says="A")
+
+    endpoint.script = five_answers
+    command = [Path(sys.executable).with_name("spo"), *words]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(cache), stderr=subprocess.DEVNULL)
+    assert held.wait(timeout=120)
+    verdicts = sqlite3.connect(cache / "verdicts.sqlite")
+    count = "SELECT count(*) FROM verdicts"
+    while verdicts.execute(count).fetchone()[0] < 4:  # the fifth may be on its way
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    killed.set()
+    kept = verdicts.execute(count).fetchone()[0]
+    spo(*words, folder=tmp_path, cache=cache)
+    asked = Counter(endpoint.questions)
+    assert sum(times == 1 for times in asked.values()) >= len(asked) - 3 and max(asked.values()) == 2
+    [folder] = (tmp_path / "run/evaluations").iterdir()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (metrics["eval/judge/cached"], metrics["eval/judge/calls"]) == (kept, len(asked) - kept)
+    assert metrics["eval/win_rate"] == metrics["val/win_rate"] == 0.5  # always A: only the position counted
+    assert not any(KEY.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())

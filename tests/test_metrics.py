@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.classification import binary_calibration_error
 
-from spo.metrics import SumsAndCounts
+from spo.metrics import Calibration, SumsAndCounts, repetition
 
 
 def test_every_element_counts_once_however_they_are_batched() -> None:
@@ -46,3 +50,66 @@ def test_state_survives_a_checkpoint() -> None:
     second.load_state_dict(first.state_dict())
     second.update({"a": torch.tensor([6.0])})
     assert second.compute() == {"a": 3.0}
+
+
+# -------------------------------------------------------------------------------------------------- calibration
+
+
+def calibrated(margin: torch.Tensor, preference: torch.Tensor | None = None, size: int = 1000) -> dict[str, float]:
+    metric = Calibration()
+    for first in range(0, len(margin), size):
+        rows = slice(first, first + size)
+        metric.update(margin[rows], None if preference is None else preference[rows])
+    return metric.compute()
+
+
+def test_calibration_by_hand() -> None:
+    confident, unsure = math.log(0.9 / 0.1), math.log(0.6 / 0.4)
+    found = calibrated(torch.tensor([confident, -confident, unsure], dtype=torch.float64))
+    # bin of 0.9: right once of two; bin of 0.6: right
+    assert found["ece"] == pytest.approx((abs(2 * 0.9 - 1) + abs(0.6 - 1)) / 3)
+    assert found["brier"] == pytest.approx((0.1**2 + 0.9**2 + 0.4**2) / 3)
+    assert found["log_loss"] == pytest.approx(-(math.log(0.9) + math.log(0.1) + math.log(0.6)) / 3)
+    certain = calibrated(torch.tensor([1000.0, -1000.0]))
+    assert (certain["ece"], certain["brier"], certain["log_loss"]) == (0.5, 0.5, 500.0)
+    assert calibrated(torch.zeros(5)) == {"ece": 0.0, "brier": 0.25, "log_loss": pytest.approx(math.log(2))}
+    with pytest.warns(UserWarning, match="before the ``update``"):
+        assert calibrated(torch.zeros(0)) == {}
+
+
+def test_calibration_is_that_of_torchmetrics_for_hard_labels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    margin = torch.randn(500, generator=generator, dtype=torch.float64) * 2
+    # the same pairs in a random order of their two sides, which is what a binary classifier is shown
+    flipped = torch.rand(500, generator=generator) < 0.5
+    confidence, right = margin.abs().sigmoid(), (margin > 0).long()
+    expected = binary_calibration_error(confidence, right, n_bins=20, norm="l1")  # of which ten lie above 0.5
+    assert calibrated(margin)["ece"] == pytest.approx(expected.item(), abs=1e-6)
+    assert calibrated(margin.where(~flipped, -margin), (~flipped).double()) == pytest.approx(calibrated(margin))
+
+
+def test_a_reward_that_says_the_preferences_is_calibrated() -> None:
+    margin = torch.linspace(-4, 4, 2001, dtype=torch.float64)
+    soft = margin.sigmoid()
+    assert calibrated(margin, soft)["ece"] == pytest.approx(0, abs=1e-12)
+    assert calibrated(margin, soft)["brier"] == pytest.approx(0, abs=1e-12)
+    drawn = (torch.rand(2001, generator=torch.Generator().manual_seed(1)) < soft).double()
+    assert calibrated(margin, drawn)["ece"] < 0.04 < 0.1 < calibrated(5 * margin, drawn)["ece"]
+
+
+def test_calibration_is_the_same_for_any_batch_size() -> None:
+    rng = np.random.default_rng(0)
+    margin, soft = torch.tensor(rng.normal(size=101)), torch.tensor(rng.random(101))
+    whole = calibrated(margin, soft)
+    for size in (1, 4, 7):
+        assert calibrated(margin, soft, size) == pytest.approx(whole, rel=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------- repetition
+
+
+def test_repetition_by_hand() -> None:
+    assert repetition([1, 2, 3]) == repetition([1, 2, 3, 4, 5, 6]) == 0.0
+    assert repetition([1, 2] * 4) == pytest.approx(3 / 5)  # 1212 2121 1212 2121 1212
+    assert repetition([7] * 9) == pytest.approx(5 / 6)
+    assert repetition("abab", n=2) == pytest.approx(1 / 3)  # type: ignore[arg-type]

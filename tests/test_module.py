@@ -543,6 +543,7 @@ def distributed_module() -> Spied:
         reference=FrozenReference(),
         reference_model=tiny_llama(1, scale=0.1),
         micro_batch_size=2,
+        probe=ProbeSettings(num_prompts=3, max_new_tokens=4),
     )
 
 
@@ -565,6 +566,8 @@ def test_two_processes_step_as_one(tmp_path: Path) -> None:
     for ours, theirs in zip(two["gradients"], alone.gradients, strict=True):
         assert_same(ours, theirs, 1e-5)
     metrics = {key: float(value) for key, value in alone.trainer.callback_metrics.items() if "time" not in key}
+    # eleven pairs and three samples, which two processes cannot share evenly
+    assert {"val/loss", "val/p_eos", "val/logps_per_token/chosen", "val/kl", "val/length"} <= metrics.keys()
     assert {key: two["metrics"][key] for key in metrics} == pytest.approx(metrics, rel=1e-5)
 
 

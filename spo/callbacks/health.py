@@ -42,11 +42,11 @@ def _share(key: str) -> Callable[[Numbers, Numbers], float]:
 
 
 def _above(value: float, limit: float) -> bool:
-    return value > limit
+    return not value <= limit  # what is no number any more is beyond every limit
 
 
 def _below(value: float, limit: float) -> bool:
-    return value < limit
+    return not value >= limit
 
 
 CHECKS: Mapping[str, Check] = {

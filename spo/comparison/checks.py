@@ -11,9 +11,6 @@ from spo.comparison.runs import Found, Run
 
 # Parts of a configuration that have to be the same for all: what is trained on, from where, and how it is judged.
 _DATA, _START, _JUDGING = ("data",), ("model", "sft"), ("evaluation", "judge")
-# Of those, what says how training goes through the data, and not what the data are.
-_NOT_DATA = ("data.batch_size", "data.micro_batch_size", "data.eval_batch_size", "data.num_workers")
-_NOT_JUDGING = ("evaluation.batch_size",)
 _BUDGET = ("trainer.max_steps", "data.batch_size")
 _SHOWN = 6
 
@@ -39,8 +36,8 @@ def find_problems(found: Found) -> list[Problem]:
     problems += [Problem(f"{run.name} is {run.failure}", frozenset({run.method})) for run in runs if run.failure]
     problems += [*_twice(finished), *_budgets(runs), *_seeds(runs)]
     problems += _mixed_digests(finished)
-    problems += [*_mixed(finished, "the data", _DATA, _NOT_DATA), *_mixed(finished, "the start", _START)]
-    problems += [*_mixed(finished, "how it is judged", _JUDGING, _NOT_JUDGING), *_prompts(finished)]
+    problems += [*_mixed(finished, "the data", _DATA), *_mixed(finished, "the start", _START)]
+    problems += [*_mixed(finished, "how it is judged", _JUDGING), *_prompts(finished)]
     return problems
 
 
@@ -136,9 +133,9 @@ def _mixed_digests(runs: Sequence[Run]) -> list[Problem]:
     return problems
 
 
-def _mixed(runs: Sequence[Run], what: str, parts: Sequence[str], but: Sequence[str] = ()) -> list[Problem]:
+def _mixed(runs: Sequence[Run], what: str, parts: Sequence[str]) -> list[Problem]:
     """Keys of parts of the configuration that have to be the same for all."""
-    keys = {key for run in runs for key in run.setting if key.partition(".")[0] in parts and key not in but}
+    keys = {key for run in runs for key in run.setting if key.partition(".")[0] in parts and key not in _BUDGET}
     values: Mapping[str, set[str]] = {
         key: {json.dumps(run.setting.get(key), sort_keys=True, default=str) for run in runs} for key in sorted(keys)
     }

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spo.comparison.compare import Comparison, compare
+from spo.comparison.html import write_page
 from spo.comparison.output import write_files
-from spo.comparison.page import write_page
 from spo.comparison.runs import IDENTITY, OUTPUT, find_runs
 from spo.comparison.terminal import show
 

@@ -189,6 +189,8 @@ def compare(
     metric = _metric(runs, metric, notes)
     of_method = {name: [run for run in runs if run.method == name] for name in names}
     selects = any(len({run.key for run in some}) > 1 for some in of_method.values())
+    if select is not None and not selects:
+        notes.append(f"Nothing was selected by {select}: every method has one setting.")
     select = _selector(runs, select, notes) if selects else None
     methods = [_method(name, some, select, problems, bootstrap) for name, some in of_method.items()]
     main, higher = metric.removeprefix("eval/"), better(metric)
@@ -226,8 +228,8 @@ def _lost(runs: Iterable[Run], names: Sequence[str]) -> list[str]:
 
 
 def _metric(runs: Sequence[Run], wanted: str | None, notes: list[str]) -> str:
-    common = set.intersection(*(set(run.record.metrics or {}) for run in runs))
-    known = sorted(key for key in common if key.startswith("eval/") and "/reference/" not in key)
+    keys = (key for key in runs[0].record.metrics or {} if key.startswith("eval/") and "/reference/" not in key)
+    known = sorted(key for key in keys if all(run.record.metric(key) is not None for run in runs))
     if wanted is not None:
         if wanted in known:
             return wanted
@@ -253,8 +255,8 @@ def _selector(runs: Sequence[Run], wanted: str | None, notes: list[str]) -> str:
             if wanted is None and key != SELECTORS[0]:
                 notes.append(f"Settings were selected by {key}: not all runs have {SELECTORS[0]}.")
             return key
-    shared = set.intersection(*({*(run.record.metrics or {})} for run in runs))
-    known = sorted(key for key in shared if key.startswith("val/"))
+    keys = (key for key in runs[0].record.metrics or {} if key.startswith("val/"))
+    known = sorted(key for key in keys if all(run.record.metric(key) is not None for run in runs))
     words = f"--select {wanted}: not all runs have it" if wanted else f"not all runs have one of {', '.join(SELECTORS)}"
     raise CannotCompare([f"{words}, by which the best setting of a method could be selected"], _choice(known))
 

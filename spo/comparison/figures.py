@@ -61,9 +61,11 @@ def frontier(comparison: Comparison, cost: str) -> Markup | None:
         cost: ``kl`` or ``entropy``; less KL and more entropy are the better.
 
     Returns:
-        ``None`` where no run has both.
+        ``None`` where no run has both, or both are the same.
     """
     metric, hue = comparison.metric_name, hues(comparison)
+    if metric == cost:
+        return None
     sign = -1.0 if cost == "entropy" else 1.0
     gain = -1.0 if comparison.higher is False else 1.0
     clouds = []
@@ -250,7 +252,10 @@ def _panels(comparison: Comparison, spec: Any) -> list[Panel]:
                 continue
             if spec.varying and all(len(set(one.values)) == 1 for one in series):
                 continue
-            title = f"{spec.title}: {metric.rpartition('/')[2]}" if len(spec.metrics) > 1 else spec.title
+            title = spec.title
+            if len(spec.metrics) > 1:
+                known = label(metric) != metric
+                title = label(metric)[0].upper() + label(metric)[1:] if known else f"{title}: {metric}"
             words = ", ".join(part for part in (unit_of(key), key.partition("/")[0]) if part)
             panels.append(Panel(clean(key), clean(title), words, series, spec.bounds, spec.baseline))
             break

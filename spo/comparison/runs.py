@@ -24,6 +24,24 @@ IDENTITY, COMPOSED, METRICS, FAILURE, SWEEP = (
     "sweep.json",
 )
 OUTPUT = "comparison"  # folder of our own results inside a sweep directory
+# What a run is computed with, and not what is computed: no part of a setting.
+_WITH = (
+    "callbacks",
+    "data.eval_batch_size",
+    "data.micro_batch_size",
+    "data.num_workers",
+    "evaluation.against",
+    "evaluation.batch_size",
+    "evaluation.bootstrap_samples",
+    "evaluation.confidence",
+    "launcher",
+    "strategy",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.enable_progress_bar",
+    "trainer.num_nodes",
+    "trainer.profiler",
+)
 _MOVED_ASIDE = re.compile(r"(.+)\.\d+")  # what `rerun=true` makes of an old run's directory
 
 
@@ -51,7 +69,8 @@ class Run:
         identity: What makes it this run, as ``identity.json`` has it.
         record: Its other files.
         seed: Its ``seed``.
-        setting: Its configuration without the seed and what follows from it: equal for runs that differ by luck.
+        setting: Its configuration without the seed, what follows from it, and devices and the like: equal for runs that
+            differ by luck alone.
         follows: Keys of the setting whose values follow from other keys.
         failure: Why it cannot be used, in words; ``None`` for a finished run.
     """
@@ -195,10 +214,14 @@ def _read(directory: Path) -> Run | str:
         identity=identity,
         record=record,
         seed=config["seed"],
-        setting={key: value for key, value in config.items() if key not in of_seed},
+        setting={key: value for key, value in config.items() if key not in of_seed and not _is_with(key)},
         follows=frozenset(key for key, text in composed.items() if text.startswith("${") and text.endswith("}")),
         failure=_failure(directory, record),
     )
+
+
+def _is_with(key: str) -> bool:
+    return any(key == part or key.startswith(f"{part}.") for part in _WITH)
 
 
 def _failure(directory: Path, record: RunRecord) -> str | None:

@@ -68,7 +68,8 @@ def at_equal_length(verdicts: Array, length_differences: Array, weights: Array) 
     size = max(_NUMBERS_AT_ONCE // len(x), 1)
     parts = [weights[first : first + size] for first in range(0, len(weights), size)]
     fitted = np.vstack([_fit(verdicts, x, part, np.repeat(start, len(part), axis=0)) for part in parts])
-    return _sigmoid(fitted[:, 0])
+    intercept = fitted[:, 0]
+    return _sigmoid(np.where(np.abs(intercept) < _LARGEST_LOGIT, intercept, np.copysign(np.inf, intercept)))
 
 
 def _fit(verdicts: Array, x: Array, weights: Array, start: Array) -> Array:

@@ -224,20 +224,11 @@ def _table(run: RunRecord) -> list[dict[str, str]]:
 
 
 def _rank(name: str) -> int:
-    order = (
-        "win_rate",
-        "win_rate_length_controlled",
-        "reward",
-        "kl",
-        "entropy",
-        "entropy_sequence",
-        "distinct_2",
-        "self_bleu",
-        "length",
-    )
-    for group in ("win_rate", "reward"):
-        if name.startswith(f"{group}/"):
-            return order.index(group)
+    order = ("win_rate", "win_rate_length_controlled", "win_rate/", "reward", "kl", "entropy", "entropy_sequence")
+    order += ("distinct_2", "distinct_samples", "self_bleu", "length")
+    if name.startswith("reward/"):
+        return order.index("reward")
+    name = "win_rate/" if name.startswith("win_rate/") else name
     return order.index(name) if name in order else len(order)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 LABELS = {
     "alpha": "alpha",
     "beta": "beta",
-    "calibration/brier": "Brier score of the implicit reward",
-    "calibration/ece": "calibration error of the implicit reward",
-    "calibration/log_loss": "log loss of the implicit reward",
+    "calibration/brier": "Brier score",
+    "calibration/ece": "calibration error",
+    "calibration/log_loss": "calibration log loss",
     "distinct_2": "distinct-2",
     "distinct_samples": "distinct samples per prompt",
     "entropy": "entropy",

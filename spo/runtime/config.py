@@ -163,7 +163,10 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("spo.add", add, replace=True)
     OmegaConf.register_new_resolver("spo.at_most", min, replace=True)
     OmegaConf.register_new_resolver("spo.processes", processes, replace=True)
+    OmegaConf.register_new_resolver("spo.tasks_per_node", tasks_per_node, replace=True)
+    OmegaConf.register_new_resolver("spo.gpus_per_node", gpus_per_node, replace=True)
     OmegaConf.register_new_resolver("spo.job_name", _job_name, replace=True)
+    OmegaConf.register_new_resolver("spo.sweep_name", job_name, replace=True)
 
 
 def multiply(a: float, b: float) -> float:
@@ -187,6 +190,18 @@ def processes(devices: int | str, nodes: int) -> int:
     return int(devices) * int(nodes)
 
 
+def tasks_per_node(devices: Any) -> int:
+    """Processes that a cluster is to start on each node: one for each device, one where their number is not told."""
+    if str(devices).isdigit():
+        return int(devices)
+    return 1 if str(devices) in ("auto", "-1") else len(str(devices).strip("[],").split(","))
+
+
+def gpus_per_node(devices: Any, accelerator: str) -> int | None:
+    """GPUs to ask a cluster for; ``None`` for a run on the CPU."""
+    return None if accelerator == "cpu" else tasks_per_node(devices)
+
+
 LONGEST = 120
 # Where a job writes, how it is launched and whether it replaces an older one do not say what it is.
 _UNNAMED = re.compile(r"[+~]*(hydra[./=]|paths([.=@]|$)|launcher([.=@]|$)|rerun(=|$))")
@@ -204,7 +219,7 @@ def job_name(overrides: Sequence[str], dropped: Sequence[str] = ()) -> str:
 
     Two different lists of overrides have different names. ``_`` in a value is written ``__``, which keeps the name
     readable backwards; what does not fit (a path, of which the last part is shown, or other characters) is told
-    apart by eight hex digits of the list's digest at the end.
+    apart by eight hex digits of the list's digest at the end. A name that is cut keeps its seed.
 
     Args:
         overrides: of the job.
@@ -226,7 +241,11 @@ def job_name(overrides: Sequence[str], dropped: Sequence[str] = ()) -> str:
     if lossless and len(name) <= LONGEST:
         return name
     digits = hashlib.sha256("\0".join(named).encode()).hexdigest()[:8]
-    return f"{name[: LONGEST - 9].rstrip('-_.') or 'job'}_{digits}"
+    seed = next((f"_{part}" for part in parts if part.startswith("seed-")), "")
+    kept = name[: LONGEST - 9]
+    if len(name) > len(kept) and f"{seed}_" not in f"{kept}_":
+        kept = f"{name[: LONGEST - 9 - len(seed)].rstrip('-_.')}{seed}"
+    return f"{kept.rstrip('-_.') or 'job'}_{digits}"
 
 
 def _group(override: str) -> str:

@@ -47,3 +47,33 @@ def missing_package(module: str) -> str | None:
             return f"{name.rpartition('.')[2]} is not installed: pip install 'spo[{EXTRAS[name]}]'"
         name = name.rpartition(".")[0]
     return None
+
+
+def in_words(error: Exception) -> str | None:
+    """What to tell a person, or ``None`` for a fault of the program, which deserves its traceback."""
+    from spo.data.rows import DataError
+    from spo.evaluation.judges.base import JudgeError
+
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    for one in chain:
+        if isinstance(one, UserError | DataError | JudgeError):
+            return str(one)
+        if isinstance(one, ModuleNotFoundError) and (words := missing_package(str(one.name))):
+            return words
+    for one in chain:
+        if type(one).__name__ == "MisconfigurationException":
+            return str(one)
+    cause = error.__cause__ or error
+    from_hydra = type(cause).__module__.startswith(("hydra.", "omegaconf."))
+    if type(error).__module__.startswith(("hydra.", "omegaconf.")):
+        return str(error) if from_hydra or isinstance(cause, ValueError | TypeError | ImportError) else None
+    return None
+
+
+def error_line(error: Exception) -> str:
+    """The error for a table: in words where there are any, else its type and message."""
+    return in_words(error) or f"{type(error).__name__}: {error}".rstrip(": ")

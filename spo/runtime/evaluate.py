@@ -282,5 +282,6 @@ def _pair_metrics(
         if "rewards/margins" in values and len(batch.mask()) == 2:  # of a list there is no single preference
             preference = None if batch.preference is None else batch.preference.cpu()
             calibration.update(values["rewards/margins"].cpu(), preference)
-    found = metric.compute() | {f"calibration/{name}": value for name, value in calibration.compute().items()}
+    reliability = calibration.compute() if calibration.update_called else {}  # of completions alone there is none
+    found = metric.compute() | {f"calibration/{name}": value for name, value in reliability.items()}
     return {f"eval/{key}": value for key, value in found.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib.util
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,8 +18,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from spo.runtime import search
 from spo.runtime.checks import missing_and_unresolved, problems
-from spo.runtime.config import composer, parse, parser, sugar
+from spo.runtime.config import composer, job_name, parse, parser, sugar
 from spo.runtime.errors import ConfigProblems, UserError, missing_package
 from spo.runtime.groups import conf_dir, group_members
 from spo.runtime.nodes import (
@@ -29,6 +31,7 @@ from spo.runtime.nodes import (
     listed,
     suggestion,
 )
+from spo.runtime.unread import unread
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,22 @@ class Plan:
     Attributes:
         overrides: the command line's, numbers for alpha and beta written out.
         jobs: the runs; of a sweeper that proposes its jobs one by one, only a first one.
+        complete: whether ``jobs`` are all there will be.
         multirun: whether they are jobs of a multirun.
+        sweep_dir: the directory of the multirun.
     """
 
     overrides: list[str]
     jobs: list[Job]
     multirun: bool
+    complete: bool
+    sweep_dir: Path
+
+    def named_jobs(self) -> list[tuple[list[str], str]]:
+        """Overrides of each job, without Hydra's own, and the name of its directory; none of an incomplete plan."""
+        tasks = [[text for text in job.overrides if not parse(text).is_hydra_override()] for job in self.jobs]
+        names = [job_name(task, unread(job.cfg)) for task, job in zip(tasks, self.jobs, strict=True)]
+        return list(zip(tasks, names, strict=True)) if self.complete else []
 
 
 def plan(
@@ -77,12 +90,15 @@ def plan(
         first_said: list[str] = []
         first, first_unsure = composing.compose(single, first_said)
         multirun = multirun or first.hydra.mode == RunMode.MULTIRUN
+        with open_dict(first):  # the sweep is named after all values, of which only the first are composed here
+            first.hydra.overrides.task = [text for text in usable if not parse(text).is_hydra_override()]
+        sweep_dir = Path(str(first.hydra.sweep.dir)).absolute()
         if not multirun:
             several = [override for override in usable if parse(override).is_sweep_override()]
             found += [f"{o}: has several values; add -m for one run each, or write a list as [..]" for o in several]
             lists = [single]
         else:
-            lists = _expand(usable, first)
+            lists = _expand(usable, first, found) or [single]
         per_job: list[list[str]] = []
         jobs: list[Job] = []
         for job_overrides in lists:
@@ -104,7 +120,7 @@ def plan(
     found += [problem for problem in _over_jobs(per_job, lists) if problem not in found]
     if found:
         raise ConfigProblems(list(dict.fromkeys(found)))
-    return Plan(usable, jobs, multirun)
+    return Plan(usable, jobs, multirun, not multirun or _is_grid(first), sweep_dir)
 
 
 def _readable(overrides: Sequence[str], found: list[str]) -> list[str]:
@@ -129,16 +145,27 @@ def _first_value(text: str) -> str:
     return f"{override.get_key_element()}={next(override.sweep_string_iterator(), 'null')}"
 
 
-def _expand(overrides: Sequence[str], cfg: DictConfig) -> list[list[str]]:
-    """The jobs of a multirun, as Hydra's own sweeper makes them."""
+def _expand(overrides: Sequence[str], cfg: DictConfig, found: list[str]) -> list[list[str]]:
+    """The jobs of a multirun, as Hydra's own sweeper makes them; of a search, those at the ends of its ranges."""
     sweeper = cfg.hydra.sweeper
-    params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    if not str(sweeper.get("_target_")).endswith(".BasicSweeper"):
-        return [[_first_value(override) for override in overrides]]
-    task = [text for text in [*params, *overrides] if not parse(text).is_hydra_override()]
     own = [text for text in overrides if parse(text).is_hydra_override()]
+    if sweeper.get("_target_") == search.TARGET:
+        if importlib.util.find_spec("optuna") is None:
+            found.append(str(missing_package("optuna")))
+            return []
+        said, space = search.problems(cfg, overrides)
+        found += said
+        return [] if space is None else [[*own, *job] for job in space.corners()]
+    if not _is_grid(cfg):
+        return []
+    params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    task = [text for text in [*params, *overrides] if not parse(text).is_hydra_override()]
     [jobs] = BasicSweeper.split_arguments(parser().parse_overrides(task), None)
     return [[*own, *job] for job in jobs]
+
+
+def _is_grid(cfg: DictConfig) -> bool:
+    return str(cfg.hydra.sweeper.get("_target_")).endswith(".BasicSweeper")
 
 
 def _over_jobs(per_job: list[list[str]], lists: list[list[str]]) -> Iterator[str]:

@@ -10,8 +10,10 @@ import platform
 import re
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -24,19 +26,22 @@ from omegaconf.errors import OmegaConfBaseException
 import spo
 from spo.runtime.cache import path_digest
 from spo.runtime.config import compose, parse, register_resolvers, sugar
-from spo.runtime.errors import ConfigProblems, UserError
+from spo.runtime.errors import ConfigProblems, UserError, error_line
 from spo.runtime.unread import unread
 
-CONFIG, COMPOSED, IDENTITY, METRICS, PROVENANCE, LOCK = (
+CONFIG, COMPOSED, IDENTITY, METRICS, PROVENANCE, FAILURE, LOCK = (
     "config.yaml",
     "composed.yaml",
     "identity.json",
     "metrics.json",
     "provenance.json",
+    "failure.json",
     ".lock",
 )
+# Holds the directory of the sweep for its jobs, in whatever process they run.
+SWEEP_VARIABLE = "SPO_SWEEP"
 # Parts of a configuration that do not change what a run computes.
-NOT_IDENTITY = ("paths", "hydra", "logger", "rerun", "tags", "threads")
+NOT_IDENTITY = ("paths", "hydra", "launcher", "logger", "rerun", "tags", "threads")
 PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "omegaconf", "wandb", "datasets", "peft", "numpy")
 REDACTED = "<redacted>"
 # Files that others put into a fresh directory: Hydra's log and settings, our lock and what a crash left half written.
@@ -63,7 +68,8 @@ def claim(run_dir: Path, cfg: DictConfig) -> Iterator[Status]:
     """Takes possession of a run directory for the run that ``cfg`` describes, or says why it cannot be had.
 
     A new one receives ``config.yaml``, its identity and its provenance. ``rerun=true`` moves an old one aside. Of
-    several processes of one run only the first claims; the others look at what is there.
+    several processes of one run only the first claims; the others look at what is there. A job of a sweep waits for a
+    process that is at work on the same run already. Where the run fails, ``failure.json`` says why.
 
     Args:
         run_dir: the directory; made where it is missing.
@@ -82,13 +88,53 @@ def claim(run_dir: Path, cfg: DictConfig) -> Iterator[Status]:
         return
     if cfg.rerun:
         _move_aside(run_dir)
-    with _locked(run_dir):
-        yield _status(run_dir, cfg)
+    with _locked(run_dir, wait=sweep_dir() is not None):
+        status = _status(run_dir, cfg)
+        try:
+            yield status
+        except Exception as error:
+            write_failure(run_dir, error_line(error), traceback.format_exc())
+            raise
 
 
 def finish(run_dir: Path, metrics: Mapping[str, float]) -> None:
     """Writes ``metrics.json``, whose presence says that the run is complete."""
     write_json(run_dir / METRICS, metrics)
+    (run_dir / FAILURE).unlink(missing_ok=True)
+
+
+def sweep_dir() -> Path | None:
+    """Directory of the sweep that this process runs a job of."""
+    directory = os.environ.get(SWEEP_VARIABLE)
+    return Path(directory) if directory else None
+
+
+def write_failure(run_dir: Path, error: str, trace: str = "") -> None:
+    """Writes ``failure.json``: why the last attempt at a run failed, and how many have."""
+    attempts = (read_json(run_dir / FAILURE) or {}).get("attempts", 0) + 1
+    at = datetime.now(UTC).isoformat(timespec="milliseconds")
+    write_json(run_dir / FAILURE, {"error": error, "traceback": trace, "at": at, "attempts": attempts})
+
+
+def read_failure(run_dir: Path) -> dict[str, Any] | None:
+    """What :func:`write_failure` wrote, or ``None``."""
+    return read_json(run_dir / FAILURE)
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process is at work in a run directory."""
+    lock = FileLock(run_dir / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):  # no such directory: the lock cannot be had, and nobody has it
+        return run_dir.is_dir()
+    lock.release()
+    return False
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether a run has written its result there."""
+    return read_json(run_dir / METRICS) is not None
 
 
 def is_first_process() -> bool:
@@ -99,10 +145,10 @@ def is_first_process() -> bool:
 
 def _status(run_dir: Path, cfg: DictConfig) -> Status:
     ours = identity(cfg)
-    theirs = _read_json(run_dir / IDENTITY)
+    theirs = read_json(run_dir / IDENTITY)
     if theirs is None:
         foreign = sorted(file.name for file in run_dir.iterdir() if not _IGNORED.fullmatch(file.name))
-        if set(foreign) - {CONFIG, COMPOSED, PROVENANCE}:
+        if set(foreign) - {CONFIG, COMPOSED, PROVENANCE, FAILURE}:
             shown = ", ".join(foreign[:4]) + (", ..." if len(foreign) > 4 else "")
             raise UserError(
                 f"{run_dir} holds files that are no run of spo ({shown}): "
@@ -122,18 +168,21 @@ def _status(run_dir: Path, cfg: DictConfig) -> Status:
                 ]
             )
         )
-    return Status.FINISHED if _read_json(run_dir / METRICS) is not None else Status.UNFINISHED
+    return Status.FINISHED if is_finished(run_dir) else Status.UNFINISHED
 
 
 @contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
+def _locked(run_dir: Path, wait: bool = False) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        words = f"another process is at work in {run_dir}: wait for it, or choose another hydra.run.dir"
-        raise UserError(words) from None
+        if not wait:
+            words = f"another process is at work in {run_dir}: wait for it, or choose another hydra.run.dir"
+            raise UserError(words) from None
+        print(f"spo: another process is at work in {run_dir}: waiting for it", file=sys.stderr)
+        lock.acquire()
     try:
         yield
     finally:
@@ -376,7 +425,7 @@ def _as_it_is() -> Iterator[None]:
 
 
 def _record_changes(run_dir: Path, cfg: DictConfig, before: int) -> None:
-    old, finished = _read_json(run_dir / IDENTITY) or {}, _read_json(run_dir / METRICS) is not None
+    old, finished = read_json(run_dir / IDENTITY) or {}, is_finished(run_dir)
     steps = int(cfg.trainer.max_steps)
     if finished and steps < before:
         raise UserError(f"trainer.max_steps={steps}: the run in {run_dir} is finished at {before} steps")
@@ -473,7 +522,8 @@ def _write_text(file: Path, text: str) -> None:
     temporary.replace(file)
 
 
-def _read_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
+    """What a JSON file holds; ``None`` where it is missing or cut."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

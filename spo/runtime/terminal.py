@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 def quiet_libraries() -> None:
     """Leaves the terminal to our own panels: no tips, no bars for loading a file."""
     transformers_logging.disable_progress_bar()
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning.pytorch", "lightning.fabric", "openai", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
     filter_warnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     filter_warnings("ignore", message=".*smaller than the logging interval.*")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import sys
+import zipfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +37,7 @@ from spo.runtime.checks import ensure, warnings
 from spo.runtime.evaluate import evaluate_run
 from spo.runtime.inspect import show_rows
 from spo.runtime.prepare import Prepared, prepare_run, reference_logps
-from spo.runtime.rundir import Status, claim, finish, is_first_process, resumed_config, write_json
+from spo.runtime.rundir import Status, claim, finish, is_first_process, resumed_config, sweep_dir, write_json
 from spo.runtime.terminal import quiet_libraries
 from spo.runtime.unread import COEFFICIENTS, unread
 from spo.schedules import Controller, Schedule
@@ -60,7 +62,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
     with claim(run_dir, cfg) as status:
         if status is Status.FINISHED:
             metrics, samples = read_result(run_dir)
-            result_panel(metrics, samples, run_dir)
+            if sweep_dir() is not None:
+                print(f"finished before: {run_dir}")
+            else:
+                result_panel(metrics, samples, run_dir)
             return metrics
         # Resolved only now: the record keeps the names of environment variables, not the secrets they hold.
         values = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
@@ -79,8 +84,8 @@ def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
     _record_inputs(prepared, run_dir)
     prepared_at = perf_counter()
 
-    checkpoint = _last_checkpoint(run_dir) if resume else None
-    record = Record(run_dir / "history.jsonl", resume_at=_step_of(checkpoint))
+    checkpoint, step = last_checkpoint(run_dir) if resume else (None, None)
+    record = Record(run_dir / "history.jsonl", resume_at=step)
     loggers = [instantiate(node) for node in cfg.logger.values()]
     trackers = [logger for logger in loggers if isinstance(logger, Tracker)]
     parts = assemble(cfg, prepared, [record, *loggers])
@@ -348,15 +353,26 @@ def _record_inputs(prepared: Prepared, run_dir: Path) -> None:
         prepared.pairs.warnings.append(f"{len(lines)} bad rows were skipped; they are listed in bad_rows.jsonl")
 
 
-def _last_checkpoint(run_dir: Path) -> str | None:
-    path = run_dir / "checkpoints" / "last.ckpt"
-    return str(path) if path.exists() else None
+def last_checkpoint(run_dir: Path) -> tuple[str | None, int]:
+    """The newest checkpoint that can be read, and its step.
 
-
-def _step_of(checkpoint: str | None) -> int | None:
-    if checkpoint is None:
-        return None
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+    Returns:
+        Path and step; ``None`` and -1 where the run has to begin again, since none of its rows stays.
+    """
+    for name in ("last.ckpt", "best.ckpt"):
+        path = run_dir / "checkpoints" / name
+        if not path.exists():
+            continue
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch itself does not check the sums
+                intact = archive.testzip() is None
+            if intact:
+                return str(path), int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
+        except Exception:  # whatever a file that is cut leads to
+            pass
+        if is_first_process():
+            print(f"spo: {path} is damaged and left out", file=sys.stderr)
+    return None, -1
 
 
 def inspect(cfg: DictConfig, limit: int) -> None:

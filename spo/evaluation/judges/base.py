@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+
+from rich import get_console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 
 class JudgeError(RuntimeError):
@@ -49,3 +53,12 @@ class Judge(Protocol):
 def verdict_of_rewards(first: float, second: float) -> float:
     """1 where the first reward is higher, 0 where it is lower, 0.5 where they are equal."""
     return 0.5 + 0.5 * ((first > second) - (first < second))
+
+
+@contextmanager
+def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar in the terminal, if there is one; what it yields is called with the number of things just done."""
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True, disable=not get_console().is_terminal) as bar:
+        task = bar.add_task(description, total=total, completed=done)
+        yield lambda count: bar.advance(task, count)

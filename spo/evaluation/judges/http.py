@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
 from threading import Lock
@@ -99,7 +99,7 @@ class HTTPJudge(PairwiseJudge):
             "request": self.request,
         }
 
-    def ask(self, comparisons: Sequence[Comparison]) -> Iterator[Mapping[Comparison, float | str]]:
+    def ask(self, comparisons: Sequence[Comparison]) -> Generator[Mapping[Comparison, float | str], None, None]:
         """Asks in ``concurrency`` threads.
 
         Raises:

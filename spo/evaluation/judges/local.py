@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import count
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from spo.evaluation.judges.base import Comparison, JudgeError
+from spo.evaluation.judges.base import Comparison, JudgeError, progress
 from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, question
 from spo.evaluation.judges.reward import RewardJudge
 from spo.models.policy import folder_digest
@@ -26,43 +26,64 @@ from spo.ops.logps import at_least_float32
 from spo.types import Sequences
 
 
-class _Local:
-    """A Hugging Face model that is loaded when it is first needed."""
+class LocalModel:
+    """A Hugging Face model and its tokenizer, loaded when they are first needed.
 
-    auto_class: Any
+    Args:
+        auto_class: transformers' class that loads it.
+        path: Hugging Face folder or hub name.
+        dtype: of the weights, a name of torch's; ``auto``: as they were saved.
+        trust_remote_code: whether code in the model folder may run.
+        device: torch's name of a device; ``None``: the GPU where there is one.
+        batch_size: rows at a time.
+    """
 
-    def __init__(self, path: str, dtype: str, trust_remote_code: bool, device: str | None, batch_size: int) -> None:
-        self.path, self.dtype, self.trust_remote_code = path, dtype, trust_remote_code
+    def __init__(
+        self, auto_class: Any, path: str, dtype: str, trust_remote_code: bool, device: str | None, batch_size: int
+    ) -> None:
+        self.auto_class, self.path, self.dtype, self.trust_remote_code = auto_class, path, dtype, trust_remote_code
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.batch_size = batch_size
 
     @cached_property
-    def digest(self) -> str:
-        """Of weights, configuration and tokenizer."""
-        return folder_digest(self.path)
+    def identity(self) -> dict[str, Any]:
+        """Digest of weights, configuration and tokenizer; precision."""
+        return {"weights": folder_digest(self.path), "dtype": self.dtype}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        try:
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise JudgeError(f"judge.path={self.path}: no tokenizer can be loaded from it ({error})") from error
+        """The tokenizer.
+
+        Raises:
+            JudgeError: there is none.
+        """
+        return self._loaded(AutoTokenizer)
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        try:
-            model = self.auto_class.from_pretrained(
-                self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+        """The model, frozen, in eval mode, on its device.
+
+        Raises:
+            JudgeError: there is none, or weights of it are missing, which would be random.
+        """
+        model, found = self._loaded(self.auto_class, dtype=self.dtype, output_loading_info=True)
+        if absent := sorted(found["missing_keys"]):
+            raise JudgeError(
+                f"judge.path={self.path}: these are not the weights of a {type(model).__name__}, {absent[0]} is missing"
             )
-        except (OSError, ValueError) as error:
-            raise JudgeError(f"judge.path={self.path}: no such model can be loaded from it ({error})") from error
         return model.requires_grad_(False).eval().to(self.device)
+
+    def _loaded(self, auto_class: Any, **settings: Any) -> Any:
+        try:
+            return auto_class.from_pretrained(self.path, trust_remote_code=self.trust_remote_code, **settings)
+        except (OSError, ValueError) as error:
+            raise JudgeError(f"judge.path={self.path}: {auto_class.__name__} cannot load it ({error})") from error
 
     @property
     def context(self) -> int:
         """Tokens that the model takes."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return min(context or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
+        most = self.tokenizer.model_max_length
+        return min(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or most, most)
 
     def batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Positions of the rows, a batch at a time, rows of like length together."""
@@ -70,8 +91,8 @@ class _Local:
         return (order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size))
 
 
-class RewardModel(_Local):
-    """A sequence classification model with one output, as a reward function.
+class RewardModelJudge(RewardJudge):
+    """Compares completions by a reward model: a sequence classification model with one output.
 
     It reads prompt and completion through its tokenizer's chat template, as a turn of the user and one of the
     assistant; without a template as a pair where the tokenizer has a separator, as BERT's, else as one text that ends
@@ -79,97 +100,6 @@ class RewardModel(_Local):
 
     Args:
         path: Hugging Face folder or hub name.
-        dtype: of the weights, a name of torch's; ``auto``: as they were saved.
-        trust_remote_code: whether code in the model folder may run.
-        device: torch's name of a device; ``None``: the GPU where there is one.
-        batch_size: texts at a time.
-        max_length: tokens of a text, which loses its beginning where it is longer; ``None``: what the model takes.
-    """
-
-    auto_class = AutoModelForSequenceClassification
-
-    def __init__(
-        self,
-        path: str,
-        dtype: str,
-        trust_remote_code: bool,
-        device: str | None,
-        batch_size: int,
-        max_length: int | None,
-    ) -> None:
-        super().__init__(path, dtype, trust_remote_code, device, batch_size)
-        self.max_length = max_length
-        self.truncated = 0
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
-        """The model's output for each completion, in at least float32.
-
-        Raises:
-            JudgeError: the model has more than one output.
-        """
-        if self.model.config.num_labels != 1:
-            raise JudgeError(f"judge.path={self.path}: {one_output(self.model.config.num_labels)}")
-        rows = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        rewards = [0.0] * len(rows)
-        for batch in self.batches([row["input_ids"] for row in rows]):
-            logits = at_least_float32(self.model(**self._padded([rows[i] for i in batch])).logits)
-            for i, value in zip(batch, logits.squeeze(-1).tolist(), strict=True):
-                rewards[i] = value
-        return {"reward": rewards}
-
-    def _encode(self, prompt: str, completion: str) -> dict[str, list[int]]:
-        tokenizer = self.tokenizer
-        if tokenizer.chat_template:
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            texts = [str(tokenizer.apply_chat_template(turns, tokenize=False))]
-        elif tokenizer.sep_token is not None:
-            texts = [prompt, completion]
-        else:
-            texts = [f"{prompt}{completion}{tokenizer.eos_token or ''}"]
-        special = not tokenizer.chat_template  # a template has written them
-        row = tokenizer(*texts, add_special_tokens=special, verbose=False)
-        limit = self.max_length or self.context
-        if len(row["input_ids"]) > limit:
-            self.truncated += 1
-            tokenizer.truncation_side = "left"
-            row = tokenizer(*texts, add_special_tokens=special, truncation=True, max_length=limit)
-        return dict(row)
-
-    def _padded(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-        width = max(len(row["input_ids"]) for row in rows)
-        padding = self._padding([row["input_ids"] for row in rows])
-
-        def column(name: str) -> Tensor:
-            fill = padding if name == "input_ids" else 0
-            padded = [[*row[name], *[fill] * (width - len(row[name]))] for row in rows]
-            return torch.tensor(padded, device=self.device)
-
-        return {name: column(name) for name in rows[0]}
-
-    def _padding(self, rows: Sequence[Sequence[int]]) -> int:
-        """The token to pad with. Decoders find the end of a row by its value, so no row may hold it."""
-        token = self.tokenizer.pad_token_id
-        if token is None or token == self.tokenizer.eos_token_id:
-            used = {token for row in rows for token in row}
-            token = next(i for i in count() if i not in used)
-        self.model.config.get_text_config().pad_token_id = token
-        return token
-
-
-def one_output(outputs: int) -> str:
-    """Why a model with several outputs is no reward model."""
-    return (
-        f"this model has {outputs} outputs, and a reward model has one (num_labels=1); wrap a classifier in a reward "
-        "function of yours and write judge=function"
-    )
-
-
-class RewardModelJudge(RewardJudge):
-    """Compares completions by a reward model; see :class:`RewardModel`.
-
-    Args:
-        path: Hugging Face folder or hub name of a sequence classification model with one output.
         dtype: of the weights, a name of torch's; ``auto``: as they were saved.
         trust_remote_code: whether code in the model folder may run.
         device: torch's name of a device; ``None``: the GPU where there is one.
@@ -187,18 +117,81 @@ class RewardModelJudge(RewardJudge):
         batch_size: int,
         max_length: int | None,
     ) -> None:
-        self.model = RewardModel(path, dtype, trust_remote_code, device, batch_size, max_length)
-        super().__init__(self.model)
+        super().__init__(self._rewards)
+        self._local = LocalModel(AutoModelForSequenceClassification, path, dtype, trust_remote_code, device, batch_size)
+        self.max_length = max_length
+        self.truncated = 0
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Weights and what is read."""
-        model = self.model
-        return {"judge": "reward_model", "weights": model.digest, "dtype": model.dtype, "max_length": model.max_length}
+        """Weights, and how much of a text is read."""
+        return {"judge": "reward_model", **self._local.identity, "max_length": self.max_length}
 
     def usage(self) -> dict[str, float]:
         """How many texts were too long and lost their beginning."""
-        return {"truncated": float(self.model.truncated)}
+        return {"truncated": float(self.truncated)}
+
+    @torch.no_grad()
+    def _rewards(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
+        model = self._local.model
+        if model.config.num_labels != 1:
+            raise JudgeError(f"judge.path={self._local.path}: {one_output(model.config.num_labels)}")
+        rows = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        rewards = [0.0] * len(rows)
+        with progress("scoring", len(rows)) as advance:
+            for batch in self._local.batches([row["input_ids"] for row in rows]):
+                logits = at_least_float32(model(**self._padded([rows[i] for i in batch])).logits)
+                for i, value in zip(batch, logits.squeeze(-1).tolist(), strict=True):
+                    rewards[i] = value
+                advance(len(batch))
+        return {"reward": rewards}
+
+    def _encode(self, prompt: str, completion: str) -> dict[str, list[int]]:
+        tokenizer = self._local.tokenizer
+        if tokenizer.chat_template:
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            texts = [str(tokenizer.apply_chat_template(turns, tokenize=False))]
+        elif tokenizer.sep_token is not None:
+            texts = [prompt, completion]
+        else:
+            texts = [f"{prompt}{completion}{tokenizer.eos_token or ''}"]
+        special = not tokenizer.chat_template  # a template has written them
+        row = tokenizer(*texts, add_special_tokens=special, verbose=False)
+        limit = self.max_length or self._local.context
+        if len(row["input_ids"]) > limit:
+            self.truncated += 1
+            tokenizer.truncation_side = "left"
+            row = tokenizer(*texts, add_special_tokens=special, truncation=True, max_length=limit)
+        return dict(row)
+
+    def _padded(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        padding = self._padding([row["input_ids"] for row in rows])
+
+        def column(name: str) -> Tensor:
+            fill = padding if name == "input_ids" else 0
+            padded = [[*row[name], *[fill] * (width - len(row[name]))] for row in rows]
+            return torch.tensor(padded, device=self._local.device)
+
+        return {name: column(name) for name in rows[0]}
+
+    def _padding(self, rows: Sequence[Sequence[int]]) -> int:
+        """The token to pad with. Decoders find the end of a row by its value, so no row may hold it."""
+        tokenizer = self._local.tokenizer
+        token = tokenizer.pad_token_id
+        if token is None or token == tokenizer.eos_token_id:
+            used = {token for row in rows for token in row}
+            token = next(i for i in count() if i not in used)
+        self._local.model.config.get_text_config().pad_token_id = token
+        return token
+
+
+def one_output(outputs: int | None) -> str:
+    """Why a model with several outputs is no reward model."""
+    return (
+        f"this model has {outputs} outputs, and a reward model has one (num_labels=1); wrap a classifier in a reward "
+        "function of yours and write judge=function"
+    )
 
 
 class LanguageModelJudge(PairwiseJudge):
@@ -236,7 +229,7 @@ class LanguageModelJudge(PairwiseJudge):
         max_unanswered: float,
     ) -> None:
         super().__init__(cache, max_unanswered)
-        self._local = _CausalModel(path, dtype, trust_remote_code, device, batch_size)
+        self._local = LocalModel(AutoModelForCausalLM, path, dtype, trust_remote_code, device, batch_size)
         self.template, self.margin = check_template(template), margin
 
     @property
@@ -244,14 +237,13 @@ class LanguageModelJudge(PairwiseJudge):
         """Weights, question and margin."""
         return {
             "judge": "language_model",
-            "weights": self._local.digest,
-            "dtype": self._local.dtype,
+            **self._local.identity,
             "template": self.template,
             "margin": self.margin,
         }
 
     @torch.no_grad()
-    def ask(self, comparisons: Sequence[Comparison]) -> Iterator[Mapping[Comparison, float | str]]:
+    def ask(self, comparisons: Sequence[Comparison]) -> Generator[Mapping[Comparison, float | str], None, None]:
         """Answers a batch at a time.
 
         Raises:
@@ -302,7 +294,3 @@ class LanguageModelJudge(PairwiseJudge):
         if cut is None:
             raise JudgeError(f"judge.path={self._local.path}: its tokenizer has the same tokens for A and B")
         return first[:cut], (first[cut], second[cut])
-
-
-class _CausalModel(_Local):
-    auto_class = AutoModelForCausalLM

@@ -8,15 +8,13 @@ import re
 import sqlite3
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-from spo.evaluation.judges.base import Comparison, JudgeError
+from spo.evaluation.judges.base import Comparison, JudgeError, progress
 
 PLACEHOLDERS = ("prompt", "first", "second")
 
@@ -46,7 +44,7 @@ class PairwiseJudge(ABC):
         """JSON-like; whatever the answers follow from."""
 
     @abstractmethod
-    def ask(self, comparisons: Sequence[Comparison]) -> Iterator[Mapping[Comparison, float | str]]:
+    def ask(self, comparisons: Sequence[Comparison]) -> Generator[Mapping[Comparison, float | str], None, None]:
         """Compares in the order shown, and gives the answers as they come.
 
         Yields:
@@ -95,14 +93,15 @@ class PairwiseJudge(ABC):
     def _asked(self, questions: list[Comparison], keys: Mapping[Comparison, str]) -> dict[Comparison, float]:
         verdicts: dict[Comparison, float] = {}
         missing = 0
-        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, transient=True) as progress, closing(self.ask(questions)) as answers:  # type: ignore[type-var]
-            task = progress.add_task("judging", total=len(keys), completed=len(keys) - len(questions))
+        with (
+            progress("judging", len(keys), len(keys) - len(questions)) as advance,
+            closing(self.ask(questions)) as answers,
+        ):
             for some in answers:
                 found = {shown: answer for shown, answer in some.items() if not isinstance(answer, str)}
                 self._store.put({keys[shown]: verdict for shown, verdict in found.items()})
                 verdicts |= found
-                progress.advance(task, len(some))
+                advance(len(some))
                 self.spend(unanswered=len(some) - len(found))
                 missing += len(some) - len(found)
                 if missing > self.max_unanswered * len(keys):  # no use in asking, and paying for, the others

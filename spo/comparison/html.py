@@ -104,12 +104,14 @@ def _verdict(comparison: Comparison) -> str:
         if not found:
             return f"No difference in {name} to {comparison.baseline} is shown."
         return " ".join(in_words(one, comparison) for one in found)
+    if not any(one.significant for one in comparison.differences):
+        return f"No difference in {name} between {_and([method.name for method in comparison.methods])} is shown."
     of_best = [one for one in comparison.differences if best in (one.first, one.second)]
     behind = [one.second if one.first == best else one.first for one in of_best if one.significant]
     level = [one.second if one.first == best else one.first for one in of_best if not one.significant]
     word = "higher" if comparison.higher is None else "better"
     if not behind:
-        return f"No difference in {name} between {best} and {_and(level)} is shown."
+        return f"{best} is not shown to be {word} than any other in {name}."
     ahead = f"{best} is {word} than {_and(behind)} in {name}"
     return f"{ahead}; no difference to {_and(level)} is shown." if level else f"{ahead}."
 

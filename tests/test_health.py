@@ -1,0 +1,183 @@
+"""Alarms: what a validation is compared with, what is said, and that a run which falls apart trips them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+
+from spo.callbacks import Health
+from spo.callbacks.health import CHECKS
+from spo.losses import DPOLoss
+from spo.models import FrozenReference
+from spo.module import AlignmentModule, ProbeSettings
+from spo.reports.html import render_report
+from spo.reports.terminal import result_panel
+from spo.tracking import Record
+from tests.commands import history, job, shared_cache
+from tests.helpers import make_data, make_module, make_trainer, random_pairs, tiny_llama
+
+START = {
+    "logps_per_token/chosen": -1.0,
+    "logps_per_token/rejected": -1.2,
+    "p_eos": 0.8,
+    "repetition": 0.05,
+    "length": 40.0,
+    "entropy": 1.0,
+}
+LIMITS: dict[str, Any] = {
+    "chosen_fall": 1.0,
+    "rejected_fall": 3.0,
+    "p_eos": 0.5,
+    "repetition": 0.3,
+    "longer": 2.0,
+    "shorter": 0.4,
+    "entropy": 0.2,
+}
+BEYOND = [
+    ("chosen_fall", {"logps_per_token/chosen": -2.1}, 1.1),
+    ("rejected_fall", {"logps_per_token/rejected": -4.3}, 3.1),
+    ("p_eos", {"p_eos": 0.2}, 0.25),
+    ("repetition", {"repetition": 0.31}, 0.31),
+    ("longer", {"length": 100.0}, 2.5),
+    ("shorter", {"length": 10.0}, 0.25),
+    ("entropy", {"entropy": 0.1}, 0.1),
+]
+
+
+class Logged:
+    """Stands for a run's trainer: its step and what it was given to log."""
+
+    def __init__(self) -> None:
+        self.global_step, self.is_global_zero = 0, True
+        self.rows: list[dict[str, float]] = []
+        self.loggers = [SimpleNamespace(log_metrics=lambda row, step: self.rows.append({"step": step, **row}))]
+
+
+def watched(folder: Path, *validations: dict[str, float], health: Health | None = None, **limits: Any) -> Logged:
+    health = health or Health(str(folder / "health.json"), **LIMITS | limits)
+    trainer, module = Logged(), make_module(tiny_llama())
+    for step, numbers in enumerate(validations):
+        trainer.global_step, module.validated = 10 * step, numbers
+        health.on_validation_end(trainer, module)  # type: ignore[arg-type]
+    return trainer
+
+
+def test_every_limit_has_its_check_and_its_key() -> None:
+    assert CHECKS.keys() == LIMITS.keys() == {check for check, _, _ in BEYOND}
+
+
+@pytest.mark.parametrize(("check", "change", "value"), BEYOND)
+def test_a_limit_that_is_crossed_is_said_once(
+    check: str, change: dict[str, float], value: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ill = START | change
+    logged = watched(tmp_path, START, ill, START, ill)
+    assert [row["val/health/alarms"] for row in logged.rows] == [0, 1, 0, 1]
+    [said] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert said.startswith("step 10: ") and f"callbacks.health.{check}={LIMITS[check]:g}" in said
+    [alarm] = json.loads((tmp_path / "health.json").read_text())
+    assert (alarm["step"], alarm["check"], alarm["limit"]) == (10, check, LIMITS[check])
+    assert alarm["value"] == pytest.approx(value)
+    off = watched(tmp_path / "off", START, ill, **{check: None})
+    assert [row["val/health/alarms"] for row in off.rows] == [0, 0]
+
+
+def test_health_has_no_file_and_drift_is_logged(tmp_path: Path) -> None:
+    later = START | {"logps_per_token/chosen": -1.3, "logps_per_token/rejected": -0.9}
+    rows = watched(tmp_path, START, later).rows
+    assert rows[0]["val/health/logp_drift_chosen"] == rows[0]["val/health/logp_drift_rejected"] == 0
+    assert rows[1]["val/health/logp_drift_chosen"] == pytest.approx(-0.3)
+    assert rows[1]["val/health/logp_drift_rejected"] == pytest.approx(0.3)
+    assert not (tmp_path / "health.json").exists()
+
+
+def test_what_is_not_measured_is_not_checked(tmp_path: Path) -> None:
+    rows = watched(tmp_path, {"logps_per_token/chosen": -1.0}, {"logps_per_token/chosen": -1.1}).rows
+    assert rows[1].keys() == {"step", "val/health/logp_drift_chosen", "val/health/alarms"}
+
+
+def test_a_policy_of_nan_is_beyond_every_limit(tmp_path: Path) -> None:
+    rows = watched(tmp_path, START, dict.fromkeys(START, float("nan"))).rows
+    assert rows[1]["val/health/alarms"] == len(LIMITS)
+
+
+def test_a_resumed_run_remembers_start_and_alarms(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ill = START | {"entropy": 0.1}
+    first = Health(str(tmp_path / "health.json"), **LIMITS)
+    watched(tmp_path, START, ill, health=first)
+    second = Health(str(tmp_path / "health.json"), **LIMITS)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    caplog.clear()
+    logged = watched(tmp_path, ill, ill | {"length": 200.0}, health=second)
+    assert [row["val/health/alarms"] for row in logged.rows] == [1, 2]
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
+    assert [alarm["check"] for alarm in json.loads((tmp_path / "health.json").read_text())] == ["entropy", "longer"]
+
+
+def test_report_and_result_panel_show_the_alarms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    watched(tmp_path, START, START | {"p_eos": 0.001})
+    (tmp_path / "history.jsonl").write_text('{"step": 0, "val/loss": 1.0}\n')
+    words = "the probability of ending where a chosen completion ends is"
+    assert words in render_report(tmp_path).read_text()
+    result_panel({}, [], tmp_path)
+    assert words in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    (tmp_path / "health.json").write_text("{broken")
+    assert words not in render_report(tmp_path).read_text()
+
+
+def collapse(folder: Path, lr: float) -> tuple[list[dict[str, Any]], AlignmentModule, Trainer]:
+    module = make_module(
+        tiny_llama(0, scale=0.1),
+        loss=DPOLoss(),
+        reference=FrozenReference(),
+        reference_model=tiny_llama(0, scale=0.1),
+        probe=ProbeSettings(8, 16),
+        lr=lr,
+    )
+    pairs = random_pairs(16, seed=0)
+    data = make_data(pairs, pairs, max_steps=6)
+    folder.mkdir()
+    record = Record(folder / "history.jsonl")
+    health = Health(str(folder / "health.json"), **LIMITS)
+    trainer = make_trainer(
+        folder, max_steps=6, callbacks=[health], logger=record, val_check_interval=2, num_sanity_val_steps=-1
+    )
+    trainer.fit(module, datamodule=data)
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()], module, trainer
+
+
+def test_in_training_a_violent_step_trips_and_a_gentle_one_does_not(tmp_path: Path) -> None:
+    rows, _, _ = collapse(tmp_path / "gentle", 0.01)
+    validations = [row for row in rows if "val/loss" in row]
+    assert [row["step"] for row in validations] == [0, 2, 4, 6]
+    assert all(row["val/health/alarms"] == 0 for row in validations)
+    first, last = validations[0], validations[-1]
+    drift = last["val/logps_per_token/chosen"] - first["val/logps_per_token/chosen"]
+    assert last["val/health/logp_drift_chosen"] == pytest.approx(drift) != 0
+    rows, _, _ = collapse(tmp_path / "violent", 30.0)
+    assert rows[-1]["val/health/alarms"] > 0 and (tmp_path / "violent" / "health.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spo", "dpo"])
+def test_a_planted_collapse_of_a_default_run_trips_and_a_healthy_run_does_not(
+    method: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Defaults but for the length: the stories, the shipped limits, and a learning rate a hundred times too large."""
+    settings = [f"method={method}", "trainer.max_steps=50", "trainer.val_check_interval=25", "sft.max_steps=200"]
+    few = ["evaluation.num_prompts=8", "evaluation.selection_prompts=0", "evaluation.bootstrap_samples=50"]
+    cache = shared_cache(tmp_path_factory)
+    for name, lr, expected in (("healthy", "0.001", False), ("collapsed", "0.1", True)):
+        metrics = job(
+            tmp_path / name, cache, *settings, *few, f"optimizer.lr={lr}", "trainer.enable_progress_bar=false"
+        )
+        alarms = [row["val/health/alarms"] for row in history(tmp_path / name) if "val/health/alarms" in row]
+        assert alarms[0] == 0 and (alarms[-1] > 0) == expected == (metrics["val/health/alarms"] > 0)
+        assert (tmp_path / name / "health.json").is_file() == expected
+        assert ("have lost" in (tmp_path / name / "report.html").read_text()) == expected
