@@ -52,7 +52,7 @@ class Fragile(DPOLoss):
         if Path("broken").exists():
             raise ValueError("the disc is full")
         if Path("deadly").exists() and any(Path("sweep").glob("*fragile*/checkpoints/last.ckpt")):
-            Path("deadly").unlink()
+            Path("deadly").unlink(missing_ok=True)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(pair, alpha=alpha, beta=beta)
 '''
@@ -359,7 +359,9 @@ def test_a_job_whose_process_dies_stops_no_other(settings: list[str], here: Path
     failed = directory(here, "method=fragile")
     assert statuses(here) == {failed.name: "failed", directory(here, "method=dpo").name: "finished"}
     words_of_failure = json.loads((failed / "failure.json").read_text())["error"]
-    assert "its process" in words_of_failure and f"failed: method=fragile: {words_of_failure}" in done.stdout
+    assert f"failed: method=fragile: {words_of_failure.splitlines()[0]}" in done.stdout
+    if "launcher=joblib" in settings:  # of several devices another may live to tell that its peer is gone
+        assert words_of_failure == "its process was killed by signal 9"
     spo(*words, folder=here, cache=cache)
     every_run_is_whole(here, 2, STEPS)
 
