@@ -83,3 +83,22 @@ def test_resume_without_a_file_starts_one(path: Path) -> None:
     record.log_metrics({"a": 1.0}, step=5)
     record.finalize("success")
     assert rows(path) == [{"step": 5, "a": 1.0}]
+
+
+def test_a_row_is_in_the_file_before_its_checkpoint_and_grows_in_place(path: Path) -> None:
+    record = Record(path)
+    record.log_metrics({"a": 1.0}, step=1)
+    record.save()
+    assert rows(path) == [{"step": 1, "a": 1.0}]
+    record.log_metrics({"b": 2.0}, step=1)
+    record.log_metrics({"a": 3.0}, step=2)
+    record.save()
+    expected = [{"step": 1, "a": 1.0, "b": 2.0}, {"step": 2, "a": 3.0}]
+    assert rows(path) == expected
+    again = Record(path, resume_at=2)  # and is killed at once, before it logs anything
+    assert rows(path) == expected
+    again.log_metrics({"c": 4.0}, step=2)
+    again.log_metrics({"a": 5.0}, step=3)
+    again.finalize("success")
+    expected = [expected[0], {"step": 2, "a": 3.0, "c": 4.0}, {"step": 3, "a": 5.0}]
+    assert rows(path) == expected
