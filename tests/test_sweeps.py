@@ -387,7 +387,8 @@ def test_a_launcher_whose_worker_is_killed_is_started_again(here: Path, cache: P
 
 
 def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    lists = Path(f"/proc/{pid}/task").glob("*/children")  # of each thread
+    return [int(word) for file in lists for word in file.read_text().split()]
 
 
 def command_of(pid: int) -> bytes:
@@ -406,4 +407,5 @@ def test_two_jobs_on_a_cold_cache_make_one_of_everything(tmp_path: Path) -> None
     logs = "".join((run / "spo.log").read_text() for run in every_run)
     made = re.findall(r"being made: (\w+)", logs)
     assert sorted(made) == ["logps", "pairs", "sft"]
-    assert {kind: len(entries(tmp_path / "cache", kind)) for kind in made} == dict.fromkeys(made, 1)
+    roots = {"sft": tmp_path / "cache", "pairs": tmp_path / "cache", "logps": tmp_path / "cache/reference_logps"}
+    assert {kind: len(entries(root, kind)) for kind, root in roots.items()} == dict.fromkeys(made, 1)
