@@ -149,7 +149,7 @@ def _sweep(hydra_flags: Sequence[str], planned: Plan) -> int:
                 break
             except Exception as error:  # jobs keep their errors to themselves: this one is the launcher's
                 entries = entries if planned.complete else ledger.entries()
-                names = [entry.directory for entry in ledger.abandoned(entries)]
+                names = ledger.begun(entries)
                 if not names and in_words(error) is None:
                     raise UserError(f"the jobs could not be launched: {error_line(error)}") from error
                 if not names:

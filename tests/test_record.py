@@ -98,3 +98,22 @@ def test_what_stayed_is_told_to_others(path: Path) -> None:
     record = Record(path, resume_at=4)
     record.log_metrics({"b": 1.0}, step=4)
     assert record.resumed == ({"step": 2, "a": 2.0}, {"step": 4, "a": 4.0})
+
+
+def test_a_row_is_in_the_file_before_its_checkpoint_and_grows_in_place(path: Path) -> None:
+    record = Record(path)
+    record.log_metrics({"a": 1.0}, step=1)
+    record.save()
+    assert rows(path) == [{"step": 1, "a": 1.0}]
+    record.log_metrics({"b": 2.0}, step=1)
+    record.log_metrics({"a": 3.0}, step=2)
+    record.save()
+    expected = [{"step": 1, "a": 1.0, "b": 2.0}, {"step": 2, "a": 3.0}]
+    assert rows(path) == expected
+    again = Record(path, resume_at=2)  # and is killed at once, before it logs anything
+    assert rows(path) == expected
+    again.log_metrics({"c": 4.0}, step=2)
+    again.log_metrics({"a": 5.0}, step=3)
+    again.finalize("success")
+    expected = [expected[0], {"step": 2, "a": 3.0, "c": 4.0}, {"step": 3, "a": 5.0}]
+    assert rows(path) == expected

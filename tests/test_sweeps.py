@@ -52,7 +52,7 @@ class Fragile(DPOLoss):
         if Path("broken").exists():
             raise ValueError("the disc is full")
         if Path("deadly").exists() and any(Path("sweep").glob("*fragile*/checkpoints/last.ckpt")):
-            Path("deadly").unlink()
+            Path("deadly").unlink(missing_ok=True)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(pair, alpha=alpha, beta=beta)
 '''
@@ -359,7 +359,9 @@ def test_a_job_whose_process_dies_stops_no_other(settings: list[str], here: Path
     failed = directory(here, "method=fragile")
     assert statuses(here) == {failed.name: "failed", directory(here, "method=dpo").name: "finished"}
     words_of_failure = json.loads((failed / "failure.json").read_text())["error"]
-    assert "its process" in words_of_failure and f"failed: method=fragile: {words_of_failure}" in done.stdout
+    assert f"failed: method=fragile: {words_of_failure.splitlines()[0]}" in done.stdout
+    if "launcher=joblib" in settings:  # of several devices another may live to tell that its peer is gone
+        assert words_of_failure == "its process was killed by signal 9"
     spo(*words, folder=here, cache=cache)
     every_run_is_whole(here, 2, STEPS)
 
@@ -385,7 +387,8 @@ def test_a_launcher_whose_worker_is_killed_is_started_again(here: Path, cache: P
 
 
 def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    lists = Path(f"/proc/{pid}/task").glob("*/children")  # of each thread
+    return [int(word) for file in lists for word in file.read_text().split()]
 
 
 def command_of(pid: int) -> bytes:
@@ -404,4 +407,5 @@ def test_two_jobs_on_a_cold_cache_make_one_of_everything(tmp_path: Path) -> None
     logs = "".join((run / "spo.log").read_text() for run in every_run)
     made = re.findall(r"being made: (\w+)", logs)
     assert sorted(made) == ["logps", "pairs", "sft"]
-    assert {kind: len(entries(tmp_path / "cache", kind)) for kind in made} == dict.fromkeys(made, 1)
+    roots = {"sft": tmp_path / "cache", "pairs": tmp_path / "cache", "logps": tmp_path / "cache/reference_logps"}
+    assert {kind: len(entries(root, kind)) for kind, root in roots.items()} == dict.fromkeys(made, 1)

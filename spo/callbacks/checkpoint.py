@@ -29,6 +29,12 @@ class Checkpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        # What is resumed from a checkpoint never logs its step again, so the rows up to it have to be safe before.
+        for logger in trainer.loggers:
+            logger.save()
+        super()._save_checkpoint(trainer, filepath)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the final state where the last step was not one that validated."""
         super().on_train_end(trainer, pl_module)

@@ -92,11 +92,16 @@ class Ledger:
         """All jobs, in the order in which they were entered."""
         return _entries(read_json(self.directory / LEDGER))
 
+    def begun(self, jobs: Sequence[Entry]) -> list[str]:
+        """Directories of those of ``jobs`` that were begun and have not told their end."""
+        names = {entry.directory for entry in jobs}
+        return [e.directory for e in self.entries() if e.directory in names and e.status == "running"]
+
     def abandoned(self, jobs: Sequence[Entry]) -> list[Entry]:
         """Those of ``jobs`` that were begun and that no process is at work on."""
-        names = {entry.directory for entry in jobs}
-        begun = [entry for entry in self.entries() if entry.directory in names and entry.status == "running"]
-        return [entry for entry in begun if not is_locked(self.directory / entry.directory)]
+        begun = self.begun(jobs)
+        lost = [name for name in begun if not is_locked(self.directory / name)]
+        return [entry for entry in self.entries() if entry.directory in lost and entry.status == "running"]
 
     def settle(self, jobs: Sequence[Entry], died: bool = False) -> list[Entry]:
         """Enters what has become of ``jobs`` when their command has ended.

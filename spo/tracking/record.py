@@ -28,6 +28,8 @@ class Record(Logger):
         super().__init__()
         self.path = path
         self._row: dict[str, Any] = {}
+        self._written: dict[str, Any] = {}
+        self._start = 0  # where the row begins in the file
         self.latest: dict[str, float] = {}
         self.resumed: tuple[dict[str, Any], ...] = ()
         if path.exists():
@@ -35,11 +37,14 @@ class Record(Logger):
             self.resumed = tuple(dict(row) for row in kept)
             for row in kept:
                 self._note({key: value for key, value in row.items() if key != "step"})
-            if kept and kept[-1]["step"] == resume_at:
-                self._row = kept.pop()
+            lines = [json.dumps(row) + "\n" for row in kept]
             temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            temporary.write_text("".join(lines))
             temporary.replace(path)
+            if kept and kept[-1]["step"] == resume_at:
+                self._row, self._written = kept[-1], dict(kept[-1])
+                lines.pop()
+            self._start = sum(map(len, lines))  # json.dumps writes ASCII alone
 
     @property
     def name(self) -> str:
@@ -60,6 +65,7 @@ class Record(Logger):
         """Adds metrics to the row of their step; a number that is not finite becomes null."""
         if self._row and self._row["step"] != step:
             self.save()
+            self._start, self._row = self.path.stat().st_size, {}
         self._row = {"step": step, **self._row}
         values = {key: float(v) if math.isfinite(v) else None for key, v in metrics.items()}
         self._row |= values
@@ -73,11 +79,14 @@ class Record(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes the row that is being collected."""
-        if self._row:
-            with self.path.open("a") as file:
+        """Writes the row that is being collected, in the place of what was written of it before."""
+        if self._row and self._row != self._written:
+            self.path.touch()
+            with self.path.open("r+") as file:
+                file.truncate(self._start)
+                file.seek(self._start)
                 file.write(json.dumps(self._row) + "\n")
-            self._row = {}
+            self._written = dict(self._row)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
