@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from spo.runtime.checks import ensure, problems, warnings
-from spo.runtime.config import LONGEST, compose, composer, job_name, multiply, sugar
+from spo.runtime.config import LONGEST, compose, composer, directory, job_name, multiply, sugar
 from spo.runtime.errors import ConfigProblems, UserError, missing_package
 from spo.runtime.groups import conf_dir, group_members
 from spo.runtime.nodes import locate
@@ -241,6 +241,7 @@ def test_multiply_is_decimal() -> None:
         ([], "default"),
         (["hydra.run.dir=x", "hydra/launcher=joblib", "launcher=joblib", "paths.outputs=y", "rerun=true"], "default"),
         (["method=spo", "alpha=constant", "alpha.value=0.5", "seed=1"], "method-spo_alpha-0.5_seed-1"),
+        (["logger=record", "logger.wandb.mode=offline", "tags=[a]", "threads=2"], "default"),
         (["alpha=constant"], "alpha-constant"),
         (["alpha.value=0.5"], "alpha.value-0.5"),
         (["trainer.max_steps=20"], "trainer.max_steps-20"),
@@ -249,6 +250,13 @@ def test_multiply_is_decimal() -> None:
 )
 def test_job_names(overrides: list[str], name: str) -> None:
     assert job_name(overrides) == name
+
+
+def test_a_job_is_not_named_after_the_list_it_comes_from() -> None:
+    assert directory(["method=dpo", "alpha=linear", "seed=1", "hparams_search=dpo"], compose(["method=dpo"])) == (
+        "method-dpo_seed-1"
+    )
+    assert job_name(["hparams_search=dpo"]) == "hparams_search-dpo"  # a sweep is
 
 
 @pytest.mark.parametrize(

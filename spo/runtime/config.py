@@ -165,7 +165,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("spo.processes", processes, replace=True)
     OmegaConf.register_new_resolver("spo.tasks_per_node", tasks_per_node, replace=True)
     OmegaConf.register_new_resolver("spo.gpus_per_node", gpus_per_node, replace=True)
-    OmegaConf.register_new_resolver("spo.job_name", _job_name, replace=True)
+    OmegaConf.register_new_resolver("spo.job_name", _directory, replace=True)
     OmegaConf.register_new_resolver("spo.sweep_name", job_name, replace=True)
 
 
@@ -204,14 +204,19 @@ def gpus_per_node(devices: Any, accelerator: str) -> int | None:
 
 LONGEST = 120
 # Where a job writes, how it is launched and whether it replaces an older one do not say what it is.
-_UNNAMED = re.compile(r"[+~]*(hydra[./=]|paths([.=@]|$)|launcher([.=@]|$)|rerun(=|$))")
+_UNNAMED = re.compile(r"[+~]*(hydra[./=]|(paths|launcher|logger|tags|threads|rerun)([.=@]|$))")
 _KEY = re.compile(r"[A-Za-z][A-Za-z0-9._]*")
 _VALUE = re.compile(r"[A-Za-z0-9._-]+")
 _NUMBER = re.compile(r"[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 
 
-def _job_name(overrides: Sequence[str], *, _root_: DictConfig) -> str:
-    return job_name(overrides, unread(_root_))
+def _directory(overrides: Sequence[str], *, _root_: DictConfig) -> str:
+    return directory(overrides, _root_)
+
+
+def directory(overrides: Sequence[str], cfg: DictConfig) -> str:
+    """Name of a job's directory in its sweep: without what it does not read, and without the list it comes from."""
+    return job_name(overrides, [*unread(cfg), "hparams_search"])
 
 
 def job_name(overrides: Sequence[str], dropped: Sequence[str] = ()) -> str:
@@ -223,7 +228,7 @@ def job_name(overrides: Sequence[str], dropped: Sequence[str] = ()) -> str:
 
     Args:
         overrides: of the job.
-        dropped: coefficients that it does not read, which are no part of what it is.
+        dropped: groups that are no part of what it is, such as coefficients that it does not read.
     """
     named = [text for text in map(str, overrides) if not (_UNNAMED.match(text) or _group(text) in dropped)]
     if not named:

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from spo.runtime import search
 from spo.runtime.checks import missing_and_unresolved, problems
-from spo.runtime.config import composer, job_name, parse, parser, sugar
+from spo.runtime.config import composer, directory, parse, parser, sugar
 from spo.runtime.errors import ConfigProblems, UserError, missing_package
 from spo.runtime.groups import conf_dir, group_members
 from spo.runtime.nodes import (
@@ -31,7 +31,6 @@ from spo.runtime.nodes import (
     listed,
     suggestion,
 )
-from spo.runtime.unread import unread
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Plan:
     def named_jobs(self) -> list[tuple[list[str], str]]:
         """Overrides of each job, without Hydra's own, and the name of its directory; none of an incomplete plan."""
         tasks = [[text for text in job.overrides if not parse(text).is_hydra_override()] for job in self.jobs]
-        names = [job_name(task, unread(job.cfg)) for task, job in zip(tasks, self.jobs, strict=True)]
+        names = [directory(task, job.cfg) for task, job in zip(tasks, self.jobs, strict=True)]
         return list(zip(tasks, names, strict=True)) if self.complete else []
 
 
