@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from spo.ops import KL_ESTIMATORS, completion_logits
 from spo.runtime.config import compose
 from spo.runtime.prepare import prepare_run
-from spo.sampling import sample
+from spo.sampling import derive_seed, sample
 from spo.types import Sequences
 
 Estimator = Callable[[Tensor, Tensor, Sequences], Tensor]
@@ -202,7 +202,7 @@ def of_a_model(samples: int, seed: int, overrides: Sequence[str], size: int = 16
                 temperature=1.0,
                 eos_token_id=prepared.tokenizer.eos_token_id,
                 pad_token_id=prepared.tokenizer.pad_token_id,
-                seed=seed + i,
+                seeds=[derive_seed(seed, i, j) for j in range(size)],
             )
             yield completion_logits(policy, sequences), completion_logits(reference, sequences), sequences
 
