@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 from pathlib import Path
@@ -61,7 +62,10 @@ def test_a_notebook_is_one_that_runs_anywhere(name: str) -> None:
     assert len(text) < LARGEST
     assert not re.search(r"[\"' (](/tmp|/home|/root|/work|/usr|[A-Z]:\\\\)", text)
     for cell in code_of(read(FOLDER / name)):
-        ast.parse(cell.source)
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("spo."):
+                module = importlib.import_module(str(node.module))
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 @pytest.mark.parametrize("name", STRIPPED)
