@@ -382,7 +382,8 @@ def test_a_careless_sweep_has_no_phantom_axis(cache: Path, tmp_path: Path) -> No
     assert "train/alpha" not in numbers((tmp_path / "sweep").glob("*method-dpo*").__next__())
     assert (done.stdout + done.stderr).count("dpo does not read alpha") == 1
     assert done.stderr.count("note: 4 jobs are 3 different runs") == 1
-    assert done.stdout.count("win rate against the reference") == 4  # the fourth job shows what the third one made
+    assert done.stdout.count("win rate against the reference") == 3  # the fourth job is the third, and not started
+    assert "same as method=dpo alpha.value=0.1" in " ".join(done.stdout.split())
 
 
 def test_one_warning_in_a_single_run(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,6 +107,10 @@ def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
         write_json(run_dir / "coefficients.json", {n: getattr(module, n)(trainer.global_step) for n in COEFFICIENTS})
         save_policy(module.policy, prepared.tokenizer, run_dir / "policy", weights)
         evaluation = evaluate_run(cfg, prepared, run_dir)
+        selection = {key: value for key, value in evaluation.metrics.items() if key.startswith("val/")}
+        for logger in trainer.loggers:
+            logger.log_metrics(selection, step=trainer.global_step)
+            logger.save()
         times = {"prepare_s": prepared_at - started, "train_s": trained_at - prepared_at}
         times |= {"evaluate_s": perf_counter() - trained_at, "total_s": perf_counter() - started}
         metrics = {
