@@ -34,7 +34,7 @@ from tests.environments import ROOT, copy_of_project, fresh_environment, run
 from tests.helpers import save_model
 
 TAGS = ("run", "run-tiny", "compose", "parse")
-MOST_PARSED = 7
+MOST_PARSED = 8
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 APPENDED = {"run": "", "run-tiny": " +debug=tiny", "compose": " --cfg job"}
 FROM_A_CONFIGURATION = re.compile(r"^spo (train|inspect)(?!.*--resume)\b[^#\n]*?(?=\s*(#|$))", re.MULTILINE)

@@ -58,7 +58,6 @@ def cached(root: str | Path, kind: str, key: dict[str, Any], build: Callable[[Pa
             log.warning("the cached %s in %s is damaged: building it again", kind, folder)
             shutil.rmtree(folder)
         temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-        log.info("not in the cache yet, being made: %s, %s", kind, folder.name)
         try:
             build(temporary)
             manifest = {"key": key, "files": _file_digests(temporary)}

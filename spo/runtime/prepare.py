@@ -299,6 +299,7 @@ def _preference_rows(
         return source.rows(_no_completer)[: cfg.data.limit], {}
 
     def write(folder: Path) -> None:
+        log.info("sampling the preference pairs from the reference model")
         model = spec.start(base).to(eval_device(cfg))
         rows = source.rows(partial(_complete, cfg, model, renderer))
         lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in rows]
@@ -374,6 +375,7 @@ def reference_logps(cfg: DictConfig, prepared: Prepared, cache_dir: str, batch_s
     }
 
     def write(folder: Path) -> None:
+        log.info("scoring the pairs with the reference model")
         model = spec.start(prepared.base).to(eval_device(cfg))
         # As the Trainer runs the policy, so that both round alike.
         with torch.autocast(eval_device(cfg).type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
