@@ -321,7 +321,7 @@ def _job_in_own_process(config_dir: str | None) -> None:
 
 
 def _resume(arguments: list[str]) -> int:
-    parser = _Parser("spo train --resume RUN_DIR [trainer.max_steps=N] [logger.KEY=VALUE] [strategy=MEMBER]")
+    parser = _Parser("spo train --resume RUN_DIR [trainer.max_steps=N] [logger.KEY=VALUE] [strategy=MEMBER] ...")
     parser.add_argument("--resume", metavar="RUN_DIR", type=Path, required=True)
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args(arguments)
@@ -432,7 +432,7 @@ COMMANDS = {
     "train": Command(
         "align a model and evaluate it",
         "spo train [GROUP=MEMBER] [KEY=VALUE] ... [-m] [--cfg job] [--config-dir DIR]\n"
-        "       spo train --resume RUN_DIR [trainer.max_steps=N] [logger.KEY=VALUE] [strategy=MEMBER]",
+        "       spo train --resume RUN_DIR [trainer.max_steps=N] [logger.KEY=VALUE] [strategy=MEMBER] ...",
         """
         Makes or loads the reference model, aligns it with a method, evaluates the result on held-out prompts and
         writes a run directory with the model, the metrics, the samples and report.html. Without any argument it
@@ -441,7 +441,8 @@ COMMANDS = {
         -m, --multirun    one run for each combination of values: method=spo,dpo seed=1,2
         --cfg job         print the configuration instead of running it (--resolve fills in references)
         --config-dir DIR  a folder with members of your own for the groups below
-        --resume RUN_DIR  go on with a run that was interrupted, or for more steps
+        --resume RUN_DIR  go on with a run that was interrupted, or for more steps; until it is finished also with
+                          another judge=MEMBER or evaluation.KEY=VALUE
         --hydra-help      the flags of Hydra, all of which are passed on
 
         Plain numbers may stand for alpha and beta: alpha=0.5 is alpha=constant alpha.value=0.5.

@@ -26,6 +26,7 @@ from spo.evaluation.judges import JudgeError
 from spo.module import AlignmentModule
 from spo.runtime.config import compose
 from spo.runtime.prepare import prepare_run
+from spo.runtime.rundir import resumed_config
 from tests.commands import (
     TINY,
     Numbers,
@@ -318,6 +319,19 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     assert not (tmp_path / "broken/metrics.json").exists()
     assert job(tmp_path / "broken", cache, TINY, f"method={method}", "trainer.log_every_n_steps=1") == whole
     assert history(tmp_path / "broken") == history(tmp_path / "whole")
+
+
+def test_a_judge_that_cannot_be_asked_costs_no_training(cache: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    small = [word for word in SMALL if word != "callbacks=none"]
+    nobody = ["judge=openai", "judge.base_url=http://127.0.0.1:9/v1", "judge.model=m", "judge.key_variable=null"]
+    with pytest.raises(JudgeError, match="unanswered"):
+        job(run, cache, *small, *nobody, "judge.max_retries=0")
+    assert not (run / "metrics.json").exists() and (run / "failure.json").exists()
+    trained = (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    metrics = spo_train.train(resumed_config(run, ["judge=gold"]))
+    assert untimed(metrics) == job(tmp_path / "other", cache, *small)
+    assert (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns == trained and not (run / "failure.json").exists()
 
 
 def test_a_run_interrupted_in_its_evaluation_keeps_its_curves(

@@ -234,6 +234,32 @@ def test_a_resumed_run_may_change_nothing_else(tmp_path: Path) -> None:
     assert claimed(tmp_path) is Status.UNFINISHED
 
 
+def test_until_it_is_finished_a_run_may_change_its_judge_and_evaluation(tmp_path: Path) -> None:
+    endpoint = ["judge=openai", "judge.model=wrong", "judge.key_variable=null"]
+    claimed(tmp_path, *endpoint)
+    cfg = resumed_config(tmp_path, ["judge.model=right", "evaluation.num_prompts=7"])
+    assert (cfg.judge.model, cfg.evaluation.num_prompts) == ("right", 7)
+    with claim(tmp_path, cfg) as status:
+        assert status is Status.UNFINISHED
+    local = ["judge.margin=0.5", "judge=language_model", "judge.path=MODEL"]  # in any order
+    cfg = resumed_config(tmp_path, local)
+    assert (cfg.judge.margin, cfg.judge.path) == (0.5, "MODEL") and "model" not in cfg.judge
+    with pytest.raises(UserError, match=r"judge\.margin: 0\.5 there, absent now"):
+        claimed(tmp_path, *endpoint)
+    finish(tmp_path, {"a": 1.0})
+    with pytest.raises(ConfigProblems, match=r"spo evaluate .* judge=gold evaluates it anew"):
+        resumed_config(tmp_path, ["judge=gold"])
+
+
+def test_how_fast_a_judge_is_asked_is_no_part_of_a_run(tmp_path: Path) -> None:
+    endpoint = ["judge=openai", "judge.model=m", "judge.key_variable=null"]
+    claimed(tmp_path, *endpoint)
+    faster = ["judge.concurrency=2", "judge.requests_per_minute=9", "judge.timeout_s=1", "evaluation.batch_size=3"]
+    assert claimed(tmp_path, *endpoint, *faster) is Status.UNFINISHED
+    with pytest.raises(UserError, match=r"judge\.request\.temperature"):
+        claimed(tmp_path, *endpoint, "judge.request.temperature=1")
+
+
 def test_a_finished_run_goes_on_where_its_steps_have_grown(tmp_path: Path) -> None:
     claimed(tmp_path, "trainer.max_steps=10")
     finish(tmp_path, {"a": 1.0})

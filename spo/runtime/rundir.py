@@ -42,6 +42,13 @@ CONFIG, COMPOSED, IDENTITY, METRICS, PROVENANCE, FAILURE, LOCK = (
 SWEEP_VARIABLE = "SPO_SWEEP"
 # Parts of a configuration that do not change what a run computes.
 NOT_IDENTITY = ("paths", "hydra", "launcher", "logger", "rerun", "tags", "threads")
+# How fast a judge is asked, how often, and at what price, is no part of its answers.
+ASKED_HOW = ("attempts", "batch_size", "cache", "concurrency", "device", "input_price", "max_retries", "max_unanswered")
+ASKED_HOW += ("output_price", "requests_per_minute", "timeout_s")
+NOT_IDENTITY_KEYS = ("evaluation.batch_size", *(f"judge.{name}" for name in ASKED_HOW))
+# What a run may still change when it goes on.
+RESUMABLE = ("trainer.max_steps", "logger", "strategy")
+UNTIL_FINISHED = ("judge", "evaluation")
 PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "omegaconf", "wandb", "datasets", "peft", "numpy")
 REDACTED = "<redacted>"
 # Files that others put into a fresh directory: Hydra's log and settings, our lock and what a crash left half written.
@@ -210,7 +217,11 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         ``code``, and the ``digest`` of it all.
     """
     left_out = {*NOT_IDENTITY, *unread(cfg)}
-    flat = {key: value for key, value in flatten(resolved(cfg)).items() if key.partition(".")[0] not in left_out}
+    flat = {
+        key: value
+        for key, value in flatten(resolved(cfg)).items()
+        if key.partition(".")[0] not in left_out and key not in NOT_IDENTITY_KEYS
+    }
     # Where files lie is no part of what is computed, so the run's own folders appear by their names.
     folders = sorted(((str(path), f"<{name}>") for name, path in cfg.paths.items()), key=lambda pair: -len(pair[0]))
     flat = {key: _renamed(value, folders) for key, value in flat.items()}
@@ -367,8 +378,8 @@ def load_config(run_dir: Path) -> DictConfig:
 def resumed_config(run_dir: Path, overrides: Sequence[str]) -> DictConfig:
     """The configuration with which the run in ``run_dir`` goes on; what changes becomes part of its record.
 
-    Only ``trainer.max_steps``, ``logger`` and ``strategy`` may change. A finished run goes on where ``max_steps`` has
-    grown.
+    Only ``trainer.max_steps``, ``logger`` and ``strategy`` may change and, until the run is finished, ``judge`` and
+    ``evaluation``: a judge that cannot be asked costs no training. A finished run goes on where ``max_steps`` grew.
 
     Raises:
         ConfigProblems: an override changes something else, or has no such key.
@@ -378,7 +389,7 @@ def resumed_config(run_dir: Path, overrides: Sequence[str]) -> DictConfig:
     cfg = load_config(run_dir)
     before = int(cfg.trainer.max_steps)
     found: list[str] = []
-    for text in overrides:
+    for text in sorted(overrides, key=lambda text: "." in text.partition("=")[0]):  # a group before its keys
         try:
             for single in sugar([text]):
                 _change(cfg, single, run_dir)
@@ -395,15 +406,18 @@ def resumed_config(run_dir: Path, overrides: Sequence[str]) -> DictConfig:
 def _change(cfg: DictConfig, text: str, run_dir: Path) -> None:
     override = parse(text)
     key = override.key_or_group
-    if key != "trainer.max_steps" and key.partition(".")[0] not in ("logger", "strategy"):
+    group = key.partition(".")[0]
+    if group in UNTIL_FINISHED and is_finished(run_dir):
+        raise UserError(f"{text}: the run is finished; spo evaluate {run_dir} {text} evaluates it anew")
+    if key not in RESUMABLE and group not in (*RESUMABLE, *UNTIL_FINISHED):
         raise UserError(
-            f"{text}: a resumed run keeps its settings; only trainer.max_steps, logger.* and strategy.* may change "
-            "(start a new run to change anything else)"
+            f"{text}: a resumed run keeps its settings; only trainer.max_steps, logger.* and strategy.* may change, "
+            "and judge.* and evaluation.* until it is finished (start a new run to change anything else)"
         )
     if override.is_sweep_override() or override.is_delete():
         raise UserError(f"{text}: a resumed run takes one value per key")
     with open_dict(cfg) if override.is_add() or override.is_force_add() else _as_it_is():
-        if key in ("logger", "strategy"):
+        if key == group:
             fresh = compose([f"{key}={override.value()}"], run_dir=run_dir)[key]
             cfg[key] = OmegaConf.to_container(fresh, resolve=False)
             return
@@ -434,7 +448,7 @@ def _record_changes(run_dir: Path, cfg: DictConfig, before: int) -> None:
     new = identity(cfg)
     _write_config(run_dir, cfg)
     # The code stays the one that began the run: going on with other code is still refused.
-    write_json(run_dir / IDENTITY, {**old, "config": new["config"], "digest": new["digest"]})
+    write_json(run_dir / IDENTITY, {**old, **{part: new[part] for part in ("config", "judge", "digest")}})
 
 
 # --- provenance ----------------------------------------------------------------------------------------------------
