@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from spo.reports.wording import finite
 from spo.runtime.config import parse, parser
 from spo.runtime.errors import UserError
 from spo.runtime.rundir import METRICS, read_json, write_json
@@ -309,9 +310,9 @@ class OptunaSweeper(Sweeper):
             return
         metrics = read_json(self.directory / entry.directory / METRICS) or {}
         wanted = [self.objective.metric, *self.objective.constraints]
-        if missing := [name for name in wanted if name not in metrics]:
+        if missing := [name for name in wanted if finite(metrics.get(name)) is None]:
             known = ", ".join(sorted(name for name in metrics if name.startswith("val/")))
-            words = f"its metrics have no {' and no '.join(missing)}; they have {known}"
+            words = f"its metrics have no finite {' and no '.join(missing)}; they have {known}"
             self.ledger.note(job, entry.directory, "failed", words)
             live.set_user_attr("error", words)
             study.tell(live, state=optuna.trial.TrialState.FAIL)
