@@ -202,7 +202,7 @@ def test_a_failed_trial_counts_as_failed(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_metric_that_is_not_there_is_a_failure_in_words(tmp_path: Path) -> None:
     search(tmp_path, 1, metric="val/reward")
     [row] = result(tmp_path)["trials"]
-    assert row["error"] == "its metrics have no val/reward; they have val/kl, val/win_rate"
+    assert row["error"] == "its metrics have no finite val/reward; they have val/kl, val/win_rate"
     assert result(tmp_path)["best"] is None and Ledger(tmp_path).entries()[0].status == "failed"
 
 
