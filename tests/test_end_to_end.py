@@ -428,6 +428,16 @@ def test_the_selection_split_is_evaluated_too(swept: Sweep) -> None:
     assert {key: last[key] for key in ("val/win_rate", "val/kl")} == {k: metrics[k] for k in ("val/win_rate", "val/kl")}
 
 
+def test_without_selection_prompts_no_number_of_the_test_split_stands_in_for_them(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = job(tmp_path / "run", cache, *SMALL, "probe.num_prompts=0", "data.source.selection_prompts=0")
+    assert "there will be no val/win_rate" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert {"eval/win_rate", "val/loss"} <= metrics.keys()
+    assert not {f"val/{name}" for name in spo_evaluate.VAL} & metrics.keys()
+    assert not (tmp_path / "run" / "samples.selection.jsonl").exists()
+
+
 def test_an_evaluation_against_chosen_responses_and_another_run(finished: Path, here: Path, swept: Sweep) -> None:
     other = swept.directory("dpo")
     shutil.copytree(other, here / "theirs", symlinks=True)
@@ -494,17 +504,51 @@ def test_samples_and_win_rate_at_every_validation(cache: Path, tmp_path: Path) -
     metrics = job(tmp_path / "run", cache, TINY, *settings)
     samples = rows(tmp_path / "run" / "samples.validation.jsonl")
     assert [(row["step"], row["split"]) for row in samples] == [(s, "selection") for s in (0, 2, 4) for _ in range(3)]
-    validations = [row for row in history(tmp_path / "run") if "val/win_rate" in row]
+    validations = [row for row in history(tmp_path / "run") if "val/samples/win_rate" in row]
     assert [row["step"] for row in validations] == [0, 2, 4]
     for row in validations:
         here = [sample for sample in samples if sample["step"] == row["step"]]
-        assert row["val/win_rate"] == pytest.approx(sum(one["verdict"] for one in here) / 3)
-        assert row["val/reward"] == pytest.approx(sum(one["reward"] for one in here) / 3)
-    assert metrics["val/win_rate"] == validations[-1]["val/win_rate"]
+        assert row["val/samples/win_rate"] == pytest.approx(sum(one["verdict"] for one in here) / 3)
+        assert row["val/samples/reward"] == pytest.approx(sum(one["reward"] for one in here) / 3)
+    assert metrics["val/samples/win_rate"] == validations[-1]["val/samples/win_rate"]
+    assert not {"val/win_rate", "val/reward"} & metrics.keys()  # a selector measured on a few prompts would be luck
     assert len({row["reference_completion"] for row in samples}) == 3 < len({row["completion"] for row in samples})
     plain = job(tmp_path / "plain", cache, TINY, "evaluation.selection_prompts=0")
-    assert "val/win_rate" not in plain
     assert plain == {key: value for key, value in metrics.items() if key in plain}  # looking changes nothing
+
+
+class OftenDown:
+    """A judge that only compares, and is out of service the first two times."""
+
+    identity: dict[str, Any] = {"judge": "often down"}  # noqa: RUF012
+    asked = 0
+
+    def scores(self, prompts: list[str], completions: list[str]) -> None:
+        return None
+
+    def verdicts(self, comparisons: list[Any]) -> list[float]:
+        self.asked += 1
+        if self.asked <= 2:
+            raise JudgeError("the endpoint does not answer")
+        return [1.0] * len(comparisons)
+
+    def usage(self) -> dict[str, float]:
+        return {"calls": float(self.asked)}
+
+
+def test_a_judge_that_fails_at_a_validation_does_not_end_the_training(
+    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    judge = [f"judge._target_={__name__}.OftenDown", "~judge.reward"]
+    metrics = job(tmp_path / "run", cache, TINY, "callbacks=samples", "callbacks.samples.num_prompts=3", *judge)
+    samples = rows(tmp_path / "run" / "samples.validation.jsonl")
+    assert [(row["step"], row.get("verdict")) for row in samples] == [
+        (step, verdict) for step, verdict in ((0, None), (2, None), (4, 1.0)) for _ in range(3)
+    ]
+    assert [row["step"] for row in history(tmp_path / "run") if "val/samples/win_rate" in row] == [4]
+    [said] = [record.getMessage() for record in caplog.records if "endpoint" in record.getMessage()]
+    assert said == "no verdicts on the samples of this validation, the training goes on: the endpoint does not answer"
+    assert metrics["eval/judge/calls"] == 5  # three validations, two splits
 
 
 def test_an_evaluation_with_other_settings(finished: Path) -> None:

@@ -15,11 +15,11 @@ from torch import nn
 
 from spo.data import EvalPrompt, Reward
 from spo.evaluation import (
+    Bootstrap,
     Draws,
     Evaluation,
     EvaluationSettings,
     Opponent,
-    bootstrap_interval,
     distinct_n,
     distinct_samples,
     draw_both,
@@ -112,12 +112,17 @@ def test_self_bleu_by_hand() -> None:
 # ------------------------------------------------------------------------------------------------------ intervals
 
 
+def interval(values: Sequence[float], confidence: float, samples: int, seed: int) -> tuple[float, float]:
+    found = Bootstrap(range(len(values)), confidence=confidence, samples=samples, seed=seed).mean(values)
+    return found.low, found.high
+
+
 def test_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     truth, covered, widths = 0.6, 0, []
     for trial in range(300):
         wins = rng.binomial(1, truth, 60).astype(float).tolist()
-        low, high = bootstrap_interval(wins, confidence=0.9, samples=400, seed=trial)
+        low, high = interval(wins, confidence=0.9, samples=400, seed=trial)
         covered += low <= truth <= high
         widths.append(high - low)
     assert 0.86 <= covered / 300 <= 0.94
@@ -126,11 +131,11 @@ def test_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 def test_bootstrap_interval_is_seeded_ordered_and_wider_for_more_confidence() -> None:
     values = np.random.default_rng(1).normal(size=50).tolist()
-    first = bootstrap_interval(values, confidence=0.9, samples=1000, seed=3)
-    assert first == bootstrap_interval(values, confidence=0.9, samples=1000, seed=3)
-    wider = bootstrap_interval(values, confidence=0.99, samples=1000, seed=3)
+    first = interval(values, confidence=0.9, samples=1000, seed=3)
+    assert first == interval(values, confidence=0.9, samples=1000, seed=3)
+    wider = interval(values, confidence=0.99, samples=1000, seed=3)
     assert wider[0] < first[0] < np.mean(values) < first[1] < wider[1]
-    assert bootstrap_interval([0.5] * 9, confidence=0.95, samples=10, seed=0) == (0.5, 0.5)
+    assert interval([0.5] * 9, confidence=0.95, samples=10, seed=0) == (0.5, 0.5)
 
 
 # --------------------------------------------------------------------------------------------------- the evaluation
@@ -191,6 +196,26 @@ def test_logps_of_the_samples_are_those_of_the_models() -> None:
     batch = sequences(list(zip(ids, completions, strict=True)))
     for key, model in (("logp_policy", policy), ("logp_reference", reference)):
         np.testing.assert_allclose([row[key] for row in rows], completion_logps(model, batch).detach(), rtol=1e-6)
+
+
+def test_at_a_temperature_the_distribution_that_was_sampled_is_measured() -> None:
+    models = favouring(1.0), favouring(0.0)
+    found = evaluate(*models, n=10, temperature=0.5, batch_size=7)
+    ids = [prompt.ids for prompt in prompts(10) for _ in range(2)]
+    logps: list[list[float]] = []
+    entropies, kls = [], []
+    for prompt, row in zip(ids, found.samples, strict=True):
+        completion = torch.tensor([int(word[1:]) for word in row["completion"].split()])
+        with torch.no_grad():
+            logits = [model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1] for model in models]
+        ours, theirs = (torch.log_softmax(values / 0.5, -1) for values in logits)
+        logps.append([values.gather(1, completion[:, None]).sum().item() for values in (ours, theirs)])
+        entropies.append(-(ours.exp() * ours).sum().item())
+        kls.append((ours.exp() * (ours - theirs)).sum().item())
+    kept = [[row["logp_policy"], row["logp_reference"]] for row in found.samples]
+    np.testing.assert_allclose(kept, logps, rtol=1e-6)
+    assert found.metrics["eval/entropy_sequence"] == pytest.approx(np.mean(entropies))
+    assert found.metrics["eval/kl"] == pytest.approx(np.mean(kls))
 
 
 def test_kl_and_entropy_agree_with_enumeration() -> None:

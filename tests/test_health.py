@@ -120,6 +120,22 @@ def test_a_resumed_run_remembers_start_and_alarms(tmp_path: Path, caplog: pytest
     assert [alarm["check"] for alarm in json.loads((tmp_path / "health.json").read_text())] == ["entropy", "longer"]
 
 
+def test_an_alarm_of_steps_that_are_done_again_leaves_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "health.json"
+    killed = Health(str(path), **LIMITS)
+    states = []
+    for validations in ([START], [START | {"entropy": 0.1}], [START | {"length": 200.0}]):
+        watched(tmp_path, *validations, health=killed)
+        states.append(json.loads(json.dumps(killed.state_dict())))
+    assert len(json.loads(path.read_text())) == 2
+    for state, expected in ((states[1], ["entropy"]), (states[0], None)):
+        resumed = Health(str(path), **LIMITS)
+        resumed.load_state_dict(state)
+        resumed.on_train_start(Logged(), make_module(tiny_llama()))  # type: ignore[arg-type]
+        kept = [alarm["check"] for alarm in json.loads(path.read_text())] if path.exists() else None
+        assert kept == expected
+
+
 def test_report_and_result_panel_show_the_alarms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     watched(tmp_path, START, START | {"p_eos": 0.001})
     (tmp_path / "history.jsonl").write_text('{"step": 0, "val/loss": 1.0}\n')

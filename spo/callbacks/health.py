@@ -124,6 +124,11 @@ class Health(Callback):
         self.start: dict[str, float] = {}
         self.alarms: list[Alarm] = []
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Brings the file to what the checkpoint knows: alarms of later steps belong to steps that are done again."""
+        if trainer.is_global_zero:
+            self._write()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks what was just measured."""
         assert isinstance(pl_module, AlignmentModule)
@@ -144,7 +149,7 @@ class Health(Callback):
         if fresh and trainer.is_global_zero:
             for alarm in fresh:
                 log.warning("step %d: %s", alarm.step, alarm.words)
-            self.path.write_text(json.dumps([asdict(alarm) for alarm in self.alarms], indent=2) + "\n")
+            self._write()
 
     def beyond(self, now: Numbers, step: int) -> list[Alarm]:
         """The limits that a validation is beyond; what was not measured is not checked."""
@@ -159,6 +164,12 @@ class Health(Callback):
                 words = f"{check.words.format(value=value)} (callbacks.health.{name}={limit:g})"
                 found.append(Alarm(step, name, value, limit, words))
         return found
+
+    def _write(self) -> None:
+        if self.alarms:
+            self.path.write_text(json.dumps([asdict(alarm) for alarm in self.alarms], indent=2) + "\n")
+        else:
+            self.path.unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The start and the alarms, so that a resumed run compares with the same and says nothing twice."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,19 +14,21 @@ from lightning.pytorch.callbacks import Callback
 from transformers import PreTrainedTokenizerBase
 
 from spo.data import EvalPrompt
-from spo.evaluation import Draws, EvaluationSettings, assess, draw
-from spo.evaluation.judges import Judge
+from spo.evaluation import Draws, Evaluation, EvaluationSettings, assess, draw
+from spo.evaluation.judges import Judge, JudgeError
 from spo.module import AlignmentModule
 from spo.sampling import eval_mode
 
+log = logging.getLogger(__name__)
 LOGGED = ("win_rate", "win_rate_ci_low", "win_rate_ci_high", "reward")
 
 
 class ValidationSamples(Callback):
     """At every validation draws completions of a few selection prompts, the same random numbers each time.
 
-    Logs ``val/reward`` and ``val/win_rate`` with its interval, of few prompts and thus rough, and keeps the samples
-    in ``samples.validation.jsonl``: rows as in ``samples.jsonl``, with their ``step``.
+    Logs ``val/samples/reward`` and ``val/samples/win_rate`` with its interval, of few prompts and thus rough, and keeps
+    the samples in ``samples.validation.jsonl``: rows as in ``samples.jsonl``, with their ``step``. A judge that fails
+    leaves out its verdicts, not the training.
 
     Args:
         path: of that file.
@@ -35,6 +38,7 @@ class ValidationSamples(Callback):
     def __init__(self, path: str, num_prompts: int) -> None:
         self.path, self.num_prompts = Path(path), num_prompts
         self._reference: Draws | None = None
+        self._warned = False
 
     def attach(
         self,
@@ -52,6 +56,8 @@ class ValidationSamples(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws on every process, as a sharded policy needs; judges and writes on the first."""
         assert isinstance(pl_module, AlignmentModule)
+        if not self.prompts:
+            return
         policy, reference = pl_module.policy, pl_module.reference
         with eval_mode(policy):
             ours = self._draw(policy, "policy")
@@ -60,11 +66,22 @@ class ValidationSamples(Callback):
                     self._reference = self._draw(model, "reference")
         if not trainer.is_global_zero:
             return
-        found = assess(self.prompts, ours, self._reference, self.settings, self.judge)
-        row = {f"val/{name}": found.metrics[f"eval/{name}"] for name in LOGGED if f"eval/{name}" in found.metrics}
+        found = self._assess(ours)
+        row = {
+            f"val/samples/{name}": found.metrics[f"eval/{name}"] for name in LOGGED if f"eval/{name}" in found.metrics
+        }
         for logger in trainer.loggers:
             logger.log_metrics(row, step=trainer.global_step)
         self._write(found.samples, trainer.global_step)
+
+    def _assess(self, ours: Draws) -> Evaluation:
+        try:
+            return assess(self.prompts, ours, self._reference, self.settings, self.judge)
+        except JudgeError as error:
+            if not self._warned:
+                log.warning("no verdicts on the samples of this validation, the training goes on: %s", error)
+            self._warned = True
+            return assess(self.prompts, ours, self._reference, self.settings, None)
 
     def _draw(self, model: Any, stage: str) -> Draws:
         return draw(model, stage, self.prompts, self.settings, self.tokenizer, self.decode)

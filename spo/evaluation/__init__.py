@@ -3,7 +3,7 @@
 from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
 from spo.evaluation.draws import Draws, draw
 from spo.evaluation.evaluate import Evaluation, Opponent, assess, draw_both, evaluate_policy
-from spo.evaluation.intervals import Bootstrap, Estimate, bootstrap_interval
+from spo.evaluation.intervals import Bootstrap, Estimate
 from spo.evaluation.settings import EvaluationSettings
 from spo.evaluation.winrate import at_equal_length, win_rates
 
@@ -16,7 +16,6 @@ __all__ = [
     "Opponent",
     "assess",
     "at_equal_length",
-    "bootstrap_interval",
     "distinct_n",
     "distinct_samples",
     "draw",

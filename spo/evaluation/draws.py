@@ -6,18 +6,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from spo.data import EvalPrompt
 from spo.evaluation.settings import EvaluationSettings
 from spo.ops import completion_logits, completion_targets, sum_per_sequence, token_entropy, token_kl, token_logps
+from spo.ops.logps import at_least_float32
 from spo.sampling import derive_seed, sample
+from spo.types import Sequences
 
 
 @dataclass(frozen=True)
 class Draws:
     """Completions, ``samples_per_prompt`` of the first prompt, then of the next.
+
+    Log-probs, entropies and the KL are of the distributions at the temperature of the sampling, for both models.
 
     Attributes:
         texts: without their end-of-text.
@@ -54,6 +58,11 @@ def draw(
     """
     wanted = [(prompt, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
     found = Draws()
+
+    def logits_of(scored: nn.Module, sequences: Sequences) -> Tensor:
+        logits = completion_logits(scored, sequences)  # widened first: the sampler does not divide in half precision
+        return logits if settings.temperature == 1 else at_least_float32(logits) / settings.temperature
+
     for first in range(0, len(wanted), settings.batch_size):
         chunk = wanted[first : first + settings.batch_size]
         sequences = sample(
@@ -65,13 +74,13 @@ def draw(
             pad_token_id=tokenizer.pad_token_id,
             seeds=[derive_seed("evaluation", stage, settings.seed, prompt.prompt_id, i) for prompt, i in chunk],
         )
-        logits, targets = completion_logits(model, sequences), completion_targets(sequences)
+        logits, targets = logits_of(model, sequences), completion_targets(sequences)
         found.texts.extend(map(decode, sequences.completions()))
         found.tokens.extend(sequences.completion_length.tolist())
         found.logps.extend(sum_per_sequence(token_logps(logits, targets), sequences).tolist())
         found.entropy.extend(sum_per_sequence(token_entropy(logits), sequences).tolist())
         if other is not None:
-            other_logits = completion_logits(other, sequences)
+            other_logits = logits_of(other, sequences)
             found.other_logps.extend(sum_per_sequence(token_logps(other_logits, targets), sequences).tolist())
             found.kl.extend(sum_per_sequence(token_kl(logits, other_logits), sequences).tolist())
         on_progress(len(chunk))

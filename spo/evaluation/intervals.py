@@ -61,9 +61,3 @@ class Bootstrap:
         total = np.asarray(values, dtype=np.float64)
         counted = np.ones_like(total) if per is None else np.asarray(per, dtype=np.float64)
         return self.estimate(lambda weights: weights @ total / (weights @ counted))
-
-
-def bootstrap_interval(values: Sequence[float], *, confidence: float, samples: int, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean of independent values: its lower and upper end."""
-    estimate = Bootstrap(range(len(values)), confidence=confidence, samples=samples, seed=seed).mean(values)
-    return estimate.low, estimate.high

@@ -18,7 +18,7 @@ class EvaluationSettings:
             none.
         samples_per_prompt: completions drawn per prompt from the policy, and as many from the reference.
         max_new_tokens: their length limit.
-        temperature: of the sampling; 1 is the model's own distribution.
+        temperature: of the sampling, and of both models where they are measured; 1 is their own distribution.
         batch_size: completions sampled at a time; changes no number.
         against: what the policy is compared with: ``reference``, ``chosen`` (the data set's chosen responses), or the
             directory of another run.

@@ -42,6 +42,8 @@ LABELS = {
     "rewards/chosen": "implicit reward, chosen",
     "rewards/margins": "implicit reward margin",
     "rewards/rejected": "implicit reward, rejected",
+    "samples/reward": "reward, of few validation prompts",
+    "samples/win_rate": "win rate, of few validation prompts",
     "self_bleu": "self-BLEU",
     "win_rate": "win rate",
     "win_rate_length_controlled": "win rate at equal length",
@@ -68,6 +70,7 @@ UNITS = {
     "p_eos": "probability",
     "repetition": "share of 4-grams",
     "rewards/accuracies": "share of pairs",
+    "samples/win_rate": "share of prompts",
     "win_rate": "share of prompts",
     "win_rate_length_controlled": "share of prompts",
 }

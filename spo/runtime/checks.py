@@ -437,7 +437,13 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
     if not isinstance(against, ListConfig):
         yield f"evaluation.against={against}: must be a list, such as [reference,chosen]"
         return
-    runs = [str(name) for name in against if name not in ("reference", "chosen")]
+    others = [str(name) for name in against if name != "reference"]
+    if others and _no_judge(cfg):
+        yield (
+            f"evaluation.against: a comparison with {', '.join(others)} takes a judge, and there is none "
+            "(judge=none, or judge=gold of data without a reward): choose one, or set evaluation.against=[reference]"
+        )
+    runs = [name for name in others if name != "chosen"]
     for run in runs:
         if not (Path(run).expanduser() / "samples.jsonl").is_file():
             yield (
@@ -447,6 +453,12 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
     names = [Path(run).resolve().name for run in runs]
     for name in sorted({name for name in names if names.count(name) > 1 or name in ("reference", "chosen")}):
         yield f"evaluation.against: the name {name} would stand for several opponents: rename a directory"
+
+
+def _no_judge(cfg: DictConfig) -> bool:
+    judge = select(cfg, "judge")
+    of_rewards = str(select(cfg, "judge._target_")).endswith(".reward_judge")
+    return judge is None or (of_rewards and select(cfg, "judge.reward") is None)
 
 
 def _reads_files(cfg: DictConfig) -> bool:

@@ -39,7 +39,7 @@ CHANGEABLE = ("data", "evaluation", "judge", "trainer.accelerator", "trainer.dev
 VAL = ("win_rate", "win_rate_ci_low", "win_rate_ci_high", "reward", "kl", "entropy")
 """What the final evaluation measures on the selection split, for choosing between settings."""
 DRAWN_WITH = ("samples_per_prompt", "max_new_tokens", "temperature", "seed")
-CODE = ("types.py", "ops", "sampling", "evaluation/draws.py")
+CODE = ("types.py", "ops", "models", "sampling", "data/rendering.py", "evaluation/draws.py")
 """What the kept completions follow from, beside models and prompts."""
 
 
@@ -123,7 +123,7 @@ class RunEvaluation:
                 (folder / name).write_text("".join(lines))
 
 
-def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> RunEvaluation:
+def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path, judge: Judge | None = None) -> RunEvaluation:
     """Compares the saved policy with the model that training started from, and with what else is asked for.
 
     Completions and verdicts are kept in the cache, so that an evaluation that was interrupted goes on where it stopped,
@@ -133,12 +133,14 @@ def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> RunEvalu
         cfg: the run's configuration.
         prepared: model, tokenizer and pairs.
         run_dir: holds ``policy/`` and ``coefficients.json``: alpha and beta as they were when training ended.
+        judge: that ``cfg`` describes, where there is one already: what it spent before is counted too.
 
     Raises:
         UserError: another run that the policy is to be compared with has no samples of these prompts.
     """
     settings: EvaluationSettings = instantiate(cfg.evaluation, _convert_="all")
-    judge: Judge | None = instantiate(cfg.judge, _convert_="all")
+    if judge is None:
+        judge = instantiate(cfg.judge, _convert_="all")
     device = eval_device(cfg)
     policy = prepared.spec.base(run_dir / "policy").requires_grad_(False).to(device)
     reference = prepared.spec.start(prepared.base).to(device)
@@ -167,18 +169,19 @@ def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> RunEvalu
             )
     whole = prepared.language is not None
     test = assess(prompts["test"], *drawn["test"], settings, judge, whole, opponents)
+    selection = None
     if "selection" in prompts:
         against_reference = replace(settings, against=[REFERENCE])
         selection = assess(prompts["selection"], *drawn["selection"], against_reference, judge)
-    else:
+    elif whole and settings.selection_prompts > 0:
         selection = replace(test, samples=[])
     metrics = test.metrics | _pair_metrics(cfg, run_dir, policy, reference, prepared)
     if judge is not None:
         metrics |= {f"eval/judge/{name}": value for name, value in judge.usage().items()}
-    if settings.selection_prompts > 0:
+    if selection is not None:
         known = selection.metrics
         metrics |= {f"val/{name}": known[f"eval/{name}"] for name in VAL if f"eval/{name}" in known}
-    return RunEvaluation(metrics, test.samples, selection.samples)
+    return RunEvaluation(metrics, test.samples, [] if selection is None else selection.samples)
 
 
 def _model_digests(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> dict[str, Any]:

@@ -92,6 +92,8 @@ def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
     module, trainer = parts.module, parts.trainer
     if trainer.is_global_zero:
         notes = [*warnings(cfg), *prepared.pairs.warnings]
+        if cfg.evaluation.selection_prompts > 0 and not prepared.prompts["selection"]:
+            notes.append("the selection split has no prompt to sample from: there will be no val/win_rate")
         title = ": ".join(filter(None, [method_name(cfg), cfg.method.get("title")]))
         start_panel(title, facts(cfg, module, prepared, trainer, parts.exact), notes)
     with ExitStack() as stack:
@@ -106,7 +108,8 @@ def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
         module.reference.to(torch.device("cpu"))  # makes room: the evaluation loads what was saved
         write_json(run_dir / "coefficients.json", {n: getattr(module, n)(trainer.global_step) for n in COEFFICIENTS})
         save_policy(module.policy, prepared.tokenizer, run_dir / "policy", weights)
-        evaluation = evaluate_run(cfg, prepared, run_dir)
+        judge = next((one.judge for one in _sampling(trainer)), None)
+        evaluation = evaluate_run(cfg, prepared, run_dir, judge)
         selection = {key: value for key, value in evaluation.metrics.items() if key.startswith("val/")}
         for logger in trainer.loggers:
             logger.log_metrics(selection, step=trainer.global_step)
@@ -244,13 +247,17 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Callback]
 
 def _attach_samples(cfg: DictConfig, prepared: Prepared, trainer: Trainer) -> bool:
     """Gives what it needs to the callback that samples at every validation; whether there is one."""
-    callbacks = [one for one in trainer.callbacks if isinstance(one, ValidationSamples)]  # type: ignore[attr-defined]
+    callbacks = _sampling(trainer)
     for callback in callbacks:
         settings: EvaluationSettings = instantiate(cfg.evaluation, _convert_="all")
         prompts = prepared.sampling_prompts("selection", settings.max_new_tokens)
         judge = instantiate(cfg.judge, _convert_="all")
         callback.attach(prompts, settings, judge, prepared.tokenizer, prepared.renderer.decode)
     return bool(callbacks)
+
+
+def _sampling(trainer: Trainer) -> list[ValidationSamples]:
+    return [one for one in trainer.callbacks if isinstance(one, ValidationSamples)]  # type: ignore[attr-defined]
 
 
 def describe(cfg: DictConfig, run_dir: Path, record: Record) -> RunDescription:
