@@ -4,7 +4,9 @@ A method is run with seeds ``s`` on prompts ``p``, the same prompts each time, s
 which everything of one seed moves together and everything of one prompt does. Two things are luck:
 
 - *the prompts*: they are resampled with replacement, all seeds of a prompt together. This is the paired bootstrap, and
-  covers what is particular to a prompt and to a single completion;
+  covers what is particular to a prompt and to a single completion. Few prompts know little of how much prompts vary,
+  so each resampled deviation is divided by what ``P`` prompts may have underestimated it by, ``sqrt(chi2 / (P - 1))``
+  with ``P - 1`` degrees of freedom: what would be a normal variable becomes a Student variable;
 - *the seeds*: what the means of the seeds differ by beyond that, estimated by the analysis of variance of the table,
   ``max(0, MS_seeds - MS_rest) / P``, is added as a Student variable with ``S - 1`` degrees of freedom.
 
@@ -112,7 +114,8 @@ class Bootstrap:
             centred[generator.integers(0, count, size=(min(block, self.draws - first), count))].mean(axis=1)
             for first in range(0, self.draws, block)
         ]
-        return np.concatenate(means) * math.sqrt(count / (count - 1))  # resampling shrinks a variance by that much
+        # Resampling shrinks a variance by (count - 1) / count, and takes the variance that it finds for the true one.
+        return np.concatenate(means) * np.sqrt(count / generator.chisquare(count - 1, self.draws))
 
 
 def seed_variance(scores: Scores) -> float:
