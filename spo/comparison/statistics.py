@@ -33,7 +33,7 @@ class Estimate:
 
     Attributes:
         value: The number.
-        low: Lower end of its interval; ``None`` where neither prompts nor seeds are there to say.
+        low: Lower end of its interval; ``None`` where a single number, or a few that are all equal, cannot say.
         high: Upper end.
         p: Probability of a value at least as far from zero, if it were zero; meant for differences.
     """
@@ -94,8 +94,9 @@ class Bootstrap:
             if seeds > 1:
                 scale = math.sqrt(seed_variance(table) / seeds)
                 deviation += scale * generator.standard_t(seeds - 1, self.draws)
-        if len(prompts) == 1 and all(len(table) == 1 for table in tables):
-            return Estimate(value)
+        units = max(len(prompts), *map(len, tables))
+        if np.abs(deviation).max() < 1e-12 and 2.0 ** (1 - units) > 1 - self.confidence:
+            return Estimate(value)  # so few equal numbers, or a single one: chance alone would have their signs agree
         tail = (1 - self.confidence) / 2
         low, high = np.quantile(value + deviation, [tail, 1 - tail])
         # A resampled mean of equal numbers differs from them by rounding, which is no evidence of anything.
