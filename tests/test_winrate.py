@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from spo.evaluation import Bootstrap, at_equal_length, win_rates
+from spo.evaluation import Bootstrap, at_equal_length, bootstrap_interval, win_rates
 
 SETTINGS: dict[str, Any] = {"confidence": 0.95, "samples": 400, "seed": 0}
 
@@ -126,7 +126,24 @@ def test_samples_of_a_prompt_are_resampled_together() -> None:
 
 
 def test_a_ratio_of_sums() -> None:
-    bootstrap = Bootstrap(range(3), **SETTINGS)
-    found = bootstrap.mean([1.0, 4.0, 9.0], per=[1, 2, 3])
+    bootstrap = Bootstrap(range(6), **SETTINGS)
+    found = bootstrap.mean([1.0, 4.0, 9.0] * 2, per=[1, 2, 3] * 2)
     assert found.value == 14 / 6 and 1.0 <= found.low < found.value < found.high <= 3.0
     assert found.under("entropy").keys() == {"entropy", "entropy_ci_low", "entropy_ci_high"}
+
+
+@pytest.mark.parametrize("prompts", [6, 8, 16, 64])
+def test_intervals_of_few_prompts_hold_the_mean_as_often_as_they_say(prompts: int) -> None:
+    rng, covered = np.random.default_rng(prompts), 0
+    for trial in range(500):
+        low, high = bootstrap_interval(rng.standard_normal(prompts).tolist(), **SETTINGS | {"seed": trial})
+        covered += low <= 0 <= high
+    assert 0.92 <= covered / 500 <= 0.98  # as they were resampled, six prompts gave 0.86
+
+
+def test_too_few_prompts_give_a_number_and_no_interval() -> None:
+    assert rates([1.0, 0.5, 1.0], [3, 0, -2], [0, 1, 2]).keys() == {"win_rate", "win_rate_length_controlled"}
+    # Many samples of one prompt say nothing of others.
+    assert Bootstrap([0] * 100, **SETTINGS).mean(range(100)).under("kl") == {"kl": 49.5}
+    with pytest.raises(ValueError, match="takes 6 values or more, not 1"):
+        bootstrap_interval([0.5], **SETTINGS)
