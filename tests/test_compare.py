@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from spo import cli
+from spo.comparison.checks import find_problems
 from spo.comparison.compare import Comparison, Method, better, compare, in_words
 from spo.comparison.output import to_csv, to_dict, to_markdown
 from spo.comparison.runs import CannotCompare, find_runs
@@ -220,6 +222,7 @@ def test_a_number_that_is_not_finite_is_none(tmp_path: Path) -> None:
 def test_better_is_known_where_it_is_agreed() -> None:
     assert better("eval/win_rate") and better("val/reward") and better("val/rewards/accuracies")
     assert better("val/loss") is False and better("eval/kl") is False and better("eval/self_bleu") is False
+    assert better("eval/calibration/ece") is False and better("eval/calibration/log_loss") is False
     assert better("eval/length") is None and better("eval/entropy") is None
 
 
@@ -236,19 +239,55 @@ def test_methods_meet_each_other_by_their_rewards(tmp_path: Path) -> None:
     assert duels["two", "one"] is not None and math.isclose(duels["two", "one"].value, 1 / 3)
 
 
-def test_methods_meet_each_other_as_a_judge_has_said(tmp_path: Path) -> None:
+def evaluate_against(run: Path, opponent: Path, shares: list[float | None], **changes: Any) -> None:
+    """Writes what `spo evaluate RUN evaluation.against=[OPPONENT]` leaves, with changes to the configuration."""
+    folder = run / "evaluations" / f"{len(list(run.glob('evaluations/*')))}"
+    folder.mkdir(parents=True)
+    shutil.copy(run / "samples.jsonl", folder)
+    said = iter(shares)
+    rewrite(folder / "samples.jsonl", lambda row: row.update(opponents={opponent.name: {"verdict": next(said)}}))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["evaluation"]["against"] = [str(opponent)]
+    for group, values in changes.items():
+        config[group].update(values)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_methods_meet_each_other_as_a_judge_has_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [write_run(tmp_path, method=name, prompts=4, judge=False) for name in ("one", "two")]
     with pytest.raises(CannotCompare, match="neither eval/win_rate nor eval/reward"):
         compared(tmp_path)
     assert all(duel.estimate is None for duel in compared(tmp_path, metric="eval/kl").duels)
-    folder = paths[0] / "evaluations" / "judge-openai"
-    folder.mkdir(parents=True)
-    shutil.copy(paths[0] / "samples.jsonl", folder)
-    shares = iter([1.0, 0.5, None, 0.0])
-    rewrite(folder / "samples.jsonl", lambda row: row.update(opponents={paths[1].name: {"verdict": next(shares)}}))
+    monkeypatch.chdir(tmp_path)
+    evaluate_against(paths[0], paths[1].relative_to(tmp_path), [1.0, 0.5, None, 0.0], judge={"cache": "elsewhere"})
     one, two = find_runs(paths).runs
     assert list(against(one, two).values()) == [1.0, 0.5, 0.0]
     assert list(against(two, one).values()) == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"judge": {"model": "another"}}, {"evaluation": {"temperature": 0.5}}, {"data": {"path": "others.jsonl"}}],
+    ids=["judge", "evaluation", "data"],
+)
+def test_what_was_judged_in_another_way_does_not_count(tmp_path: Path, changes: dict[str, Any]) -> None:
+    paths = [write_run(tmp_path, method=name, prompts=4, judge=False) for name in ("one", "two")]
+    evaluate_against(*paths, [1.0, 1.0, 1.0, 1.0], **changes)
+    one, two = find_runs(paths).runs
+    assert against(one, two) == {} and against(two, one) == {}
+    evaluate_against(*paths, [0.0, 0.0, 0.0, 0.0])
+    one, two = find_runs(paths).runs
+    assert set(against(one, two).values()) == {0.0} and set(against(two, one).values()) == {1.0}
+
+
+def test_an_opponent_of_the_same_name_in_another_sweep_is_another(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "first", method="one", prompts=4, judge=False)
+    two = write_run(tmp_path / "first", method="two", prompts=4, judge=False)
+    namesake = write_run(tmp_path / "second", method="two", prompts=4, judge=False, changes={"optimizer.lr": 0.1})
+    assert two.name == namesake.name
+    evaluate_against(one, namesake, [1.0, 1.0, 1.0, 1.0])
+    found = find_runs([one, two, namesake]).runs
+    assert against(found[0], found[1]) == {} and len(against(found[0], found[2])) == 4
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -284,11 +323,20 @@ def test_a_fair_comparison_has_no_problem(tmp_path: Path) -> None:
     assert not compared(write_sweep(tmp_path, grid=True, seeds=(1, 2), prompts=12)).problems
 
 
-def test_devices_and_batches_of_the_evaluation_make_no_other_setting(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("trainer.devices", 2),
+        ("evaluation.batch_size", 8),
+        ("callbacks.health.limit", 1),
+        *((f"judge.{name}", 1) for name in ("cache", "concurrency", "requests_per_minute", "timeout_s", "max_retries")),
+        *((f"judge.{name}", 1) for name in ("batch_size", "device", "input_price", "output_price")),
+    ],
+)
+def test_what_changes_no_number_makes_no_other_setting(tmp_path: Path, key: str, value: Any) -> None:
     sweep = write_sweep(tmp_path, seeds=(1, 2))
-    for key, value in (("trainer.devices", 2), ("evaluation.batch_size", 8), ("callbacks.health.limit", 1)):
-        spoil_config(key, value)(sweep)
-        assert not compared(sweep).problems
+    spoil_config(key, value)(sweep)
+    assert not find_problems(find_runs([sweep]))
 
 
 def spoil_budget(sweep: Path) -> None:

@@ -126,7 +126,23 @@ def test_samples_of_a_prompt_are_resampled_together() -> None:
 
 
 def test_a_ratio_of_sums() -> None:
-    bootstrap = Bootstrap(range(3), **SETTINGS)
-    found = bootstrap.mean([1.0, 4.0, 9.0], per=[1, 2, 3])
+    bootstrap = Bootstrap(range(6), **SETTINGS)
+    found = bootstrap.mean([1.0, 4.0, 9.0] * 2, per=[1, 2, 3] * 2)
     assert found.value == 14 / 6 and 1.0 <= found.low < found.value < found.high <= 3.0
     assert found.under("entropy").keys() == {"entropy", "entropy_ci_low", "entropy_ci_high"}
+
+
+@pytest.mark.parametrize("prompts", [6, 8, 16, 64])
+def test_intervals_of_few_prompts_hold_the_mean_as_often_as_they_say(prompts: int) -> None:
+    rng, covered = np.random.default_rng(prompts), 0
+    for trial in range(500):
+        found = Bootstrap(range(prompts), **SETTINGS | {"seed": trial}).mean(rng.standard_normal(prompts).tolist())
+        covered += found.low <= 0 <= found.high
+    assert 0.92 <= covered / 500 <= 0.98  # as they were resampled, six prompts gave 0.86
+
+
+def test_a_few_prompts_have_their_range_and_a_single_one_has_no_interval() -> None:
+    found = rates([1.0, 0.5, 1.0], [3, 0, -2], [0, 1, 2])
+    assert (found["win_rate_ci_low"], found["win_rate_ci_high"]) == (0.5, 1.0)
+    # Many samples of one prompt say nothing of others.
+    assert Bootstrap([0] * 100, **SETTINGS).mean(range(100)).under("kl") == {"kl": 49.5}

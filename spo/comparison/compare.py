@@ -28,7 +28,7 @@ COLUMNS = (
 )
 SELECTORS = ("val/win_rate", "val/reward", "val/rewards/accuracies")
 LEVEL = 0.05  # of the tests, after correction
-_LOWER_IS_BETTER = ("loss", "kl", "self_bleu", "repetition", "logps/rejected", "ece", "brier", "log_loss")
+_LOWER_IS_BETTER = ("loss", "kl", "self_bleu", "repetition", "logps/rejected")
 _HIGHER_IS_BETTER = ("win_rate", "reward", "rewards/accuracies")
 _SHARES, _POSITIVE = ("win_rate", "distinct_", "self_bleu", "rewards/accuracies"), ("kl", "entropy", "length")
 _COUNTS = ("reference/", "judge/", "prompts/")  # what is no measure of a policy
@@ -406,7 +406,7 @@ def in_words(difference: Difference, comparison: Comparison) -> str:
     """What a difference says, and no more than that."""
     name = label(comparison.metric_name)
     if difference.p is None:
-        return f"{difference.first} and {difference.second}: one number each, nothing can be said of the difference."
+        return f"{difference.first} and {difference.second}: too few numbers to say anything of the difference."
     if not difference.significant:
         return f"{difference.first} and {difference.second}: no difference in {name} is shown ({_with_p(difference)})."
     ahead, behind = difference.first, difference.second

@@ -34,6 +34,15 @@ _WITH = (
     "evaluation.batch_size",
     "evaluation.bootstrap_samples",
     "evaluation.confidence",
+    "judge.batch_size",
+    "judge.cache",
+    "judge.concurrency",
+    "judge.device",
+    "judge.input_price",
+    "judge.max_retries",
+    "judge.output_price",
+    "judge.requests_per_minute",
+    "judge.timeout_s",
     "launcher",
     "strategy",
     "trainer.accelerator",
@@ -73,6 +82,7 @@ class Run:
             differ by luck alone.
         follows: Keys of the setting whose values follow from other keys.
         failure: Why it cannot be used, in words; ``None`` for a finished run.
+        scores: Scores by prompt of the metrics that were asked for, so that none is worked out twice.
     """
 
     path: Path
@@ -82,6 +92,7 @@ class Run:
     setting: Mapping[str, Any] = field(repr=False)
     follows: frozenset[str] = field(repr=False)
     failure: str | None
+    scores: dict[str, dict[str, float]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -106,13 +117,13 @@ class Run:
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
         """Rows of the test split."""
-        return [row for row in self.record.samples if row.get("split", "test") == "test"]
+        return on_test_split(self.record)
 
     @cached_property
-    def evaluated_again(self) -> list[dict[str, Any]]:
-        """Rows of the test split from every ``spo evaluate`` of the run."""
-        folders = sorted(file.parent for file in self.path.glob("evaluations/*/samples.jsonl"))
-        return [row for folder in folders for row in read_run(folder).samples if row.get("split", "test") == "test"]
+    def evaluations(self) -> list[RunRecord]:
+        """Its own evaluation, and each ``spo evaluate`` that differs from it in no number but by its opponents."""
+        again = [read_run(file.parent) for file in sorted(self.path.glob("evaluations/*/samples.jsonl"))]
+        return [self.record, *(one for one in again if _measured_with(one) == _measured_with(self.record))]
 
     def number(self, key: str) -> float | None:
         """A final number, or the last one of the history where the final ones do not have it."""
@@ -121,6 +132,11 @@ class Run:
             known = [number for number in self.record.curve(key)[1] if number == number]
             value = known[-1] if known else None
         return value
+
+
+def on_test_split(record: RunRecord) -> list[dict[str, Any]]:
+    """The samples of an evaluation that are of the test split."""
+    return [row for row in record.samples if row.get("split", "test") == "test"]
 
 
 @dataclass
@@ -222,6 +238,15 @@ def _read(directory: Path) -> Run | str:
 
 def _is_with(key: str) -> bool:
     return any(key == part or key.startswith(f"{part}.") for part in _WITH)
+
+
+def _measured_with(record: RunRecord) -> dict[str, Any]:
+    """What the numbers of an evaluation follow from, beside the policy."""
+    return {
+        key: value
+        for key, value in _flat(record.config)
+        if key.partition(".")[0] in ("data", "evaluation", "judge") and not _is_with(key)
+    }
 
 
 def _failure(directory: Path, record: RunRecord) -> str | None:

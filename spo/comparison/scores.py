@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from spo.comparison.runs import Run
+from spo.comparison.runs import Run, on_test_split
 from spo.comparison.statistics import Scores
 from spo.evaluation.judges.base import verdict_of_rewards
 from spo.evaluation.winrate import at_equal_length
@@ -49,7 +49,6 @@ OF_A_ROW: dict[str, Callable[[Row], float | None]] = {
 }
 
 
-@lru_cache(maxsize=1024)
 def of_prompts(run: Run, metric: str) -> dict[str, float]:
     """Scores of a run by prompt, whose mean is the number that the run recorded.
 
@@ -63,6 +62,12 @@ def of_prompts(run: Run, metric: str) -> dict[str, float]:
     Returns:
         Empty where samples do not say anything about the metric, as for distinct-n, or none were recorded.
     """
+    if metric not in run.scores:
+        run.scores[metric] = _of_prompts(run, metric)
+    return run.scores[metric]
+
+
+def _of_prompts(run: Run, metric: str) -> dict[str, float]:
     if metric == "entropy":
         values = _entropy(run)
     elif metric.endswith("_length_controlled"):
@@ -161,7 +166,7 @@ def against(run: Run, other: Run) -> dict[str, float]:
     """How often a run beats another on each prompt: by their rewards, or as a judge has said of them.
 
     Every sample of the one meets every sample of the other. A judge that only compares has said so where one of the
-    two was evaluated against the other: ``spo evaluate RUN evaluation.against=[OTHER]``.
+    two was evaluated against the other, as it was the first time: ``spo evaluate RUN evaluation.against=[OTHER]``.
 
     Returns:
         Shares of the first by prompt; empty where nothing is known.
@@ -187,9 +192,17 @@ def _rewards(run: Run) -> dict[str, list[float]]:
 
 
 def _judged(run: Run, other: Run) -> dict[str, float]:
+    """What the judge of the run said in those evaluations that name the directory of the other as an opponent."""
     found: dict[str, list[float]] = {}
-    for row in [*run.samples, *run.evaluated_again]:
-        verdict = finite(((row.get("opponents") or {}).get(other.name) or {}).get("verdict"))
-        if verdict is not None:
-            found.setdefault(unit_of(run, row), []).append(verdict)
+    directory = other.path.resolve()
+    for evaluation in run.evaluations:
+        # Directories in different sweeps share their names, which are all that the rows have.
+        if directory not in [
+            Path(str(name)).expanduser().resolve() for name in evaluation.get("evaluation.against") or ()
+        ]:
+            continue
+        for row in on_test_split(evaluation):
+            verdict = finite(((row.get("opponents") or {}).get(directory.name) or {}).get("verdict"))
+            if verdict is not None:
+                found.setdefault(unit_of(run, row), []).append(verdict)
     return {prompt: fmean(verdicts) for prompt, verdicts in found.items()}

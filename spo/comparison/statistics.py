@@ -4,7 +4,9 @@ A method is run with seeds ``s`` on prompts ``p``, the same prompts each time, s
 which everything of one seed moves together and everything of one prompt does. Two things are luck:
 
 - *the prompts*: they are resampled with replacement, all seeds of a prompt together. This is the paired bootstrap, and
-  covers what is particular to a prompt and to a single completion;
+  covers what is particular to a prompt and to a single completion. Few prompts know little of how much prompts vary,
+  so each resampled deviation is divided by what ``P`` prompts may have underestimated it by, ``sqrt(chi2 / (P - 1))``
+  with ``P - 1`` degrees of freedom: what would be a normal variable becomes a Student variable;
 - *the seeds*: what the means of the seeds differ by beyond that, estimated by the analysis of variance of the table,
   ``max(0, MS_seeds - MS_rest) / P``, is added as a Student variable with ``S - 1`` degrees of freedom.
 
@@ -31,7 +33,7 @@ class Estimate:
 
     Attributes:
         value: The number.
-        low: Lower end of its interval; ``None`` where neither prompts nor seeds are there to say.
+        low: Lower end of its interval; ``None`` where a single number, or a few that are all equal, cannot say.
         high: Upper end.
         p: Probability of a value at least as far from zero, if it were zero; meant for differences.
     """
@@ -92,8 +94,9 @@ class Bootstrap:
             if seeds > 1:
                 scale = math.sqrt(seed_variance(table) / seeds)
                 deviation += scale * generator.standard_t(seeds - 1, self.draws)
-        if len(prompts) == 1 and all(len(table) == 1 for table in tables):
-            return Estimate(value)
+        units = max(len(prompts), *map(len, tables))
+        if np.abs(deviation).max() < 1e-12 and 2.0 ** (1 - units) > 1 - self.confidence:
+            return Estimate(value)  # so few equal numbers, or a single one: chance alone would have their signs agree
         tail = (1 - self.confidence) / 2
         low, high = np.quantile(value + deviation, [tail, 1 - tail])
         # A resampled mean of equal numbers differs from them by rounding, which is no evidence of anything.
@@ -112,7 +115,8 @@ class Bootstrap:
             centred[generator.integers(0, count, size=(min(block, self.draws - first), count))].mean(axis=1)
             for first in range(0, self.draws, block)
         ]
-        return np.concatenate(means) * math.sqrt(count / (count - 1))  # resampling shrinks a variance by that much
+        # Resampling shrinks a variance by (count - 1) / count, and takes the variance that it finds for the true one.
+        return np.concatenate(means) * np.sqrt(count / generator.chisquare(count - 1, self.draws))
 
 
 def seed_variance(scores: Scores) -> float:
