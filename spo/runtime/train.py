@@ -110,9 +110,9 @@ def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
         save_policy(module.policy, prepared.tokenizer, run_dir / "policy", weights)
         judge = next((one.judge for one in _sampling(trainer)), None)
         evaluation = evaluate_run(cfg, prepared, run_dir, judge)
-        selection = {key: value for key, value in evaluation.metrics.items() if key.startswith("val/")}
-        for logger in trainer.loggers:
-            logger.log_metrics(selection, step=trainer.global_step)
+        better = {key: value for key, value in evaluation.metrics.items() if key in record.latest}
+        for logger in trainer.loggers:  # a curve ends in the number that metrics.json has
+            logger.log_metrics(better, step=trainer.global_step)
             logger.save()
         times = {"prepare_s": prepared_at - started, "train_s": trained_at - prepared_at}
         times |= {"evaluate_s": perf_counter() - trained_at, "total_s": perf_counter() - started}
