@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from spo.comparison.compare import Comparison, Difference, Method, in_words, p_in_words
@@ -20,7 +15,8 @@ from spo.comparison.runs import Run
 from spo.reports.charts import marker
 from spo.reports.dashboard import Dashboard, load_spec
 from spo.reports.html import PAGE as REPORT_PAGE
-from spo.reports.wording import clean, finite, label, number, shorten, unit, verdict_word
+from spo.reports.selfcontained import write_selfcontained
+from spo.reports.wording import finite, label, number, shorten, unit, verdict_word
 
 FOLDER = Path(__file__).parent / "page"
 _SAMPLES, _TEXT_CHARACTERS = 6, 1200
@@ -38,17 +34,13 @@ def write_page(comparison: Comparison, folder: Path, dashboard: Dashboard | None
         Its path.
     """
     groups, chart_data = curves(comparison, dashboard or load_spec())
-    script = "\n".join(_read(file) for file in (REPORT_PAGE / "report.js", FOLDER / "comparison.js"))
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        finalize=lambda value: clean(value) if type(value) is str else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     hue = hues(comparison)
-    page = environment.get_template("comparison.html.j2").render(
+    return write_selfcontained(
+        folder / PAGE,
+        FOLDER / "comparison.html.j2",
+        styles=[REPORT_PAGE / "report.css", FOLDER / "comparison.css"],
+        scripts=[REPORT_PAGE / "report.js", FOLDER / "comparison.js"],
+        chart_data=chart_data,
         comparison=comparison,
         title=_title(comparison),
         verdict=_verdict(comparison),
@@ -66,22 +58,7 @@ def write_page(comparison: Comparison, folder: Path, dashboard: Dashboard | None
         how=method_in_words(comparison),
         label=label,
         number=number,
-        style=Markup("\n".join(_read(file) for file in (REPORT_PAGE / "report.css", FOLDER / "comparison.css"))),
-        script=Markup(script),
-        # Only this script may run: a sampled text that got past the escaping would still be inert.
-        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        chart_data=Markup(json.dumps(chart_data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PAGE
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
-    return path
-
-
-def _read(file: Path) -> str:
-    return file.read_text(encoding="utf-8").strip()
 
 
 def _key(hue: int) -> Markup:

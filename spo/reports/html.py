@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from spo.reports.charts import Panel, Series, histogram, interval_bar, line_chart
 from spo.reports.dashboard import Curves, Dashboard, load_spec, unit_of
 from spo.reports.record import RunRecord, read_run
+from spo.reports.selfcontained import write_selfcontained
 from spo.reports.wording import (
     INTERVAL,
     UNITS,
@@ -58,16 +55,12 @@ def render_report(run_dir: Path, dashboard: Dashboard | None = None) -> Path:
     run_dir = Path(run_dir)
     run = read_run(run_dir)
     groups, chart_data = _curves(run, dashboard or load_spec())
-    script = (PAGE / "report.js").read_text(encoding="utf-8").strip()
-    environment = Environment(
-        loader=FileSystemLoader(PAGE),
-        autoescape=True,
-        finalize=lambda value: clean(value) if type(value) is str else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(
+    return write_selfcontained(
+        run_dir / "report.html",
+        PAGE / "report.html.j2",
+        styles=[PAGE / "report.css"],
+        scripts=[PAGE / "report.js"],
+        chart_data=chart_data,
         run=run,
         title=_title(run),
         facts=_facts(run),
@@ -85,17 +78,7 @@ def render_report(run_dir: Path, dashboard: Dashboard | None = None) -> Path:
         config_text=shorten(run.config_text, _FILE_CHARACTERS),
         notes=run.notes,
         alarms=run.alarms,
-        style=Markup((PAGE / "report.css").read_text(encoding="utf-8").strip()),
-        script=Markup(script),
-        # Only this script may run: a sampled text that got past the escaping would still be inert.
-        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        chart_data=Markup(json.dumps(chart_data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")),
     )
-    path = run_dir / "report.html"
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
-    return path
 
 
 def _method(run: RunRecord) -> str | None:
