@@ -190,8 +190,8 @@ class Size:
             pad_token_id=2,
             dtype=self.dtype,
         )
-        torch.manual_seed(0)
-        with torch.device("cuda" if self.needs_gpu else "cpu"):
+        with torch.random.fork_rng(), torch.device("cuda" if self.needs_gpu else "cpu"):
+            torch.manual_seed(0)
             return LlamaForCausalLM(config).to(getattr(torch, self.dtype))
 
 
