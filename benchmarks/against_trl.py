@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ def dpo_trainer(workload: Workload, pairs: Sequence[TokenizedPair], **settings: 
         raise UserError("trl is not installed: pip install 'spo[trl]'") from error
 
     disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that TRL still uses
     gc.collect()
     cfg, spec = workload.config("method=dpo"), workload.prepared.spec
     device = eval_device(cfg)
@@ -74,7 +76,7 @@ def dpo_trainer(workload: Workload, pairs: Sequence[TokenizedPair], **settings: 
         spec.start(base) if lora is None else None,
         arguments,
         # it takes text alone; what it trains on is put in its place below, in the form that it makes of text
-        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
         processing_class=workload.prepared.tokenizer,
         peft_config=adapter,
     )

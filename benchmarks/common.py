@@ -106,7 +106,7 @@ def write_json(path: str | Path | None, result: Mapping[str, Any]) -> None:
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Prints a table, the numbers to three digits."""
-    table = Table(title=title, title_justify="left", *columns)
+    table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
     Console().print(table)

@@ -190,8 +190,8 @@ class Size:
             pad_token_id=2,
             dtype=self.dtype,
         )
-        torch.manual_seed(0)
-        with torch.device("cuda" if self.needs_gpu else "cpu"):
+        with torch.random.fork_rng(), torch.device("cuda" if self.needs_gpu else "cpu"):
+            torch.manual_seed(0)
             return LlamaForCausalLM(config).to(getattr(torch, self.dtype))
 
 
@@ -250,9 +250,22 @@ class Clock(Callback):
         metrics: the last row of the record.
     """
 
-    seconds: float
+    seconds: float = 0.0
     metrics: dict[str, float]
     sample_tokens: float | None = None
+
+    def per_step(self, steps: int, refresh_every: int | None = None) -> float:
+        """Seconds of one step of a fit of ``steps``.
+
+        Args:
+            steps: of the fit.
+            refresh_every: of the regularizer that draws samples, where there is one. A fit draws in its first step;
+                a step's share of a drawing is ``1 / refresh_every``, however short the fit is.
+        """
+        if refresh_every is None:
+            return self.seconds / steps
+        drawing, drawn = self.metrics["time/sampling_s"], -(-steps // refresh_every)
+        return (self.seconds - drawn * drawing) / steps + drawing / refresh_every
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts."""
@@ -358,12 +371,12 @@ class Workload:
         return [self.prepared.pairs.train[i] for window in windows for batch in window for i in batch.index.tolist()]
 
 
-def spo_overrides(steps: int) -> list[str]:
-    """SPO with the regularizer that is measured: 8 samples of 128 tokens, drawn anew every ``steps`` steps."""
-    return [
-        "method=spo",
-        "regularizer.num_samples=8",
-        "regularizer.batch_size=8",
-        "regularizer.max_new_tokens=128",
-        f"regularizer.refresh_every={steps}",
-    ]
+REFRESH_EVERY = 10
+SPO = (
+    "method=spo",
+    "regularizer.num_samples=8",
+    "regularizer.batch_size=8",
+    "regularizer.max_new_tokens=128",
+    f"regularizer.refresh_every={REFRESH_EVERY}",
+)
+"""SPO with the regularizer that is measured: 8 samples of 128 tokens, drawn anew every 10 steps."""
