@@ -120,6 +120,7 @@ def agreement(workload: Workload, windows: Sequence[Window]) -> float:
     device = batches[0]["input_ids"].device
     parts.module.policy.to(device)
     parts.module.reference.to(device)
+    parts.module.on_fit_start()
     [batch] = windows[0]
     sequences = batch.sequences
     tokens = parts.module.score(batch.to(device)).tokens.split(sequences.completion_length.tolist())

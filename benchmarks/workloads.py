@@ -364,6 +364,8 @@ class Workload:
     def windows(self, parts: Parts, seed: int) -> list[Window]:
         """What a fit with that seed is served, step by step."""
         parts.data.trainer, parts.data.seed = parts.trainer, seed
+        parts.trainer.strategy.connect(parts.module)
+        parts.module.on_fit_start()
         return list(parts.data.train_dataloader())
 
     def pairs(self, windows: Sequence[Window]) -> list[TokenizedPair]:

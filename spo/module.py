@@ -310,12 +310,13 @@ class AlignmentModule(LightningModule):
 
     def _filled_buffer(self, step: int) -> SampleBuffer:
         assert self.buffer is not None
-        if self.buffer.is_stale(step):
-            started = perf_counter()
+        started, stale = perf_counter(), self.buffer.is_stale(step)
+        if stale:
             self.buffer.refresh(self.policy, step)
-            self.train_metrics.update({"sampling_s": perf_counter() - started})
         if self.speed.keep_reference and self.buffer.reference_states is None:
             self.buffer.reference_states = self._reference_states(self.buffer.held)
+        if stale:
+            self.train_metrics.update({"sampling_s": perf_counter() - started})
         return self.buffer
 
     def _reference_states(self, samples: Sequences) -> list[Tensor] | None:
