@@ -97,6 +97,8 @@ BOOLEANS = (
     "model.gradient_checkpointing",
     "trainer.enable_progress_bar",
     "judge.trust_remote_code",
+    "optimizer.fused",
+    "sft.fused",
     "speed.packing",
     "speed.share_prompts",
     "speed.completion_only",

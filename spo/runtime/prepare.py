@@ -236,7 +236,9 @@ def _fit_supervised(cfg: DictConfig, model: Any, train: list[TokenizedPair], tok
         NoReference(),
         alpha=Constant(1.0),
         beta=Constant(1.0),
-        optimizer=partial(torch.optim.AdamW, lr=sft.lr, betas=tuple(sft.betas), weight_decay=sft.weight_decay),
+        optimizer=partial(
+            torch.optim.AdamW, lr=sft.lr, betas=tuple(sft.betas), weight_decay=sft.weight_decay, fused=sft.fused
+        ),
         scheduler=partial(
             get_cosine_schedule_with_warmup,
             num_warmup_steps=sft.num_warmup_steps,
