@@ -23,7 +23,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from spo.losses import Loss
 from spo.metrics import SumsAndCounts, repetition
 from spo.models.reference import Reference
-from spo.ops import completion_logits, completion_targets, sum_per_sequence, token_entropy, token_kl, token_logps
+from spo.ops import (
+    completion_logits,
+    completion_logps,
+    completion_targets,
+    sum_per_sequence,
+    token_entropy,
+    token_kl,
+    token_logps,
+)
 from spo.regularizers import EnumeratedKL, Regularizer
 from spo.sampling import SampleBuffer, derive_seed, eval_mode, sample
 from spo.schedules import Controller, Schedule
@@ -190,13 +198,13 @@ class AlignmentModule(LightningModule):
         """What the loss sees of a batch, and what else is read from the same forward passes."""
         sequences = batch.sequences
         policy_logps, policy_tokens, policy_logits = self.forward_logps(self.policy, sequences)
-        reference_logps, divergence = batch.reference_logps, None
-        on_dataset = self.regularizer.source == "dataset"
-        if on_dataset or (self.loss.uses_reference and reference_logps is None):
+        reference_logps = divergence = None
+        if self.regularizer.source == "dataset":
             with self.reference.active(self.policy) as reference:
                 reference_logps, _, reference_logits = self.forward_logps(reference, sequences)
-            if on_dataset:
-                divergence = batch.mean_per_pair(self.regularizer(policy_logits, reference_logits, sequences))
+            divergence = batch.mean_per_pair(self.regularizer(policy_logits, reference_logits, sequences))
+        elif self.loss.uses_reference:
+            reference_logps = self.reference.pair_logps(batch, self.policy, completion_logps)
         seen = batch.list_logps if self.loss.uses_lists else batch.pair_logps
         return Scored(seen(policy_logps, reference_logps), divergence, policy_tokens)
 
