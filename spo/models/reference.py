@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from spo.data.logps_store import LogpsStore
-from spo.types import PreferenceBatch, Sequences
+from spo.types import PreferenceBatch
 
-Score = Callable[[nn.Module, Sequences], Tensor]
-"""From a model and ``N`` sequences to their ``(N,)`` summed log-probs."""
+if TYPE_CHECKING:
+    from spo.speed import Speed
 
 
 class Reference:
@@ -41,12 +41,12 @@ class Reference:
         raise RuntimeError(f"{type(self).__name__} has no model to score with")
         yield policy
 
-    def pair_logps(self, batch: PreferenceBatch, policy: nn.Module, score: Score) -> Tensor:
+    def pair_logps(self, batch: PreferenceBatch, policy: nn.Module, speed: Speed) -> Tensor:
         """``(N,)`` summed log-probs of the sequences of a batch: those that came with it, else computed now."""
         if batch.reference_logps is not None:
             return batch.reference_logps
         with self.active(policy) as reference:
-            return score(reference, batch.sequences)
+            return speed.logps(reference, batch.sequences)
 
 
 class FrozenReference(Reference):
@@ -90,17 +90,17 @@ class CachedReference(FrozenReference):
         self.cache_dir = cache_dir
         self.store: LogpsStore | None = None
 
-    def pair_logps(self, batch: PreferenceBatch, policy: nn.Module, score: Score) -> Tensor:
+    def pair_logps(self, batch: PreferenceBatch, policy: nn.Module, speed: Speed) -> Tensor:
         if self.store is None or batch.keys is None:
-            return super().pair_logps(batch, policy, score)
+            return super().pair_logps(batch, policy, speed)
         logps, device = self.store.get(batch.keys), batch.index.device
         missing = logps.isnan().nonzero().squeeze(-1)
         if len(missing) > 0:
             sequences = batch.sequences
             if len(missing) < len(logps):
-                sequences = sequences.rows(missing.to(device))
+                sequences = speed.arrange(sequences.to("cpu").rows(missing)).to(device)
             with self.active(policy) as reference:
-                logps[missing] = score(reference, sequences).cpu()
+                logps[missing] = speed.logps(reference, sequences).cpu()
             self.store.put([batch.keys[i] for i in missing.tolist()], logps[missing])
         return logps.to(device, non_blocking=True)
 

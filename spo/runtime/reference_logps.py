@@ -18,13 +18,13 @@ from spo.data.collate import padded
 from spo.data.logps_store import LogpsStore, sequence_key
 from spo.models import PrecomputedReference
 from spo.models.policy import folder_digest
-from spo.ops import completion_logps
 from spo.runtime.cache import digest
 from spo.runtime.prepare import Prepared, eval_device
 from spo.runtime.rundir import code_version
+from spo.speed import Speed
 
 log = logging.getLogger(__name__)
-CODE = ("types.py", "ops", "models", "data/collate.py", "data/logps_store.py", "runtime/reference_logps.py")
+CODE = ("types.py", "ops", "models", "speed.py", "data/collate.py", "data/logps_store.py", "runtime/reference_logps.py")
 """What a stored log-prob follows from: another change of the package leaves it valid."""
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of a completion."""
@@ -33,8 +33,8 @@ Row = tuple[tuple[int, ...], tuple[int, ...]]
 def logps_store(cfg: DictConfig, prepared: Prepared, cache_dir: str) -> LogpsStore:
     """Where the reference's log-probs are kept: a file for everything they follow from but the tokens.
 
-    That is the digests of weights, adapter and tokenizer, the dtype, the attention implementation, the precision and
-    the code.
+    That is the digests of weights, adapter and tokenizer, the dtype, the attention implementation, the precision, the
+    layout of a forward pass (so that ``speed=plain`` reads nothing that was not computed plainly) and the code.
     """
     spec = prepared.spec
     key = {
@@ -44,6 +44,7 @@ def logps_store(cfg: DictConfig, prepared: Prepared, cache_dir: str) -> LogpsSto
         "dtype": spec.dtype,
         "attn_implementation": spec.attn_implementation,
         "precision": cfg.trainer.precision,
+        "layout": [cfg.speed.packing, cfg.speed.share_prompts],
     }
     dtype = torch.float64 if spec.dtype == "float64" else torch.float32
     return LogpsStore(Path(cache_dir).resolve() / f"{digest(key)[:32]}.sqlite", dtype)
@@ -78,9 +79,10 @@ def precomputed_logps(cfg: DictConfig, prepared: Prepared, reference: Precompute
             log.info("scoring the pairs with the reference model: %d of %d sequences", len(missing), len(rows))
             device = eval_device(cfg)
             model = prepared.spec.start(prepared.base).to(device)
+            speed = Speed(**cfg.speed).settled(model)
             # As the Trainer runs the policy, so that both round alike.
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
-                fill(store, model, missing, prepared.tokenizer.pad_token_id, reference.batch_tokens)
+                fill(store, model, missing, prepared.tokenizer.pad_token_id, speed, reference.batch_tokens)
             known = store.get(keys)
     if lost := int(known.isnan().sum()):
         raise DataError(
@@ -93,39 +95,47 @@ def precomputed_logps(cfg: DictConfig, prepared: Prepared, reference: Precompute
 
 
 @torch.no_grad()
-def fill(store: LogpsStore, model: Any, rows: Sequence[Row], pad_token_id: int, batch_tokens: int) -> None:
+def fill(
+    store: LogpsStore, model: Any, rows: Sequence[Row], pad_token_id: int, speed: Speed, batch_tokens: int
+) -> None:
     """Scores sequences and writes them down batch by batch."""
     device = next(model.parameters()).device
-    batches = list(cut(rows, batch_tokens))
+    batches = list(cut(rows, batch_tokens, speed))
     for batch in track(batches, "reference log-probs", transient=True):
-        sequences = padded(batch, pad_token_id).to(device)
-        store.put([sequence_key(*row) for row in batch], completion_logps(model, sequences))
+        sequences = speed.arrange(padded(batch, pad_token_id)).to(device)
+        store.put([sequence_key(*row) for row in batch], speed.logps(model, sequences))
 
 
-def cut(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
-    """Sequences in batches of at most ``batch_tokens`` tokens, padding included, the completions of a prompt together.
+def cut(rows: Sequence[Row], batch_tokens: int, speed: Speed) -> Iterator[list[Row]]:
+    """Sequences in batches of at most ``batch_tokens`` tokens, as they are laid out.
 
-    The longest come first, which leaves little padding, and shows at once whether memory is enough. What is left after
-    an interruption is cut as it would have been, so that it gives the same numbers.
+    The completions of a prompt stay together. The longest sequences come first, which leaves little padding, and shows
+    at once whether memory is enough. What is left after an interruption is cut as it would have been.
     """
     completions: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-    for prompt, completion in rows:
+    for prompt, completion in sorted(rows, key=lambda row: len(row[1]), reverse=True):
         completions.setdefault(prompt, []).append(completion)
+    longest = {prompt: len(prompt) + len(found[0]) for prompt, found in completions.items()}
+    shared = speed.packing and speed.share_prompts
 
-    def longest(prompt: tuple[int, ...]) -> int:
-        return len(prompt) + max(map(len, completions[prompt]))
+    def tokens(group: list[Row], width: int) -> int:
+        if not speed.packing:
+            return len(group) * width
+        prompts = group[:1] if shared else group
+        return sum(len(prompt) for prompt, _ in prompts) + sum(len(completion) for _, completion in group)
 
     batch: list[Row] = []
-    width = 0
-    for prompt in sorted(completions, key=longest, reverse=True):
-        most = max(batch_tokens // longest(prompt), 1)
+    width = size = 0
+    for prompt in sorted(completions, key=longest.__getitem__, reverse=True):
+        most = max(batch_tokens // longest[prompt], 1)
         for first in range(0, len(completions[prompt]), most):
             group = [(prompt, completion) for completion in completions[prompt][first : first + most]]
-            if batch and (len(batch) + len(group)) * width > batch_tokens:
+            if batch and size + tokens(group, width) > batch_tokens:
                 yield batch
-                batch = []
-            width = width if batch else longest(prompt)
+                batch, size = [], 0
+            width = width if batch else longest[prompt]
             batch += group
+            size += tokens(group, width)
     if batch:
         yield batch
 
