@@ -205,13 +205,13 @@ class AlignmentModule(LightningModule):
         """What the loss sees of a batch, and what else is read from the same forward passes."""
         sequences = batch.sequences
         policy_logps, policy_tokens, policy_logits = self.forward_logps(self.policy, sequences)
-        reference_logps, divergence = batch.reference_logps, None
-        on_dataset = self.regularizer.source == "dataset"
-        if on_dataset or (self.loss.uses_reference and reference_logps is None):
+        reference_logps = divergence = None
+        if self.regularizer.source == "dataset":
             with self.reference.active(self.policy) as reference:
                 reference_logps, _, reference_logits = self.forward_logps(reference, sequences)
-            if on_dataset:
-                divergence = batch.mean_per_pair(self.regularizer(policy_logits, reference_logits, sequences))
+            divergence = batch.mean_per_pair(self.regularizer(policy_logits, reference_logits, sequences))
+        elif self.loss.uses_reference:
+            reference_logps = self.reference.pair_logps(batch, self.policy, self.speed)
         seen = batch.list_logps if self.loss.uses_lists else batch.pair_logps
         return Scored(seen(policy_logps, reference_logps), divergence, policy_tokens)
 
