@@ -54,6 +54,7 @@ class SampleBuffer:
             "max_new_tokens": max_new_tokens,
             "eos_token_id": eos_token_id,
             "pad_token_id": pad_token_id,
+            "sampler": "static",
         }
         self.seed, self.rank = seed, rank
         self.drawn_at: int | None = None
