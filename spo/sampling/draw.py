@@ -29,7 +29,7 @@ def next_tokens(logits: Tensor, numbers: Tensor, temperature: float) -> Tensor:
         return logits.argmax(-1)
     # Each probability is known to the precision of the logits, but they are summed in float64, where the device has
     # it: the sums of a large vocabulary would round to its rare tokens' size. What they are divided by cancels.
-    scaled = logits / temperature
-    cumulative = (scaled - scaled.amax(-1, keepdim=True)).exp_().to(numbers.dtype).cumsum_(-1)
+    relative = (logits - logits.amax(-1, keepdim=True)) / temperature
+    cumulative = relative.exp_().to(numbers.dtype).cumsum_(-1)
     tokens = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)
     return tokens.clamp(max=logits.shape[1] - 1).squeeze(1)
