@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ class PreallocatedLayer(CacheLayerMixin):
         padded: whether rows have padding. Where it is known that they have, the mask is made without asking, which
             would wait for the device at every token.
     """
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, width: int, padded: bool) -> None:
         super().__init__()
@@ -67,6 +70,20 @@ class PreallocatedLayer(CacheLayerMixin):
         self.keys, self.values = self.keys[:rows], self.values[:rows]
 
 
+class PreallocatedCache(Cache):
+    """As many :class:`PreallocatedLayer` as a model asks for."""
+
+    layers: list[PreallocatedLayer]  # type: ignore[assignment]
+
+    def __init__(self, width: int, padded: bool) -> None:
+        super().__init__(layer_class_to_replicate=partial(PreallocatedLayer, width, padded))  # type: ignore[arg-type]
+
+    def keep(self, rows: int, holes: Tensor, movers: Tensor) -> None:
+        """Leaves the first ``rows`` rows in every layer, those at ``movers`` put in place of those at ``holes``."""
+        for layer in self.layers:
+            layer.keep(rows, holes, movers)
+
+
 def unsupported(model: nn.Module) -> str | None:
     """Why the loop cannot decode with ``model``, which has to attend to keys and values by position alone.
 
@@ -81,7 +98,7 @@ def unsupported(model: nn.Module) -> str | None:
         return "its adapter learns a prompt"
     if base.config.is_encoder_decoder:
         return "it has an encoder"
-    if base._is_stateful or not base._supports_default_dynamic_cache():
+    if base._is_stateful or not base._supports_default_dynamic_cache():  # type: ignore[operator]
         return "it keeps a state in place of keys and values"
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     if other := {type(layer).__name__ for layer in DynamicCache(config=base.config).layers if type(layer) not in plain}:
@@ -93,10 +110,9 @@ def unsupported(model: nn.Module) -> str | None:
 
 def base_model(model: nn.Module) -> nn.Module:
     """The model that adapters are part of."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-@cache
 def _own_generation(model: type[nn.Module]) -> list[str]:
     shared = [name for name, value in vars(GenerationMixin).items() if inspect.isfunction(value)]
     return [name for name in shared if getattr(model, name, None) is not getattr(GenerationMixin, name)]
@@ -129,7 +145,7 @@ def decode(
     """
     (n, width), limit = ids.shape, numbers.shape[1]
     padded = not bool(mask.all())
-    states = Cache(layer_class_to_replicate=partial(PreallocatedLayer, width + limit, padded))
+    states = PreallocatedCache(width + limit, padded)
     settings: dict[str, Any] = {"past_key_values": states, "use_cache": True, "return_dict": True}
     takes = inspect.signature(base_model(model).forward).parameters
     if "logits_to_keep" in takes:
@@ -156,8 +172,7 @@ def decode(
             order, holes, movers = _closed_up(ended, ids.device)
             if not len(order):
                 break
-            for layer in states.layers:
-                layer.keep(len(order), holes, movers)
+            states.keep(len(order), holes, movers)
             held = (ids, positions, attended, numbers, rows, finished)
             ids, positions, attended, numbers, rows, finished = (tensor[order] for tensor in held)
     return completions
