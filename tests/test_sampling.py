@@ -399,6 +399,21 @@ def test_what_is_forwarded_together_changes_nothing(monkeypatch: pytest.MonkeyPa
         assert len(prefills) > 2
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "gemma2"])
+def test_prompts_are_forwarded_a_few_at_a_time(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny(architecture, **ARCHITECTURES[architecture]), ragged(24)
+    whole = both(model, prompts, max_new_tokens=20)
+    counted = Counted(model)
+    monkeypatch.setattr(static, "PREFILL_TOKENS", 30)
+    assert completions(draw(model, prompts, max_new_tokens=20)) == whole
+    lengths, first = sorted(map(len, prompts)), 0
+    prefills = list(itertools.takewhile(lambda shape: shape[0] < 24, counted.shapes))
+    for rows, width in prefills:
+        assert width == lengths[first + rows - 1] and rows * width <= 30  # none is padded to a longer part's width
+        first += rows
+    assert first == 24 and len(prefills) > 4
+
+
 def test_rows_are_cut_evenly_and_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "MOST_TOKENS", 60)
     assert generate._batches([5, 1, 5, 1, 5, 2, 5], 5) == [[1, 3, 5, 0], [2, 4, 6]]
@@ -434,7 +449,7 @@ def test_other_reasons_for_generate() -> None:
 
 
 def test_the_memory_of_the_cache_is_taken_once_and_written_in_place() -> None:
-    layer = static.PreallocatedLayer(10, padded=True)
+    layer = static.PreallocatedLayer(3, 10, padded=True)
     new = torch.randn(3, 2, 10, 4)
     keys, values = layer.update(new[:, :, :6], 2 * new[:, :, :6])
     taken = layer.keys.data_ptr(), layer.values.data_ptr()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,10 +18,15 @@ TOKENS_BETWEEN_CHECKS = 16
 """On an accelerator: to ask which rows are finished waits for the device, so a few tokens too many are cheaper."""
 
 
+PREFILL_TOKENS = 2048
+"""Of prompts that are forwarded at once: enough to keep a device busy, few enough to need little padding."""
+
+
 class PreallocatedLayer(CacheLayerMixin):
     """Keys and values of a layer, written in place. Attention sees what is filled, as of a growing cache.
 
     Args:
+        rows: of the batch.
         width: positions there is room for.
         padded: whether rows have padding. Where it is known that they have, the mask is made without asking, which
             would wait for the device at every token.
@@ -30,44 +35,50 @@ class PreallocatedLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, width: int, padded: bool) -> None:
+    def __init__(self, rows: int, width: int, padded: bool) -> None:
         super().__init__()
-        self.width, self.filled = width, 0
+        self.shape = rows, width
+        self.show(slice(rows), 0, 0)
         self.is_compileable = padded
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Takes the memory, in the shape of what arrives first."""
+        """Takes the memory, of the kind of what arrives first; zeros, since attention weighs padding with 0."""
+        rows, width = self.shape
         self.keys, self.values = (
-            states.new_empty(*states.shape[:2], self.width, states.shape[3]) for states in (key_states, value_states)
+            states.new_zeros(rows, states.shape[1], width, states.shape[3]) for states in (key_states, value_states)
         )
         self.is_initialized = True
+
+    def show(self, rows: slice, start: int, end: int) -> None:
+        """From here on the model sees ``rows`` alone, filled from position ``start`` to ``end``."""
+        self.rows, self.start, self.end = rows, start, end
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Adds ``(N, heads, T, size)`` keys and values; returns those of all positions so far, without a copy."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, self.filled = self.filled, self.filled + key_states.shape[2]
-        self.keys[:, :, start : self.filled] = key_states
-        self.values[:, :, start : self.filled] = value_states
-        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+        new, self.end = slice(self.end, self.end + key_states.shape[2]), self.end + key_states.shape[2]
+        self.keys[self.rows, :, new], self.values[self.rows, :, new] = key_states, value_states
+        filled = slice(self.start, self.end)
+        return self.keys[self.rows, :, filled], self.values[self.rows, :, filled]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Positions that attention will see, and the first of them."""
-        return self.filled + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
         """Positions so far."""
-        return self.filled
+        return self.end - self.start
 
     def get_max_length(self) -> int:
         """Positions there is room for."""
-        return self.width
+        return self.shape[1]
 
     def keep(self, rows: int, holes: Tensor, movers: Tensor) -> None:
         """Leaves the first ``rows`` rows, those at ``movers`` put in place of those at ``holes``."""
         for states in (self.keys, self.values):
-            states[holes, :, : self.filled] = states[movers, :, : self.filled]
-        self.keys, self.values = self.keys[:rows], self.values[:rows]
+            states[holes, :, : self.end] = states[movers, :, : self.end]
+        self.keys, self.values, self.rows = self.keys[:rows], self.values[:rows], slice(rows)
 
 
 class PreallocatedCache(Cache):
@@ -75,8 +86,21 @@ class PreallocatedCache(Cache):
 
     layers: list[PreallocatedLayer]  # type: ignore[assignment]
 
-    def __init__(self, width: int, padded: bool) -> None:
-        super().__init__(layer_class_to_replicate=partial(PreallocatedLayer, width, padded))  # type: ignore[arg-type]
+    def __init__(self, rows: int, width: int, padded: bool) -> None:
+        super().__init__(layer_class_to_replicate=self._new_layer)  # type: ignore[arg-type]
+        self.shape, self.padded = (rows, width), padded
+        self.show(slice(rows), 0, 0)
+
+    def _new_layer(self) -> PreallocatedLayer:
+        layer = PreallocatedLayer(*self.shape, self.padded)
+        layer.show(*self.shown)
+        return layer
+
+    def show(self, rows: slice, start: int, end: int) -> None:
+        """From here on the model sees ``rows`` alone, filled from position ``start`` to ``end``."""
+        self.shown = rows, start, end
+        for layer in self.layers:
+            layer.show(rows, start, end)
 
     def keep(self, rows: int, holes: Tensor, movers: Tensor) -> None:
         """Leaves the first ``rows`` rows in every layer, those at ``movers`` put in place of those at ``holes``."""
@@ -144,38 +168,68 @@ def decode(
         ``(N, new)`` tokens.
     """
     (n, width), limit = ids.shape, numbers.shape[1]
-    padded = not bool(mask.all())
-    states = PreallocatedCache(width + limit, padded)
-    settings: dict[str, Any] = {"past_key_values": states, "use_cache": True, "return_dict": True}
+    lengths = mask.sum(1).tolist()
+    states = PreallocatedCache(n, width + limit, padded=min(lengths) < width)
     takes = inspect.signature(base_model(model).forward).parameters
-    if "logits_to_keep" in takes:
-        settings["logits_to_keep"] = 1
-    attended = nn.functional.pad(mask, (0, limit), value=1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    every = 1 if ids.device.type == "cpu" else TOKENS_BETWEEN_CHECKS
+    settings: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
-    # What the loop holds are the rows that go on, in an order that changes when finished ones are left out.
-    completions = ids.new_full((n, limit), pad_token_id)
-    rows, finished = torch.arange(n, device=ids.device), torch.zeros(n, dtype=torch.bool, device=ids.device)
-    for step in range(limit):
-        if padded:
-            settings["attention_mask"] = attended[:, : width + step]
+    def forward(ids: Tensor, positions: Tensor, attended: Tensor | None) -> Tensor:
         if "position_ids" in takes:
             settings["position_ids"] = positions
-        # generate, too, widens or narrows to float32
-        logits = model(input_ids=ids, **settings).logits[:, -1].float()
+        made = model(
+            input_ids=ids,
+            attention_mask=attended,
+            past_key_values=states,
+            use_cache=True,
+            return_dict=True,
+            **settings,
+        )
+        return made.logits[:, -1].float()  # as generate has them
+
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    prefilled = []
+    for rows, start in _parts(lengths, width):
+        states.show(rows, start, start)
+        padding = mask[rows, start:] if min(lengths[rows]) < width - start else None
+        prefilled.append(forward(ids[rows, start:], positions[rows, start:], padding))
+    states.show(slice(n), 0, width)
+    logits = torch.cat(prefilled)
+
+    # What the loop holds are the rows that go on, in an order that changes when finished ones are left out.
+    attended = nn.functional.pad(mask, (0, limit), value=1) if states.padded else None
+    positions = positions[:, -1]
+    completions = ids.new_full((n, limit), pad_token_id)
+    going, finished = torch.arange(n, device=ids.device), torch.zeros(n, dtype=torch.bool, device=ids.device)
+    every = 1 if ids.device.type == "cpu" else TOKENS_BETWEEN_CHECKS
+    for step in range(limit):
         tokens = next_tokens(logits, numbers[:, step], temperature).masked_fill(finished, pad_token_id)
-        completions[rows, step] = tokens
+        completions[going, step] = tokens
         finished |= tokens == eos_token_id
-        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        if step + 1 == limit:
+            break
         if (step + 1) % every == 0 and any(ended := finished.tolist()):
-            order, holes, movers = _closed_up(ended, ids.device)
-            if not len(order):
+            if all(ended):
                 break
+            order, holes, movers = _closed_up(ended, ids.device)
             states.keep(len(order), holes, movers)
-            held = (ids, positions, attended, numbers, rows, finished)
-            ids, positions, attended, numbers, rows, finished = (tensor[order] for tensor in held)
+            held = (tokens, positions, numbers, going, finished)
+            tokens, positions, numbers, going, finished = (tensor[order] for tensor in held)
+            attended = attended[order] if attended is not None else None
+        positions = positions + 1
+        seen = attended[:, : width + step + 1] if attended is not None else None
+        logits = forward(tokens[:, None], positions[:, None], seen)
     return completions
+
+
+def _parts(lengths: list[int], width: int) -> Iterator[tuple[slice, int]]:
+    """Neighbouring rows to forward together, and where the longest of them starts."""
+    first, longest = 0, 0
+    for row, length in enumerate(lengths):
+        if row > first and (row + 1 - first) * max(longest, length) > PREFILL_TOKENS:
+            yield slice(first, row), width - longest
+            first, longest = row, 0
+        longest = max(longest, length)
+    yield slice(first, len(lengths)), width - longest
 
 
 def _closed_up(ended: list[bool], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
