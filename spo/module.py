@@ -371,6 +371,7 @@ class AlignmentModule(LightningModule):
             eos_token_id=self.prompts.eos_token_id,
             pad_token_id=self.prompts.pad_token_id,
             seeds=[derive_seed(drawn_with, i) for i in rows],
+            sampler="static",
         )
         metric = SumsAndCounts(PROBE_METRICS).to(self.device)
         samples = self.speed.arrange(samples.to("cpu")).to(self.device)

@@ -73,6 +73,7 @@ def draw(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             seeds=[derive_seed("evaluation", stage, settings.seed, prompt.prompt_id, i) for prompt, i in chunk],
+            sampler="static",
         )
         logits, targets = logits_of(model, sequences), completion_targets(sequences)
         found.texts.extend(map(decode, sequences.completions()))

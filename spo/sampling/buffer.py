@@ -54,10 +54,11 @@ class SampleBuffer:
         self.refresh_every = refresh_every
         self.num_samples = max(num_samples // world_size, 1)
         self.batch_size = max(batch_size // world_size, 1)
-        self.sampling = {
+        self.sampling: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "eos_token_id": eos_token_id,
             "pad_token_id": pad_token_id,
+            "sampler": "static",
         }
         self.seed, self.rank = seed, rank
         self.drawn_at: int | None = None
