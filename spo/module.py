@@ -371,7 +371,7 @@ class AlignmentModule(LightningModule):
             eos_token_id=self.prompts.eos_token_id,
             pad_token_id=self.prompts.pad_token_id,
             seeds=[derive_seed(drawn_with, i) for i in rows],
-            sampler="static",
+            sampler=self.speed.sampler,
         )
         metric = SumsAndCounts(PROBE_METRICS).to(self.device)
         samples = self.speed.arrange(samples.to("cpu")).to(self.device)
@@ -539,6 +539,7 @@ class AlignmentModule(LightningModule):
                 max_new_tokens=regularizer.max_new_tokens,
                 eos_token_id=self.prompts.eos_token_id,
                 pad_token_id=self.prompts.pad_token_id,
+                sampler=self.speed.sampler,
                 seed=self.seed,
                 rank=self.global_rank,
                 world_size=self.trainer.world_size,

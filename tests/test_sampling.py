@@ -489,6 +489,7 @@ def buffer(**changes: Any) -> SampleBuffer:
         "max_new_tokens": 5,
         "eos_token_id": EOS,
         "pad_token_id": PAD,
+        "sampler": "static",
         "seed": 0,
     }
     return SampleBuffer([[BOS, i] for i in range(3, 13)], **settings | changes)

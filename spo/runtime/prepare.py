@@ -337,7 +337,7 @@ def _complete(
             eos_token_id=renderer.eos_id,
             pad_token_id=renderer.tokenizer.pad_token_id,
             seeds=seeds[chunk],
-            sampler="static",
+            sampler=cfg.speed.sampler,
         )
         drawn += [Completion(renderer.decode(row), row[-1:] == [renderer.eos_id]) for row in sequences.completions()]
     return [drawn[i : i + n] for i in range(0, len(drawn), n)]
