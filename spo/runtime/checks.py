@@ -14,6 +14,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from spo.errors import JudgeError
 from spo.runtime.errors import ConfigProblems, missing_package
 from spo.runtime.groups import conf_dir
 from spo.runtime.nodes import (
@@ -577,8 +578,6 @@ def _build(cfg: DictConfig, key: str, said: list[str] | None = None) -> Any:
     """What the node makes; ``None``, and a problem said, where it cannot be made."""
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
-
-    from spo.evaluation.judges.base import JudgeError
 
     node = select(cfg, key)
     if not isinstance(node, DictConfig):

@@ -52,7 +52,7 @@ from spo.schedules import Constant
 
 log = logging.getLogger(__name__)
 PROMPTS_PER_BATCH = 64
-CODE = ("types.py", "ops", "data", "models", "sampling", "module.py", "losses/sft.py", "runtime/prepare.py")
+CODE = ("types.py", "ops", "data", "models", "sampling", "seeds.py", "module.py", "losses/sft.py", "runtime/prepare.py")
 """What the cached results follow from: another change of the package leaves them valid."""
 
 

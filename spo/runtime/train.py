@@ -41,7 +41,8 @@ from spo.runtime.rundir import Status, claim, finish, is_first_process, resumed_
 from spo.runtime.terminal import quiet_libraries
 from spo.runtime.unread import COEFFICIENTS, unread
 from spo.schedules import Controller, Schedule
-from spo.tracking import Record, RunDescription, Tracker
+from spo.tracking import RunDescription, Tracker
+from spo.tracking.record import Record
 
 log = logging.getLogger(__name__)
 COUNTS = ("read", "used", "dropped", "truncated")

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from spo.sampling.generate import derive_seed, sample
+from spo.sampling.generate import sample
+from spo.seeds import derive_seed
 from spo.types import Sequences
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -13,11 +12,6 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from spo.types import Sequences
-
-
-def derive_seed(*parts: object) -> int:
-    """A seed for one use of randomness, from what identifies it: no stage can disturb another's stream."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
 
 
 @contextmanager
