@@ -73,6 +73,7 @@ def trained(
     *,
     pairs: int = 12,
     micro: int | None = None,
+    tokens: int | None = None,
     steps: int = 1,
     batch_size: int = 32,
     **changes: Any,
@@ -87,7 +88,8 @@ def trained(
         **changes,
     )
     train = random_pairs(pairs, seed=1, preference=lambda i: 1 - i / 100, weight=lambda i: 0.5 + i / 10)
-    return fit(tmp_path, module, make_data(train, max_steps=steps, batch_size=batch_size, micro_batch_size=micro))
+    limits = {"micro_batch_size": micro, "micro_batch_tokens": tokens}
+    return fit(tmp_path, module, make_data(train, max_steps=steps, batch_size=batch_size, **limits))
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
@@ -113,8 +115,8 @@ def test_gradients_do_not_depend_on_the_micro_batch_and_the_last_window_is_ragge
     loss, regularizer = COMPOSITIONS[name]
     whole = trained(tmp_path, loss, regularizer, pairs=44, steps=3)
     assert len(whole.gradients) == 3
-    for micro in (8, 5):
-        cut = trained(tmp_path, loss, regularizer, pairs=44, micro=micro, steps=3)
+    for limits in ({"micro": 8}, {"micro": 5}, {"tokens": 60}, {"micro": 6, "tokens": 90}):
+        cut = trained(tmp_path, loss, regularizer, pairs=44, **limits, steps=3)
         for ours, theirs in zip(cut.gradients, whole.gradients, strict=True):
             assert_same(ours, theirs, 1e-5)  # Llama's norms are float32 inside
         assert len(cut.sampled) == len(whole.sampled) == (3 if name == "spo_global" else 0)

@@ -27,12 +27,16 @@ class PreferenceDataModule(LightningDataModule):
         train: pairs to learn from.
         selection: pairs to validate on.
         batch_size: pairs per optimiser step, over all devices.
-        micro_batch_size: pairs per forward pass and device; ``None`` for all of the device's share.
-        eval_batch_size: pairs per forward pass and device in validation.
+        micro_batch_size: most pairs per forward pass and device; ``None`` for no limit.
+        micro_batch_tokens: most tokens per forward pass and device, in validation too, as :func:`pair_tokens` counts
+            them; ``None`` for no limit. A pair that has more is a batch by itself.
+        eval_batch_size: most pairs per forward pass and device in validation.
+        group_by_length: windows whose pairs are sorted by length together (see :class:`Windows`); ``None`` for none.
         seed: of the order.
         num_workers: processes that collate.
         pad_token_id: what fills the right end of a batch.
         max_steps: optimiser steps of the whole run.
+        share_prompts: whether the completions of a pair share one forward pass of their prompt.
         reference_logps: precomputed reference log-probs of the splits ``train`` and ``selection``, each ``(P, n)``.
 
     Raises:
@@ -45,33 +49,44 @@ class PreferenceDataModule(LightningDataModule):
         selection: Sequence[TokenizedPair],
         batch_size: int,
         micro_batch_size: int | None,
+        micro_batch_tokens: int | None,
         eval_batch_size: int,
+        group_by_length: int | None,
         seed: int,
         num_workers: int,
         pad_token_id: int,
         max_steps: int,
+        share_prompts: bool = False,
         reference_logps: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "eval_batch_size": eval_batch_size}
+        sizes = {
+            "batch_size": batch_size,
+            "micro_batch_size": micro_batch_size,
+            "micro_batch_tokens": micro_batch_tokens,
+            "eval_batch_size": eval_batch_size,
+            "group_by_length": group_by_length,
+        }
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise DataError(f"data.{name}={size}: must be at least 1")
         if not train:
             raise DataError("there is no pair to train on")
         self.train, self.selection = train, selection
-        self.batch_size, self.micro_batch_size, self.eval_batch_size = batch_size, micro_batch_size, eval_batch_size
+        self.batch_size, self.eval_batch_size, self.group_by_length = batch_size, eval_batch_size, group_by_length
+        self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
         self.seed, self.num_workers, self.pad_token_id, self.max_steps = seed, num_workers, pad_token_id, max_steps
-        self.reference_logps = reference_logps or {}
+        self.share_prompts, self.reference_logps = share_prompts, reference_logps or {}
 
     def train_dataloader(self) -> DataLoader[Window]:
         """One `Window` per optimiser step; a resumed run is served the steps that are left."""
         trainer = self._trainer()
         dataset = _TrainWindows(
             self.train,
-            Windows(len(self.train), self.batch_size, self.seed, trainer.world_size),
+            Windows(*self._sizes(self.train), self.batch_size, self.seed, trainer.world_size, self.group_by_length),
             trainer.global_rank,
             self.micro_batch_size,
+            self.micro_batch_tokens,
             self.pad_token_id,
             self.reference_logps.get("train"),
         )
@@ -79,21 +94,43 @@ class PreferenceDataModule(LightningDataModule):
         return _ResumableLoader(dataset, batch_size=None, sampler=steps, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[PreferenceBatch] | list[Any]:
-        """The selection pairs in order, each on exactly one device."""
+        """The selection pairs, each on exactly one device."""
         trainer = self._trainer()
         if not self.selection:
             return []
         if len(self.selection) < trainer.world_size:
             raise DataError(f"{len(self.selection)} selection pairs cannot be dealt to {trainer.world_size} devices")
-        indices = np.arange(len(self.selection))
-        batches = cut(indices, trainer.global_rank, trainer.world_size, self.eval_batch_size)
+        batches = cut(
+            *self._sizes(self.selection),
+            trainer.global_rank,
+            trainer.world_size,
+            self.eval_batch_size,
+            self.micro_batch_tokens,
+        )
         dataset = _Batches(self.selection, batches, self.pad_token_id, self.reference_logps.get("selection"))
         return DataLoader(dataset, batch_size=None, num_workers=self.num_workers)
+
+    def _sizes(self, pairs: Sequence[TokenizedPair]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``(P,)`` tokens of the longest sequence of each pair, and of all of its sequences."""
+        longest = [len(pair.prompt_ids) + max(map(len, pair.completions)) for pair in pairs]
+        return np.array(longest), np.array([pair_tokens(pair, self.share_prompts) for pair in pairs])
 
     def _trainer(self) -> Any:
         if self.trainer is None:
             raise RuntimeError("the data module serves a Trainer: call trainer.fit(module, datamodule=...)")
         return self.trainer
+
+
+def pair_tokens(pair: TokenizedPair, share_prompts: bool) -> int:
+    """Tokens that a model computes for a pair or list, without padding.
+
+    Args:
+        pair: with all of its completions.
+        share_prompts: whether the prompt counts once, instead of once for each completion. Pairs that have a prompt in
+            common count it each.
+    """
+    completions = pair.completions
+    return len(pair.prompt_ids) * (1 if share_prompts else len(completions)) + sum(map(len, completions))
 
 
 class _Batches(Dataset[PreferenceBatch]):
@@ -125,14 +162,15 @@ class _TrainWindows(Dataset[Window]):
         windows: Windows,
         rank: int,
         micro_batch_size: int | None,
+        micro_batch_tokens: int | None,
         pad_token_id: int,
         reference_logps: Tensor | None,
     ) -> None:
         self.batches = _Batches(pairs, [], pad_token_id, reference_logps)
-        self.windows, self.rank, self.micro_batch_size = windows, rank, micro_batch_size
+        self.windows, self.rank, self.limits = windows, rank, (micro_batch_size, micro_batch_tokens)
 
     def __getitem__(self, step: int) -> Window:
-        micro_batches = self.windows.micro_batches(step, self.rank, self.micro_batch_size)
+        micro_batches = self.windows.micro_batches(step, self.rank, *self.limits)
         return Window([self.batches.batch(indices) for indices in micro_batches], len(self.windows.window(step)))
 
 

@@ -47,6 +47,8 @@ COUNTS = {
     "data.seed": 0,
     "data.batch_size": 1,
     "data.micro_batch_size": 1,
+    "data.micro_batch_tokens": 1,
+    "data.group_by_length": 2,
     "data.eval_batch_size": 1,
     "data.num_workers": 0,
     "data.max_length": 2,
@@ -161,12 +163,13 @@ def warnings(cfg: DictConfig) -> list[str]:
         )
     if select(cfg, "model.adapter_path") is not None:
         found.append("model.adapter_path brings its own rank, scale and targets: model.lora.* is not read")
-    micro = select(cfg, "data.micro_batch_size")
-    if loss is not None and _declares(loss, "uses_batch_statistics") and micro is not None:
-        found.append(
-            f"{name} weighs each pair against those forwarded with it, so data.micro_batch_size={micro} changes its "
-            "gradients"
-        )
+    limits = {key: select(cfg, f"data.{key}") for key in ("micro_batch_size", "micro_batch_tokens")}
+    if loss is not None and _declares(loss, "uses_batch_statistics"):
+        found += [
+            f"{name} weighs each pair against those forwarded with it, so data.{key}={limit} changes its gradients"
+            for key, limit in limits.items()
+            if limit is not None
+        ]
     return found
 
 
