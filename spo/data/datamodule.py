@@ -15,7 +15,7 @@ from spo.data.collate import collate
 from spo.data.rendering import TokenizedPair
 from spo.data.rows import DataError
 from spo.data.windows import Windows, cut
-from spo.types import PreferenceBatch, Window
+from spo.types import PreferenceBatch, Sequences, Window
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -36,7 +36,6 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: processes that collate.
         pad_token_id: what fills the right end of a batch.
         max_steps: optimiser steps of the whole run.
-        share_prompts: whether the completions of a pair share one forward pass of their prompt.
         reference_logps: precomputed reference log-probs of the splits ``train`` and ``selection``, each ``(P, n)``.
 
     Raises:
@@ -56,7 +55,6 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: int,
         pad_token_id: int,
         max_steps: int,
-        share_prompts: bool = False,
         reference_logps: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -76,7 +74,7 @@ class PreferenceDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size, self.group_by_length = batch_size, eval_batch_size, group_by_length
         self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
         self.seed, self.num_workers, self.pad_token_id, self.max_steps = seed, num_workers, pad_token_id, max_steps
-        self.share_prompts, self.reference_logps = share_prompts, reference_logps or {}
+        self.reference_logps = reference_logps or {}
 
     def train_dataloader(self) -> DataLoader[Window]:
         """One `Window` per optimiser step; a resumed run is served the steps that are left."""
@@ -89,6 +87,7 @@ class PreferenceDataModule(LightningDataModule):
             self.micro_batch_tokens,
             self.pad_token_id,
             self.reference_logps.get("train"),
+            self._speed().arrange,
         )
         steps = _RemainingSteps(lambda: trainer.global_step, self.max_steps)
         return _ResumableLoader(dataset, batch_size=None, sampler=steps, num_workers=self.num_workers)
@@ -107,13 +106,21 @@ class PreferenceDataModule(LightningDataModule):
             self.eval_batch_size,
             self.micro_batch_tokens,
         )
-        dataset = _Batches(self.selection, batches, self.pad_token_id, self.reference_logps.get("selection"))
+        dataset = _Batches(
+            self.selection, batches, self.pad_token_id, self.reference_logps.get("selection"), self._speed().arrange
+        )
         return DataLoader(dataset, batch_size=None, num_workers=self.num_workers)
 
     def _sizes(self, pairs: Sequence[TokenizedPair]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """``(P,)`` tokens of the longest sequence of each pair, and of all of its sequences."""
         longest = [len(pair.prompt_ids) + max(map(len, pair.completions)) for pair in pairs]
-        return np.array(longest), np.array([pair_tokens(pair, self.share_prompts) for pair in pairs])
+        speed = self._speed()
+        shared = speed.packing and speed.probed and speed.share_prompts
+        return np.array(longest), np.array([pair_tokens(pair, shared) for pair in pairs])
+
+    def _speed(self) -> Any:
+        # Asked for when a fit has started: what the module settles on depends on its models.
+        return self._trainer().lightning_module.speed
 
     def _trainer(self) -> Any:
         if self.trainer is None:
@@ -140,9 +147,11 @@ class _Batches(Dataset[PreferenceBatch]):
         batches: Sequence[NDArray[np.int64]],
         pad_token_id: int,
         reference_logps: Tensor | None,
+        arrange: Callable[[Sequences], Sequences],
     ) -> None:
         self.pairs, self.batches = pairs, batches
         self.pad_token_id, self.reference_logps = pad_token_id, reference_logps
+        self.arrange = arrange
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -152,7 +161,7 @@ class _Batches(Dataset[PreferenceBatch]):
 
     def batch(self, indices: NDArray[np.int64]) -> PreferenceBatch:
         pairs = [self.pairs[j] for j in indices]
-        return collate(pairs, indices.tolist(), self.pad_token_id, self.reference_logps)
+        return collate(pairs, indices.tolist(), self.pad_token_id, self.reference_logps, self.arrange)
 
 
 class _TrainWindows(Dataset[Window]):
@@ -165,8 +174,9 @@ class _TrainWindows(Dataset[Window]):
         micro_batch_tokens: int | None,
         pad_token_id: int,
         reference_logps: Tensor | None,
+        arrange: Callable[[Sequences], Sequences],
     ) -> None:
-        self.batches = _Batches(pairs, [], pad_token_id, reference_logps)
+        self.batches = _Batches(pairs, [], pad_token_id, reference_logps, arrange)
         self.windows, self.rank, self.limits = windows, rank, (micro_batch_size, micro_batch_tokens)
 
     def __getitem__(self, step: int) -> Window:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from spo.data import DataError, TokenizedPair
 from spo.data.collate import collate
 from spo.data.datamodule import PreferenceDataModule, pair_tokens
 from spo.data.windows import Windows, cut, even_batches, fewest_batches
+from spo.speed import Speed
 from spo.types import PreferenceBatch, Window
+from tests.helpers import FAST, PLAIN
 
 
 def pair(i: int, **changes: Any) -> TokenizedPair:
@@ -260,11 +263,12 @@ def module_of(max_steps: int, **changes: Any) -> PreferenceDataModule:
 
 
 class FakeTrainer:
-    def __init__(self, world_size: int = 1, global_rank: int = 0, global_step: int = 0) -> None:
+    def __init__(self, world_size: int = 1, global_rank: int = 0, global_step: int = 0, speed: Speed = PLAIN) -> None:
         self.world_size, self.global_rank, self.global_step = world_size, global_rank, global_step
+        self.lightning_module = SimpleNamespace(speed=speed)
 
 
-def served(data: PreferenceDataModule, **trainer: int) -> tuple[list[Window], list[PreferenceBatch]]:
+def served(data: PreferenceDataModule, **trainer: Any) -> tuple[list[Window], list[PreferenceBatch]]:
     data.trainer = FakeTrainer(**trainer)  # type: ignore[assignment]
     return list(data.train_dataloader()), list(data.val_dataloader())
 
@@ -312,13 +316,15 @@ def test_tokens_are_counted_as_the_model_computes_them() -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_budget_of_tokens_holds_in_training_and_validation(shared: bool) -> None:
-    data = module_of(6, micro_batch_size=None, eval_batch_size=7, micro_batch_tokens=22, share_prompts=shared)
-    train, validation = served(data)
+    pairs = [pair(i, prompt_ids=(1, 100 + i, *[9] * (i % 3))) for i in range(11)]  # no two prompts are the same
+    limits = {"micro_batch_size": None, "eval_batch_size": 7, "micro_batch_tokens": 22}
+    data = module_of(6, train=pairs, selection=pairs[:7], **limits)
+    train, validation = served(data, speed=replace(FAST, probed=True) if shared else FAST)
     batches = [*(batch for window in train for batch in window), *validation]
-    sizes = [sum(pair_tokens(PAIRS[i], shared) for i in batch.index.tolist()) for batch in batches]
+    sizes = [sum(pair_tokens(pairs[i], shared) for i in batch.index.tolist()) for batch in batches]
     assert max(sizes) <= 22 and len({len(batch) for batch in batches}) > 1
-    if not shared:
-        assert sizes == [int(batch.sequences.length.sum()) for batch in batches]
+    computed = [batch.sequences for batch in batches]
+    assert sizes == [int(s.packed.input_ids.numel() if shared else s.length.sum()) for s in computed]
     alone, _ = served(module_of(6, micro_batch_tokens=1))
     assert {len(batch) for window in alone for batch in window} == {1}
 
@@ -371,6 +377,7 @@ class Recorder(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.speed = PLAIN
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.seen: list[list[list[int]]] = []
         self.validated: list[int] = []
