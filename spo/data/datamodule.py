@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor
@@ -37,6 +39,9 @@ class PreferenceDataModule(LightningDataModule):
         pad_token_id: what fills the right end of a batch.
         max_steps: optimiser steps of the whole run.
         reference_logps: precomputed reference log-probs of the splits ``train`` and ``selection``, each ``(P, n)``.
+
+    Attributes:
+        waited_s: seconds that training has waited for its windows so far.
 
     Raises:
         DataError: when a size is not positive or a split is empty.
@@ -75,6 +80,7 @@ class PreferenceDataModule(LightningDataModule):
         self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
         self.seed, self.num_workers, self.pad_token_id, self.max_steps = seed, num_workers, pad_token_id, max_steps
         self.reference_logps = reference_logps or {}
+        self.waited_s = 0.0
 
     def train_dataloader(self) -> DataLoader[Window]:
         """One `Window` per optimiser step; a resumed run is served the steps that are left."""
@@ -90,7 +96,7 @@ class PreferenceDataModule(LightningDataModule):
             self._speed().arrange,
         )
         steps = _RemainingSteps(lambda: trainer.global_step, self.max_steps)
-        return _ResumableLoader(dataset, batch_size=None, sampler=steps, num_workers=self.num_workers)
+        return _TrainLoader(self._note_wait, dataset, sampler=steps, **self._loading())
 
     def val_dataloader(self) -> DataLoader[PreferenceBatch] | list[Any]:
         """The selection pairs, each on exactly one device."""
@@ -109,7 +115,14 @@ class PreferenceDataModule(LightningDataModule):
         dataset = _Batches(
             self.selection, batches, self.pad_token_id, self.reference_logps.get("selection"), self._speed().arrange
         )
-        return DataLoader(dataset, batch_size=None, num_workers=self.num_workers)
+        return DataLoader(dataset, persistent_workers=self.num_workers > 0, **self._loading())
+
+    def _loading(self) -> dict[str, Any]:
+        # A loader draws seeds for its workers: from a generator of its own, or a resumed run would draw otherwise.
+        return {"batch_size": None, "num_workers": self.num_workers, "generator": torch.Generator()}
+
+    def _note_wait(self, seconds: float) -> None:
+        self.waited_s += seconds
 
     def _sizes(self, pairs: Sequence[TokenizedPair]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """``(P,)`` tokens of the longest sequence of each pair, and of all of its sequences."""
@@ -200,8 +213,25 @@ class _RemainingSteps(Sampler[int]):
         yield from range(self.start(), self.max_steps)
 
 
-class _ResumableLoader(DataLoader[Window]):
-    """Tells Lightning that resuming in the middle is safe. There is no state: the trainer's step is all of it."""
+class _TrainLoader(DataLoader[Window]):
+    """Tells how long each window was waited for.
+
+    It tells Lightning, too, that resuming in the middle is safe. There is no state: the trainer's step is all of it.
+    """
+
+    def __init__(self, note_wait: Callable[[float], None], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.note_wait = note_wait
+
+    def __iter__(self) -> Iterator[Window]:  # type: ignore[override]
+        windows = super().__iter__()
+        while True:
+            started = perf_counter()
+            window = next(windows, None)
+            self.note_wait(perf_counter() - started)
+            if window is None:
+                return
+            yield window
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""
