@@ -213,7 +213,9 @@ def make_data(
     settings: dict[str, Any] = {
         "batch_size": 32,
         "micro_batch_size": None,
+        "micro_batch_tokens": None,
         "eval_batch_size": 8,
+        "group_by_length": None,
         "seed": 0,
         "num_workers": 0,
         "pad_token_id": PAD,

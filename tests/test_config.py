@@ -359,6 +359,8 @@ def test_wrong_values_are_told_together() -> None:
         "data.on_bad_row=never",
         "data.source.labels=softt",
         "data.micro_batch_size=64",
+        "data.micro_batch_tokens=0",
+        "data.group_by_length=1",
         "data.seed=1.5",
         "data.splits.test=0.95",
         "model.dtype=float23",
@@ -375,6 +377,8 @@ def test_wrong_values_are_told_together() -> None:
         "data.on_bad_row=never: choose stop or skip",
         "data.source.labels=softt: choose soft or hard",
         "data.micro_batch_size=64 exceeds data.batch_size=32",
+        "data.micro_batch_tokens=0: must be at least 1",
+        "data.group_by_length=1: must be at least 2",
         "data.seed=1.5: must be a whole number",
         "data.splits: selection=0.1 and test=0.95 leave no prompt",
         "model.dtype=float23: choose float32",
@@ -382,7 +386,7 @@ def test_wrong_values_are_told_together() -> None:
         "evaluation.confidence=95: must be between 0 and 1",
     ):
         assert part in text, part
-    assert text.startswith("the configuration has 14 problems:")
+    assert text.startswith("the configuration has 16 problems:")
 
 
 @pytest.mark.parametrize(
@@ -466,6 +470,7 @@ def test_warnings_for_what_has_no_effect() -> None:
     assert "nothing reads beta in sft" in warned("method=sft", "beta=3")[0]
     assert "nothing reads beta in spo" in warned("regularizer=none", "beta=3")[0]
     assert "data.micro_batch_size=4 changes" in warned("method=spo_weighted", "data.micro_batch_size=4")[0]
+    assert "data.micro_batch_tokens=999 changes" in warned("method=spo_weighted", "data.micro_batch_tokens=999")[0]
     assert warned("alpha=0.3", "beta=3") == warned("method=dpo", "beta=3") == []
 
 

@@ -22,7 +22,7 @@ from spo.runtime.config import compose
 from spo.runtime.errors import ConfigProblems
 from spo.runtime.plan import plan
 from spo.schedules import Controller, TargetEntropy, TargetKL
-from spo.tracking import Record
+from spo.tracking.record import Record
 from tests.commands import TINY, history, job, numbers, rows, shared_cache, spo
 from tests.helpers import make_data, make_module, make_trainer, random_pairs, tiny_llama
 

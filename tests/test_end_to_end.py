@@ -640,6 +640,7 @@ MORE_CHANGES = [
     ("method=dpo", "beta=0.5"),
     ("method=dpo", "regularizer=global_kl"),
     ("method=ipo", "beta=0.5"),
+    ("", "data.group_by_length=2"),
 ]
 _done: dict[tuple[str, ...], Numbers] = {}
 
@@ -665,6 +666,7 @@ def test_what_is_set_has_an_effect_on_the_policy(given: str, change: str, cache:
     ("method", "change"),
     [
         ("", "data.micro_batch_size=3"),
+        ("", "data.micro_batch_tokens=150"),
         pytest.param("method=dpo", "data.micro_batch_size=3", marks=pytest.mark.slow),
         pytest.param("method=dpo", "data.eval_batch_size=5", marks=pytest.mark.slow),
     ],

@@ -16,17 +16,15 @@ from torch import nn
 from spo.data import EvalPrompt, Reward
 from spo.evaluation import (
     Bootstrap,
-    Draws,
-    Evaluation,
     EvaluationSettings,
-    Opponent,
     distinct_n,
     distinct_samples,
-    draw_both,
-    evaluate_policy,
     self_bleu,
+    verdict_of_rewards,
 )
-from spo.evaluation.judges import Comparison, Judge, RewardJudge, reward_judge, verdict_of_rewards
+from spo.evaluation.draws import Draws
+from spo.evaluation.evaluate import Evaluation, Opponent, draw_both, evaluate_policy
+from spo.evaluation.judges import Comparison, Judge, RewardJudge, reward_judge
 from spo.ops import completion_logps
 from tests.helpers import BOS, VOCAB, every_completion, sequences, tiny_llama, tiny_tokenizer
 

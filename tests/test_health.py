@@ -18,7 +18,7 @@ from spo.models import FrozenReference
 from spo.module import AlignmentModule, ProbeSettings
 from spo.reports.html import render_report
 from spo.reports.terminal import result_panel
-from spo.tracking import Record
+from spo.tracking.record import Record
 from tests.commands import history, job, shared_cache
 from tests.helpers import make_data, make_module, make_trainer, random_pairs, tiny_llama
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import spo
+from tests.comparison_runs import write_sweep
 
 ROOT = Path(spo.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -18,7 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Each part of the package may import from the layers below its own, and from itself.
 LAYERS = [
     {"errors"},
-    {"types", "resources"},
+    {"types", "resources", "seeds"},
     {"ops"},
     {"losses", "regularizers", "schedules"},
     {"data", "models", "sampling", "metrics"},
@@ -94,9 +95,37 @@ def test_the_layers_have_no_circle() -> None:
     assert not {(a, b) for a, b in edges if (b, a) in edges}
 
 
-def test_the_command_line_starts_light() -> None:
-    code = "import sys, json, spo.cli; spo.cli.main(['--help']); print(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
-    modules = set(json.loads(done.stdout.splitlines()[-1]))
+LIBRARIES = ("datasets", "lightning", "tokenizers", "torch", "torchmetrics", "transformers", "wandb")
+
+
+@pytest.mark.parametrize(
+    ("words", "unused"),
+    [
+        ("--help", {*HEAVY}),
+        ("train --help", {*HEAVY}),
+        ("train --cfg job", {*LIBRARIES, "jinja2", "numpy", "pydantic"}),
+        ("train --cfg job -m method=spo,dpo beta=0.1,0.3", {*LIBRARIES, "jinja2", "numpy", "pydantic"}),
+        ("compare sweep", {*LIBRARIES, "hydra", "omegaconf"}),
+        ("report sweep/method-dpo_beta-0.1_seed-1", {*LIBRARIES, "hydra", "numpy", "rich"}),
+        ("dashboard entity/project", {"hydra", "lightning", "torch", "transformers"}),  # refused: there is no key
+        ("report nowhere", {*LIBRARIES, "hydra", "numpy", "rich"}),
+    ],
+)
+def test_a_command_imports_only_what_it_uses(words: str, unused: set[str], tmp_path: Path) -> None:
+    if "sweep" in words:
+        write_sweep(tmp_path / "sweep", seeds=(1, 2))
+    code = "import sys, spo.cli; status = spo.cli.main(sys.argv[1:]); print(status, *sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT.parent), "NETRC": os.devnull}
+    environment.pop("WANDB_API_KEY", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words.split()],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    status, *modules = done.stdout.splitlines()[-1].split()
+    assert int(status) == ("dashboard" in words or "nowhere" in words), done.stderr
     assert "spo.cli" in modules
-    assert not modules & set(HEAVY)
+    assert not unused & set(modules)

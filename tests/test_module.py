@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +22,8 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spo.callbacks import Checkpoint
-from spo.data import TokenizedPair
+from spo.callbacks import Checkpoint, DataTime
+from spo.data import TokenizedPair, datamodule
 from spo.data.collate import collate
 from spo.data.datamodule import PreferenceDataModule
 from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SFTLoss, SPOLoss
@@ -31,6 +32,7 @@ from spo.module import ProbeSettings
 from spo.ops import completion_logits, completion_logps
 from spo.regularizers import GlobalKL, LocalKL, NoRegularizer, Regularizer
 from spo.tracking.record import Record
+from spo.types import PreferenceBatch
 from tests.helpers import (
     BOS,
     EOS,
@@ -73,6 +75,7 @@ def trained(
     *,
     pairs: int = 12,
     micro: int | None = None,
+    tokens: int | None = None,
     steps: int = 1,
     batch_size: int = 32,
     **changes: Any,
@@ -87,7 +90,8 @@ def trained(
         **changes,
     )
     train = random_pairs(pairs, seed=1, preference=lambda i: 1 - i / 100, weight=lambda i: 0.5 + i / 10)
-    return fit(tmp_path, module, make_data(train, max_steps=steps, batch_size=batch_size, micro_batch_size=micro))
+    limits = {"micro_batch_size": micro, "micro_batch_tokens": tokens}
+    return fit(tmp_path, module, make_data(train, max_steps=steps, batch_size=batch_size, **limits))
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
@@ -113,8 +117,8 @@ def test_gradients_do_not_depend_on_the_micro_batch_and_the_last_window_is_ragge
     loss, regularizer = COMPOSITIONS[name]
     whole = trained(tmp_path, loss, regularizer, pairs=44, steps=3)
     assert len(whole.gradients) == 3
-    for micro in (8, 5):
-        cut = trained(tmp_path, loss, regularizer, pairs=44, micro=micro, steps=3)
+    for limits in ({"micro": 8}, {"micro": 5}, {"tokens": 60}, {"micro": 6, "tokens": 90}):
+        cut = trained(tmp_path, loss, regularizer, pairs=44, **limits, steps=3)
         for ours, theirs in zip(cut.gradients, whole.gradients, strict=True):
             assert_same(ours, theirs, 1e-5)  # Llama's norms are float32 inside
         assert len(cut.sampled) == len(whole.sampled) == (3 if name == "spo_global" else 0)
@@ -403,7 +407,9 @@ class Interrupt(Callback):
             raise Interrupted
 
 
-def resumable(folder: Path, dropout: float, *, interrupt: int | None, resume_at: int | None = None) -> Spied:
+def resumable(
+    folder: Path, dropout: float, workers: int, *, interrupt: int | None, resume_at: int | None = None
+) -> Spied:
     policy, reference = (
         tiny_llama(seed, scale=0.1, dtype=torch.float32, attention_dropout=dropout, _attn_implementation="eager")
         for seed in (0, 1)
@@ -427,7 +433,7 @@ def resumable(folder: Path, dropout: float, *, interrupt: int | None, resume_at:
         logger=[Record(folder / "history.jsonl", resume_at=resume_at)],
         val_check_interval=3,
     )
-    data = make_data(pairs, pairs[:5], max_steps=12, batch_size=8)
+    data = make_data(pairs, pairs[:5], max_steps=12, batch_size=8, num_workers=workers)
     checkpoint = None if resume_at is None else str(folder / "checkpoints" / "last.ckpt")
     torch.manual_seed(0 if resume_at is None else 99)
     if interrupt is None:
@@ -438,14 +444,14 @@ def resumable(folder: Path, dropout: float, *, interrupt: int | None, resume_at:
     return module
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_resumed_run_is_the_unbroken_one_bit_by_bit(dropout: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dropout", "workers"), [(0.0, 0), (0.3, 0), (0.3, 2)])
+def test_a_resumed_run_is_the_unbroken_one_bit_by_bit(dropout: float, workers: int, tmp_path: Path) -> None:
     """Interrupted at step 8, resumed from the checkpoint of step 6: between two log steps and two drawings."""
     (tmp_path / "straight").mkdir()
     (tmp_path / "broken").mkdir()
-    straight = resumable(tmp_path / "straight", dropout, interrupt=None)
-    resumable(tmp_path / "broken", dropout, interrupt=8)
-    resumed = resumable(tmp_path / "broken", dropout, interrupt=None, resume_at=6)
+    straight = resumable(tmp_path / "straight", dropout, workers, interrupt=None)
+    resumable(tmp_path / "broken", dropout, workers, interrupt=8)
+    resumed = resumable(tmp_path / "broken", dropout, workers, interrupt=None, resume_at=6)
     assert resumed.global_step == straight.global_step == 12
     assert len(resumed.gradients) == 6
     for ours, theirs in zip(resumed.sampled, straight.sampled[6:], strict=True):
@@ -460,6 +466,20 @@ def test_a_resumed_run_is_the_unbroken_one_bit_by_bit(dropout: float, tmp_path: 
     assert [row["step"] for row in rows] == [3, 4, 6, 8, 9, 12]
     assert record_rows(tmp_path / "broken" / "history.jsonl") == rows
     assert {"train/loss", "val/loss"} <= rows[-1].keys()
+
+
+def test_what_a_step_waits_for_its_pairs_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*args: Any) -> PreferenceBatch:
+        sleep(0.02)
+        return collate(*args)
+
+    monkeypatch.setattr(datamodule, "collate", slow)
+    module, file = make_module(tiny_llama(0, scale=0.1), log_every_n_steps=2), tmp_path / "history.jsonl"
+    data = make_data(random_pairs(8, seed=4), max_steps=5, batch_size=4, micro_batch_size=2)
+    fit(tmp_path, module, data, logger=[Record(file)], callbacks=[DataTime()])
+    waits = {row["step"]: row["time/data_s"] for row in map(json.loads, file.read_text().splitlines())}
+    assert list(waits) == [2, 4, 5] and min(waits.values()) >= 0.04  # two micro-batches in each of the steps
+    assert 2 * waits[2] + 2 * waits[4] + waits[5] <= data.waited_s + 1e-9
 
 
 # ------------------------------------------------------------------------------------------------------ host syncs

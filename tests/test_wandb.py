@@ -20,7 +20,8 @@ import wandb
 import yaml
 from wandb.proto.wandb_internal_pb2 import Record
 
-from spo.tracking import RunDescription, WandbTracker
+from spo.tracking import RunDescription
+from spo.tracking.wandb import WandbTracker
 from tests.commands import SECRETS, TINY, Sweep, environment, rows, shared_cache, spo, sweep
 
 HEADER, BLOCK, CHUNK = 7, 32 * 1024, struct.Struct("<IHB")

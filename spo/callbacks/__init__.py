@@ -1,8 +1,9 @@
 """Lightning callbacks of the alignment run."""
 
 from spo.callbacks.checkpoint import Checkpoint
+from spo.callbacks.data_time import DataTime
 from spo.callbacks.health import Health
 from spo.callbacks.progress import Progress
 from spo.callbacks.samples import ValidationSamples
 
-__all__ = ["Checkpoint", "Health", "Progress", "ValidationSamples"]
+__all__ = ["Checkpoint", "DataTime", "Health", "Progress", "ValidationSamples"]

@@ -14,8 +14,11 @@ from lightning.pytorch.callbacks import Callback
 from transformers import PreTrainedTokenizerBase
 
 from spo.data import EvalPrompt
-from spo.evaluation import Draws, Evaluation, EvaluationSettings, assess, draw
-from spo.evaluation.judges import Judge, JudgeError
+from spo.errors import JudgeError
+from spo.evaluation import EvaluationSettings
+from spo.evaluation.draws import Draws, draw
+from spo.evaluation.evaluate import Evaluation, assess
+from spo.evaluation.judges import Judge
 from spo.module import AlignmentModule
 from spo.sampling import eval_mode
 

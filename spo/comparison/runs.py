@@ -29,6 +29,7 @@ _WITH = (
     "callbacks",
     "data.eval_batch_size",
     "data.micro_batch_size",
+    "data.micro_batch_tokens",
     "data.num_workers",
     "evaluation.against",
     "evaluation.batch_size",

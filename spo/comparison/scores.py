@@ -11,8 +11,7 @@ import numpy as np
 
 from spo.comparison.runs import Run, on_test_split
 from spo.comparison.statistics import Scores
-from spo.evaluation.judges.base import verdict_of_rewards
-from spo.evaluation.winrate import at_equal_length
+from spo.evaluation.winrate import at_equal_length, verdict_of_rewards
 from spo.reports.wording import finite
 
 Row = Mapping[str, Any]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor
@@ -27,13 +29,19 @@ class PreferenceDataModule(LightningDataModule):
         train: pairs to learn from.
         selection: pairs to validate on.
         batch_size: pairs per optimiser step, over all devices.
-        micro_batch_size: pairs per forward pass and device; ``None`` for all of the device's share.
-        eval_batch_size: pairs per forward pass and device in validation.
+        micro_batch_size: most pairs per forward pass and device; ``None`` for no limit.
+        micro_batch_tokens: most tokens per forward pass and device, in validation too, as :func:`pair_tokens` counts
+            them; ``None`` for no limit. A pair that has more is a batch by itself.
+        eval_batch_size: most pairs per forward pass and device in validation.
+        group_by_length: windows whose pairs are sorted by length together (see :class:`Windows`); ``None`` for none.
         seed: of the order.
         num_workers: processes that collate.
         pad_token_id: what fills the right end of a batch.
         max_steps: optimiser steps of the whole run.
         reference_logps: precomputed reference log-probs of the splits ``train`` and ``selection``, each ``(P, n)``.
+
+    Attributes:
+        waited_s: seconds that training has waited for its windows so far.
 
     Raises:
         DataError: when a size is not positive or a split is empty.
@@ -45,7 +53,9 @@ class PreferenceDataModule(LightningDataModule):
         selection: Sequence[TokenizedPair],
         batch_size: int,
         micro_batch_size: int | None,
+        micro_batch_tokens: int | None,
         eval_batch_size: int,
+        group_by_length: int | None,
         seed: int,
         num_workers: int,
         pad_token_id: int,
@@ -53,54 +63,94 @@ class PreferenceDataModule(LightningDataModule):
         reference_logps: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "eval_batch_size": eval_batch_size}
+        sizes = {
+            "batch_size": batch_size,
+            "micro_batch_size": micro_batch_size,
+            "micro_batch_tokens": micro_batch_tokens,
+            "eval_batch_size": eval_batch_size,
+            "group_by_length": group_by_length,
+        }
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise DataError(f"data.{name}={size}: must be at least 1")
         if not train:
             raise DataError("there is no pair to train on")
         self.train, self.selection = train, selection
-        self.batch_size, self.micro_batch_size, self.eval_batch_size = batch_size, micro_batch_size, eval_batch_size
+        self.batch_size, self.eval_batch_size, self.group_by_length = batch_size, eval_batch_size, group_by_length
+        self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
         self.seed, self.num_workers, self.pad_token_id, self.max_steps = seed, num_workers, pad_token_id, max_steps
         self.reference_logps = reference_logps or {}
+        self.waited_s = 0.0
 
     def train_dataloader(self) -> DataLoader[Window]:
         """One `Window` per optimiser step; a resumed run is served the steps that are left."""
         trainer = self._trainer()
         dataset = _TrainWindows(
             self.train,
-            Windows(len(self.train), self.batch_size, self.seed, trainer.world_size),
+            Windows(*self._sizes(self.train), self.batch_size, self.seed, trainer.world_size, self.group_by_length),
             trainer.global_rank,
             self.micro_batch_size,
+            self.micro_batch_tokens,
             self.pad_token_id,
             self.reference_logps.get("train"),
-            self._arrange(),
+            self._speed().arrange,
         )
         steps = _RemainingSteps(lambda: trainer.global_step, self.max_steps)
-        return _ResumableLoader(dataset, batch_size=None, sampler=steps, num_workers=self.num_workers)
+        return _TrainLoader(self._note_wait, dataset, sampler=steps, **self._loading())
 
     def val_dataloader(self) -> DataLoader[PreferenceBatch] | list[Any]:
-        """The selection pairs in order, each on exactly one device."""
+        """The selection pairs, each on exactly one device."""
         trainer = self._trainer()
         if not self.selection:
             return []
         if len(self.selection) < trainer.world_size:
             raise DataError(f"{len(self.selection)} selection pairs cannot be dealt to {trainer.world_size} devices")
-        indices = np.arange(len(self.selection))
-        batches = cut(indices, trainer.global_rank, trainer.world_size, self.eval_batch_size)
-        dataset = _Batches(
-            self.selection, batches, self.pad_token_id, self.reference_logps.get("selection"), self._arrange()
+        batches = cut(
+            *self._sizes(self.selection),
+            trainer.global_rank,
+            trainer.world_size,
+            self.eval_batch_size,
+            self.micro_batch_tokens,
         )
-        return DataLoader(dataset, batch_size=None, num_workers=self.num_workers)
+        dataset = _Batches(
+            self.selection, batches, self.pad_token_id, self.reference_logps.get("selection"), self._speed().arrange
+        )
+        return DataLoader(dataset, persistent_workers=self.num_workers > 0, **self._loading())
 
-    def _arrange(self) -> Callable[[Sequences], Sequences]:
+    def _loading(self) -> dict[str, Any]:
+        # A loader draws seeds for its workers: from a generator of its own, or a resumed run would draw otherwise.
+        return {"batch_size": None, "num_workers": self.num_workers, "generator": torch.Generator()}
+
+    def _note_wait(self, seconds: float) -> None:
+        self.waited_s += seconds
+
+    def _sizes(self, pairs: Sequence[TokenizedPair]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``(P,)`` tokens of the longest sequence of each pair, and of all of its sequences."""
+        longest = [len(pair.prompt_ids) + max(map(len, pair.completions)) for pair in pairs]
+        speed = self._speed()
+        shared = speed.packing and speed.probed and speed.share_prompts
+        return np.array(longest), np.array([pair_tokens(pair, shared) for pair in pairs])
+
+    def _speed(self) -> Any:
         # Asked for when a fit has started: what the module settles on depends on its models.
-        return self._trainer().lightning_module.speed.arrange
+        return self._trainer().lightning_module.speed
 
     def _trainer(self) -> Any:
         if self.trainer is None:
             raise RuntimeError("the data module serves a Trainer: call trainer.fit(module, datamodule=...)")
         return self.trainer
+
+
+def pair_tokens(pair: TokenizedPair, share_prompts: bool) -> int:
+    """Tokens that a model computes for a pair or list, without padding.
+
+    Args:
+        pair: with all of its completions.
+        share_prompts: whether the prompt counts once, instead of once for each completion. Pairs that have a prompt in
+            common count it each.
+    """
+    completions = pair.completions
+    return len(pair.prompt_ids) * (1 if share_prompts else len(completions)) + sum(map(len, completions))
 
 
 class _Batches(Dataset[PreferenceBatch]):
@@ -134,15 +184,16 @@ class _TrainWindows(Dataset[Window]):
         windows: Windows,
         rank: int,
         micro_batch_size: int | None,
+        micro_batch_tokens: int | None,
         pad_token_id: int,
         reference_logps: Tensor | None,
         arrange: Callable[[Sequences], Sequences],
     ) -> None:
         self.batches = _Batches(pairs, [], pad_token_id, reference_logps, arrange)
-        self.windows, self.rank, self.micro_batch_size = windows, rank, micro_batch_size
+        self.windows, self.rank, self.limits = windows, rank, (micro_batch_size, micro_batch_tokens)
 
     def __getitem__(self, step: int) -> Window:
-        micro_batches = self.windows.micro_batches(step, self.rank, self.micro_batch_size)
+        micro_batches = self.windows.micro_batches(step, self.rank, *self.limits)
         return Window([self.batches.batch(indices) for indices in micro_batches], len(self.windows.window(step)))
 
 
@@ -162,8 +213,25 @@ class _RemainingSteps(Sampler[int]):
         yield from range(self.start(), self.max_steps)
 
 
-class _ResumableLoader(DataLoader[Window]):
-    """Tells Lightning that resuming in the middle is safe. There is no state: the trainer's step is all of it."""
+class _TrainLoader(DataLoader[Window]):
+    """Tells how long each window was waited for.
+
+    It tells Lightning, too, that resuming in the middle is safe. There is no state: the trainer's step is all of it.
+    """
+
+    def __init__(self, note_wait: Callable[[float], None], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.note_wait = note_wait
+
+    def __iter__(self) -> Iterator[Window]:  # type: ignore[override]
+        windows = super().__iter__()
+        while True:
+            started = perf_counter()
+            window = next(windows, None)
+            self.note_wait(perf_counter() - started)
+            if window is None:
+                return
+            yield window
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""

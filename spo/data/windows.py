@@ -1,15 +1,20 @@
-"""Which pairs each optimiser step sees: a pure function of the seed and the step, on any number of devices."""
+"""Which pairs each optimiser step sees, and in which micro-batches: a pure function of the seed, the step and the
+lengths of the pairs, on any number of devices.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+Indices = NDArray[np.int64]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Windows:
     """The schedule of windows, one window of pairs per optimiser step.
 
@@ -17,58 +22,133 @@ class Windows:
     filled up, so no pair is seen twice in an epoch. Only where that window has fewer pairs than there are devices is it
     left out, because a device without a pair could not take part in the step.
 
+    Grouped by length, each ``group_by_length`` windows' worth of the permutation is sorted by length and cut into
+    windows, and the windows of the epoch are shuffled. As before, each pair comes once in an epoch, and into each
+    window with the same probability, whatever its length: a window's gradient is that of all pairs in expectation.
+    What changes is which pairs meet: those of a window are about equally long. The smaller last window is left as
+    drawn, so that who is in it does not depend on length either.
+
     Attributes:
-        num_pairs: pairs of the split.
+        lengths: ``(P,)`` tokens of the longest sequence of each pair of the split, to which a batch is padded.
+        tokens: ``(P,)`` tokens of all sequences of each pair, by which micro-batches are limited.
         batch_size: pairs of a window over all devices.
         seed: of the order.
         world_size: devices.
+        group_by_length: windows that are sorted together; ``None`` for no grouping.
     """
 
-    num_pairs: int
+    lengths: Indices
+    tokens: Indices
     batch_size: int
     seed: int
     world_size: int
+    group_by_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < self.world_size:
             raise ValueError(f"data.batch_size={self.batch_size} pairs cannot be dealt to {self.world_size} devices")
-        if self.num_pairs < self.world_size:
-            raise ValueError(f"{self.num_pairs} pairs cannot be dealt to {self.world_size} devices")
+        if len(self.lengths) < self.world_size:
+            raise ValueError(f"{len(self.lengths)} pairs cannot be dealt to {self.world_size} devices")
 
     @property
     def per_epoch(self) -> int:
         """Windows of an epoch."""
-        full, rest = divmod(self.num_pairs, self.batch_size)
+        full, rest = divmod(len(self.lengths), self.batch_size)
         return full + (rest >= self.world_size)
 
-    def window(self, step: int) -> NDArray[np.int64]:
+    def window(self, step: int) -> Indices:
         """The pairs of one step, over all devices."""
         epoch, position = divmod(step, self.per_epoch)
-        order = _permutation(self.num_pairs, self.seed, epoch)
-        return order[position * self.batch_size : (position + 1) * self.batch_size]
+        return _order(self, epoch)[position * self.batch_size : (position + 1) * self.batch_size]
 
-    def micro_batches(self, step: int, rank: int, micro_batch_size: int | None) -> list[NDArray[np.int64]]:
+    def micro_batches(self, step: int, rank: int, most_pairs: int | None, most_tokens: int | None) -> list[Indices]:
         """The pairs of one step on one device, in micro-batches (see `cut`)."""
-        return cut(self.window(step), rank, self.world_size, micro_batch_size)
-
-
-def cut(indices: NDArray[np.int64], rank: int, world_size: int, size: int | None) -> list[NDArray[np.int64]]:
-    """Deals ``indices`` to devices one by one, and returns this device's share in batches of about ``size``.
-
-    Every device gets the same number of batches, since each forward pass of a sharded model needs all devices. So the
-    batches of a device are of even sizes, and one may hold a single pair more than ``size`` where the shares differ.
-
-    Args:
-        indices: at least ``world_size`` of them.
-        rank: this device.
-        world_size: devices.
-        size: pairs of a batch; ``None`` for all at once.
-    """
-    smallest, largest = len(indices) // world_size, -(-len(indices) // world_size)
-    batches = 1 if size is None else min(-(-largest // size), smallest)
-    return np.array_split(indices[rank::world_size], batches)
+        window = self.window(step)
+        batches = cut(self.lengths[window], self.tokens[window], rank, self.world_size, most_pairs, most_tokens)
+        return [window[batch] for batch in batches]
 
 
 @lru_cache(maxsize=2)
-def _permutation(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.default_rng((seed, epoch)).permutation(n)
+def _order(windows: Windows, epoch: int) -> Indices:
+    """The pairs of an epoch, window after window."""
+    generator = np.random.default_rng((windows.seed, epoch))
+    order = generator.permutation(len(windows.lengths))
+    if windows.group_by_length is None:
+        return order
+    whole = len(order) // windows.batch_size * windows.batch_size
+    together = windows.group_by_length * windows.batch_size
+    groups = np.split(order[:whole], range(together, whole, together))
+    by_length = [group[np.argsort(windows.lengths[group], kind="stable")] for group in groups]
+    full = np.concatenate(by_length).reshape(-1, windows.batch_size)
+    return np.concatenate([generator.permutation(full).ravel(), order[whole:]])
+
+
+def cut(
+    lengths: Indices, tokens: Indices, rank: int, world_size: int, most_pairs: int | None, most_tokens: int | None
+) -> list[Indices]:
+    """Deals pairs to devices, the longest first, and returns this device's share in batches of similar lengths.
+
+    Every device gets the same number of batches, since each forward pass of a sharded model needs all devices; it is
+    the smallest with which both limits hold on all of them. Where some devices have a pair more than the others and
+    need a batch for each, they make do with one batch less, which has a pair too many.
+
+    Args:
+        lengths: ``(P,)`` tokens of the longest sequence of each of at least ``world_size`` pairs.
+        tokens: ``(P,)`` tokens of all their sequences.
+        rank: this device.
+        world_size: devices.
+        most_pairs: of a batch; ``None`` for no limit.
+        most_tokens: of a batch, but for a pair that has more by itself; ``None`` for no limit.
+
+    Returns:
+        Positions of pairs.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    shares = [order[first::world_size] for first in range(world_size)]
+    needed = max(fewest_batches(tokens[share].tolist(), most_pairs, most_tokens) for share in shares)
+    batches = even_batches(tokens[shares[rank]].tolist(), min(needed, len(lengths) // world_size), most_pairs)
+    return [shares[rank][batch] for batch in batches]
+
+
+def fewest_batches(tokens: Sequence[int], most: int | None, most_tokens: int | None) -> int:
+    """How many batches of consecutive items it takes that none exceeds a limit.
+
+    Args:
+        tokens: of each item, which is a pair or a sequence.
+        most: items of a batch; ``None`` for no limit.
+        most_tokens: of a batch, but for an item that has more by itself; ``None`` for no limit.
+    """
+    return len(_runs(tokens, most, most_tokens))
+
+
+def even_batches(tokens: Sequence[int], count: int, most: int | None) -> list[slice]:
+    """Cuts consecutive items into ``count`` batches so that the largest of several items has as few tokens as can be.
+
+    Args:
+        tokens: of each item; there are at least ``count``.
+        count: of batches; with :func:`fewest_batches` or more, the limits hold.
+        most: items of a batch, where ``count`` allows it; ``None`` for no limit.
+    """
+    most = max(most or len(tokens), -(-len(tokens) // count))
+    low, high = 1, sum(tokens)
+    while low < high:
+        middle = (low + high) // 2
+        if len(_runs(tokens, most, middle)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    return _runs(tokens, most, low, at_least=count)
+
+
+def _runs(tokens: Sequence[int], most: int | None, most_tokens: int | None, at_least: int = 1) -> list[slice]:
+    """Consecutive items in batches, each begun only when the one before is full or others need what is left."""
+    runs: list[slice] = []
+    first = total = 0
+    for position, number in enumerate(tokens):
+        full = position - first == most or (most_tokens is not None and total + number > most_tokens)
+        others_need_it = len(tokens) - position < at_least - len(runs)
+        if position > first and (full or others_need_it):
+            runs.append(slice(first, position))
+            first, total = position, 0
+        total += number
+    return [*runs, slice(first, len(tokens))]

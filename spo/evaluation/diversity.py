@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from torchmetrics.functional.text import bleu_score
-
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
     """Share of distinct word n-grams among all n-grams of all texts (Li et al., arXiv:1510.03055); 0 where none are."""
@@ -24,6 +22,8 @@ def self_bleu(texts: Sequence[str]) -> float:
 
     Its cost is quadratic in the number of texts; callers pass a sample.
     """
+    from torchmetrics.functional.text import bleu_score  # torch comes with it
+
     if len(texts) < 2:
         return 0.0
     scores = [bleu_score([text], [[*texts[:i], *texts[i + 1 :]]], smooth=True) for i, text in enumerate(texts)]

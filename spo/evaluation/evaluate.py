@@ -14,9 +14,9 @@ from spo.data import EvalPrompt
 from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
 from spo.evaluation.draws import Draws, draw
 from spo.evaluation.intervals import Bootstrap
-from spo.evaluation.judges import Comparison, Judge, verdict_of_rewards
+from spo.evaluation.judges import Comparison, Judge
 from spo.evaluation.settings import REFERENCE, EvaluationSettings
-from spo.evaluation.winrate import win_rates
+from spo.evaluation.winrate import verdict_of_rewards, win_rates
 from spo.sampling import derive_seed, eval_mode
 
 Kept = Callable[[str, Callable[[], Draws]], Draws]

@@ -14,6 +14,11 @@ _ITERATIONS, _LARGEST_STEP, _LARGEST_LOGIT = 60, 2.0, 30.0
 _NUMBERS_AT_ONCE = 4_000_000
 
 
+def verdict_of_rewards(first: float, second: float) -> float:
+    """1 where the first reward is higher, 0 where it is lower, 0.5 where they are equal."""
+    return 0.5 + 0.5 * ((first > second) - (first < second))
+
+
 def win_rates(
     verdicts: Sequence[float | None],
     length_differences: Sequence[float],

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from spo.errors import JudgeError
 from spo.runtime.errors import ConfigProblems, missing_package
 from spo.runtime.groups import conf_dir
 from spo.runtime.nodes import (
@@ -46,6 +47,8 @@ COUNTS = {
     "data.seed": 0,
     "data.batch_size": 1,
     "data.micro_batch_size": 1,
+    "data.micro_batch_tokens": 1,
+    "data.group_by_length": 2,
     "data.eval_batch_size": 1,
     "data.num_workers": 0,
     "data.max_length": 2,
@@ -169,12 +172,13 @@ def warnings(cfg: DictConfig) -> list[str]:
         )
     if select(cfg, "model.adapter_path") is not None:
         found.append("model.adapter_path brings its own rank, scale and targets: model.lora.* is not read")
-    micro = select(cfg, "data.micro_batch_size")
-    if loss is not None and _declares(loss, "uses_batch_statistics") and micro is not None:
-        found.append(
-            f"{name} weighs each pair against those forwarded with it, so data.micro_batch_size={micro} changes its "
-            "gradients"
-        )
+    limits = {key: select(cfg, f"data.{key}") for key in ("micro_batch_size", "micro_batch_tokens")}
+    if loss is not None and _declares(loss, "uses_batch_statistics"):
+        found += [
+            f"{name} weighs each pair against those forwarded with it, so data.{key}={limit} changes its gradients"
+            for key, limit in limits.items()
+            if limit is not None
+        ]
     return found
 
 
@@ -595,8 +599,6 @@ def _build(cfg: DictConfig, key: str, said: list[str] | None = None) -> Any:
     """What the node makes; ``None``, and a problem said, where it cannot be made."""
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
-
-    from spo.evaluation.judges.base import JudgeError
 
     node = select(cfg, key)
     if not isinstance(node, DictConfig):

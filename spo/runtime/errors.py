@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spo.errors import UserError
+from spo.errors import JudgeError, UserError
 
 # The module that is missing, and the extra of the package that brings it.
 EXTRAS = {
@@ -52,7 +52,6 @@ def missing_package(module: str) -> str | None:
 def in_words(error: Exception) -> str | None:
     """What to tell a person, or ``None`` for a fault of the program, which deserves its traceback."""
     from spo.data.rows import DataError
-    from spo.evaluation.judges.base import JudgeError
 
     chain: list[BaseException] = []
     link: BaseException | None = error

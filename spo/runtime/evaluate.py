@@ -18,7 +18,9 @@ from rich.progress import Progress, TimeElapsedColumn
 from spo.data import EvalPrompt, TokenizedPair
 from spo.data.collate import collate
 from spo.data.rows import Split
-from spo.evaluation import Draws, EvaluationSettings, Opponent, assess, draw_both
+from spo.evaluation import EvaluationSettings
+from spo.evaluation.draws import Draws
+from spo.evaluation.evaluate import Opponent, assess, draw_both
 from spo.evaluation.judges import Judge
 from spo.evaluation.settings import CHOSEN, REFERENCE
 from spo.losses import as_loss
@@ -39,7 +41,7 @@ CHANGEABLE = ("data", "evaluation", "judge", "trainer.accelerator", "trainer.dev
 VAL = ("win_rate", "win_rate_ci_low", "win_rate_ci_high", "reward", "kl", "entropy")
 """What the final evaluation measures on the selection split, for choosing between settings."""
 DRAWN_WITH = ("samples_per_prompt", "max_new_tokens", "temperature", "seed")
-CODE = ("types.py", "ops", "models", "sampling", "data/rendering.py", "evaluation/draws.py")
+CODE = ("types.py", "ops", "models", "sampling", "seeds.py", "data/rendering.py", "evaluation/draws.py")
 """What the kept completions follow from, beside models and prompts."""
 
 

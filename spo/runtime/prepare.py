@@ -49,7 +49,18 @@ from spo.speed import Speed
 
 log = logging.getLogger(__name__)
 PROMPTS_PER_BATCH = 64
-CODE = ("types.py", "ops", "data", "models", "sampling", "speed.py", "module.py", "losses/sft.py", "runtime/prepare.py")
+CODE = (
+    "types.py",
+    "ops",
+    "data",
+    "models",
+    "sampling",
+    "seeds.py",
+    "speed.py",
+    "module.py",
+    "losses/sft.py",
+    "runtime/prepare.py",
+)
 """What the cached results follow from: another change of the package leaves them valid."""
 
 
@@ -253,7 +264,9 @@ def _fit_supervised(cfg: DictConfig, model: Any, train: list[TokenizedPair], tok
         [],
         batch_size=sft.batch_size,
         micro_batch_size=None,
+        micro_batch_tokens=None,
         eval_batch_size=1,
+        group_by_length=None,
         seed=cfg.data.seed,
         num_workers=0,
         pad_token_id=pad,

@@ -27,7 +27,7 @@ from spo.runtime.errors import UserError
 from spo.runtime.rundir import METRICS, read_json, write_json
 from spo.runtime.sweep import Ledger
 from spo.runtime.unread import unread
-from spo.sampling import derive_seed
+from spo.seeds import derive_seed
 
 if TYPE_CHECKING:
     import optuna

@@ -43,7 +43,8 @@ from spo.runtime.terminal import quiet_libraries
 from spo.runtime.unread import COEFFICIENTS, unread
 from spo.schedules import Controller, Schedule
 from spo.speed import Speed
-from spo.tracking import Record, RunDescription, Tracker
+from spo.tracking import RunDescription, Tracker
+from spo.tracking.record import Record
 
 log = logging.getLogger(__name__)
 COUNTS = ("read", "used", "dropped", "truncated")
@@ -221,7 +222,9 @@ def build_data(
         prepared.pairs.selection,
         batch_size=cfg.data.batch_size,
         micro_batch_size=cfg.data.micro_batch_size,
+        micro_batch_tokens=cfg.data.micro_batch_tokens,
         eval_batch_size=cfg.data.eval_batch_size,
+        group_by_length=cfg.data.group_by_length,
         seed=cfg.seed,
         num_workers=cfg.data.num_workers,
         pad_token_id=prepared.tokenizer.pad_token_id,

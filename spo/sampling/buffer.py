@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from spo.sampling.generate import derive_seed, sample
+from spo.sampling.generate import sample
+from spo.seeds import derive_seed
 from spo.types import Sequences
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -23,11 +22,6 @@ log = logging.getLogger(__name__)
 
 MOST_TOKENS = 32768
 """Of a batch, padding and room for the completions counted: 4 GB of keys and values of an 8B model in 16 bits."""
-
-
-def derive_seed(*parts: object) -> int:
-    """A seed for one use of randomness, from what identifies it: no stage can disturb another's stream."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""Where metrics go: the local record, which is the truth, and trackers, which are views of it."""
+"""Where metrics go: the local record, which is the truth, and trackers, which are views of it.
+
+What needs lightning is imported from its own module (`spo.tracking.record`, `spo.tracking.wandb`).
+"""
 
 from spo.tracking.describe import RunDescription, Tracker
-from spo.tracking.record import Record
-from spo.tracking.wandb import WandbTracker
 
-__all__ = ["Record", "RunDescription", "Tracker", "WandbTracker"]
+__all__ = ["RunDescription", "Tracker"]

@@ -1,37 +1,24 @@
-"""Weights & Biases. This is the only file that imports it."""
+"""The run at Weights & Biases."""
 
 from __future__ import annotations
 
 import json
 import math
-import netrc
 import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from spo.tracking.describe import RunDescription
+from spo.tracking.login import has_api_key
 
 ID_FILE = "wandb_run.json"
 Mode = Literal["auto", "online", "offline", "disabled"]
-
-
-def has_api_key() -> bool:
-    """Whether a key is set in the environment or in ``.netrc``, found out without asking a server."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    server = urlsplit(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url).netloc
-    try:
-        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return server in hosts or any("wandb" in host for host in hosts)
 
 
 class WandbTracker(WandbLogger):

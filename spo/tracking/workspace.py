@@ -8,7 +8,7 @@ from wandb_workspaces import expr
 
 from spo.errors import UserError
 from spo.reports.dashboard import Bars, Curves, Dashboard, Panel, unit_of
-from spo.tracking.wandb import has_api_key
+from spo.tracking.login import has_api_key
 
 STEP = "Step"  # W&B's own, which the tracker sets to the optimiser step
 _COLUMNS, _WIDTH, _HEIGHT = 3, 8, 7  # of panels in a report, whose grid is 24 wide

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,11 @@ from lightning.pytorch import LightningModule, Trainer
 
 from spo.data import DataError, TokenizedPair
 from spo.data.collate import collate
-from spo.data.datamodule import PreferenceDataModule
-from spo.data.windows import Windows, cut
+from spo.data.datamodule import PreferenceDataModule, pair_tokens
+from spo.data.windows import Windows, cut, even_batches, fewest_batches
+from spo.speed import Speed
 from spo.types import PreferenceBatch, Window
-from tests.helpers import PLAIN
+from tests.helpers import FAST, PLAIN
 
 
 def pair(i: int, **changes: Any) -> TokenizedPair:
@@ -74,20 +76,37 @@ def test_collate_preferences_weights_references_and_single_completions() -> None
 # ------------------------------------------------------------------------------------------------------- windows
 
 
-@settings(max_examples=150, deadline=None)
+def some_windows(n: int, batch_size: int, seed: int, world_size: int, group: int | None = None) -> Windows:
+    """Of ``n`` pairs with lengths of their own, from 4 to 60 tokens, of which some sequences have half as many."""
+    generator = np.random.default_rng(n)
+    lengths = generator.integers(4, 61, n)
+    return Windows(lengths, lengths + generator.integers(2, lengths + 1), batch_size, seed, world_size, group)
+
+
+@settings(max_examples=300, deadline=None)
 @given(
     n=st.integers(1, 60),
     batch_size=st.integers(1, 20),
     world_size=st.integers(1, 5),
-    micro=st.one_of(st.none(), st.integers(1, 8)),
+    most_pairs=st.one_of(st.none(), st.integers(1, 8)),
+    most_tokens=st.one_of(st.none(), st.integers(1, 400)),
     seed=st.integers(0, 3),
+    group=st.one_of(st.none(), st.integers(2, 5)),
 )
-def test_windows_partition_each_epoch(n: int, batch_size: int, world_size: int, micro: int | None, seed: int) -> None:
+def test_windows_partition_each_epoch(
+    n: int,
+    batch_size: int,
+    world_size: int,
+    most_pairs: int | None,
+    most_tokens: int | None,
+    seed: int,
+    group: int | None,
+) -> None:
     if min(n, batch_size) < world_size:
         with pytest.raises(ValueError, match=f"cannot be dealt to {world_size} devices"):
-            Windows(n, batch_size, seed, world_size)
+            some_windows(n, batch_size, seed, world_size, group)
         return
-    windows = Windows(n, batch_size, seed, world_size)
+    windows = some_windows(n, batch_size, seed, world_size, group)
     left_out = n % batch_size if n % batch_size < world_size else 0
     for epoch in range(2):
         steps = range(epoch * windows.per_epoch, (epoch + 1) * windows.per_epoch)
@@ -95,38 +114,132 @@ def test_windows_partition_each_epoch(n: int, batch_size: int, world_size: int, 
         assert len(seen) == len(set(seen.tolist())) == n - left_out and set(seen.tolist()) <= set(range(n))
         assert all(len(windows.window(step)) == batch_size for step in steps[:-1])
         for step in steps:
-            ranks = [windows.micro_batches(step, rank, micro) for rank in range(world_size)]
+            ranks = [windows.micro_batches(step, rank, most_pairs, most_tokens) for rank in range(world_size)]
             dealt = [i for micro_batches in ranks for indices in micro_batches for i in indices.tolist()]
             assert sorted(dealt) == sorted(windows.window(step).tolist())
             # Sharded models need the same number of forward passes on every device, none of them empty.
             assert len({len(micro_batches) for micro_batches in ranks}) == 1
-            sizes = [len(indices) for micro_batches in ranks for indices in micro_batches]
-            assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
-            share = -(-len(windows.window(step)) // world_size)
-            even = len(windows.window(step)) % world_size == 0
-            assert max(sizes) <= (share if micro is None else micro + (not even))
+            assert all(len(indices) for micro_batches in ranks for indices in micro_batches)
+            # A device with a pair more than others may have too few batches for one each; else the limits hold.
+            smallest = len(windows.window(step)) // world_size
+            for micro_batches in ranks:
+                squeezed = len(micro_batches) == smallest < sum(map(len, micro_batches))
+                over = [i for i in micro_batches if exceeds(windows, i, most_pairs, most_tokens)]
+                assert len(over) <= squeezed and all(len(indices) == 2 for indices in over if squeezed)
 
 
-def test_the_order_is_a_pure_function_of_seed_and_step() -> None:
-    windows = Windows(100, 7, 5, 2)
-    again = Windows(100, 7, 5, 2)
+def exceeds(windows: Windows, batch: Any, most_pairs: int | None, most_tokens: int | None) -> bool:
+    """Whether a micro-batch of several pairs is beyond a limit."""
+    too_many = most_pairs is not None and len(batch) > most_pairs
+    return len(batch) > 1 and (too_many or (most_tokens is not None and windows.tokens[batch].sum() > most_tokens))
+
+
+@pytest.mark.parametrize("group", [None, 3])
+def test_the_order_is_a_pure_function_of_seed_and_step(group: int | None) -> None:
+    windows, again = some_windows(100, 7, 5, 2, group), some_windows(100, 7, 5, 2, group)
     assert [again.window(step).tolist() for step in (40, 3, 17)] == [
         windows.window(step).tolist() for step in (40, 3, 17)
     ]
     first, second = (np.concatenate([windows.window(e * 15 + i) for i in range(15)]).tolist() for e in (0, 1))
     assert first != second and first != sorted(first)
-    assert Windows(100, 7, 6, 2).window(0).tolist() != windows.window(0).tolist()
+    assert some_windows(100, 7, 6, 2, group).window(0).tolist() != windows.window(0).tolist()
     # The same windows on any number of devices.
-    assert Windows(100, 7, 5, 1).window(20).tolist() == windows.window(20).tolist()
+    assert some_windows(100, 7, 5, 1, group).window(20).tolist() == windows.window(20).tolist()
     # A ragged window too small for the devices is left out: 100 = 14 * 7 + 2.
-    assert (Windows(100, 7, 5, 2).per_epoch, Windows(100, 7, 5, 3).per_epoch) == (15, 14)
+    assert (windows.per_epoch, some_windows(100, 7, 5, 3, group).per_epoch) == (15, 14)
 
 
-def test_cut_is_even() -> None:
-    indices = np.arange(5)
-    assert [b.tolist() for b in cut(indices, 0, 2, 1)] == [[0, 2], [4]]
-    assert [b.tolist() for b in cut(indices, 1, 2, 1)] == [[1], [3]]
-    assert [len(b) for b in cut(np.arange(10), 0, 1, 4)] == [4, 3, 3]
+def padding(windows: Windows, limits: tuple[int | None, int | None] = (None, None)) -> float:
+    """Share of an epoch's padded cells that hold no token, for pairs whose two sequences are equally long."""
+    lengths, cells = windows.lengths, 0
+    for step in range(windows.per_epoch):
+        cells += sum(len(batch) * int(lengths[batch].max()) for batch in windows.micro_batches(step, 0, *limits))
+    return 1 - float(lengths.sum()) / cells
+
+
+def test_similar_lengths_meet_in_a_window_and_in_a_micro_batch() -> None:
+    lengths = np.random.default_rng(0).integers(20, 400, 960)
+    apart, together = (Windows(lengths, 2 * lengths, 16, 0, 1, group) for group in (None, 30))
+    assert padding(apart) > 0.4 and padding(together) < 0.03
+    assert padding(Windows(lengths, 2 * lengths, 16, 0, 1, 2)) < 0.35
+    assert padding(apart, (4, None)) < 0.2
+    # The epoch does not go from short to long, as the windows of a sorted group would.
+    means = [lengths[together.window(step)].mean() for step in range(60)]
+    assert abs(np.corrcoef(means, np.arange(60))[0, 1]) < 0.3
+
+
+def test_grouped_pairs_come_into_each_window_with_the_same_probability() -> None:
+    # 3 groups of two windows, one of a single window, and a ragged one; lengths from shortest to longest.
+    n, batch_size, epochs = 30, 4, 6000
+    windows = Windows(np.arange(n), np.arange(n), batch_size, 11, 1, 2)
+    counts = np.zeros((n, windows.per_epoch))
+    for step in range(epochs * windows.per_epoch):
+        counts[windows.window(step), step % windows.per_epoch] += 1
+    expected = np.full((n, windows.per_epoch), epochs * batch_size / n)
+    expected[:, -1] = epochs * (n % batch_size) / n
+    # Each row is a multinomial of its own: chi-square with (n - 1)(windows - 1) degrees of freedom, as both sums of
+    # the table are fixed, within four standard deviations of its mean.
+    freedom = (n - 1) * (windows.per_epoch - 1)
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    assert abs(statistic - freedom) < 4 * np.sqrt(2 * freedom)
+    # And for each pair: 7 degrees of freedom, whose 99.99% quantile is 29.9.
+    assert ((counts - expected) ** 2 / expected).sum(1).max() < 29.9
+
+
+def test_a_grouped_window_s_mean_is_the_data_s_in_expectation() -> None:
+    values = np.random.default_rng(1).normal(size=20) + np.arange(20)  # a "gradient" that grows with length
+    windows = Windows(np.arange(20), np.arange(20), 4, 3, 1, 5)
+    for position in (0, 2, 4):
+        means = [values[windows.window(epoch * 5 + position)].mean() for epoch in range(3000)]
+        assert abs(np.mean(means) - values.mean()) < 4 * np.std(means) / np.sqrt(3000)
+
+
+def test_cut_by_hand() -> None:
+    def cuts(lengths: list[int], rank: int, world: int, *most: int | None) -> list[list[int]]:
+        return [b.tolist() for b in cut(np.array(lengths), np.array(lengths), rank, world, *most)]
+
+    assert cuts([5, 5, 5, 5, 5], 0, 2, 1, None) == [[0, 2], [4]]  # as many batches as the other device
+    assert cuts([5, 5, 5, 5, 5], 1, 2, 1, None) == [[1], [3]]
+    assert cuts([3, 9, 4, 8], 0, 1, None, None) == [[1, 3, 2, 0]]  # the longest first
+    assert cuts([3, 9, 4, 8], 0, 1, 2, None) == [[1, 3], [2, 0]]
+    assert cuts([3, 9, 4, 8], 0, 1, None, 12) == [[1], [3], [2, 0]]
+    assert cuts([3, 9, 4, 8], 0, 1, None, 15) == [[1], [3, 2, 0]]  # two batches of 9 and 15, not of 17 and 7
+    assert cuts([3, 90, 4, 8], 0, 1, None, 15) == [[1], [3, 2, 0]]  # what exceeds the limit is alone
+    assert cuts([3, 9, 4, 8], 0, 1, 2, 15) == [[1], [3], [2, 0]]  # both limits hold
+    assert cuts([50, 90, 60, 8, 7, 6, 5], 0, 1, None, 15) == [
+        [1],
+        [2],
+        [0],
+        [3, 4],
+        [5, 6],
+    ]  # among others
+    assert cuts([90, 3, 4, 1], 0, 2, None, 20) == [[0], [1]] and cuts([90, 3, 4, 1], 1, 2, None, 20) == [[2], [3]]
+    assert cuts([9, 8, 7], 0, 2, None, 10) == [[0, 2]] and cuts([9, 8, 7], 1, 2, None, 10) == [[1]]  # one too many
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    tokens=st.lists(st.integers(1, 30), min_size=1, max_size=9),
+    most=st.one_of(st.none(), st.integers(1, 4)),
+    most_tokens=st.one_of(st.none(), st.integers(1, 60)),
+)
+def test_no_cut_of_consecutive_items_is_better(tokens: list[int], most: int | None, most_tokens: int | None) -> None:
+    """Against every way to cut."""
+    n, best = len(tokens), {}
+    for cuts in itertools.product([False, True], repeat=n - 1):
+        ends = [0, *(i + 1 for i, here in enumerate(cuts) if here), n]
+        parts = [tokens[a:b] for a, b in itertools.pairwise(ends)]
+        largest = max((sum(part) for part in parts if len(part) > 1), default=0)
+        if max(map(len, parts)) <= (most or n) and (most_tokens is None or largest <= most_tokens):
+            best[len(parts)] = min(best.get(len(parts), largest), largest)
+    fewest = fewest_batches(tokens, most, most_tokens)
+    assert fewest == min(best)
+    for count in range(fewest, n + 1):
+        batches = even_batches(tokens, count, most)
+        assert [i for batch in batches for i in range(n)[batch]] == list(range(n)) and len(batches) == count
+        assert max(len(tokens[batch]) for batch in batches) <= (most or n)
+        several = [sum(tokens[batch]) for batch in batches if len(tokens[batch]) > 1]
+        assert max(several, default=0) == best[count]
 
 
 # --------------------------------------------------------------------------------------------------- data module
@@ -138,7 +251,9 @@ def module_of(max_steps: int, **changes: Any) -> PreferenceDataModule:
         "selection": PAIRS[:7],
         "batch_size": 4,
         "micro_batch_size": 3,
+        "micro_batch_tokens": None,
         "eval_batch_size": 3,
+        "group_by_length": None,
         "seed": 0,
         "num_workers": 0,
         "pad_token_id": 0,
@@ -148,12 +263,12 @@ def module_of(max_steps: int, **changes: Any) -> PreferenceDataModule:
 
 
 class FakeTrainer:
-    def __init__(self, world_size: int = 1, global_rank: int = 0, global_step: int = 0) -> None:
+    def __init__(self, world_size: int = 1, global_rank: int = 0, global_step: int = 0, speed: Speed = PLAIN) -> None:
         self.world_size, self.global_rank, self.global_step = world_size, global_rank, global_step
-        self.lightning_module = SimpleNamespace(speed=PLAIN)
+        self.lightning_module = SimpleNamespace(speed=speed)
 
 
-def served(data: PreferenceDataModule, **trainer: int) -> tuple[list[Window], list[PreferenceBatch]]:
+def served(data: PreferenceDataModule, **trainer: Any) -> tuple[list[Window], list[PreferenceBatch]]:
     data.trainer = FakeTrainer(**trainer)  # type: ignore[assignment]
     return list(data.train_dataloader()), list(data.val_dataloader())
 
@@ -191,6 +306,37 @@ def test_workers_change_nothing() -> None:
     assert [b.index.tolist() for b in other_validation] == [b.index.tolist() for b in validation]
 
 
+def test_tokens_are_counted_as_the_model_computes_them() -> None:
+    ranked = pair(2, worse_ids=((7, 8, 9, 2),))
+    assert pair_tokens(pair(2), share_prompts=False) == 2 * 4 + 2 + 3
+    assert pair_tokens(pair(2), share_prompts=True) == 4 + 2 + 3
+    assert pair_tokens(ranked, share_prompts=False) == 3 * 4 + 2 + 3 + 4
+    assert pair_tokens(replace(pair(2), rejected_ids=None), share_prompts=True) == 4 + 2
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_budget_of_tokens_holds_in_training_and_validation(shared: bool) -> None:
+    pairs = [pair(i, prompt_ids=(1, 100 + i, *[9] * (i % 3))) for i in range(11)]  # no two prompts are the same
+    limits = {"micro_batch_size": None, "eval_batch_size": 7, "micro_batch_tokens": 22}
+    data = module_of(6, train=pairs, selection=pairs[:7], **limits)
+    train, validation = served(data, speed=replace(FAST, probed=True) if shared else FAST)
+    batches = [*(batch for window in train for batch in window), *validation]
+    sizes = [sum(pair_tokens(pairs[i], shared) for i in batch.index.tolist()) for batch in batches]
+    assert max(sizes) <= 22 and len({len(batch) for batch in batches}) > 1
+    computed = [batch.sequences for batch in batches]
+    assert sizes == [int(s.packed.input_ids.numel() if shared else s.length.sum()) for s in computed]
+    alone, _ = served(module_of(6, micro_batch_tokens=1))
+    assert {len(batch) for window in alone for batch in window} == {1}
+
+
+def test_grouped_windows_are_served_and_resumed() -> None:
+    long = [pair(i, chosen_ids=(*[50] * (i * 7 % 11), 2)) for i in range(11)]
+    whole, _ = served(module_of(9, train=long, group_by_length=2))
+    tail, _ = served(module_of(9, train=long, group_by_length=2, num_workers=2), global_step=5)
+    assert [indices(window) for window in tail] == [indices(window) for window in whole[5:]]
+    assert [indices(window) for window in whole] != [indices(w) for w in served(module_of(9, train=long))[0]]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
 def test_validation_sees_each_pair_once(world_size: int, size: int) -> None:
@@ -200,8 +346,6 @@ def test_validation_sees_each_pair_once(world_size: int, size: int) -> None:
     ]
     assert sorted(i for rank in ranks for batch in rank for i in batch.index.tolist()) == list(range(7))
     assert len({len(rank) for rank in ranks}) == 1
-    if world_size == 1:
-        assert [i for batch in ranks[0] for i in batch.index.tolist()] == list(range(7))
 
 
 def test_reference_logps_follow_their_pairs() -> None:
@@ -214,7 +358,7 @@ def test_reference_logps_follow_their_pairs() -> None:
 
 
 def test_arguments_are_checked() -> None:
-    for name in ("batch_size", "micro_batch_size", "eval_batch_size"):
+    for name in ("batch_size", "micro_batch_size", "micro_batch_tokens", "eval_batch_size", "group_by_length"):
         with pytest.raises(DataError, match=rf"data\.{name}=0: must be at least 1"):
             module_of(1, **{name: 0})
     with pytest.raises(DataError, match="no pair to train on"):
@@ -275,7 +419,8 @@ def test_in_a_real_trainer_and_resumed(tmp_path: Path) -> None:
 
     whole, _ = fit(8)
     assert whole.seen == [indices(window) for window in served(module_of(8))[0]]
-    assert whole.validated == list(range(7)) * 4
+    in_order = [i for batch in served(module_of(8))[1] for i in batch.index.tolist()]
+    assert whole.validated == in_order * 4 and sorted(in_order) == list(range(7))
     first, trainer = fit(5)
     assert len(first.seen) == 5
     trainer.save_checkpoint(tmp_path / "at5.ckpt")

@@ -1,6 +1,7 @@
 """Rewards and judges behind one interface: who says which of two completions is the better one."""
 
-from spo.evaluation.judges.base import Comparison, Judge, JudgeError, verdict_of_rewards
+from spo.errors import JudgeError
+from spo.evaluation.judges.base import Comparison, Judge
 from spo.evaluation.judges.http import HTTPJudge
 from spo.evaluation.judges.local import LanguageModelJudge, RewardModelJudge
 from spo.evaluation.judges.pairwise import PairwiseJudge
@@ -16,5 +17,4 @@ __all__ = [
     "RewardJudge",
     "RewardModelJudge",
     "reward_judge",
-    "verdict_of_rewards",
 ]

@@ -11,10 +11,6 @@ from rich import get_console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 
-class JudgeError(RuntimeError):
-    """A judge cannot do its work; the message says why and what to do."""
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Two completions of one prompt, of which one may be the better."""
@@ -48,11 +44,6 @@ class Judge(Protocol):
 
     def usage(self) -> dict[str, float]:
         """What was spent since it was made, such as ``calls``, ``cached``, ``tokens``; empty where nothing is."""
-
-
-def verdict_of_rewards(first: float, second: float) -> float:
-    """1 where the first reward is higher, 0 where it is lower, 0.5 where they are equal."""
-    return 0.5 + 0.5 * ((first > second) - (first < second))
 
 
 @contextmanager

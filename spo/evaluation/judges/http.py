@@ -12,7 +12,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from spo.evaluation.judges.base import Comparison, JudgeError
+from spo.errors import JudgeError
+from spo.evaluation.judges.base import Comparison
 from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, question
 
 if TYPE_CHECKING:

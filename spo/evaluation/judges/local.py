@@ -17,7 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from spo.evaluation.judges.base import Comparison, JudgeError, progress
+from spo.errors import JudgeError
+from spo.evaluation.judges.base import Comparison, progress
 from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, question
 from spo.evaluation.judges.reward import RewardJudge
 from spo.models.policy import folder_digest

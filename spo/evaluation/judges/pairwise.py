@@ -14,7 +14,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from spo.evaluation.judges.base import Comparison, JudgeError, progress
+from spo.errors import JudgeError
+from spo.evaluation.judges.base import Comparison, progress
 
 PLACEHOLDERS = ("prompt", "first", "second")
 

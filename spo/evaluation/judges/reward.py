@@ -9,7 +9,9 @@ from functools import partial
 from typing import Any
 
 from spo.data import Reward
-from spo.evaluation.judges.base import Comparison, JudgeError, verdict_of_rewards
+from spo.errors import JudgeError
+from spo.evaluation.judges.base import Comparison
+from spo.evaluation.winrate import verdict_of_rewards
 
 
 class RewardJudge:
