@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -477,6 +479,18 @@ def test_a_token_s_share_of_the_numbers_is_its_probability() -> None:
         edge = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
         assert next_tokens(logits.expand(2, -1), edge, temperature).tolist() == [0, 999]
     assert next_tokens(logits, torch.tensor([0.3]), 0.0).tolist() == [int(logits.argmax())]
+
+
+def test_the_benchmark_through_its_command(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    words = ["--prompts", "4", "--prompt", "6", "--new", "8", "--length", "4", "--rounds", "2"]
+    command = [sys.executable, "-m", "benchmarks.sampling", *words, "--json", str(file)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    found = json.loads(file.read_text())
+    assert found["agreement"] == 1 and found["rounds"] == 2 and 1 <= found["mean_length"] <= 8
+    assert found["ratio_range"][0] <= found["ratio"] <= found["ratio_range"][1]
+    assert found["shares_of_static"]["matrix products"] > 0
+    assert f"{found['ratio']:.2f}x" in done.stdout
 
 
 # --------------------------------------------------------------------------------------------------------- buffer
