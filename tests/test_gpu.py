@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,21 @@ from spo.models import FrozenReference
 from spo.module import ProbeSettings
 from spo.ops import completion_logps
 from spo.regularizers import GlobalKL
+from spo.sampling import sample
+from spo.sampling.static import decode
 from tests.commands import TINY, job, shared_cache
-from tests.helpers import make_data, make_module, make_trainer, random_pairs, random_rows, sequences, tiny_llama
+from tests.helpers import (
+    BOS,
+    EOS,
+    PAD,
+    make_data,
+    make_module,
+    make_trainer,
+    random_pairs,
+    random_rows,
+    sequences,
+    tiny_llama,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,6 +63,32 @@ def test_a_step_has_the_gradients_of_the_cpu(loss: PreferenceLoss, tmp_path: Pat
         found.append({name: gradient.cpu() for name, gradient in module.gradients[0].items()})
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_samplers_agree_and_wait_for_the_device_now_and_then(dtype: torch.dtype, temperature: float) -> None:
+    model = tiny_llama(1, dtype=dtype, scale=0.3).cuda()
+    prompts = [[BOS, *range(3, 3 + i % 7)] for i in range(24)]
+    settings = {"max_new_tokens": 40, "temperature": temperature, "eos_token_id": EOS, "pad_token_id": PAD}
+    drawn = {
+        sampler: sample(model, prompts, seeds=range(24), sampler=sampler, **settings)  # type: ignore[arg-type]
+        for sampler in ("static", "generate")
+    }
+    assert drawn["static"].completions() == drawn["generate"].completions()
+    assert drawn["static"].input_ids.is_cuda
+    for length in (8, 15):  # shorter than the interval of the checks: nothing in the loop waits
+        ids, mask = torch.full((4, 3), BOS, device="cuda"), torch.ones(4, 3, dtype=torch.long, device="cuda")
+        mask[1, 0] = 0
+        numbers = torch.rand(4, length, dtype=torch.float64, device="cuda")
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                decode(model, ids, mask, numbers, temperature=temperature, eos_token_id=EOS, pad_token_id=PAD)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert len(waits) <= 5, f"once for the lengths, and a few times in the prompts' forward: {length} tokens"
 
 
 def test_sampling_and_probe_stay_on_the_device(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -267,7 +269,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
     "gpt2": {},
-    "bloom": {"dtype": torch.float32},  # biases by distance, made of the mask; takes no positions
+    "falcon": {"dtype": torch.float32, "alibi": True},  # biases by distance, made of the mask
     "qwen2_moe": {
         "dtype": torch.float32,
         "num_experts": 4,
@@ -284,6 +286,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "bloom": ({"dtype": torch.float32}, "it takes no positions, which padding would shift"),
     "mamba": ({"state_size": 4}, "it keeps a state in place of keys and values"),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "its layers hold more than keys and values"),
     "phi3": ({}, r"it has a way of its own to generate \(prepare_inputs_for_generation\)"),
@@ -399,19 +402,19 @@ def test_what_is_forwarded_together_changes_nothing(monkeypatch: pytest.MonkeyPa
         assert len(prefills) > 2
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "falcon", "gemma2"])
 def test_prompts_are_forwarded_a_few_at_a_time(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = tiny(architecture, **ARCHITECTURES[architecture]), ragged(24)
     whole = both(model, prompts, max_new_tokens=20)
     counted = Counted(model)
     monkeypatch.setattr(static, "PREFILL_TOKENS", 30)
     assert completions(draw(model, prompts, max_new_tokens=20)) == whole
-    lengths, first = sorted(map(len, prompts)), 0
-    prefills = list(itertools.takewhile(lambda shape: shape[0] < 24, counted.shapes))
-    for rows, width in prefills:
-        assert width == lengths[first + rows - 1] and rows * width <= 30  # none is padded to a longer part's width
-        first += rows
-    assert first == 24 and len(prefills) > 4
+    lengths, first, parts = sorted(map(len, prompts)), 0, 0
+    while first < 24:
+        rows, width = counted.shapes[parts]
+        first, parts = first + rows, parts + 1
+        assert width == lengths[first - 1] and rows * width <= 30  # none is padded to a longer part's width
+    assert parts > 4
 
 
 def test_rows_are_cut_evenly_and_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,6 +479,18 @@ def test_a_token_s_share_of_the_numbers_is_its_probability() -> None:
         edge = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
         assert next_tokens(logits.expand(2, -1), edge, temperature).tolist() == [0, 999]
     assert next_tokens(logits, torch.tensor([0.3]), 0.0).tolist() == [int(logits.argmax())]
+
+
+def test_the_benchmark_through_its_command(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    words = ["--prompts", "4", "--prompt", "6", "--new", "8", "--length", "4", "--rounds", "2"]
+    command = [sys.executable, "-m", "benchmarks.sampling", *words, "--json", str(file)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    found = json.loads(file.read_text())
+    assert found["agreement"] == 1 and found["rounds"] == 2 and 1 <= found["mean_length"] <= 8
+    assert found["ratio_range"][0] <= found["ratio"] <= found["ratio_range"][1]
+    assert found["shares_of_static"]["matrix products"] > 0
+    assert f"{found['ratio']:.2f}x" in done.stdout
 
 
 # --------------------------------------------------------------------------------------------------------- buffer

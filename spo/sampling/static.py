@@ -129,6 +129,8 @@ def unsupported(model: nn.Module) -> str | None:
         return f"its layers hold more than keys and values ({', '.join(sorted(other))})"
     if own := _own_generation(type(base)):
         return f"it has a way of its own to generate ({', '.join(own)})"
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return "it takes no positions, which padding would shift"
     return None
 
 
@@ -170,19 +172,17 @@ def decode(
     (n, width), limit = ids.shape, numbers.shape[1]
     lengths = mask.sum(1).tolist()
     states = PreallocatedCache(n, width + limit, padded=min(lengths) < width)
-    takes = inspect.signature(base_model(model).forward).parameters
-    settings: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    last_only = {"logits_to_keep": 1} if base_model(model)._supports_logits_to_keep() else {}  # type: ignore[operator]
 
     def forward(ids: Tensor, positions: Tensor, attended: Tensor | None) -> Tensor:
-        if "position_ids" in takes:
-            settings["position_ids"] = positions
         made = model(
             input_ids=ids,
             attention_mask=attended,
+            position_ids=positions,
             past_key_values=states,
             use_cache=True,
             return_dict=True,
-            **settings,
+            **last_only,
         )
         return made.logits[:, -1].float()  # as generate has them
 
