@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -23,10 +23,21 @@ from torch.optim.lr_scheduler import LRScheduler
 from spo.losses import Loss
 from spo.metrics import SumsAndCounts, repetition
 from spo.models.reference import Reference
-from spo.ops import completion_logits, completion_targets, sum_per_sequence, token_entropy, token_kl, token_logps
+from spo.ops import (
+    Logits,
+    can_defer,
+    completion_states,
+    completion_targets,
+    deferred_logits,
+    sum_per_sequence,
+    token_entropy,
+    token_kl,
+    token_logps,
+)
 from spo.regularizers import EnumeratedKL, Regularizer
 from spo.sampling import SampleBuffer, derive_seed, eval_mode, sample
 from spo.schedules import Controller, Schedule
+from spo.speed import Speed, compile_blocks
 from spo.types import ListLogps, PairLogps, PreferenceBatch, Sequences, Window
 
 log = logging.getLogger(__name__)
@@ -116,9 +127,11 @@ class AlignmentModule(LightningModule):
         micro_batch_size: pairs per forward, also used to cut the regularizer's sequences; ``None`` for all at once.
         log_every_n_steps: optimiser steps per row of the record.
         seed: of the run.
+        speed: how log-probabilities are computed.
         enumeration: every response to every prompt, grouped by prompt, where the data set can be enumerated.
 
     Attributes:
+        speed: as given; from the start of a fit on without what policy or reference do not take.
         validated: the means of the last validation, under their names without ``val/``.
     """
 
@@ -139,6 +152,7 @@ class AlignmentModule(LightningModule):
         micro_batch_size: int | None,
         log_every_n_steps: int,
         seed: int,
+        speed: Speed,
         enumeration: Enumeration | None = None,
     ) -> None:
         super().__init__()
@@ -152,6 +166,7 @@ class AlignmentModule(LightningModule):
         self.prompts, self.probe = prompts, probe
         self.clip_norm, self.micro_batch_size = clip_norm, micro_batch_size
         self.log_every_n_steps, self.seed = log_every_n_steps, seed
+        self.speed = speed
         self.enumeration = enumeration
         self.buffer: SampleBuffer | None = None
         self._resumed_buffer: dict[str, Any] = {}
@@ -176,13 +191,13 @@ class AlignmentModule(LightningModule):
 
     # --- log-probabilities -------------------------------------------------------------------------------------
 
-    def forward_logps(self, model: nn.Module, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_logps(self, model: nn.Module, sequences: Sequences) -> tuple[Tensor, Tensor, Logits]:
         """Scores completions.
 
         Returns:
             ``(N,)`` summed log-probs, the ``(M,)`` of the tokens, and the ``(M, V)`` logits they came from.
         """
-        logits = completion_logits(model, sequences)
+        logits = self.speed.logits(model, sequences)
         tokens = token_logps(logits, completion_targets(sequences))
         return sum_per_sequence(tokens, sequences), tokens, logits
 
@@ -259,22 +274,24 @@ class AlignmentModule(LightningModule):
         if self.regularizer.source != "policy":
             return iter(())
         buffer = self._filled_buffer(step)
-        rows = buffer.rows(step)
+        index = buffer.index(step)
         weight = self.regularizer.weight_at(self.beta(step))
-        self.train_metrics.update(
-            {
-                "buffer/age": float(buffer.age(step)),
-                "buffer/tokens": rows.completion_length.sum().float(),
-            }
-        )
 
-        def term(part: Sequences) -> Tensor:
-            divergence = self.divergence(part.to(self.device))
+        def term(part: list[int]) -> Tensor:
+            samples = self.speed.arrange(buffer.held.rows(torch.tensor(part)))
+            states = buffer.reference_states
+            kept = None if states is None else torch.cat([states[i] for i in part])
+            divergence = self.divergence(samples.to(self.device), kept)
             self.train_metrics.update({"loss/regularizer": divergence})
-            return weight * divergence.sum() / len(rows)
+            return weight * divergence.sum() / len(index)
 
-        size = len(rows) if self.micro_batch_size is None else 2 * self.micro_batch_size
-        return (partial(term, rows.rows(slice(first, first + size))) for first in range(0, len(rows), size))
+        tokens = buffer.held.completion_length[index].sum().float()
+        self.train_metrics.update({"buffer/age": float(buffer.age(step)), "buffer/tokens": tokens})
+        return (partial(term, part) for part in self._per_forward(index))
+
+    def _per_forward(self, samples: list[int]) -> Iterator[list[int]]:
+        size = len(samples) if self.micro_batch_size is None else 2 * self.micro_batch_size
+        return (samples[first : first + size] for first in range(0, len(samples), size))
 
     def _enumerated_term(self, step: int) -> Tensor:
         divergence = self.enumerated_divergence()
@@ -297,13 +314,35 @@ class AlignmentModule(LightningModule):
             started = perf_counter()
             self.buffer.refresh(self.policy, step)
             self.train_metrics.update({"sampling_s": perf_counter() - started})
+        if self.speed.keep_reference and self.buffer.reference_states is None:
+            self.buffer.reference_states = self._reference_states(self.buffer.held)
         return self.buffer
 
-    def divergence(self, samples: Sequences) -> Tensor:
-        """``(N,)`` the regularizer's divergence on samples of the policy, with gradient."""
-        policy_logits = completion_logits(self.policy, samples)
+    def _reference_states(self, samples: Sequences) -> list[Tensor] | None:
+        """For each sample the ``(c, H)`` states that the reference's head is given, which is most of its work."""
+        states: list[Tensor] = []
         with self.reference.active(self.policy) as reference:
-            reference_logits = completion_logits(reference, samples)
+            if not can_defer(reference):
+                return None
+            for part in self._per_forward(list(range(len(samples)))):
+                rows = samples.rows(torch.tensor(part))
+                found = completion_states(reference, self.speed.arrange(rows).to(self.device))
+                states += found.split(rows.completion_length.tolist())
+        return states
+
+    def divergence(self, samples: Sequences, reference_states: Tensor | None = None) -> Tensor:
+        """``(N,)`` the regularizer's divergence on samples of the policy, with gradient.
+
+        Args:
+            samples: ``N`` sequences with ``M`` completion tokens in all.
+            reference_states: ``(M, H)`` what the reference's head is given for them, where it was computed before.
+        """
+        policy_logits = self.speed.logits(self.policy, samples)
+        with self.reference.active(self.policy) as reference:
+            if reference_states is None:
+                reference_logits = self.speed.logits(reference, samples)
+            else:
+                reference_logits = deferred_logits(reference, reference_states, self.speed.max_logits)
         return self.regularizer(policy_logits, reference_logits, samples)
 
     # --- monitoring --------------------------------------------------------------------------------------------
@@ -333,12 +372,13 @@ class AlignmentModule(LightningModule):
             seeds=[derive_seed(drawn_with, i) for i in rows],
         )
         metric = SumsAndCounts(PROBE_METRICS).to(self.device)
+        samples = self.speed.arrange(samples.to("cpu")).to(self.device)
         with eval_mode(self.policy):
-            logits = completion_logits(self.policy, samples)
+            logits = self.speed.logits(self.policy, samples)
             found: dict[str, Tensor] = {"entropy": token_entropy(logits)}
             if self.needs_reference_model:
                 with self.reference.active(self.policy) as reference:
-                    reference_logits = completion_logits(reference, samples)
+                    reference_logits = self.speed.logits(reference, samples)
                 found["kl"] = sum_per_sequence(token_kl(logits, reference_logits), samples)
         found["length"] = samples.completion_length
         found["finished"] = (samples.last_token == self.prompts.eos_token_id).float()
@@ -501,6 +541,19 @@ class AlignmentModule(LightningModule):
                 rank=self.global_rank,
                 world_size=self.trainer.world_size,
             )
+
+    def on_fit_start(self) -> None:
+        """Finds out what policy and reference take, on the device where they will run."""
+        models = [self.policy]
+        if self.needs_reference_model:
+            with self.reference.active(self.policy) as reference:
+                models.append(reference)
+        self.speed = self.speed.settled(*models)
+        if self.speed.compile:
+            compile_blocks(self.policy)
+        if self.enumeration is not None:
+            arranged = self.speed.arrange(self.enumeration.sequences)
+            self.enumeration = replace(self.enumeration, sequences=arranged)
 
     def on_train_start(self) -> None:
         """Sets the mode, which Lightning leaves as it finds it, and takes up a resumed buffer."""

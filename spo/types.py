@@ -7,7 +7,8 @@ sequences, ``T`` padded tokens, ``M`` completion tokens of a batch laid end to e
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -87,6 +88,52 @@ class ListLogps(_Movable):
 
 
 @dataclass(frozen=True)
+class Group:
+    """A prompt and the completions that follow it, one after the other, in a packed row; lengths in tokens."""
+
+    prompt: int
+    completions: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the group."""
+        return self.prompt + sum(self.completions)
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """What lies in a packed row.
+
+    Attributes:
+        members: in the order of the row.
+        derived: what attention made of them, such as masks, for the layers and models to come.
+    """
+
+    members: tuple[Group, ...]
+    derived: dict[object, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Packed(_Movable):
+    """Sequences laid end to end in one row of ``L`` tokens, without padding.
+
+    Each group is a prompt and its completions. A completion sees its prompt and itself, and nothing else; its positions
+    go on from the prompt's.
+
+    Attributes:
+        input_ids: ``(1, L)``.
+        position_ids: ``(1, L)`` each token's position in its own sequence.
+        predictors: ``(M,)`` for each completion token, sequence after sequence, the place of the token before it.
+        groups: the lengths of what lies in the row.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    predictors: Tensor
+    groups: Groups
+
+
+@dataclass(frozen=True)
 class Sequences(_Movable):
     """``N`` right-padded token sequences, each a prompt followed by a completion.
 
@@ -99,12 +146,14 @@ class Sequences(_Movable):
         length: ``(N,)`` prompt plus completion tokens.
         completion_index: ``(M,)`` completion tokens as positions in the flattened ``(N * T,)`` ids; derived from the
             lengths when absent. Made where the lengths are still on the host, it spares the device a sync per step.
+        packed: the same sequences as one row, for models that take them so; see :meth:`pack`.
     """
 
     input_ids: Tensor
     prompt_length: Tensor
     length: Tensor
     completion_index: Tensor | None = None
+    packed: Packed | None = None
 
     def __post_init__(self) -> None:
         if self.completion_index is None:
@@ -140,6 +189,36 @@ class Sequences(_Movable):
         """The completion tokens of each sequence, on the host."""
         spans = zip(self.input_ids.tolist(), self.prompt_length.tolist(), self.length.tolist(), strict=True)
         return [ids[start:end] for ids, start, end in spans]
+
+    def pack(self, share_prompts: bool) -> Sequences:
+        """The same with ``packed``, which is to be made on the host.
+
+        Args:
+            share_prompts: whether sequences with the same prompt make one group; otherwise each is its own.
+        """
+        spans = zip(self.input_ids.tolist(), self.prompt_length.tolist(), self.length.tolist(), strict=True)
+        members: dict[object, list[int]] = {}
+        rows = [(tuple(ids[:start]), ids[start:end]) for ids, start, end in spans]
+        for row, (prompt, _) in enumerate(rows):
+            members.setdefault(prompt if share_prompts else row, []).append(row)
+        ids: list[int] = []
+        positions: list[int] = []
+        predictors: list[list[int]] = [[] for _ in rows]
+        groups = []
+        for indices in members.values():
+            prompt = rows[indices[0]][0]
+            last = len(ids) + len(prompt) - 1
+            ids += prompt
+            positions += range(len(prompt))
+            for row in indices:
+                completion = rows[row][1]
+                predictors[row] = [last, *range(len(ids), len(ids) + len(completion) - 1)][: len(completion)]
+                ids += completion
+                positions += range(len(prompt), len(prompt) + len(completion))
+            groups.append(Group(len(prompt), tuple(len(rows[row][1]) for row in indices)))
+        places = torch.tensor(list(chain.from_iterable(predictors)), dtype=torch.long)
+        packed = Packed(torch.tensor([ids]), torch.tensor([positions]), places, Groups(tuple(groups)))
+        return replace(self, packed=packed)
 
     def rows(self, index: slice | Tensor) -> Sequences:
         """The chosen rows, cut to the longest of them (on an accelerator this waits for the device)."""

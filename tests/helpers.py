@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,22 @@ from spo.models import ModelSpec, NoReference, Reference
 from spo.module import AlignmentModule, ProbeSettings, Prompts
 from spo.regularizers import NoRegularizer, Regularizer
 from spo.schedules import Constant, Schedule
+from spo.speed import Speed
 from spo.types import Sequences
 
 VOCAB, BOS, EOS, PAD = 23, 1, 2, 0
+PLAIN = Speed(
+    packing=False,
+    share_prompts=False,
+    completion_only=False,
+    max_logits=None,
+    sampler="generate",
+    keep_reference=False,
+    compile=False,
+)
+FAST = replace(
+    PLAIN, packing=True, share_prompts=True, completion_only=True, max_logits=500, sampler="static", keep_reference=True
+)
 
 
 def tiny_llama(seed: int = 0, *, dtype: torch.dtype = torch.float64, scale: float = 0.5, **config: Any) -> nn.Module:
@@ -170,6 +184,7 @@ def make_module(
     log_every_n_steps: int = 1,
     eos_token_id: int = EOS,
     seed: int = 0,
+    speed: Speed | None = None,
 ) -> Spied:
     reference = reference or NoReference()
     reference.attach(lambda: frozen(reference_model))  # type: ignore[arg-type]
@@ -188,6 +203,7 @@ def make_module(
         micro_batch_size=micro_batch_size,
         log_every_n_steps=log_every_n_steps,
         seed=seed,
+        speed=speed or FAST,
     )
 
 

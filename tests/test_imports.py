@@ -22,6 +22,7 @@ LAYERS = [
     {"ops"},
     {"losses", "regularizers", "schedules"},
     {"data", "models", "sampling", "metrics"},
+    {"speed"},
     {"module", "evaluation"},
     {"callbacks", "exact", "tracking", "reports"},
     {"comparison"},

@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-import spo.ops.logps as logps_module
 from spo.ops import (
+    Logits,
     completion_logits,
     completion_logps,
     completion_targets,
@@ -21,6 +21,7 @@ from spo.ops import (
     token_kl,
     token_logps,
 )
+from spo.ops.logps import DeferredLogits
 from spo.types import Sequences
 from tests.helpers import VOCAB, random_rows, sequences, tiny_llama
 
@@ -96,20 +97,20 @@ def test_huge_logits_stay_finite(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 4, M - 1])
-def test_chunks_change_neither_value_nor_gradient(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def all_of_them() -> list[Tensor]:
+def test_chunks_change_neither_value_nor_gradient(rows: int) -> None:
+    def all_of_them(given: Callable[[Tensor], Logits]) -> list[Tensor]:
         p, q = logits(0).requires_grad_(), logits(1)
         results = []
-        for values in (token_logps(p, targets()), token_kl(p, q), token_entropy(p)):
+        for values in (token_logps(given(p), targets()), token_kl(given(p), given(q)), token_entropy(given(p))):
             gradient = torch.autograd.grad((values * torch.arange(1.0, M + 1)).sum(), p)[0]
             results += [values.detach(), gradient]
         with torch.no_grad():
-            results.append(token_kl(p, q))
+            results.append(token_kl(given(p), q))
         return results
 
-    whole = all_of_them()
-    monkeypatch.setattr(logps_module, "ROWS_PER_CHUNK", rows)
-    for got, want in zip(all_of_them(), whole, strict=True):
+    whole = all_of_them(lambda given: given)
+    in_chunks = all_of_them(lambda given: DeferredLogits(given, lambda states: states, rows))
+    for got, want in zip(in_chunks, whole, strict=True):
         assert torch.equal(got, want)
 
 
@@ -165,6 +166,7 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
         max_position_embeddings=64,
         init_std=0.5,
     ),
+    "phi_with_bias": lambda: _config("PhiConfig"),
     "granite_scaled_logits": lambda: _config("GraniteConfig", logits_scaling=7.0),
 }
 
@@ -197,6 +199,49 @@ def test_completion_logits_equal_the_plain_forward(name: str) -> None:
     torch.testing.assert_close(completion_logps(model, batch), torch.stack([part.sum() for part in exact]))
 
 
+def gradients(values: Tensor, model: nn.Module) -> list[Tensor]:
+    weights = torch.arange(1.0, len(values) + 1, dtype=values.dtype)
+    return list(torch.autograd.grad((values * weights).sum(), list(model.parameters()), materialize_grads=True))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_deferred_logits_are_those_of_the_whole_forward(name: str) -> None:
+    """Value and gradient of each weight, the head's and its bias among them, a few rows at a time."""
+    model = build(name)
+    if name == "phi_with_bias":
+        torch.nn.init.normal_(model.lm_head.bias)
+    batch = sequences(random_rows(6, seed=2), extra=2)
+    at_once: list[int] = []
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda module, args, out: at_once.append(out[..., 0].numel())
+    )
+    logits = completion_logits(model, batch, max_logits=4 * VOCAB + 3)
+    values = token_logps(logits, completion_targets(batch))
+    found = gradients(values, model)
+    handle.remove()
+    assert isinstance(logits, DeferredLogits) and max(at_once) == 4
+    rows = torch.arange(len(values))
+    expected = plainly(model, batch).log_softmax(-1)[rows, completion_targets(batch)]
+    tolerance = 1e-6 if values.dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(values, expected, rtol=tolerance, atol=tolerance)
+    for got, want in zip(found, gradients(expected, model), strict=True):
+        torch.testing.assert_close(got, want, rtol=10 * tolerance, atol=10 * tolerance)
+    assert isinstance(completion_logits(model, batch, max_logits=len(values) * VOCAB), Tensor)
+    with torch.no_grad():
+        one_by_one = token_logps(completion_logits(model, batch, max_logits=1), completion_targets(batch))
+    torch.testing.assert_close(one_by_one, values)
+
+
+def test_what_the_backbone_computes_is_left_as_it_was() -> None:
+    model = build("llama")
+    batch = sequences(random_rows(5, seed=1))
+    before = completion_logps(model, batch)
+    completion_logps(model, batch, max_logits=1)
+    assert "forward" not in vars(model.model)
+    assert torch.equal(completion_logps(model, batch), before)
+    assert torch.equal(completion_logps(model, batch, completion_only=False), before)
+
+
 def test_soft_capping_is_in_the_logits() -> None:
     # the cap of 2 binds on this model, so a path that skipped it would be seen above
     model = build("gemma2_soft_capped")
@@ -214,6 +259,10 @@ def test_completion_logits_of_an_adapted_model(targets: Any) -> None:
     batch = sequences(random_rows(5, seed=1))
     got = completion_logits(model, batch)
     torch.testing.assert_close(got, plainly(model, batch), rtol=1e-9, atol=1e-9)
+    few = completion_logits(model, batch, max_logits=1)
+    # the adapter's state may be another one when deferred logits are made
+    assert isinstance(few, DeferredLogits) == (targets == "all-linear")
+    torch.testing.assert_close(token_entropy(few), token_entropy(got))
     with model.disable_adapter():
         assert (completion_logits(model, batch) - got).abs().max() > 1e-3
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ def collate(
     indices: Sequence[int],
     pad_token_id: int,
     reference_logps: Tensor | None = None,
+    arrange: Callable[[Sequences], Sequences] = lambda sequences: sequences,
 ) -> PreferenceBatch:
     """Pads ``B`` pairs or lists into one batch, in which a sequence that several of them share is there once.
 
@@ -27,6 +28,7 @@ def collate(
         pad_token_id: what fills the right end; no mask depends on it.
         reference_logps: ``(P, n)`` summed reference log-probs of the completions, best first, for the whole split of
             ``P`` pairs, indexed by ``indices``.
+        arrange: lays the sequences out for the forward pass.
 
     Raises:
         ValueError: when only some of the pairs have a rejected completion.
@@ -50,7 +52,7 @@ def collate(
         input_ids[i, : length[i]] = torch.tensor(prompt + completion)
     index = torch.tensor(list(indices))
     return PreferenceBatch(
-        sequences=Sequences(input_ids, torch.tensor([len(prompt) for prompt, _ in rows]), length),
+        sequences=arrange(Sequences(input_ids, torch.tensor([len(prompt) for prompt, _ in rows]), length)),
         index=index,
         preference=_column([pair.preference for pair in pairs]),
         weight=_column([pair.weight for pair in pairs]),

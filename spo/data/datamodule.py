@@ -15,7 +15,7 @@ from spo.data.collate import collate
 from spo.data.rendering import TokenizedPair
 from spo.data.rows import DataError
 from spo.data.windows import Windows, cut
-from spo.types import PreferenceBatch, Window
+from spo.types import PreferenceBatch, Sequences, Window
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -74,6 +74,7 @@ class PreferenceDataModule(LightningDataModule):
             self.micro_batch_size,
             self.pad_token_id,
             self.reference_logps.get("train"),
+            self._arrange(),
         )
         steps = _RemainingSteps(lambda: trainer.global_step, self.max_steps)
         return _ResumableLoader(dataset, batch_size=None, sampler=steps, num_workers=self.num_workers)
@@ -87,8 +88,14 @@ class PreferenceDataModule(LightningDataModule):
             raise DataError(f"{len(self.selection)} selection pairs cannot be dealt to {trainer.world_size} devices")
         indices = np.arange(len(self.selection))
         batches = cut(indices, trainer.global_rank, trainer.world_size, self.eval_batch_size)
-        dataset = _Batches(self.selection, batches, self.pad_token_id, self.reference_logps.get("selection"))
+        dataset = _Batches(
+            self.selection, batches, self.pad_token_id, self.reference_logps.get("selection"), self._arrange()
+        )
         return DataLoader(dataset, batch_size=None, num_workers=self.num_workers)
+
+    def _arrange(self) -> Callable[[Sequences], Sequences]:
+        # Asked for when a fit has started: what the module settles on depends on its models.
+        return self._trainer().lightning_module.speed.arrange
 
     def _trainer(self) -> Any:
         if self.trainer is None:
@@ -103,9 +110,11 @@ class _Batches(Dataset[PreferenceBatch]):
         batches: Sequence[NDArray[np.int64]],
         pad_token_id: int,
         reference_logps: Tensor | None,
+        arrange: Callable[[Sequences], Sequences],
     ) -> None:
         self.pairs, self.batches = pairs, batches
         self.pad_token_id, self.reference_logps = pad_token_id, reference_logps
+        self.arrange = arrange
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -115,7 +124,7 @@ class _Batches(Dataset[PreferenceBatch]):
 
     def batch(self, indices: NDArray[np.int64]) -> PreferenceBatch:
         pairs = [self.pairs[j] for j in indices]
-        return collate(pairs, indices.tolist(), self.pad_token_id, self.reference_logps)
+        return collate(pairs, indices.tolist(), self.pad_token_id, self.reference_logps, self.arrange)
 
 
 class _TrainWindows(Dataset[Window]):
@@ -127,8 +136,9 @@ class _TrainWindows(Dataset[Window]):
         micro_batch_size: int | None,
         pad_token_id: int,
         reference_logps: Tensor | None,
+        arrange: Callable[[Sequences], Sequences],
     ) -> None:
-        self.batches = _Batches(pairs, [], pad_token_id, reference_logps)
+        self.batches = _Batches(pairs, [], pad_token_id, reference_logps, arrange)
         self.windows, self.rank, self.micro_batch_size = windows, rank, micro_batch_size
 
     def __getitem__(self, step: int) -> Window:

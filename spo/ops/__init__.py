@@ -1,14 +1,28 @@
 """The only place where logits become numbers: log-probabilities, entropies and divergences of completions."""
 
 from spo.ops.divergence import KL_ESTIMATORS, KLEstimator, token_entropy, token_kl
-from spo.ops.logps import completion_logits, completion_logps, completion_targets, sum_per_sequence, token_logps
+from spo.ops.logps import (
+    Logits,
+    can_defer,
+    completion_logits,
+    completion_logps,
+    completion_states,
+    completion_targets,
+    deferred_logits,
+    sum_per_sequence,
+    token_logps,
+)
 
 __all__ = [
     "KL_ESTIMATORS",
     "KLEstimator",
+    "Logits",
+    "can_defer",
     "completion_logits",
     "completion_logps",
+    "completion_states",
     "completion_targets",
+    "deferred_logits",
     "sum_per_sequence",
     "token_entropy",
     "token_kl",

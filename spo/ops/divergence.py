@@ -14,11 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spo.ops.logps import at_least_float32, by_rows, completion_targets, sum_per_sequence, token_logps
+from spo.ops.logps import Logits, at_least_float32, by_rows, completion_targets, sum_per_sequence, token_logps
 from spo.types import Sequences
 
 
-def token_kl(policy_logits: Tensor, reference_logits: Tensor) -> Tensor:
+def token_kl(policy_logits: Logits, reference_logits: Logits) -> Tensor:
     """KL(policy || reference) of the next-token distribution at each position.
 
     Args:
@@ -37,7 +37,7 @@ def token_kl(policy_logits: Tensor, reference_logits: Tensor) -> Tensor:
     return by_rows(rows, policy_logits, reference_logits)
 
 
-def token_entropy(logits: Tensor) -> Tensor:
+def token_entropy(logits: Logits) -> Tensor:
     """``(M,)`` entropy in nats of each next-token distribution given by ``(M, V)`` logits."""
 
     def rows(logits: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def token_entropy(logits: Tensor) -> Tensor:
 # --- estimators of the sequence KL: (M, V) policy logits, (M, V) reference logits, N sequences -> (N,) nats ----------
 
 
-def tokenwise_kl(policy_logits: Tensor, reference_logits: Tensor, sequences: Sequences) -> Tensor:
+def tokenwise_kl(policy_logits: Logits, reference_logits: Logits, sequences: Sequences) -> Tensor:
     """Sum over positions of the KL between the next-token distributions; SPO's own (arXiv:2405.00747).
 
     By the chain rule the value is unbiased, and it is never negative. The gradient goes through the conditional
@@ -59,7 +59,7 @@ def tokenwise_kl(policy_logits: Tensor, reference_logits: Tensor, sequences: Seq
     return sum_per_sequence(token_kl(policy_logits, reference_logits), sequences)
 
 
-def unbiased_kl(policy_logits: Tensor, reference_logits: Tensor, sequences: Sequences) -> Tensor:
+def unbiased_kl(policy_logits: Logits, reference_logits: Logits, sequences: Sequences) -> Tensor:
     r"""The value of :func:`tokenwise_kl` with the whole gradient of the KL in expectation.
 
     A token decides which prefixes come after it. Its score, times the divergence still to come, is that dependence:
@@ -76,12 +76,12 @@ def unbiased_kl(policy_logits: Tensor, reference_logits: Tensor, sequences: Sequ
     return sum_per_sequence(per_token, sequences) + (score - score.detach())
 
 
-def k1_kl(policy_logits: Tensor, reference_logits: Tensor, sequences: Sequences) -> Tensor:
+def k1_kl(policy_logits: Logits, reference_logits: Logits, sequences: Sequences) -> Tensor:
     """Log pi(y) - log ref(y): unbiased value of either sign, gradient of expectation zero."""
     return _log_ratio(policy_logits, reference_logits, sequences)
 
 
-def k2_kl(policy_logits: Tensor, reference_logits: Tensor, sequences: Sequences) -> Tensor:
+def k2_kl(policy_logits: Logits, reference_logits: Logits, sequences: Sequences) -> Tensor:
     """(log pi(y) - log ref(y))^2 / 2: biased value, unbiased gradient of the KL.
 
     The gradient is the score function's, log-ratio times the gradient of log pi(y), without a baseline.
@@ -90,7 +90,7 @@ def k2_kl(policy_logits: Tensor, reference_logits: Tensor, sequences: Sequences)
     return _log_ratio(policy_logits, reference_logits, sequences).square() / 2
 
 
-def k3_kl(policy_logits: Tensor, reference_logits: Tensor, sequences: Sequences) -> Tensor:
+def k3_kl(policy_logits: Logits, reference_logits: Logits, sequences: Sequences) -> Tensor:
     """exp(w) - 1 - w with w = log ref(y) - log pi(y): unbiased value, never negative.
 
     The gradient is in expectation that of the *other* direction, KL(reference || policy). The mean of exp(w) rests
@@ -102,7 +102,7 @@ def k3_kl(policy_logits: Tensor, reference_logits: Tensor, sequences: Sequences)
 
 
 KLEstimator = Literal["tokenwise", "unbiased", "k1", "k2", "k3"]
-KL_ESTIMATORS: Mapping[KLEstimator, Callable[[Tensor, Tensor, Sequences], Tensor]] = {
+KL_ESTIMATORS: Mapping[KLEstimator, Callable[[Logits, Logits, Sequences], Tensor]] = {
     "tokenwise": tokenwise_kl,
     "unbiased": unbiased_kl,
     "k1": k1_kl,
@@ -112,7 +112,7 @@ KL_ESTIMATORS: Mapping[KLEstimator, Callable[[Tensor, Tensor, Sequences], Tensor
 """What the names mean in a configuration."""
 
 
-def _log_ratio(policy_logits: Tensor, reference_logits: Tensor, sequences: Sequences) -> Tensor:
+def _log_ratio(policy_logits: Logits, reference_logits: Logits, sequences: Sequences) -> Tensor:
     """``(N,)`` log pi(y) - log ref(y); the small differences of tokens are added, not the large sums subtracted."""
     targets = completion_targets(sequences)
     return sum_per_sequence(token_logps(policy_logits, targets) - token_logps(reference_logits, targets), sequences)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,66 +14,205 @@ from torch.utils.checkpoint import checkpoint
 
 from spo.types import Sequences
 
-ROWS_PER_CHUNK = 2048
-"""Completion tokens whose float32 vocabulary row exists at one time; bounds memory, never changes a value."""
-
 
 def at_least_float32(logits: Tensor) -> Tensor:
     """Half precision is widened, float32 and float64 are kept: log-sums in bfloat16 are off by 0.1 nats."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def by_rows(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Applies a row-wise function chunk by chunk, recomputing each chunk in backward instead of storing it.
+@dataclass(frozen=True)
+class DeferredLogits:
+    """``(M, V)`` logits that exist a few rows at a time, so that memory does not grow with ``M * V``.
+
+    Attributes:
+        states: ``(M, H)`` hidden states, as the language-model head is given them.
+        head: from ``(m, H)`` states to ``(m, V)`` logits.
+        rows: how many exist at one time.
+    """
+
+    states: Tensor
+    head: Callable[[Tensor], Tensor]
+    rows: int
+
+
+Logits = Tensor | DeferredLogits
+"""``(M, V)``, there already or made on demand: :func:`by_rows` takes both."""
+
+
+def by_rows(function: Callable[..., Tensor], *arguments: Logits) -> Tensor:
+    """Applies a row-wise function; where logits are deferred chunk by chunk, each recomputed in backward.
 
     Args:
         function: maps tensors with the same leading size ``M`` to ``(M,)``.
-        tensors: each ``(M, ...)``.
+        arguments: logits ``(M, V)`` and tensors ``(M, ...)``.
 
     Returns:
         ``(M,)``.
     """
-    if tensors[0].shape[0] <= ROWS_PER_CHUNK:
-        return function(*tensors)
-    parts = zip(*(tensor.split(ROWS_PER_CHUNK) for tensor in tensors), strict=True)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
-    return torch.cat([function(*part) for part in parts])
+    deferred = [argument for argument in arguments if isinstance(argument, DeferredLogits)]
+    if not deferred:
+        return function(*arguments)
+    stored = [argument.states if isinstance(argument, DeferredLogits) else argument for argument in arguments]
+
+    def evaluated(*chunk: Tensor) -> Tensor:
+        given = zip(arguments, chunk, strict=True)
+        return function(*(a.head(part) if isinstance(a, DeferredLogits) else part for a, part in given))
+
+    rows = min(argument.rows for argument in deferred)
+    if len(stored[0]) <= rows:
+        return evaluated(*stored)
+    parts = zip(*(tensor.split(rows) for tensor in stored), strict=True)
+    if torch.is_grad_enabled():
+        keep = {"use_reentrant": False, "preserve_rng_state": False}
+        return torch.cat([checkpoint(evaluated, *part, **keep) for part in parts])
+    return torch.cat([evaluated(*part) for part in parts])
+
+
+# --- the model's forward -------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _head_sees_only(model: nn.Module, rows: Tensor) -> Iterator[None]:
-    """Lets the language-model head run on the given flattened positions alone.
+def _head_is_given(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Lets the language-model head run on other hidden states than those that reach it.
 
     The model's own forward stays in charge, so soft-capping, scaling and biases apply as the architecture defines
-    them; only the rows that its head is given change, from ``(N, T, H)`` to ``(1, M, H)``.
+    them.
+
+    Args:
+        model: a Hugging Face causal language model.
+        change: from the ``(N, T, H)`` that reach the head to the ``(1, m, H)`` that it is given.
     """
 
-    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def changed(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, *rest = args
-        return (hidden.flatten(0, 1).index_select(0, rows).unsqueeze(0), *rest)
+        return (change(hidden), *rest)
 
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    handle = head.register_forward_pre_hook(select)
+    handle = model.get_output_embeddings().register_forward_pre_hook(changed)  # type: ignore[operator]
     try:
         yield
     finally:
         handle.remove()
 
 
-def completion_logits(model: nn.Module, sequences: Sequences) -> Tensor:
-    """Next-token logits that predict the completion tokens; prompt and padding positions never reach the head.
+class _Output(tuple[Tensor]):
+    """What a backbone returns, reduced to its hidden states, for a caller that indexes it or names its fields."""
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@contextmanager
+def _without_backbone(model: nn.Module, states: Tensor) -> Iterator[None]:
+    """The part below the head returns ``states`` at no cost.
+
+    Where an architecture calls another part than the one it names as its base, that part runs as it is: the head
+    ignores what it computes.
+    """
+    causal: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    backbone = causal.base_model
+    if backbone is causal:
+        yield
+        return
+    own = vars(backbone).get("forward")
+    backbone.forward = lambda *_, **__: _Output((states,))
+    try:
+        yield
+    finally:
+        del backbone.forward
+        if own is not None:
+            backbone.forward = own
+
+
+def head_logits(model: nn.Module, states: Tensor) -> Tensor:
+    """``(m, V)`` logits from ``(m, H)`` hidden states, by the head and whatever the model does after it."""
+    states = states.unsqueeze(0)
+    token = torch.zeros((1, 1), dtype=torch.long, device=states.device)
+    with _head_is_given(model, lambda _: states), _without_backbone(model, states):
+        return model(input_ids=token, use_cache=False).logits.squeeze(0)
+
+
+def _forward(model: nn.Module, sequences: Sequences) -> Tensor:
+    """Logits of a whole forward pass, packed where the sequences are."""
+    packed = sequences.packed
+    if packed is None:
+        mask = sequences.attention_mask.long()
+        return model(input_ids=sequences.input_ids, attention_mask=mask, use_cache=False).logits
+    if not getattr(model, "takes_packed_rows", False):  # it would let the sequences see each other
+        raise RuntimeError(f"{type(model).__name__} was not made ready for packed rows: see spo.models.packing")
+    return model(
+        input_ids=packed.input_ids,
+        position_ids=packed.position_ids,
+        # Four dimensions: transformers makes no mask of its own, and the packed attention reads the groups instead.
+        attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=packed.input_ids.device),
+        packed_groups=packed.groups,
+        use_cache=False,
+    ).logits
+
+
+def _predictors(sequences: Sequences) -> Tensor:
+    if sequences.packed is not None:
+        return sequences.packed.predictors
+    return sequences.completion_index - 1  # type: ignore[operator]
+
+
+def completion_states(model: nn.Module, sequences: Sequences) -> Tensor:
+    """``(M, H)`` hidden states, as the head is given them, from which the completion tokens are predicted."""
+    found: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        found.append(hidden.flatten(0, 1).index_select(0, _predictors(sequences)))
+        return hidden[:1, :0]  # no row is left for the head
+
+    with _head_is_given(model, keep):
+        _forward(model, sequences)
+    return found[0]
+
+
+def can_defer(model: nn.Module) -> bool:
+    """Whether logits can be made from hidden states later on: the head is a matrix, and no adapter changes it.
+
+    With an adapter on the head, logits follow from the adapter's state at the time as well.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return hasattr(head, "weight") and not (hasattr(head, "base_layer") or hasattr(head, "modules_to_save"))
+
+
+def deferred_logits(model: nn.Module, states: Tensor, max_logits: int | None) -> DeferredLogits:
+    """Logits that ``model``'s head makes from ``(M, H)`` states, at most ``max_logits`` of them at one time."""
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    rows = len(states) if max_logits is None else max_logits // vocabulary
+    return DeferredLogits(states, partial(head_logits, model), max(rows, 1))
+
+
+def completion_logits(
+    model: nn.Module, sequences: Sequences, *, completion_only: bool = True, max_logits: int | None = None
+) -> Logits:
+    """Next-token logits that predict the completion tokens.
 
     Args:
         model: a Hugging Face causal language model.
         sequences: ``N`` sequences with ``M`` completion tokens in all.
+        completion_only: whether the head runs for these tokens alone, instead of for prompt and padding too.
+        max_logits: most logits to exist at one time (of the head's own output; needs ``completion_only``); ``None`` for
+            no limit.
 
     Returns:
-        ``(M, V)`` logits in the model's dtype, sequence after sequence.
+        ``(M, V)`` in the model's dtype, sequence after sequence; deferred where they are more than ``max_logits``.
     """
-    with _head_sees_only(model, sequences.completion_index - 1):  # type: ignore[operator]
-        output = model(input_ids=sequences.input_ids, attention_mask=sequences.attention_mask.long(), use_cache=False)
-    return output.logits.squeeze(0)
+    if not completion_only:
+        return _forward(model, sequences).flatten(0, 1).index_select(0, _predictors(sequences))
+    rows = _predictors(sequences)
+    if max_logits is not None and can_defer(model):
+        vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+        if len(rows) * vocabulary > max_logits:
+            return deferred_logits(model, completion_states(model, sequences), max_logits)
+    with _head_is_given(model, lambda hidden: hidden.flatten(0, 1).index_select(0, rows).unsqueeze(0)):
+        return _forward(model, sequences).squeeze(0)
 
 
 def completion_targets(sequences: Sequences) -> Tensor:
@@ -78,7 +220,7 @@ def completion_targets(sequences: Sequences) -> Tensor:
     return sequences.input_ids.flatten().index_select(0, sequences.completion_index)  # type: ignore[arg-type]
 
 
-def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
+def token_logps(logits: Logits, targets: Tensor) -> Tensor:
     """Log-probability of each target, by log-softmax in at least float32.
 
     Args:
@@ -112,7 +254,10 @@ def sum_per_sequence(values: Tensor, sequences: Sequences) -> Tensor:
     return padded.view_as(sequences.input_ids).sum(dim=1)
 
 
-def completion_logps(model: nn.Module, sequences: Sequences) -> Tensor:
-    """``(N,)`` log pi(completion | prompt) in nats, summed over completion tokens (end-of-text included)."""
-    logits = completion_logits(model, sequences)
+def completion_logps(model: nn.Module, sequences: Sequences, **how: Any) -> Tensor:
+    """``(N,)`` log pi(completion | prompt) in nats, summed over completion tokens (end-of-text included).
+
+    ``how`` are the options of :func:`completion_logits`.
+    """
+    logits = completion_logits(model, sequences, **how)
     return sum_per_sequence(token_logps(logits, completion_targets(sequences)), sequences)

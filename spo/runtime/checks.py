@@ -89,6 +89,7 @@ COUNTS = {
     "judge.concurrency": 1,
     "alpha.every": 1,
     "beta.every": 1,
+    "speed.max_logits": 1,
 }
 BOOLEANS = (
     "rerun",
@@ -96,7 +97,13 @@ BOOLEANS = (
     "model.gradient_checkpointing",
     "trainer.enable_progress_bar",
     "judge.trust_remote_code",
+    "speed.packing",
+    "speed.share_prompts",
+    "speed.completion_only",
+    "speed.keep_reference",
+    "speed.compile",
 )
+CHOICES = {"speed.sampler": ("static", "generate")}
 PRECISIONS = ("32-true", "32", "bf16-mixed", "64-true")
 # Parameters of Lightning's Trainer that follow from other keys.
 NOT_THE_TRAINERS = {
@@ -258,6 +265,10 @@ def _values(cfg: DictConfig) -> Iterator[str]:
         value = select(cfg, key)
         if value is not None and not isinstance(value, bool):
             yield f"{key}={value}: must be true or false"
+    for key, choices in CHOICES.items():
+        value = select(cfg, key)
+        if value is not None and value not in choices:
+            yield f"{key}={value}: must be {listed(choices)}"
     for key, (holds, words) in _RANGES.items():
         value = select(cfg, key)
         if value is not None and not (isinstance(value, int | float) and not isinstance(value, bool) and holds(value)):

@@ -49,10 +49,11 @@ from spo.runtime.cache import cached, digest, path_digest
 from spo.runtime.rundir import code_version
 from spo.sampling import derive_seed, sample
 from spo.schedules import Constant
+from spo.speed import Speed
 
 log = logging.getLogger(__name__)
 PROMPTS_PER_BATCH = 64
-CODE = ("types.py", "ops", "data", "models", "sampling", "module.py", "losses/sft.py", "runtime/prepare.py")
+CODE = ("types.py", "ops", "data", "models", "sampling", "speed.py", "module.py", "losses/sft.py", "runtime/prepare.py")
 """What the cached results follow from: another change of the package leaves them valid."""
 
 
@@ -247,6 +248,7 @@ def _fit_supervised(cfg: DictConfig, model: Any, train: list[TokenizedPair], tok
         micro_batch_size=None,
         log_every_n_steps=20,
         seed=cfg.data.seed,
+        speed=Speed(**cfg.speed),
     )
     data = PreferenceDataModule(
         train,

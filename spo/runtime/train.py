@@ -41,6 +41,7 @@ from spo.runtime.rundir import Status, claim, finish, is_first_process, resumed_
 from spo.runtime.terminal import quiet_libraries
 from spo.runtime.unread import COEFFICIENTS, unread
 from spo.schedules import Controller, Schedule
+from spo.speed import Speed
 from spo.tracking import Record, RunDescription, Tracker
 
 log = logging.getLogger(__name__)
@@ -200,6 +201,7 @@ def build_module(
         micro_batch_size=cfg.data.micro_batch_size,
         log_every_n_steps=cfg.trainer.log_every_n_steps,
         seed=cfg.seed,
+        speed=Speed(**cfg.speed),
         enumeration=enumeration,
     )
 

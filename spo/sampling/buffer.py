@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spo.sampling.generate import derive_seed, sample
 from spo.types import Sequences
@@ -18,6 +18,10 @@ class SampleBuffer:
     Each rank draws and serves its own share of ``num_samples`` and ``batch_size``. What is drawn depends on the
     seed, the step and the weights alone, so a resumed run draws what the unbroken one would have drawn. The samples
     are held on the host, where cutting rows to their length keeps no device waiting.
+
+    Attributes:
+        reference_states: for each sample, what the reference computed on it; not part of the state, as it follows from
+            the samples.
 
     Args:
         prompts: token ids of the prompts to draw from.
@@ -58,6 +62,7 @@ class SampleBuffer:
         self.seed, self.rank = seed, rank
         self.drawn_at: int | None = None
         self.samples: Sequences | None = None
+        self.reference_states: list[Tensor] | None = None
 
     def is_stale(self, step: int) -> bool:
         """Whether ``step`` calls for a new drawing."""
@@ -75,13 +80,23 @@ class SampleBuffer:
         seeds = [derive_seed(seed, row) for row in range(self.num_samples)]
         self.samples = sample(policy, prompts, temperature=1.0, seeds=seeds, **self.sampling).to("cpu")
         self.drawn_at = step
+        self.reference_states = None
+
+    @property
+    def held(self) -> Sequences:
+        """The samples, on the host."""
+        if self.samples is None:
+            raise RuntimeError("the sample buffer is empty: refresh() comes first")
+        return self.samples
+
+    def index(self, step: int) -> list[int]:
+        """Which of the samples step ``step`` uses; consecutive steps walk through the buffer."""
+        first = self.age(step) * self.batch_size
+        return [place % len(self.held) for place in range(first, first + self.batch_size)]
 
     def rows(self, step: int) -> Sequences:
-        """The samples that step ``step`` uses, on the host; consecutive steps walk through the buffer."""
-        if self.samples is None:
-            raise RuntimeError("the sample buffer is empty: refresh() comes before rows()")
-        first = self.age(step) * self.batch_size
-        return self.samples.rows(torch.arange(first, first + self.batch_size) % len(self.samples))
+        """Those samples."""
+        return self.held.rows(torch.tensor(self.index(step)))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and the step, for an exact resume between two drawings."""

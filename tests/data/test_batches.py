@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from spo.data.collate import collate
 from spo.data.datamodule import PreferenceDataModule
 from spo.data.windows import Windows, cut
 from spo.types import PreferenceBatch, Window
+from tests.helpers import PLAIN
 
 
 def pair(i: int, **changes: Any) -> TokenizedPair:
@@ -148,6 +150,7 @@ def module_of(max_steps: int, **changes: Any) -> PreferenceDataModule:
 class FakeTrainer:
     def __init__(self, world_size: int = 1, global_rank: int = 0, global_step: int = 0) -> None:
         self.world_size, self.global_rank, self.global_step = world_size, global_rank, global_step
+        self.lightning_module = SimpleNamespace(speed=PLAIN)
 
 
 def served(data: PreferenceDataModule, **trainer: int) -> tuple[list[Window], list[PreferenceBatch]]:
@@ -230,6 +233,7 @@ class Recorder(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.speed = PLAIN
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.seen: list[list[list[int]]] = []
         self.validated: list[int] = []

@@ -1,0 +1,305 @@
+"""Packed rows through a Hugging Face decoder's own forward: the attention it calls, and the probe that accepts it.
+
+transformers lets a model call an attention function by name. Ours reads how the row is made up from a keyword of the
+forward, ``packed_groups``, and attends within the groups. Without the keyword it is the model's own attention, so that
+generation and padded batches run as they always did.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from spo.ops import completion_logits, completion_targets, token_logps
+from spo.types import Group, Groups, Sequences
+
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
+"""Nats per token by which packed and padded log-probs may differ: rounding, in another order.
+
+transformers rounds to float32 inside of float64 models too. In half precision rounding hides much, but not that one
+sequence is changed by another.
+"""
+TOGETHER = 256
+"""Tokens that attend in one masked call, although most pairs of them are masked: shorter calls cost more than that."""
+CHANGES_ATTENTION = ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask", "cache")
+"""Arguments that some architectures give to attention and that packed rows do not heed."""
+T = TypeVar("T")
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
+
+
+def attend_by_group(
+    query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float | None, dropout: float = 0.0
+) -> Tensor:
+    """Causal attention in which each completion of a packed row sees its prompt and itself.
+
+    Args:
+        query: ``(1, heads, L, d)``.
+        key: ``(1, heads, L, d)``.
+        value: ``(1, heads, L, d)``.
+        groups: what lies in the row.
+        scale: of the products; ``None`` for one over the root of d.
+        dropout: of the attention weights.
+
+    Returns:
+        ``(1, heads, L, d)``.
+    """
+    parts = []
+    for call in _kept(groups, ("calls", query.device), lambda: list(_calls(groups, query.device))):
+        q = query[:, :, call.queries]
+        k, v = (torch.cat([x[:, :, part] for part in call.keys], 2) for x in (key, value))
+        causal = call.mask is None
+        parts.append(
+            scaled_dot_product_attention(q, k, v, attn_mask=call.mask, is_causal=causal, scale=scale, dropout_p=dropout)
+        )
+    return torch.cat(parts, dim=2)
+
+
+class _Call(NamedTuple):
+    """One call of the attention kernel: some places of the row against others, ``mask`` being ``None`` for causal."""
+
+    queries: slice
+    keys: list[slice]
+    mask: Tensor | None
+
+
+def _calls(groups: Groups, device: torch.device) -> Iterator[_Call]:
+    """Small groups are masked together; of a large one the prompt runs alone, then its completions likewise.
+
+    They are in the order of the row.
+    """
+    start = 0
+    for run in _together(groups.members, lambda group: group.length):
+        whole = slice(start, start + sum(group.length for group in run))
+        start = whole.stop
+        if whole.stop - whole.start <= TOGETHER:
+            yield _Call(whole, [whole], _visible(run, device))
+            continue
+        [group] = run
+        prompt = slice(whole.start, whole.start + group.prompt)
+        yield _Call(prompt, [prompt], None)
+        at = prompt.stop
+        for lengths in _together(group.completions, int):
+            queries = slice(at, at + sum(lengths))
+            mask = _visible([Group(group.prompt, tuple(lengths))], device)[group.prompt :]
+            yield _Call(queries, [prompt, queries], mask)
+            at = queries.stop
+
+
+def _together(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
+    """Consecutive items in runs of at most ``TOGETHER`` tokens; a longer item is a run of its own."""
+    run: list[T] = []
+    for item in items:
+        if run and sum(map(length, run)) + length(item) > TOGETHER:
+            yield run
+            run = []
+        run.append(item)
+    if run:
+        yield run
+
+
+def _kept(groups: Groups, name: object, make: Callable[[], Any]) -> Any:
+    if name not in groups.derived:
+        groups.derived[name] = make()
+    return groups.derived[name]
+
+
+def _members(groups: Iterable[Group]) -> tuple[Tensor, Tensor]:
+    """For each place of a row the number of its group, and within the group 0 for the prompt, else the completion's."""
+    lengths = [(group.prompt, *group.completions) for group in groups]
+    group = torch.cat([torch.full((sum(parts),), i) for i, parts in enumerate(lengths)])
+    member = torch.cat([torch.full((n,), i) for parts in lengths for i, n in enumerate(parts)])
+    return group, member
+
+
+def _visible(groups: Sequence[Group], device: torch.device) -> Tensor:
+    """``(L, L)`` true where the token of a row sees the one of a column."""
+    group, member = _members(groups)
+    place = torch.arange(len(group))
+    seen = (member == 0) | (member == member[:, None])
+    return (seen & (group == group[:, None]) & (place <= place[:, None])).to(device)
+
+
+def attend_by_blocks(
+    query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float | None, dropout: float = 0.0
+) -> Tensor:
+    """The same in one FlexAttention kernel, which skips the blocks that are masked out as a whole.
+
+    Raises:
+        ValueError: ``dropout`` is not 0: the kernel has none.
+    """
+    if dropout > 0:
+        raise ValueError("FlexAttention has no dropout")
+    mask = _kept(groups, ("blocks", query.device), lambda: _block_mask(groups, query.device))
+    attend = _compiled_flex_attention() if query.is_cuda else flex_attention
+    return attend(query, key, value, block_mask=mask, scale=scale)
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _block_mask(groups: Groups, device: torch.device) -> BlockMask:
+    group_of, member_of = (numbers.to(device) for numbers in _members(groups.members))
+
+    def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        member = member_of[k]
+        return (q >= k) & (group_of[q] == group_of[k]) & ((member == 0) | (member == member_of[q]))
+
+    return create_block_mask(visible, None, None, len(group_of), len(group_of), device=device.type)
+
+
+BACK_ENDS: dict[str, Callable[..., Tensor]] = {"flex": attend_by_blocks, "groups": attend_by_group}
+
+
+def back_ends(device: torch.device) -> list[str]:
+    """Names of those that are worth a try on a device, the fastest first."""
+    return ["flex", "groups"] if device.type == "cuda" else ["groups"]
+
+
+# --- as transformers calls it --------------------------------------------------------------------------------------
+
+_modules_seen: list[nn.Module] | None = None
+"""Attention modules that ran on a packed row, while the probe is looking."""
+
+
+def _register(back_end: str, own: str) -> str:
+    """Makes an attention implementation of transformers, and returns its name."""
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        packed_groups: Groups | None = None,
+        **further: Any,
+    ) -> tuple[Tensor, None]:
+        if packed_groups is None:
+            call = _own_attention(own, module)
+            return call(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **further)
+        if unheeded := [name for name in CHANGES_ATTENTION if further.get(name) is not None]:
+            raise ValueError(f"its attention takes {' and '.join(unheeded)}")
+        if _modules_seen is not None:
+            _modules_seen.append(module)
+        shared_by = query.shape[1] // key.shape[1]
+        if shared_by > 1:
+            key, value = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
+        attended = BACK_ENDS[back_end](query, key, value, packed_groups, scaling, dropout)
+        return attended.transpose(1, 2).contiguous(), None
+
+    name = f"packed_{back_end}_{own}"
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    return name
+
+
+def _own_attention(own: str, module: nn.Module) -> Callable[..., Any]:
+    if own == "eager":  # each architecture has its own, in the file that defines it
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[own]
+
+
+# --- the probe -----------------------------------------------------------------------------------------------------
+
+
+def enable_packing(model: nn.Module) -> str | None:
+    """Lets a model take packed rows, if it computes the same with them.
+
+    Accepted is a model whose every layer calls the attention function once, with nothing that packed rows do not heed;
+    whose log-probs of random ids are those of the padded batch; and in which no sequence is changed by another.
+
+    Args:
+        model: a Hugging Face causal language model, or one with an adapter. It is left as it was where it is refused.
+
+    Returns:
+        Why it is refused, or ``None``.
+    """
+    causal: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+    own = getattr(getattr(causal, "config", None), "_attn_implementation", None)
+    if own is None or not getattr(causal, "_can_set_attn_implementation", bool)():
+        return "its attention cannot be chosen by name"
+    if own.startswith("packed_"):
+        return None
+    layers = set(getattr(causal.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
+    if layers:
+        return f"it has layers of {' and '.join(sorted(layers))}"
+    device = next(model.parameters()).device
+    reason: str | None = None
+    for back_end in back_ends(device):
+        causal.set_attn_implementation(_register(back_end, own))
+        causal.takes_packed_rows = True
+        reason = _refused(model, causal.config.get_text_config(), device)
+        if reason is None:
+            return None
+    causal.takes_packed_rows = False
+    causal.set_attn_implementation(own)
+    return reason
+
+
+def _refused(model: nn.Module, config: Any, device: torch.device) -> str | None:
+    global _modules_seen
+    rows = _random_rows(config.vocab_size)
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            padded = _token_logps(model, rows, device, packed=False)
+            _modules_seen = []
+            packed = _token_logps(model, rows, device, packed=True)
+            calls, different = len(_modules_seen), len(set(_modules_seen))
+            layers = config.num_hidden_layers
+            if not calls == different == layers:
+                return f"attention was called {calls} times in {different} places, for {layers} layers"
+            widest = float((packed - padded).abs().max())
+            if not widest <= TOLERANCE[next(model.parameters()).dtype]:
+                return f"packed and padded log-probs differ by {widest:.2g} nats"
+            edited = [*rows[:-1], (rows[-1][0], rows[-1][1][::-1])]
+            kept = sum(len(completion) for _, completion in rows[:-1])
+            if not torch.equal(_token_logps(model, edited, device, packed=True)[:kept], packed[:kept]):
+                return "a sequence is changed by another one of its row"
+    except Exception as error:  # whatever an architecture does with what it was not made for
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    finally:
+        _modules_seen = None
+        for module, mode in training.items():
+            module.training = mode
+    return None
+
+
+def _random_rows(vocabulary: int) -> list[tuple[list[int], list[int]]]:
+    """Two completions of one prompt, one of a prompt of one token, and three of another; the last shares its prompt."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(vocabulary, (n,), generator=generator).tolist()
+
+    first, second, third = ids(7), ids(1), ids(4)
+    wanted = [(first, 5), (first, 9), (second, 1), (third, 3), (third, 1), (third, 6)]
+    return [(prompt, ids(n)) for prompt, n in wanted]
+
+
+def _token_logps(
+    model: nn.Module, rows: list[tuple[list[int], list[int]]], device: torch.device, packed: bool
+) -> Tensor:
+    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    input_ids = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
+    for i, (prompt, completion) in enumerate(rows):
+        input_ids[i, : lengths[i]] = torch.tensor(prompt + completion)
+    sequences = Sequences(input_ids, torch.tensor([len(prompt) for prompt, _ in rows]), torch.tensor(lengths))
+    sequences = (sequences.pack(share_prompts=True) if packed else sequences).to(device)
+    logits = completion_logits(model, sequences)
+    return token_logps(logits, completion_targets(sequences))

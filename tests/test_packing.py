@@ -1,0 +1,260 @@
+"""Packed rows: equal to padded batches for every model that is accepted, refused in words for every other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import spo.models.packing as packing
+from spo.models.packing import BACK_ENDS, enable_packing
+from spo.ops import completion_logits, completion_targets, token_logps
+from spo.speed import Speed
+from spo.types import Groups, Sequences
+from tests.helpers import FAST, PLAIN, VOCAB, random_rows, sequences, tiny_llama
+from tests.test_ops import _config, build, gradients
+
+ACCEPTED: dict[str, Callable[[], Any]] = {
+    "llama": lambda: _config("LlamaConfig"),
+    "qwen2": lambda: _config("Qwen2Config"),
+    "qwen3": lambda: _config("Qwen3Config", head_dim=8),
+    "mistral": lambda: _config("MistralConfig", sliding_window=None),
+    "mixtral": lambda: _config("MixtralConfig", num_local_experts=4),
+    "gemma": lambda: _config("GemmaConfig", head_dim=8),
+    "phi": lambda: _config("PhiConfig"),
+    "gpt_neox": lambda: _config("GPTNeoXConfig"),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5
+    ),
+    "opt": lambda: transformers.OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        init_std=0.5,
+    ),
+    "granite": lambda: _config("GraniteConfig", logits_scaling=7.0),
+}
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "mistral": (lambda: _config("MistralConfig", sliding_window=3), "its attention takes sliding_window"),
+    "gemma2": (lambda: _config("Gemma2Config", head_dim=8, sliding_window=3), "it has layers of sliding_attention"),
+    "gemma2_full": (
+        lambda: _config("Gemma2Config", head_dim=8, layer_types=["full_attention"] * 2),
+        "its attention takes softcap",
+    ),
+    "mamba": (
+        lambda: transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4),
+        "it has layers of linear_attention",
+    ),
+    "bloom": (
+        lambda: transformers.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=2),
+        "its attention cannot be chosen by name",
+    ),
+}
+ROWS = [*random_rows(4, seed=3), ([5], [6]), ([5], [7, 8, 9]), ([4, 4, 4], [4]), ([5], [9])]
+
+
+def made(config: Callable[[], Any], **settings: Any) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config(), **settings).eval()
+    return model if isinstance(model, transformers.MixtralForCausalLM) else model.double()
+
+
+def assert_same(got: Tensor, want: Tensor) -> None:
+    """To what is left of float64 where architectures round to float32 on the way."""
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * max(1.0, float(want.abs().max())))
+
+
+def values(model: nn.Module, batch: Sequences) -> Tensor:
+    return token_logps(completion_logits(model, batch), completion_targets(batch))
+
+
+@pytest.fixture(params=["groups", "flex"])
+def back_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each attention on this device: FlexAttention is not the CPU's, and runs there uncompiled."""
+    chosen = {request.param: BACK_ENDS[request.param]}
+    monkeypatch.setattr(packing, "back_ends", lambda device: list(chosen))
+    return request.param
+
+
+@pytest.fixture(params=[256, 4])
+def together(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Small groups in one call, or a call for each prompt and each of the longer completions."""
+    monkeypatch.setattr(packing, "TOGETHER", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_packed_is_padded_for_every_accepted_architecture(name: str, attention: str, together: int) -> None:
+    model = made(ACCEPTED[name], attn_implementation=attention)
+    padded = values(model, sequences(ROWS))
+    padded_gradients = gradients(padded, model)
+    plain = model(torch.tensor([[3, 4, 5]])).logits
+    assert enable_packing(model) is None
+    for shared in (True, False):
+        packed = values(model, sequences(ROWS).pack(share_prompts=shared))
+        assert_same(packed, padded)
+        for got, want in zip(gradients(packed, model), padded_gradients, strict=True):
+            assert_same(got, want)
+    # without the keyword the model is what it was
+    torch.testing.assert_close(model(torch.tensor([[3, 4, 5]])).logits, plain)
+    prompt = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    generated = model.generate(**prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    fresh = made(ACCEPTED[name], attn_implementation=attention)
+    assert torch.equal(generated, fresh.generate(**prompt, max_new_tokens=6, do_sample=False, pad_token_id=0))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_models_are_refused_in_words_and_left_as_they_were(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    config, reason = REFUSED[name]
+    model = made(config, attn_implementation="eager").float()
+    own, before = model.config._attn_implementation, values(model, sequences(ROWS))
+    with caplog.at_level(logging.WARNING, logger="spo"):
+        settled = FAST.settled(model)
+    assert [record.getMessage() for record in caplog.records if record.name == "spo.speed"] == [
+        f"{type(model).__name__}: batches are padded, not packed: {reason}"
+    ]
+    assert not settled.packing and settled.arrange(sequences(ROWS)).packed is None
+    assert model.config._attn_implementation == own
+    assert torch.equal(values(model, sequences(ROWS)), before)
+
+
+def test_a_model_that_computes_something_else_when_packed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaking(query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float, dropout: float) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+    model = tiny_llama(attn_implementation="sdpa")
+    monkeypatch.setitem(BACK_ENDS, "groups", leaking)
+    reason = enable_packing(model)
+    assert reason is not None and reason.startswith("packed and padded log-probs differ by ")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_in_which_sequences_see_each_other_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little: in half precision the difference of the log-probs would drown in rounding."""
+
+    def leaking(query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float, dropout: float) -> Tensor:
+        attended = packing.attend_by_group(query, key, value, groups, scale, dropout)
+        return attended + 1e-7 * value.mean(dim=2, keepdim=True).repeat_interleave(query.shape[1] // value.shape[1], 1)
+
+    model = tiny_llama(dtype=torch.float32, attn_implementation="sdpa")
+    monkeypatch.setitem(BACK_ENDS, "groups", leaking)
+    assert enable_packing(model) == "a sequence is changed by another one of its row"
+
+
+def test_editing_one_sequence_changes_no_other(back_end: str, together: int) -> None:
+    """Neither its log-probs nor its part of the gradient, to the last bit, whatever is edited."""
+    model = tiny_llama(attn_implementation="sdpa")
+    assert enable_packing(model) is None
+    embeddings = model.requires_grad_(False).get_input_embeddings()
+
+    def scored(rows: list[tuple[list[int], list[int]]], watched: range) -> tuple[Tensor, Tensor]:
+        """Log-probs of the watched rows, and their gradient with respect to the embedded tokens of the row."""
+        batch = sequences(rows).pack(share_prompts=True)
+        kept: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+            kept.append(out.detach().requires_grad_(back_end != "flex"))  # on the CPU it has no backward
+            return kept[0]
+
+        handle = embeddings.register_forward_hook(keep)
+        found = values(model, batch).split(batch.completion_length.tolist())
+        handle.remove()
+        chosen = torch.cat([found[i] for i in watched])
+        return chosen.detach(), torch.autograd.grad(chosen.sum(), kept[0])[0] if chosen.requires_grad else chosen
+
+    rows = [([3, 4, 5, 6], [7, 8, 9]), ([3, 4, 5, 6], [10, 11]), ([12], [13, 14, 15, 16, 17]), ([18, 19], [20])]
+    for edited in range(len(rows)):
+        prompt, completion = rows[edited]
+        others = [*rows]
+        others[edited] = (prompt, [(token + 5) % VOCAB for token in completion])
+        watched = [i for i in range(len(rows)) if i != edited]
+        for i in watched:
+            before, gradient = scored(rows, range(i, i + 1))
+            after, other_gradient = scored(others, range(i, i + 1))
+            assert torch.equal(before, after) and torch.equal(gradient, other_gradient)
+        own, _ = scored(rows, range(edited, edited + 1))
+        assert not torch.equal(own, scored(others, range(edited, edited + 1))[0])
+
+
+def test_back_ends_agree(back_end: str, together: int) -> None:
+    model = tiny_llama(attn_implementation="sdpa", num_attention_heads=4, num_key_value_heads=2)
+    padded = values(model, sequences(ROWS))
+    expected = gradients(padded, model)
+    assert enable_packing(model) is None
+    assert back_end in model.config._attn_implementation
+    if back_end == "flex":  # on the CPU it has no backward
+        model.requires_grad_(False)
+    packed = values(model, sequences(ROWS).pack(share_prompts=True))
+    assert_same(packed, padded)
+    if back_end != "flex":
+        for got, want in zip(gradients(packed, model), expected, strict=True):
+            assert_same(got, want)
+
+
+def test_a_row_holds_each_prompt_once() -> None:
+    batch = sequences([([1, 3], [4, 5]), ([1], [6]), ([1, 3], [7]), ([1, 3], [8, 9, 10])])
+    packed = batch.pack(share_prompts=True).packed
+    assert packed is not None
+    assert packed.input_ids.tolist() == [[1, 3, 4, 5, 7, 8, 9, 10, 1, 6]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 2, 2, 3, 4, 0, 1]]
+    assert packed.predictors.tolist() == [1, 2, 8, 1, 1, 5, 6]
+    assert [(group.prompt, group.completions) for group in packed.groups.members] == [(2, (2, 1, 3)), (1, (1,))]
+    apart = batch.pack(share_prompts=False).packed
+    assert apart is not None
+    assert apart.input_ids.tolist() == [[1, 3, 4, 5, 1, 6, 1, 3, 7, 1, 3, 8, 9, 10]]
+    assert [group.completions for group in apart.groups.members] == [(2,), (1,), (1,), (3,)]
+
+
+def test_an_adapter_of_an_accepted_model(caplog: pytest.LogCaptureFixture) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(build("llama"), settings).double().eval()
+    padded = values(model, sequences(ROWS))
+    speed = FAST.settled(model)
+    assert speed.packing and not caplog.records
+    packed = values(model, speed.arrange(sequences(ROWS)))
+    assert_same(packed, padded)
+    with model.disable_adapter():
+        assert (values(model, speed.arrange(sequences(ROWS))) - packed).abs().max() > 1e-3
+
+
+def test_recomputed_activations_are_packed_too() -> None:
+    model = tiny_llama(attn_implementation="sdpa").train()
+    assert enable_packing(model) is None and model.training
+    batch = sequences(ROWS).pack(share_prompts=True)
+    expected = gradients(values(model, batch), model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for got, want in zip(gradients(values(model, batch), model), expected, strict=True):
+        assert_same(got, want)
+
+
+@pytest.mark.parametrize("speed", [FAST, PLAIN], ids=["fast", "plain"])
+def test_every_setting_gives_the_same_log_probs(speed: Speed) -> None:
+    model = tiny_llama(attn_implementation="sdpa")
+    expected = token_logps(completion_logits(model, sequences(ROWS)), completion_targets(sequences(ROWS)))
+    sums = torch.stack([part.sum() for part in expected.split(sequences(ROWS).completion_length.tolist())])
+    speed = speed.settled(model)
+    assert_same(speed.logps(model, speed.arrange(sequences(ROWS))), sums)
+
+
+def test_dropout_of_attention_acts_in_packed_rows() -> None:
+    model = tiny_llama(attn_implementation="sdpa", attention_dropout=0.5)
+    assert enable_packing(model) is None
+    batch = sequences(ROWS).pack(share_prompts=True)
+    torch.manual_seed(0)
+    still = values(model, batch)
+    assert torch.equal(values(model, batch), still)
+    model.train()
+    assert (values(model, batch) - still).abs().max() > 1e-3
