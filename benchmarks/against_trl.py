@@ -17,6 +17,7 @@ from benchmarks.workloads import MAX_LENGTH, PAIRS, Workload, now
 from spo.data import TokenizedPair
 from spo.errors import UserError
 from spo.runtime.prepare import eval_device
+from spo.runtime.train import Parts
 from spo.types import Window
 
 DEFAULTS = {"bf16": True, "gradient_checkpointing": True}
@@ -105,8 +106,13 @@ def train(workload: Workload, pairs: Sequence[TokenizedPair], **settings: Any) -
 
 
 @torch.no_grad()
-def agreement(workload: Workload, windows: Sequence[Window]) -> float:
+def agreement(workload: Workload, parts: Parts, windows: Sequence[Window]) -> float:
     """Largest difference of a completion token's log-prob between TRL's policy and ours, over the first window.
+
+    Args:
+        workload: what both train on.
+        parts: ours, started: scored is as a step scores.
+        windows: of a round; their tokens are compared with those of TRL's own batches.
 
     Raises:
         RuntimeError: the two sides would not train on the same tokens.
@@ -116,11 +122,8 @@ def agreement(workload: Workload, windows: Sequence[Window]) -> float:
     for window, inputs in zip(windows, batches, strict=True):
         if _tokens(window) != _trl_tokens(inputs):
             raise RuntimeError("TRL's batches do not hold the tokens that ours hold")
-    parts = workload.parts("method=dpo")
     device = batches[0]["input_ids"].device
-    parts.module.policy.to(device)
-    parts.module.reference.to(device)
-    parts.module.on_fit_start()
+    trainer.model.to(device)
     [batch] = windows[0]
     sequences = batch.sequences
     tokens = parts.module.score(batch.to(device)).tokens.split(sequences.completion_length.tolist())

@@ -12,7 +12,8 @@ step: validation, checkpoints, loggers, and the probe that samples at every log 
 ``entropy`` (its cost is printed by itself).
 
 SPO draws its samples anew every 10 steps. A fit draws them in its first step; the time of that drawing
-(``time/sampling_s`` of the record) is taken out of the fit, and a tenth of it is added to each step.
+(``time/sampling_s`` of the record) is taken out of the fit, and a tenth of it is added to each step. What else a first
+step does once counts in full, on either side.
 
 A ratio is that of two contestants in the same round; shown are the median over the rounds, and the range.
 """
@@ -107,9 +108,9 @@ def against_trl(workload: Workload, asked: argparse.Namespace) -> dict[str, Any]
     """Agreement first, then the step times of TRL's DPO, our DPO and our SPO."""
     from benchmarks.against_trl import DEFAULTS, agreement
 
-    parts = workload.parts("method=dpo")
+    parts = workload.started("method=dpo")
     windows = {number: workload.windows(parts, seed=number) for number in range(asked.rounds)}
-    difference = agreement(workload, windows[0])
+    difference = agreement(workload, parts, windows[0])
     print(f"agreement: log-probs of completion tokens differ by at most {difference:.1e} nats from TRL's")
     facts = statistics([pair for window in windows.values() for pair in workload.pairs(window)])
     parameters = sum(parameter.numel() for parameter in parts.module.policy.parameters())

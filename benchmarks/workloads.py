@@ -361,11 +361,21 @@ class Workload:
         parts.trainer.fit(parts.module, datamodule=parts.data)
         return clock
 
+    def started(self, *overrides: str) -> Parts:
+        """The parts of a fit as they are when it has just begun, on the device, so that they can be tried by hand."""
+        parts = self.parts(*overrides)
+        module, trainer = parts.module, parts.trainer
+        trainer.strategy.connect(module)
+        parts.data.trainer = trainer
+        device = trainer.strategy.root_device
+        module.to(device)
+        module.reference.to(device)
+        module.on_fit_start()
+        return parts
+
     def windows(self, parts: Parts, seed: int) -> list[Window]:
-        """What a fit with that seed is served, step by step."""
-        parts.data.trainer, parts.data.seed = parts.trainer, seed
-        parts.trainer.strategy.connect(parts.module)
-        parts.module.on_fit_start()
+        """What a fit with that seed is served, step by step, laid out for the parts that have started."""
+        parts.data.seed = seed
         return list(parts.data.train_dataloader())
 
     def pairs(self, windows: Sequence[Window]) -> list[TokenizedPair]:

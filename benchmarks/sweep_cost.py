@@ -1,0 +1,91 @@
+"""What a sweep saves: its jobs share one reference model, one set of pairs and one pass of the reference over them.
+
+Usage: ``python -m benchmarks.sweep_cost [--jobs N] [--json FILE] [OVERRIDE ...]``
+
+Once as ``spo train -m seed=0,1,...`` with an empty cache, then as that many commands with an empty cache each; both by
+the clock on the wall, so starting the interpreter counts. ``OVERRIDE``: of ``spo train``, by default ``+debug=tiny``
+with precomputed reference log-probs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from benchmarks.common import environment, show, write_json
+
+USUAL = ("+debug=tiny", "method=dpo", "reference=precomputed")
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Runs the benchmark that the command line asks for.
+
+    Returns:
+        What ``--json`` writes.
+    """
+    parser = argparse.ArgumentParser("python -m benchmarks.sweep_cost", description=__doc__.split("\n")[0])
+    parser.add_argument("overrides", nargs="*", default=list(USUAL), metavar="OVERRIDE", help="of spo train")
+    parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument("--json", metavar="FILE", help="where the result is written")
+    asked = parser.parse_args(arguments)
+    seeds = range(asked.jobs)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        seconds = {
+            "one sweep": _timed(
+                [f"seed={','.join(map(str, seeds))}", f"hydra.sweep.dir={folder}/sweep", *asked.overrides, "-m"],
+                folder / "cache",
+            ),
+            "separate runs": sum(
+                _timed(
+                    [f"seed={seed}", f"hydra.run.dir={folder}/runs/{seed}", *asked.overrides],
+                    folder / f"cache-{seed}",
+                )
+                for seed in seeds
+            ),
+        }
+        runs = {"one sweep": folder / "sweep", "separate runs": folder / "runs"}
+        preparing = {kind: _prepare_seconds(where) for kind, where in runs.items()}
+    rows = [(kind, seconds[kind], preparing[kind]) for kind in runs]
+    show(f"{asked.jobs} jobs: {' '.join(asked.overrides)}", ["", "seconds in all", "of them preparing"], rows)
+    result = {
+        "jobs": asked.jobs,
+        "overrides": asked.overrides,
+        "sweep_s": seconds["one sweep"],
+        "separate_s": seconds["separate runs"],
+        "sweep_prepare_s": preparing["one sweep"],
+        "separate_prepare_s": preparing["separate runs"],
+        "ratio": seconds["separate runs"] / seconds["one sweep"],
+        "environment": environment(),
+    }
+    print(f"separate runs take {result['ratio']:.2f} times as long")
+    write_json(asked.json, result)
+    return result
+
+
+def _timed(words: Sequence[str], cache: Path) -> float:
+    started = perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "spo", "train", "logger=record", *words],
+        env={**os.environ, "SPO_CACHE_DIR": str(cache)},
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    return perf_counter() - started
+
+
+def _prepare_seconds(folder: Path) -> float:
+    """What the runs of a folder spent before their first step."""
+    return sum(json.loads(file.read_text())["time/prepare_s"] for file in folder.rglob("metrics.json"))
+
+
+if __name__ == "__main__":
+    main()
