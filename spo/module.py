@@ -34,7 +34,7 @@ from spo.ops import (
     token_kl,
     token_logps,
 )
-from spo.regularizers import EnumeratedKL, Regularizer
+from spo.regularizers import EnumeratedKL, GlobalKL, Regularizer
 from spo.sampling import SampleBuffer, derive_seed, eval_mode, sample
 from spo.schedules import Controller, Schedule
 from spo.speed import Speed, compile_blocks
@@ -124,7 +124,10 @@ class AlignmentModule(LightningModule):
         prompts: for sampling while training.
         probe: how kl and entropy are watched; ``None`` turns it off.
         clip_norm: largest gradient norm, or ``None``.
-        micro_batch_size: pairs per forward, also used to cut the regularizer's sequences; ``None`` for all at once.
+        micro_batch_size: most pairs per forward, also used to cut the regularizer's samples, two for a pair; ``None``
+            for no limit.
+        micro_batch_tokens: most tokens per forward of samples, each counted as the longest there can be, so that all
+            devices cut alike; ``None`` for no limit.
         log_every_n_steps: optimiser steps per row of the record.
         seed: of the run.
         speed: how log-probabilities are computed.
@@ -150,6 +153,7 @@ class AlignmentModule(LightningModule):
         probe: ProbeSettings | None,
         clip_norm: float | None,
         micro_batch_size: int | None,
+        micro_batch_tokens: int | None,
         log_every_n_steps: int,
         seed: int,
         speed: Speed,
@@ -164,7 +168,8 @@ class AlignmentModule(LightningModule):
         self.alpha, self.beta = alpha, beta
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.prompts, self.probe = prompts, probe
-        self.clip_norm, self.micro_batch_size = clip_norm, micro_batch_size
+        self.clip_norm = clip_norm
+        self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
         self.log_every_n_steps, self.seed = log_every_n_steps, seed
         self.speed = speed
         self.enumeration = enumeration
@@ -291,6 +296,10 @@ class AlignmentModule(LightningModule):
 
     def _per_forward(self, samples: list[int]) -> Iterator[list[int]]:
         size = len(samples) if self.micro_batch_size is None else 2 * self.micro_batch_size
+        if self.micro_batch_tokens is not None:
+            assert isinstance(self.regularizer, GlobalKL)
+            longest = max(map(len, self.prompts.train)) + self.regularizer.max_new_tokens
+            size = min(size, max(self.micro_batch_tokens // longest, 1))
         return (samples[first : first + size] for first in range(0, len(samples), size))
 
     def _enumerated_term(self, step: int) -> Tensor:

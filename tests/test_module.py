@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import sleep
 from types import SimpleNamespace
@@ -36,7 +37,9 @@ from spo.types import PreferenceBatch
 from tests.helpers import (
     BOS,
     EOS,
+    FAST,
     PAD,
+    PLAIN,
     VOCAB,
     Spied,
     frozen,
@@ -124,6 +127,47 @@ def test_gradients_do_not_depend_on_the_micro_batch_and_the_last_window_is_ragge
         assert len(cut.sampled) == len(whole.sampled) == (3 if name == "spo_global" else 0)
         for mine, other in zip(cut.sampled, whole.sampled, strict=True):
             assert torch.equal(mine, other)
+
+
+SWITCHES = {
+    "plain": PLAIN,
+    **{
+        f"{name}={value}": replace(FAST, **{name: value})
+        for name, value in asdict(PLAIN).items()
+        if asdict(FAST)[name] != value
+    },
+    "compile=True": replace(FAST, compile=True),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+@pytest.mark.parametrize("switch", [*SWITCHES][:-1])
+def test_gradients_do_not_depend_on_how_fast_they_are_computed(name: str, switch: str, tmp_path: Path) -> None:
+    """Each key of the group ``speed`` switched off by itself, and all of them, over three steps and two drawings."""
+    loss, regularizer = COMPOSITIONS[name]
+    fast, other = (
+        trained(tmp_path, loss, regularizer, pairs=24, steps=3, batch_size=8, speed=s, micro=5)
+        for s in (FAST, SWITCHES[switch])
+    )
+    assert fast.speed.probed
+    for ours, theirs in zip(fast.gradients, other.gradients, strict=True):
+        assert_same(ours, theirs, 1e-5)  # Llama's norms are float32 inside
+    for mine, its in zip(fast.sampled, other.sampled, strict=True):
+        assert torch.equal(mine, its)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dpo", "spo_global"])
+def test_compiled_blocks_have_the_same_gradients_and_are_compiled_once(name: str, tmp_path: Path) -> None:
+    loss, regularizer = COMPOSITIONS[name]
+    plain, compiled = (
+        trained(tmp_path, loss, regularizer, pairs=40, steps=5, batch_size=8, speed=speed)
+        for speed in (FAST, SWITCHES["compile=True"])
+    )
+    for ours, theirs in zip(compiled.gradients, plain.gradients, strict=True):
+        assert_same(ours, theirs, 1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["recompile_limit"]
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo_local", "spo_global"])

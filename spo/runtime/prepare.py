@@ -255,6 +255,7 @@ def _fit_supervised(cfg: DictConfig, model: Any, train: list[TokenizedPair], tok
         probe=None,
         clip_norm=sft.clip_norm,
         micro_batch_size=None,
+        micro_batch_tokens=None,
         log_every_n_steps=20,
         seed=cfg.data.seed,
         speed=Speed(**cfg.speed),

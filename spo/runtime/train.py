@@ -203,6 +203,7 @@ def build_module(
         probe=probe,
         clip_norm=cfg.trainer.gradient_clip_val,
         micro_batch_size=cfg.data.micro_batch_size,
+        micro_batch_tokens=cfg.data.micro_batch_tokens,
         log_every_n_steps=cfg.trainer.log_every_n_steps,
         seed=cfg.seed,
         speed=Speed(**cfg.speed),
