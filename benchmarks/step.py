@@ -1,0 +1,227 @@
+"""The time of an optimiser step, against TRL's DPOTrainer in the same process, and what each of our speed-ups is worth.
+
+Usage: ``python -m benchmarks.step [--against trl] --size 1m|10m|1b|8b-lora --data hh|alpaca_eval|synthetic
+[--rounds N] [--steps N] [--threads N] [--trl-defaults] [--ablation] [--profile] [--json FILE]``
+
+A round is a fit of ``--steps`` optimiser steps by every contestant, in an order shuffled for each round: the same 8
+pairs per step as the same token ids, the same initial weights, AdamW, clipping of the gradient, a live reference. Ours
+is the training path of ``spo train``: its configuration, data module, LightningModule and Trainer. TRL's is
+``DPOTrainer.train``. Both are timed from before the first batch is loaded to the end of the last step, so loading and
+whatever lies between steps counts. Copying the weights and making the trainers does not, nor does what is no part of a
+step: validation, checkpoints, loggers, and the probe that samples at every log interval to watch ``kl`` and
+``entropy`` (its cost is printed by itself).
+
+SPO draws its samples anew every 10 steps. A fit draws them in its first step; the time of that drawing
+(``time/sampling_s`` of the record) is taken out of the fit, and a tenth of it is added to each step.
+
+A ratio is that of two contestants in the same round; shown are the median over the rounds, and the range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics as stats
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+
+from benchmarks.common import Contestant, Ratio, alternate, environment, show, write_json
+from benchmarks.workloads import FILES, PAIRS, REFRESH_EVERY, SIZES, Clock, Workload, find_data, statistics
+from benchmarks.workloads import SPO as SPO_OVERRIDES
+from spo.errors import UserError
+from spo.resources import conf_dir
+from spo.runtime.config import compose
+from spo.runtime.terminal import quiet_libraries
+
+WARM_UP = 2
+"""Steps of each contestant before the first round."""
+DPO, SPO, TRL, TRL_DEFAULTS = "spo: DPO", "spo: SPO", "TRL: DPO", "TRL: DPO, its own defaults"
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Runs the benchmark that the command line asks for.
+
+    Returns:
+        What ``--json`` writes.
+    """
+    asked = _parser().parse_args(arguments)
+    quiet_libraries()
+    cache = Path(compose(["model=tiny"], run_dir=".").paths.cache)
+    data = find_data(asked.data, cache)
+    workload = Workload(SIZES[asked.size], data, asked.steps, asked.threads, cache)
+    result = {"size": asked.size, "data": data.name, "rounds": asked.rounds, "steps": asked.steps}
+    measure = ablation if asked.ablation else against_trl
+    result |= measure(workload, asked) | {"environment": environment()}
+    write_json(asked.json, result)
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks.step", description=__doc__.split("\n")[0])
+    parser.add_argument("--against", choices=["trl"], default="trl", help="whose step ours is compared with")
+    parser.add_argument("--size", choices=SIZES, default="10m", help="of the model, a Llama with random weights")
+    parser.add_argument("--data", choices=[*FILES, "synthetic"], default="hh", help="pairs; files from SPO_DATA_DIR")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="of each contestant in a round")
+    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    parser.add_argument("--trl-defaults", action="store_true", help="also TRL as it comes: bf16 and checkpointing")
+    parser.add_argument("--ablation", action="store_true", help="instead: our steps with each speed-up switched off")
+    parser.add_argument("--profile", action="store_true", help="also the share of matrix products in our steps")
+    parser.add_argument("--json", metavar="FILE", help="where the result is written")
+    return parser
+
+
+# --- contestants ---------------------------------------------------------------------------------------------------
+
+
+def ours(workload: Workload, *overrides: str, clocks: list[Clock] | None = None) -> Contestant:
+    """Our step with these overrides: seconds per step of a fit on the windows of a round."""
+
+    def measure(number: int) -> float:
+        clock = workload.fit(*overrides, seed=number)
+        if clocks is not None:
+            clocks.append(clock)
+        return clock.per_step(workload.steps, REFRESH_EVERY if "method=spo" in overrides else None)
+
+    workload.fit(*overrides, steps=WARM_UP)
+    return measure
+
+
+def trls(workload: Workload, windows: Mapping[int, Any], **settings: Any) -> Contestant:
+    """TRL's step on the same windows."""
+    from benchmarks.against_trl import train
+
+    train(workload, workload.pairs(windows[0][:WARM_UP]), **settings)
+    return lambda number: train(workload, workload.pairs(windows[number]), **settings) / workload.steps
+
+
+# --- what is measured ----------------------------------------------------------------------------------------------
+
+
+def against_trl(workload: Workload, asked: argparse.Namespace) -> dict[str, Any]:
+    """Agreement first, then the step times of TRL's DPO, our DPO and our SPO."""
+    from benchmarks.against_trl import DEFAULTS, agreement
+
+    parts = workload.parts("method=dpo")
+    windows = {number: workload.windows(parts, seed=number) for number in range(asked.rounds)}
+    difference = agreement(workload, windows[0])
+    print(f"agreement: log-probs of completion tokens differ by at most {difference:.1e} nats from TRL's")
+    facts = statistics([pair for window in windows.values() for pair in workload.pairs(window)])
+    parameters = sum(parameter.numel() for parameter in parts.module.policy.parameters())
+    del parts
+    print(
+        f"{parameters:,} parameters; {workload.data.name}: prompts of {facts['prompt_tokens']:.0f} tokens, completions "
+        f"of {facts['completion_tokens']:.0f}; {facts['padding_share']:.0%} of a padded batch is padding, "
+        f"{facts['prompt_share']:.0%} of the real tokens are the prompt"
+    )
+    sampled: list[Clock] = []
+    contestants = {
+        TRL: trls(workload, windows),
+        DPO: ours(workload, "method=dpo"),
+        SPO: ours(workload, *SPO_OVERRIDES, clocks=sampled),
+    }
+    if asked.trl_defaults:
+        contestants[TRL_DEFAULTS] = trls(workload, windows, **DEFAULTS)
+    seconds = alternate(contestants, asked.rounds)
+    ratios = {
+        "ratio_dpo": Ratio.of(seconds[TRL], seconds[DPO]),
+        "ratio_spo": Ratio.of(seconds[TRL], seconds[SPO]),
+        "spo_over_dpo": Ratio.of(seconds[SPO], seconds[DPO]),
+    }
+    if asked.trl_defaults:
+        ratios["ratio_trl_defaults"] = Ratio.of(seconds[TRL_DEFAULTS], seconds[TRL])
+    _show_times(f"seconds per step of {PAIRS} pairs", seconds, TRL)
+    for key, ratio in ratios.items():
+        print(f"{key}: {ratio}")
+    found: dict[str, Any] = {"agreement": difference, "parameters": parameters, **facts}
+    for key, ratio in ratios.items():
+        found |= ratio.entries(key)
+    found |= {
+        "trl_step_s": stats.median(seconds[TRL]),
+        "dpo_step_s": stats.median(seconds[DPO]),
+        "spo_step_s": stats.median(seconds[SPO]),
+        "spo_sample_tokens": stats.mean(clock.sample_tokens or 0.0 for clock in sampled),
+        "probe_s": probe_seconds(workload),
+        "seconds": seconds,
+    }
+    print(f"not in a step: {found['probe_s']:.2g} s for the probe, once per log interval (probe.num_prompts=0: never)")
+    if asked.profile:
+        found |= profile(workload, {"dpo": ("method=dpo",), "spo": SPO_OVERRIDES})
+    return found
+
+
+def probe_seconds(workload: Workload) -> float:
+    """What watching kl and entropy costs each time, with the usual 16 samples of 128 tokens."""
+    clock = workload.fit("method=dpo", "probe.num_prompts=16", "probe.max_new_tokens=128", steps=1)
+    return clock.metrics["time/probe_s"]
+
+
+def ablation(workload: Workload, asked: argparse.Namespace) -> dict[str, Any]:
+    """Our DPO and SPO steps as they come, with each key of the group ``speed`` as in ``speed=plain``, and with all."""
+    variants = {"as it comes": [], **speed_ups(), "all switched off": ["speed=plain"]}
+    methods = {"DPO": ("method=dpo",), "SPO": SPO_OVERRIDES}
+    contestants: dict[str, Contestant] = {}
+    for method, overrides in methods.items():
+        for name, extra in variants.items():
+            contestants[f"{method}, {name}"] = ours(workload, *overrides, *extra)
+    seconds = alternate(contestants, asked.rounds)
+    rows, found = [], {}
+    for name in variants:
+        slower = {m: Ratio.of(seconds[f"{m}, {name}"], seconds[f"{m}, as it comes"]) for m in methods}
+        rows.append([name, *(cell for m in methods for cell in (stats.median(seconds[f"{m}, {name}"]), slower[m]))])
+        for method, ratio in slower.items():
+            found |= ratio.entries(f"{name}: {method}")
+    columns = ["", *(column for method in methods for column in (f"{method}, s per step", "times the default"))]
+    show("what each speed-up is worth", columns, rows)
+    return {"slower": found, "seconds": seconds}
+
+
+def speed_ups() -> dict[str, list[str]]:
+    """An override for each key of the group ``speed``: the value that it has in ``speed=plain``."""
+    folder = conf_dir() / "speed"
+    if not folder.is_dir():
+        raise UserError("--ablation switches off the keys of the config group speed, and there is no such group")
+    default, plain = (
+        OmegaConf.to_container(compose([f"speed={name}"], run_dir=".").speed) for name in ("default", "plain")
+    )
+    off = {key: value for key, value in plain.items() if default.get(key) != value}
+    return {f"{key} off": [f"speed.{key}={yaml.safe_dump(value).split()[0]}"] for key, value in off.items()}
+
+
+MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+
+
+def profile(workload: Workload, methods: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """The share of matrix products in the time that torch's operators take, over one fit of each method."""
+    shares = {}
+    for name, overrides in methods.items():
+        with torch.profiler.profile() as profiler:
+            workload.fit(*overrides)
+        events = profiler.key_averages()
+        every = sum(event.self_cpu_time_total for event in events)
+        products = sum(event.self_cpu_time_total for event in events if event.key in MATRIX_PRODUCTS)
+        shares[f"matrix_product_share_{name}"] = products / every
+        longest = sorted(events, key=lambda event: -event.self_cpu_time_total)[:8]
+        rows = [(event.key, event.self_cpu_time_total / every) for event in longest]
+        show(f"{name}: {products / every:.0%} of the operators' time are matrix products", ["operator", "share"], rows)
+    return shares
+
+
+def _show_times(title: str, seconds: Mapping[str, list[float]], base: str) -> None:
+    rows = [
+        (name, stats.median(times), min(times), max(times), Ratio.of(seconds[base], times).median)
+        for name, times in seconds.items()
+    ]
+    show(title, ["", "median", "least", "most", f"{base} over it"], rows)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,169 @@
+"""The benchmarks at a toy size: what they compute, what they write, and what they refuse. No time is compared."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import step
+from benchmarks.common import Ratio, alternate
+from benchmarks.workloads import FILES, HH, SIZES, Clock, Workload, find_data, statistics
+from spo.data import TokenizedPair
+from spo.errors import UserError
+from tests.commands import environment
+from tests.environments import ROOT
+from tests.fixtures import write_alpaca_like, write_hh_like
+
+
+def test_a_ratio_is_the_median_of_the_rounds_own_ratios() -> None:
+    ratio = Ratio.of([2.0, 30.0, 8.0], [1.0, 10.0, 2.0])
+    assert (ratio.median, ratio.low, ratio.high) == (3.0, 2.0, 4.0)  # the ratio of the medians would be 4
+    assert ratio.entries("x") == {"x": 3.0, "x_range": [2.0, 4.0]}
+    with pytest.raises(ValueError, match="at least one round"):
+        Ratio.of([], [])
+    with pytest.raises(ValueError):
+        Ratio.of([1.0], [1.0, 2.0])
+
+
+def test_each_round_has_every_contestant_once_in_an_order_of_its_own() -> None:
+    calls: list[tuple[str, int]] = []
+
+    def contestant(name: str) -> Callable[[int], float]:
+        def measure(number: int) -> float:
+            calls.append((name, number))
+            return 10.0 * number + ord(name)
+
+        return measure
+
+    measured = alternate({name: contestant(name) for name in "abc"}, rounds=6, seed=1)
+    assert measured == {name: [10.0 * number + ord(name) for number in range(6)] for name in "abc"}
+    rounds = [[name for name, number in calls if number == i] for i in range(6)]
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len({tuple(names) for names in rounds}) > 1
+    assert [number for _, number in calls] == sorted(number for _, number in calls)
+    with pytest.raises(ValueError, match="rounds=0"):
+        alternate({"a": contestant("a")}, rounds=0)
+
+
+@pytest.mark.parametrize(("steps", "seconds"), [(4, 9.0), (10, 21.0), (20, 42.0)])
+def test_a_step_bears_its_share_of_a_drawing(steps: int, seconds: float) -> None:
+    clock = Clock()
+    clock.seconds, clock.metrics = seconds, {"time/sampling_s": 1.0}
+    assert clock.per_step(steps) == seconds / steps
+    # steps of 2 s and drawings of 1 s: one in 4 or 10 steps, two in 20
+    assert clock.per_step(steps, refresh_every=10) == pytest.approx(2.1)
+
+
+def pair(prompt: int, chosen: int, rejected: int) -> TokenizedPair:
+    ids = [tuple(range(n)) for n in (prompt, chosen, rejected)]
+    return TokenizedPair(ids[0], ids[1], ids[2], "", "", "", prompt_id="")
+
+
+def test_statistics_of_a_padded_batch_by_hand() -> None:
+    found = statistics([pair(6, 2, 4), pair(1, 1, 2)])
+    # rows of 8, 10, 2 and 3 tokens, all padded to 10; 14 of the 23 tokens are prompt
+    assert found == {
+        "prompt_tokens": 3.5,
+        "completion_tokens": 2.25,
+        "padding_share": pytest.approx(1 - 23 / 40),
+        "prompt_share": pytest.approx(14 / 23),
+    }
+
+
+def test_made_up_pairs_have_the_stated_lengths(tmp_path: Path) -> None:
+    HH.write(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    logs = {name: torch.tensor([float(len(row[name].split())) for row in rows]).log() for name in rows[0]}
+    for name, (mean, spread) in {"prompt": HH.prompt, "chosen": HH.completion, "rejected": HH.completion}.items():
+        assert float(logs[name].mean()) == pytest.approx(mean, abs=0.1), name
+        assert float(logs[name].std()) == pytest.approx(spread, abs=0.1), name
+
+
+def test_an_absent_file_is_said_and_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPO_DATA_DIR", str(tmp_path))
+    data = find_data("hh", tmp_path / "cache")
+    assert data.name == "synthetic" and data.path.is_file()
+    assert capsys.readouterr().out.splitlines() == [
+        f"{FILES['hh']} is not in SPO_DATA_DIR: using made-up pairs with the lengths of HH"
+    ]
+    (tmp_path / FILES["hh"]).touch()
+    assert find_data("hh", tmp_path / "cache").path == tmp_path / FILES["hh"]
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("1m", 0.8e6, 1.2e6), ("10m", 9e6, 11e6)])
+def test_sizes_are_what_they_are_called(name: str, least: float, most: float) -> None:
+    state = torch.random.get_rng_state()
+    model = SIZES[name].model()
+    assert least < sum(parameter.numel() for parameter in model.parameters()) < most
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Small files in the place of the published ones."""
+    write_hh_like(tmp_path / FILES["hh"], 80, seed=0)
+    write_alpaca_like(tmp_path / FILES["alpaca_eval"], 80, seed=0)
+    return tmp_path
+
+
+OPTIONS = ("--rounds", "2", "--steps", "2", "--threads", "1")
+
+
+def check(result: dict[str, Any], data: str) -> None:
+    assert result["data"] == data and result["rounds"] == 2
+    assert 0 <= result["agreement"] < 1e-4
+    assert result["trl_step_s"] > 0
+    assert 0 < result["spo_sample_tokens"] <= 128
+    for key in ("ratio_dpo", "ratio_spo", "spo_over_dpo"):
+        low, high = result[f"{key}_range"]
+        assert 0 < low <= result[key] <= high, key
+
+
+def test_against_trl(
+    files: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("trl", reason="trl is not installed")
+    monkeypatch.setenv("SPO_DATA_DIR", str(files))
+    monkeypatch.setenv("SPO_CACHE_DIR", str(cache_dir))
+    result = step.main(["--size", "toy", "--data", "hh", *OPTIONS, "--json", str(files / "result.json")])
+    check(result, "hh")
+    assert json.loads((files / "result.json").read_text()) == result
+    assert result["environment"]["threads"] == 1
+    out = capsys.readouterr().out
+    assert -1 < out.find("agreement: ") < out.find("seconds per step") < out.find("ratio_dpo: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["alpaca_eval", "synthetic"])
+def test_the_command(data: str, files: Path, cache_dir: Path) -> None:
+    pytest.importorskip("trl", reason="trl is not installed")
+    out = files / "result.json"
+    options = ["--size", "toy", "--data", data, *OPTIONS, "--trl-defaults", "--profile", "--json", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.step", "--against", "trl", *options],
+        cwd=ROOT,
+        env=environment(cache_dir, SPO_DATA_DIR=str(files)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+    result = json.loads(out.read_text())
+    check(result, data)
+    assert 0 < result["matrix_product_share_dpo"] < 1
+    assert result["ratio_trl_defaults"] > 0
+
+
+def test_what_needs_a_gpu_is_refused_in_words(files: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    data = find_data("synthetic", cache_dir)
+    with pytest.raises(UserError, match="needs a CUDA device, and there is none here: choose --size 1m or 10m"):
+        Workload(SIZES["1b"], data, steps=2, threads=1, cache=cache_dir)
