@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from spo.models import tabular
@@ -449,6 +451,22 @@ def test_other_reasons_for_generate() -> None:
     assert "learns a prompt" in str(static.unsupported(prompted))
     encoder = T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, vocab_size=9))
     assert "has an encoder" in str(static.unsupported(encoder))
+
+
+def test_a_sharded_model_takes_the_steps_of_all_ranks_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks have as many prompts, but not as long: what is forwarded does not follow from their lengths."""
+    model = tiny("llama")
+    expected = both(model, ragged(9), max_new_tokens=8)
+    monkeypatch.setattr(generate, "MOST_TOKENS", 40)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        assert "sharded" in str(static.unsupported(model))
+        counted = Counted(model)
+        assert completions(draw(model, ragged(9), max_new_tokens=8)) == expected
+        assert {rows for rows, _ in counted.shapes} == {9}
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_the_memory_of_the_cache_is_taken_once_and_written_in_place() -> None:

@@ -17,7 +17,6 @@ from spo.sampling.draw import next_tokens
 TOKENS_BETWEEN_CHECKS = 16
 """On an accelerator: to ask which rows are finished waits for the device, so a few tokens too many are cheaper."""
 
-
 PREFILL_TOKENS = 2048
 """Of prompts that are forwarded at once: enough to keep a device busy, few enough to need little padding."""
 
