@@ -203,6 +203,7 @@ def of_a_model(samples: int, seed: int, overrides: Sequence[str], size: int = 16
                 eos_token_id=prepared.tokenizer.eos_token_id,
                 pad_token_id=prepared.tokenizer.pad_token_id,
                 seeds=[derive_seed(seed, i, j) for j in range(size)],
+                sampler="static",
             )
             yield completion_logits(policy, sequences), completion_logits(reference, sequences), sequences
 

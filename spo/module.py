@@ -205,13 +205,13 @@ class AlignmentModule(LightningModule):
         """What the loss sees of a batch, and what else is read from the same forward passes."""
         sequences = batch.sequences
         policy_logps, policy_tokens, policy_logits = self.forward_logps(self.policy, sequences)
-        reference_logps, divergence = batch.reference_logps, None
-        on_dataset = self.regularizer.source == "dataset"
-        if on_dataset or (self.loss.uses_reference and reference_logps is None):
+        reference_logps = divergence = None
+        if self.regularizer.source == "dataset":
             with self.reference.active(self.policy) as reference:
                 reference_logps, _, reference_logits = self.forward_logps(reference, sequences)
-            if on_dataset:
-                divergence = batch.mean_per_pair(self.regularizer(policy_logits, reference_logits, sequences))
+            divergence = batch.mean_per_pair(self.regularizer(policy_logits, reference_logits, sequences))
+        elif self.loss.uses_reference:
+            reference_logps = self.reference.pair_logps(batch, self.policy, self.speed)
         seen = batch.list_logps if self.loss.uses_lists else batch.pair_logps
         return Scored(seen(policy_logps, reference_logps), divergence, policy_tokens)
 
@@ -310,12 +310,13 @@ class AlignmentModule(LightningModule):
 
     def _filled_buffer(self, step: int) -> SampleBuffer:
         assert self.buffer is not None
-        if self.buffer.is_stale(step):
-            started = perf_counter()
+        started, stale = perf_counter(), self.buffer.is_stale(step)
+        if stale:
             self.buffer.refresh(self.policy, step)
-            self.train_metrics.update({"sampling_s": perf_counter() - started})
         if self.speed.keep_reference and self.buffer.reference_states is None:
             self.buffer.reference_states = self._reference_states(self.buffer.held)
+        if stale:
+            self.train_metrics.update({"sampling_s": perf_counter() - started})
         return self.buffer
 
     def _reference_states(self, samples: Sequences) -> list[Tensor] | None:
@@ -370,6 +371,7 @@ class AlignmentModule(LightningModule):
             eos_token_id=self.prompts.eos_token_id,
             pad_token_id=self.prompts.pad_token_id,
             seeds=[derive_seed(drawn_with, i) for i in rows],
+            sampler=self.speed.sampler,
         )
         metric = SumsAndCounts(PROBE_METRICS).to(self.device)
         samples = self.speed.arrange(samples.to("cpu")).to(self.device)
@@ -537,6 +539,7 @@ class AlignmentModule(LightningModule):
                 max_new_tokens=regularizer.max_new_tokens,
                 eos_token_id=self.prompts.eos_token_id,
                 pad_token_id=self.prompts.pad_token_id,
+                sampler=self.speed.sampler,
                 seed=self.seed,
                 rank=self.global_rank,
                 world_size=self.trainer.world_size,

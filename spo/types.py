@@ -238,6 +238,7 @@ class PreferenceBatch(_Movable):
         reference_logps: ``(N,)`` precomputed summed reference log-probs in the order of ``sequences``, or ``None``.
         completions: ``(n, B)`` which of ``sequences`` each completion is, best first, -1 where a list has fewer than
             ``n``; ``None`` where all ``n * B`` are there, the ``B`` best ones first.
+        keys: ``N`` digests of the sequences, by which stored log-probs are found; they stay on the host.
     """
 
     sequences: Sequences
@@ -246,6 +247,7 @@ class PreferenceBatch(_Movable):
     weight: Tensor | None = None
     reference_logps: Tensor | None = None
     completions: Tensor | None = None
+    keys: list[bytes] | None = None
 
     def __len__(self) -> int:
         return self.index.shape[0]

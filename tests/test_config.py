@@ -392,6 +392,9 @@ def test_wrong_values_are_told_together() -> None:
         (["reference=none"], "regularizer=global_kl scores sequences"),
         (["reference=precomputed"], "regularizer=global_kl scores sequences"),
         (["method=sft", "reference=precomputed"], "nothing reads the log-probabilities"),
+        (["reference=cached"], "reference=cached: method=spo with regularizer=global_kl does not read"),
+        (["method=dpo", "reference=cached", "regularizer=local_kl"], "choose reference=frozen"),
+        (["method=dpo", "reference=precomputed", "reference.batch_tokens=0"], "reference.batch_tokens=0: must be"),
         (["reference=adapter_off"], "choose model=hf_lora"),
         (["model.adapter_path=x"], "an adapter needs model.lora"),
         (["model.path=somewhere/else"], "this model makes its own weights; for yours write model=hf"),
@@ -435,6 +438,7 @@ def test_impossible_combinations(overrides: list[str], part: str) -> None:
     "overrides",
     [
         ["method=dpo", "reference=precomputed"],
+        ["method=dpo", "reference=cached", "regularizer=global_kl"],
         ["method=dpo", "regularizer=local_kl"],
         ["regularizer=none", "reference=none"],
         ["method=sft", "reference=none"],

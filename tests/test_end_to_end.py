@@ -6,9 +6,12 @@ import json
 import re
 import shutil
 import signal
+import sqlite3
+import struct
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -677,7 +680,7 @@ def test_the_size_of_a_forward_changes_nothing(method: str, change: str, cache: 
 
 
 def test_stored_reference_log_probs_train_as_a_frozen_copy_does(
-    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stored = tmp_path / "stored"
     precomputed = ["method=dpo", "reference=precomputed", f"reference.cache_dir={stored}"]
@@ -686,17 +689,43 @@ def test_stored_reference_log_probs_train_as_a_frozen_copy_does(
     for key in ("train/loss", "val/loss", "train/grad_norm", "val/rewards/margins"):
         assert first[key] == pytest.approx(frozen[key], abs=1e-5), key
 
-    [entry] = entries(stored, "logps")
-    made = (entry / "logps.safetensors").stat().st_mtime_ns
+    [file] = stored.glob("*.sqlite")
+    whole = file.read_bytes()
+    [(count, some)] = asked(file, "SELECT count(*), min(logp) FROM logps")
+    assert re.search(rf"stored log-probs of {count} sequences, {count} of them new", capsys.readouterr().out)
     job(tmp_path / "second", cache, *SMALL, *precomputed, "seed=2", "beta=0.3")
-    assert (entry / "logps.safetensors").stat().st_mtime_ns == made and entries(stored, "logps") == [entry]
+    assert re.search(rf"stored log-probs of {count} sequences, 0 of them new", capsys.readouterr().out)
+    assert file.read_bytes() == whole and list(stored.glob("*.sqlite")) == [file]
 
-    content = bytearray((entry / "logps.safetensors").read_bytes())
-    content[-3] ^= 0xFF
-    (entry / "logps.safetensors").write_bytes(content)
+    place = whole.index(struct.pack(">d", some))
+    file.write_bytes(whole[: place + 4] + bytes([whole[place + 4] ^ 0xFF]) + whole[place + 5 :])
     caplog.clear()
     assert job(tmp_path / "third", cache, *SMALL, *precomputed) == first
-    assert "is damaged: building it again" in caplog.text
+    assert "are damaged: computing them again" in caplog.text
+
+
+def asked(file: Path, query: str) -> list[Any]:
+    """What the store of reference log-probs answers."""
+    with closing(sqlite3.connect(file)) as database:
+        return database.execute(query).fetchall()
+
+
+def test_log_probs_that_are_stored_as_they_come_train_as_a_frozen_copy_does(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = tmp_path / "stored"
+    kept = ["method=dpo", "reference=cached", f"reference.cache_dir={stored}"]
+    frozen = aligned(cache, tmp_path, "method=dpo")
+    first = job(tmp_path / "first", cache, *SMALL, *kept)
+    assert frozen.keys() == first.keys() and "val/kl" in first
+    for key in ("train/loss", "val/loss", "train/grad_norm", "val/rewards/margins"):
+        assert first[key] == pytest.approx(frozen[key], abs=1e-5), key
+    [file] = stored.glob("*.sqlite")
+    [(count,)] = asked(file, "SELECT count(*) FROM logps")
+    capsys.readouterr()
+    job(tmp_path / "second", cache, *SMALL, "method=dpo", "reference=precomputed", f"reference.cache_dir={stored}")
+    said = re.search(r"stored log-probs of (\d+) sequences, (\d+) of them new", capsys.readouterr().out)
+    assert said is not None and int(said[1]) - int(said[2]) == count > 0  # only those it had not come to
 
 
 def test_no_reference_is_loaded_where_none_is_needed(
@@ -716,7 +745,9 @@ def test_a_sweep_makes_one_reference_pass(cache: Path, tmp_path: Path) -> None:
     words += ["seed=1,2", "beta=0.1,0.3", "optimizer.lr=0.001,0.002", f"reference.cache_dir={tmp_path / 'stored'}"]
     done = spo(*words, "hydra.sweep.dir=sweep", folder=tmp_path, cache=cache)
     assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 8
-    assert len(entries(tmp_path / "stored", "logps")) == 1
+    assert len(list((tmp_path / "stored").glob("*.sqlite"))) == 1
+    logs = [log.read_text() for log in (tmp_path / "sweep").glob("*/spo.log")]
+    assert sum(log.count("scoring the pairs") for log in logs) == 1
     assert "damaged" not in done.stderr
 
 
@@ -776,6 +807,20 @@ def test_two_devices_keep_one_record(method: str, cache: Path, tmp_path: Path) -
         for key in one:
             if key.startswith(("train/", "val/")):
                 assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-4), key
+
+
+@pytest.mark.slow
+def test_two_devices_share_the_log_probs_that_are_stored_as_they_come(cache: Path, tmp_path: Path) -> None:
+    words = ["train", TINY, "logger=record", "method=dpo", "reference=cached", f"reference.cache_dir={tmp_path}"]
+    spo(*words, *TWO, "hydra.run.dir=two", folder=tmp_path, cache=cache)
+    [file] = tmp_path.glob("*.sqlite")
+    [(count,)] = asked(file, "SELECT count(*) FROM logps")
+    one, two = job(tmp_path / "one", cache, TINY, "method=dpo"), numbers(tmp_path / "two")
+    for key in one:
+        if key.startswith(("train/", "val/")):
+            assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-4), key
+    job(tmp_path / "again", cache, *words[1:])  # everything that one device needs is there
+    assert asked(file, "SELECT count(*) FROM logps") == [(count,)]
 
 
 @pytest.mark.slow

@@ -38,6 +38,8 @@ SETTINGS: dict[str, Any] = {
     "samples_per_prompt": 2,
     "max_new_tokens": 6,
     "temperature": 1.0,
+    "sampler": "static",
+    "max_logits": 400,
     "batch_size": 32,
     "confidence": 0.95,
     "bootstrap_samples": 500,

@@ -35,8 +35,18 @@ def test_sums_are_wider_than_their_elements_and_detached() -> None:
     metric = SumsAndCounts(("a",))
     metric.update({"a": torch.full((4,), 2.0**24, requires_grad=True)})
     metric.update({"a": torch.ones(1)})
-    assert metric.sums.item() == 4 * 2.0**24 + 1  # float32 would have lost the 1
+    assert metric.compute() == {"a": (4 * 2.0**24 + 1) / 5}  # float32 would have lost the 1
     assert not metric.sums.requires_grad
+
+
+def test_what_was_given_is_in_what_is_saved() -> None:
+    metric, restored = SumsAndCounts(("a", "b")), SumsAndCounts(("a", "b"))
+    metric.update({"a": torch.tensor([1.0, 5.0])})
+    metric.update({"b": 2})
+    restored.load_state_dict(metric.state_dict())
+    assert restored.compute() == {"a": 3.0, "b": 2.0} == metric.compute()
+    metric.update({"a": 6})
+    assert metric.compute() == {"a": 4.0, "b": 2.0}
 
 
 def test_an_unknown_quantity_is_an_error() -> None:

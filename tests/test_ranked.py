@@ -21,7 +21,6 @@ from spo.ops import completion_logps
 from spo.regularizers import LocalKL
 from spo.runtime.errors import ConfigProblems
 from spo.runtime.plan import plan
-from spo.runtime.prepare import _score_pairs
 from spo.types import ListLogps, PairLogps, PreferenceBatch
 from tests.commands import TINY, history, job, shared_cache
 from tests.helpers import BOS, EOS, PAD, frozen, make_module, random_pairs, sequences, tiny_llama, tiny_tokenizer
@@ -277,16 +276,6 @@ def test_a_sequence_that_pairs_share_is_forwarded_once_and_nothing_else_changes(
     largest = max(g.abs().max().item() for g in plain_gradients.values())
     # Llama's norms are float32 inside.
     torch.testing.assert_close(gradients, plain_gradients, rtol=0, atol=1e-5 * largest)
-
-
-def test_reference_log_probs_of_ragged_lists() -> None:
-    lists = [a_list((BOS, 10), A, B), a_list((BOS, 11), C, A, D), a_list((BOS, 10), B, A)]
-    model = frozen(tiny_llama(0))
-    table = _score_pairs(model, lists, PAD, 1, "train")
-    assert table.shape == (3, 3) and table.isnan().tolist() == [[False, False, True], [False] * 3, [False, False, True]]
-    batch = collate(lists, [2, 0, 1], PAD, table[[1, 2, 0]])
-    assert batch.reference_logps is not None
-    torch.testing.assert_close(batch.reference_logps, completion_logps(model, batch.sequences))
 
 
 # -------------------------------------------------------------------------------------------------------- rendering

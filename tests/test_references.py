@@ -15,6 +15,7 @@ from spo.data.collate import collate
 from spo.losses import DPOLoss
 from spo.models import (
     AdapterOffReference,
+    CachedReference,
     FrozenReference,
     LoraSettings,
     ModelSpec,
@@ -210,12 +211,13 @@ def test_the_frozen_reference_is_in_eval_mode_without_dropout_or_gradients(folde
 
 
 def test_references_without_a_model_say_so() -> None:
-    for reference in (NoReference(), PrecomputedReference("cache", 8), FrozenReference()):
+    for reference in (NoReference(), PrecomputedReference("cache", 8), FrozenReference(), CachedReference("cache")):
         without_model = pytest.raises(RuntimeError, match=r"has no model to score with|not attached")
         with without_model, reference.active(nn.Linear(1, 1)):
             pass
     assert (NoReference.scores_pairs, NoReference.scores_samples) == (False, False)
     assert (PrecomputedReference.scores_pairs, PrecomputedReference.scores_samples) == (True, False)
+    assert (CachedReference.scores_pairs, CachedReference.scores_samples) == (True, True)
 
 
 # ------------------------------------------------------------------------------------------------- loading, saving

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -12,13 +13,28 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
+from spo.models import tabular
 from spo.ops import completion_logps
-from spo.sampling import SampleBuffer, derive_seed, sample
+from spo.sampling import SampleBuffer, derive_seed, generate, sample, static
+from spo.sampling.draw import next_tokens
 from spo.types import Sequences
-from tests.helpers import BOS, EOS, PAD, VOCAB, every_completion, model_spec, save_model, sequences, tiny_llama
+from tests.helpers import (
+    BOS,
+    EOS,
+    PAD,
+    VOCAB,
+    every_completion,
+    model_spec,
+    save_model,
+    sequences,
+    tiny_llama,
+    tiny_tokenizer,
+)
 
 PROMPTS = [[BOS, 5, 6], [BOS], [BOS, 7, 8, 9, 10]]
+SAMPLERS = ["static", "generate"]
 
 
 def draw(model: nn.Module, prompts: Any = PROMPTS, seed: int = 1, **changes: Any) -> Sequences:
@@ -28,6 +44,7 @@ def draw(model: nn.Module, prompts: Any = PROMPTS, seed: int = 1, **changes: Any
         "eos_token_id": EOS,
         "pad_token_id": PAD,
         "seeds": [derive_seed(seed, i) for i in range(len(prompts))],
+        "sampler": "static",
     }
     return sample(model, prompts, **settings | changes)
 
@@ -46,8 +63,10 @@ def test_the_same_seed_gives_the_same_samples_and_leaves_the_global_state_alone(
     assert completions(draw(model, seed=2)) != completions(first)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_row_draws_the_same_whatever_stands_beside_it(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("sampler", "dtype"), [("static", torch.float32), ("static", torch.float64), ("generate", torch.float32)]
+)
+def test_a_row_draws_the_same_whatever_stands_beside_it(sampler: str, dtype: torch.dtype) -> None:
     model = tiny_llama(scale=0.3, dtype=dtype)
     prompts = [[BOS, *range(3, 3 + i % 7)] for i in range(96)]
     seeds = [derive_seed("row", i) for i in range(96)]
@@ -56,7 +75,8 @@ def test_a_row_draws_the_same_whatever_stands_beside_it(dtype: torch.dtype) -> N
         drawn: dict[int, list[int]] = {}
         for first in range(0, 96, size):
             rows = order[first : first + size]
-            found = draw(model, [prompts[i] for i in rows], seeds=[seeds[i] for i in rows], max_new_tokens=12)
+            chosen = {"seeds": [seeds[i] for i in rows], "max_new_tokens": 12, "sampler": sampler}
+            found = draw(model, [prompts[i] for i in rows], **chosen)
             drawn |= dict(zip(rows, completions(found), strict=True))
         return [drawn[i] for i in range(96)]
 
@@ -77,20 +97,22 @@ def test_prompts_are_kept_and_padding_is_on_the_right() -> None:
         assert (ids[end:] == PAD).all()
 
 
-def test_training_mode_is_restored_module_by_module_and_dropout_is_off() -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_training_mode_is_restored_module_by_module_and_dropout_is_off(sampler: str) -> None:
     model = tiny_llama(scale=0.2, dtype=torch.float32, attention_dropout=0.9, _attn_implementation="eager")
-    reference = completions(draw(model))
+    reference = completions(draw(model, sampler=sampler))
     model.train()
     model.model.norm.eval()  # type: ignore[union-attr, operator]
     modes = [module.training for module in model.modules()]
-    assert completions(draw(model)) == reference
+    assert completions(draw(model, sampler=sampler)) == reference
     assert [module.training for module in model.modules()] == modes and not all(modes)
 
 
-def test_mode_is_restored_after_an_error() -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_mode_is_restored_after_an_error(sampler: str) -> None:
     model = tiny_llama().train()
     with pytest.raises(IndexError):
-        draw(model, [[VOCAB + 3]])
+        draw(model, [[VOCAB + 3]], sampler=sampler)
     assert all(module.training for module in model.modules())
 
 
@@ -110,18 +132,20 @@ class Scripted(nn.Module):
 @pytest.mark.parametrize(("bos", "eos", "pad"), [(1, 2, 0), (1, 2, 2), (4, 4, 4)])
 def test_the_first_generated_eos_ends_a_completion_whatever_the_prompt_holds(bos: int, eos: int, pad: int) -> None:
     model = Scripted([7, 8, eos, pad, pad], [eos, pad, pad, pad, pad], [7, 8, 9, 7, 8], [7, 8, 9, 7, eos])
-    prompts = [[bos, 5], [bos, eos, eos, 5], [bos], [bos, eos]]
+    prompts = [[bos], [bos, 5], [bos, eos], [bos, eos, eos, 5]]
     drawn = draw(model, prompts, max_new_tokens=5, eos_token_id=eos, pad_token_id=pad)
     assert completions(drawn) == [[7, 8, eos], [eos], [7, 8, 9, 7, 8], [7, 8, 9, 7, eos]]
-    assert drawn.length.tolist() == [5, 5, 6, 7]
+    assert drawn.length.tolist() == [4, 3, 7, 9]
     # generate is given every prompt against its right edge, the padding masked by position
-    assert model.attention_mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1], [0, 0, 1, 1]]
+    assert model.attention_mask.tolist() == [[0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]
     assert [row[mask == 1].tolist() for row, mask in zip(model.input_ids, model.attention_mask, strict=True)] == prompts
 
 
-def test_bos_eos_and_pad_of_one_id_through_a_real_model() -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_bos_eos_and_pad_of_one_id_through_a_real_model(sampler: str) -> None:
     model = tiny_llama(scale=0.2, bos_token_id=4, eos_token_id=4, pad_token_id=4)
-    drawn = draw(model, [[4, 4, 5], [4], [4, 6]] * 20, max_new_tokens=40, eos_token_id=4, pad_token_id=4)
+    ids = {"eos_token_id": 4, "pad_token_id": 4}
+    drawn = draw(model, [[4, 4, 5], [4], [4, 6]] * 20, max_new_tokens=40, sampler=sampler, **ids)
     ended = 0
     for completion in completions(drawn):
         assert 4 not in completion[:-1]
@@ -130,8 +154,9 @@ def test_bos_eos_and_pad_of_one_id_through_a_real_model() -> None:
     assert ended > 10
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("positions", ["rotary", "absolute"])
-def test_greedy_equals_the_argmax_of_the_plain_model_and_hf_generate(positions: str) -> None:
+def test_greedy_equals_the_argmax_of_the_plain_model_and_hf_generate(positions: str, sampler: str) -> None:
     if positions == "rotary":
         model = tiny_llama(2)
     else:
@@ -141,7 +166,7 @@ def test_greedy_equals_the_argmax_of_the_plain_model_and_hf_generate(positions: 
             torch.manual_seed(2)
             config = GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5)
             model = GPT2LMHeadModel(config).double().eval()
-    drawn = draw(model, temperature=0.0, max_new_tokens=8)
+    drawn = draw(model, temperature=0.0, max_new_tokens=8, sampler=sampler)
     for prompt, completion in zip(PROMPTS, completions(drawn), strict=True):
         ids = list(prompt)
         for _ in range(8):
@@ -155,13 +180,14 @@ def test_greedy_equals_the_argmax_of_the_plain_model_and_hf_generate(positions: 
         assert completion == generated[0, len(prompt) :].tolist()
 
 
-def test_samples_follow_the_exact_distribution() -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samples_follow_the_exact_distribution(sampler: str) -> None:
     """Chi-square over all 64 completions of three tokens of a vocabulary of four, the prompt padded on the left."""
     model = tiny_llama(scale=0.15, vocab_size=4, eos_token_id=None, pad_token_id=None, bos_token_id=None)
     n, prompt = 4000, [1]
     with torch.no_grad():
         probability = completion_logps(model, every_completion(prompt, 4, 3)).exp()
-    drawn = draw(model, [prompt] * n + [[1, 2, 3, 0]], max_new_tokens=3, eos_token_id=99)
+    drawn = draw(model, [prompt] * n + [[1, 2, 3, 0]], max_new_tokens=3, eos_token_id=99, sampler=sampler)
     counts = Counter(map(tuple, completions(drawn)[:n]))
     expected = dict(zip(itertools.product(range(4), repeat=3), (n * probability).tolist(), strict=True))
     assert min(expected.values()) > 3
@@ -205,12 +231,12 @@ MEDDLING: dict[str, Any] = {
 def test_the_folder_s_generation_config_has_no_effect(key: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", scale=0.2)
     plain = model_spec().base(folder)
-    expected = completions(draw(plain, PROMPTS * 3))
+    expected = completions(draw(plain, PROMPTS * 3, sampler="generate"))
     settings = MEDDLING if key == "all" else {key: MEDDLING[key]}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     meddled = model_spec().base(folder)
     held = meddled.generation_config.to_dict()  # type: ignore[union-attr]
-    assert completions(draw(meddled, PROMPTS * 3)) == expected
+    assert all(completions(draw(meddled, PROMPTS * 3, sampler=sampler)) == expected for sampler in SAMPLERS)
     assert meddled.generation_config.to_dict() == held  # type: ignore[union-attr]
 
 
@@ -218,6 +244,238 @@ def test_seeds_differ_by_any_part() -> None:
     seeds = {derive_seed("probe", 0, 0), derive_seed("probe", 0, 1), derive_seed("probe", 1, 0), derive_seed("x", 0, 0)}
     assert len(seeds) == 4 and derive_seed("probe", 0, 0) in seeds
     assert derive_seed("stage", 3) == 244320886372465  # a cache or a rerun relies on it never changing
+
+
+# ----------------------------------------------------------------------------------------------- the static sampler
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.4,
+    "tie_word_embeddings": False,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
+    "gpt2": {},
+    "bloom": {"dtype": torch.float32},  # biases by distance, made of the mask; takes no positions
+    "qwen2_moe": {
+        "dtype": torch.float32,
+        "num_experts": 4,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 8,
+    },
+    "mistral": {"sliding_window": 4, "head_dim": 8},
+    "gemma2": {
+        "dtype": torch.float32,  # eager attention to a row of padding is NaN in float64
+        "sliding_window": 4,
+        "head_dim": 8,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+}
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "mamba": ({"state_size": 4}, "it keeps a state in place of keys and values"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "its layers hold more than keys and values"),
+    "phi3": ({}, r"it has a way of its own to generate \(prepare_inputs_for_generation\)"),
+}
+
+
+def tiny(architecture: str, dtype: torch.dtype = torch.float64, **changes: Any) -> nn.Module:
+    """Weights far from their small start, so that distributions are far from uniform."""
+    config = AutoConfig.for_model(architecture, **SIZES | changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+def ragged(n: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of 1 to 12 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 13, (n,), generator=generator).tolist()
+    return [torch.randint(3, VOCAB, (size,), generator=generator).tolist() for size in sizes]
+
+
+def both(model: nn.Module, prompts: Any, **changes: Any) -> list[list[int]]:
+    """What the two samplers draw, which is the same."""
+    assert static.unsupported(model) is None
+    ours, theirs = (completions(draw(model, prompts, sampler=sampler, **changes)) for sampler in SAMPLERS)
+    assert ours == theirs
+    return ours
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_static_equals_generate(architecture: str, temperature: float) -> None:
+    model = tiny(architecture, **ARCHITECTURES[architecture])
+    drawn = both(model, ragged(24), temperature=temperature, max_new_tokens=30)
+    lengths = set(map(len, drawn))
+    assert temperature == 0 or len(lengths) > 5, "rows end at many places, and leave the batch there"
+    if "sliding_window" in ARCHITECTURES[architecture]:
+        wide = tiny(architecture, **ARCHITECTURES[architecture] | {"sliding_window": 64})
+        assert both(wide, ragged(24), temperature=temperature, max_new_tokens=30) != drawn
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_static_equals_generate_in_lower_precision(dtype: torch.dtype) -> None:
+    """But for the rounding of other batch shapes, which now and then sends a row another way."""
+    model = tiny("llama", dtype)
+    ours, theirs = (completions(draw(model, ragged(40), max_new_tokens=10, sampler=sampler)) for sampler in SAMPLERS)
+    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    assert same == 40 if dtype == torch.float32 else same >= 32
+
+
+def test_static_samples_through_an_adapter() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    plain = tiny("llama")
+    before = both(plain, ragged(12))
+    adapted = get_peft_model(plain, LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "down_proj"]))
+    assert both(adapted, ragged(12)) != before
+    with adapted.disable_adapter():
+        assert both(adapted, ragged(12)) == before
+
+
+def test_one_prompt_one_token_and_prompts_of_one_length() -> None:
+    model = tiny("llama")
+    assert [len(row) for row in both(model, ragged(9), max_new_tokens=1)] == [1] * 9
+    assert len(both(model, [[BOS]], max_new_tokens=20)) == 1
+    assert len(both(model, [[BOS]] * 5, max_new_tokens=20)) == 5  # nothing is padded
+    assert len(both(model, [[BOS, i] for i in range(3, 9)], max_new_tokens=20)) == 6
+
+
+class Counted:
+    """The shapes of the ids that a model is given, by a hook on its forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.shapes.append(tuple(kwargs["input_ids"].shape))
+
+
+def test_finished_rows_leave_the_batch_and_the_last_ends_it() -> None:
+    model = tiny("llama")
+    counted = Counted(model)
+    drawn = draw(model, ragged(30), max_new_tokens=40)
+    lengths = drawn.completion_length.tolist()
+    assert len(set(lengths)) > 8
+    # a row is forwarded once for each of its tokens, the first of which is drawn from the prompts' forward
+    width = max(map(len, ragged(30)))
+    expected = [(30, width)] + [(sum(length > step for length in lengths), 1) for step in range(1, max(lengths))]
+    assert counted.shapes == expected
+
+
+def test_all_finish_at_once() -> None:
+    model = tiny("llama")
+    counted = Counted(model)
+    token = both(model, [[BOS]], max_new_tokens=1, temperature=0.0)[0][0]
+    counted.shapes.clear()
+    drawn = draw(model, [[BOS]] * 4, temperature=0.0, eos_token_id=token, max_new_tokens=30)
+    assert completions(drawn) == [[token]] * 4
+    assert counted.shapes == [(4, 1)]
+
+
+def test_what_is_forwarded_together_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny("llama"), ragged(40)
+    whole = both(model, prompts, max_new_tokens=20)
+    counted = Counted(model)
+    for most in (40 * 32 - 1, 400, 100, 1):
+        monkeypatch.setattr(generate, "MOST_TOKENS", most)
+        counted.shapes.clear()
+        assert both(model, prompts, max_new_tokens=20) == whole
+        prefills = [shape for shape in counted.shapes if shape[1] > 1]
+        assert all(rows * (width + 20) <= most or rows == 1 for rows, width in prefills)
+        assert len(prefills) > 2
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "gemma2"])
+def test_prompts_are_forwarded_a_few_at_a_time(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny(architecture, **ARCHITECTURES[architecture]), ragged(24)
+    whole = both(model, prompts, max_new_tokens=20)
+    counted = Counted(model)
+    monkeypatch.setattr(static, "PREFILL_TOKENS", 30)
+    assert completions(draw(model, prompts, max_new_tokens=20)) == whole
+    lengths, first = sorted(map(len, prompts)), 0
+    prefills = list(itertools.takewhile(lambda shape: shape[0] < 24, counted.shapes))
+    for rows, width in prefills:
+        assert width == lengths[first + rows - 1] and rows * width <= 30  # none is padded to a longer part's width
+        first += rows
+    assert first == 24 and len(prefills) > 4
+
+
+def test_rows_are_cut_evenly_and_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "MOST_TOKENS", 60)
+    assert generate._batches([5, 1, 5, 1, 5, 2, 5], 5) == [[1, 3, 5, 0], [2, 4, 6]]
+    assert generate._batches([70, 1], 5) == [[1], [0]]
+    assert generate._batches([3] * 4, 5) == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_what_the_loop_cannot_do_goes_to_generate_and_says_why(
+    architecture: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes, why = OTHERS[architecture]
+    model = tiny(architecture, **changes)
+    generate._say.cache_clear()
+    with caplog.at_level("INFO", logger="spo.sampling.generate"):
+        ours, theirs = (completions(draw(model, ragged(8), sampler=sampler)) for sampler in SAMPLERS)
+        draw(model)
+    assert ours == theirs
+    (said,) = (record.getMessage() for record in caplog.records if record.name == "spo.sampling.generate")
+    assert re.match(rf"{type(model).__name__}: sampled by Hugging Face's generate, .*: {why}", said)
+
+
+def test_other_reasons_for_generate() -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    assert "not a model of transformers" in str(static.unsupported(Scripted()))
+    table, _ = tabular.build(tiny_tokenizer(), context=2, scale=1.0, seed=0)
+    assert "not a model of transformers" in str(static.unsupported(table))
+    prompted = get_peft_model(tiny("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert "learns a prompt" in str(static.unsupported(prompted))
+    encoder = T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, vocab_size=9))
+    assert "has an encoder" in str(static.unsupported(encoder))
+
+
+def test_the_memory_of_the_cache_is_taken_once_and_written_in_place() -> None:
+    layer = static.PreallocatedLayer(3, 10, padded=True)
+    new = torch.randn(3, 2, 10, 4)
+    keys, values = layer.update(new[:, :, :6], 2 * new[:, :, :6])
+    taken = layer.keys.data_ptr(), layer.values.data_ptr()
+    assert torch.equal(keys, new[:, :, :6]) and torch.equal(values, 2 * new[:, :, :6])
+    layer.keep(2, torch.tensor([0]), torch.tensor([2]))
+    going = new[[2, 1]]
+    for filled in range(7, 11):
+        assert layer.get_mask_sizes(1) == (filled, 0) and layer.get_seq_length() == filled - 1
+        keys, values = layer.update(going[:, :, filled - 1 : filled], 2 * going[:, :, filled - 1 : filled])
+        assert torch.equal(keys, going[:, :, :filled]) and torch.equal(values, 2 * going[:, :, :filled])
+        assert (keys.data_ptr(), values.data_ptr()) == taken
+    assert layer.get_max_length() == 10
+
+
+def test_a_token_s_share_of_the_numbers_is_its_probability() -> None:
+    logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0)) * 2
+    for temperature in (0.7, 1.0):
+        probability = (logits.double() / temperature).softmax(-1)[0]
+        bounds = probability.cumsum(0)
+        middle = bounds - probability / 2
+        chosen = next_tokens(logits.expand(1000, -1), middle, temperature)
+        certain = probability > 1e-6  # those before a token are known to a part in 1e7 each
+        assert certain.sum() > 100 and torch.equal(chosen[certain], torch.arange(1000)[certain])
+        edge = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+        assert next_tokens(logits.expand(2, -1), edge, temperature).tolist() == [0, 999]
+    assert next_tokens(logits, torch.tensor([0.3]), 0.0).tolist() == [int(logits.argmax())]
 
 
 # --------------------------------------------------------------------------------------------------------- buffer
@@ -231,6 +489,7 @@ def buffer(**changes: Any) -> SampleBuffer:
         "max_new_tokens": 5,
         "eos_token_id": EOS,
         "pad_token_id": PAD,
+        "sampler": "static",
         "seed": 0,
     }
     return SampleBuffer([[BOS, i] for i in range(3, 13)], **settings | changes)

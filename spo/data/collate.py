@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from spo.data.logps_store import sequence_key
 from spo.data.rendering import TokenizedPair
 from spo.types import PreferenceBatch, Sequences
 
@@ -45,20 +46,25 @@ def collate(
         ]
         for rank in range(size)
     ]
-    rows = list(seen)
-    length = torch.tensor([len(prompt) + len(completion) for prompt, completion in rows])
-    input_ids = torch.full((len(rows), int(length.max())), pad_token_id)
-    for i, (prompt, completion) in enumerate(rows):
-        input_ids[i, : length[i]] = torch.tensor(prompt + completion)
     index = torch.tensor(list(indices))
     return PreferenceBatch(
-        sequences=arrange(Sequences(input_ids, torch.tensor([len(prompt) for prompt, _ in rows]), length)),
+        sequences=arrange(padded(list(seen), pad_token_id)),
         index=index,
         preference=_column([pair.preference for pair in pairs]),
         weight=_column([pair.weight for pair in pairs]),
         reference_logps=None if reference_logps is None else _per_sequence(reference_logps[index].T, completions),
         completions=torch.tensor(completions),
+        keys=[sequence_key(*row) for row in seen],
     )
+
+
+def padded(rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], pad_token_id: int) -> Sequences:
+    """Prompts with their completions as right-padded sequences."""
+    length = torch.tensor([len(prompt) + len(completion) for prompt, completion in rows])
+    input_ids = torch.full((len(rows), int(length.max())), pad_token_id)
+    for i, (prompt, completion) in enumerate(rows):
+        input_ids[i, : length[i]] = torch.tensor(prompt + completion)
+    return Sequences(input_ids, torch.tensor([len(prompt) for prompt, _ in rows]), length)
 
 
 def _per_sequence(values: Tensor, completions: list[list[int]]) -> Tensor:

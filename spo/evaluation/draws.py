@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from spo.data import EvalPrompt
 from spo.evaluation.settings import EvaluationSettings
-from spo.ops import completion_logits, completion_targets, sum_per_sequence, token_entropy, token_kl, token_logps
-from spo.ops.logps import at_least_float32
+from spo.ops import (
+    Logits,
+    completion_logits,
+    completion_targets,
+    sum_per_sequence,
+    token_entropy,
+    token_kl,
+    token_logps,
+)
+from spo.ops.logps import DeferredLogits, at_least_float32
 from spo.sampling import derive_seed, sample
 from spo.types import Sequences
 
@@ -59,9 +67,9 @@ def draw(
     wanted = [(prompt, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
     found = Draws()
 
-    def logits_of(scored: nn.Module, sequences: Sequences) -> Tensor:
-        logits = completion_logits(scored, sequences)  # widened first: the sampler does not divide in half precision
-        return logits if settings.temperature == 1 else at_least_float32(logits) / settings.temperature
+    def logits_of(scored: nn.Module, sequences: Sequences) -> Logits:
+        logits = completion_logits(scored, sequences, max_logits=settings.max_logits)
+        return logits if settings.temperature == 1 else _divided(logits, settings.temperature)
 
     for first in range(0, len(wanted), settings.batch_size):
         chunk = wanted[first : first + settings.batch_size]
@@ -73,6 +81,7 @@ def draw(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             seeds=[derive_seed("evaluation", stage, settings.seed, prompt.prompt_id, i) for prompt, i in chunk],
+            sampler=settings.sampler,
         )
         logits, targets = logits_of(model, sequences), completion_targets(sequences)
         found.texts.extend(map(decode, sequences.completions()))
@@ -85,3 +94,10 @@ def draw(
             found.kl.extend(sum_per_sequence(token_kl(logits, other_logits), sequences).tolist())
         on_progress(len(chunk))
     return found
+
+
+def _divided(logits: Logits, temperature: float) -> Logits:
+    if isinstance(logits, DeferredLogits):
+        head = logits.head
+        return replace(logits, head=lambda states: at_least_float32(head(states)) / temperature)
+    return at_least_float32(logits) / temperature  # widened first: the sampler does not divide in half precision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 REFERENCE, CHOSEN = "reference", "chosen"
 
@@ -20,6 +21,8 @@ class EvaluationSettings:
         max_new_tokens: their length limit.
         temperature: of the sampling, and of both models where they are measured; 1 is their own distribution.
         batch_size: completions sampled at a time; changes no number.
+        sampler: what draws them, see :func:`spo.sampling.sample`; changes no number.
+        max_logits: most logits that exist at one time while they are measured; ``None`` for no limit.
         against: what the policy is compared with: ``reference``, ``chosen`` (the data set's chosen responses), or the
             directory of another run.
         confidence: of the intervals.
@@ -34,6 +37,8 @@ class EvaluationSettings:
     max_new_tokens: int
     temperature: float
     batch_size: int
+    sampler: Literal["static", "generate"]
+    max_logits: int | None
     against: Sequence[str]
     confidence: float
     bootstrap_samples: int

@@ -3,6 +3,7 @@
 from spo.models.policy import LoraSettings, ModelSpec
 from spo.models.reference import (
     AdapterOffReference,
+    CachedReference,
     FrozenReference,
     NoReference,
     PrecomputedReference,
@@ -12,6 +13,7 @@ from spo.models.tabular import TabularConfig, TabularForCausalLM
 
 __all__ = [
     "AdapterOffReference",
+    "CachedReference",
     "FrozenReference",
     "LoraSettings",
     "ModelSpec",

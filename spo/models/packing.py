@@ -38,6 +38,7 @@ T = TypeVar("T")
 # --- attention -----------------------------------------------------------------------------------------------------
 
 
+@torch.compiler.disable  # it follows the groups of each row: compiled, it would be compiled anew for each
 def attend_by_group(
     query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float | None, dropout: float = 0.0
 ) -> Tensor:
@@ -108,6 +109,7 @@ def _together(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T
         yield run
 
 
+@torch.compiler.disable
 def _kept(groups: Groups, name: object, make: Callable[[], Any]) -> Any:
     if name not in groups.derived:
         groups.derived[name] = make()
@@ -130,6 +132,7 @@ def _visible(groups: Sequence[Group], device: torch.device) -> Tensor:
     return (seen & (group == group[:, None]) & (place <= place[:, None])).to(device)
 
 
+@torch.compiler.disable(recursive=False)
 def attend_by_blocks(
     query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float | None, dropout: float = 0.0
 ) -> Tensor:

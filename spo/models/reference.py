@@ -1,13 +1,19 @@
-"""Four ways to have a reference: a frozen copy, stored log-probs, the policy's initial adapter, none."""
+"""Ways to have a reference: a frozen copy, its stored log-probs, both, the policy's initial adapter, none."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from spo.data.logps_store import LogpsStore
+from spo.types import PreferenceBatch
+
+if TYPE_CHECKING:
+    from spo.speed import Speed
 
 
 class Reference:
@@ -35,6 +41,13 @@ class Reference:
         raise RuntimeError(f"{type(self).__name__} has no model to score with")
         yield policy
 
+    def pair_logps(self, batch: PreferenceBatch, policy: nn.Module, speed: Speed) -> Tensor:
+        """``(N,)`` summed log-probs of the sequences of a batch: those that came with it, else computed now."""
+        if batch.reference_logps is not None:
+            return batch.reference_logps
+        with self.active(policy) as reference:
+            return speed.logps(reference, batch.sequences)
+
 
 class FrozenReference(Reference):
     """A frozen second copy of the model that training starts from."""
@@ -57,18 +70,58 @@ class FrozenReference(Reference):
             yield self.model
 
 
-class PrecomputedReference(Reference):
-    """Log-probs of the data set's pairs, computed once and kept on disk; no reference model stays in memory.
+class CachedReference(FrozenReference):
+    """A frozen copy whose log-probs of the pairs are kept on disk as they come, so that none is computed twice.
+
+    Training starts at once, and only pairs that are used are scored: later epochs, resumed runs, and other jobs with
+    the same reference find them.
+
+    A step in which something is scored waits for the device once, to write it down before the step is over.
 
     Args:
-        cache_dir: folder of the content-addressed cache.
-        batch_size: pairs per forward pass while computing.
+        cache_dir: folder of the stored log-probs.
+
+    Attributes:
+        store: where they are kept; without one it is a :class:`FrozenReference`.
+    """
+
+    def __init__(self, cache_dir: str) -> None:
+        super().__init__()
+        self.cache_dir = cache_dir
+        self.store: LogpsStore | None = None
+
+    def pair_logps(self, batch: PreferenceBatch, policy: nn.Module, speed: Speed) -> Tensor:
+        if self.store is None or batch.keys is None:
+            return super().pair_logps(batch, policy, speed)
+        logps, device = self.store.get(batch.keys), batch.index.device
+        missing = logps.isnan().nonzero().squeeze(-1)
+        if len(missing) > 0:
+            sequences = batch.sequences
+            if len(missing) < len(logps):
+                sequences = speed.arrange(sequences.to("cpu").rows(missing)).to(device)
+            with self.active(policy) as reference:
+                logps[missing] = speed.logps(reference, sequences).cpu()
+            self.store.put([batch.keys[i] for i in missing.tolist()], logps[missing])
+        return logps.to(device, non_blocking=True)
+
+
+class PrecomputedReference(Reference):
+    """Log-probs of the data set's pairs, computed before training and kept on disk; no reference model stays in memory.
+
+    Args:
+        cache_dir: folder of the stored log-probs.
+        batch_tokens: tokens of a forward pass while computing, at most.
+
+    Attributes:
+        found: sequences of the data set whose log-probs were there.
+        computed: sequences for which they were computed.
     """
 
     scores_samples: ClassVar[bool] = False
 
-    def __init__(self, cache_dir: str, batch_size: int) -> None:
-        self.cache_dir, self.batch_size = cache_dir, batch_size
+    def __init__(self, cache_dir: str, batch_tokens: int) -> None:
+        self.cache_dir, self.batch_tokens = cache_dir, batch_tokens
+        self.found = self.computed = 0
 
 
 class AdapterOffReference(Reference):

@@ -76,7 +76,7 @@ COUNTS = {
     "evaluation.self_bleu_samples": 0,
     "data.limit": 1,
     "data.source.max_responses": 2,
-    "reference.batch_size": 1,
+    "reference.batch_tokens": 1,
     "regularizer.refresh_every": 1,
     "regularizer.num_samples": 1,
     "regularizer.batch_size": 1,
@@ -97,6 +97,8 @@ BOOLEANS = (
     "model.gradient_checkpointing",
     "trainer.enable_progress_bar",
     "judge.trust_remote_code",
+    "optimizer.fused",
+    "sft.fused",
     "speed.packing",
     "speed.share_prompts",
     "speed.completion_only",
@@ -525,6 +527,11 @@ def _parts_and_combinations(cfg: DictConfig, found: Sequence[str]) -> Iterator[s
         )
     if scores_pairs and not scores_samples and source is None and not _declares(loss, "uses_reference"):
         yield f"reference={member}: nothing reads the log-probabilities it would compute; choose reference=none"
+    if member == "cached" and (source == "dataset" or not _declares(loss, "uses_reference")):
+        yield (
+            f"reference=cached: method={method} with regularizer={_member('regularizer', type(regularizer))} does not "
+            "read the log-probabilities it would keep; choose reference=frozen"
+        )
     if member == "adapter_off" and select(cfg, "model.lora") is None:
         yield "reference=adapter_off needs an adapter to switch off, but model.lora is null: choose model=hf_lora"
     if source is not None and getattr(regularizer, "weight", None) == "beta" and _declares(loss, "uses_beta"):

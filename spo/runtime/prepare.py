@@ -1,4 +1,4 @@
-"""What comes before alignment: the reference model, the preference pairs as tokens, their reference log-probs."""
+"""What comes before alignment: the reference model, and the preference pairs as tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
-from safetensors.torch import load_file, save_file
-from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from spo.callbacks import Progress
@@ -34,7 +32,6 @@ from spo.data import (
     eval_prompts,
     prompt_id,
 )
-from spo.data.collate import collate
 from spo.data.datamodule import PreferenceDataModule
 from spo.data.enumerable import Language
 from spo.data.prepare import prepare
@@ -43,9 +40,8 @@ from spo.losses import SFTLoss
 from spo.models import ModelSpec, NoReference
 from spo.models.policy import folder_digest, save_policy
 from spo.module import AlignmentModule, Prompts
-from spo.ops import completion_logps
 from spo.regularizers import NoRegularizer
-from spo.runtime.cache import cached, digest, path_digest
+from spo.runtime.cache import cached, path_digest
 from spo.runtime.rundir import code_version
 from spo.sampling import derive_seed, sample
 from spo.schedules import Constant
@@ -236,7 +232,9 @@ def _fit_supervised(cfg: DictConfig, model: Any, train: list[TokenizedPair], tok
         NoReference(),
         alpha=Constant(1.0),
         beta=Constant(1.0),
-        optimizer=partial(torch.optim.AdamW, lr=sft.lr, betas=tuple(sft.betas), weight_decay=sft.weight_decay),
+        optimizer=partial(
+            torch.optim.AdamW, lr=sft.lr, betas=tuple(sft.betas), weight_decay=sft.weight_decay, fused=sft.fused
+        ),
         scheduler=partial(
             get_cosine_schedule_with_warmup,
             num_warmup_steps=sft.num_warmup_steps,
@@ -339,67 +337,7 @@ def _complete(
             eos_token_id=renderer.eos_id,
             pad_token_id=renderer.tokenizer.pad_token_id,
             seeds=seeds[chunk],
+            sampler=cfg.speed.sampler,
         )
         drawn += [Completion(renderer.decode(row), row[-1:] == [renderer.eos_id]) for row in sequences.completions()]
     return [drawn[i : i + n] for i in range(0, len(drawn), n)]
-
-
-# --- reference log-probs -------------------------------------------------------------------------------------------
-
-
-def reference_logps(cfg: DictConfig, prepared: Prepared, cache_dir: str, batch_size: int) -> dict[str, torch.Tensor]:
-    """Summed reference log-probs of the train and selection pairs, from the cache or computed for it.
-
-    The key holds the digests of weights, adapter and tokenizer, the dtype, the attention implementation, the code
-    and the very tokens: a change in any of them misses.
-
-    Args:
-        cfg: the run's configuration.
-        prepared: model and pairs.
-        cache_dir: root of the cache.
-        batch_size: pairs per forward.
-
-    Returns:
-        ``(P, n)`` float32 per split, best first; NaN where a list has fewer than ``n`` completions.
-    """
-    spec = prepared.spec
-    splits = {"train": prepared.pairs.train, "selection": prepared.pairs.selection}
-    key = {
-        "code": code_version(*CODE),
-        "weights_and_tokenizer": folder_digest(prepared.base),
-        "adapter": spec.adapter_path and folder_digest(spec.adapter_path),
-        "dtype": spec.dtype,
-        "attn_implementation": spec.attn_implementation,
-        "precision": cfg.trainer.precision,
-        "tokens": {
-            split: digest([[pair.prompt_ids, *pair.completions] for pair in pairs]) for split, pairs in splits.items()
-        },
-    }
-
-    def write(folder: Path) -> None:
-        log.info("scoring the pairs with the reference model")
-        model = spec.start(prepared.base).to(eval_device(cfg))
-        # As the Trainer runs the policy, so that both round alike.
-        with torch.autocast(eval_device(cfg).type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
-            tensors = {
-                split: _score_pairs(model, pairs, prepared.tokenizer.pad_token_id, batch_size, split)
-                for split, pairs in splits.items()
-                if pairs
-            }
-        save_file(tensors, folder / "logps.safetensors")
-
-    return load_file(cached(cache_dir, "logps", key, write) / "logps.safetensors")
-
-
-@torch.no_grad()
-def _score_pairs(model: Any, pairs: list[TokenizedPair], pad: int, batch_size: int, split: str) -> torch.Tensor:
-    device = next(model.parameters()).device
-    parts = []
-    for first in track(range(0, len(pairs), batch_size), f"reference log-probs, {split}", transient=True):
-        chunk = pairs[first : first + batch_size]
-        batch = collate(chunk, range(len(chunk)), pad).to(device)
-        parts.append(batch.per_completion(completion_logps(model, batch.sequences)).cpu())
-    longest = max(map(len, parts))
-    # Nothing reads the padding: if anything did, it would show.
-    padded = [functional.pad(part, (0, 0, 0, longest - len(part)), value=torch.nan) for part in parts]
-    return torch.cat(padded, dim=1).T.contiguous()

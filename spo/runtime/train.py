@@ -25,7 +25,7 @@ from spo.data.datamodule import PreferenceDataModule
 from spo.evaluation import EvaluationSettings
 from spo.exact import ExactMetrics, World, entropy
 from spo.losses import as_loss
-from spo.models import PrecomputedReference, Reference
+from spo.models import CachedReference, PrecomputedReference, Reference
 from spo.models.policy import folder_digest, save_policy, whole_state_dict
 from spo.module import AlignmentModule, Enumeration, ProbeSettings, Prompts
 from spo.regularizers import Regularizer
@@ -36,7 +36,8 @@ from spo.runtime.cache import digest
 from spo.runtime.checks import ensure, warnings
 from spo.runtime.evaluate import evaluate_run
 from spo.runtime.inspect import show_rows
-from spo.runtime.prepare import Prepared, prepare_run, reference_logps
+from spo.runtime.prepare import Prepared, prepare_run
+from spo.runtime.reference_logps import logps_store, precomputed_logps
 from spo.runtime.rundir import Status, claim, finish, is_first_process, resumed_config, sweep_dir, write_json
 from spo.runtime.terminal import quiet_libraries
 from spo.runtime.unread import COEFFICIENTS, unread
@@ -156,6 +157,8 @@ def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
     sampled = _attach_samples(cfg, prepared, trainer)
     if module.needs_reference_model or (sampled and reference.scores_samples):
         reference.attach(lambda: prepared.spec.start(prepared.base))
+    if isinstance(reference, CachedReference):
+        reference.store = logps_store(cfg, prepared, reference.cache_dir)
     data = build_data(cfg, reference, module, prepared)
     return Parts(module, data, trainer, exact)
 
@@ -209,10 +212,10 @@ def build_module(
 def build_data(
     cfg: DictConfig, reference: Reference, module: AlignmentModule, prepared: Prepared
 ) -> PreferenceDataModule:
-    """The data module, with stored reference log-probs where the reference is precomputed and read."""
+    """The data module, with the reference log-probs of its pairs where the reference is precomputed and read."""
     logps = None
     if isinstance(reference, PrecomputedReference) and module.loss.uses_reference:
-        logps = reference_logps(cfg, prepared, reference.cache_dir, reference.batch_size)
+        logps = precomputed_logps(cfg, prepared, reference)
     return PreferenceDataModule(
         prepared.pairs.train,
         prepared.pairs.selection,
@@ -321,9 +324,16 @@ def _optimum_words(module: AlignmentModule, exact: ExactMetrics) -> str:
 
 
 def _reference_words(module: AlignmentModule) -> str:
-    kind = type(module.reference).__name__.removesuffix("Reference")
-    words = {"Frozen": "frozen copy", "AdapterOff": "initial state of the adapter", "Precomputed": "stored log-probs"}
-    return words.get(kind, kind.lower()) if module.reference.scores_pairs else "none"
+    reference = module.reference
+    if isinstance(reference, PrecomputedReference):
+        return f"stored log-probs of {reference.found + reference.computed} sequences, {reference.computed} of them new"
+    kind = type(reference).__name__.removesuffix("Reference")
+    words = {
+        "Frozen": "frozen copy",
+        "Cached": "frozen copy, its log-probs of the pairs stored",
+        "AdapterOff": "initial state of the adapter",
+    }
+    return words.get(kind, kind.lower()) if reference.scores_pairs else "none"
 
 
 def _beta_words(module: AlignmentModule) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ class SampleBuffer:
         max_new_tokens: length limit of a sample.
         eos_token_id: end-of-text.
         pad_token_id: padding.
+        sampler: what draws them, see :func:`~spo.sampling.generate.sample`.
         seed: of the run.
         rank: this process.
         world_size: number of processes.
@@ -46,6 +47,7 @@ class SampleBuffer:
         max_new_tokens: int,
         eos_token_id: int,
         pad_token_id: int,
+        sampler: Literal["static", "generate"],
         seed: int,
         rank: int = 0,
         world_size: int = 1,
@@ -54,10 +56,11 @@ class SampleBuffer:
         self.refresh_every = refresh_every
         self.num_samples = max(num_samples // world_size, 1)
         self.batch_size = max(batch_size // world_size, 1)
-        self.sampling = {
+        self.sampling: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "eos_token_id": eos_token_id,
             "pad_token_id": pad_token_id,
+            "sampler": sampler,
         }
         self.seed, self.rank = seed, rank
         self.drawn_at: int | None = None

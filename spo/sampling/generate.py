@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
+from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from spo.sampling import static
+from spo.sampling.draw import next_tokens, uniform_numbers
 from spo.types import Sequences
+
+log = logging.getLogger(__name__)
+
+MOST_TOKENS = 32768
+"""Of a batch, padding and room for the completions counted: 4 GB of keys and values of an 8B model in 16 bits."""
 
 
 def derive_seed(*parts: object) -> int:
@@ -56,10 +66,10 @@ def _left_padded(prompts: Seq[Seq[int]], pad_token_id: int, device: torch.device
 
 
 class _Draw(LogitsProcessor):
-    """Leaves each row one token, drawn by inverting its distribution at a number of the row's own.
+    """Leaves each row the one token that it draws.
 
     Args:
-        numbers: ``(N, max_new_tokens)`` uniform in [0, 1): what a row draws does not depend on those beside it.
+        numbers: ``(N, max_new_tokens)`` uniform in [0, 1), of each row.
         temperature: of the softmax.
         start: length of the padded prompts.
     """
@@ -68,16 +78,39 @@ class _Draw(LogitsProcessor):
         self.numbers, self.temperature, self.start = numbers, temperature, start
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # In float64, where the device has it: the sums of a large vocabulary would round to its rare tokens' size.
-        cumulative = (scores.to(self.numbers.dtype) / self.temperature).softmax(-1).cumsum(-1)
-        numbers = self.numbers[:, input_ids.shape[1] - self.start, None] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, numbers, right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+        tokens = next_tokens(scores, self.numbers[:, input_ids.shape[1] - self.start], self.temperature)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
-def _numbers(seeds: Seq[int], length: int, device: torch.device) -> Tensor:
-    rows = [torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows).to(device, torch.float32 if device.type == "mps" else torch.float64)
+def _generate(
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    numbers: Tensor,
+    *,
+    temperature: float,
+    eos_token_id: int,
+    pad_token_id: int,
+) -> Tensor:
+    """What :func:`spo.sampling.static.decode` does, by Hugging Face's ``generate``; as wide as the longest row."""
+    config = GenerationConfig(
+        do_sample=False,  # greedy, among the tokens that _Draw leaves
+        num_beams=1,
+        num_return_sequences=1,
+        max_new_tokens=numbers.shape[1],
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        use_cache=True,
+    )
+    draw = [_Draw(numbers, temperature, ids.shape[1])] if temperature > 0 else []
+    with _own_settings(model):
+        return model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList(draw),
+            synced_gpus=isinstance(model, FSDPModule),  # shards are gathered by all ranks together
+        )[:, ids.shape[1] :]
 
 
 @torch.no_grad()
@@ -90,12 +123,14 @@ def sample(
     eos_token_id: int,
     pad_token_id: int,
     seeds: Seq[int],
+    sampler: Literal["static", "generate"],
 ) -> Sequences:
     """Draws one completion per prompt, with no truncation of the distribution and dropout off.
 
     What is drawn for a prompt follows from the weights, the prompt and its seed: other prompts of the batch, their
-    number and the global random state have no part in it (but for rounding: batches of other shapes add up in another
-    order). A completion ends with its first end-of-text token, which belongs to it, or is cut at ``max_new_tokens``.
+    number, the sampler and the global random state have no part in it (but for rounding: batches of other shapes add
+    up in another order). A completion ends with its first end-of-text token, which belongs to it, or is cut at
+    ``max_new_tokens``. Prompts of like length are forwarded together, as many as :data:`MOST_TOKENS` allows.
 
     Args:
         model: a Hugging Face causal language model; its mode is left as it was.
@@ -105,33 +140,57 @@ def sample(
         eos_token_id: ends a completion wherever it is generated (its value in the prompt means nothing).
         pad_token_id: fills the padding.
         seeds: one per prompt.
+        sampler: ``static`` is the loop of :mod:`spo.sampling.static`, for the models that it can decode with;
+            ``generate`` is Hugging Face's.
 
     Returns:
         ``len(prompts)`` sequences, right-padded.
     """
     device = next(model.parameters()).device
-    ids, mask = _left_padded(prompts, pad_token_id, device)
-    config = GenerationConfig(
-        do_sample=False,  # greedy, among the tokens that _Draw leaves
-        num_beams=1,
-        num_return_sequences=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-        use_cache=True,
-    )
-    draw = [_Draw(_numbers(seeds, max_new_tokens, device), temperature, ids.shape[1])] if temperature > 0 else []
-    with _own_settings(model), eval_mode(model):
-        generated = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=LogitsProcessorList(draw),
-            synced_gpus=isinstance(model, FSDPModule),  # shards are gathered by all ranks together
-        )[:, ids.shape[1] :]
+    decode = static.decode if sampler == "static" and _is_static(model) else _generate
+    numbers = uniform_numbers(seeds, max_new_tokens, device)
+    generated = torch.full(numbers.shape, pad_token_id, dtype=torch.long, device=device)
+    # Shards are gathered by all ranks together, whose prompts are as many but not as long.
+    whole = isinstance(model, FSDPModule)
+    with eval_mode(model):
+        for rows in [range(len(prompts))] if whole else _batches([*map(len, prompts)], max_new_tokens):
+            ids, mask = _left_padded([prompts[row] for row in rows], pad_token_id, device)
+            index = torch.tensor(rows, device=device)
+            drawn = decode(
+                model,
+                ids,
+                mask,
+                numbers[index],
+                temperature=temperature,
+                eos_token_id=eos_token_id,
+                pad_token_id=pad_token_id,
+            )
+            generated[index, : drawn.shape[1]] = drawn
     ended = (generated == eos_token_id).long().cumsum(1)
     completion_length = ((ended - (generated == eos_token_id).long()) == 0).sum(1)
     return _right_padded(prompts, generated, completion_length, pad_token_id)
+
+
+def _is_static(model: nn.Module) -> bool:
+    if reason := static.unsupported(model):
+        _say(type(static.base_model(model)).__name__, reason)
+    return reason is None
+
+
+@cache
+def _say(model: str, reason: str) -> None:
+    log.info("%s: sampled by Hugging Face's generate, not by speed.sampler=static: %s", model, reason)
+
+
+def _batches(lengths: Seq[int], room: int) -> list[list[int]]:
+    """Rows by length, in the fewest parts of about equal size that do not exceed :data:`MOST_TOKENS`."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for parts in range(1, len(order) + 1):
+        size = -(-len(order) // parts)
+        batches = [order[first : first + size] for first in range(0, len(order), size)]
+        if all(len(batch) * (lengths[batch[-1]] + room) <= MOST_TOKENS for batch in batches):
+            break
+    return batches
 
 
 def _right_padded(prompts: Seq[Seq[int]], generated: Tensor, completion_length: Tensor, pad: int) -> Sequences:

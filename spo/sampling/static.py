@@ -1,0 +1,247 @@
+"""A decoding loop of our own: keys and values in memory that is there from the start, finished rows left out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from spo.sampling.draw import next_tokens
+
+TOKENS_BETWEEN_CHECKS = 16
+"""On an accelerator: to ask which rows are finished waits for the device, so a few tokens too many are cheaper."""
+
+
+PREFILL_TOKENS = 2048
+"""Of prompts that are forwarded at once: enough to keep a device busy, few enough to need little padding."""
+
+
+class PreallocatedLayer(CacheLayerMixin):
+    """Keys and values of a layer, written in place. Attention sees what is filled, as of a growing cache.
+
+    Args:
+        rows: of the batch.
+        width: positions there is room for.
+        padded: whether rows have padding. Where it is known that they have, the mask is made without asking, which
+            would wait for the device at every token.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, rows: int, width: int, padded: bool) -> None:
+        super().__init__()
+        self.shape = rows, width
+        self.show(slice(rows), 0, 0)
+        self.is_compileable = padded
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Takes the memory, of the kind of what arrives first; zeros, since attention weighs padding with 0."""
+        rows, width = self.shape
+        self.keys, self.values = (
+            states.new_zeros(rows, states.shape[1], width, states.shape[3]) for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def show(self, rows: slice, start: int, end: int) -> None:
+        """From here on the model sees ``rows`` alone, filled from position ``start`` to ``end``."""
+        self.rows, self.start, self.end = rows, start, end
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Adds ``(N, heads, T, size)`` keys and values; returns those of all positions so far, without a copy."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new, self.end = slice(self.end, self.end + key_states.shape[2]), self.end + key_states.shape[2]
+        self.keys[self.rows, :, new], self.values[self.rows, :, new] = key_states, value_states
+        filled = slice(self.start, self.end)
+        return self.keys[self.rows, :, filled], self.values[self.rows, :, filled]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Positions that attention will see, and the first of them."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Positions so far."""
+        return self.end - self.start
+
+    def get_max_length(self) -> int:
+        """Positions there is room for."""
+        return self.shape[1]
+
+    def keep(self, rows: int, holes: Tensor, movers: Tensor) -> None:
+        """Leaves the first ``rows`` rows, those at ``movers`` put in place of those at ``holes``."""
+        for states in (self.keys, self.values):
+            states[holes, :, : self.end] = states[movers, :, : self.end]
+        self.keys, self.values, self.rows = self.keys[:rows], self.values[:rows], slice(rows)
+
+
+class PreallocatedCache(Cache):
+    """As many :class:`PreallocatedLayer` as a model asks for."""
+
+    layers: list[PreallocatedLayer]  # type: ignore[assignment]
+
+    def __init__(self, rows: int, width: int, padded: bool) -> None:
+        super().__init__(layer_class_to_replicate=self._new_layer)  # type: ignore[arg-type]
+        self.shape, self.padded = (rows, width), padded
+        self.show(slice(rows), 0, 0)
+
+    def _new_layer(self) -> PreallocatedLayer:
+        layer = PreallocatedLayer(*self.shape, self.padded)
+        layer.show(*self.shown)
+        return layer
+
+    def show(self, rows: slice, start: int, end: int) -> None:
+        """From here on the model sees ``rows`` alone, filled from position ``start`` to ``end``."""
+        self.shown = rows, start, end
+        for layer in self.layers:
+            layer.show(rows, start, end)
+
+    def keep(self, rows: int, holes: Tensor, movers: Tensor) -> None:
+        """Leaves the first ``rows`` rows in every layer, those at ``movers`` put in place of those at ``holes``."""
+        for layer in self.layers:
+            layer.keep(rows, holes, movers)
+
+
+def unsupported(model: nn.Module) -> str | None:
+    """Why the loop cannot decode with ``model``, which has to attend to keys and values by position alone.
+
+    A window is no hindrance: the mask that such a model makes leaves out what lies before it.
+    """
+    base = base_model(model)
+    if isinstance(model, FSDPModule):
+        return "its weights are sharded, and all ranks have to take the same number of steps"
+    if not isinstance(base, PreTrainedModel) or type(base).is_custom_code():
+        return "it is not a model of transformers"
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "its adapter learns a prompt"
+    if base.config.is_encoder_decoder:
+        return "it has an encoder"
+    if base._is_stateful or not base._supports_default_dynamic_cache():  # type: ignore[operator]
+        return "it keeps a state in place of keys and values"
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    if other := {type(layer).__name__ for layer in DynamicCache(config=base.config).layers if type(layer) not in plain}:
+        return f"its layers hold more than keys and values ({', '.join(sorted(other))})"
+    if own := _own_generation(type(base)):
+        return f"it has a way of its own to generate ({', '.join(own)})"
+    return None
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model that adapters are part of."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def _own_generation(model: type[nn.Module]) -> list[str]:
+    shared = [name for name, value in vars(GenerationMixin).items() if inspect.isfunction(value)]
+    return [name for name in shared if getattr(model, name, None) is not getattr(GenerationMixin, name)]
+
+
+@torch.no_grad()
+def decode(
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    numbers: Tensor,
+    *,
+    temperature: float,
+    eos_token_id: int,
+    pad_token_id: int,
+) -> Tensor:
+    """Completions of a batch of prompts.
+
+    Args:
+        model: one that is not :func:`unsupported`.
+        ids: ``(N, T)`` prompts, left-padded.
+        mask: ``(N, T)`` 1 on their tokens, 0 on padding.
+        numbers: ``(N, new)`` uniform in [0, 1): a row's draws; their number is the limit of a completion.
+        temperature: of the softmax, or 0.
+        eos_token_id: ends a completion.
+        pad_token_id: follows it.
+
+    Returns:
+        ``(N, new)`` tokens.
+    """
+    (n, width), limit = ids.shape, numbers.shape[1]
+    lengths = mask.sum(1).tolist()
+    states = PreallocatedCache(n, width + limit, padded=min(lengths) < width)
+    takes = inspect.signature(base_model(model).forward).parameters
+    settings: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
+    def forward(ids: Tensor, positions: Tensor, attended: Tensor | None) -> Tensor:
+        if "position_ids" in takes:
+            settings["position_ids"] = positions
+        made = model(
+            input_ids=ids,
+            attention_mask=attended,
+            past_key_values=states,
+            use_cache=True,
+            return_dict=True,
+            **settings,
+        )
+        return made.logits[:, -1].float()  # as generate has them
+
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    prefilled = []
+    for rows, start in _parts(lengths, width):
+        states.show(rows, start, start)
+        padding = mask[rows, start:] if min(lengths[rows]) < width - start else None
+        prefilled.append(forward(ids[rows, start:], positions[rows, start:], padding))
+    states.show(slice(n), 0, width)
+    logits = torch.cat(prefilled)
+
+    # What the loop holds are the rows that go on, in an order that changes when finished ones are left out.
+    attended = nn.functional.pad(mask, (0, limit), value=1) if states.padded else None
+    positions = positions[:, -1]
+    completions = ids.new_full((n, limit), pad_token_id)
+    going, finished = torch.arange(n, device=ids.device), torch.zeros(n, dtype=torch.bool, device=ids.device)
+    every = 1 if ids.device.type == "cpu" else TOKENS_BETWEEN_CHECKS
+    for step in range(limit):
+        tokens = next_tokens(logits, numbers[:, step], temperature).masked_fill(finished, pad_token_id)
+        completions[going, step] = tokens
+        finished |= tokens == eos_token_id
+        if step + 1 == limit:
+            break
+        if (step + 1) % every == 0 and any(ended := finished.tolist()):
+            if all(ended):
+                break
+            order, holes, movers = _closed_up(ended, ids.device)
+            states.keep(len(order), holes, movers)
+            held = (tokens, positions, numbers, going, finished)
+            tokens, positions, numbers, going, finished = (tensor[order] for tensor in held)
+            attended = attended[order] if attended is not None else None
+        positions = positions + 1
+        seen = attended[:, : width + step + 1] if attended is not None else None
+        logits = forward(tokens[:, None], positions[:, None], seen)
+    return completions
+
+
+def _parts(lengths: list[int], width: int) -> Iterator[tuple[slice, int]]:
+    """Neighbouring rows to forward together, and where the longest of them starts."""
+    first, longest = 0, 0
+    for row, length in enumerate(lengths):
+        if row > first and (row + 1 - first) * max(longest, length) > PREFILL_TOKENS:
+            yield slice(first, row), width - longest
+            first, longest = row, 0
+        longest = max(longest, length)
+    yield slice(first, len(lengths)), width - longest
+
+
+def _closed_up(ended: list[bool], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows that go on, with the last of them (``movers``) in the places of those that ended (``holes``)."""
+    going = [row for row, is_over in enumerate(ended) if not is_over]
+    holes = [row for row, is_over in enumerate(ended[: len(going)]) if is_over]
+    movers = going[len(going) - len(holes) :]
+    order = list(range(len(going)))
+    for hole, mover in zip(holes, movers, strict=True):
+        order[hole] = mover
+    return (
+        torch.tensor(order, dtype=torch.long, device=device),
+        torch.tensor(holes, dtype=torch.long, device=device),
+        torch.tensor(movers, dtype=torch.long, device=device),
+    )
