@@ -212,7 +212,7 @@ def plot(result: dict[str, Any], folder: Path) -> None:
                     axis.set_xscale("log", base=2)
                     axis.set_xticks([row["x"] for row in rows], [f"{row['x']:g}" for row in rows])
                     axis.minorticks_off()
-                axis.set_ylim(bottom=0)
+                axis.set_ylim(0, 1.08 * max(row[key] for row in rows))
                 axis.spines[["top", "right"]].set_visible(False)
             axes[1, column].set_xlabel(curve.label)
         axes[0, 0].set_ylabel("seconds per step")

@@ -171,15 +171,17 @@ def ablation(workload: Workload, asked: argparse.Namespace) -> dict[str, Any]:
         for name, extra in variants.items():
             contestants[f"{method}, {name}"] = ours(workload, *overrides, *extra)
     seconds = alternate(contestants, asked.rounds)
-    rows, found = [], {}
-    for name in variants:
-        slower = {m: Ratio.of(seconds[f"{m}, {name}"], seconds[f"{m}, as it comes"]) for m in methods}
-        rows.append([name, *(cell for m in methods for cell in (stats.median(seconds[f"{m}, {name}"]), slower[m]))])
-        for method, ratio in slower.items():
-            found |= ratio.entries(f"{name}: {method}")
-    columns = ["", *(column for method in methods for column in (f"{method}, s per step", "times the default"))]
-    show("what each speed-up is worth", columns, rows)
-    return {"slower": found, "seconds": seconds}
+    found: dict[str, Any] = {}
+    for method in methods:
+        usual = seconds[f"{method}, as it comes"]
+        times = {name: seconds[f"{method}, {name}"] for name in variants}
+        slower = {name: Ratio.of(measured, usual) for name, measured in times.items()}
+        found[method] = {
+            name: {"step_s": stats.median(times[name]), **ratio.entries("slower")} for name, ratio in slower.items()
+        }
+        rows = [(name, stats.median(times[name]), ratio) for name, ratio in slower.items()]
+        show(method, ["", "s per step", "times the default"], rows)
+    return {"ablation": found, "seconds": seconds}
 
 
 def speed_ups() -> dict[str, list[str]]:

@@ -54,18 +54,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         }
         runs = {"one sweep": folder / "sweep", "separate runs": folder / "runs"}
         preparing = {kind: _prepare_seconds(where) for kind, where in runs.items()}
-    rows = [(kind, seconds[kind], preparing[kind]) for kind in runs]
-    show(f"{asked.jobs} jobs: {' '.join(asked.overrides)}", ["", "seconds in all", "of them preparing"], rows)
-    result = {
-        "jobs": asked.jobs,
-        "overrides": asked.overrides,
-        "sweep_s": seconds["one sweep"],
-        "separate_s": seconds["separate runs"],
-        "sweep_prepare_s": preparing["one sweep"],
-        "separate_prepare_s": preparing["separate runs"],
-        "ratio": seconds["separate runs"] / seconds["one sweep"],
-        "environment": environment(),
-    }
+        caches = {"one sweep": [folder / "cache"], "separate runs": [folder / f"cache-{seed}" for seed in seeds]}
+        models = {kind: sum(map(_reference_models, where)) for kind, where in caches.items()}
+    rows = [(kind, seconds[kind], preparing[kind], models[kind]) for kind in runs]
+    columns = ["", "seconds in all", "of them preparing", "reference models made"]
+    show(f"{asked.jobs} jobs: {' '.join(asked.overrides)}", columns, rows)
+    result: dict[str, Any] = {"jobs": asked.jobs, "overrides": asked.overrides, "environment": environment()}
+    for key, kind in (("sweep", "one sweep"), ("separate", "separate runs")):
+        result |= {f"{key}_s": seconds[kind], f"{key}_prepare_s": preparing[kind], f"{key}_models": models[kind]}
+    result["ratio"] = result["separate_s"] / result["sweep_s"]
     print(f"separate runs take {result['ratio']:.2f} times as long")
     write_json(asked.json, result)
     return result
@@ -85,6 +82,11 @@ def _timed(words: Sequence[str], cache: Path) -> float:
 def _prepare_seconds(folder: Path) -> float:
     """What the runs of a folder spent before their first step."""
     return sum(json.loads(file.read_text())["time/prepare_s"] for file in folder.rglob("metrics.json"))
+
+
+def _reference_models(cache: Path) -> int:
+    """How many a cache holds."""
+    return sum(path.is_dir() for path in (cache / "sft").iterdir())
 
 
 if __name__ == "__main__":

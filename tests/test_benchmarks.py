@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import step
+from benchmarks import scaling, step
 from benchmarks.common import Ratio, alternate
 from benchmarks.workloads import FILES, HH, SIZES, Clock, Workload, find_data, statistics
 from spo.data import TokenizedPair
 from spo.errors import UserError
-from tests.commands import environment
-from tests.environments import ROOT
+from spo.runtime.config import compose
+from tests.environments import ROOT, run
 from tests.fixtures import write_alpaca_like, write_hh_like
 
 
@@ -115,6 +113,11 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def run_module(name: str, *words: str, **variables: str) -> None:
+    """``python -m benchmarks.NAME WORDS``, which must succeed."""
+    run(["python", "-m", f"benchmarks.{name}", *words], ROOT, **variables)
+
+
 OPTIONS = ("--rounds", "2", "--steps", "2", "--threads", "1")
 
 
@@ -148,18 +151,70 @@ def test_the_command(data: str, files: Path, cache_dir: Path) -> None:
     pytest.importorskip("trl", reason="trl is not installed")
     out = files / "result.json"
     options = ["--size", "toy", "--data", data, *OPTIONS, "--trl-defaults", "--profile", "--json", str(out)]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.step", "--against", "trl", *options],
-        cwd=ROOT,
-        env=environment(cache_dir, SPO_DATA_DIR=str(files)),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+    run_module("step", "--against", "trl", *options, SPO_CACHE_DIR=str(cache_dir), SPO_DATA_DIR=str(files))
     result = json.loads(out.read_text())
     check(result, data)
     assert 0 < result["matrix_product_share_dpo"] < 1
     assert result["ratio_trl_defaults"] > 0
+
+
+@pytest.mark.slow
+def test_ablation_switches_off_one_key_at_a_time(files: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPO_DATA_DIR", str(files))
+    monkeypatch.setenv("SPO_CACHE_DIR", str(cache_dir))
+    options = ("--ablation", "--size", "toy", "--data", "hh", "--rounds", "1", "--steps", "2", "--threads", "1")
+    result = step.main([*options, "--json", str(files / "result.json")])
+    names = ["as it comes", *step.speed_ups(), "all switched off"]
+    for method in ("DPO", "SPO"):
+        rows = result["ablation"][method]
+        assert list(rows) == names
+        assert rows["as it comes"]["slower"] == 1
+        assert all(row["step_s"] > 0 for row in rows.values())
+
+
+def test_every_key_that_differs_from_plain_is_switched_off_by_itself() -> None:
+    overrides = step.speed_ups()
+    plain = compose(["speed=plain"], run_dir=".").speed
+    default = compose([], run_dir=".").speed
+    assert set(overrides) == {f"{key} off" for key in plain if plain[key] != default[key]}
+    for name, [override] in overrides.items():
+        key = name.removesuffix(" off")
+        changed = compose([override], run_dir=".").speed
+        assert {other for other in plain if changed[other] != default[other]} == {key}
+        assert changed[key] == plain[key]
+
+
+def test_curves_are_of_what_they_say() -> None:
+    curves = scaling.curves()
+    for point in curves["prompt_share"].points:
+        assert point.prompt + point.completion == scaling.LENGTH
+        assert point.prompt / scaling.LENGTH == pytest.approx(point.x, abs=0.01)
+    assert {point.vocabulary for point in curves["vocabulary"].points} == {8192, 32768, 131072, 262144}
+    assert all(point.refresh_every == point.x for point in curves["refresh_every"].points)
+    assert {point.line for point in curves["batch"].points} == {"DPO", "DPO, speed=plain"}
+
+
+@pytest.mark.slow
+def test_scaling_measures_and_draws(tmp_path: Path, cache_dir: Path) -> None:
+    out, plots = tmp_path / "result.json", tmp_path / "plots"
+    options = ["--only", "num_samples", "--threads", "1", "--json", str(out), "--plot", str(plots)]
+    run_module("scaling", *options, SPO_CACHE_DIR=str(cache_dir))
+    rows = json.loads(out.read_text())["curves"]["num_samples"]
+    assert [row["x"] for row in rows] == [4, 8, 16, 32]
+    assert all(row["step_s"] > 0 and row["memory_mib"] > 0 for row in rows)
+    assert rows[-1]["memory_mib"] > rows[0]["memory_mib"]  # eight times the samples are held and scored
+    assert [file.name for file in plots.iterdir()] == ["performance_spo.png"]
+
+
+@pytest.mark.slow
+def test_a_sweep_prepares_once(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    run_module("sweep_cost", "--jobs", "2", "--json", str(out))
+    result = json.loads(out.read_text())
+    assert result["jobs"] == 2
+    assert (result["sweep_models"], result["separate_models"]) == (1, 2)
+    assert result["sweep_prepare_s"] > 0 and result["separate_prepare_s"] > 0
+    assert result["ratio"] == pytest.approx(result["separate_s"] / result["sweep_s"])
 
 
 def test_what_needs_a_gpu_is_refused_in_words(files: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def reader_has(folder: Path, block: Block) -> None:
             file = folder / other.path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(other.text)
-    if "python benchmarks/" in block.text:
+    if "python benchmarks/" in block.text or "python -m benchmarks." in block.text:
         shutil.copytree(ROOT / "benchmarks", folder / "benchmarks")
     if "MODEL_DIR" in block.text:
         save_model(folder / "MODEL_DIR", max_position_embeddings=512)
