@@ -55,22 +55,39 @@ def attend_by_group(
     Returns:
         ``(1, heads, L, d)``.
     """
-    parts = []
-    for call in _kept(groups, ("calls", query.device), lambda: list(_calls(groups, query.device))):
-        q = query[:, :, call.queries]
-        k, v = (torch.cat([x[:, :, part] for part in call.keys], 2) for x in (key, value))
-        causal = call.mask is None
-        parts.append(
-            scaled_dot_product_attention(q, k, v, attn_mask=call.mask, is_causal=causal, scale=scale, dropout_p=dropout)
-        )
-    return torch.cat(parts, dim=2)
+    calls = _kept(groups, ("calls", query.device), lambda: list(_calls(groups, query.device)))
+    # split, and no slices: the gradient of a slice is a whole row of zeros around it
+    queries, keys, values = (tensor.split([call.length for call in calls], dim=2) for tensor in (query, key, value))
+
+    def seen(parts: Sequence[Tensor], call: _Call) -> Tensor:
+        chosen = [parts[i] for i in call.sees]
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=2)
+
+    return torch.cat(
+        [
+            scaled_dot_product_attention(
+                q,
+                seen(keys, call),
+                seen(values, call),
+                attn_mask=call.mask,
+                is_causal=call.mask is None,
+                scale=scale,
+                dropout_p=dropout,
+            )
+            for q, call in zip(queries, calls, strict=True)
+        ],
+        dim=2,
+    )
 
 
 class _Call(NamedTuple):
-    """One call of the attention kernel: some places of the row against others, ``mask`` being ``None`` for causal."""
+    """One call of the attention kernel, for ``length`` places of the row.
 
-    queries: slice
-    keys: list[slice]
+    ``sees`` are the numbers of the calls whose places they attend to; ``mask`` is ``None`` for causal attention.
+    """
+
+    length: int
+    sees: tuple[int, ...]
     mask: Tensor | None
 
 
@@ -79,22 +96,21 @@ def _calls(groups: Groups, device: torch.device) -> Iterator[_Call]:
 
     They are in the order of the row.
     """
-    start = 0
+    made = 0
     for run in _together(groups.members, lambda group: group.length):
-        whole = slice(start, start + sum(group.length for group in run))
-        start = whole.stop
-        if whole.stop - whole.start <= TOGETHER:
-            yield _Call(whole, [whole], _visible(run, device))
-            continue
-        [group] = run
-        prompt = slice(whole.start, whole.start + group.prompt)
-        yield _Call(prompt, [prompt], None)
-        at = prompt.stop
-        for lengths in _together(group.completions, int):
-            queries = slice(at, at + sum(lengths))
-            mask = _visible([Group(group.prompt, tuple(lengths))], device)[group.prompt :]
-            yield _Call(queries, [prompt, queries], mask)
-            at = queries.stop
+        [group, *others] = run
+        length = sum(group.length for group in run)
+        if not others and len(group.completions) == 1:
+            calls = [_Call(length, (made,), None)]
+        elif length <= TOGETHER:
+            calls = [_Call(length, (made,), _visible(run, device))]
+        else:
+            calls = [_Call(group.prompt, (made,), None)]
+            for lengths in _together(group.completions, int):
+                mask = _visible([Group(group.prompt, tuple(lengths))], device)[group.prompt :]
+                calls.append(_Call(sum(lengths), (made, made + len(calls)), mask))
+        made += len(calls)
+        yield from calls
 
 
 def _together(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:

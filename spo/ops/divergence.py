@@ -9,12 +9,13 @@ KL does not, in general, estimate the KL's gradient, because the sequences were 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from spo.ops.logps import Logits, at_least_float32, by_rows, completion_targets, sum_per_sequence, token_logps
+from spo.ops.logps import Logits, at_least_float32, by_rows, completion_targets, in_cache, sum_per_sequence, token_logps
 from spo.types import Sequences
 
 
@@ -23,18 +24,40 @@ def token_kl(policy_logits: Logits, reference_logits: Logits) -> Tensor:
 
     Args:
         policy_logits: ``(M, V)``.
-        reference_logits: ``(M, V)``; no gradient should flow through it.
+        reference_logits: ``(M, V)``; no gradient flows through it.
 
     Returns:
         ``(M,)`` nats, non-negative up to rounding.
     """
+    return by_rows(_TokenKL.apply, policy_logits, reference_logits)
 
-    def rows(policy: Tensor, reference: Tensor) -> Tensor:
-        log_p = at_least_float32(policy).log_softmax(-1)
-        log_q = at_least_float32(reference).log_softmax(-1)
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
 
-    return by_rows(rows, policy_logits, reference_logits)
+class _TokenKL(torch.autograd.Function):
+    """The divergence with its gradient p * (log p - log q - KL), made in the same passes."""
+
+    @staticmethod
+    def forward(ctx: Any, policy: Tensor, reference: Tensor) -> Tensor:
+        wide = torch.promote_types(policy.dtype, torch.float32)
+        slope = torch.empty_like(policy, dtype=wide) if ctx.needs_input_grad[0] else None
+        parts = [policy, reference] if slope is None else [policy, reference, slope]
+        values = []
+        for p, q, *out in in_cache(*parts):
+            log_p, log_q = (at_least_float32(logits).log_softmax(-1) for logits in (p, q))
+            ratio = log_p - log_q
+            probability = log_p.exp_()
+            divergence = (probability * ratio).sum(-1)  # a dot product would be taken in half precision under autocast
+            values.append(divergence)
+            for rows in out:
+                torch.mul(ratio.sub_(divergence[:, None]), probability, out=rows)
+        ctx.save_for_backward(slope)
+        ctx.dtype = policy.dtype
+        return torch.cat(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return (slope * gradient[:, None]).to(ctx.dtype), None
 
 
 def token_entropy(logits: Logits) -> Tensor:

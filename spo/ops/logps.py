@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from spo.types import Sequences
+
+ELEMENTS_IN_CACHE = 2**17
+"""Half a MiB of float32: what a core's second-level cache holds, with room for a second tensor."""
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
@@ -66,6 +70,16 @@ def by_rows(function: Callable[..., Tensor], *arguments: Logits) -> Tensor:
         keep = {"use_reentrant": False, "preserve_rng_state": False}
         return torch.cat([checkpoint(evaluated, *part, **keep) for part in parts])
     return torch.cat([evaluated(*part) for part in parts])
+
+
+def in_cache(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of ``(M, ...)`` tensors, a few at a time: on a CPU few enough to stay in its cache through several passes.
+
+    An accelerator is given all of them at once.
+    """
+    logits = tensors[0]
+    rows = max(ELEMENTS_IN_CACHE // logits.shape[-1], 1) if logits.device.type == "cpu" else max(len(logits), 1)
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 # --- the model's forward -------------------------------------------------------------------------------------------
@@ -230,12 +244,36 @@ def token_logps(logits: Logits, targets: Tensor) -> Tensor:
     Returns:
         ``(M,)`` nats.
     """
+    return by_rows(_TokenLogps.apply, logits, targets)
 
-    def rows(logits: Tensor, targets: Tensor) -> Tensor:
-        # not logit minus logsumexp: that rounds at the size of the logits, not of their differences
-        return at_least_float32(logits).log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
-    return by_rows(rows, logits, targets)
+class _TokenLogps(torch.autograd.Function):
+    """Log-softmax and gather in one: nothing as large as the logits is written but their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        values, norms = [], []
+        for rows, wanted in in_cache(logits, targets):
+            rows = at_least_float32(rows)
+            # shifted before it is summed: logit minus logsumexp would round at the size of the logits
+            top = rows.amax(-1, keepdim=True)
+            norm = (rows - top).exp_().sum(-1, keepdim=True).log_()
+            values.append((rows.gather(-1, wanted[:, None]) - top - norm).squeeze(-1))
+            norms += [top, norm]
+        ctx.save_for_backward(logits, targets, torch.cat(norms[::2]), torch.cat(norms[1::2]))
+        return torch.cat(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, targets, top, norm = ctx.saved_tensors
+        found = torch.empty_like(logits)
+        for out, rows, *row in in_cache(found, logits, targets, top, norm, gradient):
+            wanted, highest, total, slope = (value.view(-1, 1) for value in row)
+            # d log p(t) / d logits is one_hot(t) - p
+            probabilities = (at_least_float32(rows) - highest).sub_(total).exp_()
+            out.copy_(probabilities.mul_(-slope).scatter_add_(-1, wanted, slope))
+        return found, None
 
 
 def sum_per_sequence(values: Tensor, sequences: Sequences) -> Tensor:
