@@ -55,6 +55,8 @@ HEALTH_METRICS = ("p_eos", "logps_per_token/chosen", "logps_per_token/rejected")
 PROBE_METRICS = ("kl", "entropy", "length", "repetition", "finished")
 STEP_METRICS = ("loss", "grad_norm", "alpha", "beta", "lr", "buffer/age", "buffer/tokens")
 SCALE = "alpha * |margin|"
+FILL_TOKENS = 16384
+"""Of buffered samples that the reference is given at once, where ``micro_batch_tokens`` does not say."""
 USUAL_SCALE = (0.05, 20.0)
 """alpha multiplies a sum over tokens: far outside, the loss is linear in the margin or a hinge, whatever alpha is."""
 TIME_METRICS = ("sampling_s", "step_s", "probe_s")
@@ -292,14 +294,14 @@ class AlignmentModule(LightningModule):
 
         tokens = buffer.held.completion_length[index].sum().float()
         self.train_metrics.update({"buffer/age": float(buffer.age(step)), "buffer/tokens": tokens})
-        return (partial(term, part) for part in self._per_forward(index))
+        return (partial(term, part) for part in self._per_forward(index, self.micro_batch_tokens))
 
-    def _per_forward(self, samples: list[int]) -> Iterator[list[int]]:
+    def _per_forward(self, samples: list[int], most_tokens: int | None) -> Iterator[list[int]]:
         size = len(samples) if self.micro_batch_size is None else 2 * self.micro_batch_size
-        if self.micro_batch_tokens is not None:
+        if most_tokens is not None:
             assert isinstance(self.regularizer, GlobalKL)
             longest = max(map(len, self.prompts.train)) + self.regularizer.max_new_tokens
-            size = min(size, max(self.micro_batch_tokens // longest, 1))
+            size = min(size, max(most_tokens // longest, 1))
         return (samples[first : first + size] for first in range(0, len(samples), size))
 
     def _enumerated_term(self, step: int) -> Tensor:
@@ -334,7 +336,7 @@ class AlignmentModule(LightningModule):
         with self.reference.active(self.policy) as reference:
             if not can_defer(reference):
                 return None
-            for part in self._per_forward(list(range(len(samples)))):
+            for part in self._per_forward(list(range(len(samples))), self.micro_batch_tokens or FILL_TOKENS):
                 rows = samples.rows(torch.tensor(part))
                 found = completion_states(reference, self.speed.arrange(rows).to(self.device))
                 states += found.split(rows.completion_length.tolist())

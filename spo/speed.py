@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from spo.models.packing import enable_packing
-from spo.ops import completion_logits, completion_targets, sum_per_sequence, token_logps
+from spo.ops import can_defer, completion_logits, completion_targets, sum_per_sequence, token_logps
 from spo.ops.logps import Logits
 from spo.types import Sequences
 
@@ -42,6 +42,10 @@ class Speed:
 
     def settled(self, *models: nn.Module) -> Speed:
         """The same, ready to pack, or without packing, and a line that says so, where a model takes no packed rows."""
+        limited = self.max_logits is not None and self.completion_only
+        for model in models:
+            if limited and hasattr(model, "peft_config") and not can_defer(model):
+                log.warning("%s: speed.max_logits does not act: an adapter changes the head", type(model).__name__)
         if not self.packing:
             return self
         for model in models:

@@ -15,7 +15,7 @@ import spo.models.packing as packing
 from spo.models.packing import BACK_ENDS, enable_packing
 from spo.ops import completion_logits, completion_targets, token_logps
 from spo.speed import Speed
-from spo.types import Groups, Sequences
+from spo.types import Group, Groups, Sequences
 from tests.helpers import FAST, PLAIN, VOCAB, random_rows, sequences, tiny_llama
 from tests.test_ops import _config, build, gradients
 
@@ -83,6 +83,8 @@ def back_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Each attention on this device: FlexAttention is not the CPU's, and runs there uncompiled."""
     chosen = {request.param: BACK_ENDS[request.param]}
     monkeypatch.setattr(packing, "back_ends", lambda device: list(chosen))
+    if request.param == "flex":
+        monkeypatch.setattr(packing, "_leaks", lambda model, rows: False)  # which takes a gradient
     return request.param
 
 
@@ -214,6 +216,55 @@ def test_a_row_holds_each_prompt_once() -> None:
     assert apart is not None
     assert apart.input_ids.tolist() == [[1, 3, 4, 5, 1, 6, 1, 3, 7, 1, 3, 8, 9, 10]]
     assert [group.completions for group in apart.groups.members] == [(2,), (1,), (1,), (3,)]
+
+
+class Masking(transformers.LlamaForCausalLM):
+    """Adds to the attention mask what is zero at the start, as Doge does."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.bias = nn.Parameter(torch.zeros(()))
+        for layer in self.model.layers:
+            layer.self_attn.register_forward_pre_hook(self._masked, with_kwargs=True)
+
+    def _masked(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        mask = kwargs["attention_mask"]
+        return args, kwargs if mask is None else {**kwargs, "attention_mask": mask + self.bias}
+
+
+def test_a_model_with_a_mask_of_its_own_is_refused_even_where_the_mask_does_nothing_yet() -> None:
+    model = Masking(_config("LlamaConfig", attn_implementation="sdpa"))
+    assert enable_packing(model) == "it makes a mask of its own"
+
+
+@pytest.mark.parametrize("own", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn2"])
+def test_other_attention_implementations_are_refused_in_words(own: str) -> None:
+    model = tiny_llama()
+    model.config._attn_implementation_internal = own
+    assert enable_packing(model) == f"it has no packed form of model.attn_implementation={own}; sdpa has one"
+
+
+def test_experts_that_see_other_numbers_of_tokens_are_no_leak() -> None:
+    """Their products have other shapes, and other last bits, when a sequence elsewhere is edited."""
+    torch.manual_seed(0)
+    config = _config("MixtralConfig", hidden_size=256, intermediate_size=128, num_hidden_layers=3, num_local_experts=8)
+    model = transformers.MixtralForCausalLM(config).eval()
+    assert enable_packing(model) is None
+
+
+@pytest.mark.parametrize("lengths", [[3], [130, 7], [90, 40, 300, 1, 2], [128, 128, 5], [600]])
+def test_blocks_of_the_flex_mask_hold_all_that_is_visible(lengths: list[int]) -> None:
+    groups = Groups(tuple(Group(length - length // 2, (length // 4, length // 2 - length // 4)) for length in lengths))
+    mask = packing._block_mask(groups, torch.device("cpu"))
+    blocks = mask.to_dense()[0, 0].bool().repeat_interleave(128, 0).repeat_interleave(128, 1)
+    seen = packing._visible(groups.members, torch.device("cpu"))
+    size = len(seen)
+    assert (blocks[:size, :size] | ~seen).all()
+    # no more than from where a group begins to where the query is
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    for block in range(0, size, 128):
+        first = max(start for start in starts if start <= block) // 128
+        assert mask.kv_num_blocks[0, 0, block // 128] == block // 128 - first + 1
 
 
 def test_an_adapter_of_an_accepted_model(caplog: pytest.LogCaptureFixture) -> None:

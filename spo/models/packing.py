@@ -8,30 +8,38 @@ generation and padded batches run as they always did.
 from __future__ import annotations
 
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from spo.ops import completion_logits, completion_targets, token_logps
+from spo.ops import base_model, completion_logits, completion_targets, token_logps
+from spo.ops.logps import NO_MASK
 from spo.types import Group, Groups, Sequences
 
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
 """Nats per token by which packed and padded log-probs may differ: rounding, in another order.
 
-transformers rounds to float32 inside of float64 models too. In half precision rounding hides much, but not that one
-sequence is changed by another.
+transformers rounds to float32 inside of float64 models too. In half precision, where 0.1 has to do, rounding hides
+much, but not that one sequence is changed by another.
 """
 TOGETHER = 256
 """Tokens that attend in one masked call, although most pairs of them are masked: shorter calls cost more than that."""
-CHANGES_ATTENTION = ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask", "cache")
-"""Arguments that some architectures give to attention and that packed rows do not heed."""
+BLOCK = 128
+"""Tokens in a block of FlexAttention's masks."""
+HEEDED = {"cache_position", "output_attentions", "output_hidden_states", "output_router_logits", "position_ids"}
+HEEDED |= {"use_cache"}
+"""Arguments, beside its own, that architectures give to attention without changing what it computes."""
 T = TypeVar("T")
 
 
@@ -170,13 +178,28 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 
 def _block_mask(groups: Groups, device: torch.device) -> BlockMask:
+    """From the lengths alone: a mask of all pairs of tokens, of which blocks could be read off, would be quadratic."""
     group_of, member_of = (numbers.to(device) for numbers in _members(groups.members))
 
     def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         member = member_of[k]
         return (q >= k) & (group_of[q] == group_of[k]) & ((member == 0) | (member == member_of[q]))
 
-    return create_block_mask(visible, None, None, len(group_of), len(group_of), device=device.type)
+    ends = list(accumulate(group.length for group in groups.members))
+    starts = [0, *ends[:-1]]
+    queries = range(0, ends[-1], BLOCK)
+    # A block of queries needs the blocks from where the group of its first query begins up to itself.
+    first = [starts[bisect_right(ends, query)] // BLOCK for query in queries]
+    count = torch.tensor([block + 1 - seen for block, seen in enumerate(first)], dtype=torch.int32)
+    places = torch.arange(len(queries), dtype=torch.int32)
+    index = (torch.tensor(first, dtype=torch.int32)[:, None] + places).clamp(max=len(queries) - 1)
+    return BlockMask.from_kv_blocks(
+        count.to(device)[None, None],
+        index.to(device)[None, None],
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(ends[-1], ends[-1]),
+    )
 
 
 BACK_ENDS: dict[str, Callable[..., Tensor]] = {"flex": attend_by_blocks, "groups": attend_by_group}
@@ -189,6 +212,7 @@ def back_ends(device: torch.device) -> list[str]:
 
 # --- as transformers calls it --------------------------------------------------------------------------------------
 
+_registered: set[str] = set()
 _modules_seen: list[nn.Module] | None = None
 """Attention modules that ran on a packed row, while the probe is looking."""
 
@@ -210,8 +234,10 @@ def _register(back_end: str, own: str) -> str:
         if packed_groups is None:
             call = _own_attention(own, module)
             return call(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **further)
-        if unheeded := [name for name in CHANGES_ATTENTION if further.get(name) is not None]:
+        if unheeded := sorted(name for name in further.keys() - HEEDED if further[name] is not None):
             raise ValueError(f"its attention takes {' and '.join(unheeded)}")
+        if attention_mask is None or attention_mask.shape != NO_MASK or attention_mask.dtype != torch.bool:
+            raise ValueError("it makes a mask of its own")
         if _modules_seen is not None:
             _modules_seen.append(module)
         shared_by = query.shape[1] // key.shape[1]
@@ -221,8 +247,9 @@ def _register(back_end: str, own: str) -> str:
         return attended.transpose(1, 2).contiguous(), None
 
     name = f"packed_{back_end}_{own}"
-    ALL_ATTENTION_FUNCTIONS.register(name, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    _registered.add(name)
     return name
 
 
@@ -247,21 +274,22 @@ def enable_packing(model: nn.Module) -> str | None:
     Returns:
         Why it is refused, or ``None``.
     """
-    causal: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+    causal = base_model(model)
     own = getattr(getattr(causal, "config", None), "_attn_implementation", None)
     if own is None or not getattr(causal, "_can_set_attn_implementation", bool)():
         return "its attention cannot be chosen by name"
-    if own.startswith("packed_"):
+    if own in _registered:
         return None
-    layers = set(getattr(causal.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
-    if layers:
+    if own not in ("sdpa", "eager"):
+        return f"it has no packed form of model.attn_implementation={own}; sdpa has one"
+    config = causal.config.get_text_config()
+    if layers := set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
         return f"it has layers of {' and '.join(sorted(layers))}"
-    device = next(model.parameters()).device
     reason: str | None = None
-    for back_end in back_ends(device):
+    for back_end in back_ends(next(model.parameters()).device):
         causal.set_attn_implementation(_register(back_end, own))
         causal.takes_packed_rows = True
-        reason = _refused(model, causal.config.get_text_config(), device)
+        reason = _refused(model, config)
         if reason is None:
             return None
     causal.takes_packed_rows = False
@@ -269,27 +297,30 @@ def enable_packing(model: nn.Module) -> str | None:
     return reason
 
 
-def _refused(model: nn.Module, config: Any, device: torch.device) -> str | None:
+def _refused(model: nn.Module, config: Any) -> str | None:
     global _modules_seen
-    rows = _random_rows(config.vocab_size)
     training = {module: module.training for module in model.modules()}
+    in_training = model.training
+    rows = _random_rows(config.vocab_size)
     model.eval()
     try:
         with torch.no_grad():
-            padded = _token_logps(model, rows, device, packed=False)
+            padded = _token_logps(model, rows, packed=False)
             _modules_seen = []
-            packed = _token_logps(model, rows, device, packed=True)
+            packed = _token_logps(model, rows, packed=True)
             calls, different = len(_modules_seen), len(set(_modules_seen))
-            layers = config.num_hidden_layers
-            if not calls == different == layers:
-                return f"attention was called {calls} times in {different} places, for {layers} layers"
-            widest = float((packed - padded).abs().max())
-            if not widest <= TOLERANCE[next(model.parameters()).dtype]:
-                return f"packed and padded log-probs differ by {widest:.2g} nats"
-            edited = [*rows[:-1], (rows[-1][0], rows[-1][1][::-1])]
-            kept = sum(len(completion) for _, completion in rows[:-1])
-            if not torch.equal(_token_logps(model, edited, device, packed=True)[:kept], packed[:kept]):
-                return "a sequence is changed by another one of its row"
+        if not calls == different == config.num_hidden_layers:
+            return f"attention was called {calls} times in {different} places, for {config.num_hidden_layers} layers"
+        widest = float((packed - padded).abs().max())
+        if not widest <= TOLERANCE.get(next(model.parameters()).dtype, 0.1):
+            return f"packed and padded log-probs differ by {widest:.2g} nats"
+        if _leaks(model, rows):
+            return "a sequence is changed by another one of its row"
+        if in_training:  # where dropout, if there is any, has to be possible
+            for module, mode in training.items():
+                module.training = mode
+            with torch.no_grad(), torch.random.fork_rng():
+                _token_logps(model, rows, packed=True)
     except Exception as error:  # whatever an architecture does with what it was not made for
         return " ".join(str(error).split())[:200] or type(error).__name__
     finally:
@@ -297,6 +328,35 @@ def _refused(model: nn.Module, config: Any, device: torch.device) -> str | None:
         for module, mode in training.items():
             module.training = mode
     return None
+
+
+def _leaks(model: nn.Module, rows: list[tuple[list[int], list[int]]]) -> bool:
+    """Whether the log-probs of all sequences but the last depend on the completion of the last.
+
+    By the gradient, which is exactly zero where they do not, in every dtype. The log-probs themselves may change in
+    their last bits, as those of experts do, which see other numbers of tokens.
+    """
+    last = len(rows[-1][1])
+    kept = sum(len(completion) for _, completion in rows[:-1])
+    if isinstance(model, FSDPModule):  # gradients of sharded weights are a step's own; the log-probs have to do
+        edited = [*rows[:-1], (rows[-1][0], rows[-1][1][::-1])]
+        with torch.no_grad():
+            before, after = (_token_logps(model, each, packed=True)[:kept] for each in (rows, edited))
+        return not torch.equal(before, after)
+    embedded: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[0]
+
+    handle = model.get_input_embeddings().register_forward_hook(keep)  # type: ignore[operator]
+    try:
+        with torch.enable_grad():
+            others = _token_logps(model, rows, packed=True)[:kept].sum()
+        [gradient] = torch.autograd.grad(others, embedded)
+    finally:
+        handle.remove()
+    return bool(gradient[0, -last:].any())  # the last sequence ends the row
 
 
 def _random_rows(vocabulary: int) -> list[tuple[list[int], list[int]]]:
@@ -311,14 +371,13 @@ def _random_rows(vocabulary: int) -> list[tuple[list[int], list[int]]]:
     return [(prompt, ids(n)) for prompt, n in wanted]
 
 
-def _token_logps(
-    model: nn.Module, rows: list[tuple[list[int], list[int]]], device: torch.device, packed: bool
-) -> Tensor:
+def _token_logps(model: nn.Module, rows: list[tuple[list[int], list[int]]], packed: bool) -> Tensor:
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]
     input_ids = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
     for i, (prompt, completion) in enumerate(rows):
         input_ids[i, : lengths[i]] = torch.tensor(prompt + completion)
     sequences = Sequences(input_ids, torch.tensor([len(prompt) for prompt, _ in rows]), torch.tensor(lengths))
-    sequences = (sequences.pack(share_prompts=True) if packed else sequences).to(device)
+    sequences = sequences.pack(share_prompts=True) if packed else sequences
+    sequences = sequences.to(next(model.parameters()).device)
     logits = completion_logits(model, sequences)
     return token_logps(logits, completion_targets(sequences))

@@ -3,6 +3,7 @@
 from spo.ops.divergence import KL_ESTIMATORS, KLEstimator, token_entropy, token_kl
 from spo.ops.logps import (
     Logits,
+    base_model,
     can_defer,
     completion_logits,
     completion_logps,
@@ -17,6 +18,7 @@ __all__ = [
     "KL_ESTIMATORS",
     "KLEstimator",
     "Logits",
+    "base_model",
     "can_defer",
     "completion_logits",
     "completion_logps",

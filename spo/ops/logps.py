@@ -19,6 +19,10 @@ ELEMENTS_IN_CACHE = 2**17
 """Half a MiB of float32: what a core's second-level cache holds, with room for a second tensor."""
 
 
+NO_MASK = (1, 1, 1, 1)
+"""Shape of the mask that packed rows are given, which says nothing: what is visible follows from their groups."""
+
+
 def at_least_float32(logits: Tensor) -> Tensor:
     """Half precision is widened, float32 and float64 are kept: log-sums in bfloat16 are off by 0.1 nats."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
@@ -120,6 +124,11 @@ class _Output(tuple[Tensor]):
             raise AttributeError(name)
 
 
+def base_model(model: nn.Module) -> Any:
+    """The Hugging Face model that an adapter is part of, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+
+
 @contextmanager
 def _without_backbone(model: nn.Module, states: Tensor) -> Iterator[None]:
     """The part below the head returns ``states`` at no cost.
@@ -127,7 +136,7 @@ def _without_backbone(model: nn.Module, states: Tensor) -> Iterator[None]:
     Where an architecture calls another part than the one it names as its base, that part runs as it is: the head
     ignores what it computes.
     """
-    causal: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    causal = base_model(model)
     backbone = causal.base_model
     if backbone is causal:
         yield
@@ -162,7 +171,7 @@ def _forward(model: nn.Module, sequences: Sequences) -> Tensor:
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
         # Four dimensions: transformers makes no mask of its own, and the packed attention reads the groups instead.
-        attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=packed.input_ids.device),
+        attention_mask=torch.ones(NO_MASK, dtype=torch.bool, device=packed.input_ids.device),
         packed_groups=packed.groups,
         use_cache=False,
     ).logits
@@ -190,10 +199,9 @@ def completion_states(model: nn.Module, sequences: Sequences) -> Tensor:
 def can_defer(model: nn.Module) -> bool:
     """Whether logits can be made from hidden states later on: the head is a matrix, and no adapter changes it.
 
-    With an adapter on the head, logits follow from the adapter's state at the time as well.
+    With an adapter on the head, whose module is then another one, logits follow from the adapter's state as well.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return hasattr(head, "weight") and not (hasattr(head, "base_layer") or hasattr(head, "modules_to_save"))
+    return isinstance(model.get_output_embeddings(), nn.Linear)  # type: ignore[operator]
 
 
 def deferred_logits(model: nn.Module, states: Tensor, max_logits: int | None) -> DeferredLogits:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from spo.ops import base_model
 from spo.sampling import static
 from spo.sampling.draw import next_tokens, uniform_numbers
 from spo.types import Sequences
@@ -167,7 +168,7 @@ def sample(
 
 def _is_static(model: nn.Module) -> bool:
     if reason := static.unsupported(model):
-        _say(type(static.base_model(model)).__name__, reason)
+        _say(type(base_model(model)).__name__, reason)
     return reason is None
 
 

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from spo.ops import base_model
 from spo.sampling.draw import next_tokens
 
 TOKENS_BETWEEN_CHECKS = 16
@@ -131,11 +132,6 @@ def unsupported(model: nn.Module) -> str | None:
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return "it takes no positions, which padding would shift"
     return None
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The model that adapters are part of."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def _own_generation(model: type[nn.Module]) -> list[str]:
