@@ -35,7 +35,6 @@ from benchmarks.common import Contestant, Ratio, alternate, environment, show, w
 from benchmarks.workloads import FILES, PAIRS, REFRESH_EVERY, SIZES, Clock, Workload, find_data, statistics
 from benchmarks.workloads import SPO as SPO_OVERRIDES
 from spo.errors import UserError
-from spo.resources import conf_dir
 from spo.runtime.config import compose
 from spo.runtime.terminal import quiet_libraries
 
@@ -68,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=SIZES, default="10m", help="of the model, a Llama with random weights")
     parser.add_argument("--data", choices=[*FILES, "synthetic"], default="hh", help="pairs; files from SPO_DATA_DIR")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="of each contestant in a round")
+    parser.add_argument("--steps", type=int, default=5, help="of each contestant in a round")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
     parser.add_argument("--trl-defaults", action="store_true", help="also TRL as it comes: bf16 and checkpointing")
     parser.add_argument("--ablation", action="store_true", help="instead: our steps with each speed-up switched off")
@@ -186,9 +185,6 @@ def ablation(workload: Workload, asked: argparse.Namespace) -> dict[str, Any]:
 
 def speed_ups() -> dict[str, list[str]]:
     """An override for each key of the group ``speed``: the value that it has in ``speed=plain``."""
-    folder = conf_dir() / "speed"
-    if not folder.is_dir():
-        raise UserError("--ablation switches off the keys of the config group speed, and there is no such group")
     default, plain = (
         OmegaConf.to_container(compose([f"speed={name}"], run_dir=".").speed) for name in ("default", "plain")
     )
