@@ -24,7 +24,6 @@ from rich.progress import track
 
 from benchmarks.common import environment, show, write_json
 from benchmarks.workloads import REFRESH_EVERY, SIZES, SPO, VOCABULARY, Data, Lengths, Workload
-from spo.resources import conf_dir
 from spo.runtime.cache import cached
 from spo.runtime.config import compose
 from spo.runtime.terminal import quiet_libraries
@@ -69,10 +68,8 @@ class Curve:
 
 
 def curves() -> dict[str, Curve]:
-    """All of them, by name; our steps as they come and, where there is such a group, with ``speed=plain``."""
-    lines = {"DPO": ("method=dpo",)}
-    if (conf_dir() / "speed").is_dir():
-        lines["DPO, speed=plain"] = ("method=dpo", "speed=plain")
+    """All of them, by name; our steps as they come and with ``speed=plain``."""
+    lines = {"DPO": ("method=dpo",), "DPO, speed=plain": ("method=dpo", "speed=plain")}
 
     def dpo(values: Sequence[float], settings: Callable[[Any], dict[str, Any]]) -> list[Point]:
         made = []

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import scaling, step
 from benchmarks.common import Ratio, alternate
+from benchmarks.utilisation import forward_flops
 from benchmarks.workloads import FILES, HH, SIZES, Clock, Workload, find_data, statistics
 from spo.data import TokenizedPair
 from spo.errors import UserError
@@ -143,6 +144,22 @@ def test_against_trl(
     assert result["environment"]["threads"] == 1
     out = capsys.readouterr().out
     assert -1 < out.find("agreement: ") < out.find("seconds per step") < out.find("ratio_dpo: ")
+
+
+def test_use_of_the_device_by_hand(files: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = find_data("synthetic", cache_dir)
+    workload = Workload(SIZES["toy"], data, steps=2, threads=1, cache=cache_dir)
+    parts = workload.started("method=dpo")
+    windows = workload.windows(parts, seed=0)
+    works = step.real_work({0: windows})
+    pairs = [workload.pairs([window]) for window in windows]
+    lengths = [sum(len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids or ()) for p in step_) for step_ in pairs]
+    assert [work.tokens for work in works] == lengths
+    monkeypatch.setattr(step, "matmul_rate", lambda device: 1e9)
+    found = step.on_device(workload, works, {"x": 2.0})
+    assert found["tokens_per_s"] == {"x": pytest.approx(sum(lengths) / 4)}
+    flops = sum(forward_flops(parts.module.policy.config, work) for work in works) / 2
+    assert found["utilisation"] == {"x": pytest.approx(4 * flops / 2e9)}
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from spo.evaluation import (
     EvaluationSettings,
     distinct_n,
     distinct_samples,
+    draws,
     self_bleu,
     verdict_of_rewards,
 )
@@ -26,7 +27,8 @@ from spo.evaluation.draws import Draws
 from spo.evaluation.evaluate import Evaluation, Opponent, draw_both, evaluate_policy
 from spo.evaluation.judges import Comparison, Judge, RewardJudge, reward_judge
 from spo.ops import completion_logps
-from tests.helpers import BOS, VOCAB, every_completion, sequences, tiny_llama, tiny_tokenizer
+from spo.speed import Speed
+from tests.helpers import BOS, FAST, PLAIN, VOCAB, every_completion, sequences, tiny_llama, tiny_tokenizer
 
 FAVOURITE = 9
 SETTINGS: dict[str, Any] = {
@@ -36,8 +38,6 @@ SETTINGS: dict[str, Any] = {
     "samples_per_prompt": 2,
     "max_new_tokens": 6,
     "temperature": 1.0,
-    "sampler": "static",
-    "max_logits": 400,
     "batch_size": 32,
     "confidence": 0.95,
     "bootstrap_samples": 500,
@@ -69,12 +69,21 @@ def evaluate(
     n: int = 40,
     all_prompts: bool = False,
     reward: Reward | None = count_reward,
+    speed: Speed | None = None,
     **changes: Any,
 ) -> Evaluation:
     chosen = EvaluationSettings(**SETTINGS | {"num_prompts": n} | changes)
     judge = reward_judge(reward)
     return evaluate_policy(
-        policy, reference, tiny_tokenizer(), prompts(n), chosen, judge, decode, all_prompts=all_prompts
+        policy,
+        reference,
+        tiny_tokenizer(),
+        prompts(n),
+        chosen,
+        speed or FAST.settled(policy, reference),
+        judge,
+        decode,
+        all_prompts=all_prompts,
     )
 
 
@@ -198,6 +207,33 @@ def test_logps_of_the_samples_are_those_of_the_models() -> None:
         np.testing.assert_allclose([row[key] for row in rows], completion_logps(model, batch).detach(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_how_it_is_computed_changes_no_number(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed with logits on demand against padded with all logits; parts of another size, and all at once."""
+    models = favouring(1.0), favouring(0.0)
+    plain = evaluate(*models, n=12, speed=PLAIN, temperature=temperature)
+    for tokens, batch_size in ((16384, 32), (30, 5)):
+        monkeypatch.setattr(draws, "SCORED_TOKENS", tokens)
+        fast = evaluate(*models, n=12, temperature=temperature, batch_size=batch_size)
+        assert fast.metrics == pytest.approx(plain.metrics, rel=1e-9)
+        for row, other in zip(fast.samples, plain.samples, strict=True):
+            assert row["completion"] == other["completion"]
+            keys = ("logp_policy", "logp_reference")
+            assert [row[key] for key in keys] == pytest.approx([other[key] for key in keys], rel=1e-9)
+
+
+def test_logits_made_on_demand_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = favouring(1.0), favouring(0.0)
+    speed = replace(FAST, max_logits=VOCAB * 8).settled(*models)
+    made: list[int] = []
+    for model in models:
+        model.lm_head.register_forward_hook(lambda _, args, out: made.append(out.shape[-2]))  # type: ignore[union-attr]
+    chosen = EvaluationSettings(**SETTINGS | {"num_prompts": 6, "samples_per_prompt": 4})
+    found = draws.draw(models[0], "policy", prompts(6), chosen, speed, tiny_tokenizer(), decode, other=models[1])
+    scored = made[next(i for i, rows in enumerate(made) if rows == 0) :]  # after the sampling
+    assert max(scored) == 8 and sum(scored) == 2 * sum(found.tokens)
+
+
 def test_at_a_temperature_the_distribution_that_was_sampled_is_measured() -> None:
     models = favouring(1.0), favouring(0.0)
     found = evaluate(*models, n=10, temperature=0.5, batch_size=7)
@@ -231,7 +267,7 @@ def test_kl_and_entropy_agree_with_enumeration() -> None:
     many = {"num_prompts": 1, "samples_per_prompt": 3000, "max_new_tokens": 3, "batch_size": 3000}
     settings = EvaluationSettings(**SETTINGS | many | {"bootstrap_samples": 10, "self_bleu_samples": 2})
     prompt = EvalPrompt("id", "test", (1,), "")
-    result = evaluate_policy(policy, reference, tokenizer, [prompt], settings, None, decode)
+    result = evaluate_policy(policy, reference, tokenizer, [prompt], settings, FAST, None, decode)
     metrics = result.metrics
     assert metrics["eval/length"] == 3
     assert metrics["eval/entropy_sequence"] == pytest.approx(-(log_p.exp() * log_p).sum().item(), rel=0.01)
@@ -267,7 +303,7 @@ def test_seeded_and_reports_progress() -> None:
     done: list[int] = []
     settings = EvaluationSettings(**SETTINGS | {"num_prompts": 7, "samples_per_prompt": 1, "batch_size": 3})
     model = tiny_llama()
-    draw_both(model, model, tiny_tokenizer(), prompts(7), settings, decode, done.append)
+    draw_both(model, model, tiny_tokenizer(), prompts(7), settings, FAST, decode, done.append)
     assert sum(done) == 14 and max(done) == 3
 
 
@@ -302,7 +338,7 @@ class Favourable:
 def judged(judge: Judge, n: int = 20, opponents: dict[str, Opponent] | None = None, **changes: Any) -> Evaluation:
     settings = EvaluationSettings(**SETTINGS | {"num_prompts": n} | changes)
     models = favouring(1.0), favouring(0.0)
-    return evaluate_policy(*models, tiny_tokenizer(), prompts(n), settings, judge, decode, opponents=opponents)
+    return evaluate_policy(*models, tiny_tokenizer(), prompts(n), settings, FAST, judge, decode, opponents=opponents)
 
 
 def test_a_judge_that_compares_gives_the_win_rate_of_the_reward_it_stands_for() -> None:
@@ -399,6 +435,8 @@ def test_completions_that_are_kept_are_not_drawn_again() -> None:
 
     settings = EvaluationSettings(**SETTINGS | {"num_prompts": 6})
     models = favouring(1.0), favouring(0.0)
-    first, again = (draw_both(*models, tiny_tokenizer(), prompts(6), settings, decode, kept=kept) for _ in range(2))
+    first, again = (
+        draw_both(*models, tiny_tokenizer(), prompts(6), settings, FAST, decode, kept=kept) for _ in range(2)
+    )
     assert first == again and drawn == ["policy", "reference"]
-    assert first == draw_both(*models, tiny_tokenizer(), prompts(6), settings, decode)
+    assert first == draw_both(*models, tiny_tokenizer(), prompts(6), settings, FAST, decode)

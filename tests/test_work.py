@@ -14,9 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from spo.data import TokenizedPair
 from spo.losses import DPOLoss, PreferenceLoss, SPOLoss
 from spo.models import FrozenReference
+from spo.models.packing import TOGETHER, _calls
 from spo.module import ProbeSettings
 from spo.regularizers import GlobalKL, NoRegularizer, Regularizer
 from spo.speed import Speed
+from spo.types import Group, Groups
 from tests.helpers import BOS, EOS, FAST, PLAIN, VOCAB, Spied, make_data, make_module, make_trainer, tiny_llama
 
 PROMPT, CHOSEN, REJECTED, PAIRS, STEPS = 20, 6, 3, 4, 3
@@ -157,3 +159,32 @@ def test_logits_that_exist_at_one_time_are_bounded(max_logits: int | None, tmp_p
     again = 0 if max_logits is None else PAIRS * (CHOSEN + REJECTED) * weights_of("head")
     assert [step["products"] - other["products"] for step, other in zip(bounded, whole, strict=True)] == [again] * STEPS
     assert {max(step["logits"]) for step in bounded} == {max_logits or PAIRS * (CHOSEN + REJECTED) * VOCAB}
+
+
+def attended(*groups: Group) -> int:
+    """Pairs of a query and a key that the attention kernels are given for a row of these groups."""
+    calls = list(_calls(Groups(groups), torch.device("cpu")))
+    assert sum(call.length for call in calls) == sum(group.length for group in groups)
+    return sum(call.length * sum(calls[i].length for i in call.sees) for call in calls)
+
+
+@pytest.mark.parametrize("completions", [(300, 200), (40, 30), (300,) * 9, (20,) * 9])
+def test_attention_on_a_long_group_is_the_prompt_with_itself_and_completions_with_the_group(
+    completions: tuple[int, ...],
+) -> None:
+    prompt = 500
+    # completions that share a call see each other's places too, of which there are at most TOGETHER
+    bound = prompt**2 + sum(n * (prompt + max(n, TOGETHER)) for n in completions)
+    exact = prompt**2 + sum(n * (prompt + n) for n in completions)
+    found = attended(Group(prompt, completions))
+    assert exact <= found <= bound
+    if min(completions) > TOGETHER // 2:
+        assert found == exact
+
+
+def test_attention_on_many_groups_grows_with_their_number() -> None:
+    alone, tiny, n = Group(500, (100,)), Group(9, (3, 4)), 200
+    assert attended(*[alone] * 5) == 5 * 600**2  # one causal call each, which skips half of it
+    most = n * tiny.length * TOGETHER
+    assert attended(*[tiny] * n) <= most < (n * tiny.length) ** 2 / 10
+    assert attended(tiny) == tiny.length**2

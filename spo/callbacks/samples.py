@@ -21,6 +21,7 @@ from spo.evaluation.evaluate import Evaluation, assess
 from spo.evaluation.judges import Judge
 from spo.module import AlignmentModule
 from spo.sampling import eval_mode
+from spo.speed import Speed
 
 log = logging.getLogger(__name__)
 LOGGED = ("win_rate", "win_rate_ci_low", "win_rate_ci_high", "reward")
@@ -63,10 +64,10 @@ class ValidationSamples(Callback):
             return
         policy, reference = pl_module.policy, pl_module.reference
         with eval_mode(policy):
-            ours = self._draw(policy, "policy")
+            ours = self._draw(policy, "policy", pl_module.speed)
             if self._reference is None and reference.scores_samples:
                 with reference.active(policy) as model:
-                    self._reference = self._draw(model, "reference")
+                    self._reference = self._draw(model, "reference", pl_module.speed)
         if not trainer.is_global_zero:
             return
         found = self._assess(ours)
@@ -86,8 +87,8 @@ class ValidationSamples(Callback):
             self._warned = True
             return assess(self.prompts, ours, self._reference, self.settings, None)
 
-    def _draw(self, model: Any, stage: str) -> Draws:
-        return draw(model, stage, self.prompts, self.settings, self.tokenizer, self.decode)
+    def _draw(self, model: Any, stage: str, speed: Speed) -> Draws:
+        return draw(model, stage, self.prompts, self.settings, speed.settled(model), self.tokenizer, self.decode)
 
     def _write(self, samples: Sequence[dict[str, Any]], step: int) -> None:
         """Adds the rows of a step; those of a run that was interrupted after it are written again."""

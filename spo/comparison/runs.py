@@ -35,8 +35,6 @@ _WITH = (
     "evaluation.batch_size",
     "evaluation.bootstrap_samples",
     "evaluation.confidence",
-    "evaluation.max_logits",
-    "evaluation.sampler",
     "judge.batch_size",
     "judge.cache",
     "judge.concurrency",

@@ -18,6 +18,7 @@ from spo.evaluation.judges import Comparison, Judge
 from spo.evaluation.settings import REFERENCE, EvaluationSettings
 from spo.evaluation.winrate import verdict_of_rewards, win_rates
 from spo.sampling import derive_seed, eval_mode
+from spo.speed import Speed
 
 Kept = Callable[[str, Callable[[], Draws]], Draws]
 """``kept(stage, draw)``: the completions of a stage, ``"policy"`` or ``"reference"``, from where they were kept."""
@@ -39,13 +40,14 @@ def evaluate_policy(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[EvalPrompt],
     settings: EvaluationSettings,
+    speed: Speed,
     judge: Judge | None,
     decode: Callable[[Sequence[int]], str],
     all_prompts: bool = False,
     opponents: Mapping[str, Opponent] | None = None,
 ) -> Evaluation:
     """Draws completions from both models, compares and measures them: see :func:`draw_both` and :func:`assess`."""
-    drawn = draw_both(policy, reference, tokenizer, prompts, settings, decode)
+    drawn = draw_both(policy, reference, tokenizer, prompts, settings, speed, decode)
     return assess(prompts, *drawn, settings, judge, all_prompts, opponents)
 
 
@@ -55,6 +57,7 @@ def draw_both(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[EvalPrompt],
     settings: EvaluationSettings,
+    speed: Speed,
     decode: Callable[[Sequence[int]], str],
     on_progress: Callable[[int], None] = lambda _: None,
     kept: Kept = lambda _, draw: draw(),
@@ -67,13 +70,14 @@ def draw_both(
         tokenizer: theirs.
         prompts: of one split.
         settings: how to sample.
+        speed: how to compute; settled for both models.
         decode: from the token ids of a completion to its text.
         on_progress: called with the number of sequences just drawn.
         kept: where completions may be kept, so that none is drawn twice.
     """
 
     def drawn(model: nn.Module, stage: str, other: nn.Module | None = None) -> Draws:
-        return kept(stage, lambda: draw(model, stage, prompts, settings, tokenizer, decode, on_progress, other))
+        return kept(stage, lambda: draw(model, stage, prompts, settings, speed, tokenizer, decode, on_progress, other))
 
     with eval_mode(policy), eval_mode(reference):
         return drawn(policy, "policy", reference), drawn(reference, "reference")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 REFERENCE, CHOSEN = "reference", "chosen"
 
@@ -20,9 +19,7 @@ class EvaluationSettings:
         samples_per_prompt: completions drawn per prompt from the policy, and as many from the reference.
         max_new_tokens: their length limit.
         temperature: of the sampling, and of both models where they are measured; 1 is their own distribution.
-        batch_size: completions sampled at a time; changes no number.
-        sampler: what draws them, see :func:`spo.sampling.sample`; changes no number.
-        max_logits: most logits that exist at one time while they are measured; ``None`` for no limit.
+        batch_size: completions sampled at a time, of prompts of like length; changes no number.
         against: what the policy is compared with: ``reference``, ``chosen`` (the data set's chosen responses), or the
             directory of another run.
         confidence: of the intervals.
@@ -37,8 +34,6 @@ class EvaluationSettings:
     max_new_tokens: int
     temperature: float
     batch_size: int
-    sampler: Literal["static", "generate"]
-    max_logits: int | None
     against: Sequence[str]
     confidence: float
     bootstrap_samples: int

@@ -26,7 +26,6 @@ from spo.evaluation.settings import CHOSEN, REFERENCE
 from spo.losses import as_loss
 from spo.metrics import Calibration, SumsAndCounts
 from spo.models.policy import folder_digest
-from spo.ops import completion_logps
 from spo.reports.terminal import result_panel
 from spo.runtime.cache import cached, digest
 from spo.runtime.checks import ensure
@@ -35,13 +34,14 @@ from spo.runtime.errors import UserError
 from spo.runtime.prepare import Prepared, eval_device, prepare_run
 from spo.runtime.rundir import code_version, load_config, resolved, write_json
 from spo.runtime.terminal import quiet_libraries
+from spo.speed import Speed
 
 log = logging.getLogger(__name__)
 CHANGEABLE = ("data", "evaluation", "judge", "trainer.accelerator", "trainer.devices")
 VAL = ("win_rate", "win_rate_ci_low", "win_rate_ci_high", "reward", "kl", "entropy")
 """What the final evaluation measures on the selection split, for choosing between settings."""
 DRAWN_WITH = ("samples_per_prompt", "max_new_tokens", "temperature", "seed")
-CODE = ("types.py", "ops", "models", "sampling", "seeds.py", "data/rendering.py", "evaluation/draws.py")
+CODE = ("types.py", "ops", "models", "sampling", "seeds.py", "speed.py", "data/rendering.py", "evaluation/draws.py")
 """What the kept completions follow from, beside models and prompts."""
 
 
@@ -146,6 +146,7 @@ def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path, judge: Judg
     device = eval_device(cfg)
     policy = prepared.spec.base(run_dir / "policy").requires_grad_(False).to(device)
     reference = prepared.spec.start(prepared.base).to(device)
+    speed = Speed(**cfg.speed).settled(policy, reference)
     limits: dict[Split, int] = {"test": settings.num_prompts, "selection": settings.selection_prompts}
     if prepared.language is not None or settings.selection_prompts == 0 or not prepared.prompts["selection"]:
         del limits["selection"]  # of a language that is enumerated the splits are one and the same
@@ -165,6 +166,7 @@ def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path, judge: Judg
                 prepared.tokenizer,
                 prompts[split],
                 settings,
+                speed,
                 prepared.renderer.decode,
                 lambda done: progress.advance(task, done),
                 partial(_kept, cfg, settings, prompts[split], digests),
@@ -177,7 +179,7 @@ def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path, judge: Judg
         selection = assess(prompts["selection"], *drawn["selection"], against_reference, judge)
     elif whole and settings.selection_prompts > 0:
         selection = replace(test, samples=[])
-    metrics = test.metrics | _pair_metrics(cfg, run_dir, policy, reference, prepared)
+    metrics = test.metrics | _pair_metrics(cfg, run_dir, policy, reference, prepared, speed)
     if judge is not None:
         metrics |= {f"eval/judge/{name}": value for name, value in judge.usage().items()}
     if selection is not None:
@@ -268,7 +270,12 @@ def _samples_of(
 
 @torch.no_grad()
 def _pair_metrics(
-    cfg: DictConfig, run_dir: Path, policy: torch.nn.Module, reference: torch.nn.Module, prepared: Prepared
+    cfg: DictConfig,
+    run_dir: Path,
+    policy: torch.nn.Module,
+    reference: torch.nn.Module,
+    prepared: Prepared,
+    speed: Speed,
 ) -> dict[str, float]:
     """Accuracy, margin and calibration of the method's implicit reward on the pairs of the test split."""
     coefficients = json.loads((run_dir / "coefficients.json").read_text())
@@ -276,12 +283,13 @@ def _pair_metrics(
     names = ("rewards/accuracies", "rewards/margins")
     metric, calibration = SumsAndCounts(names, over_ranks=False), Calibration(over_ranks=False)
     pairs: list[TokenizedPair] = prepared.pairs.test
-    size = cfg.data.eval_batch_size
+    size, pad_token_id = cfg.data.eval_batch_size, prepared.tokenizer.pad_token_id
+    device = next(policy.parameters()).device
     for first in range(0, len(pairs), size):
         chunk = pairs[first : first + size]
-        batch = collate(chunk, range(len(chunk)), prepared.tokenizer.pad_token_id).to(next(policy.parameters()).device)
+        batch = collate(chunk, range(len(chunk)), pad_token_id, arrange=speed.arrange).to(device)
         seen = batch.list_logps if loss.uses_lists else batch.pair_logps
-        logps = seen(completion_logps(policy, batch.sequences), completion_logps(reference, batch.sequences))
+        logps = seen(*(speed.logps(model, batch.sequences) for model in (policy, reference)))
         values = loss.metrics(logps, alpha=coefficients["alpha"], beta=coefficients["beta"])
         metric.update({name: values[name].cpu() for name in names if name in values})
         if "rewards/margins" in values and len(batch.mask()) == 2:  # of a list there is no single preference

@@ -43,12 +43,12 @@ from spo.module import AlignmentModule, Prompts
 from spo.regularizers import NoRegularizer
 from spo.runtime.cache import cached, path_digest
 from spo.runtime.rundir import code_version
-from spo.sampling import derive_seed, sample
+from spo.sampling import by_length, derive_seed, sample
 from spo.schedules import Constant
 from spo.speed import Speed
 
 log = logging.getLogger(__name__)
-PROMPTS_PER_BATCH = 64
+PROMPTS_PER_BATCH = 512
 CODE = (
     "types.py",
     "ops",
@@ -340,18 +340,18 @@ def _complete(
     """Draws ``n`` completions of each prompt from the reference model."""
     ids = [renderer.prompt_ids(prompt) for prompt in prompts for _ in range(n)]
     seeds = [derive_seed("pairs", cfg.data.seed, prompt, i) for prompt in prompts for i in range(n)]
-    drawn: list[Completion] = []
-    for first in track(range(0, len(ids), PROMPTS_PER_BATCH), "sampling pairs", transient=True):
-        chunk = slice(first, first + PROMPTS_PER_BATCH)
+    drawn: dict[int, Completion] = {}
+    for rows in track(by_length(ids, PROMPTS_PER_BATCH), "sampling pairs", transient=True):
         sequences = sample(
             model,
-            ids[chunk],
+            [ids[row] for row in rows],
             max_new_tokens=cfg.data.max_new_tokens,
             temperature=1.0,
             eos_token_id=renderer.eos_id,
             pad_token_id=renderer.tokenizer.pad_token_id,
-            seeds=seeds[chunk],
+            seeds=[seeds[row] for row in rows],
             sampler=cfg.speed.sampler,
         )
-        drawn += [Completion(renderer.decode(row), row[-1:] == [renderer.eos_id]) for row in sequences.completions()]
-    return [drawn[i : i + n] for i in range(0, len(drawn), n)]
+        for row, tokens in zip(rows, sequences.completions(), strict=True):
+            drawn[row] = Completion(renderer.decode(tokens), tokens[-1:] == [renderer.eos_id])
+    return [[drawn[i] for i in range(first, first + n)] for first in range(0, len(ids), n)]

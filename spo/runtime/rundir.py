@@ -45,7 +45,7 @@ NOT_IDENTITY = ("paths", "hydra", "launcher", "logger", "rerun", "speed", "tags"
 # How fast a judge is asked, how often, and at what price, is no part of its answers.
 ASKED_HOW = ("attempts", "batch_size", "cache", "concurrency", "device", "input_price", "max_retries", "max_unanswered")
 ASKED_HOW += ("output_price", "requests_per_minute", "timeout_s")
-NOT_IDENTITY_KEYS = tuple(f"evaluation.{name}" for name in ("batch_size", "max_logits", "sampler"))
+NOT_IDENTITY_KEYS = ("evaluation.batch_size",)
 NOT_IDENTITY_KEYS += tuple(f"judge.{name}" for name in ASKED_HOW)
 # What a run may still change when it goes on.
 RESUMABLE = ("trainer.max_steps", "logger", "strategy")

@@ -166,6 +166,12 @@ def sample(
     return _right_padded(prompts, generated, completion_length, pad_token_id)
 
 
+def by_length(prompts: Seq[Seq[int]], most: int) -> list[list[int]]:
+    """The numbers of the prompts in parts of at most ``most``, short ones first: little padding within a part."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    return [order[first : first + most] for first in range(0, len(order), most)]
+
+
 def _is_static(model: nn.Module) -> bool:
     if reason := static.unsupported(model):
         _say(type(base_model(model)).__name__, reason)
