@@ -7,7 +7,9 @@ import os
 import random
 import signal
 import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -182,6 +184,44 @@ def test_a_file_that_is_cut_or_something_else_is_set_aside(
     store.put(keys[:1], torch.tensor([5.0]))
     assert store.get(keys[:2]).nan_to_num(-1).tolist() == [5, -1]
     assert "are damaged" in caplog.text
+
+
+@pytest.mark.parametrize("row", [False, True], ids=["cut", "one row"])
+def test_several_that_notice_the_damage_set_aside_one_file(row: bool, tmp_path: Path) -> None:
+    keys = [sequence_key((1,), (i,)) for i in range(40)]
+    values = torch.arange(-40.0, 0) - 0.5
+
+    def work(store: LogpsStore, ready: Any) -> None:
+        ready.wait()
+        known = store.get(keys)
+        store.put(keys, values)
+        assert torch.equal(known[~known.isnan()], values[~known.isnan()]) and torch.equal(store.get(keys), values)
+
+    def fresh(trial: int) -> LogpsStore:
+        store = LogpsStore(tmp_path / str(trial) / "store.sqlite", torch.float64)
+        store.put(keys, values)
+        content = store.file.read_bytes()
+        good = struct.pack(">d", values[7].item())  # as sqlite writes a number
+        damaged = content.replace(good, bytes(8)) if row else content[: len(content) // 2]
+        assert damaged != content
+        store.file.write_bytes(damaged)
+        return store
+
+    for trial in range(10):
+        store = fresh(trial)
+        ready = multiprocessing.get_context("fork").Barrier(3)
+        processes = [in_a_process(lambda store=store, ready=ready: work(store, ready)) for _ in range(3)]
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0, 0]
+        assert torch.equal(store.get(keys), values)
+    for trial in range(10, 20):
+        store, threads = fresh(trial), 3
+        with ThreadPoolExecutor(threads) as pool:
+            ready = threading.Barrier(threads)
+            for done in [pool.submit(work, store, ready) for _ in range(threads)]:
+                done.result(60)
+        assert torch.equal(store.get(keys), values)
 
 
 def test_a_place_that_cannot_be_written_is_said_in_words(tmp_path: Path) -> None:
