@@ -118,9 +118,20 @@ class PreferenceDataModule(LightningDataModule):
         )
         return DataLoader(dataset, persistent_workers=self.num_workers > 0, **self._loading())
 
+    def transfer_batch_to_device(
+        self, batch: Window | PreferenceBatch, device: torch.device, dataloader_idx: int
+    ) -> Window | PreferenceBatch:
+        """On the device, which is not waited for: Lightning by itself waits for all that is no bare tensor."""
+        return batch.sent(device)
+
     def _loading(self) -> dict[str, Any]:
-        # A loader draws seeds for its workers: from a generator of its own, or a resumed run would draw otherwise.
-        return {"batch_size": None, "num_workers": self.num_workers, "generator": torch.Generator()}
+        return {
+            "batch_size": None,
+            "num_workers": self.num_workers,
+            "pin_memory": self._trainer().strategy.root_device.type == "cuda",
+            # Seeds for the workers are drawn: from a generator of its own, or a resumed run would draw otherwise.
+            "generator": torch.Generator(),
+        }
 
     def _note_wait(self, seconds: float) -> None:
         self.waited_s += seconds

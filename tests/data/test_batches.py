@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from spo.data import DataError, TokenizedPair
 from spo.data.collate import collate
@@ -282,6 +283,7 @@ class FakeTrainer:
     def __init__(self, world_size: int = 1, global_rank: int = 0, global_step: int = 0, speed: Speed = PLAIN) -> None:
         self.world_size, self.global_rank, self.global_step = world_size, global_rank, global_step
         self.lightning_module = SimpleNamespace(speed=speed)
+        self.strategy = SimpleNamespace(root_device=torch.device("cpu"))
 
 
 def served(data: PreferenceDataModule, **trainer: Any) -> tuple[list[Window], list[PreferenceBatch]]:
@@ -345,6 +347,43 @@ def test_a_budget_of_tokens_holds_in_training_and_validation(speed: Speed) -> No
     assert {s.packed is not None for s in computed} == {speed.probed}
     alone, _ = served(module_of(6, micro_batch_tokens=1))
     assert {len(batch) for window in alone for batch in window} == {1}
+
+
+def test_a_window_is_pinned_whole_and_nothing_waits_for_its_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = replace(FAST, probed=True)
+    data = module_of(1, reference_logps={"train": torch.zeros(11, 2)})
+    [window], _ = served(data, speed=speed)
+    batch = window.micro_batches[0]
+    assert batch.sequences.packed is not None
+    pinned: list[Tensor] = []
+    moves: list[tuple[Any, bool]] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    def to(tensor: Tensor, device: Any, non_blocking: bool = False) -> Tensor:
+        moves.append((device, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", to)
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    moved = data.transfer_batch_to_device(window, cuda, 0)
+    assert isinstance(moved, Window) and moved.num_pairs == window.num_pairs
+    kept = moved.micro_batches[0]
+    assert kept.keys == batch.keys and kept.sequences.packed is not None
+    assert kept.sequences.packed.groups is batch.sequences.packed.groups
+    # of a batch ids, lengths and places, of its packed row likewise, and what belongs to the pairs
+    expected = [batch.sequences.input_ids, batch.sequences.packed.predictors, batch.index, batch.reference_logps]
+    assert all(any(found is tensor for found in pinned) for tensor in expected)
+    assert moves == [(cuda, True)] * len(pinned) and len(pinned) == 10 * len(window.micro_batches)
+    moves.clear()
+    pinned.clear()
+    data.transfer_batch_to_device(window, cpu, 0)
+    assert not pinned and set(moves) == {(cpu, False)}
+    data.trainer.strategy.root_device = cuda  # type: ignore[union-attr]
+    assert data.train_dataloader().pin_memory and data.val_dataloader().pin_memory  # type: ignore[union-attr]
 
 
 def test_grouped_windows_are_served_and_resumed() -> None:
