@@ -288,7 +288,7 @@ class AlignmentModule(LightningModule):
             samples = self.speed.arrange(buffer.held.rows(torch.tensor(part)))
             states = buffer.reference_states
             kept = None if states is None else torch.cat([states[i] for i in part])
-            divergence = self.divergence(samples.to(self.device), kept)
+            divergence = self.divergence(samples.sent(self.device), kept)
             self.train_metrics.update({"loss/regularizer": divergence})
             return weight * divergence.sum() / len(index)
 

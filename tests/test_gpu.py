@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SPOLoss
 from spo.models import FrozenReference
-from spo.module import ProbeSettings
+from spo.module import AlignmentModule, ProbeSettings
 from spo.ops import completion_logps
 from spo.regularizers import GlobalKL
 from spo.sampling import sample
@@ -20,7 +22,9 @@ from tests.commands import TINY, job, shared_cache
 from tests.helpers import (
     BOS,
     EOS,
+    FAST,
     PAD,
+    Spied,
     make_data,
     make_module,
     make_trainer,
@@ -89,6 +93,33 @@ def test_the_samplers_agree_and_wait_for_the_device_now_and_then(dtype: torch.dt
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         assert len(waits) <= 5, f"once for the lengths, and a few times in the prompts' forward: {length} tokens"
+
+
+class Unwaiting(Spied):
+    """Of which a step that is not the first may not wait for the device."""
+
+    def training_step(self, window: Any, batch_idx: int) -> None:
+        torch.cuda.set_sync_debug_mode("default" if self.global_step == 0 else "error")
+        try:
+            AlignmentModule.training_step(self, window, batch_idx)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
+    """Packed without shared prompts, each group attends causally; masks are made, with a wait, for shared ones."""
+    module = make_module(
+        tiny_llama(1, dtype=torch.float32).train(),
+        loss=DPOLoss(),
+        reference=FrozenReference(),
+        reference_model=tiny_llama(2, dtype=torch.float32),
+        log_every_n_steps=10,
+        speed=replace(FAST, share_prompts=False),
+    )
+    module.__class__ = Unwaiting
+    trainer = make_trainer(tmp_path, accelerator="gpu", max_steps=4)
+    trainer.fit(module, datamodule=make_data(random_pairs(8, 0), max_steps=4))
+    assert trainer.global_step == 4
 
 
 def test_sampling_and_probe_stay_on_the_device(tmp_path: Path) -> None:

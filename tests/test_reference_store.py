@@ -7,7 +7,9 @@ import os
 import random
 import signal
 import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from spo.callbacks import Checkpoint
@@ -184,6 +186,44 @@ def test_a_file_that_is_cut_or_something_else_is_set_aside(
     assert "are damaged" in caplog.text
 
 
+@pytest.mark.parametrize("row", [False, True], ids=["cut", "one row"])
+def test_several_that_notice_the_damage_set_aside_one_file(row: bool, tmp_path: Path) -> None:
+    keys = [sequence_key((1,), (i,)) for i in range(40)]
+    values = torch.arange(-40.0, 0) - 0.5
+
+    def work(store: LogpsStore, ready: Any) -> None:
+        ready.wait()
+        known = store.get(keys)
+        store.put(keys, values)
+        assert torch.equal(known[~known.isnan()], values[~known.isnan()]) and torch.equal(store.get(keys), values)
+
+    def fresh(trial: int) -> LogpsStore:
+        store = LogpsStore(tmp_path / str(trial) / "store.sqlite", torch.float64)
+        store.put(keys, values)
+        content = store.file.read_bytes()
+        good = struct.pack(">d", values[7].item())  # as sqlite writes a number
+        damaged = content.replace(good, bytes(8)) if row else content[: len(content) // 2]
+        assert damaged != content
+        store.file.write_bytes(damaged)
+        return store
+
+    for trial in range(10):
+        store = fresh(trial)
+        ready = multiprocessing.get_context("fork").Barrier(3)
+        processes = [in_a_process(lambda store=store, ready=ready: work(store, ready)) for _ in range(3)]
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0, 0]
+        assert torch.equal(store.get(keys), values)
+    for trial in range(10, 20):
+        store, threads = fresh(trial), 3
+        with ThreadPoolExecutor(threads) as pool:
+            ready = threading.Barrier(threads)
+            for done in [pool.submit(work, store, ready) for _ in range(threads)]:
+                done.result(60)
+        assert torch.equal(store.get(keys), values)
+
+
 def test_a_place_that_cannot_be_written_is_said_in_words(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store = LogpsStore(tmp_path / "file" / "store.sqlite", torch.float32)
@@ -267,9 +307,13 @@ def test_one_token_misses_that_sequence_alone(model_folder: Path, tmp_path: Path
     assert scored(tmp_path, prepared(model_folder, [*PAIRS[:7], changed, *PAIRS[8:]], []))[1] == (ALL - 2, 2)
 
 
-def test_weights_tokenizer_dtype_and_the_like_have_stores_of_their_own(model_folder: Path, tmp_path: Path) -> None:
-    def file(cfg: DictConfig = CFG, folder: Path = model_folder, **spec: Any) -> Path:
-        return logps_store(cfg, prepared(folder, **spec), str(tmp_path)).file
+def test_weights_tokenizer_dtype_and_the_like_have_stores_of_their_own(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def file(
+        cfg: Any = CFG, folder: Path = model_folder, speed: Speed = FAST, device: str = "cpu", **spec: Any
+    ) -> Path:
+        return logps_store(cfg, prepared(folder, **spec), str(tmp_path), speed, torch.device(device)).file
 
     other = save_model(tmp_path / "other", scale=0.2, seed=1)
     retokenized = save_model(tmp_path / "retokenized", scale=0.2)
@@ -284,11 +328,21 @@ def test_weights_tokenizer_dtype_and_the_like_have_stores_of_their_own(model_fol
         file(dtype="bfloat16"),
         file(attn_implementation="sdpa"),
         file(adapter_path=str(adapter)),
-        file(OmegaConf.merge(CFG, {"trainer": {"precision": "bf16-mixed"}})),  # type: ignore[arg-type]
-        file(PACKED),  # type: ignore[arg-type]
+        file(OmegaConf.merge(CFG, {"trainer": {"precision": "bf16-mixed"}})),
+        file(speed=PLAIN),
+        file(speed=replace(FAST, share_prompts=False)),
+        file(speed=replace(FAST, packing=False)),  # refused
+        file(device="cuda"),
     ]
+    for package in ("torch", "transformers"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"spo.runtime.reference_logps.{package}.__version__", "0.0")
+            files.append(file())
     assert len(set(files)) == len(files) and file() == files[0]
-    assert logps_store(CFG, prepared(model_folder, dtype="float64"), str(tmp_path)).dtype == torch.float64
+    assert file(speed=replace(FAST, probed=True)) == file(device="cpu:0") == files[0]
+    assert file(speed=replace(PLAIN, share_prompts=True)) == file(speed=PLAIN)  # nothing is shared without packing
+    wide = logps_store(CFG, prepared(model_folder, dtype="float64"), str(tmp_path), FAST, torch.device("cpu"))
+    assert wide.dtype == torch.float64
     scored(tmp_path, prepared(model_folder))
     assert scored(tmp_path, prepared(other))[1] == (0, ALL)
 
@@ -479,6 +533,20 @@ def test_a_batch_of_which_a_part_is_known(speed: Speed, tmp_path: Path) -> None:
         found = reference.pair_logps(batch, nn.Linear(1, 1), speed)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         assert seen == forwards and not found.requires_grad
+
+
+def test_the_store_is_the_one_of_the_layout_that_was_settled_on(tmp_path: Path) -> None:
+    reference, asked = CachedReference("unused"), []
+
+    def open_store(speed: Speed, device: torch.device) -> LogpsStore:
+        asked.append((speed, device.type))
+        return LogpsStore(tmp_path / "store.sqlite", torch.float64)
+
+    reference.open_store = open_store
+    module, _ = trained(tmp_path, reference, steps=2)
+    assert asked == [(replace(FAST, probed=True), "cpu")] == [(module.speed, "cpu")]
+    keys = collate(PAIRS[:12], range(12), PAD).keys or []
+    assert reference.store is not None and not reference.store.get(keys).isnan().all()
 
 
 def test_absurd_stored_values_show_in_the_loss(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,11 +61,12 @@ def collate(
 
 def padded(rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], pad_token_id: int) -> Sequences:
     """Prompts with their completions as right-padded sequences."""
-    length = torch.tensor([len(prompt) + len(completion) for prompt, completion in rows])
-    input_ids = torch.full((len(rows), int(length.max())), pad_token_id)
-    for i, (prompt, completion) in enumerate(rows):
-        input_ids[i, : length[i]] = torch.tensor(prompt + completion)
-    return Sequences(input_ids, torch.tensor([len(prompt) for prompt, _ in rows]), length)
+    length = [len(prompt) + len(completion) for prompt, completion in rows]
+    input_ids = np.full((len(rows), max(length)), pad_token_id)
+    for ids, end, (prompt, completion) in zip(input_ids, length, rows, strict=True):
+        ids[:end] = prompt + completion
+    prompt_length = torch.tensor([len(prompt) for prompt, _ in rows])
+    return Sequences(torch.from_numpy(input_ids), prompt_length, torch.tensor(length))
 
 
 def _per_sequence(values: Tensor, completions: list[list[int]]) -> Tensor:

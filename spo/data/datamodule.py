@@ -30,8 +30,9 @@ class PreferenceDataModule(LightningDataModule):
         selection: pairs to validate on.
         batch_size: pairs per optimiser step, over all devices.
         micro_batch_size: most pairs per forward pass and device; ``None`` for no limit.
-        micro_batch_tokens: most tokens per forward pass and device, in validation too, as :func:`pair_tokens` counts
-            them; ``None`` for no limit. A pair that has more is a batch by itself.
+        micro_batch_tokens: most tokens per forward pass and device, in validation too: of padded batches with their
+            padding, of packed ones as :func:`pair_tokens` counts them; ``None`` for no limit. A pair that has more is a
+            batch by itself.
         eval_batch_size: most pairs per forward pass and device in validation.
         group_by_length: windows whose pairs are sorted by length together (see :class:`Windows`); ``None`` for none.
         seed: of the order.
@@ -117,19 +118,31 @@ class PreferenceDataModule(LightningDataModule):
         )
         return DataLoader(dataset, persistent_workers=self.num_workers > 0, **self._loading())
 
+    def transfer_batch_to_device(
+        self, batch: Window | PreferenceBatch, device: torch.device, dataloader_idx: int
+    ) -> Window | PreferenceBatch:
+        """On the device, which is not waited for: Lightning by itself waits for all that is no bare tensor."""
+        return batch.sent(device)
+
     def _loading(self) -> dict[str, Any]:
-        # A loader draws seeds for its workers: from a generator of its own, or a resumed run would draw otherwise.
-        return {"batch_size": None, "num_workers": self.num_workers, "generator": torch.Generator()}
+        return {
+            "batch_size": None,
+            "num_workers": self.num_workers,
+            "pin_memory": self._trainer().strategy.root_device.type == "cuda",
+            # Seeds for the workers are drawn: from a generator of its own, or a resumed run would draw otherwise.
+            "generator": torch.Generator(),
+        }
 
     def _note_wait(self, seconds: float) -> None:
         self.waited_s += seconds
 
-    def _sizes(self, pairs: Sequence[TokenizedPair]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``(P,)`` tokens of the longest sequence of each pair, and of all of its sequences."""
-        longest = [len(pair.prompt_ids) + max(map(len, pair.completions)) for pair in pairs]
+    def _sizes(self, pairs: Sequence[TokenizedPair]) -> tuple[NDArray[np.int64], NDArray[np.int64], bool]:
+        """Lengths and sizes of pairs, and whether they are padded: see :func:`~spo.data.windows.cut`."""
         speed = self._speed()
-        shared = speed.packing and speed.probed and speed.share_prompts
-        return np.array(longest), np.array([pair_tokens(pair, shared) for pair in pairs])
+        padded = not (speed.packing and speed.probed)
+        lengths = [len(pair.prompt_ids) + max(map(len, pair.completions)) for pair in pairs]
+        sizes = [len(pair.completions) if padded else pair_tokens(pair, speed.share_prompts) for pair in pairs]
+        return np.array(lengths), np.array(sizes), padded
 
     def _speed(self) -> Any:
         # Asked for when a fit has started: what the module settles on depends on its models.

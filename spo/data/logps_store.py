@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from spo.data.rows import DataError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+PATIENCE_S = 60
+"""How long others may take with the file."""
 
 
 def sequence_key(prompt: Sequence[int], completion: Sequence[int]) -> bytes:
@@ -74,13 +77,15 @@ class LogpsStore:
     def _use(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                return self._open_and(work)
-            except (sqlite3.DatabaseError, _Damaged) as error:
-                if isinstance(error, sqlite3.OperationalError):
-                    raise
-                self._set_aside()
-                return self._open_and(work)
+            # One at a time: a file that is moved while others have it open lends its journal's name to the new one.
+            with FileLock(f"{self.file}.use.lock", timeout=PATIENCE_S, poll_interval=0.005):
+                try:
+                    return self._open_and(work)
+                except (sqlite3.DatabaseError, _Damaged) as error:
+                    if isinstance(error, sqlite3.OperationalError):
+                        raise
+                    self._set_aside()
+                    return self._open_and(work)
         except (sqlite3.Error, OSError) as error:
             raise DataError(
                 f"the reference log-probs in {self.file} cannot be read or written ({error}): move the file away, or "
@@ -88,7 +93,7 @@ class LogpsStore:
             ) from error
 
     def _open_and(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        with closing(sqlite3.connect(self.file, timeout=60)) as database, database:
+        with closing(sqlite3.connect(self.file, timeout=PATIENCE_S)) as database, database:
             # A power failure may cost the file, which would be noticed, and no commit waits for the disk.
             database.execute("PRAGMA synchronous = OFF")
             database.execute(

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
+Item = tuple[int, int]
+"""Width and size of a pair: a batch has the width of its widest times the sum of the sizes in tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,8 @@ class Windows:
 
     Attributes:
         lengths: ``(P,)`` tokens of the longest sequence of each pair of the split, to which a batch is padded.
-        tokens: ``(P,)`` tokens of all sequences of each pair, by which micro-batches are limited.
+        sizes: ``(P,)`` what a pair adds to a micro-batch, see :func:`cut`.
+        padded: whether micro-batches are.
         batch_size: pairs of a window over all devices.
         seed: of the order.
         world_size: devices.
@@ -38,7 +41,8 @@ class Windows:
     """
 
     lengths: Indices
-    tokens: Indices
+    sizes: Indices
+    padded: bool
     batch_size: int
     seed: int
     world_size: int
@@ -64,7 +68,8 @@ class Windows:
     def micro_batches(self, step: int, rank: int, most_pairs: int | None, most_tokens: int | None) -> list[Indices]:
         """The pairs of one step on one device, in micro-batches (see `cut`)."""
         window = self.window(step)
-        batches = cut(self.lengths[window], self.tokens[window], rank, self.world_size, most_pairs, most_tokens)
+        sizes = self.lengths[window], self.sizes[window]
+        batches = cut(*sizes, self.padded, rank, self.world_size, most_pairs, most_tokens)
         return [window[batch] for batch in batches]
 
 
@@ -84,7 +89,13 @@ def _order(windows: Windows, epoch: int) -> Indices:
 
 
 def cut(
-    lengths: Indices, tokens: Indices, rank: int, world_size: int, most_pairs: int | None, most_tokens: int | None
+    lengths: Indices,
+    sizes: Indices,
+    padded: bool,
+    rank: int,
+    world_size: int,
+    most_pairs: int | None,
+    most_tokens: int | None,
 ) -> list[Indices]:
     """Deals pairs to devices, the longest first, and returns this device's share in batches of similar lengths.
 
@@ -94,7 +105,8 @@ def cut(
 
     Args:
         lengths: ``(P,)`` tokens of the longest sequence of each of at least ``world_size`` pairs.
-        tokens: ``(P,)`` tokens of all their sequences.
+        sizes: ``(P,)`` sequences of each pair where batches are padded, else tokens of all of them.
+        padded: whether a batch has its longest sequence's tokens for each of its sequences.
         rank: this device.
         world_size: devices.
         most_pairs: of a batch; ``None`` for no limit.
@@ -104,51 +116,54 @@ def cut(
         Positions of pairs.
     """
     order = np.argsort(-lengths, kind="stable")
+    widths = lengths if padded else np.ones_like(lengths)
     shares = [order[first::world_size] for first in range(world_size)]
-    needed = max(fewest_batches(tokens[share].tolist(), most_pairs, most_tokens) for share in shares)
-    batches = even_batches(tokens[shares[rank]].tolist(), min(needed, len(lengths) // world_size), most_pairs)
+    items = [list(zip(widths[share].tolist(), sizes[share].tolist(), strict=True)) for share in shares]
+    needed = max(fewest_batches(own, most_pairs, most_tokens) for own in items)
+    batches = even_batches(items[rank], min(needed, len(lengths) // world_size), most_pairs)
     return [shares[rank][batch] for batch in batches]
 
 
-def fewest_batches(tokens: Sequence[int], most: int | None, most_tokens: int | None) -> int:
+def fewest_batches(items: Sequence[Item], most: int | None, most_tokens: int | None) -> int:
     """How many batches of consecutive items it takes that none exceeds a limit.
 
     Args:
-        tokens: of each item, which is a pair or a sequence.
+        items: the widest first.
         most: items of a batch; ``None`` for no limit.
         most_tokens: of a batch, but for an item that has more by itself; ``None`` for no limit.
     """
-    return len(_runs(tokens, most, most_tokens))
+    return len(_runs(items, most, most_tokens))
 
 
-def even_batches(tokens: Sequence[int], count: int, most: int | None) -> list[slice]:
+def even_batches(items: Sequence[Item], count: int, most: int | None) -> list[slice]:
     """Cuts consecutive items into ``count`` batches so that the largest of several items has as few tokens as can be.
 
     Args:
-        tokens: of each item; there are at least ``count``.
+        items: the widest first; there are at least ``count``.
         count: of batches; with :func:`fewest_batches` or more, the limits hold.
         most: items of a batch, where ``count`` allows it; ``None`` for no limit.
     """
-    most = max(most or len(tokens), -(-len(tokens) // count))
-    low, high = 1, sum(tokens)
+    most = max(most or len(items), -(-len(items) // count))
+    low, high = 1, items[0][0] * sum(size for _, size in items)
     while low < high:
         middle = (low + high) // 2
-        if len(_runs(tokens, most, middle)) <= count:
+        if len(_runs(items, most, middle)) <= count:
             high = middle
         else:
             low = middle + 1
-    return _runs(tokens, most, low, at_least=count)
+    return _runs(items, most, low, at_least=count)
 
 
-def _runs(tokens: Sequence[int], most: int | None, most_tokens: int | None, at_least: int = 1) -> list[slice]:
+def _runs(items: Sequence[Item], most: int | None, most_tokens: int | None, at_least: int = 1) -> list[slice]:
     """Consecutive items in batches, each begun only when the one before is full or others need what is left."""
     runs: list[slice] = []
     first = total = 0
-    for position, number in enumerate(tokens):
-        full = position - first == most or (most_tokens is not None and total + number > most_tokens)
-        others_need_it = len(tokens) - position < at_least - len(runs)
+    for position, (_, size) in enumerate(items):
+        tokens = items[first][0] * (total + size)
+        full = position - first == most or (most_tokens is not None and tokens > most_tokens)
+        others_need_it = len(items) - position < at_least - len(runs)
         if position > first and (full or others_need_it):
             runs.append(slice(first, position))
             first, total = position, 0
-        total += number
-    return [*runs, slice(first, len(tokens))]
+        total += size
+    return [*runs, slice(first, len(items))]

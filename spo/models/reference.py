@@ -83,17 +83,23 @@ class CachedReference(FrozenReference):
 
     Attributes:
         store: where they are kept; without one it is a :class:`FrozenReference`.
+        open_store: finds it for the layout and the device that log-probs are computed with, when they are first asked
+            for: what the models take is known no earlier.
     """
 
     def __init__(self, cache_dir: str) -> None:
         super().__init__()
         self.cache_dir = cache_dir
         self.store: LogpsStore | None = None
+        self.open_store: Callable[[Speed, torch.device], LogpsStore] | None = None
 
     def pair_logps(self, batch: PreferenceBatch, policy: nn.Module, speed: Speed) -> Tensor:
+        device = batch.index.device
+        if self.store is None and self.open_store is not None:
+            self.store = self.open_store(speed, device)
         if self.store is None or batch.keys is None:
             return super().pair_logps(batch, policy, speed)
-        logps, device = self.store.get(batch.keys), batch.index.device
+        logps = self.store.get(batch.keys)
         missing = logps.isnan().nonzero().squeeze(-1)
         if len(missing) > 0:
             sequences = batch.sequences

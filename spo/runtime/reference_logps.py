@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from filelock import FileLock
 from omegaconf import DictConfig
 from rich.progress import track
@@ -30,11 +31,20 @@ Row = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of a completion."""
 
 
-def logps_store(cfg: DictConfig, prepared: Prepared, cache_dir: str) -> LogpsStore:
+def logps_store(cfg: DictConfig, prepared: Prepared, cache_dir: str, speed: Speed, device: torch.device) -> LogpsStore:
     """Where the reference's log-probs are kept: a file for everything they follow from but the tokens.
 
     That is the digests of weights, adapter and tokenizer, the dtype, the attention implementation, the precision, the
-    layout of a forward pass (so that ``speed=plain`` reads nothing that was not computed plainly) and the code.
+    kind of device, the versions of torch and transformers, the layout of a forward pass and the code. Two settings are
+    in no key, as they change rounding alone: ``speed.max_logits``, and which sequences share a forward pass.
+
+    Args:
+        cfg: the run's configuration.
+        prepared: says which model.
+        cache_dir: folder of the stored log-probs.
+        speed: the layout. Where it is not settled yet, it stands for what the reference model takes of it, which
+            follows from the rest of the key. A settled one may leave more out, for the policy's sake.
+        device: that computes them.
     """
     spec = prepared.spec
     key = {
@@ -44,7 +54,9 @@ def logps_store(cfg: DictConfig, prepared: Prepared, cache_dir: str) -> LogpsSto
         "dtype": spec.dtype,
         "attn_implementation": spec.attn_implementation,
         "precision": cfg.trainer.precision,
-        "layout": [cfg.speed.packing, cfg.speed.share_prompts],
+        "device": device.type,
+        "versions": [torch.__version__, transformers.__version__],
+        "layout": [speed.packing, speed.packing and speed.share_prompts, speed.completion_only],
     }
     dtype = torch.float64 if spec.dtype == "float64" else torch.float32
     return LogpsStore(Path(cache_dir).resolve() / f"{digest(key)[:32]}.sqlite", dtype)
@@ -70,16 +82,16 @@ def precomputed_logps(cfg: DictConfig, prepared: Prepared, reference: Precompute
     splits = {"train": prepared.pairs.train, "selection": prepared.pairs.selection}
     rows = list(dict.fromkeys(row for pairs in splits.values() for pair in pairs for row in _rows(pair)))
     keys = [sequence_key(*row) for row in rows]
-    store = logps_store(cfg, prepared, reference.cache_dir)
+    requested, device = Speed(**cfg.speed), eval_device(cfg)
+    store = logps_store(cfg, prepared, reference.cache_dir, requested, device)
     store.file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{store.file}.lock"):
         known = store.get(keys)
         missing = [rows[i] for i in known.isnan().nonzero().squeeze(-1).tolist()]
         if missing:
             log.info("scoring the pairs with the reference model: %d of %d sequences", len(missing), len(rows))
-            device = eval_device(cfg)
             model = prepared.spec.start(prepared.base).to(device)
-            speed = Speed(**cfg.speed).settled(model)
+            speed = requested.settled(model)
             # As the Trainer runs the policy, so that both round alike.
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
                 fill(store, model, missing, prepared.tokenizer.pad_token_id, speed, reference.batch_tokens)

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -159,7 +160,7 @@ def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
     if module.needs_reference_model or (sampled and reference.scores_samples):
         reference.attach(lambda: prepared.spec.start(prepared.base))
     if isinstance(reference, CachedReference):
-        reference.store = logps_store(cfg, prepared, reference.cache_dir)
+        reference.open_store = partial(logps_store, cfg, prepared, reference.cache_dir)
     data = build_data(cfg, reference, module, prepared)
     return Parts(module, data, trainer, exact)
 

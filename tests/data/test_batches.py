@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from spo.data import DataError, TokenizedPair
 from spo.data.collate import collate
@@ -76,11 +77,17 @@ def test_collate_preferences_weights_references_and_single_completions() -> None
 # ------------------------------------------------------------------------------------------------------- windows
 
 
-def some_windows(n: int, batch_size: int, seed: int, world_size: int, group: int | None = None) -> Windows:
-    """Of ``n`` pairs with lengths of their own, from 4 to 60 tokens, of which some sequences have half as many."""
+def some_windows(
+    n: int, batch_size: int, seed: int, world_size: int, group: int | None = None, padded: bool = False
+) -> Windows:
+    """Of ``n`` pairs with lengths of their own, from 4 to 60 tokens, of which some sequences have half as many.
+
+    Padded, they are lists of 1 to 4 completions.
+    """
     generator = np.random.default_rng(n)
     lengths = generator.integers(4, 61, n)
-    return Windows(lengths, lengths + generator.integers(2, lengths + 1), batch_size, seed, world_size, group)
+    sizes = generator.integers(1, 5, n) if padded else lengths + generator.integers(2, lengths + 1)
+    return Windows(lengths, sizes, padded, batch_size, seed, world_size, group)
 
 
 @settings(max_examples=300, deadline=None)
@@ -92,6 +99,7 @@ def some_windows(n: int, batch_size: int, seed: int, world_size: int, group: int
     most_tokens=st.one_of(st.none(), st.integers(1, 400)),
     seed=st.integers(0, 3),
     group=st.one_of(st.none(), st.integers(2, 5)),
+    padded=st.booleans(),
 )
 def test_windows_partition_each_epoch(
     n: int,
@@ -101,12 +109,13 @@ def test_windows_partition_each_epoch(
     most_tokens: int | None,
     seed: int,
     group: int | None,
+    padded: bool,
 ) -> None:
     if min(n, batch_size) < world_size:
         with pytest.raises(ValueError, match=f"cannot be dealt to {world_size} devices"):
-            some_windows(n, batch_size, seed, world_size, group)
+            some_windows(n, batch_size, seed, world_size, group, padded)
         return
-    windows = some_windows(n, batch_size, seed, world_size, group)
+    windows = some_windows(n, batch_size, seed, world_size, group, padded)
     left_out = n % batch_size if n % batch_size < world_size else 0
     for epoch in range(2):
         steps = range(epoch * windows.per_epoch, (epoch + 1) * windows.per_epoch)
@@ -131,7 +140,8 @@ def test_windows_partition_each_epoch(
 def exceeds(windows: Windows, batch: Any, most_pairs: int | None, most_tokens: int | None) -> bool:
     """Whether a micro-batch of several pairs is beyond a limit."""
     too_many = most_pairs is not None and len(batch) > most_pairs
-    return len(batch) > 1 and (too_many or (most_tokens is not None and windows.tokens[batch].sum() > most_tokens))
+    tokens = windows.sizes[batch].sum() * (windows.lengths[batch].max() if windows.padded else 1)
+    return len(batch) > 1 and (too_many or (most_tokens is not None and tokens > most_tokens))
 
 
 @pytest.mark.parametrize("group", [None, 3])
@@ -159,9 +169,9 @@ def padding(windows: Windows, limits: tuple[int | None, int | None] = (None, Non
 
 def test_similar_lengths_meet_in_a_window_and_in_a_micro_batch() -> None:
     lengths = np.random.default_rng(0).integers(20, 400, 960)
-    apart, together = (Windows(lengths, 2 * lengths, 16, 0, 1, group) for group in (None, 30))
+    apart, together = (Windows(lengths, 2 * lengths, False, 16, 0, 1, group) for group in (None, 30))
     assert padding(apart) > 0.4 and padding(together) < 0.03
-    assert padding(Windows(lengths, 2 * lengths, 16, 0, 1, 2)) < 0.35
+    assert padding(Windows(lengths, 2 * lengths, False, 16, 0, 1, 2)) < 0.35
     assert padding(apart, (4, None)) < 0.2
     # The epoch does not go from short to long, as the windows of a sorted group would.
     means = [lengths[together.window(step)].mean() for step in range(60)]
@@ -171,7 +181,7 @@ def test_similar_lengths_meet_in_a_window_and_in_a_micro_batch() -> None:
 def test_grouped_pairs_come_into_each_window_with_the_same_probability() -> None:
     # 3 groups of two windows, one of a single window, and a ragged one; lengths from shortest to longest.
     n, batch_size, epochs = 30, 4, 6000
-    windows = Windows(np.arange(n), np.arange(n), batch_size, 11, 1, 2)
+    windows = Windows(np.arange(n), np.arange(n), False, batch_size, 11, 1, 2)
     counts = np.zeros((n, windows.per_epoch))
     for step in range(epochs * windows.per_epoch):
         counts[windows.window(step), step % windows.per_epoch] += 1
@@ -188,7 +198,7 @@ def test_grouped_pairs_come_into_each_window_with_the_same_probability() -> None
 
 def test_a_grouped_window_s_mean_is_the_data_s_in_expectation() -> None:
     values = np.random.default_rng(1).normal(size=20) + np.arange(20)  # a "gradient" that grows with length
-    windows = Windows(np.arange(20), np.arange(20), 4, 3, 1, 5)
+    windows = Windows(np.arange(20), np.arange(20), False, 4, 3, 1, 5)
     for position in (0, 2, 4):
         means = [values[windows.window(epoch * 5 + position)].mean() for epoch in range(3000)]
         assert abs(np.mean(means) - values.mean()) < 4 * np.std(means) / np.sqrt(3000)
@@ -196,7 +206,7 @@ def test_a_grouped_window_s_mean_is_the_data_s_in_expectation() -> None:
 
 def test_cut_by_hand() -> None:
     def cuts(lengths: list[int], rank: int, world: int, *most: int | None) -> list[list[int]]:
-        return [b.tolist() for b in cut(np.array(lengths), np.array(lengths), rank, world, *most)]
+        return [b.tolist() for b in cut(np.array(lengths), np.array(lengths), False, rank, world, *most)]
 
     assert cuts([5, 5, 5, 5, 5], 0, 2, 1, None) == [[0, 2], [4]]  # as many batches as the other device
     assert cuts([5, 5, 5, 5, 5], 1, 2, 1, None) == [[1], [3]]
@@ -219,26 +229,33 @@ def test_cut_by_hand() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    tokens=st.lists(st.integers(1, 30), min_size=1, max_size=9),
+    items=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 30)), min_size=1, max_size=9),
     most=st.one_of(st.none(), st.integers(1, 4)),
     most_tokens=st.one_of(st.none(), st.integers(1, 60)),
 )
-def test_no_cut_of_consecutive_items_is_better(tokens: list[int], most: int | None, most_tokens: int | None) -> None:
+def test_no_cut_of_consecutive_items_is_better(
+    items: list[tuple[int, int]], most: int | None, most_tokens: int | None
+) -> None:
     """Against every way to cut."""
-    n, best = len(tokens), {}
+    items = sorted(items, key=lambda item: -item[0])
+    n, best = len(items), {}
+
+    def tokens(batch: list[tuple[int, int]]) -> int:
+        return max(width for width, _ in batch) * sum(size for _, size in batch)
+
     for cuts in itertools.product([False, True], repeat=n - 1):
         ends = [0, *(i + 1 for i, here in enumerate(cuts) if here), n]
-        parts = [tokens[a:b] for a, b in itertools.pairwise(ends)]
-        largest = max((sum(part) for part in parts if len(part) > 1), default=0)
+        parts = [items[a:b] for a, b in itertools.pairwise(ends)]
+        largest = max((tokens(part) for part in parts if len(part) > 1), default=0)
         if max(map(len, parts)) <= (most or n) and (most_tokens is None or largest <= most_tokens):
             best[len(parts)] = min(best.get(len(parts), largest), largest)
-    fewest = fewest_batches(tokens, most, most_tokens)
+    fewest = fewest_batches(items, most, most_tokens)
     assert fewest == min(best)
     for count in range(fewest, n + 1):
-        batches = even_batches(tokens, count, most)
+        batches = even_batches(items, count, most)
         assert [i for batch in batches for i in range(n)[batch]] == list(range(n)) and len(batches) == count
-        assert max(len(tokens[batch]) for batch in batches) <= (most or n)
-        several = [sum(tokens[batch]) for batch in batches if len(tokens[batch]) > 1]
+        assert max(len(items[batch]) for batch in batches) <= (most or n)
+        several = [tokens(items[batch]) for batch in batches if len(items[batch]) > 1]
         assert max(several, default=0) == best[count]
 
 
@@ -266,6 +283,7 @@ class FakeTrainer:
     def __init__(self, world_size: int = 1, global_rank: int = 0, global_step: int = 0, speed: Speed = PLAIN) -> None:
         self.world_size, self.global_rank, self.global_step = world_size, global_rank, global_step
         self.lightning_module = SimpleNamespace(speed=speed)
+        self.strategy = SimpleNamespace(root_device=torch.device("cpu"))
 
 
 def served(data: PreferenceDataModule, **trainer: Any) -> tuple[list[Window], list[PreferenceBatch]]:
@@ -314,19 +332,58 @@ def test_tokens_are_counted_as_the_model_computes_them() -> None:
     assert pair_tokens(replace(pair(2), rejected_ids=None), share_prompts=True) == 4 + 2
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_budget_of_tokens_holds_in_training_and_validation(shared: bool) -> None:
+SETTLED = replace(FAST, probed=True)
+
+
+@pytest.mark.parametrize("speed", [PLAIN, FAST, SETTLED, replace(SETTLED, share_prompts=False)])
+def test_a_budget_of_tokens_holds_in_training_and_validation(speed: Speed) -> None:
     pairs = [pair(i, prompt_ids=(1, 100 + i, *[9] * (i % 3))) for i in range(11)]  # no two prompts are the same
-    limits = {"micro_batch_size": None, "eval_batch_size": 7, "micro_batch_tokens": 22}
+    limits = {"micro_batch_size": None, "eval_batch_size": 7, "micro_batch_tokens": 30}
     data = module_of(6, train=pairs, selection=pairs[:7], **limits)
-    train, validation = served(data, speed=replace(FAST, probed=True) if shared else FAST)
-    batches = [*(batch for window in train for batch in window), *validation]
-    sizes = [sum(pair_tokens(pairs[i], shared) for i in batch.index.tolist()) for batch in batches]
-    assert max(sizes) <= 22 and len({len(batch) for batch in batches}) > 1
-    computed = [batch.sequences for batch in batches]
-    assert sizes == [int(s.packed.input_ids.numel() if shared else s.length.sum()) for s in computed]
+    train, validation = served(data, speed=speed)
+    computed = [batch.sequences for batch in [*(batch for window in train for batch in window), *validation]]
+    sizes = [(s.input_ids if s.packed is None else s.packed.input_ids).numel() for s in computed]
+    assert max(sizes) <= 30 and len({len(sequences) for sequences in computed}) > 1
+    assert {s.packed is not None for s in computed} == {speed.probed}
     alone, _ = served(module_of(6, micro_batch_tokens=1))
     assert {len(batch) for window in alone for batch in window} == {1}
+
+
+def test_a_window_is_pinned_whole_and_nothing_waits_for_its_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = replace(FAST, probed=True)
+    data = module_of(1, reference_logps={"train": torch.zeros(11, 2)})
+    [window], _ = served(data, speed=speed)
+    batch = window.micro_batches[0]
+    assert batch.sequences.packed is not None
+    pinned: list[Tensor] = []
+    moves: list[tuple[Any, bool]] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    def to(tensor: Tensor, device: Any, non_blocking: bool = False) -> Tensor:
+        moves.append((device, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", to)
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    moved = data.transfer_batch_to_device(window, cuda, 0)
+    assert isinstance(moved, Window) and moved.num_pairs == window.num_pairs
+    kept = moved.micro_batches[0]
+    assert kept.keys == batch.keys and kept.sequences.packed is not None
+    assert kept.sequences.packed.groups is batch.sequences.packed.groups
+    # of a batch ids, lengths and places, of its packed row likewise, and what belongs to the pairs
+    expected = [batch.sequences.input_ids, batch.sequences.packed.predictors, batch.index, batch.reference_logps]
+    assert all(any(found is tensor for found in pinned) for tensor in expected)
+    assert moves == [(cuda, True)] * len(pinned) and len(pinned) == 10 * len(window.micro_batches)
+    moves.clear()
+    pinned.clear()
+    data.transfer_batch_to_device(window, cpu, 0)
+    assert not pinned and set(moves) == {(cpu, False)}
+    data.trainer.strategy.root_device = cuda  # type: ignore[union-attr]
+    assert data.train_dataloader().pin_memory and data.val_dataloader().pin_memory  # type: ignore[union-attr]
 
 
 def test_grouped_windows_are_served_and_resumed() -> None:
