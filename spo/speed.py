@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from torch import Tensor, nn
@@ -45,12 +46,12 @@ class Speed:
         limited = self.max_logits is not None and self.completion_only
         for model in models:
             if limited and hasattr(model, "peft_config") and not can_defer(model):
-                log.warning("%s: speed.max_logits does not act: an adapter changes the head", type(model).__name__)
+                _say(f"{type(model).__name__}: speed.max_logits does not act, as an adapter changes the head")
         if not self.packing:
             return self
         for model in models:
             if reason := enable_packing(model):
-                log.warning("%s: batches are padded, not packed: %s", type(model).__name__, reason)
+                _say(f"{type(model).__name__}: batches are padded, not packed: {reason}")
                 return replace(self, packing=False)
         return replace(self, probed=True)
 
@@ -66,6 +67,12 @@ class Speed:
         """``(N,)`` summed log-probs of the completions, in nats."""
         tokens = token_logps(self.logits(model, sequences), completion_targets(sequences))
         return sum_per_sequence(tokens, sequences)
+
+
+@cache
+def _say(line: str) -> None:
+    """Once, however many stages of a run find it out."""
+    log.warning(line)
 
 
 def compile_blocks(policy: nn.Module) -> None:

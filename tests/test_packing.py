@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import spo.models.packing as packing
+import spo.speed as speed
 from spo.models.packing import BACK_ENDS, enable_packing
 from spo.ops import completion_logits, completion_targets, token_logps
 from spo.speed import Speed
@@ -118,6 +119,7 @@ def test_packed_is_padded_for_every_accepted_architecture(name: str, attention: 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_models_are_refused_in_words_and_left_as_they_were(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    speed._say.cache_clear()  # what was said is not said again
     config, reason = REFUSED[name]
     model = made(config, attn_implementation="eager").float()
     own, before = model.config._attn_implementation, values(model, sequences(ROWS))
