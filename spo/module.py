@@ -29,6 +29,7 @@ from spo.ops import (
     completion_states,
     completion_targets,
     deferred_logits,
+    joined,
     sum_per_sequence,
     token_entropy,
     token_kl,
@@ -286,9 +287,9 @@ class AlignmentModule(LightningModule):
 
         def term(part: list[int]) -> Tensor:
             samples = self.speed.arrange(buffer.held.rows(torch.tensor(part)))
-            states = buffer.reference_states
-            kept = None if states is None else torch.cat([states[i] for i in part])
-            divergence = self.divergence(samples.sent(self.device), kept)
+            kept = buffer.reference_logits
+            reference_logits = None if kept is None else joined([kept[i] for i in part])
+            divergence = self.divergence(samples.sent(self.device), reference_logits)
             self.train_metrics.update({"loss/regularizer": divergence})
             return weight * divergence.sum() / len(index)
 
@@ -324,37 +325,38 @@ class AlignmentModule(LightningModule):
         started, stale = perf_counter(), self.buffer.is_stale(step)
         if stale:
             self.buffer.refresh(self.policy, step)
-        if self.speed.keep_reference and self.buffer.reference_states is None:
-            self.buffer.reference_states = self._reference_states(self.buffer.held)
+        if self.speed.keep_reference and self.buffer.reference_logits is None:
+            self.buffer.reference_logits = self._reference_logits(self.buffer.held)
         if stale:
             self.train_metrics.update({"sampling_s": perf_counter() - started})
         return self.buffer
 
-    def _reference_states(self, samples: Sequences) -> list[Tensor] | None:
-        """For each sample the ``(c, H)`` states that the reference's head is given, which is most of its work."""
-        states: list[Tensor] = []
+    def _reference_logits(self, samples: Sequences) -> list[Logits] | None:
+        """For each sample the reference's ``(c, V)`` logits, deferred where all of them are too many."""
+        kept: list[Logits] = []
         with self.reference.active(self.policy) as reference:
             if not can_defer(reference):
                 return None
+            every = int(samples.completion_length.sum())
             for part in self._per_forward(list(range(len(samples))), self.micro_batch_tokens or FILL_TOKENS):
                 rows = samples.rows(torch.tensor(part))
-                found = completion_states(reference, self.speed.arrange(rows).to(self.device))
-                states += found.split(rows.completion_length.tolist())
-        return states
+                states = completion_states(reference, self.speed.arrange(rows).sent(self.device))
+                logits = deferred_logits(reference, states, self.speed.max_logits)
+                whole = self.speed.max_logits is None or every <= logits.rows
+                kept += (logits.made() if whole else logits).split(rows.completion_length.tolist())
+        return kept
 
-    def divergence(self, samples: Sequences, reference_states: Tensor | None = None) -> Tensor:
+    def divergence(self, samples: Sequences, reference_logits: Logits | None = None) -> Tensor:
         """``(N,)`` the regularizer's divergence on samples of the policy, with gradient.
 
         Args:
             samples: ``N`` sequences with ``M`` completion tokens in all.
-            reference_states: ``(M, H)`` what the reference's head is given for them, where it was computed before.
+            reference_logits: ``(M, V)``, where they were computed before.
         """
         policy_logits = self.speed.logits(self.policy, samples)
-        with self.reference.active(self.policy) as reference:
-            if reference_states is None:
+        if reference_logits is None:
+            with self.reference.active(self.policy) as reference:
                 reference_logits = self.speed.logits(reference, samples)
-            else:
-                reference_logits = deferred_logits(reference, reference_states, self.speed.max_logits)
         return self.regularizer(policy_logits, reference_logits, samples)
 
     # --- monitoring --------------------------------------------------------------------------------------------

@@ -800,10 +800,10 @@ EXACTLY = "model.dtype=float64"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dpo", "spo"])
-def test_two_devices_keep_one_record(method: str, cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "strategy"), [("dpo", "ddp"), ("spo", "ddp"), ("dpo", "fsdp")])
+def test_two_devices_keep_one_record(method: str, strategy: str, cache: Path, tmp_path: Path) -> None:
     words = ["train", TINY, "logger=record", f"method={method}", EXACTLY]
-    spo(*words, *TWO, "hydra.run.dir=two", folder=tmp_path, cache=cache)
+    spo(*words, f"strategy={strategy}", *TWO[1:], "hydra.run.dir=two", folder=tmp_path, cache=cache)
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
     assert [row["step"] for row in history(tmp_path / "two")] == [0, 2, 4]
     if method == "dpo":

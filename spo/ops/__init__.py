@@ -10,6 +10,7 @@ from spo.ops.logps import (
     completion_states,
     completion_targets,
     deferred_logits,
+    joined,
     sum_per_sequence,
     token_logps,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "completion_states",
     "completion_targets",
     "deferred_logits",
+    "joined",
     "sum_per_sequence",
     "token_entropy",
     "token_kl",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -42,9 +42,25 @@ class DeferredLogits:
     head: Callable[[Tensor], Tensor]
     rows: int
 
+    def made(self) -> Tensor:
+        """All of them, which is what they are there to avoid."""
+        return self.head(self.states)
+
+    def split(self, sizes: list[int]) -> list[DeferredLogits]:
+        """Consecutive rows, as a tensor is split."""
+        return [replace(self, states=part) for part in self.states.split(sizes)]
+
 
 Logits = Tensor | DeferredLogits
 """``(M, V)``, there already or made on demand: :func:`by_rows` takes both."""
+
+
+def joined(parts: list[Logits]) -> Logits:
+    """Logits one after the other; all of one kind, and deferred ones of the same head."""
+    deferred = [part for part in parts if isinstance(part, DeferredLogits)]
+    if not deferred:
+        return torch.cat(parts)  # type: ignore[arg-type]
+    return replace(deferred[0], states=torch.cat([part.states for part in deferred]))
 
 
 def by_rows(function: Callable[..., Tensor], *arguments: Logits) -> Tensor:

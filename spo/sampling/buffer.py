@@ -6,8 +6,9 @@ from collections.abc import Sequence as Seq
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from spo.ops import Logits
 from spo.sampling.generate import sample
 from spo.seeds import derive_seed
 from spo.types import Sequences
@@ -21,8 +22,8 @@ class SampleBuffer:
     are held on the host, where cutting rows to their length keeps no device waiting.
 
     Attributes:
-        reference_states: for each sample, what the reference computed on it; not part of the state, as it follows from
-            the samples.
+        reference_logits: for each sample, what the reference says of it; not part of the state, as it follows from the
+            samples.
 
     Args:
         prompts: token ids of the prompts to draw from.
@@ -66,7 +67,7 @@ class SampleBuffer:
         self.seed, self.rank = seed, rank
         self.drawn_at: int | None = None
         self.samples: Sequences | None = None
-        self.reference_states: list[Tensor] | None = None
+        self.reference_logits: list[Logits] | None = None
 
     def is_stale(self, step: int) -> bool:
         """Whether ``step`` calls for a new drawing."""
@@ -84,7 +85,7 @@ class SampleBuffer:
         seeds = [derive_seed(seed, row) for row in range(self.num_samples)]
         self.samples = sample(policy, prompts, temperature=1.0, seeds=seeds, **self.sampling).to("cpu")
         self.drawn_at = step
-        self.reference_states = None
+        self.reference_logits = None
 
     @property
     def held(self) -> Sequences:

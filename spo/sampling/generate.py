@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Literal
 
@@ -48,6 +48,12 @@ def _own_settings(model: nn.Module) -> Iterator[None]:
     finally:
         for module, config in held.items():
             module.generation_config = config
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[None]:
+    """Compiled blocks run as they are written inside: each new length of a sequence would be compiled anew."""
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def _left_padded(prompts: Seq[Seq[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -147,7 +153,7 @@ def sample(
     generated = torch.full(numbers.shape, pad_token_id, dtype=torch.long, device=device)
     # Shards are gathered by all ranks together, whose prompts are as many but not as long.
     whole = isinstance(model, FSDPModule)
-    with eval_mode(model):
+    with eval_mode(model), _uncompiled(model):
         for rows in [range(len(prompts))] if whole else _batches([*map(len, prompts)], max_new_tokens):
             ids, mask = _left_padded([prompts[row] for row in rows], pad_token_id, device)
             index = torch.tensor(rows, device=device)
