@@ -182,6 +182,10 @@ def _prepare(point: Point, threads: int | None, cache: Path) -> None:
     workload(point, threads, cache)
 
 
+def _short(x: float) -> str:
+    return f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"
+
+
 def plot(result: dict[str, Any], folder: Path) -> None:
     """Draws ``performance_scaling.png`` and ``performance_spo.png``, as far as their curves were measured."""
     import matplotlib
@@ -207,7 +211,7 @@ def plot(result: dict[str, Any], folder: Path) -> None:
                     axis.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colours[line], label=line)
                 if curve.logarithmic:
                     axis.set_xscale("log", base=2)
-                    axis.set_xticks([row["x"] for row in rows], [f"{row['x']:g}" for row in rows])
+                    axis.set_xticks([row["x"] for row in rows], [_short(row["x"]) for row in rows])
                     axis.minorticks_off()
                 axis.set_ylim(0, 1.08 * max(row[key] for row in rows))
                 axis.spines[["top", "right"]].set_visible(False)
