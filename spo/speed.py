@@ -55,9 +55,14 @@ class Speed:
                 return replace(self, packing=False)
         return replace(self, probed=True)
 
+    @property
+    def packs(self) -> bool:
+        """Whether sequences are packed from here on."""
+        return self.packing and self.probed
+
     def arrange(self, sequences: Sequences) -> Sequences:
         """Sequences on the host, as they are best forwarded."""
-        return sequences.pack(self.share_prompts) if self.packing and self.probed else sequences
+        return sequences.pack(self.share_prompts) if self.packs else sequences
 
     def logits(self, model: nn.Module, sequences: Sequences) -> Logits:
         """``(M, V)`` see :func:`spo.ops.completion_logits`."""

@@ -18,7 +18,7 @@ from spo.ops import completion_logits, completion_targets, token_logps
 from spo.speed import Speed
 from spo.types import Group, Groups, Sequences
 from tests.helpers import FAST, PLAIN, VOCAB, random_rows, sequences, tiny_llama
-from tests.test_ops import _config, build, gradients
+from tests.test_ops import ARCHITECTURES, _config, build, gradients
 
 ACCEPTED: dict[str, Callable[[], Any]] = {
     "llama": lambda: _config("LlamaConfig"),
@@ -27,22 +27,11 @@ ACCEPTED: dict[str, Callable[[], Any]] = {
     "mistral": lambda: _config("MistralConfig", sliding_window=None),
     "mixtral": lambda: _config("MixtralConfig", num_local_experts=4),
     "gemma": lambda: _config("GemmaConfig", head_dim=8),
-    "phi": lambda: _config("PhiConfig"),
-    "gpt_neox": lambda: _config("GPTNeoXConfig"),
-    "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5
-    ),
-    "opt": lambda: transformers.OPTConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        word_embed_proj_dim=16,
-        ffn_dim=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        init_std=0.5,
-    ),
-    "granite": lambda: _config("GraniteConfig", logits_scaling=7.0),
+    "phi": ARCHITECTURES["phi_with_bias"],
+    "gpt_neox": ARCHITECTURES["gpt_neox"],
+    "gpt2": ARCHITECTURES["gpt2"],
+    "opt": ARCHITECTURES["opt"],
+    "granite": ARCHITECTURES["granite_scaled_logits"],
 }
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "mistral": (lambda: _config("MistralConfig", sliding_window=3), "its attention takes sliding_window"),

@@ -59,12 +59,12 @@ def collate(
     )
 
 
-def padded(rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], pad_token_id: int) -> Sequences:
+def padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int) -> Sequences:
     """Prompts with their completions as right-padded sequences."""
     length = [len(prompt) + len(completion) for prompt, completion in rows]
     input_ids = np.full((len(rows), max(length)), pad_token_id)
     for ids, end, (prompt, completion) in zip(input_ids, length, rows, strict=True):
-        ids[:end] = prompt + completion
+        ids[:end] = [*prompt, *completion]
     prompt_length = torch.tensor([len(prompt) for prompt, _ in rows])
     return Sequences(torch.from_numpy(input_ids), prompt_length, torch.tensor(length))
 

@@ -139,7 +139,7 @@ class PreferenceDataModule(LightningDataModule):
     def _sizes(self, pairs: Sequence[TokenizedPair]) -> tuple[NDArray[np.int64], NDArray[np.int64], bool]:
         """Lengths and sizes of pairs, and whether they are padded: see :func:`~spo.data.windows.cut`."""
         speed = self._speed()
-        padded = not (speed.packing and speed.probed)
+        padded = not speed.packs
         lengths = [len(pair.prompt_ids) + max(map(len, pair.completions)) for pair in pairs]
         sizes = [len(pair.completions) if padded else pair_tokens(pair, speed.share_prompts) for pair in pairs]
         return np.array(lengths), np.array(sizes), padded

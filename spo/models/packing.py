@@ -23,9 +23,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from spo.data.collate import padded
 from spo.ops import base_model, completion_logits, completion_targets, token_logps
 from spo.ops.logps import NO_MASK
-from spo.types import Group, Groups, Sequences
+from spo.types import Group, Groups
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
 """Nats per token by which packed and padded log-probs may differ: rounding, in another order.
@@ -37,8 +38,14 @@ TOGETHER = 256
 """Tokens that attend in one masked call, although most pairs of them are masked: shorter calls cost more than that."""
 BLOCK = 128
 """Tokens in a block of FlexAttention's masks."""
-HEEDED = {"cache_position", "output_attentions", "output_hidden_states", "output_router_logits", "position_ids"}
-HEEDED |= {"use_cache"}
+HEEDED = {
+    "cache_position",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "use_cache",
+}
 """Arguments, beside its own, that architectures give to attention without changing what it computes."""
 T = TypeVar("T")
 
@@ -305,13 +312,13 @@ def _refused(model: nn.Module, config: Any) -> str | None:
     model.eval()
     try:
         with torch.no_grad():
-            padded = _token_logps(model, rows, packed=False)
+            unpacked = _token_logps(model, rows, packed=False)
             _modules_seen = []
             packed = _token_logps(model, rows, packed=True)
             calls, different = len(_modules_seen), len(set(_modules_seen))
         if not calls == different == config.num_hidden_layers:
             return f"attention was called {calls} times in {different} places, for {config.num_hidden_layers} layers"
-        widest = float((packed - padded).abs().max())
+        widest = float((packed - unpacked).abs().max())
         if not widest <= TOLERANCE.get(next(model.parameters()).dtype, 0.1):
             return f"packed and padded log-probs differ by {widest:.2g} nats"
         if _leaks(model, rows):
@@ -372,11 +379,7 @@ def _random_rows(vocabulary: int) -> list[tuple[list[int], list[int]]]:
 
 
 def _token_logps(model: nn.Module, rows: list[tuple[list[int], list[int]]], packed: bool) -> Tensor:
-    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
-    input_ids = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
-    for i, (prompt, completion) in enumerate(rows):
-        input_ids[i, : lengths[i]] = torch.tensor(prompt + completion)
-    sequences = Sequences(input_ids, torch.tensor([len(prompt) for prompt, _ in rows]), torch.tensor(lengths))
+    sequences = padded(rows, pad_token_id=0)
     sequences = sequences.pack(share_prompts=True) if packed else sequences
     sequences = sequences.to(next(model.parameters()).device)
     logits = completion_logits(model, sequences)
