@@ -16,8 +16,8 @@ from transformers import PrinterCallback, TrainerCallback
 from benchmarks.workloads import MAX_LENGTH, PAIRS, Workload, now
 from spo.data import TokenizedPair
 from spo.errors import UserError
-from spo.runtime.prepare import eval_device
-from spo.runtime.train import Parts
+from spo.stages.prepare import eval_device
+from spo.stages.train import Parts
 from spo.types import Window
 
 DEFAULTS = {"bf16": True, "gradient_checkpointing": True}

@@ -18,10 +18,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from spo.config.compose import compose
 from spo.ops import KL_ESTIMATORS, completion_logits
-from spo.runtime.config import compose
-from spo.runtime.prepare import prepare_run
 from spo.sampling import derive_seed, sample
+from spo.stages.prepare import prepare_run
 from spo.types import Sequences
 
 Estimator = Callable[[Tensor, Tensor, Sequences], Tensor]

@@ -24,9 +24,9 @@ from rich.progress import track
 
 from benchmarks.common import environment, show, write_json
 from benchmarks.workloads import REFRESH_EVERY, SIZES, SPO, VOCABULARY, Data, Lengths, Workload
-from spo.runtime.cache import cached
-from spo.runtime.config import compose
-from spo.runtime.terminal import quiet_libraries
+from spo.config.compose import compose
+from spo.records.cache import cached
+from spo.stages.quiet import quiet_libraries
 
 STEPS = 3
 LENGTH = 256

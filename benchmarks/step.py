@@ -43,10 +43,10 @@ from benchmarks.common import Contestant, Ratio, alternate, environment, show, w
 from benchmarks.utilisation import Work, forward_flops, matmul_rate
 from benchmarks.workloads import FILES, PAIRS, REFRESH_EVERY, SIZES, Clock, Workload, find_data, statistics
 from benchmarks.workloads import SPO as SPO_OVERRIDES
+from spo.config.compose import compose
 from spo.errors import UserError
-from spo.runtime.config import compose
-from spo.runtime.prepare import eval_device
-from spo.runtime.terminal import quiet_libraries
+from spo.stages.prepare import eval_device
+from spo.stages.quiet import quiet_libraries
 from spo.types import Group, Sequences, Window
 
 WARM_UP = 2

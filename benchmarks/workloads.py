@@ -19,14 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from spo.config.checks import ensure
+from spo.config.compose import compose
 from spo.data import FileSource, HHSource, Row, TokenizedPair
 from spo.errors import UserError
 from spo.models.tiny import BOS, EOS, PAD
-from spo.runtime.cache import cached, path_digest
-from spo.runtime.checks import ensure
-from spo.runtime.config import compose
-from spo.runtime.prepare import Prepared, prepare_run
-from spo.runtime.train import Parts, assemble
+from spo.records.cache import cached, path_digest
+from spo.stages.prepare import Prepared, prepare_run
+from spo.stages.train import Parts, assemble
 from spo.types import Window
 
 PAIRS = 8

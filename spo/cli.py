@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo.runtime.groups import MAIN, conf_dir, group_members
+from spo.config.groups import group_members
+from spo.resources import MAIN, conf_dir
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from spo.runtime.plan import Plan
-    from spo.runtime.sweep import Entry
+    from spo.config.plan import Plan
+    from spo.runs.ledger import Entry
 
 ATTEMPTS = 3
 """How often a multirun is started where its launcher does not survive the death of a process."""
@@ -112,9 +113,9 @@ def _train(arguments: list[str]) -> int:
     if flags.hydra_help or flags.info is not None or flags.shell_completion:
         return _run_hydra(arguments, multirun=False)
 
-    from spo.runtime.checks import warnings
-    from spo.runtime.plan import plan
-    from spo.runtime.rundir import is_first_process
+    from spo.config.checks import warnings
+    from spo.config.plan import plan
+    from spo.runs.rundir import is_first_process
 
     runs = flags.cfg is None
     planned = plan(flags.overrides, multirun=flags.multirun, config_dir=flags.config_dir, complete=runs)
@@ -130,9 +131,9 @@ def _train(arguments: list[str]) -> int:
 
 def _sweep(hydra_flags: Sequence[str], planned: Plan) -> int:
     """Runs the jobs of a multirun, goes on where one of its processes dies, and says what became of each."""
-    from spo.runtime.errors import UserError, error_line, in_words
-    from spo.runtime.rundir import SWEEP_VARIABLE, command_line
-    from spo.runtime.sweep import Ledger, show
+    from spo.errors import UserError, error_line, in_words
+    from spo.runs.ledger import Ledger, show
+    from spo.runs.rundir import SWEEP_VARIABLE, command_line
 
     ledger, jobs = Ledger(planned.sweep_dir), planned.named_jobs()
     entries = ledger.begin(command_line(sys.argv), jobs, rerun=any(job.cfg.rerun for job in planned.jobs))
@@ -193,11 +194,11 @@ def _run_hydra(arguments: Sequence[str], multirun: bool) -> int:
     """Hands a command line to Hydra, which composes each run and calls the task with it."""
     import hydra
 
-    from spo.runtime import search
-    from spo.runtime.config import VERSION_BASE, register_resolvers
+    from spo.config.compose import VERSION_BASE, register_resolvers
+    from spo.runs import optuna_sweeper
 
     register_resolvers()
-    search.register()
+    optuna_sweeper.register()
     original = list(sys.argv)
     config_dir = _option(arguments, "--config-dir", "-cd")
 
@@ -220,14 +221,14 @@ def _run_hydra(arguments: Sequence[str], multirun: bool) -> int:
 
 
 def _job(cfg: DictConfig) -> Any:
-    from spo.runtime.train import train
+    from spo.stages.train import train
 
     return train(cfg)
 
 
 def _only_job(cfg: DictConfig) -> Any:
     """The run of this process; where it is a sweep's, the sweep is told why it failed."""
-    from spo.runtime.rundir import is_first_process, sweep_dir
+    from spo.runs.rundir import is_first_process, sweep_dir
 
     try:
         return _job(cfg)
@@ -235,8 +236,8 @@ def _only_job(cfg: DictConfig) -> Any:
         if (directory := sweep_dir()) is not None and is_first_process():
             from hydra.core.hydra_config import HydraConfig
 
-            from spo.runtime.errors import error_line
-            from spo.runtime.sweep import Ledger
+            from spo.errors import error_line
+            from spo.runs.ledger import Ledger
 
             job = HydraConfig.get()
             name = Path(job.runtime.output_dir).name
@@ -248,9 +249,9 @@ def _multirun_job(cfg: DictConfig, config_dir: str | None) -> Any:
     """One job of several: a failure is told at once and entered in the ledger, and the others go on."""
     from hydra.core.hydra_config import HydraConfig
 
-    from spo.runtime.errors import error_line, in_words
-    from spo.runtime.rundir import is_first_process
-    from spo.runtime.sweep import Ledger
+    from spo.errors import error_line, in_words
+    from spo.runs.ledger import Ledger
+    from spo.runs.rundir import is_first_process
 
     if not is_first_process():
         return _job(cfg)
@@ -301,9 +302,9 @@ def devices_of(cfg: DictConfig) -> int:
 def _job_in_own_process(config_dir: str | None) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from spo.runtime.errors import UserError
-    from spo.runtime.rundir import write_failure
-    from spo.runtime.sweep import Ledger
+    from spo.errors import UserError
+    from spo.runs.ledger import Ledger
+    from spo.runs.rundir import write_failure
 
     job = HydraConfig.get()
     overrides, run_dir = list(job.overrides.task), Path(job.runtime.output_dir)
@@ -325,7 +326,7 @@ def _resume(arguments: list[str]) -> int:
     parser.add_argument("--resume", metavar="RUN_DIR", type=Path, required=True)
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args(arguments)
-    from spo.runtime.train import resume
+    from spo.stages.train import resume
 
     resume(given.resume, given.overrides)
     return 0
@@ -339,7 +340,7 @@ def _evaluate(arguments: list[str]) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args(arguments)
-    from spo.runtime.evaluate import evaluate_command
+    from spo.stages.evaluate import evaluate_command
 
     evaluate_command(given.run_dir, given.overrides)
     return 0
@@ -353,7 +354,7 @@ def _compare(arguments: list[str]) -> int:
         parser.add_argument(name)
     parser.add_argument("--anyway", action="store_true")
     given = parser.parse_intermixed_args(arguments)
-    from spo.comparison.command import compare_command
+    from spo.stages.compare import compare_command
 
     compare_command(**vars(given))
     return 0
@@ -364,9 +365,9 @@ def _report(arguments: list[str]) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--spec", metavar="NAME|FILE")
     given = parser.parse_args(arguments)
-    from spo.reports.dashboard import load_spec
-    from spo.reports.html import render_report
-    from spo.runtime.errors import UserError
+    from spo.errors import UserError
+    from spo.pages.dashboard import load_spec
+    from spo.pages.run_page import render_report
 
     try:
         print(render_report(given.run_dir, load_spec(given.spec)))
@@ -385,7 +386,7 @@ def _dashboard(arguments: list[str]) -> int:
     entity, _, project = given.project.partition("/")
     if not (entity and project) or "/" in project:
         raise Usage(f"{given.project}: give the entity and the project as ENTITY/PROJECT\nusage: {parser.usage}")
-    from spo.reports.dashboard import load_spec
+    from spo.pages.dashboard import load_spec
 
     dashboard = load_spec(given.spec)
     from spo.tracking import workspace
@@ -401,8 +402,8 @@ def _inspect(arguments: list[str]) -> int:
     parser.add_argument("--limit", type=int, default=3, metavar="N")
     parser.add_argument("--config-dir", "-cd", metavar="DIR")
     given = parser.parse_intermixed_args(arguments)
-    from spo.runtime.plan import plan
-    from spo.runtime.train import inspect
+    from spo.config.plan import plan
+    from spo.stages.train import inspect
 
     inspect(plan(given.overrides, config_dir=given.config_dir).jobs[0].cfg, given.limit)
     return 0
@@ -415,7 +416,7 @@ def _verify(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--config-dir", "-cd", metavar="DIR")
     given = parser.parse_intermixed_args(arguments)
-    from spo.runtime.verify import verify_command
+    from spo.stages.verify import verify_command
 
     return 0 if verify_command(given.methods, given.full, given.config_dir, given.json) else 1
 
@@ -585,7 +586,7 @@ def _main(words: list[str]) -> int:
     except Exception as error:
         if os.environ.get("SPO_DEBUG") == "1":
             raise
-        from spo.runtime.errors import in_words
+        from spo.errors import in_words
 
         words_of_error = in_words(error)
         if words_of_error is None:

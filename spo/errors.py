@@ -1,6 +1,8 @@
-"""The errors that are a message to a person."""
+"""Errors that are a message to a person, not a fault of the program."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -9,3 +11,77 @@ class UserError(Exception):
 
 class JudgeError(RuntimeError):
     """A judge cannot do its work; the message says why and what to do."""
+
+
+class DataError(ValueError):
+    """The data cannot be used as asked; the message says what is wrong, where, and what to do."""
+
+
+# The module that is missing, and the extra of the package that brings it.
+EXTRAS = {
+    "peft": "peft",
+    "hydra_plugins.hydra_joblib_launcher": "joblib",
+    "joblib": "joblib",
+    "hydra_plugins.hydra_submitit_launcher": "slurm",
+    "submitit": "slurm",
+    "optuna": "optuna",
+    "openai": "judge",
+    "wandb_workspaces": "dashboards",
+    "deepspeed": "deepspeed",
+    "tensorboard": "tensorboard",
+    "trl": "trl",
+}
+
+
+class ConfigProblems(UserError):
+    """Everything that is wrong with a configuration, together.
+
+    Args:
+        problems: one sentence each.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        count = "a problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        lines = (f"  - {problem}".replace("\n", "\n    ") for problem in self.problems)
+        super().__init__("\n".join([f"the configuration has {count}:", *lines]))
+
+    def __reduce__(self) -> tuple[type[ConfigProblems], tuple[list[str]]]:
+        return type(self), (self.problems,)
+
+
+def missing_package(module: str) -> str | None:
+    """``pip install 'spo[EXTRA]'`` for a module that one of the package's extras brings, else ``None``."""
+    name = module
+    while name:
+        if name in EXTRAS:
+            return f"{name.rpartition('.')[2]} is not installed: pip install 'spo[{EXTRAS[name]}]'"
+        name = name.rpartition(".")[0]
+    return None
+
+
+def in_words(error: Exception) -> str | None:
+    """What to tell a person, or ``None`` for a fault of the program, which deserves its traceback."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    for one in chain:
+        if isinstance(one, UserError | DataError | JudgeError):
+            return str(one)
+        if isinstance(one, ModuleNotFoundError) and (words := missing_package(str(one.name))):
+            return words
+    for one in chain:
+        if type(one).__name__ == "MisconfigurationException":
+            return str(one)
+    cause = error.__cause__ or error
+    from_hydra = type(cause).__module__.startswith(("hydra.", "omegaconf."))
+    if type(error).__module__.startswith(("hydra.", "omegaconf.")):
+        return str(error) if from_hydra or isinstance(cause, ValueError | TypeError | ImportError) else None
+    return None
+
+
+def error_line(error: Exception) -> str:
+    """The error for a table: in words where there are any, else its type and message."""
+    return in_words(error) or f"{type(error).__name__}: {error}".rstrip(": ")

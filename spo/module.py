@@ -20,8 +20,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from spo.forward.speed import Speed, compile_blocks
 from spo.losses import Loss
-from spo.metrics import SumsAndCounts, repetition
+from spo.metrics.repetition import repetition
+from spo.metrics.sums import SumsAndCounts
 from spo.models.reference import Reference
 from spo.ops import (
     Logits,
@@ -38,7 +40,6 @@ from spo.ops import (
 from spo.regularizers import EnumeratedKL, GlobalKL, Regularizer
 from spo.sampling import SampleBuffer, derive_seed, eval_mode, sample
 from spo.schedules import Controller, Schedule
-from spo.speed import Speed, compile_blocks
 from spo.types import ListLogps, PairLogps, PreferenceBatch, Sequences, Window
 
 log = logging.getLogger(__name__)

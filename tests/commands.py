@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from spo.runtime.config import compose
-from spo.runtime.train import train
+from spo.config.compose import compose
+from spo.stages.train import train
 
 TINY = "+debug=tiny"
 SECRETS = {"WANDB_API_KEY": "5ec2e7" * 6 + "0000", "HF_TOKEN": "hf_SecretOfTheEnvironment0123456789"}

@@ -18,12 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spo.data import TokenizedPair
 from spo.data.datamodule import PreferenceDataModule
+from spo.forward.speed import Speed
 from spo.losses import PreferenceLoss, SPOLoss
 from spo.models import ModelSpec, NoReference, Reference
 from spo.module import AlignmentModule, ProbeSettings, Prompts
 from spo.regularizers import NoRegularizer, Regularizer
 from spo.schedules import Constant, Schedule
-from spo.speed import Speed
 from spo.types import Sequences
 
 VOCAB, BOS, EOS, PAD = 23, 1, 2, 0

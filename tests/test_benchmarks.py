@@ -14,9 +14,9 @@ from benchmarks import scaling, step
 from benchmarks.common import Ratio, alternate
 from benchmarks.utilisation import forward_flops
 from benchmarks.workloads import FILES, HH, SIZES, Clock, Workload, find_data, statistics
+from spo.config.compose import compose
 from spo.data import TokenizedPair
 from spo.errors import UserError
-from spo.runtime.config import compose
 from tests.environments import ROOT, run
 from tests.fixtures import write_alpaca_like, write_hh_like
 

@@ -14,10 +14,10 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-import spo.runtime.train
+import spo.stages.train
 from spo import cli
 from spo.data.rows import RowError
-from spo.runtime.errors import UserError
+from spo.errors import UserError
 
 ROOT = Path(spo.__file__).parent.parent
 
@@ -43,7 +43,7 @@ class Trained(list[tuple[DictConfig, list[str], Path]]):
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trained]:
     calls = Trained()
-    monkeypatch.setattr(spo.runtime.train, "train", calls)
+    monkeypatch.setattr(spo.stages.train, "train", calls)
     yield calls
 
 
@@ -133,7 +133,7 @@ def test_errors_from_a_run(
     def fail(cfg: DictConfig) -> None:
         raise error
 
-    monkeypatch.setattr(spo.runtime.train, "train", fail)
+    monkeypatch.setattr(spo.stages.train, "train", fail)
     assert cli.main(["train"]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1] == words and not any("Traceback" in line for line in lines)
@@ -146,7 +146,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
     def fail(cfg: DictConfig) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(spo.runtime.train, "train", fail)
+    monkeypatch.setattr(spo.stages.train, "train", fail)
     with pytest.raises(KeyError, match="a bug"):
         cli.main(["train"])
 
@@ -203,9 +203,9 @@ def test_notes_go_to_stderr_once(trained: Trained, capsys: pytest.CaptureFixture
 
 def test_resume_evaluate_and_inspect_get_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr("spo.runtime.train.resume", lambda *given: calls.append(given))
-    monkeypatch.setattr("spo.runtime.train.inspect", lambda cfg, limit: calls.append((cfg.data.seed, limit)))
-    monkeypatch.setattr("spo.runtime.evaluate.evaluate_command", lambda *given: calls.append(given))
+    monkeypatch.setattr("spo.stages.train.resume", lambda *given: calls.append(given))
+    monkeypatch.setattr("spo.stages.train.inspect", lambda cfg, limit: calls.append((cfg.data.seed, limit)))
+    monkeypatch.setattr("spo.stages.evaluate.evaluate_command", lambda *given: calls.append(given))
     assert cli.main(["train", "trainer.max_steps=9", "--resume", "a/b", "logger=csv"]) == 0
     assert cli.main(["evaluate", "a/b", "seed=1"]) == 0
     assert cli.main(["inspect", "data.seed=4", "--limit", "2", "model=tiny"]) == 0

@@ -17,14 +17,14 @@ import pytest
 import yaml
 
 from spo import cli
-from spo.comparison.checks import find_problems
 from spo.comparison.compare import Comparison, Method, better, compare, in_words
-from spo.comparison.output import to_csv, to_dict, to_markdown
+from spo.comparison.refusals import find_problems
 from spo.comparison.runs import CannotCompare, find_runs
 from spo.comparison.scores import against, of_prompts
 from spo.comparison.statistics import Bootstrap
-from spo.comparison.terminal import show
 from spo.evaluation.winrate import win_rates
+from spo.pages.comparison_files import to_csv, to_dict, to_markdown
+from spo.pages.comparison_table import show
 from spo.resources import conf_dir
 from tests.commands import TINY, spo
 from tests.comparison_runs import write_run, write_sweep

@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from spo.runtime.checks import ensure, problems, warnings
-from spo.runtime.config import LONGEST, compose, composer, directory, job_name, multiply, sugar
-from spo.runtime.errors import ConfigProblems, UserError, missing_package
-from spo.runtime.groups import conf_dir, group_members
-from spo.runtime.nodes import locate
-from spo.runtime.plan import Plan, plan
-from spo.runtime.unread import unread
+from spo.config.checks import ensure, problems, warnings
+from spo.config.coefficients import unread
+from spo.config.compose import LONGEST, compose, composer, directory, job_name, multiply, sugar
+from spo.config.groups import group_members
+from spo.config.nodes import locate
+from spo.config.plan import Plan, plan
+from spo.errors import ConfigProblems, UserError, missing_package
+from spo.resources import conf_dir
 
 GROUPS = group_members([conf_dir()])
 MEMBERS = [(group, member) for group, members in GROUPS.items() for member in members]

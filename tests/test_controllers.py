@@ -15,14 +15,14 @@ from lightning.pytorch import Callback
 
 from spo import cli
 from spo.callbacks import Checkpoint
+from spo.callbacks.history import Record
+from spo.config.checks import problems, warnings
+from spo.config.compose import compose
+from spo.config.plan import plan
+from spo.errors import ConfigProblems
 from spo.models import FrozenReference
 from spo.module import AlignmentModule, ProbeSettings
-from spo.runtime.checks import problems, warnings
-from spo.runtime.config import compose
-from spo.runtime.errors import ConfigProblems
-from spo.runtime.plan import plan
 from spo.schedules import Controller, TargetEntropy, TargetKL
-from spo.tracking.record import Record
 from tests.commands import TINY, history, job, numbers, rows, shared_cache, spo
 from tests.helpers import make_data, make_module, make_trainer, random_pairs, tiny_llama
 

@@ -14,8 +14,8 @@ import wandb_workspaces.workspaces as ws
 
 from spo import cli
 from spo.errors import UserError
-from spo.reports.dashboard import Bars, Curves, Dashboard, Scatter, Section, load_spec, unit_of
-from spo.reports.html import render_report
+from spo.pages.dashboard import Bars, Curves, Dashboard, Scatter, Section, load_spec, unit_of
+from spo.pages.run_page import render_report
 from spo.tracking.login import has_api_key
 from spo.tracking.workspace import report, workspace
 from tests.commands import TINY, job, numbers, rows, shared_cache

@@ -21,15 +21,15 @@ import yaml
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import spo.evaluation.evaluate as spo_draws
-import spo.runtime.evaluate as spo_evaluate
-import spo.runtime.train as spo_train
+import spo.evaluation.assess as spo_draws
+import spo.stages.evaluate as spo_evaluate
+import spo.stages.train as spo_train
 from spo import cli
+from spo.config.compose import compose
 from spo.evaluation.judges import JudgeError
 from spo.module import AlignmentModule
-from spo.runtime.config import compose
-from spo.runtime.prepare import prepare_run
-from spo.runtime.rundir import resumed_config
+from spo.runs.rundir import resumed_config
+from spo.stages.prepare import prepare_run
 from tests.commands import (
     TINY,
     Numbers,

@@ -16,13 +16,13 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spo import cli
+from spo.config.compose import compose
+from spo.config.plan import plan
 from spo.data import Completion, Dropped, Renderer, Row
 from spo.data.enumerable import EnumerableReward, EnumerableSource, Language, language_tokenizer
+from spo.errors import ConfigProblems
 from spo.ops import completion_logps
-from spo.runtime.config import compose
-from spo.runtime.errors import ConfigProblems
-from spo.runtime.plan import plan
-from spo.runtime.prepare import prepare_run
+from spo.stages.prepare import prepare_run
 from tests.commands import history, job, rows, shared_cache, spo
 from tests.helpers import sequences
 

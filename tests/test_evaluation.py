@@ -23,11 +23,11 @@ from spo.evaluation import (
     self_bleu,
     verdict_of_rewards,
 )
-from spo.evaluation.draws import Draws
-from spo.evaluation.evaluate import Evaluation, Opponent, draw_both, evaluate_policy
+from spo.evaluation.assess import Evaluation, Opponent, draw_both, evaluate_policy
+from spo.evaluation.completions import Draws
 from spo.evaluation.judges import Comparison, Judge, RewardJudge, reward_judge
+from spo.forward.speed import Speed
 from spo.ops import completion_logps
-from spo.speed import Speed
 from tests.helpers import BOS, FAST, PLAIN, VOCAB, every_completion, sequences, tiny_llama, tiny_tokenizer
 
 FAVOURITE = 9

@@ -13,12 +13,12 @@ from lightning.pytorch import Trainer
 
 from spo.callbacks import Health
 from spo.callbacks.health import CHECKS
+from spo.callbacks.history import Record
 from spo.losses import DPOLoss
 from spo.models import FrozenReference
 from spo.module import AlignmentModule, ProbeSettings
-from spo.reports.html import render_report
-from spo.reports.terminal import result_panel
-from spo.tracking.record import Record
+from spo.pages.panels import result_panel
+from spo.pages.run_page import render_report
 from tests.commands import history, job, shared_cache
 from tests.helpers import make_data, make_module, make_trainer, random_pairs, tiny_llama
 

@@ -18,23 +18,25 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Each part of the package may import from the layers below its own, and from itself.
 LAYERS = [
-    {"errors"},
-    {"types", "resources", "seeds"},
+    {"errors", "wording"},
+    {"types", "resources", "seeds", "records"},
     {"ops"},
     {"losses", "regularizers", "schedules"},
     {"data", "models", "sampling", "metrics"},
-    {"speed"},
+    {"forward"},
     {"module", "evaluation"},
-    {"callbacks", "exact", "tracking", "reports"},
+    {"callbacks", "exact"},
     {"comparison"},
-    {"runtime"},
+    {"pages"},
+    {"tracking", "config"},
+    {"runs"},
+    {"stages"},
     {"cli"},
     {"__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 WITHIN_A_LAYER = {
     ("models", "data"),  # the built-in model learns its tokenizer from the built-in stories
-    ("tracking", "reports"),  # a W&B workspace and the report draw the same dashboard
 }
 HEAVY = ("torch", "lightning", "transformers", "wandb", "datasets", "hydra", "omegaconf", "numpy", "rich")
 

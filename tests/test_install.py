@@ -64,7 +64,7 @@ def test_wheel_holds_what_a_run_needs_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"spo/{file.relative_to(ROOT / 'spo')}" for file in (ROOT / "spo").rglob("*.*") if file.suffix != ".pyc"}
     wanted |= {f"spo/{file.relative_to(ROOT)}" for file in (ROOT / "conf").rglob("*.yaml")}
-    assert {"spo/conf/train.yaml", "spo/reports/page/report.html.j2"} < wanted
+    assert {"spo/conf/train.yaml", "spo/pages/templates/report.html.j2"} < wanted
     assert {name for name in names if ".dist-info/" not in name} == wanted
     assert {name.rpartition("/")[2] for name in names - wanted} >= {"METADATA", "LICENSE", "entry_points.txt"}
 
@@ -97,7 +97,7 @@ def write_own_method(folder: Path) -> None:
 
 def test_runs_from_an_empty_folder(installed: tuple[Path, Path], empty: Path) -> None:
     programs, home = installed
-    where = "import spo, spo.runtime.groups as c; print(spo.__file__); print(c.conf_dir())"
+    where = "import spo, spo.config.groups as c; print(spo.__file__); print(c.conf_dir())"
     for path in run(["python", "-c", where], empty, programs).split():
         assert Path(path).is_relative_to(home.resolve())
     assert "spo_weighted" in run(["spo", "--help"], empty, programs)

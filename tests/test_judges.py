@@ -33,6 +33,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from spo.config.checks import problems
+from spo.config.compose import compose
 from spo.evaluation.judges import (
     Comparison,
     HTTPJudge,
@@ -46,9 +48,7 @@ from spo.evaluation.judges import (
 )
 from spo.evaluation.judges.http import Pace
 from spo.evaluation.judges.pairwise import VerdictStore, question
-from spo.runtime.checks import problems
-from spo.runtime.config import compose
-from spo.runtime.rundir import identity
+from spo.runs.rundir import identity
 from tests.commands import environment, job, rows, shared_cache, spo
 from tests.endpoint import Endpoint, Reply, serving
 from tests.helpers import BOS, EOS, PAD, VOCAB, tiny_llama, tiny_tokenizer

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.kl_estimators import EOS, World, against_the_truth, flat_gradient, measure, without_baseline
+from spo.config.checks import problems, warnings
+from spo.config.compose import compose
 from spo.models import FrozenReference
 from spo.ops import KL_ESTIMATORS, KLEstimator, completion_logits
 from spo.ops.logps import DeferredLogits
 from spo.regularizers import GlobalKL, NoRegularizer, Regularizer
-from spo.runtime.checks import problems, warnings
-from spo.runtime.config import compose
 from spo.types import Sequences
 from tests.commands import TINY, history, job, shared_cache
 from tests.helpers import frozen, make_data, make_module, make_trainer, random_pairs, random_rows, sequences, tiny_llama

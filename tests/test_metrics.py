@@ -9,7 +9,9 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_calibration_error
 
-from spo.metrics import Calibration, SumsAndCounts, repetition
+from spo.metrics.calibration import Calibration
+from spo.metrics.repetition import repetition
+from spo.metrics.sums import SumsAndCounts
 
 
 def test_every_element_counts_once_however_they_are_batched() -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spo.callbacks import Checkpoint, DataTime
+from spo.callbacks.history import Record
 from spo.data import TokenizedPair, datamodule
 from spo.data.collate import collate
 from spo.data.datamodule import PreferenceDataModule
@@ -32,7 +33,6 @@ from spo.models import FrozenReference, NoReference
 from spo.module import ProbeSettings
 from spo.ops import completion_logits, completion_logps
 from spo.regularizers import GlobalKL, LocalKL, NoRegularizer, Regularizer
-from spo.tracking.record import Record
 from spo.types import PreferenceBatch
 from tests.helpers import (
     BOS,

@@ -18,11 +18,12 @@ from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from spo import cli
-from spo.runtime.config import compose, composer, parse
-from spo.runtime.errors import UserError
-from spo.runtime.rundir import write_json
-from spo.runtime.search import OptunaSweeper, Space
-from spo.runtime.sweep import Ledger
+from spo.config.compose import compose, composer, parse
+from spo.config.search_space import Space
+from spo.errors import UserError
+from spo.runs.ledger import Ledger
+from spo.runs.optuna_sweeper import OptunaSweeper
+from spo.runs.rundir import write_json
 from tests.commands import history, numbers, shared_cache, spo
 from tests.test_sweeps import FAST, STEPS, start, until
 

@@ -11,11 +11,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-import spo.models.packing as packing
-import spo.speed as speed
-from spo.models.packing import BACK_ENDS, enable_packing
+import spo.forward.packing as packing
+import spo.forward.speed as speed
+from spo.forward.packing import BACK_ENDS, enable_packing
+from spo.forward.speed import Speed
 from spo.ops import completion_logits, completion_targets, token_logps
-from spo.speed import Speed
 from spo.types import Group, Groups, Sequences
 from tests.helpers import FAST, PLAIN, VOCAB, random_rows, sequences, tiny_llama
 from tests.test_ops import ARCHITECTURES, _config, build, gradients
@@ -114,7 +114,7 @@ def test_other_models_are_refused_in_words_and_left_as_they_were(name: str, capl
     own, before = model.config._attn_implementation, values(model, sequences(ROWS))
     with caplog.at_level(logging.WARNING, logger="spo"):
         settled = FAST.settled(model)
-    assert [record.getMessage() for record in caplog.records if record.name == "spo.speed"] == [
+    assert [record.getMessage() for record in caplog.records if record.name == "spo.forward.speed"] == [
         f"{type(model).__name__}: batches are padded, not packed: {reason}"
     ]
     assert not settled.packing and settled.arrange(sequences(ROWS)).packed is None

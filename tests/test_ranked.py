@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from spo.config.plan import plan
 from spo.data import DataError, Dropped, NoPreference, RankedFileSource, Renderer, Row, RowError, TokenizedPair
 from spo.data.collate import collate
+from spo.errors import ConfigProblems
 from spo.losses import DPOLoss, ListLoss, PreferenceLoss, SFTLoss, SPOBestOfNLoss, SPOLoss, SPORankedLoss, as_loss
 from spo.models import FrozenReference
 from spo.ops import completion_logps
 from spo.regularizers import LocalKL
-from spo.runtime.errors import ConfigProblems
-from spo.runtime.plan import plan
 from spo.types import ListLogps, PairLogps, PreferenceBatch
 from tests.commands import TINY, history, job, shared_cache
 from tests.helpers import BOS, EOS, PAD, frozen, make_module, random_pairs, sequences, tiny_llama, tiny_tokenizer

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spo.runtime.errors import UserError
-from spo.runtime.groups import conf_dir, group_members
-from spo.runtime.tables import groups_table, methods_table, rewrite
+from docs.tables import groups_table, methods_table, rewrite
+from spo.config.groups import group_members
+from spo.errors import UserError
+from spo.resources import conf_dir
 from tests.environments import ROOT
 
 README = ROOT / "README.md"
@@ -20,8 +21,8 @@ README = ROOT / "README.md"
 
 def test_readme_is_up_to_date(tmp_path: Path) -> None:
     copy = Path(shutil.copy(README, tmp_path))
-    subprocess.run([sys.executable, "-m", "spo.runtime.tables", str(copy)], check=True, cwd=ROOT)
-    assert copy.read_text() == README.read_text(), "run: python -m spo.runtime.tables README.md"
+    subprocess.run([sys.executable, "-m", "docs.tables", str(copy)], check=True, cwd=ROOT)
+    assert copy.read_text() == README.read_text(), "run: python -m docs.tables README.md"
 
 
 def test_every_method_and_member_has_its_place() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from spo.tracking.record import Record
+from spo.callbacks.history import Record
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

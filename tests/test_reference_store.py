@@ -25,13 +25,13 @@ from spo.callbacks import Checkpoint
 from spo.data import DataError, PreparedPairs, TokenizedPair
 from spo.data.collate import collate
 from spo.data.logps_store import LogpsStore, sequence_key
+from spo.forward.packing import enable_packing
+from spo.forward.speed import Speed
 from spo.losses import DPOLoss
 from spo.models import CachedReference, FrozenReference, PrecomputedReference
-from spo.models.packing import enable_packing
 from spo.ops import completion_logps
-from spo.runtime.prepare import Prepared
-from spo.runtime.reference_logps import cut, logps_store, precomputed_logps
-from spo.speed import Speed
+from spo.stages.prepare import Prepared
+from spo.stages.reference_logps import cut, logps_store, precomputed_logps
 from tests.helpers import (
     FAST,
     PAD,
@@ -336,7 +336,7 @@ def test_weights_tokenizer_dtype_and_the_like_have_stores_of_their_own(
     ]
     for package in ("torch", "transformers"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"spo.runtime.reference_logps.{package}.__version__", "0.0")
+            patch.setattr(f"spo.stages.reference_logps.{package}.__version__", "0.0")
             files.append(file())
     assert len(set(files)) == len(files) and file() == files[0]
     assert file(speed=replace(FAST, probed=True)) == file(device="cpu:0") == files[0]

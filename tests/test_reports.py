@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from spo.reports.charts import (
+from spo.pages.charts import (
     BOTTOM,
     HEIGHT,
     LEFT,
@@ -30,9 +30,9 @@ from spo.reports.charts import (
     thin,
     tick_text,
 )
-from spo.reports.html import render_report
-from spo.reports.terminal import result_panel, start_panel
-from spo.reports.wording import clean, duration, finite, number, shorten
+from spo.pages.panels import result_panel, start_panel
+from spo.pages.run_page import render_report
+from spo.wording import clean, duration, finite, number, shorten
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\x1b[31m\x00 \ud800 {{ 7 * 7 }}"
 CONFIG = """\
@@ -502,7 +502,7 @@ def test_panels_without_a_reward_or_any_number(tmp_path: Path, capsys: pytest.Ca
 
 def test_panels_on_a_terminal_that_knows_ascii_only(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path\nfrom spo.reports.terminal import result_panel, start_panel\n"
+        "from pathlib import Path\nfrom spo.pages.panels import result_panel, start_panel\n"
         "start_panel('a \\u00b7 b', {'\\u03b1': '\\u2192'}, ['\\u4e00'])\n"
         "result_panel({'eval/win_rate': 0.7, 'eval/kl': 3.0}, [{'completion': '\\ud800\\u00e9'}], Path('.'))"
     )

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from spo.runtime.config import compose
-from spo.runtime.errors import ConfigProblems, UserError
-from spo.runtime.evaluate import _changed
-from spo.runtime.rundir import (
+from spo.config.compose import compose
+from spo.errors import ConfigProblems, UserError
+from spo.runs.rundir import (
     Status,
     claim,
     code_version,
@@ -27,6 +26,7 @@ from spo.runtime.rundir import (
     resolved,
     resumed_config,
 )
+from spo.stages.evaluate import _changed
 
 
 def config(run_dir: Path, *overrides: str) -> DictConfig:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from hydra.utils import instantiate
 
-from spo.runtime.config import compose
-from spo.runtime.errors import ConfigProblems
-from spo.runtime.plan import plan
+from spo.config.compose import compose
+from spo.config.plan import plan
+from spo.errors import ConfigProblems
 from spo.schedules import Constant, Cosine, Linear, PerStep
 
 

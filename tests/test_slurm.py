@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from spo.runtime.config import gpus_per_node, tasks_per_node
+from spo.config.compose import gpus_per_node, tasks_per_node
 from tests.commands import history, numbers, shared_cache, spo
 from tests.test_sweeps import FAST, STEPS
 

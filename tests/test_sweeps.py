@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from spo import cli
+from spo.config.compose import compose
 from spo.module import AlignmentModule
-from spo.runtime.config import compose
-from spo.runtime.rundir import SWEEP_VARIABLE, Status, claim, finish, is_locked
-from spo.runtime.sweep import Ledger
-from spo.runtime.train import last_checkpoint
+from spo.runs.ledger import Ledger
+from spo.runs.rundir import SWEEP_VARIABLE, Status, claim, finish, is_locked
+from spo.stages.train import last_checkpoint
 from tests.commands import TINY, entries, environment, history, job, numbers, shared_cache, spo
 
 # A whole run, on a language that is enumerated, in about two seconds.
@@ -172,7 +172,7 @@ def test_the_directory_of_a_sweep_follows_from_its_command(here: Path) -> None:
 
 
 def cli_plan(*overrides: str) -> Any:
-    from spo.runtime.plan import plan
+    from spo.config.plan import plan
 
     return plan(overrides, multirun=True)
 

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from spo.config.plan import plan
 from spo.data.enumerable import language_tokenizer
+from spo.errors import ConfigProblems
 from spo.models import TabularForCausalLM
 from spo.models.tabular import build, num_prefixes
 from spo.models.tiny import build as build_small_llama
 from spo.ops import completion_logits, completion_logps
-from spo.runtime.errors import ConfigProblems
-from spo.runtime.plan import plan
 from spo.sampling import sample
 from spo.types import Sequences
 from tests.helpers import sequences

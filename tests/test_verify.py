@@ -12,8 +12,8 @@ import torch
 from omegaconf import OmegaConf
 
 from spo.cli import main
-from spo.runtime.groups import conf_dir
-from spo.runtime.verify import planned
+from spo.resources import conf_dir
+from spo.stages.verify import planned
 from tests.commands import spo
 
 PLAN: Any = OmegaConf.load(conf_dir() / "verify.yaml")

@@ -12,12 +12,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spo.data import TokenizedPair
+from spo.forward.packing import TOGETHER, _calls
+from spo.forward.speed import Speed
 from spo.losses import DPOLoss, PreferenceLoss, SPOLoss
 from spo.models import FrozenReference
-from spo.models.packing import TOGETHER, _calls
 from spo.module import ProbeSettings
 from spo.regularizers import GlobalKL, NoRegularizer, Regularizer
-from spo.speed import Speed
 from spo.types import Group, Groups
 from tests.helpers import BOS, EOS, FAST, PLAIN, VOCAB, Spied, make_data, make_module, make_trainer, tiny_llama
 

@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from spo.data import EvalPrompt
 from spo.errors import JudgeError
 from spo.evaluation import EvaluationSettings
-from spo.evaluation.draws import Draws, draw
-from spo.evaluation.evaluate import Evaluation, assess
+from spo.evaluation.assess import Evaluation, assess
+from spo.evaluation.completions import Draws, draw
 from spo.evaluation.judges import Judge
+from spo.forward.speed import Speed
 from spo.module import AlignmentModule
 from spo.sampling import eval_mode
-from spo.speed import Speed
 
 log = logging.getLogger(__name__)
 LOGGED = ("win_rate", "win_rate_ci_low", "win_rate_ci_high", "reward")

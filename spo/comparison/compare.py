@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from spo.comparison.checks import Problem, find_problems
+from spo.comparison.refusals import Problem, find_problems
 from spo.comparison.runs import CannotCompare, Found, Run
 from spo.comparison.scores import against, prompts_of, table
 from spo.comparison.statistics import Bootstrap, Estimate, holm
-from spo.reports.wording import INTERVAL, label, number
+from spo.metrics.catalogue import INTERVAL, label
+from spo.wording import number
 
 COLUMNS = (
     "win_rate",

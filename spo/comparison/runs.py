@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from spo.errors import UserError
-from spo.reports.record import RunRecord, load_yaml, read_run
-from spo.reports.wording import finite
+from spo.records.run import RunRecord, load_yaml, read_run
+from spo.wording import finite
 
 IDENTITY, COMPOSED, METRICS, FAILURE, SWEEP = (
     "identity.json",

@@ -12,7 +12,7 @@ import numpy as np
 from spo.comparison.runs import Run, on_test_split
 from spo.comparison.statistics import Scores
 from spo.evaluation.winrate import at_equal_length, verdict_of_rewards
-from spo.reports.wording import finite
+from spo.wording import finite
 
 Row = Mapping[str, Any]
 

@@ -3,10 +3,10 @@
 What needs torch or lightning is imported from its own module (`spo.data.collate`, `spo.data.datamodule`).
 """
 
-from spo.data.prepare import EvalPrompt, PreparedPairs, eval_prompts, prepare
 from spo.data.rendering import Dropped, Renderer, TokenizedPair, prompt_id
 from spo.data.rows import SPLITS, Completer, Completion, DataError, Reward, Row, RowError, Source
 from spo.data.sources import FileSource, HHSource, HubSource, NoPreference, RankedFileSource
+from spo.data.splits import EvalPrompt, PreparedPairs, eval_prompts, prepare
 
 __all__ = [
     "SPLITS",

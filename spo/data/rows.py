@@ -6,14 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from spo.errors import DataError
+
 Message = dict[str, str]
 Text = str | tuple[Message, ...]
 Split = Literal["train", "selection", "test"]
 SPLITS: tuple[Split, ...] = ("train", "selection", "test")
-
-
-class DataError(ValueError):
-    """The data cannot be used as asked; the message says what is wrong, where, and what to do."""
 
 
 class RowError(DataError):

@@ -1,7 +1,4 @@
-"""Alignment metrics: torchmetrics that are exact for any batch size, accumulation and number of processes."""
+"""Alignment metrics: torchmetrics that are exact for any batch size and number of processes, and their catalogue.
 
-from spo.metrics.calibration import Calibration
-from spo.metrics.repetition import repetition
-from spo.metrics.sums import SumsAndCounts
-
-__all__ = ["Calibration", "SumsAndCounts", "repetition"]
+The catalogue is read without torch, so nothing is imported here.
+"""

@@ -13,7 +13,7 @@ from spo.data.logps_store import LogpsStore
 from spo.types import PreferenceBatch
 
 if TYPE_CHECKING:
-    from spo.speed import Speed
+    from spo.forward.speed import Speed
 
 
 class Reference:

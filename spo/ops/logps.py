@@ -182,7 +182,7 @@ def _forward(model: nn.Module, sequences: Sequences) -> Tensor:
         mask = sequences.attention_mask.long()
         return model(input_ids=sequences.input_ids, attention_mask=mask, use_cache=False).logits
     if not getattr(model, "takes_packed_rows", False):  # it would let the sequences see each other
-        raise RuntimeError(f"{type(model).__name__} was not made ready for packed rows: see spo.models.packing")
+        raise RuntimeError(f"{type(model).__name__} was not made ready for packed rows: see spo.forward.packing")
     return model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,

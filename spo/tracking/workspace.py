@@ -7,7 +7,7 @@ import wandb_workspaces.workspaces as ws
 from wandb_workspaces import expr
 
 from spo.errors import UserError
-from spo.reports.dashboard import Bars, Curves, Dashboard, Panel, unit_of
+from spo.pages.dashboard import Bars, Curves, Dashboard, Panel, unit_of
 from spo.tracking.login import has_api_key
 
 STEP = "Step"  # W&B's own, which the tracker sets to the optimiser step

@@ -20,7 +20,7 @@ from spo.data import DataError, TokenizedPair
 from spo.data.collate import collate
 from spo.data.datamodule import PreferenceDataModule, pair_tokens
 from spo.data.windows import Windows, cut, even_batches, fewest_batches
-from spo.speed import Speed
+from spo.forward.speed import Speed
 from spo.types import PreferenceBatch, Window
 from tests.helpers import FAST, PLAIN
 

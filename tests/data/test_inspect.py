@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from spo.data import Renderer, Row, TokenizedPair
-from spo.runtime.inspect import show_rows
+from spo.pages.rows import show_rows
 from tests.data.tokenizers_built_here import build
 
 

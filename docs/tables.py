@@ -1,0 +1,75 @@
+"""The README's tables of methods and config groups, written from conf/: ``python -m docs.tables README.md``."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.utils import get_class
+
+from spo.config.groups import group_members
+from spo.errors import UserError
+from spo.resources import MAIN, conf_dir
+
+
+def methods_table(conf: Path) -> str:
+    """One line per yaml of ``conf/method``."""
+    lines = ["| `method=` | what it is | paper | reads | default beta |", "|---|---|---|---|---|"]
+    for file in sorted((conf / "method").glob("*.yaml")):
+        node = yaml.safe_load(file.read_text())
+        loss = get_class(node["loss"]["_target_"])
+        reads = [name for name in ("alpha", "beta", "reference") if getattr(loss, f"uses_{name}")]
+        reads += [f"regularizer `{member}`" for member in _chosen(node).values()]
+        cells = (f"`{file.stem}`", node["title"], _link(node["paper"]), ", ".join(reads), node.get("default_beta", ""))
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def groups_table(conf: Path) -> str:
+    """One line per config group."""
+    lines = ["| group | members, the default in bold |", "|---|---|"]
+    defaults = _chosen(yaml.safe_load((conf / f"{MAIN}.yaml").read_text()))
+    for group, members in group_members([conf]).items():
+        chosen = defaults.get(group)
+        shown = [f"**`{name}`**" if name == chosen else f"`{name}`" for name in members]
+        lines.append(f"| `{group}` | {', '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def rewrite(text: str, conf: Path) -> str:
+    """``text`` with the tables between their markers as they follow from ``conf``.
+
+    Raises:
+        UserError: a pair of markers is missing.
+    """
+    for name, table in {"methods": methods_table(conf), "groups": groups_table(conf)}.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        pattern = re.escape(start) + ".*?" + re.escape(end)
+        text, found = re.subn(pattern, lambda _, new=f"{start}{table}\n{end}": new, text, flags=re.S)
+        if not found:
+            raise UserError(f"the table has no place: write {start.strip()} and {end} on two lines")
+    return text
+
+
+def _chosen(node: dict[str, Any]) -> dict[str, str]:
+    """Groups and members of a defaults list."""
+    return {
+        group: member
+        for entry in node.get("defaults", [])
+        if isinstance(entry, dict)
+        for group, member in entry.items()
+        if member is not None
+    }
+
+
+def _link(paper: str) -> str:
+    return re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        path = Path(name)
+        path.write_text(rewrite(path.read_text(), conf_dir()))

@@ -1,0 +1,91 @@
+"""Walking a configuration, finding what a ``_target_`` names, and the words for what is not found."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from spo.errors import missing_package
+
+DIRECTIVES = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+
+
+def locate(path: str) -> Any:
+    """The object a ``_target_`` names.
+
+    Raises:
+        ImportError: in words.
+    """
+    parts = path.split(".")
+    for size in range(len(parts), 0, -1):
+        module = ".".join(parts[:size])
+        try:
+            found: Any = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
+                continue
+            raise ImportError(missing_package(str(error.name)) or f"importing {module} failed: {error}") from error
+        for name in parts[size:]:
+            if not hasattr(found, name):
+                raise ImportError(f"there is no {path}{suggestion(name, [n for n in dir(found) if n[0] != '_'])}")
+            found = getattr(found, name)
+        return found
+    hint = "is the folder that holds it the current one, or on PYTHONPATH?"
+    raise ImportError(missing_package(path) or f"there is no module {parts[0]} to take {path} from; {hint}")
+
+
+def entries(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every key, with the node that holds it and its name there; interpolations are not followed."""
+    names: Iterable[Any] = list(cfg) if isinstance(cfg, DictConfig) else range(len(cfg))
+    for name in names:
+        key = f"{prefix}{name}"
+        if key == "hydra":
+            continue
+        yield key, cfg, name
+        if OmegaConf.is_missing(cfg, name) or OmegaConf.is_interpolation(cfg, name):
+            continue
+        value = cfg[name]
+        if isinstance(value, DictConfig | ListConfig):
+            yield from entries(value, f"{key}.")
+
+
+def keys_of(cfg: DictConfig) -> set[str]:
+    return {key for key, node, _ in entries(cfg) if isinstance(node, DictConfig)}
+
+
+def nodes_with_target(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
+    for key, node, name in entries(cfg):
+        if name == "_target_" and not OmegaConf.is_missing(node, name):
+            yield key.rpartition(".")[0], node
+
+
+def in_target(cfg: DictConfig, key: str) -> bool:
+    parents = list(itertools.accumulate(key.split(".")[:-1], lambda a, b: f"{a}.{b}"))
+    return any(select(cfg, f"{parent}._target_") is not None for parent in parents)
+
+
+def select(cfg: DictConfig, key: str, default: Any = None) -> Any:
+    try:
+        return OmegaConf.select(cfg, key, default=default, throw_on_missing=False)
+    except OmegaConfBaseException:
+        return default
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def listed(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,161 @@
+"""What a search varies, what it looks for, and what is wrong with either."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, ValueType
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from spo.config.coefficients import unread
+from spo.config.compose import parse, parser
+from spo.errors import UserError
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+TARGET = "hydra_plugins.spo.OptunaSweeper"
+_GOALS = ("maximize", "minimize")
+# Where one of these is searched itself, every coefficient may be read.
+_DECIDE = ("method", "regularizer", "regularizer.weight")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a search looks for.
+
+    Attributes:
+        metric: of ``metrics.json``, measured on the selection split.
+        direction: ``"maximize"`` or ``"minimize"``.
+        constraints: metrics, with the most each may be.
+    """
+
+    metric: str
+    direction: str
+    constraints: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, node: Mapping[str, Any]) -> Objective:
+        """From the node of the configuration."""
+        return cls(str(node["metric"]), str(node["direction"]), dict(node.get("constraints") or {}))
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with it, in words."""
+        for key, metric in (("metric", self.metric), *(("constraints", name) for name in self.constraints)):
+            if not metric.startswith("val/"):
+                yield (
+                    f"hydra.sweeper.objective.{key}: {metric} cannot be searched for: settings are chosen on the "
+                    "selection split (val/...), so that the test split (eval/...) stays unseen until the result"
+                )
+        if self.direction not in _GOALS:
+            yield f"hydra.sweeper.objective.direction={self.direction}: choose {' or '.join(_GOALS)}"
+        for name, most in self.constraints.items():
+            if isinstance(most, bool) or not isinstance(most, int | float):
+                yield f"hydra.sweeper.objective.constraints: {name}={most}: must be the most that {name} may be"
+
+
+@dataclass(frozen=True)
+class Space:
+    """The overrides of a search: those that stay, and those that vary, by key in Hydra's grammar."""
+
+    fixed: list[str]
+    varied: dict[str, Override]
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any], overrides: Sequence[str], not_read: Sequence[str]) -> Space:
+        """Of the sweeper's ``params`` and the command line, whose keys replace those of the same name.
+
+        Args:
+            params: what is searched.
+            overrides: of the command line.
+            not_read: coefficients that the method does not read, so that they are not searched.
+
+        Raises:
+            UserError: one of them cannot be read.
+        """
+        texts = [*(f"{key}={value}" for key, value in params.items()), *overrides]
+        parsed = {one.get_key_element(): one for one in map(parse, texts) if not one.is_hydra_override()}
+        varied = {key: one for key, one in parsed.items() if one.is_sweep_override()}
+        if not any(key in _DECIDE for key in varied):
+            parsed = {key: one for key, one in parsed.items() if key.partition(".")[0] not in not_read}
+            varied = {key: one for key, one in varied.items() if key in parsed}
+        fixed = [f"{key}={one.get_value_element_as_str()}" for key, one in parsed.items() if key not in varied]
+        return cls(fixed, varied)
+
+    def ends(self, key: str) -> list[str]:
+        """The values of a key between which the search moves: both ends of a range, or every choice."""
+        override = self.varied[key]
+        value = override.value()
+        if isinstance(value, IntervalSweep):
+            return [str(value.start), str(value.end)]
+        values = _choices(override)
+        return [values[0], values[-1]] if isinstance(value, RangeSweep) else values
+
+    def corners(self) -> list[list[str]]:
+        """Overrides of jobs in which each key takes each of its :meth:`ends` at least once."""
+        ends = {key: self.ends(key) for key in self.varied}
+        longest = max(map(len, ends.values()), default=1)
+        varied = ([f"{key}={values[i % len(values)]}" for key, values in ends.items()] for i in range(longest))
+        return [[*one, *self.fixed] for one in varied]
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """What Optuna draws from.
+
+        Raises:
+            UserError: a key has an impossible range.
+        """
+        return {key: _distribution(override) for key, override in self.varied.items()}
+
+    def job(self, values: Mapping[str, Any]) -> list[str]:
+        """The overrides of one job."""
+        return [*(f"{key}={values[key]}" for key in self.varied), *self.fixed]
+
+
+def _choices(override: Override) -> list[str]:
+    override.config_loader = parser().config_loader
+    return list(override.sweep_string_iterator())
+
+
+def _distribution(override: Override) -> BaseDistribution:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    value = override.value()
+    try:
+        if isinstance(value, IntervalSweep):
+            kind = IntDistribution if isinstance(value.start, int) and isinstance(value.end, int) else FloatDistribution
+            return kind(value.start, value.end, log="log" in value.tags)
+        values = _choices(override)
+        if isinstance(value, RangeSweep) and not value.shuffle:
+            whole = override.value_type is ValueType.RANGE_SWEEP and isinstance(value.range(), range)
+            kind = IntDistribution if whole else FloatDistribution
+            convert = int if whole else float
+            low, high = sorted(map(convert, (values[0], values[-1])))
+            return kind(low, high, step=abs(convert(value.step)))
+        return CategoricalDistribution(values)
+    except (ValueError, IndexError, HydraException) as error:
+        raise UserError(f"{override.input_line}: {error}") from error
+
+
+def problems(cfg: DictConfig, overrides: Sequence[str]) -> tuple[list[str], Space | None]:
+    """What is wrong with a search, in words, and its space where that can be read.
+
+    Args:
+        cfg: composed, with Hydra's node.
+        overrides: of the command line.
+    """
+    sweeper = cfg.hydra.sweeper
+    found = list(Objective.of(sweeper.objective).problems())
+    for key in ("n_trials", "n_jobs"):
+        if isinstance(sweeper[key], bool) or not isinstance(sweeper[key], int) or sweeper[key] < 1:
+            found.append(f"hydra.sweeper.{key}={sweeper[key]}: must be a whole number of at least 1")
+    try:
+        space = Space.of(sweeper.params or {}, overrides, unread(cfg))
+        space.distributions()
+    except UserError as error:
+        return [*found, str(error)], None
+    if not space.varied:
+        found.append("hydra.sweeper.params: nothing to search; give a range, such as beta=interval(0.01,1)")
+    return found, space

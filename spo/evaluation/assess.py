@@ -1,0 +1,249 @@
+"""Samples of policy and reference on the same prompts, and everything that is measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, TypedDict
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from spo.data import EvalPrompt
+from spo.evaluation.completions import Draws, draw
+from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
+from spo.evaluation.intervals import Bootstrap
+from spo.evaluation.judges import Comparison, Judge
+from spo.evaluation.settings import REFERENCE, EvaluationSettings
+from spo.evaluation.winrate import verdict_of_rewards, win_rates
+from spo.forward.speed import Speed
+from spo.sampling import derive_seed, eval_mode
+
+Kept = Callable[[str, Callable[[], Draws]], Draws]
+"""``kept(stage, draw)``: the completions of a stage, ``"policy"`` or ``"reference"``, from where they were kept."""
+Opponent = Mapping[tuple[str, int], tuple[str, int]]
+"""Completion and its tokens by prompt id and number of the sample; a sample without one is not compared."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Flat metrics under ``eval/``, and one row per sample."""
+
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+
+
+def evaluate_policy(
+    policy: nn.Module,
+    reference: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[EvalPrompt],
+    settings: EvaluationSettings,
+    speed: Speed,
+    judge: Judge | None,
+    decode: Callable[[Sequence[int]], str],
+    all_prompts: bool = False,
+    opponents: Mapping[str, Opponent] | None = None,
+) -> Evaluation:
+    """Draws completions from both models, compares and measures them: see :func:`draw_both` and :func:`assess`."""
+    drawn = draw_both(policy, reference, tokenizer, prompts, settings, speed, decode)
+    return assess(prompts, *drawn, settings, judge, all_prompts, opponents)
+
+
+def draw_both(
+    policy: nn.Module,
+    reference: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[EvalPrompt],
+    settings: EvaluationSettings,
+    speed: Speed,
+    decode: Callable[[Sequence[int]], str],
+    on_progress: Callable[[int], None] = lambda _: None,
+    kept: Kept = lambda _, draw: draw(),
+) -> tuple[Draws, Draws]:
+    """Completions of the policy, with the reference's opinion of them, and completions of the reference.
+
+    Args:
+        policy: the trained model.
+        reference: the model that training started from.
+        tokenizer: theirs.
+        prompts: of one split.
+        settings: how to sample.
+        speed: how to compute; settled for both models.
+        decode: from the token ids of a completion to its text.
+        on_progress: called with the number of sequences just drawn.
+        kept: where completions may be kept, so that none is drawn twice.
+    """
+
+    def drawn(model: nn.Module, stage: str, other: nn.Module | None = None) -> Draws:
+        return kept(stage, lambda: draw(model, stage, prompts, settings, speed, tokenizer, decode, on_progress, other))
+
+    with eval_mode(policy), eval_mode(reference):
+        return drawn(policy, "policy", reference), drawn(reference, "reference")
+
+
+def assess(
+    prompts: Sequence[EvalPrompt],
+    ours: Draws,
+    theirs: Draws | None,
+    settings: EvaluationSettings,
+    judge: Judge | None,
+    all_prompts: bool = False,
+    opponents: Mapping[str, Opponent] | None = None,
+) -> Evaluation:
+    """Compares and measures completions.
+
+    Intervals are a paired bootstrap over prompts, since samples of one prompt are not independent where the prompts
+    are a sample themselves; over samples where there are no other prompts.
+
+    Args:
+        prompts: that the completions answer.
+        ours: completions of the policy.
+        theirs: completions of the reference, where there are some.
+        settings: how they were drawn, and how to compare them.
+        judge: compares the completions; ``None`` leaves reward and win rate out.
+        all_prompts: whether there are no others that these prompts stand for.
+        opponents: what the policy is compared with beside the reference, by name.
+
+    Returns:
+        Metrics and samples. ``kl`` is in nats per sequence, estimated by the token-wise KL along samples of the
+        policy; ``entropy`` in nats per token, ``entropy_sequence`` in nats per sequence; ``eval/reference/...`` are
+        the same quantities of the reference, that is the values before training.
+    """
+    wanted = [(prompt, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
+    columns: dict[str, Sequence[Any]] = {
+        "prompt_id": [prompt.prompt_id for prompt, _ in wanted],
+        "split": [prompt.split for prompt, _ in wanted],
+        "sample_index": [i for _, i in wanted],
+        "prompt": [prompt.text for prompt, _ in wanted],
+        "completion": ours.texts,
+        "tokens": ours.tokens,
+        "logp_policy": ours.logps,
+    }
+    if ours.other_logps:
+        columns["logp_reference"] = ours.other_logps
+    if theirs is not None:
+        columns |= {"reference_completion": theirs.texts, "reference_tokens": theirs.tokens}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    units = range(len(rows)) if all_prompts else [row["prompt_id"] for row in rows]
+    resampling: _Resampling = {
+        "confidence": settings.confidence,
+        "samples": settings.bootstrap_samples,
+        "seed": derive_seed("bootstrap", settings.seed),
+    }
+    bootstrap = Bootstrap(units, **resampling)
+    metrics = _summary(ours, settings, bootstrap)
+    if theirs is not None:
+        metrics |= {f"reference/{key}": value for key, value in _summary(theirs, settings).items()}
+    if judge is not None:
+        against = {}
+        if theirs is not None:
+            against[REFERENCE] = [_Reply(*one) for one in zip(rows, units, theirs.texts, theirs.tokens, strict=True)]
+        for name, opponent in (opponents or {}).items():
+            found = (
+                (row, unit, opponent.get((row["prompt_id"], row["sample_index"])))
+                for row, unit in zip(rows, units, strict=True)
+            )
+            against[name] = [_Reply(row, unit, *reply) for row, unit, reply in found if reply is not None]
+        metrics |= _judged(judge, rows, against, REFERENCE in settings.against, resampling, bootstrap)
+    return Evaluation({f"eval/{key}": value for key, value in metrics.items()}, rows)
+
+
+def _summary(drawn: Draws, settings: EvaluationSettings, bootstrap: Bootstrap | None = None) -> dict[str, float]:
+    """What is measured without a judge; with its intervals where a bootstrap is given."""
+    means = {
+        "kl": (drawn.kl, None),
+        "entropy": (drawn.entropy, drawn.tokens),
+        "entropy_sequence": (drawn.entropy, None),
+        "length": (drawn.tokens, None),
+    }
+    summary = {}
+    for name, (values, per) in means.items():
+        if values and bootstrap is not None:
+            summary |= bootstrap.mean(values, per).under(name)
+        elif values:
+            summary[name] = sum(values) / (len(values) if per is None else sum(per))
+    summary["distinct_2"] = distinct_n(drawn.texts, 2)
+    summary["self_bleu"] = self_bleu(drawn.texts[: settings.self_bleu_samples])
+    each = settings.samples_per_prompt
+    if each > 1:
+        groups = [drawn.texts[first : first + each] for first in range(0, len(drawn.texts), each)]
+        summary["distinct_samples"] = distinct_samples(groups)
+    return summary
+
+
+class _Resampling(TypedDict):
+    confidence: float
+    samples: int
+    seed: int
+
+
+@dataclass
+class _Reply:
+    """A completion that the policy's own of the same row is compared with, and what the judge says of it."""
+
+    row: dict[str, Any]
+    unit: Hashable
+    completion: str
+    tokens: int
+    reward: float | None = None
+    verdict: float | None = None
+
+
+def _judged(
+    judge: Judge,
+    rows: Sequence[dict[str, Any]],
+    against: Mapping[str, Sequence[_Reply]],
+    with_reference: bool,
+    resampling: _Resampling,
+    bootstrap: Bootstrap,
+) -> dict[str, float]:
+    """Asks the judge, writes what it says into the rows, and sums it up."""
+    scores = judge.scores([row["prompt"] for row in rows], [row["completion"] for row in rows]) or {}
+    metrics = {_reward(name): fmean(values) for name, values in scores.items()}
+    if scores:
+        metrics |= bootstrap.mean(scores["reward"]).under("reward")
+    for row, reward in zip(rows, scores.get("reward", ()), strict=False):
+        row["reward"] = reward
+    for opponent, replies in against.items():
+        if not replies:
+            continue
+        is_reference = opponent == REFERENCE
+        theirs = judge.scores([one.row["prompt"] for one in replies], [one.completion for one in replies]) or {}
+        for one, reward in zip(replies, theirs.get("reward", ()), strict=False):
+            one.reward = reward
+        if is_reference:
+            metrics |= {f"reference/{_reward(name)}": fmean(values) for name, values in theirs.items()}
+        if not is_reference or with_reference:
+            _compare(judge, replies)
+            longer = [one.row["tokens"] - one.tokens for one in replies]
+            rates = win_rates([one.verdict for one in replies], longer, [one.unit for one in replies], **resampling)
+            under = "win_rate" if is_reference else f"win_rate/{opponent}"
+            metrics |= {key.replace("win_rate", under, 1): value for key, value in rates.items()}
+        for one in replies:
+            answer: dict[str, Any] = {"verdict": one.verdict} if not is_reference or with_reference else {}
+            answer |= {} if one.reward is None else {"reward": one.reward}
+            if is_reference:
+                one.row.update({"reference_reward" if key == "reward" else key: said for key, said in answer.items()})
+            else:
+                said_of = one.row.setdefault("opponents", {})
+                said_of[opponent] = {"completion": one.completion, "tokens": one.tokens, **answer}
+        if not is_reference:
+            metrics[f"prompts/{opponent}"] = float(len({one.row["prompt_id"] for one in replies}))
+    return metrics
+
+
+def _compare(judge: Judge, replies: Sequence[_Reply]) -> None:
+    """Whether the policy's completion is the better one: its reward compared, or the judge's own answer."""
+    if all(one.reward is not None for one in replies):
+        for one in replies:
+            one.verdict = verdict_of_rewards(one.row["reward"], one.reward)  # type: ignore[arg-type]
+        return
+    asked = [Comparison(one.row["prompt"], one.row["completion"], one.completion) for one in replies]
+    for one, verdict in zip(replies, judge.verdicts(asked), strict=True):
+        one.verdict = verdict
+
+
+def _reward(name: str) -> str:
+    return name if name == "reward" else f"reward/{name}"

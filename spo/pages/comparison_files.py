@@ -1,0 +1,185 @@
+"""The comparison as files: JSON with everything, CSV and Markdown with the table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from spo.comparison.compare import COLUMNS, Comparison, Difference, Method, in_words
+from spo.comparison.statistics import Estimate
+from spo.metrics.catalogue import label
+from spo.wording import number
+
+JSON, CSV, MARKDOWN, PAGE = "comparison.json", "table.csv", "comparison.md", "comparison.html"
+
+
+def columns(comparison: Comparison) -> list[str]:
+    """Metrics that some method has, the main one first."""
+    order = dict.fromkeys((comparison.metric_name, *COLUMNS))
+    return [name for name in order if any(name in method.estimates for method in comparison.methods)]
+
+
+def interval(estimate: Estimate | None) -> str:
+    """Writes an interval such as ``[0.61, 0.72]``; empty where there is none."""
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return ""
+    return f"[{number(estimate.low)}, {number(estimate.high)}]"
+
+
+def to_dict(comparison: Comparison) -> dict[str, Any]:
+    """Everything that the comparison found, as plain values."""
+    return {
+        "metric": comparison.metric,
+        "select": comparison.select,
+        "baseline": comparison.baseline,
+        "prompts": comparison.prompts,
+        "seeds": list(comparison.seeds),
+        "confidence": comparison.bootstrap.confidence,
+        "bootstrap_draws": comparison.bootstrap.draws,
+        "problems": [{"text": one.text, "methods": sorted(one.methods)} for one in comparison.problems],
+        "notes": list(comparison.notes),
+        "methods": [_method(method) for method in comparison.methods],
+        "reference": dict(comparison.reference),
+        "differences": [_difference(one, comparison) for one in comparison.differences],
+        "win_matrix": [
+            {"first": one.first, "second": one.second, "win_rate": one.estimate and _estimate(one.estimate)}
+            for one in comparison.duels
+        ],
+    }
+
+
+def _method(method: Method) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "title": method.title,
+        "trials": len(method.settings),
+        "best": method.best.label,
+        "seeds": method.best.seeds,
+        "metrics": {name: _estimate(one) for name, one in method.estimates.items()},
+        "problems": [problem.text for problem in method.problems],
+        "settings": [
+            {
+                "label": setting.label,
+                "values": dict(setting.values),
+                "selection": setting.selection,
+                "best": setting is method.best,
+                "runs": [{"directory": run.name, "seed": run.seed} for run in setting.runs],
+            }
+            for setting in method.settings
+        ],
+    }
+
+
+def _estimate(estimate: Estimate) -> dict[str, float | None]:
+    return {key: value for key, value in asdict(estimate).items() if key != "p"}
+
+
+def _difference(one: Difference, comparison: Comparison) -> dict[str, Any]:
+    return {
+        "first": one.first,
+        "second": one.second,
+        **_estimate(one.estimate),
+        "p": one.estimate.p,
+        "p_corrected": one.p,
+        "significant": one.significant,
+        "paired_by_seed": one.paired,
+        "words": in_words(one, comparison),
+    }
+
+
+def to_csv(comparison: Comparison) -> str:
+    """The table, one row per method; ends of intervals in columns of their own, empty where nothing was recorded."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = columns(comparison)
+    ends = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
+    writer.writerow(["method", "setting", "trials", "seeds", "prompts", *ends, "problems"])
+    for method in comparison.methods:
+        numbers: list[float | None] = []
+        for name in names:
+            one = method.estimates.get(name)
+            numbers += [None, None, None] if one is None else [one.value, one.low, one.high]
+        seeds = " ".join(map(str, method.best.seeds))
+        problems = " | ".join(problem.text for problem in method.problems)
+        writer.writerow(
+            [method.name, method.best.label, len(method.settings), seeds, comparison.prompts, *numbers, problems]
+        )
+    return text.getvalue()
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """The table, the differences and how they were found, for a paper or an issue."""
+    return "\n".join(_markdown(comparison)) + "\n"
+
+
+def _markdown(comparison: Comparison) -> Iterator[str]:
+    if comparison.problems:
+        yield "> **This comparison is not fair.** It was made with `--anyway`:"
+        yield from (f"> - {_cell(problem.text)}" for problem in comparison.problems)
+        yield ""
+    names = columns(comparison)
+    yield _row(["method", "best setting", "trials", "seeds", *(label(name) for name in names)])
+    yield _row(["---", "---", *["---:"] * (2 + len(names))])
+    for method in comparison.methods:
+        cells = [method.name + (" (!)" if method.problems else ""), method.best.label]
+        cells += [str(len(method.settings)), str(len(method.best.seeds))]
+        for name in names:
+            one = method.estimates.get(name)
+            cells.append("–" if one is None else f"{number(one.value)} {interval(one)}".rstrip())
+        yield _row(cells)
+    yield ""
+    yield from (f"- {_cell(in_words(one, comparison))}" for one in comparison.differences)
+    if comparison.differences:
+        yield ""
+    yield " ".join(method_in_words(comparison))
+    yield from (f"\n{_cell(note)}" for note in comparison.notes)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(map(_cell, cells))} |"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def method_in_words(comparison: Comparison) -> list[str]:
+    """How the numbers were found, in sentences."""
+    share = f"{comparison.bootstrap.confidence:.0%}"
+    seeds = f"{len(comparison.seeds)} seed{'s' if len(comparison.seeds) != 1 else ''}"
+    words = [f"Means over {seeds} and {comparison.prompts:,} test prompts, with {share} intervals over both."]
+    if comparison.select is not None:
+        words.append(f"The best setting of each method was selected by {comparison.select} on the selection split.")
+    if comparison.differences:
+        tests, name = len(comparison.differences), label(comparison.metric_name)
+        corrected = f", p-values corrected for {tests} tests (Holm)" if tests > 1 else ""
+        words.append(f"Differences in {name}: paired bootstrap of {comparison.bootstrap.draws:,} resamples{corrected}.")
+        if tests > 1:
+            words.append("Their intervals are those of each difference alone.")
+    return words
+
+
+def write_files(comparison: Comparison, folder: Path) -> dict[str, Path]:
+    """Writes the files but for the page.
+
+    Args:
+        comparison: What to write.
+        folder: Where; it is made.
+
+    Returns:
+        The files by name.
+    """
+    texts: Mapping[str, str] = {
+        JSON: json.dumps(to_dict(comparison), indent=2, ensure_ascii=False) + "\n",
+        CSV: to_csv(comparison),
+        MARKDOWN: to_markdown(comparison),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return {name: folder / name for name in texts}

@@ -1,0 +1,176 @@
+"""Writes ``comparison.html``: one self-contained page, the picture of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from spo.comparison.compare import Comparison, Difference, Method, in_words, p_in_words
+from spo.comparison.runs import Run
+from spo.metrics.catalogue import label, unit
+from spo.pages.charts import marker
+from spo.pages.comparison_figures import curves, frontier, headline, hues, settings_chart, win_matrix
+from spo.pages.comparison_files import PAGE, columns, interval, method_in_words
+from spo.pages.dashboard import Dashboard, load_spec
+from spo.pages.run_page import TEMPLATES
+from spo.pages.selfcontained import write_selfcontained
+from spo.wording import finite, number, shorten, verdict_word
+
+_SAMPLES, _TEXT_CHARACTERS = 6, 1200
+
+
+def write_page(comparison: Comparison, folder: Path, dashboard: Dashboard | None = None) -> Path:
+    """Writes the page and replaces one that is there.
+
+    Args:
+        comparison: What to show.
+        folder: Where; it is made.
+        dashboard: Whose curves to draw; ``None`` for the shipped one.
+
+    Returns:
+        Its path.
+    """
+    groups, chart_data = curves(comparison, dashboard or load_spec())
+    hue = hues(comparison)
+    return write_selfcontained(
+        folder / PAGE,
+        TEMPLATES / "comparison.html.j2",
+        styles=[TEMPLATES / "report.css", TEMPLATES / "comparison.css"],
+        scripts=[TEMPLATES / "report.js", TEMPLATES / "comparison.js"],
+        chart_data=chart_data,
+        comparison=comparison,
+        title=_title(comparison),
+        verdict=_verdict(comparison),
+        hue=hue,
+        key={name: _key(number) for name, number in hue.items()},
+        headline=headline(comparison),
+        differences=[_difference(one, comparison) for one in comparison.differences],
+        columns=[_column(name) for name in columns(comparison)],
+        rows=[_row(method, comparison) for method in comparison.methods],
+        frontiers=[(cost, drawn) for cost in ("kl", "entropy") if (drawn := frontier(comparison, cost)) is not None],
+        matrix=win_matrix(comparison),
+        charts=[(method, settings_chart(comparison, method)) for method in comparison.methods],
+        groups=groups,
+        samples=_samples(comparison),
+        how=method_in_words(comparison),
+        label=label,
+        number=number,
+    )
+
+
+def _key(hue: int) -> Markup:
+    return Markup(f'<svg class="mark-key" viewBox="-1.6 -1.6 3.2 3.2" aria-hidden="true">{marker(hue, 0, 0, 1)}</svg>')
+
+
+def _title(comparison: Comparison) -> str:
+    names = [method.name for method in comparison.methods]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _verdict(comparison: Comparison) -> str:
+    """The one sentence to take away: who is ahead of whom for sure, by the corrected tests."""
+    if len(comparison.methods) == 1:
+        return ""
+    name = label(comparison.metric_name)
+    best = comparison.methods[0].name
+    if comparison.baseline is not None:
+        found = [one for one in comparison.differences if one.significant]
+        if not found:
+            return f"No difference in {name} to {comparison.baseline} is shown."
+        return " ".join(in_words(one, comparison) for one in found)
+    if not any(one.significant for one in comparison.differences):
+        return f"No difference in {name} between {_and([method.name for method in comparison.methods])} is shown."
+    of_best = [one for one in comparison.differences if best in (one.first, one.second)]
+    behind = [one.second if one.first == best else one.first for one in of_best if one.significant]
+    level = [one.second if one.first == best else one.first for one in of_best if not one.significant]
+    word = "higher" if comparison.higher is None else "better"
+    if not behind:
+        return f"{best} is not shown to be {word} than any other in {name}."
+    ahead = f"{best} is {word} than {_and(behind)} in {name}"
+    return f"{ahead}; no difference to {_and(level)} is shown." if level else f"{ahead}."
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _difference(one: Difference, comparison: Comparison) -> dict[str, Any]:
+    return {
+        "first": one.first,
+        "second": one.second,
+        "value": number(one.estimate.value, signed=True),
+        "interval": interval(one.estimate),
+        "p": p_in_words(one.p),
+        "significant": one.significant,
+        "words": in_words(one, comparison),
+        "paired": one.paired,
+    }
+
+
+def _column(name: str) -> dict[str, str]:
+    return {"name": name, "label": label(name), "unit": unit(name)}
+
+
+def _row(method: Method, comparison: Comparison) -> dict[str, Any]:
+    cells = []
+    for name in columns(comparison):
+        one = method.estimates.get(name)
+        cells.append(
+            {
+                "sort": "" if one is None else repr(one.value),
+                "value": number(None if one is None else one.value),
+                "interval": interval(one),
+            }
+        )
+    return {"method": method, "cells": cells}
+
+
+# --- samples -------------------------------------------------------------------------------------------------------
+
+
+def _samples(comparison: Comparison) -> list[dict[str, Any]]:
+    """Completions of all methods for the same prompts: the first, and where the best two differ most either way."""
+    runs = {method.name: method.best.runs[0] for method in comparison.methods}
+    rows = {name: _first_samples(run) for name, run in runs.items()}
+    first = next(iter(rows.values()))
+    common = [prompt for prompt in first if all(prompt in one for one in rows.values())]
+    return [_sample(prompt, {name: one[prompt] for name, one in rows.items()}) for prompt in _chosen(common, rows)]
+
+
+def _first_samples(run: Run) -> dict[str, Mapping[str, Any]]:
+    found: dict[str, Mapping[str, Any]] = {}
+    for row in run.samples:
+        found.setdefault(str(row.get("prompt_id")), row)
+    return found
+
+
+def _chosen(prompts: Sequence[str], rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    part = _SAMPLES // 3
+    best = list(rows)[:2]
+    lead = {}
+    for prompt in prompts:
+        rewards = [finite(rows[name][prompt].get("reward")) for name in best]
+        if len(rewards) == 2 and rewards[0] is not None and rewards[1] is not None:
+            lead[prompt] = rewards[0] - rewards[1]
+    ranked = sorted(lead, key=lambda prompt: -lead[prompt])
+    wanted = dict.fromkeys([*prompts[:part], *ranked[:part], *ranked[::-1][:part]] if ranked else prompts[:_SAMPLES])
+    return [prompt for prompt in prompts if prompt in wanted]
+
+
+def _sample(prompt: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    any_row = next(iter(rows.values()))
+    sides = [_side("reference", any_row.get("reference_completion"), any_row.get("reference_reward"), None)]
+    sides += [_side(name, row.get("completion"), row.get("reward"), row.get("verdict")) for name, row in rows.items()]
+    return {"prompt": shorten(str(any_row.get("prompt", prompt)), _TEXT_CHARACTERS), "sides": sides}
+
+
+def _side(name: str, text: Any, reward: Any, verdict: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "text": None if text is None else shorten(str(text).strip(), _TEXT_CHARACTERS),
+        "reward": None if finite(reward) is None else number(reward),
+        "verdict": None if finite(verdict) is None else verdict_word(float(verdict)),
+    }

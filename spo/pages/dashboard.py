@@ -1,0 +1,193 @@
+"""What dashboards show: one yaml file of sections and panels, whichever program draws it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import yaml
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag, TypeAdapter, ValidationError
+
+from spo.errors import UserError
+from spo.metrics.catalogue import UNITS, unit
+from spo.resources import conf_dir
+
+DEFAULT = "alignment"
+
+
+def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError("there must be at least one")
+    return values
+
+
+def _increasing(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not bounds[0] < bounds[1]:
+        raise ValueError("the first must be below the second")
+    return bounds
+
+
+Text = Annotated[str, Field(min_length=1)]
+Names = Annotated[tuple[Text, ...], AfterValidator(_some)]
+Bounds = Annotated[tuple[FiniteFloat, FiniteFloat], AfterValidator(_increasing)]
+
+
+@dataclass(frozen=True)
+class _Node:
+    """Part of the file, in which an unknown key is a mistake."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Curves(_Node):
+    """Lines over the training step.
+
+    Attributes:
+        title: its heading.
+        metrics: keys that share the axes, without their split.
+        splits: what is put before each of them: ``train``, ``val``, ``exact`` or ``time``.
+        bounds: fixed range of the vertical axis.
+        baseline: height of a line to compare with.
+        varying: whether a curve that never changes is left out.
+    """
+
+    title: Text
+    metrics: Names
+    splits: Names = ("train", "val")
+    bounds: Bounds | None = None
+    baseline: FiniteFloat | None = None
+    varying: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of ``history.jsonl`` and of W&B, such as ``train/loss``."""
+        return tuple(f"{split}/{metric}" for metric in self.metrics for split in self.splits)
+
+
+@dataclass(frozen=True)
+class Bars(_Node):
+    """Final numbers, one bar per run.
+
+    Attributes:
+        title: its heading.
+        final: keys of ``metrics.json``.
+        bounds: fixed range of the axis.
+        baseline: value to compare with.
+    """
+
+    title: Text
+    final: Names
+    bounds: Bounds | None = None
+    baseline: FiniteFloat | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of ``metrics.json`` and of W&B's summary."""
+        return self.final
+
+
+@dataclass(frozen=True)
+class Scatter(_Node):
+    """Two final numbers against each other, one point per run.
+
+    Attributes:
+        title: its heading.
+        x: key of ``metrics.json`` on the horizontal axis.
+        y: key of ``metrics.json`` on the vertical axis.
+    """
+
+    title: Text
+    x: Text
+    y: Text
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of ``metrics.json`` and of W&B's summary."""
+        return self.x, self.y
+
+
+# What a panel of each kind has in the file, and no other has.
+KINDS = {"curves": "metrics", "bars": "final", "scatter": "x"}
+
+
+def _kind(node: Any) -> str | None:
+    found = [kind for kind, key in KINDS.items() if isinstance(node, dict) and key in node]
+    return found[0] if len(found) == 1 else None
+
+
+Panel = Annotated[
+    Annotated[Curves, Tag("curves")] | Annotated[Bars, Tag("bars")] | Annotated[Scatter, Tag("scatter")],
+    Discriminator(
+        _kind,
+        custom_error_type="panel",
+        custom_error_message="a panel has either `metrics`, or `final`, or `x` and `y`",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Section(_Node):
+    """Panels under one heading."""
+
+    title: Text
+    panels: Annotated[tuple[Panel, ...], AfterValidator(_some)]
+
+    @property
+    def curves(self) -> tuple[Curves, ...]:
+        """Those of its panels that a single run fills."""
+        return tuple(panel for panel in self.panels if isinstance(panel, Curves))
+
+
+@dataclass(frozen=True)
+class Dashboard(_Node):
+    """A dashboard as it is written in its file."""
+
+    title: Text
+    sections: Annotated[tuple[Section, ...], AfterValidator(_some)]
+
+    @cached_property
+    def keys(self) -> frozenset[str]:
+        """Every metric that some panel shows."""
+        return frozenset(key for section in self.sections for panel in section.panels for key in panel.keys)
+
+
+def unit_of(key: str) -> str:
+    """Unit of a metric with its split, such as ``eval/kl``; empty for a pure number."""
+    return UNITS.get(key) or unit(key.partition("/")[2])
+
+
+def load_spec(spec: str | Path | None = None) -> Dashboard:
+    """Reads a dashboard.
+
+    Args:
+        spec: name of a shipped one (``conf/dashboard/NAME.yaml``), or a file of your own; ``None`` for the default.
+
+    Raises:
+        UserError: there is no such file, or it holds what is no dashboard; every problem is named.
+    """
+    file = _file(spec or DEFAULT)
+    try:
+        return TypeAdapter(Dashboard).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is no yaml: {error}") from error
+    except ValidationError as error:
+        lines = [f"  - {_place(one['loc'])}: {one['msg'].removeprefix('Value error, ')}" for one in error.errors()]
+        raise UserError("\n".join([f"{file} is no dashboard:", *lines])) from error
+
+
+def _file(spec: str | Path) -> Path:
+    folder = conf_dir() / "dashboard"
+    for file in (folder / f"{spec}.yaml", Path(spec)):
+        if file.is_file():
+            return file
+    names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+    raise UserError(f"there is no dashboard {spec}: give a yaml file, or one of {names}")
+
+
+def _place(parts: tuple[int | str, ...]) -> str:
+    """Where in the file, such as ``sections[0].panels[2].title``; the kind of a panel is not written there."""
+    words = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts if part not in KINDS)
+    return words.lstrip(".") or "the file"

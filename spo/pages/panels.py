@@ -1,0 +1,174 @@
+"""The two panels that a run shows in the terminal: what was derived at its start, and its result at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from spo.metrics.catalogue import INTERVAL, label, unit
+from spo.records.run import read_alarms
+from spo.wording import clean, finite, number, shorten, verdict_word, win_rate_in_words
+
+_MAIN = (
+    "reward",
+    "kl",
+    "entropy",
+    "distinct_2",
+    "distinct_samples",
+    "self_bleu",
+    "length",
+    "rewards/accuracies",
+    "calibration/ece",
+)
+_CONTROLLED = "_length_controlled"
+_SIDE_BY_SIDE = 70  # narrower than this, reference and policy stand below each other
+_SAMPLE_CHARACTERS = 280
+
+
+def start_panel(title: str, facts: dict[str, str], warnings: list[str]) -> None:
+    """Prints the derived facts of a run before it starts.
+
+    Args:
+        title: What is started, such as "spo train · SPO".
+        facts: Names and values, shown in their order.
+        warnings: Sentences for a person, shown below the facts.
+    """
+    console = Console()
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=len(facts) > 0 and max(map(len, facts)) < console.width // 3)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(_text(console, name), _text(console, value))
+    parts: list[RenderableType] = [table]
+    parts += [_text(console, f"warning: {warning}", "yellow") for warning in warnings]
+    console.print(Panel(Group(*parts), title=_text(console, title, "bold"), title_align="left", padding=(0, 1)))
+
+
+def result_panel(metrics: dict[str, float], samples: list[dict[str, Any]], run_dir: Path) -> None:
+    """Prints the result of a run: win rate with interval, before and after, a few samples, where the files are.
+
+    Args:
+        metrics: The final numbers under their flat keys; what is absent is left out or said in words.
+        samples: Rows of ``samples.jsonl``; the largest win, the middle and the largest loss are shown.
+        run_dir: The run directory.
+    """
+    console = Console()
+    parts: list[RenderableType] = [*_win_rate(console, metrics), Text(), _before_after(console, metrics)]
+    parts += [_text(console, f"health: {alarm}", "yellow") for alarm in read_alarms(run_dir)]
+    for name, row in _chosen(samples):
+        parts += [Text(), _sample(console, name, row)]
+    console.print(Panel(Group(*parts), title=Text("result", "bold"), title_align="left", padding=(0, 1)))
+    for name, file in (("report", "report.html"), ("policy", "policy"), ("numbers", "metrics.json")):
+        if (run_dir / file).exists():  # printed outside the panel and unwrapped, so that a path can be copied
+            console.print(_text(console, f"{name:8s} {run_dir / file}"), soft_wrap=True)
+
+
+def _win_rate(console: Console, metrics: Mapping[str, float]) -> list[RenderableType]:
+    value = finite(metrics.get("eval/win_rate"))
+    others = sorted(
+        key for key in metrics if key.startswith("eval/win_rate/") and not key.endswith((*INTERVAL, _CONTROLLED))
+    )
+    shown = [line for key in others for line in _rate(console, metrics, key)]
+    if value is None:
+        return shown or [_text(console, "No win rate: the evaluation had no reward and no judge.")]
+    low, high = (finite(metrics.get(f"eval/win_rate{end}")) for end in INTERVAL)
+    main = [*_rate(console, metrics, "eval/win_rate"), _scale(console, value, low, high)]
+    return [*main, _text(console, win_rate_in_words(low, high), "dim"), *shown]
+
+
+def _rate(console: Console, metrics: Mapping[str, float], key: str) -> list[Text]:
+    """One line: the rate with its interval, and the rate at equal length."""
+    name = label(key.removeprefix("eval/"))
+    line = _text(console, f"{name}{'' if '/' in key[5:] else ' against the reference'}  ")
+    line.append(number(metrics[key]) if finite(metrics[key]) is None else f"{metrics[key]:.3f}", "bold")
+    low, high = (finite(metrics.get(f"{key}{end}")) for end in INTERVAL)
+    if low is not None and high is not None:
+        line.append(f"  95% interval [{low:.3f}, {high:.3f}]")
+    controlled = finite(metrics.get(key + _CONTROLLED))
+    return [line, _text(console, f"at equal length  {controlled:.3f}", "dim")] if controlled is not None else [line]
+
+
+def _scale(console: Console, value: float, low: float | None, high: float | None) -> Text:
+    """Draws [0, 1] with the interval, the value and the line at 0.5 in one row of characters."""
+    width = max(11, min(console.width - 10, 61))
+    ascii_only = not console.encoding.startswith("utf")
+    line, mark, half, point = "-=|o" if ascii_only else "─━┼●"
+
+    def place(share: float) -> int:
+        return min(max(round(share * (width - 1)), 0), width - 1)
+
+    cells = [line] * width
+    if low is not None and high is not None:
+        cells[place(low) : place(high) + 1] = [mark] * (place(high) - place(low) + 1)
+    cells[place(0.5)] = half
+    cells[place(value)] = point
+    return Text(f"0 {''.join(cells)} 1")
+
+
+def _before_after(console: Console, metrics: Mapping[str, float]) -> Table:
+    components = sorted(key.removeprefix("eval/") for key in metrics if key.startswith("eval/reward/"))
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name, justify in (("metric", "left"), ("reference", "right"), ("policy", "right"), ("unit", "left")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for key in (_MAIN[0], *components, *_MAIN[1:]):
+        if f"eval/{key}" in metrics:
+            reference = metrics.get(f"eval/reference/{key}")
+            cells = (
+                label(key),
+                "-" if reference is None else number(reference),
+                number(metrics[f"eval/{key}"]),
+                unit(key),
+            )
+            table.add_row(*(_text(console, cell) for cell in cells))
+    if not table.row_count:
+        table.add_row(_text(console, "no final evaluation was recorded"))
+    return table
+
+
+def _chosen(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Returns the extremes and the middle by reward difference: no best-of show, and the same on every call."""
+    ranked = []
+    for row in samples:
+        policy, reference = finite(row.get("reward")), finite(row.get("reference_reward"))
+        if policy is not None and reference is not None:
+            ranked.append((policy - reference, row))
+    if not ranked:
+        return [(f"sample {place + 1}", row) for place, row in enumerate(samples[:3])]
+    ranked.sort(key=lambda pair: -pair[0])
+    places = {0: "largest gain", len(ranked) // 2: "middle", len(ranked) - 1: "largest drop"}
+    return [(name, ranked[place][1]) for place, name in sorted(places.items())]
+
+
+def _sample(console: Console, name: str, row: Mapping[str, Any]) -> RenderableType:
+    verdict = finite(row.get("verdict"))
+    head = _text(console, name + ("" if verdict is None else f" ({verdict_word(verdict)})"), "bold")
+    prompt = _text(console, _field(row, "prompt"), "italic")
+    sides = []
+    for who, completion, reward in (
+        ("reference", "reference_completion", "reference_reward"),
+        ("policy", "completion", "reward"),
+    ):
+        title = who + ("" if finite(row.get(reward)) is None else f", reward {number(row[reward])}")
+        sides.append((_text(console, title, "dim"), _text(console, _field(row, completion))))
+    if console.width < _SIDE_BY_SIDE:
+        return Group(head, prompt, *(part for side in sides for part in side))
+    table = Table(box=None, padding=(0, 3, 0, 0), expand=True, pad_edge=False)
+    for heading, _ in sides:
+        table.add_column(heading, ratio=1, overflow="fold")
+    table.add_row(*(text for _, text in sides))
+    return Group(head, prompt, table)
+
+
+def _field(row: Mapping[str, Any], key: str) -> str:
+    return "(not recorded)" if row.get(key) is None else shorten(str(row[key]).strip(), _SAMPLE_CHARACTERS) or "(empty)"
+
+
+def _text(console: Console, text: str, style: str = "") -> Text:
+    """Makes a text safe for this terminal: no markup, no escape sequences, no character it cannot write."""
+    return Text(clean(text).encode(console.encoding, "replace").decode(console.encoding), style)

@@ -1,0 +1,51 @@
+"""``spo compare``: from directories to the terminal and the files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from spo.comparison.compare import Comparison, compare
+from spo.comparison.runs import IDENTITY, OUTPUT, find_runs
+from spo.pages.comparison_files import write_files
+from spo.pages.comparison_page import write_page
+from spo.pages.comparison_table import show
+
+
+def compare_command(
+    paths: Sequence[Path],
+    *,
+    out: Path | None = None,
+    metric: str | None = None,
+    select: str | None = None,
+    baseline: str | None = None,
+    anyway: bool = False,
+) -> Comparison:
+    """Compares runs, prints the table and writes the files.
+
+    Args:
+        paths: Sweep directories and run directories.
+        out: Folder of the files; ``None`` for ``comparison`` beside the runs.
+        metric: See :func:`spo.comparison.compare.compare`.
+        select: See there.
+        baseline: See there.
+        anyway: See there.
+
+    Raises:
+        UserError: They cannot be compared, or not fairly.
+    """
+    found = find_runs(paths)
+    comparison = compare(found, metric=metric, select=select, baseline=baseline, anyway=anyway)
+    folder = out or _beside(paths)
+    files = [write_page(comparison, folder), *write_files(comparison, folder).values()]
+    show(comparison)
+    for file in files:
+        print(f"{file.suffix.removeprefix('.'):5s}{file}")
+    return comparison
+
+
+def _beside(paths: Sequence[Path]) -> Path:
+    """``comparison`` in the folder that holds all of the runs."""
+    folders = [path.resolve().parent if (path / IDENTITY).is_file() else path.resolve() for path in paths]
+    return Path(os.path.relpath(os.path.commonpath(folders))) / OUTPUT

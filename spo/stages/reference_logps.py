@@ -1,0 +1,163 @@
+"""Stored reference log-probs: the store of a run, and the pass that fills it before training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock
+from omegaconf import DictConfig
+from rich.progress import track
+from torch import Tensor
+
+from spo.data import DataError, TokenizedPair
+from spo.data.collate import padded
+from spo.data.logps_store import LogpsStore, sequence_key
+from spo.forward.speed import Speed
+from spo.models import PrecomputedReference
+from spo.models.policy import folder_digest
+from spo.records.cache import digest
+from spo.runs.rundir import code_version
+from spo.stages.prepare import Prepared, eval_device
+
+log = logging.getLogger(__name__)
+CODE = ("types.py", "ops", "models", "forward", "data/collate.py", "data/logps_store.py", "stages/reference_logps.py")
+"""What a stored log-prob follows from: another change of the package leaves it valid."""
+Row = tuple[tuple[int, ...], tuple[int, ...]]
+"""Token ids of a prompt and of a completion."""
+
+
+def logps_store(cfg: DictConfig, prepared: Prepared, cache_dir: str, speed: Speed, device: torch.device) -> LogpsStore:
+    """Where the reference's log-probs are kept: a file for everything they follow from but the tokens.
+
+    That is the digests of weights, adapter and tokenizer, the dtype, the attention implementation, the precision, the
+    kind of device, the versions of torch and transformers, the layout of a forward pass and the code. Two settings are
+    in no key, as they change rounding alone: ``speed.max_logits``, and which sequences share a forward pass.
+
+    Args:
+        cfg: the run's configuration.
+        prepared: says which model.
+        cache_dir: folder of the stored log-probs.
+        speed: the layout. Where it is not settled yet, it stands for what the reference model takes of it, which
+            follows from the rest of the key. A settled one may leave more out, for the policy's sake.
+        device: that computes them.
+    """
+    spec = prepared.spec
+    key = {
+        "code": code_version(*CODE),
+        "weights_and_tokenizer": folder_digest(prepared.base),
+        "adapter": spec.adapter_path and folder_digest(spec.adapter_path),
+        "dtype": spec.dtype,
+        "attn_implementation": spec.attn_implementation,
+        "precision": cfg.trainer.precision,
+        "device": device.type,
+        "versions": [torch.__version__, transformers.__version__],
+        "layout": [speed.packing, speed.packing and speed.share_prompts, speed.completion_only],
+    }
+    dtype = torch.float64 if spec.dtype == "float64" else torch.float32
+    return LogpsStore(Path(cache_dir).resolve() / f"{digest(key)[:32]}.sqlite", dtype)
+
+
+def precomputed_logps(cfg: DictConfig, prepared: Prepared, reference: PrecomputedReference) -> dict[str, Tensor]:
+    """Summed reference log-probs of the train and selection pairs, from the store, where a pass adds what is missing.
+
+    One process at a time does the pass; the others wait for it and find everything. It writes as it goes, so that an
+    interrupted one goes on where it stopped.
+
+    Args:
+        cfg: the run's configuration.
+        prepared: model and pairs.
+        reference: says where the store lies, and is told how much was found in it.
+
+    Returns:
+        ``(P, n)`` per split, best first; NaN where a list has fewer than ``n`` completions.
+
+    Raises:
+        DataError: the reference's log-probs are no numbers, or the store cannot be used.
+    """
+    splits = {"train": prepared.pairs.train, "selection": prepared.pairs.selection}
+    rows = list(dict.fromkeys(row for pairs in splits.values() for pair in pairs for row in _rows(pair)))
+    keys = [sequence_key(*row) for row in rows]
+    requested, device = Speed(**cfg.speed), eval_device(cfg)
+    store = logps_store(cfg, prepared, reference.cache_dir, requested, device)
+    store.file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{store.file}.lock"):
+        known = store.get(keys)
+        missing = [rows[i] for i in known.isnan().nonzero().squeeze(-1).tolist()]
+        if missing:
+            log.info("scoring the pairs with the reference model: %d of %d sequences", len(missing), len(rows))
+            model = prepared.spec.start(prepared.base).to(device)
+            speed = requested.settled(model)
+            # As the Trainer runs the policy, so that both round alike.
+            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
+                fill(store, model, missing, prepared.tokenizer.pad_token_id, speed, reference.batch_tokens)
+            known = store.get(keys)
+    if lost := int(known.isnan().sum()):
+        raise DataError(
+            f"the reference model gives no number (NaN) as the log-probability of {lost} of {len(rows)} sequences: "
+            "look at model.path and model.dtype"
+        )
+    reference.found, reference.computed = len(rows) - len(missing), len(missing)
+    logps = dict(zip(rows, known.tolist(), strict=True))
+    return {split: _table(pairs, logps, store.dtype) for split, pairs in splits.items() if pairs}
+
+
+@torch.no_grad()
+def fill(
+    store: LogpsStore, model: Any, rows: Sequence[Row], pad_token_id: int, speed: Speed, batch_tokens: int
+) -> None:
+    """Scores sequences and writes them down batch by batch."""
+    device = next(model.parameters()).device
+    batches = list(cut(rows, batch_tokens, speed))
+    for batch in track(batches, "reference log-probs", transient=True):
+        sequences = speed.arrange(padded(batch, pad_token_id)).to(device)
+        store.put([sequence_key(*row) for row in batch], speed.logps(model, sequences))
+
+
+def cut(rows: Sequence[Row], batch_tokens: int, speed: Speed) -> Iterator[list[Row]]:
+    """Sequences in batches of at most ``batch_tokens`` tokens, as they are laid out.
+
+    The completions of a prompt stay together. The longest sequences come first, which leaves little padding, and shows
+    at once whether memory is enough. What is left after an interruption is cut as it would have been.
+    """
+    completions: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for prompt, completion in sorted(rows, key=lambda row: len(row[1]), reverse=True):
+        completions.setdefault(prompt, []).append(completion)
+    longest = {prompt: len(prompt) + len(found[0]) for prompt, found in completions.items()}
+    shared = speed.packing and speed.share_prompts
+
+    def tokens(group: list[Row], width: int) -> int:
+        if not speed.packing:
+            return len(group) * width
+        prompts = group[:1] if shared else group
+        return sum(len(prompt) for prompt, _ in prompts) + sum(len(completion) for _, completion in group)
+
+    batch: list[Row] = []
+    width = size = 0
+    for prompt in sorted(completions, key=longest.__getitem__, reverse=True):
+        most = max(batch_tokens // longest[prompt], 1)
+        for first in range(0, len(completions[prompt]), most):
+            group = [(prompt, completion) for completion in completions[prompt][first : first + most]]
+            if batch and size + tokens(group, width) > batch_tokens:
+                yield batch
+                batch, size = [], 0
+            width = width if batch else longest[prompt]
+            batch += group
+            size += tokens(group, width)
+    if batch:
+        yield batch
+
+
+def _rows(pair: TokenizedPair) -> list[Row]:
+    return [(pair.prompt_ids, completion) for completion in pair.completions]
+
+
+def _table(pairs: Sequence[TokenizedPair], logps: dict[Row, float], dtype: torch.dtype) -> Tensor:
+    lists = [[logps[row] for row in _rows(pair)] for pair in pairs]
+    longest = max(map(len, lists))
+    # Nothing reads the padding: if anything did, it would show.
+    return torch.tensor([values + [torch.nan] * (longest - len(values)) for values in lists], dtype=dtype)
