@@ -17,9 +17,9 @@ from spo.data import EvalPrompt, Reward
 from spo.evaluation import (
     Bootstrap,
     EvaluationSettings,
+    completions,
     distinct_n,
     distinct_samples,
-    draws,
     self_bleu,
     verdict_of_rewards,
 )
@@ -213,7 +213,7 @@ def test_how_it_is_computed_changes_no_number(temperature: float, monkeypatch: p
     models = favouring(1.0), favouring(0.0)
     plain = evaluate(*models, n=12, speed=PLAIN, temperature=temperature)
     for tokens, batch_size in ((16384, 32), (30, 5)):
-        monkeypatch.setattr(draws, "SCORED_TOKENS", tokens)
+        monkeypatch.setattr(completions, "SCORED_TOKENS", tokens)
         fast = evaluate(*models, n=12, temperature=temperature, batch_size=batch_size)
         assert fast.metrics == pytest.approx(plain.metrics, rel=1e-9)
         for row, other in zip(fast.samples, plain.samples, strict=True):
@@ -229,7 +229,7 @@ def test_logits_made_on_demand_are_made_once(monkeypatch: pytest.MonkeyPatch) ->
     for model in models:
         model.lm_head.register_forward_hook(lambda _, args, out: made.append(out.shape[-2]))  # type: ignore[union-attr]
     chosen = EvaluationSettings(**SETTINGS | {"num_prompts": 6, "samples_per_prompt": 4})
-    found = draws.draw(models[0], "policy", prompts(6), chosen, speed, tiny_tokenizer(), decode, other=models[1])
+    found = completions.draw(models[0], "policy", prompts(6), chosen, speed, tiny_tokenizer(), decode, other=models[1])
     scored = made[next(i for i, rows in enumerate(made) if rows == 0) :]  # after the sampling
     assert max(scored) == 8 and sum(scored) == 2 * sum(found.tokens)
 

@@ -97,7 +97,7 @@ def write_own_method(folder: Path) -> None:
 
 def test_runs_from_an_empty_folder(installed: tuple[Path, Path], empty: Path) -> None:
     programs, home = installed
-    where = "import spo, spo.config.groups as c; print(spo.__file__); print(c.conf_dir())"
+    where = "import spo, spo.resources as c; print(spo.__file__); print(c.conf_dir())"
     for path in run(["python", "-c", where], empty, programs).split():
         assert Path(path).is_relative_to(home.resolve())
     assert "spo_weighted" in run(["spo", "--help"], empty, programs)
