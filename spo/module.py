@@ -8,12 +8,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -235,7 +237,7 @@ class AlignmentModule(LightningModule):
     def training_step(self, window: Window, batch_idx: int) -> None:
         """One optimiser step."""
         started, step = perf_counter(), self.global_step
-        optimizer = self.optimizers()
+        optimizer = cast(LightningOptimizer, self.optimizers())  # configure_optimizers makes one
         terms = [*self._pair_terms(window, step), *self._sample_terms(step)]
         losses = []
         for position, term in enumerate(terms):
@@ -251,7 +253,7 @@ class AlignmentModule(LightningModule):
         learning_rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
-        self.lr_schedulers().step()
+        cast(LRScheduler, self.lr_schedulers()).step()
         values = {"loss": torch.stack(losses).sum(), "grad_norm": grad_norm, "lr": learning_rate}
         self._record_step(step, {**values, "step_s": perf_counter() - started})
 
@@ -535,7 +537,7 @@ class AlignmentModule(LightningModule):
                 fully_shard(block, mesh=mesh)
         fully_shard(self.policy, mesh=mesh)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """One optimizer over the trainable parameters, one learning-rate schedule."""
         optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
         return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
@@ -543,8 +545,8 @@ class AlignmentModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Brings the reference to the device and makes the sample buffer."""
         self.reference.to(self.device)
-        regularizer = self.regularizer
-        if regularizer.source == "policy" and self.buffer is None:
+        if self.regularizer.source == "policy" and self.buffer is None:
+            regularizer = cast(GlobalKL, self.regularizer)  # whatever has this source has these counts
             self.buffer = SampleBuffer(
                 self.prompts.train,
                 refresh_every=regularizer.refresh_every,

@@ -15,6 +15,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+# The default of a field that is missing only until __post_init__ derives it: its type does not include None.
+_DERIVED: Any = None
+
 
 def _integers(values: list[int]) -> Tensor:
     # torch reads a list many times slower than an array does
@@ -172,7 +175,7 @@ class Sequences(_Movable):
     input_ids: Tensor
     prompt_length: Tensor
     length: Tensor
-    completion_index: Tensor | None = None
+    completion_index: Tensor = _DERIVED
     packed: Packed | None = None
 
     def __post_init__(self) -> None:

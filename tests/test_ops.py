@@ -320,7 +320,7 @@ def test_only_completion_tokens_are_counted() -> None:
 
 def test_positions_not_values_decide_where_bos_eos_and_pad_coincide() -> None:
     batch = sequences([([1], [1, 1]), ([1, 1, 1], [1])], extra=2, pad=1)
-    assert batch.completion_index.tolist() == [1, 2, 6 + 3]  # type: ignore[union-attr]
+    assert batch.completion_index.tolist() == [1, 2, 6 + 3]
     assert batch.attention_mask.int().tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]]
     assert batch.completion_length.tolist() == [2, 1]
     model = tiny_llama()

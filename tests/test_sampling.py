@@ -585,7 +585,7 @@ def test_buffer_state_round_trip() -> None:
     assert not other.is_stale(5) and other.is_stale(6) and other.age(5) == 2
     ours, theirs = held.rows(4), other.rows(4)
     assert torch.equal(ours.input_ids, theirs.input_ids)
-    assert torch.equal(ours.completion_index, theirs.completion_index)  # type: ignore[arg-type]
+    assert torch.equal(ours.completion_index, theirs.completion_index)
     empty = buffer()
     empty.load_state_dict({})
     assert empty.is_stale(0)

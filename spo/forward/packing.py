@@ -175,7 +175,9 @@ def attend_by_blocks(
     if dropout > 0:
         raise ValueError("FlexAttention has no dropout")
     mask = _kept(groups, ("blocks", query.device), lambda: _block_mask(groups, query.device))
-    attend = _compiled_flex_attention() if query.is_cuda else flex_attention
+    attend: Callable[..., Any] = flex_attention
+    if query.is_cuda:
+        attend = _compiled_flex_attention()
     return attend(query, key, value, block_mask=mask, scale=scale)
 
 

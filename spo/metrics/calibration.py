@@ -21,6 +21,11 @@ class Calibration(Metric):
     """
 
     full_state_update = False
+    confidence: Tensor
+    right: Tensor
+    count: Tensor
+    brier: Tensor
+    log_loss: Tensor
 
     def __init__(self, bins: int = 10, over_ranks: bool = True) -> None:
         super().__init__(sync_on_compute=over_ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ class SumsAndCounts(Metric):
     """
 
     full_state_update = False
+    sums: Tensor
+    counts: Tensor
 
     def __init__(self, names: tuple[str, ...], over_ranks: bool = True) -> None:
         super().__init__(sync_on_compute=over_ranks)
@@ -31,7 +34,7 @@ class SumsAndCounts(Metric):
         self.add_state("sums", torch.zeros(len(names), dtype=torch.float64), "sum", persistent=True)
         self.add_state("counts", torch.zeros(len(names), dtype=torch.float64), "sum", persistent=True)
 
-    def update(self, values: dict[str, Tensor | float]) -> None:
+    def update(self, values: Mapping[str, Tensor | float]) -> None:
         """Adds the elements of each given quantity: a tensor of any shape, or a number."""
         if unknown := values.keys() - set(self.names):
             raise ValueError(f"not among the names of this metric: {', '.join(sorted(unknown))}")
@@ -54,7 +57,7 @@ class SumsAndCounts(Metric):
         self._add_up()
         return super().sync_context(*args, **kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Adds up what is about to be saved."""
         self._add_up()
         return super().state_dict(*args, **kwargs)

@@ -118,7 +118,7 @@ def _with_adapter(model: nn.Module, lora: LoraSettings, adapter_path: str | None
             LoraConfig(
                 task_type="CAUSAL_LM",
                 r=lora.r,
-                lora_alpha=lora.alpha,
+                lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft says int, and divides it by r as it is
                 lora_dropout=lora.dropout,
                 target_modules=targets,
             ),
@@ -168,8 +168,9 @@ def folder_digest(path: str | Path) -> str:
     if not folder.is_dir():
         # A hub name stands for the snapshot that is in the local cache: its folder is named after the commit.
         try:
-            snapshot = Path(cached_file(str(path), "config.json")).parent.name
+            config = cached_file(str(path), "config.json")
         except OSError:
-            snapshot = ""  # nowhere to be found: loading it will say so
+            config = None  # nowhere to be found: loading it will say so
+        snapshot = "" if config is None else Path(config).parent.name
         digest.update(json.dumps([str(path), snapshot]).encode())
     return digest.hexdigest()

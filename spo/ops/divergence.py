@@ -144,9 +144,9 @@ def _log_ratio(policy_logits: Logits, reference_logits: Logits, sequences: Seque
 def _excess_to_come(values: Tensor, sequences: Sequences) -> Tensor:
     """``(M,)`` the sum of a sequence's values after each token, less its mean over the others at that position."""
     width = sequences.input_ids.shape[1]
-    row = sequences.completion_index // width  # type: ignore[operator]
+    row = sequences.completion_index // width
     # Completions moved to the left edge: a column is a position in the completion, wherever the prompts end.
-    cells = sequences.completion_index - sequences.prompt_length[row]  # type: ignore[operator]
+    cells = sequences.completion_index - sequences.prompt_length[row]
     padded = values.new_zeros(sequences.input_ids.numel()).index_copy(0, cells, values).view(-1, width)
     to_come = padded.flip(1).cumsum(1).flip(1) - padded
     reached = torch.arange(width, device=values.device) < sequences.completion_length[:, None]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ def joined(parts: list[Logits]) -> Logits:
     """Logits one after the other; all of one kind, and deferred ones of the same head."""
     deferred = [part for part in parts if isinstance(part, DeferredLogits)]
     if not deferred:
-        return torch.cat(parts)  # type: ignore[arg-type]
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
     return replace(deferred[0], states=torch.cat([part.states for part in deferred]))
 
 
@@ -87,8 +87,9 @@ def by_rows(function: Callable[..., Tensor], *arguments: Logits) -> Tensor:
         return evaluated(*stored)
     parts = zip(*(tensor.split(rows) for tensor in stored), strict=True)
     if torch.is_grad_enabled():
-        keep = {"use_reentrant": False, "preserve_rng_state": False}
-        return torch.cat([checkpoint(evaluated, *part, **keep) for part in parts])
+        return torch.cat(
+            [checkpoint(evaluated, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        )
     return torch.cat([evaluated(*part) for part in parts])
 
 
@@ -103,6 +104,11 @@ def in_cache(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 # --- the model's forward -------------------------------------------------------------------------------------------
+
+
+def _head(model: Any) -> Any:
+    # The parameter is Any because nn.Module types every attribute that it does not declare as a tensor or a module.
+    return model.get_output_embeddings()
 
 
 @contextmanager
@@ -121,7 +127,7 @@ def _head_is_given(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iter
         hidden, *rest = args
         return (change(hidden), *rest)
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(changed)  # type: ignore[operator]
+    handle = _head(model).register_forward_pre_hook(changed)
     try:
         yield
     finally:
@@ -196,7 +202,7 @@ def _forward(model: nn.Module, sequences: Sequences) -> Tensor:
 def _predictors(sequences: Sequences) -> Tensor:
     if sequences.packed is not None:
         return sequences.packed.predictors
-    return sequences.completion_index - 1  # type: ignore[operator]
+    return sequences.completion_index - 1
 
 
 def completion_states(model: nn.Module, sequences: Sequences) -> Tensor:
@@ -217,14 +223,26 @@ def can_defer(model: nn.Module) -> bool:
 
     With an adapter on the head, whose module is then another one, logits follow from the adapter's state as well.
     """
-    return isinstance(model.get_output_embeddings(), nn.Linear)  # type: ignore[operator]
+    return isinstance(_head(model), nn.Linear)
 
 
 def deferred_logits(model: nn.Module, states: Tensor, max_logits: int | None) -> DeferredLogits:
     """Logits that ``model``'s head makes from ``(M, H)`` states, at most ``max_logits`` of them at one time."""
-    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = _head(model).weight.shape[0]
     rows = len(states) if max_logits is None else max_logits // vocabulary
     return DeferredLogits(states, partial(head_logits, model), max(rows, 1))
+
+
+@overload
+def completion_logits(
+    model: nn.Module, sequences: Sequences, *, completion_only: bool = True, max_logits: None = None
+) -> Tensor: ...
+
+
+@overload
+def completion_logits(
+    model: nn.Module, sequences: Sequences, *, completion_only: bool = True, max_logits: int | None
+) -> Logits: ...
 
 
 def completion_logits(
@@ -246,7 +264,7 @@ def completion_logits(
         return _forward(model, sequences).flatten(0, 1).index_select(0, _predictors(sequences))
     rows = _predictors(sequences)
     if max_logits is not None and can_defer(model):
-        vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+        vocabulary = _head(model).weight.shape[0]
         if len(rows) * vocabulary > max_logits:
             return deferred_logits(model, completion_states(model, sequences), max_logits)
     with _head_is_given(model, lambda hidden: hidden.flatten(0, 1).index_select(0, rows).unsqueeze(0)):
@@ -255,7 +273,7 @@ def completion_logits(
 
 def completion_targets(sequences: Sequences) -> Tensor:
     """``(M,)`` the completion tokens themselves, in the order of :func:`completion_logits`."""
-    return sequences.input_ids.flatten().index_select(0, sequences.completion_index)  # type: ignore[arg-type]
+    return sequences.input_ids.flatten().index_select(0, sequences.completion_index)
 
 
 def token_logps(logits: Logits, targets: Tensor) -> Tensor:
@@ -312,7 +330,7 @@ def sum_per_sequence(values: Tensor, sequences: Sequences) -> Tensor:
     """
     # A padded sum instead of index_add: the order of additions, hence the last bit, is fixed on every device.
     padded = values.new_zeros(sequences.input_ids.numel())
-    padded = padded.index_copy(0, sequences.completion_index, values)  # type: ignore[arg-type]
+    padded = padded.index_copy(0, sequences.completion_index, values)
     return padded.view_as(sequences.input_ids).sum(dim=1)
 
 

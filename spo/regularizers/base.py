@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from spo.ops import KL_ESTIMATORS, KLEstimator
+from spo.ops import KL_ESTIMATORS, KLEstimator, Logits
 from spo.types import Sequences
 
 Weight = float | Literal["beta"]
@@ -28,7 +28,7 @@ class Regularizer:
 
     def __init__(self, weight: Weight) -> None:
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if weight != "beta" and not (number and 0 <= weight < math.inf):  # type: ignore[operator]
+        if weight != "beta" and not (number and 0 <= weight < math.inf):
             raise ValueError(f"regularizer.weight must be a finite number >= 0 or 'beta', got {weight!r}")
         self.weight = weight
 
@@ -36,7 +36,7 @@ class Regularizer:
         """The coefficient of R while the beta schedule stands at ``beta``."""
         return beta if self.weight == "beta" else float(self.weight)
 
-    def __call__(self, policy_logits: Tensor, reference_logits: Tensor, sequences: Sequences) -> Tensor:
+    def __call__(self, policy_logits: Logits, reference_logits: Logits, sequences: Sequences) -> Tensor:
         """The estimate of KL(policy || reference) on each sequence.
 
         Args:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _own_settings(model: nn.Module) -> Iterator[None]:
     """``generate`` fills what a call leaves out from the model's generation_config.json: a bias, a banned token ..."""
-    held = {module: module.generation_config for module in model.modules() if "generation_config" in vars(module)}
+    held: dict[Any, Any] = {
+        module: module.generation_config for module in model.modules() if "generation_config" in vars(module)
+    }
     for module in held:
         module.generation_config = GenerationConfig()
     try:

@@ -167,7 +167,7 @@ def decode(
     (n, width), limit = ids.shape, numbers.shape[1]
     lengths = mask.sum(1).tolist()
     states = PreallocatedCache(n, width + limit, padded=min(lengths) < width)
-    last_only = {"logits_to_keep": 1} if base_model(model)._supports_logits_to_keep() else {}  # type: ignore[operator]
+    last_only = {"logits_to_keep": 1} if base_model(model)._supports_logits_to_keep() else {}
 
     def forward(ids: Tensor, positions: Tensor, attended: Tensor | None) -> Tensor:
         made = model(

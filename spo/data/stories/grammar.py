@@ -265,7 +265,7 @@ class StoryWorld:
             ``n`` pairs ``(opening, continuation)``; ``opening + " " + continuation`` is the story.
         """
         rng = Random(f"{self.seed}:stories:{stream}")
-        stories = []
+        stories: list[tuple[str, str]] = []
         while len(stories) < n:
             opening, hero = _opening(rng)
             continuation = _continuation(rng, hero)
