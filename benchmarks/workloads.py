@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from spo.config.checks import ensure
+from spo.config.checks import check_config
 from spo.config.compose import compose
 from spo.data import FileSource, HHSource, Row, TokenizedPair
 from spo.errors import UserError
@@ -337,7 +337,7 @@ class Workload:
             f"seed={seed}",
         ]
         cfg = compose([*common, *overrides], run_dir=self.run_dir)
-        ensure(cfg)
+        check_config(cfg)
         values = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
         assert isinstance(values, DictConfig)
         return values

@@ -131,7 +131,7 @@ def _train(arguments: list[str]) -> int:
 
 def _sweep(hydra_flags: Sequence[str], planned: Plan) -> int:
     """Runs the jobs of a multirun, goes on where one of its processes dies, and says what became of each."""
-    from spo.errors import UserError, error_line, in_words
+    from spo.errors import UserError, error_line, user_message
     from spo.runs.ledger import Ledger, show
     from spo.runs.rundir import SWEEP_VARIABLE, command_line
 
@@ -151,7 +151,7 @@ def _sweep(hydra_flags: Sequence[str], planned: Plan) -> int:
             except Exception as error:  # jobs keep their errors to themselves: this one is the launcher's
                 entries = entries if planned.complete else ledger.entries()
                 names = ledger.begun(entries)
-                if not names and in_words(error) is None:
+                if not names and user_message(error) is None:
                     raise UserError(f"the jobs could not be launched: {error_line(error)}") from error
                 if not names:
                     raise
@@ -249,7 +249,7 @@ def _multirun_job(cfg: DictConfig, config_dir: str | None) -> Any:
     """One job of several: a failure is told at once and entered in the ledger, and the others go on."""
     from hydra.core.hydra_config import HydraConfig
 
-    from spo.errors import error_line, in_words
+    from spo.errors import error_line, user_message
     from spo.runs.ledger import Ledger
     from spo.runs.rundir import is_first_process
 
@@ -265,7 +265,7 @@ def _multirun_job(cfg: DictConfig, config_dir: str | None) -> Any:
     try:
         result = _job_in_own_process(config_dir) if _needs_own_process(cfg) else _job(cfg)
     except Exception as error:
-        words = in_words(error) or traceback.format_exc()
+        words = user_message(error) or traceback.format_exc()
         print(f"spo: the job {' '.join(overrides)} failed: {words}", file=sys.stderr)
         ledger.note(overrides, directory, "failed", error_line(error))
         return None
@@ -586,9 +586,9 @@ def _main(words: list[str]) -> int:
     except Exception as error:
         if os.environ.get("SPO_DEBUG") == "1":
             raise
-        from spo.errors import in_words
+        from spo.errors import user_message
 
-        words_of_error = in_words(error)
+        words_of_error = user_message(error)
         if words_of_error is None:
             raise
         return _fail(words_of_error, 1)

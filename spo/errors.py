@@ -60,7 +60,7 @@ def missing_package(module: str) -> str | None:
     return None
 
 
-def in_words(error: Exception) -> str | None:
+def user_message(error: Exception) -> str | None:
     """What to tell a person, or ``None`` for a fault of the program, which deserves its traceback."""
     chain: list[BaseException] = []
     link: BaseException | None = error
@@ -84,4 +84,4 @@ def in_words(error: Exception) -> str | None:
 
 def error_line(error: Exception) -> str:
     """The error for a table: in words where there are any, else its type and message."""
-    return in_words(error) or f"{type(error).__name__}: {error}".rstrip(": ")
+    return user_message(error) or f"{type(error).__name__}: {error}".rstrip(": ")

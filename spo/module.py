@@ -32,8 +32,8 @@ from spo.ops import (
     can_defer,
     completion_states,
     completion_targets,
+    concat_logits,
     deferred_logits,
-    joined,
     sum_per_sequence,
     token_entropy,
     token_kl,
@@ -291,8 +291,8 @@ class AlignmentModule(LightningModule):
         def term(part: list[int]) -> Tensor:
             samples = self.speed.arrange(buffer.held.rows(torch.tensor(part)))
             kept = buffer.reference_logits
-            reference_logits = None if kept is None else joined([kept[i] for i in part])
-            divergence = self.divergence(samples.sent(self.device), reference_logits)
+            reference_logits = None if kept is None else concat_logits([kept[i] for i in part])
+            divergence = self.divergence(samples.to_device_async(self.device), reference_logits)
             self.train_metrics.update({"loss/regularizer": divergence})
             return weight * divergence.sum() / len(index)
 
@@ -343,10 +343,10 @@ class AlignmentModule(LightningModule):
             every = int(samples.completion_length.sum())
             for part in self._per_forward(list(range(len(samples))), self.micro_batch_tokens or FILL_TOKENS):
                 rows = samples.rows(torch.tensor(part))
-                states = completion_states(reference, self.speed.arrange(rows).sent(self.device))
+                states = completion_states(reference, self.speed.arrange(rows).to_device_async(self.device))
                 logits = deferred_logits(reference, states, self.speed.max_logits)
                 whole = self.speed.max_logits is None or every <= logits.rows
-                kept += (logits.made() if whole else logits).split(rows.completion_length.tolist())
+                kept += (logits.materialize() if whole else logits).split(rows.completion_length.tolist())
         return kept
 
     def divergence(self, samples: Sequences, reference_logits: Logits | None = None) -> Tensor:
@@ -567,7 +567,7 @@ class AlignmentModule(LightningModule):
         if self.needs_reference_model:
             with self.reference.active(self.policy) as reference:
                 models.append(reference)
-        self.speed = self.speed.settled(*models)
+        self.speed = self.speed.resolve_for(*models)
         if self.speed.compile:
             compile_blocks(self.policy)
         if self.enumeration is not None:

@@ -35,7 +35,7 @@ class _Movable:
         """The same in page-locked memory of the host, as which data loaders know it."""
         return self._with(lambda value: value.pin_memory())
 
-    def sent(self, device: torch.device) -> Self:
+    def to_device_async(self, device: torch.device) -> Self:
         """The same, from the host, on a device; the host does not wait until a CUDA device has it."""
         if device.type != "cuda":
             return self.to(device)

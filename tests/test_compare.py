@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from spo import cli
-from spo.comparison.compare import Comparison, Method, better, compare, in_words
+from spo.comparison.compare import Comparison, Method, better, compare, describe_difference
 from spo.comparison.refusals import find_problems
 from spo.comparison.runs import CannotCompare, find_runs
 from spo.comparison.scores import against, of_prompts
@@ -171,7 +171,7 @@ def test_one_loss_under_two_names_is_no_difference(tmp_path: Path) -> None:
     comparison = compared(tmp_path)
     [difference] = comparison.differences
     assert difference.estimate.value == 0 and difference.p == 1 and not difference.significant
-    assert "no difference in win rate is shown" in in_words(difference, comparison)
+    assert "no difference in win rate is shown" in describe_difference(difference, comparison)
     assert all(duel.estimate is not None and duel.estimate.value == 0.5 for duel in comparison.duels)
 
 
@@ -196,10 +196,12 @@ def test_differences_are_of_all_pairs_or_to_the_baseline(tmp_path: Path) -> None
         ("fair", "poor"),
     ]
     assert all(one.significant and one.paired and one.p >= one.estimate.p for one in comparison.differences)  # type: ignore[operator]
-    assert in_words(comparison.differences[0], comparison).startswith("good is better than fair in win rate (")
+    assert describe_difference(comparison.differences[0], comparison).startswith(
+        "good is better than fair in win rate ("
+    )
     to_fair = compared(tmp_path, baseline="fair")
     assert [(one.first, one.second) for one in to_fair.differences] == [("good", "fair"), ("poor", "fair")]
-    assert in_words(to_fair.differences[1], to_fair).startswith("poor is worse than fair")
+    assert describe_difference(to_fair.differences[1], to_fair).startswith("poor is worse than fair")
     with pytest.raises(CannotCompare, match="--baseline nobody: there is no run of it; the methods are"):
         compared(tmp_path, baseline="nobody")
     by_kl = compared(tmp_path, metric="eval/kl")

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from spo.config.checks import ensure, problems, warnings
-from spo.config.coefficients import unread
-from spo.config.compose import LONGEST, compose, composer, directory, job_name, multiply, sugar
+from spo.config.checks import check_config, problems, warnings
+from spo.config.coefficients import unused_coefficients
+from spo.config.compose import LONGEST, compose, composer, directory, expand_numbers, job_name, multiply
 from spo.config.groups import group_members
 from spo.config.nodes import locate
 from spo.config.plan import Plan, plan
@@ -208,8 +208,8 @@ def test_compose_sets_the_run_directory(tmp_path: Path) -> None:
     ],
 )
 def test_plain_numbers(typed: str, meant: list[str]) -> None:
-    assert sugar([typed]) == meant
-    assert sugar(sugar([typed])) == meant
+    assert expand_numbers([typed]) == meant
+    assert expand_numbers(expand_numbers([typed])) == meant
 
 
 BAD_NUMBERS = ["0", "-1", "0.0", "null", "true", "inf", "nan", "1e400", "", "[1,2]", "{a:1}", "1,linear", "1,null"]
@@ -220,7 +220,7 @@ BAD_NUMBERS += ["0.1,0", "range(0,1,0.5)", "range(2,1)", "interval(0,1)", "choic
 @pytest.mark.parametrize("key", ["alpha", "beta"])
 def test_what_is_no_positive_number_is_refused_in_words(key: str, value: str) -> None:
     with pytest.raises(UserError, match=f"^{key}=") as caught:
-        sugar([f"{key}={value}"])
+        expand_numbers([f"{key}={value}"])
     assert "Traceback" not in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
@@ -275,7 +275,7 @@ def test_job_names_leave_out_what_is_not_read(overrides: list[str], dropped: lis
 
 def test_what_a_composition_does_not_read() -> None:
     def of(*overrides: str) -> list[str]:
-        return unread(compose(overrides))
+        return unused_coefficients(compose(overrides))
 
     assert of() == of("method=dpo", "method.loss._target_=nowhere.Loss") == []
     assert of("method=dpo") == of("method=dpo", "regularizer=global_kl") == ["alpha"]
@@ -330,7 +330,7 @@ def test_the_defaults_are_sound() -> None:
     planned = plan([])
     assert isinstance(planned, Plan) and len(planned.jobs) == 1
     assert warnings(planned.jobs[0].cfg) == []
-    ensure(planned.jobs[0].cfg)
+    check_config(planned.jobs[0].cfg)
 
 
 def test_all_problems_of_the_command_line_are_told_together() -> None:

@@ -15,7 +15,6 @@ from lightning.pytorch import Callback
 
 from spo import cli
 from spo.callbacks import Checkpoint
-from spo.callbacks.history import Record
 from spo.config.checks import problems, warnings
 from spo.config.compose import compose
 from spo.config.plan import plan
@@ -194,7 +193,7 @@ def aligned(
             Checkpoint(str(folder / "checkpoints"), "val/loss", "min"),
             *([] if stop_at is None else [Interrupt(stop_at)]),
         ],
-        logger=[Record(folder / "history.jsonl", resume_at=resume_at)],
+        logger=[HistoryLogger(folder / "history.jsonl", resume_at=resume_at)],
         val_check_interval=3,
     )
     pairs = random_pairs(20, seed=4)

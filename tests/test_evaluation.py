@@ -80,7 +80,7 @@ def evaluate(
         tiny_tokenizer(),
         prompts(n),
         chosen,
-        speed or FAST.settled(policy, reference),
+        speed or FAST.resolve_for(policy, reference),
         judge,
         decode,
         all_prompts=all_prompts,
@@ -224,7 +224,7 @@ def test_how_it_is_computed_changes_no_number(temperature: float, monkeypatch: p
 
 def test_logits_made_on_demand_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     models = favouring(1.0), favouring(0.0)
-    speed = replace(FAST, max_logits=VOCAB * 8).settled(*models)
+    speed = replace(FAST, max_logits=VOCAB * 8).resolve_for(*models)
     made: list[int] = []
     for model in models:
         model.lm_head.register_forward_hook(lambda _, args, out: made.append(out.shape[-2]))  # type: ignore[union-attr]

@@ -13,7 +13,6 @@ from lightning.pytorch import Trainer
 
 from spo.callbacks import Health
 from spo.callbacks.health import CHECKS
-from spo.callbacks.history import Record
 from spo.losses import DPOLoss
 from spo.models import FrozenReference
 from spo.module import AlignmentModule, ProbeSettings
@@ -159,7 +158,7 @@ def collapse(folder: Path, lr: float) -> tuple[list[dict[str, Any]], AlignmentMo
     pairs = random_pairs(16, seed=0)
     data = make_data(pairs, pairs, max_steps=6)
     folder.mkdir()
-    record = Record(folder / "history.jsonl")
+    record = HistoryLogger(folder / "history.jsonl")
     health = Health(str(folder / "health.json"), **LIMITS)
     trainer = make_trainer(
         folder, max_steps=6, callbacks=[health], logger=record, val_check_interval=2, num_sanity_val_steps=-1

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spo.callbacks import Checkpoint, DataTime
-from spo.callbacks.history import Record
 from spo.data import TokenizedPair, datamodule
 from spo.data.collate import collate
 from spo.data.datamodule import PreferenceDataModule
@@ -415,7 +414,7 @@ def test_training_metrics_are_the_same_for_any_micro_batch_and_cover_the_interva
             log_every_n_steps=every,
         )
         data = make_data(random_pairs(22, seed=4), max_steps=5, batch_size=11, micro_batch_size=micro)
-        fit(tmp_path, module, data, logger=[Record(path)])
+        fit(tmp_path, module, data, logger=[HistoryLogger(path)])
         return record_rows(path)
 
     whole = logged(None, 1)
@@ -474,7 +473,7 @@ def resumable(
         max_steps=12,
         enable_checkpointing=True,
         callbacks=[*callbacks, *([] if interrupt is None else [Interrupt(interrupt)])],
-        logger=[Record(folder / "history.jsonl", resume_at=resume_at)],
+        logger=[HistoryLogger(folder / "history.jsonl", resume_at=resume_at)],
         val_check_interval=3,
     )
     data = make_data(pairs, pairs[:5], max_steps=12, batch_size=8, num_workers=workers)
@@ -520,7 +519,7 @@ def test_what_a_step_waits_for_its_pairs_is_recorded(tmp_path: Path, monkeypatch
     monkeypatch.setattr(datamodule, "collate", slow)
     module, file = make_module(tiny_llama(0, scale=0.1), log_every_n_steps=2), tmp_path / "history.jsonl"
     data = make_data(random_pairs(8, seed=4), max_steps=5, batch_size=4, micro_batch_size=2)
-    fit(tmp_path, module, data, logger=[Record(file)], callbacks=[DataTime()])
+    fit(tmp_path, module, data, logger=[HistoryLogger(file)], callbacks=[DataTime()])
     waits = {row["step"]: row["time/data_s"] for row in map(json.loads, file.read_text().splitlines())}
     assert list(waits) == [2, 4, 5] and min(waits.values()) >= 0.04  # two micro-batches in each of the steps
     assert 2 * waits[2] + 2 * waits[4] + waits[5] <= data.waited_s + 1e-9

@@ -81,7 +81,7 @@ def back_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(params=[256, 4])
 def together(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Small groups in one call, or a call for each prompt and each of the longer completions."""
-    monkeypatch.setattr(packing, "TOGETHER", request.param)
+    monkeypatch.setattr(packing, "MAX_MASKED_TOKENS", request.param)
     return request.param
 
 
@@ -113,7 +113,7 @@ def test_other_models_are_refused_in_words_and_left_as_they_were(name: str, capl
     model = made(config, attn_implementation="eager").float()
     own, before = model.config._attn_implementation, values(model, sequences(ROWS))
     with caplog.at_level(logging.WARNING, logger="spo"):
-        settled = FAST.settled(model)
+        settled = FAST.resolve_for(model)
     assert [record.getMessage() for record in caplog.records if record.name == "spo.forward.speed"] == [
         f"{type(model).__name__}: batches are padded, not packed: {reason}"
     ]
@@ -264,7 +264,7 @@ def test_an_adapter_of_an_accepted_model(caplog: pytest.LogCaptureFixture) -> No
     settings = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(build("llama"), settings).double().eval()
     padded = values(model, sequences(ROWS))
-    speed = FAST.settled(model)
+    speed = FAST.resolve_for(model)
     assert speed.packing and not caplog.records
     packed = values(model, speed.arrange(sequences(ROWS)))
     assert_same(packed, padded)
@@ -287,7 +287,7 @@ def test_every_setting_gives_the_same_log_probs(speed: Speed) -> None:
     model = tiny_llama(attn_implementation="sdpa")
     expected = token_logps(completion_logits(model, sequences(ROWS)), completion_targets(sequences(ROWS)))
     sums = torch.stack([part.sum() for part in expected.split(sequences(ROWS).completion_length.tolist())])
-    speed = speed.settled(model)
+    speed = speed.resolve_for(model)
     assert_same(speed.logps(model, speed.arrange(sequences(ROWS))), sums)
 
 

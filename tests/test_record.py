@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-from spo.callbacks.history import Record
-
 
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -22,7 +20,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_what_is_logged_at_a_step_shares_a_row(path: Path) -> None:
-    record = Record(path)
+    record = HistoryLogger(path)
     record.log_metrics({"train/loss": 1.0}, step=1)
     record.log_metrics({"train/loss": 0.5, "lr": 0.1}, step=2)
     record.log_metrics({"val/loss": 0.7}, step=2)
@@ -35,14 +33,14 @@ def test_what_is_logged_at_a_step_shares_a_row(path: Path) -> None:
 
 
 def test_a_row_is_written_as_soon_as_the_next_step_begins(path: Path) -> None:
-    record = Record(path)
+    record = HistoryLogger(path)
     record.log_metrics({"a": 1.0}, step=1)
     record.log_metrics({"a": 2.0}, step=2)
     assert rows(path) == [{"step": 1, "a": 1.0}]
 
 
 def test_what_is_not_finite_becomes_null(path: Path) -> None:
-    record = Record(path)
+    record = HistoryLogger(path)
     record.log_metrics({"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.0}, step=1)
     record.save()
     assert "NaN" not in path.read_text() and "Infinity" not in path.read_text()
@@ -51,7 +49,7 @@ def test_what_is_not_finite_becomes_null(path: Path) -> None:
 
 def test_resume_drops_later_rows_and_keeps_each_step_once(path: Path) -> None:
     path.write_text("".join(json.dumps({"step": step, "a": float(step)}) + "\n" for step in (2, 4, 6)))
-    record = Record(path, resume_at=4)
+    record = HistoryLogger(path, resume_at=4)
     record.log_metrics({"b": 1.0}, step=4)  # such as the validation of the step that was resumed from
     record.log_metrics({"a": 60.0}, step=6)
     record.finalize("success")
@@ -60,26 +58,26 @@ def test_resume_drops_later_rows_and_keeps_each_step_once(path: Path) -> None:
 
 def test_resume_between_two_rows(path: Path) -> None:
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (2, 4, 6)))
-    Record(path, resume_at=5).finalize("success")
+    HistoryLogger(path, resume_at=5).finalize("success")
     assert rows(path) == [{"step": 2}, {"step": 4}]
 
 
 def test_half_a_last_line_is_left_behind(path: Path) -> None:
     path.write_text('{"step": 2, "a": 1.0}\n{"step": 4, "a": 2.0}\n{"step": 6, "a')
-    Record(path, resume_at=6).finalize("success")
+    HistoryLogger(path, resume_at=6).finalize("success")
     assert rows(path) == [{"step": 2, "a": 1.0}, {"step": 4, "a": 2.0}]
 
 
 def test_a_file_that_ends_without_newline_is_continued_on_a_line_of_its_own(path: Path) -> None:
     path.write_text('{"step": 2}\n{"step": 4}')
-    record = Record(path, resume_at=4)
+    record = HistoryLogger(path, resume_at=4)
     record.log_metrics({"a": 1.0}, step=6)
     record.finalize("success")
     assert rows(path) == [{"step": 2}, {"step": 4}, {"step": 6, "a": 1.0}]
 
 
 def test_resume_without_a_file_starts_one(path: Path) -> None:
-    record = Record(path, resume_at=4)
+    record = HistoryLogger(path, resume_at=4)
     record.log_metrics({"a": 1.0}, step=5)
     record.finalize("success")
     assert rows(path) == [{"step": 5, "a": 1.0}]
@@ -87,7 +85,7 @@ def test_resume_without_a_file_starts_one(path: Path) -> None:
 
 def test_a_run_that_begins_again_leaves_nothing_of_its_first_attempt(path: Path) -> None:
     path.write_text('{"step": 0, "a": 0.0}\n{"step": 2, "a": 2.0}\n{"ste')  # killed before its first checkpoint
-    record = Record(path, resume_at=None)
+    record = HistoryLogger(path, resume_at=None)
     record.log_metrics({"a": 1.0}, step=0)
     record.finalize("success")
     assert rows(path) == [{"step": 0, "a": 1.0}] and record.latest == {"a": 1.0} and record.resumed == ()
@@ -95,13 +93,13 @@ def test_a_run_that_begins_again_leaves_nothing_of_its_first_attempt(path: Path)
 
 def test_what_stayed_is_told_to_others(path: Path) -> None:
     path.write_text("".join(json.dumps({"step": step, "a": float(step)}) + "\n" for step in (2, 4, 6)))
-    record = Record(path, resume_at=4)
+    record = HistoryLogger(path, resume_at=4)
     record.log_metrics({"b": 1.0}, step=4)
     assert record.resumed == ({"step": 2, "a": 2.0}, {"step": 4, "a": 4.0})
 
 
 def test_a_row_is_in_the_file_before_its_checkpoint_and_grows_in_place(path: Path) -> None:
-    record = Record(path)
+    record = HistoryLogger(path)
     record.log_metrics({"a": 1.0}, step=1)
     record.save()
     assert rows(path) == [{"step": 1, "a": 1.0}]
@@ -110,7 +108,7 @@ def test_a_row_is_in_the_file_before_its_checkpoint_and_grows_in_place(path: Pat
     record.save()
     expected = [{"step": 1, "a": 1.0, "b": 2.0}, {"step": 2, "a": 3.0}]
     assert rows(path) == expected
-    again = Record(path, resume_at=2)  # and is killed at once, before it logs anything
+    again = HistoryLogger(path, resume_at=2)  # and is killed at once, before it logs anything
     assert rows(path) == expected
     again.log_metrics({"c": 4.0}, step=2)
     again.log_metrics({"a": 5.0}, step=3)

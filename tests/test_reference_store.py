@@ -526,7 +526,7 @@ def test_a_batch_of_which_a_part_is_known(speed: Speed, tmp_path: Path) -> None:
     expected = completion_logps(model, batch.sequences).detach()
     reference.store.put(batch.keys[2:5], torch.tensor([-100.0, -200.0, -300.0]))
     expected[2:5] = torch.tensor([-100.0, -200.0, -300.0], dtype=torch.float64)
-    speed = speed.settled(model)
+    speed = speed.resolve_for(model)
     batch = collate(PAIRS[:6], range(6), PAD, arrange=speed.arrange)
     for forwards in ([1 if speed.packing else len(expected) - 3], []):
         seen.clear()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spo.data import TokenizedPair
-from spo.forward.packing import TOGETHER, _calls
+from spo.forward.packing import MAX_MASKED_TOKENS, _calls
 from spo.forward.speed import Speed
 from spo.losses import DPOLoss, PreferenceLoss, SPOLoss
 from spo.models import FrozenReference
@@ -172,18 +172,18 @@ def test_attention_on_a_long_group_is_the_prompt_with_itself_and_completions_wit
     completions: tuple[int, ...],
 ) -> None:
     prompt = 500
-    # completions that share a call see each other's places too, of which there are at most TOGETHER
-    bound = prompt**2 + sum(n * (prompt + max(n, TOGETHER)) for n in completions)
+    # completions that share a call see each other's places too, of which there are at most MAX_MASKED_TOKENS
+    bound = prompt**2 + sum(n * (prompt + max(n, MAX_MASKED_TOKENS)) for n in completions)
     exact = prompt**2 + sum(n * (prompt + n) for n in completions)
     found = attended(Group(prompt, completions))
     assert exact <= found <= bound
-    if min(completions) > TOGETHER // 2:
+    if min(completions) > MAX_MASKED_TOKENS // 2:
         assert found == exact
 
 
 def test_attention_on_many_groups_grows_with_their_number() -> None:
     alone, tiny, n = Group(500, (100,)), Group(9, (3, 4)), 200
     assert attended(*[alone] * 5) == 5 * 600**2  # one causal call each, which skips half of it
-    most = n * tiny.length * TOGETHER
+    most = n * tiny.length * MAX_MASKED_TOKENS
     assert attended(*[tiny] * n) <= most < (n * tiny.length) ** 2 / 10
     assert attended(tiny) == tiny.length**2

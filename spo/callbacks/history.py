@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
-class Record(Logger):
+class HistoryLogger(Logger):
     """Appends to ``history.jsonl``. What is logged at the same step, by whatever part, shares a row.
 
     Args:

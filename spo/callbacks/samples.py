@@ -88,7 +88,7 @@ class ValidationSamples(Callback):
             return assess(self.prompts, ours, self._reference, self.settings, None)
 
     def _draw(self, model: Any, stage: str, speed: Speed) -> Draws:
-        return draw(model, stage, self.prompts, self.settings, speed.settled(model), self.tokenizer, self.decode)
+        return draw(model, stage, self.prompts, self.settings, speed.resolve_for(model), self.tokenizer, self.decode)
 
     def _write(self, samples: Sequence[dict[str, Any]], step: int) -> None:
         """Adds the rows of a step; those of a run that was interrupted after it are written again."""

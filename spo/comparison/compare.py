@@ -403,7 +403,7 @@ def _reference(methods: Sequence[Method]) -> dict[str, float]:
     return found
 
 
-def in_words(difference: Difference, comparison: Comparison) -> str:
+def describe_difference(difference: Difference, comparison: Comparison) -> str:
     """What a difference says, and no more than that."""
     name = label(comparison.metric_name)
     if difference.p is None:
@@ -422,10 +422,10 @@ def in_words(difference: Difference, comparison: Comparison) -> str:
 def _with_p(difference: Difference) -> str:
     estimate = difference.estimate
     size = number(abs(estimate.value)) if difference.significant else number(estimate.value, signed=True)
-    return f"{size}, {p_in_words(difference.p)}"
+    return f"{size}, {describe_p_value(difference.p)}"
 
 
-def p_in_words(p: float | None) -> str:
+def describe_p_value(p: float | None) -> str:
     """Writes a p-value: small ones as a bound, since resampling cannot tell them apart."""
     if p is None:
         return "no test"

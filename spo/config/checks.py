@@ -14,7 +14,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from spo.config.coefficients import COEFFICIENTS, unread
+from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.nodes import (
     DIRECTIVES,
     entries,
@@ -130,7 +130,7 @@ NOT_THE_TRAINERS = {
 NEEDED_BY = {"DeepSpeedStrategy": "deepspeed", "TensorBoardLogger": "tensorboard", "HTTPJudge": "openai"}
 
 
-def ensure(cfg: DictConfig) -> None:
+def check_config(cfg: DictConfig) -> None:
     """Raises :class:`ConfigProblems` with everything that is wrong with ``cfg``."""
     if found := problems(cfg):
         raise ConfigProblems(found)
@@ -151,7 +151,7 @@ def warnings(cfg: DictConfig) -> list[str]:
     """What is allowed, and yet probably not meant."""
     loss, regularizer = _build(cfg, "method.loss"), _build(cfg, "regularizer")
     name, found = select(cfg, "method.name"), []
-    not_read = unread(cfg)
+    not_read = unused_coefficients(cfg)
     if "alpha" in not_read and _changed(cfg, "alpha", "data.default_alpha"):
         found.append(f"{name} does not read alpha: what you set it to has no effect")
     if "beta" in not_read and _changed(cfg, "beta", "method.default_beta"):
@@ -544,7 +544,7 @@ def _parts_and_combinations(cfg: DictConfig, found: Sequence[str]) -> Iterator[s
         )
     for name in COEFFICIENTS:
         watched = getattr(parts[name], "watches", None)
-        if watched is None or name in unread(cfg):
+        if watched is None or name in unused_coefficients(cfg):
             continue
         chosen = f"{name}={_member(name, type(parts[name]))}"
         if select(cfg, "probe.num_prompts") == 0:

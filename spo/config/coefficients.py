@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 COEFFICIENTS = ("alpha", "beta")
 
 
-def unread(cfg: DictConfig) -> list[str]:
+def unused_coefficients(cfg: DictConfig) -> list[str]:
     """The coefficients that neither the loss nor the regularizer reads.
 
     Parts that cannot be made count as reading everything: what is wrong with them is for the checks to say.

@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, OverrideTy
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from spo.config.coefficients import COEFFICIENTS, unread
+from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.errors import UserError
 from spo.resources import MAIN, conf_dir
 
@@ -43,7 +43,7 @@ def compose(
         UserError: an override cannot be used.
     """
     with composer(config_dir) as composed:
-        cfg = composed(sugar(overrides))
+        cfg = composed(expand_numbers(overrides))
     directory = Path(run_dir if run_dir is not None else cfg.hydra.run.dir).absolute()
     with open_dict(cfg):
         del cfg["hydra"]
@@ -100,7 +100,7 @@ def parse(override: str) -> Override:
 # --- plain numbers -------------------------------------------------------------------------------------------------
 
 
-def sugar(overrides: Sequence[str]) -> list[str]:
+def expand_numbers(overrides: Sequence[str]) -> list[str]:
     """Plain numbers for alpha and beta, as a person types them: ``alpha=0.5`` is ``alpha=constant alpha.value=0.5``.
 
     It applies where the key is exactly ``alpha`` or ``beta`` and every value is a positive number: one number, several
@@ -216,7 +216,7 @@ def _directory(overrides: Sequence[str], *, _root_: DictConfig) -> str:
 
 def directory(overrides: Sequence[str], cfg: DictConfig) -> str:
     """Name of a job's directory in its sweep: without what it does not read, and without the list it comes from."""
-    return job_name(overrides, [*unread(cfg), "hparams_search"])
+    return job_name(overrides, [*unused_coefficients(cfg), "hparams_search"])
 
 
 def job_name(overrides: Sequence[str], dropped: Sequence[str] = ()) -> str:

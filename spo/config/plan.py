@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from spo.config import search_space
 from spo.config.checks import missing_and_unresolved, problems
-from spo.config.compose import composer, directory, parse, parser, sugar
+from spo.config.compose import composer, directory, expand_numbers, parse, parser
 from spo.config.groups import group_members
 from spo.config.nodes import (
     DIRECTIVES,
@@ -128,7 +128,7 @@ def _readable(overrides: Sequence[str], found: list[str]) -> list[str]:
     for override in overrides:
         try:
             parse(override)
-            usable += sugar([override])
+            usable += expand_numbers([override])
         except UserError as error:
             found.append(str(error))
     return usable
@@ -255,7 +255,7 @@ class _Composing:
             return f"unknown key{_key_suggestion(key, cfg, self.groups)}"
         return first_line(error)
 
-    def unread(self, cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
+    def unused_coefficients(self, cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
         """Keys that were added, by ``+`` or in a preset, and that nothing reads."""
         choices = {
             str(group): str(member)

@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from spo.config.coefficients import unread
+from spo.config.coefficients import unused_coefficients
 from spo.config.compose import parse, parser
 from spo.errors import UserError
 
@@ -152,7 +152,7 @@ def problems(cfg: DictConfig, overrides: Sequence[str]) -> tuple[list[str], Spac
         if isinstance(sweeper[key], bool) or not isinstance(sweeper[key], int) or sweeper[key] < 1:
             found.append(f"hydra.sweeper.{key}={sweeper[key]}: must be a whole number of at least 1")
     try:
-        space = Space.of(sweeper.params or {}, overrides, unread(cfg))
+        space = Space.of(sweeper.params or {}, overrides, unused_coefficients(cfg))
         space.distributions()
     except UserError as error:
         return [*found, str(error)], None

@@ -49,7 +49,7 @@ def collate(
     ]
     index = torch.tensor(list(indices))
     return PreferenceBatch(
-        sequences=arrange(padded(list(seen), pad_token_id)),
+        sequences=arrange(pad_sequences(list(seen), pad_token_id)),
         index=index,
         preference=_column([pair.preference for pair in pairs]),
         weight=_column([pair.weight for pair in pairs]),
@@ -59,7 +59,7 @@ def collate(
     )
 
 
-def padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int) -> Sequences:
+def pad_sequences(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int) -> Sequences:
     """Prompts with their completions as right-padded sequences."""
     length = [len(prompt) + len(completion) for prompt, completion in rows]
     input_ids = np.full((len(rows), max(length)), pad_token_id)

@@ -122,7 +122,7 @@ class PreferenceDataModule(LightningDataModule):
         self, batch: Window | PreferenceBatch, device: torch.device, dataloader_idx: int
     ) -> Window | PreferenceBatch:
         """On the device, which is not waited for: Lightning by itself waits for all that is no bare tensor."""
-        return batch.sent(device)
+        return batch.to_device_async(device)
 
     def _loading(self) -> dict[str, Any]:
         return {

@@ -21,7 +21,7 @@ from spo.data.rows import DataError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-PATIENCE_S = 60
+LOCK_TIMEOUT_S = 60
 """How long others may take with the file."""
 
 
@@ -78,7 +78,7 @@ class LogpsStore:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             # One at a time: a file that is moved while others have it open lends its journal's name to the new one.
-            with FileLock(f"{self.file}.use.lock", timeout=PATIENCE_S, poll_interval=0.005):
+            with FileLock(f"{self.file}.use.lock", timeout=LOCK_TIMEOUT_S, poll_interval=0.005):
                 try:
                     return self._open_and(work)
                 except (sqlite3.DatabaseError, _Damaged) as error:
@@ -93,7 +93,7 @@ class LogpsStore:
             ) from error
 
     def _open_and(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        with closing(sqlite3.connect(self.file, timeout=PATIENCE_S)) as database, database:
+        with closing(sqlite3.connect(self.file, timeout=LOCK_TIMEOUT_S)) as database, database:
             # A power failure may cost the file, which would be noticed, and no commit waits for the disk.
             database.execute("PRAGMA synchronous = OFF")
             database.execute(

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from spo.data.collate import padded
+from spo.data.collate import pad_sequences
 from spo.ops import base_model, completion_logits, completion_targets, token_logps
 from spo.ops.logps import NO_MASK
 from spo.types import Group, Groups
@@ -34,11 +34,11 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
 transformers rounds to float32 inside of float64 models too. In half precision, where 0.1 has to do, rounding hides
 much, but not that one sequence is changed by another.
 """
-TOGETHER = 256
+MAX_MASKED_TOKENS = 256
 """Tokens that attend in one masked call, although most pairs of them are masked: shorter calls cost more than that."""
 BLOCK = 128
 """Tokens in a block of FlexAttention's masks."""
-HEEDED = {
+IGNORABLE_KWARGS = {
     "cache_position",
     "output_attentions",
     "output_hidden_states",
@@ -117,7 +117,7 @@ def _calls(groups: Groups, device: torch.device) -> Iterator[_Call]:
         length = sum(group.length for group in run)
         if not others and len(group.completions) == 1:
             calls = [_Call(length, (made,), None)]
-        elif length <= TOGETHER:
+        elif length <= MAX_MASKED_TOKENS:
             calls = [_Call(length, (made,), _visible(run, device))]
         else:
             calls = [_Call(group.prompt, (made,), None)]
@@ -129,10 +129,10 @@ def _calls(groups: Groups, device: torch.device) -> Iterator[_Call]:
 
 
 def _together(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
-    """Consecutive items in runs of at most ``TOGETHER`` tokens; a longer item is a run of its own."""
+    """Consecutive items in runs of at most ``MAX_MASKED_TOKENS`` tokens; a longer item is a run of its own."""
     run: list[T] = []
     for item in items:
-        if run and sum(map(length, run)) + length(item) > TOGETHER:
+        if run and sum(map(length, run)) + length(item) > MAX_MASKED_TOKENS:
             yield run
             run = []
         run.append(item)
@@ -243,7 +243,7 @@ def _register(back_end: str, own: str) -> str:
         if packed_groups is None:
             call = _own_attention(own, module)
             return call(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **further)
-        if unheeded := sorted(name for name in further.keys() - HEEDED if further[name] is not None):
+        if unheeded := sorted(name for name in further.keys() - IGNORABLE_KWARGS if further[name] is not None):
             raise ValueError(f"its attention takes {' and '.join(unheeded)}")
         if attention_mask is None or attention_mask.shape != NO_MASK or attention_mask.dtype != torch.bool:
             raise ValueError("it makes a mask of its own")
@@ -381,7 +381,7 @@ def _random_rows(vocabulary: int) -> list[tuple[list[int], list[int]]]:
 
 
 def _token_logps(model: nn.Module, rows: list[tuple[list[int], list[int]]], packed: bool) -> Tensor:
-    sequences = padded(rows, pad_token_id=0)
+    sequences = pad_sequences(rows, pad_token_id=0)
     sequences = sequences.pack(share_prompts=True) if packed else sequences
     sequences = sequences.to(next(model.parameters()).device)
     logits = completion_logits(model, sequences)

@@ -41,7 +41,7 @@ class Speed:
     compile: bool
     probed: bool = False
 
-    def settled(self, *models: nn.Module) -> Speed:
+    def resolve_for(self, *models: nn.Module) -> Speed:
         """The same, ready to pack, or without packing, and a line that says so, where a model takes no packed rows."""
         limited = self.max_logits is not None and self.completion_only
         for model in models:

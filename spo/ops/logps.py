@@ -42,7 +42,7 @@ class DeferredLogits:
     head: Callable[[Tensor], Tensor]
     rows: int
 
-    def made(self) -> Tensor:
+    def materialize(self) -> Tensor:
         """All of them, which is what they are there to avoid."""
         return self.head(self.states)
 
@@ -55,7 +55,7 @@ Logits = Tensor | DeferredLogits
 """``(M, V)``, there already or made on demand: :func:`by_rows` takes both."""
 
 
-def joined(parts: list[Logits]) -> Logits:
+def concat_logits(parts: list[Logits]) -> Logits:
     """Logits one after the other; all of one kind, and deferred ones of the same head."""
     deferred = [part for part in parts if isinstance(part, DeferredLogits)]
     if not deferred:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from spo.comparison.compare import COLUMNS, Comparison, Difference, Method, in_words
+from spo.comparison.compare import COLUMNS, Comparison, Difference, Method, describe_difference
 from spo.comparison.statistics import Estimate
 from spo.metrics.catalogue import label
 from spo.wording import number
@@ -88,7 +88,7 @@ def _difference(one: Difference, comparison: Comparison) -> dict[str, Any]:
         "p_corrected": one.p,
         "significant": one.significant,
         "paired_by_seed": one.paired,
-        "words": in_words(one, comparison),
+        "words": describe_difference(one, comparison),
     }
 
 
@@ -133,7 +133,7 @@ def _markdown(comparison: Comparison) -> Iterator[str]:
             cells.append("–" if one is None else f"{number(one.value)} {interval(one)}".rstrip())
         yield _row(cells)
     yield ""
-    yield from (f"- {_cell(in_words(one, comparison))}" for one in comparison.differences)
+    yield from (f"- {_cell(describe_difference(one, comparison))}" for one in comparison.differences)
     if comparison.differences:
         yield ""
     yield " ".join(method_in_words(comparison))

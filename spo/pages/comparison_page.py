@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from spo.comparison.compare import Comparison, Difference, Method, in_words, p_in_words
+from spo.comparison.compare import Comparison, Difference, Method, describe_difference, describe_p_value
 from spo.comparison.runs import Run
 from spo.metrics.catalogue import label, unit
 from spo.pages.charts import marker
@@ -80,7 +80,7 @@ def _verdict(comparison: Comparison) -> str:
         found = [one for one in comparison.differences if one.significant]
         if not found:
             return f"No difference in {name} to {comparison.baseline} is shown."
-        return " ".join(in_words(one, comparison) for one in found)
+        return " ".join(describe_difference(one, comparison) for one in found)
     if not any(one.significant for one in comparison.differences):
         return f"No difference in {name} between {_and([method.name for method in comparison.methods])} is shown."
     of_best = [one for one in comparison.differences if best in (one.first, one.second)]
@@ -103,9 +103,9 @@ def _difference(one: Difference, comparison: Comparison) -> dict[str, Any]:
         "second": one.second,
         "value": number(one.estimate.value, signed=True),
         "interval": interval(one.estimate),
-        "p": p_in_words(one.p),
+        "p": describe_p_value(one.p),
         "significant": one.significant,
-        "words": in_words(one, comparison),
+        "words": describe_difference(one, comparison),
         "paired": one.paired,
     }
 

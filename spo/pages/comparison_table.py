@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from spo.comparison.compare import Comparison, Method, in_words
+from spo.comparison.compare import Comparison, Method, describe_difference
 from spo.metrics.catalogue import label, unit
 from spo.pages.comparison_files import columns, interval, method_in_words
 from spo.wording import clean, number
@@ -27,7 +27,7 @@ def show(comparison: Comparison) -> None:
     console.print()
     for difference in comparison.differences:
         style = "bold" if difference.significant else ""
-        console.print(_text(console, in_words(difference, comparison), style))
+        console.print(_text(console, describe_difference(difference, comparison), style))
     for sentence in (*method_in_words(comparison), *comparison.notes):
         console.print(_text(console, sentence, "dim"))
     if comparison.problems:

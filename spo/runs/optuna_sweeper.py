@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spo.config.coefficients import unread
+from spo.config.coefficients import unused_coefficients
 from spo.errors import UserError
 from spo.runs.ledger import Ledger
 from spo.runs.rundir import METRICS, read_json, write_json
@@ -69,7 +69,7 @@ class OptunaSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before :meth:`sweep`."""
-        self.not_read = unread(config)
+        self.not_read = unused_coefficients(config)
         self.directory = Path(str(config.hydra.sweep.dir)).absolute()
         self.ledger = Ledger(self.directory)
         self.launcher = Plugins.instance().instantiate_launcher(

@@ -24,8 +24,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import spo
-from spo.config.coefficients import unread
-from spo.config.compose import compose, parse, register_resolvers, sugar
+from spo.config.coefficients import unused_coefficients
+from spo.config.compose import compose, expand_numbers, parse, register_resolvers
 from spo.errors import ConfigProblems, UserError, error_line
 from spo.records.cache import path_digest
 
@@ -217,7 +217,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         and beta), ``data``, ``weights``, ``adapter`` and ``judge`` (digests, ``None`` where there is no such file),
         ``code``, and the ``digest`` of it all.
     """
-    left_out = {*NOT_IDENTITY, *unread(cfg)}
+    left_out = {*NOT_IDENTITY, *unused_coefficients(cfg)}
     flat = {
         key: value
         for key, value in flatten(resolved(cfg)).items()
@@ -392,7 +392,7 @@ def resumed_config(run_dir: Path, overrides: Sequence[str]) -> DictConfig:
     found: list[str] = []
     for text in sorted(overrides, key=lambda text: "." in text.partition("=")[0]):  # a group before its keys
         try:
-            for single in sugar([text]):
+            for single in expand_numbers([text]):
                 _change(cfg, single, run_dir)
         except UserError as error:
             found.append(str(error))

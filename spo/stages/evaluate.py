@@ -15,8 +15,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import Progress, TimeElapsedColumn
 
-from spo.config.checks import ensure
-from spo.config.compose import compose, job_name, parse, sugar
+from spo.config.checks import check_config
+from spo.config.compose import compose, expand_numbers, job_name, parse
 from spo.data import EvalPrompt, TokenizedPair
 from spo.data.collate import collate
 from spo.data.rows import Split
@@ -77,7 +77,7 @@ def evaluate_command(run_dir: Path, overrides: Sequence[str]) -> dict[str, float
     if not (run_dir / "policy" / "config.json").is_file():
         raise UserError(f"{run_dir} has no policy yet: finish it with spo train --resume {run_dir}")
     cfg = _changed(own, overrides)
-    ensure(cfg)
+    check_config(cfg)
     prepared = prepare_run(cfg, model_from=made_from)
     evaluation = evaluate_run(cfg, prepared, run_dir)
     folder = run_dir / "evaluations" / job_name(list(overrides))
@@ -91,7 +91,7 @@ def evaluate_command(run_dir: Path, overrides: Sequence[str]) -> dict[str, float
 
 def _changed(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """The run's configuration with the overrides applied."""
-    parsed = [parse(text) for text in sugar(overrides)]
+    parsed = [parse(text) for text in expand_numbers(overrides)]
     refused = [
         one.input_line
         for one in parsed
@@ -156,7 +156,7 @@ def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path, judge: Judg
     device = eval_device(cfg)
     policy = prepared.spec.base(run_dir / "policy").requires_grad_(False).to(device)
     reference = prepared.spec.start(prepared.base).to(device)
-    speed = Speed(**cfg.speed).settled(policy, reference)
+    speed = Speed(**cfg.speed).resolve_for(policy, reference)
     limits: dict[Split, int] = {"test": settings.num_prompts, "selection": settings.selection_prompts}
     if prepared.language is not None or settings.selection_prompts == 0 or not prepared.prompts["selection"]:
         del limits["selection"]  # of a language that is enumerated the splits are one and the same

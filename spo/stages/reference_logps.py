@@ -15,7 +15,7 @@ from rich.progress import track
 from torch import Tensor
 
 from spo.data import DataError, TokenizedPair
-from spo.data.collate import padded
+from spo.data.collate import pad_sequences
 from spo.data.logps_store import LogpsStore, sequence_key
 from spo.forward.speed import Speed
 from spo.models import PrecomputedReference
@@ -91,7 +91,7 @@ def precomputed_logps(cfg: DictConfig, prepared: Prepared, reference: Precompute
         if missing:
             log.info("scoring the pairs with the reference model: %d of %d sequences", len(missing), len(rows))
             model = prepared.spec.start(prepared.base).to(device)
-            speed = requested.settled(model)
+            speed = requested.resolve_for(model)
             # As the Trainer runs the policy, so that both round alike.
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
                 fill(store, model, missing, prepared.tokenizer.pad_token_id, speed, reference.batch_tokens)
@@ -114,7 +114,7 @@ def fill(
     device = next(model.parameters()).device
     batches = list(cut(rows, batch_tokens, speed))
     for batch in track(batches, "reference log-probs", transient=True):
-        sequences = speed.arrange(padded(batch, pad_token_id)).to(device)
+        sequences = speed.arrange(pad_sequences(batch, pad_token_id)).to(device)
         store.put([sequence_key(*row) for row in batch], speed.logps(model, sequences))
 
 

@@ -21,9 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from spo.callbacks import ValidationSamples
-from spo.callbacks.history import Record
-from spo.config.checks import ensure, warnings
-from spo.config.coefficients import COEFFICIENTS, unread
+from spo.config.checks import check_config, warnings
+from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.data import SPLITS
 from spo.data.datamodule import PreferenceDataModule
 from spo.evaluation import EvaluationSettings
@@ -61,7 +60,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         UserError: the configuration is impossible, or the run directory holds another run.
     """
     quiet_libraries()
-    ensure(cfg)
+    check_config(cfg)
     run_dir = Path(cfg.paths.run)
     with claim(run_dir, cfg) as status:
         if status is Status.FINISHED:
@@ -89,7 +88,7 @@ def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
     prepared_at = perf_counter()
 
     checkpoint, step = last_checkpoint(run_dir) if resume else (None, None)
-    record = Record(run_dir / "history.jsonl", resume_at=step)
+    record = HistoryLogger(run_dir / "history.jsonl", resume_at=step)
     loggers = [instantiate(node) for node in cfg.logger.values()]
     trackers = [logger for logger in loggers if isinstance(logger, Tracker)]
     parts = assemble(cfg, prepared, [record, *loggers])
@@ -270,7 +269,7 @@ def _sampling(trainer: Trainer) -> list[ValidationSamples]:
     return [one for one in trainer.callbacks if isinstance(one, ValidationSamples)]  # type: ignore[attr-defined]
 
 
-def describe(cfg: DictConfig, run_dir: Path, record: Record) -> RunDescription:
+def describe(cfg: DictConfig, run_dir: Path, record: HistoryLogger) -> RunDescription:
     """The run as dashboards list it: its name, and one tag for each part of it."""
     parts = [method_name(cfg), *coefficients(cfg), f"seed-{cfg.seed}"]
     config = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
@@ -293,7 +292,7 @@ def method_name(cfg: DictConfig) -> str:
 
 def coefficients(cfg: DictConfig) -> list[str]:
     """The coefficients that the composition reads, such as ``alpha-0.05`` and ``beta-0.03``."""
-    not_read = unread(cfg)
+    not_read = unused_coefficients(cfg)
     return [f"{name}-{instantiate(cfg[name])}" for name in COEFFICIENTS if name not in not_read]
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
-from spo.config.checks import ensure
+from spo.config.checks import check_config
 from spo.config.compose import compose
 from spo.config.groups import group_members
 from spo.errors import UserError
@@ -141,7 +141,7 @@ def planned(
 
 def _loss(member: str, config_dir: str | None) -> tuple[Loss[Any], str]:
     cfg = compose([f"method={member}"], config_dir=config_dir, run_dir=".")
-    ensure(cfg)
+    check_config(cfg)
     return as_loss(instantiate(cfg.method.loss, _convert_="all")), method_name(cfg)
 
 
@@ -168,7 +168,7 @@ def run(case: Case, folder: Path, number: int, tolerance: float, config_dir: str
     """Trains one case as `spo train` would, and measures where it ended."""
     overrides = [*case.overrides, f"paths.cache={folder / 'cache'}"]
     composed = compose(overrides, config_dir=config_dir, run_dir=folder / str(number))
-    ensure(composed)
+    check_config(composed)
     cfg = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
     assert isinstance(cfg, DictConfig)
     seed_everything(cfg.seed, workers=True, verbose=False)
