@@ -15,6 +15,7 @@ from lightning.pytorch import Callback
 
 from spo import cli
 from spo.callbacks import Checkpoint
+from spo.callbacks.history import HistoryLogger
 from spo.config.checks import problems, warnings
 from spo.config.compose import compose
 from spo.config.plan import plan

@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 
 from spo.callbacks import Health
 from spo.callbacks.health import CHECKS
+from spo.callbacks.history import HistoryLogger
 from spo.losses import DPOLoss
 from spo.models import FrozenReference
 from spo.module import AlignmentModule, ProbeSettings

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spo.callbacks import Checkpoint, DataTime
+from spo.callbacks.history import HistoryLogger
 from spo.data import TokenizedPair, datamodule
 from spo.data.collate import collate
 from spo.data.datamodule import PreferenceDataModule

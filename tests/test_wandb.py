@@ -42,7 +42,7 @@ def records(file: Path) -> Iterator[Record]:
         parts += data[at : at + size]
         at += size
         if kind in (WHOLE, LAST):
-            record = HistoryLogger()
+            record = Record()
             record.ParseFromString(parts)
             yield record
             parts = b""

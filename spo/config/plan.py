@@ -255,7 +255,7 @@ class _Composing:
             return f"unknown key{_key_suggestion(key, cfg, self.groups)}"
         return first_line(error)
 
-    def unused_coefficients(self, cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
+    def unread(self, cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
         """Keys that were added, by ``+`` or in a preset, and that nothing reads."""
         choices = {
             str(group): str(member)

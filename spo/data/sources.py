@@ -104,7 +104,7 @@ class TableSource(ABC):
             raise DataError(f"{self.name}: none of its {read} rows can be used{first}")
         return rows
 
-    def parse(self, record: HistoryLogger, where: str, split: Split | None) -> Row:
+    def parse(self, record: Record, where: str, split: Split | None) -> Row:
         """One record as a row.
 
         Raises:
@@ -139,13 +139,13 @@ class TableSource(ABC):
             cut = shared_messages(chosen, rejected)  # type: ignore[arg-type]
         return chosen[:cut], chosen[cut:], rejected[cut:]
 
-    def _text(self, record: HistoryLogger, name: str, where: str) -> Text:
+    def _text(self, record: Record, name: str, where: str) -> Text:
         column = self.columns.get(name, name)
         if column not in record:
             raise RowError(where, f"missing; the row has {', '.join(map(str, record)) or 'no columns'}", column)
         return _text(record[column], where, column)
 
-    def _number(self, record: HistoryLogger, name: str, where: str, highest: float) -> float | None:
+    def _number(self, record: Record, name: str, where: str, highest: float) -> float | None:
         column = self.columns.get(name, name)
         value = record.get(column)
         if value is None:
@@ -205,7 +205,7 @@ class HHSource(FileSource):
     def __init__(self, path: str, on_bad_row: OnBadRow) -> None:
         super().__init__(path, None, on_bad_row)
 
-    def parse(self, record: HistoryLogger, where: str, split: Split | None) -> Row:
+    def parse(self, record: Record, where: str, split: Split | None) -> Row:
         """One dialogue pair as a row; a prompt column, if any, is ignored."""
         return super().parse({k: v for k, v in record.items() if k != "prompt"}, where, split)
 
@@ -260,7 +260,7 @@ class RankedFileSource(FileSource):
         self.left_out.clear()
         return super().rows(complete)
 
-    def parse(self, record: HistoryLogger, where: str, split: Split | None) -> Row:
+    def parse(self, record: Record, where: str, split: Split | None) -> Row:
         """One record as a row.
 
         Raises:
@@ -282,7 +282,7 @@ class RankedFileSource(FileSource):
         self.left_out += left_out
         return Row(prompt, chosen, rejected, weight=weight, split=split, where=where, worse=tuple(worse))
 
-    def _ranked(self, record: HistoryLogger, responses: Sequence[Text], where: str) -> list[list[int]]:
+    def _ranked(self, record: Record, responses: Sequence[Text], where: str) -> list[list[int]]:
         """Positions in ``responses``, best first, those of one rank together."""
         size = len(responses)
         if "order" in self.columns or record.get("order") is not None:
@@ -316,7 +316,7 @@ class RankedFileSource(FileSource):
                     kept[digest], taken = response, True
         return kept, left_out
 
-    def _list(self, record: HistoryLogger, name: str, where: str) -> list[Any]:
+    def _list(self, record: Record, name: str, where: str) -> list[Any]:
         column = self.columns.get(name, name)
         if column not in record:
             raise RowError(where, f"missing; the row has {', '.join(map(str, record)) or 'no columns'}", column)

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from spo.callbacks import ValidationSamples
+from spo.callbacks.history import HistoryLogger
 from spo.config.checks import check_config, warnings
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.data import SPLITS
