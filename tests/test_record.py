@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from spo.callbacks.history import HistoryLogger
+
 
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
