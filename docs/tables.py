@@ -48,7 +48,8 @@ def rewrite(text: str, conf: Path) -> str:
     for name, table in {"methods": methods_table(conf), "groups": groups_table(conf)}.items():
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         pattern = re.escape(start) + ".*?" + re.escape(end)
-        text, found = re.subn(pattern, lambda _, new=f"{start}{table}\n{end}": new, text, flags=re.S)
+        new = f"{start}{table}\n{end}".replace("\\", r"\\")  # re reads escapes in a replacement
+        text, found = re.subn(pattern, new, text, flags=re.S)
         if not found:
             raise UserError(f"the table has no place: write {start.strip()} and {end} on two lines")
     return text

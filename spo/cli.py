@@ -263,7 +263,11 @@ def _multirun_job(cfg: DictConfig, config_dir: str | None) -> Any:
         return None  # another job is the same run, or it is a launcher's second attempt
     ledger.note(overrides, directory, "running")
     try:
-        result = _job_in_own_process(config_dir) if _needs_own_process(cfg) else _job(cfg)
+        result = None
+        if _needs_own_process(cfg):
+            _job_in_own_process(config_dir)
+        else:
+            result = _job(cfg)
     except Exception as error:
         words = user_message(error) or traceback.format_exc()
         print(f"spo: the job {' '.join(overrides)} failed: {words}", file=sys.stderr)

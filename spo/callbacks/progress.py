@@ -21,7 +21,9 @@ class Progress(RichProgressBar):
     def _get_train_description(self, current_epoch: int) -> str:
         return "optimiser steps"
 
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float]:
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
         """The last logged values, shortened."""
         logged = trainer.callback_metrics
         return {short: f"{float(logged[name]):.3g}" for name, short in SHOWN.items() if name in logged}

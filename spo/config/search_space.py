@@ -125,15 +125,18 @@ def _distribution(override: Override) -> BaseDistribution:
     value = override.value()
     try:
         if isinstance(value, IntervalSweep):
-            kind = IntDistribution if isinstance(value.start, int) and isinstance(value.end, int) else FloatDistribution
-            return kind(value.start, value.end, log="log" in value.tags)
+            start, end, log = value.start, value.end, "log" in value.tags
+            assert start is not None and end is not None  # the grammar asks for both
+            if isinstance(start, int) and isinstance(end, int):
+                return IntDistribution(start, end, log=log)
+            return FloatDistribution(start, end, log=log)
         values = _choices(override)
         if isinstance(value, RangeSweep) and not value.shuffle:
-            whole = override.value_type is ValueType.RANGE_SWEEP and isinstance(value.range(), range)
-            kind = IntDistribution if whole else FloatDistribution
-            convert = int if whole else float
-            low, high = sorted(map(convert, (values[0], values[-1])))
-            return kind(low, high, step=abs(convert(value.step)))
+            if override.value_type is ValueType.RANGE_SWEEP and isinstance(value.range(), range):
+                first, last = sorted((int(values[0]), int(values[-1])))
+                return IntDistribution(first, last, step=abs(int(value.step)))
+            low, high = sorted((float(values[0]), float(values[-1])))
+            return FloatDistribution(low, high, step=abs(float(value.step)))
         return CategoricalDistribution(values)
     except (ValueError, IndexError, HydraException) as error:
         raise UserError(f"{override.input_line}: {error}") from error

@@ -152,13 +152,13 @@ def assess(
 
 def _summary(drawn: Draws, settings: EvaluationSettings, bootstrap: Bootstrap | None = None) -> dict[str, float]:
     """What is measured without a judge; with its intervals where a bootstrap is given."""
-    means = {
+    means: dict[str, tuple[Sequence[float], Sequence[float] | None]] = {
         "kl": (drawn.kl, None),
         "entropy": (drawn.entropy, drawn.tokens),
         "entropy_sequence": (drawn.entropy, None),
         "length": (drawn.tokens, None),
     }
-    summary = {}
+    summary: dict[str, float] = {}
     for name, (values, per) in means.items():
         if values and bootstrap is not None:
             summary |= bootstrap.mean(values, per).under(name)

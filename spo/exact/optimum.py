@@ -58,7 +58,7 @@ class Objective:
         """The objective at the policy ``softmax(logits)``, ``(P, R)``."""
         policy = logits.log_softmax(-1)
         rows = self.world.rows(self.loss, policy, self.reference)
-        losses = self.loss(rows, alpha=self.alpha, beta=self.beta)  # type: ignore[arg-type]
+        losses = self.loss(rows, alpha=self.alpha, beta=self.beta)
         return losses.mean() + self.kl_weight * kl(policy, self.reference).mean()
 
     def closed_form(self) -> Tensor | None:
@@ -135,7 +135,7 @@ def _descend(objective: Objective, logits: Tensor) -> Tensor:
         result.backward()
         return result
 
-    optimizer.step(value)  # type: ignore[arg-type]
+    optimizer.step(value)
     return logits.detach()
 
 

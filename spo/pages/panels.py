@@ -74,7 +74,7 @@ def _win_rate(console: Console, metrics: Mapping[str, float]) -> list[Renderable
     others = sorted(
         key for key in metrics if key.startswith("eval/win_rate/") and not key.endswith((*INTERVAL, _CONTROLLED))
     )
-    shown = [line for key in others for line in _rate(console, metrics, key)]
+    shown: list[RenderableType] = [line for key in others for line in _rate(console, metrics, key)]
     if value is None:
         return shown or [_text(console, "No win rate: the evaluation had no reward and no judge.")]
     low, high = (finite(metrics.get(f"eval/win_rate{end}")) for end in INTERVAL)

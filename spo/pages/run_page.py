@@ -196,8 +196,8 @@ def _table(run: RunRecord) -> list[dict[str, str]]:
 
 
 def _rank(name: str) -> int:
-    order = ("win_rate", "win_rate_length_controlled", "win_rate/", "reward", "kl", "entropy", "entropy_sequence")
-    order += ("distinct_2", "distinct_samples", "self_bleu", "length")
+    order: tuple[str, ...] = ("win_rate", "win_rate_length_controlled", "win_rate/", "reward", "kl", "entropy")
+    order += ("entropy_sequence", "distinct_2", "distinct_samples", "self_bleu", "length")
     if name.startswith("reward/"):
         return order.index("reward")
     name = "win_rate/" if name.startswith("win_rate/") else name

@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from filelock import FileLock, Timeout
 from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from hydra.utils import instantiate
@@ -53,6 +54,8 @@ class OptunaSweeper(Sweeper):
         sampler: an Optuna sampler by ``_target_``, without its seed.
         storage: URL of Optuna's database.
     """
+
+    launcher: Launcher  # not None: Hydra calls setup before sweep
 
     def __init__(
         self,
@@ -116,7 +119,7 @@ class OptunaSweeper(Sweeper):
             study = optuna.create_study(
                 study_name="spo",
                 storage=self.storage,
-                direction=self.objective.direction,
+                direction=cast(Literal["minimize", "maximize"], self.objective.direction),  # as problems() found
                 load_if_exists=True,
             )
             before = study.user_attrs.get("settings", settings)

@@ -43,9 +43,9 @@ SWEEP_VARIABLE = "SPO_SWEEP"
 # Parts of a configuration that do not change what a run computes.
 NOT_IDENTITY = ("paths", "hydra", "launcher", "logger", "rerun", "speed", "tags", "threads")
 # How fast a judge is asked, how often, and at what price, is no part of its answers.
-ASKED_HOW = ("attempts", "batch_size", "cache", "concurrency", "device", "input_price", "max_retries", "max_unanswered")
-ASKED_HOW += ("output_price", "requests_per_minute", "timeout_s")
-NOT_IDENTITY_KEYS = ("evaluation.batch_size",)
+ASKED_HOW: tuple[str, ...] = ("attempts", "batch_size", "cache", "concurrency", "device", "input_price", "max_retries")
+ASKED_HOW += ("max_unanswered", "output_price", "requests_per_minute", "timeout_s")
+NOT_IDENTITY_KEYS: tuple[str, ...] = ("evaluation.batch_size",)
 NOT_IDENTITY_KEYS += tuple(f"judge.{name}" for name in ASKED_HOW)
 # What a run may still change when it goes on.
 RESUMABLE = ("trainer.max_steps", "logger", "strategy")

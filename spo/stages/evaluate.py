@@ -74,6 +74,7 @@ def evaluate_command(run_dir: Path, overrides: Sequence[str]) -> dict[str, float
     quiet_libraries()
     own = load_config(run_dir)
     made_from = OmegaConf.create(OmegaConf.to_container(own, resolve=True))
+    assert isinstance(made_from, DictConfig)
     if not (run_dir / "policy" / "config.json").is_file():
         raise UserError(f"{run_dir} has no policy yet: finish it with spo train --resume {run_dir}")
     cfg = _changed(own, overrides)
@@ -105,7 +106,8 @@ def _changed(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
     cfg = OmegaConf.create(OmegaConf.to_container(own, resolve=False))
     assert isinstance(cfg, DictConfig)
     for group in {one.key_or_group for one in parsed} & {"data", "evaluation", "judge"}:
-        chosen = [one.input_line for one in parsed if one.key_or_group.partition(".")[0] == group]
+        of_group = (one.input_line for one in parsed if one.key_or_group.partition(".")[0] == group)
+        chosen = [line for line in of_group if line is not None]
         cfg[group] = OmegaConf.to_container(compose(chosen, run_dir=own.paths.run)[group], resolve=False)
     OmegaConf.set_struct(cfg, True)
     for one in parsed:
@@ -154,7 +156,9 @@ def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path, judge: Judg
     if judge is None:
         judge = instantiate(cfg.judge, _convert_="all")
     device = eval_device(cfg)
-    policy = prepared.spec.base(run_dir / "policy").requires_grad_(False).to(device)
+    # As nn.Module, because the `to` of PreTrainedModel is wrapped in a way that hides its arguments from type checkers.
+    saved: torch.nn.Module = prepared.spec.base(run_dir / "policy")
+    policy = saved.requires_grad_(False).to(device)
     reference = prepared.spec.start(prepared.base).to(device)
     speed = Speed(**cfg.speed).resolve_for(policy, reference)
     limits: dict[Split, int] = {"test": settings.num_prompts, "selection": settings.selection_prompts}

@@ -73,6 +73,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
             return metrics
         # Resolved only now: the record keeps the names of environment variables, not the secrets they hold.
         values = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+        assert isinstance(values, DictConfig)
         return _run(values, run_dir, resume=status is Status.UNFINISHED)
 
 
@@ -406,5 +407,6 @@ def last_checkpoint(run_dir: Path) -> tuple[str | None, int]:
 def inspect(cfg: DictConfig, limit: int) -> None:
     """Prints the first rows of the training split as tokens, masks and text."""
     values = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    assert isinstance(values, DictConfig)
     prepared = prepare_run(values)
     show_rows(prepared.pairs.train, prepared.tokenizer, limit, prepared.pairs.counts)

@@ -89,7 +89,7 @@ class PairwiseJudge(ABC):
     def spend(self, **amounts: float) -> None:
         """Adds to what :meth:`usage` tells; any thread may call it."""
         with self._lock:
-            self._spent.update(amounts)  # type: ignore[arg-type]
+            self._spent.update(amounts)
 
     def _asked(self, questions: list[Comparison], keys: Mapping[Comparison, str]) -> dict[Comparison, float]:
         verdicts: dict[Comparison, float] = {}
