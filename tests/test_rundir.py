@@ -23,6 +23,7 @@ from spo.runs.rundir import (
     git_state,
     identity,
     load_config,
+    record_continuation,
     resolved,
     resumed_config,
 )
@@ -139,6 +140,59 @@ def test_the_code_is_part_of_a_run(tmp_path: Path) -> None:
     one = identity(config(tmp_path))
     assert one["code"] == code_version()
     assert differences(one, {**one, "code": "0.0.0+0"}) == [f"the code of spo: {code_version()} there, 0.0.0+0 now"]
+
+
+def test_only_an_explicit_resume_continues_with_other_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg, versions = config(tmp_path), []
+    with claim(tmp_path, cfg):
+        pass
+    for code, step in (("0.2.0+a", 3), ("0.2.0+a", 4), (code_version(), 5)):
+        monkeypatch.setattr("spo.runs.rundir.code_version", lambda code=code: code)
+        if code == "0.2.0+a":
+            with pytest.raises(UserError, match="holds another run"), claim(tmp_path, cfg):
+                pass
+        with claim(tmp_path, cfg, resumed=True) as status:
+            assert status is Status.UNFINISHED
+            record_continuation(tmp_path, step)
+        versions.append(capsys.readouterr().err.count("note: code"))
+    assert versions == [1, 0, 1]
+    continued = json.loads((tmp_path / "provenance.json").read_text())["continued_with"]
+    assert [(one["code"], one["step"]) for one in continued] == [("0.2.0+a", 3), (code_version(), 5)]
+
+
+def test_other_code_may_count_other_keys_as_part_of_a_run(tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    with claim(tmp_path, cfg):
+        pass
+    old = json.loads((tmp_path / "identity.json").read_text())
+    del old["config"]["trainer.precision"]
+    config_of_old = {**old["config"], "trainer.dropped": 1}
+    (tmp_path / "identity.json").write_text(json.dumps({**old, "code": "0.0.0+0", "config": config_of_old}))
+    with claim(tmp_path, cfg, resumed=True) as status:
+        assert status is Status.UNFINISHED
+    (tmp_path / "identity.json").write_text(json.dumps({**old, "code": "0.0.0+0", "config": {"seed": 7}}))
+    with (
+        pytest.raises(UserError, match=r"(?s)What differs:\n  - seed: 7 there, 0 now\nchoose"),
+        claim(tmp_path, cfg, resumed=True),
+    ):
+        pass
+    (tmp_path / "identity.json").write_text(json.dumps({**old, "config": config_of_old}))
+    with pytest.raises(UserError, match=r"trainer\.dropped: 1 there, absent now"), claim(tmp_path, cfg, resumed=True):
+        pass  # the same code counts the same keys
+
+
+def test_a_changed_resume_leaves_the_identity_of_other_code_whole(tmp_path: Path) -> None:
+    with claim(tmp_path, config(tmp_path, "trainer.max_steps=9")):
+        pass
+    old = json.loads((tmp_path / "identity.json").read_text())
+    (tmp_path / "identity.json").write_text(json.dumps({**old, "code": "0.0.0+0"}))
+    resumed_config(tmp_path, ["trainer.max_steps=10"])
+    new = json.loads((tmp_path / "identity.json").read_text())
+    assert new["code"] == "0.0.0+0" and new["config"]["trainer.max_steps"] == 10
+    ours = identity(config(tmp_path, "trainer.max_steps=10"))
+    assert new["digest"] != ours["digest"]
 
 
 # --- secrets -------------------------------------------------------------------------------------------------------

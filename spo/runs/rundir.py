@@ -72,7 +72,7 @@ class Status(Enum):
 
 
 @contextmanager
-def claim(run_dir: Path, cfg: DictConfig) -> Iterator[Status]:
+def claim(run_dir: Path, cfg: DictConfig, *, resumed: bool = False) -> Iterator[Status]:
     """Takes possession of a run directory for the run that ``cfg`` describes, or says why it cannot be had.
 
     A new one receives ``config.yaml``, its identity and its provenance. ``rerun=true`` moves an old one aside. Of
@@ -82,6 +82,7 @@ def claim(run_dir: Path, cfg: DictConfig) -> Iterator[Status]:
     Args:
         run_dir: the directory; made where it is missing.
         cfg: the run's configuration.
+        resumed: Continue the run in it by explicit request, with another version of the code too.
 
     Yields:
         Whether there is nothing of this run yet, its result, or a beginning of it.
@@ -97,7 +98,7 @@ def claim(run_dir: Path, cfg: DictConfig) -> Iterator[Status]:
     if cfg.rerun:
         _move_aside(run_dir)
     with _locked(run_dir, wait=sweep_dir() is not None):
-        status = _status(run_dir, cfg)
+        status = _status(run_dir, cfg, resumed)
         try:
             yield status
         except Exception as error:
@@ -151,7 +152,7 @@ def is_first_process() -> bool:
     return all(os.environ.get(name, "0") in ("", "0") for name in ranks)
 
 
-def _status(run_dir: Path, cfg: DictConfig) -> Status:
+def _status(run_dir: Path, cfg: DictConfig, resumed: bool) -> Status:
     ours = identity(cfg)
     theirs = read_json(run_dir / IDENTITY)
     if theirs is None:
@@ -166,6 +167,12 @@ def _status(run_dir: Path, cfg: DictConfig) -> Status:
         write_provenance(run_dir, cfg, ours)
         write_json(run_dir / IDENTITY, ours)  # last: from here on the directory is this run's
         return Status.NEW
+    if resumed and theirs.get("code") != ours["code"]:
+        # Another version may count other keys as part of a run, so only keys that both versions know are compared.
+        shared = theirs.get("config", {}).keys() & ours["config"].keys()
+        theirs, ours = (
+            {**one, "config": {key: one["config"][key] for key in shared}, "code": None} for one in (theirs, ours)
+        )
     if differing := differences(theirs, ours):
         raise UserError(
             "\n".join(
@@ -234,6 +241,10 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         "judge": _folder_digest(OmegaConf.select(cfg, "judge.path")),
         "code": code_version(),
     }
+    return _with_digest(parts)
+
+
+def _with_digest(parts: Mapping[str, Any]) -> dict[str, Any]:
     whole = json.dumps(parts, sort_keys=True, default=str)
     return {**json.loads(whole), "digest": hashlib.sha256(whole.encode()).hexdigest()}
 
@@ -448,8 +459,11 @@ def _record_changes(run_dir: Path, cfg: DictConfig, before: int) -> None:
         (run_dir / METRICS).rename(run_dir / f"metrics.{before}.json")
     new = identity(cfg)
     _write_config(run_dir, cfg)
-    # The code stays the one that began the run: going on with other code is still refused.
-    write_json(run_dir / IDENTITY, {**old, **{part: new[part] for part in ("config", "judge", "digest")}})
+    # The code stays the one that started the run: the same command refuses another version, and provenance.json lists
+    # the versions that continued it.
+    parts = {**old, "config": new["config"], "judge": new["judge"]}
+    parts.pop("digest", None)
+    write_json(run_dir / IDENTITY, _with_digest(parts))
 
 
 # --- provenance ----------------------------------------------------------------------------------------------------
@@ -479,6 +493,30 @@ def write_provenance(run_dir: Path, cfg: DictConfig, parts: Mapping[str, Any]) -
         "identity": parts["digest"],
     }
     write_json(run_dir / PROVENANCE, provenance)
+
+
+def record_continuation(run_dir: Path, step: int) -> None:
+    """Record in ``provenance.json`` that another version of the code continues a run, and print it.
+
+    The list ``continued_with`` receives the version, the time, the step and the command. The version that the run
+    already has adds nothing.
+
+    Args:
+        run_dir: Run directory.
+        step: Optimizer step of the checkpoint that the run continues from, 0 where it starts again.
+    """
+    if not is_first_process():
+        return
+    provenance = read_json(run_dir / PROVENANCE) or {}
+    started = (read_json(run_dir / IDENTITY) or {}).get("code")
+    continued = provenance.get("continued_with", [])
+    code = code_version()
+    if code == (continued[-1]["code"] if continued else started):
+        return
+    print(f"note: code {started} started this run; it continues at step {step} with code {code}", file=sys.stderr)
+    at = datetime.now(UTC).isoformat(timespec="milliseconds")
+    entry = {"code": code, "at": at, "step": step, "command": command_line(sys.argv)}
+    write_json(run_dir / PROVENANCE, {**provenance, "continued_with": [*continued, entry]})
 
 
 def git_state(folder: Path, tracked: str = ".") -> dict[str, Any] | None:

@@ -39,7 +39,16 @@ from spo.pages.rows import show_rows
 from spo.pages.run_page import render_report
 from spo.records.cache import digest
 from spo.regularizers import Regularizer
-from spo.runs.rundir import Status, claim, finish, is_first_process, resumed_config, sweep_dir, write_json
+from spo.runs.rundir import (
+    Status,
+    claim,
+    finish,
+    is_first_process,
+    record_continuation,
+    resumed_config,
+    sweep_dir,
+    write_json,
+)
 from spo.schedules import Controller, Schedule
 from spo.stages.evaluate import evaluate_run
 from spo.stages.prepare import Prepared, prepare_run
@@ -51,8 +60,12 @@ log = logging.getLogger(__name__)
 COUNTS = ("read", "used", "dropped", "truncated")
 
 
-def train(cfg: DictConfig) -> dict[str, float]:
+def train(cfg: DictConfig, *, resumed: bool = False) -> dict[str, float]:
     """Runs the job that ``cfg`` describes in its run directory, or reads the result that is there already.
+
+    Args:
+        cfg: Configuration of the run.
+        resumed: Continue the run in the directory even if another version of the code started it.
 
     Returns:
         The final metrics.
@@ -63,7 +76,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     quiet_libraries()
     check_config(cfg)
     run_dir = Path(cfg.paths.run)
-    with claim(run_dir, cfg) as status:
+    with claim(run_dir, cfg, resumed=resumed) as status:
         if status is Status.FINISHED:
             metrics, samples = read_result(run_dir)
             if sweep_dir() is not None:
@@ -79,17 +92,19 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 def resume(run_dir: Path, overrides: list[str]) -> dict[str, float]:
     """Goes on with the run in ``run_dir`` from its last checkpoint, with its own configuration."""
-    return train(resumed_config(run_dir, overrides))
+    return train(resumed_config(run_dir, overrides), resumed=True)
 
 
 def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
     started = perf_counter()
     seed_everything(cfg.seed, workers=True, verbose=False)
+    checkpoint, step = last_checkpoint(run_dir) if resume else (None, None)
+    if step is not None:
+        record_continuation(run_dir, max(step, 0))
     prepared = prepare_run(cfg)
     _record_inputs(prepared, run_dir)
     prepared_at = perf_counter()
 
-    checkpoint, step = last_checkpoint(run_dir) if resume else (None, None)
     record = HistoryLogger(run_dir / "history.jsonl", resume_at=step)
     loggers = [instantiate(node) for node in cfg.logger.values()]
     trackers = [logger for logger in loggers if isinstance(logger, Tracker)]

@@ -1,0 +1,109 @@
+"""Names of version 0.1 that have moved. They stay importable for one release: old run directories hold them."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+# Old dotted path of a module or attribute -> its new path. The packages above an old path need no entry, and neither
+# does a module that was split: its attributes are listed instead. What moved out of a plain module that still exists
+# cannot be listed, since Python asks no finder for it: import it there.
+OLD_NAMES: dict[str, str] = {
+    "spo.comparison.checks": "spo.comparison.refusals",
+    "spo.comparison.command": "spo.stages.compare",
+    "spo.comparison.figures": "spo.pages.comparison_figures",
+    "spo.comparison.html": "spo.pages.comparison_page",
+    "spo.comparison.output": "spo.pages.comparison_files",
+    "spo.comparison.terminal": "spo.pages.comparison_table",
+    "spo.data.prepare": "spo.data.splits",
+    "spo.evaluation.draws": "spo.evaluation.completions",
+    "spo.evaluation.evaluate": "spo.evaluation.assess",
+    "spo.metrics.Calibration": "spo.metrics.calibration.Calibration",
+    "spo.metrics.SumsAndCounts": "spo.metrics.sums.SumsAndCounts",
+    "spo.models.packing": "spo.forward.packing",
+    "spo.reports.charts": "spo.pages.charts",
+    "spo.reports.dashboard": "spo.pages.dashboard",
+    "spo.reports.html": "spo.pages.run_page",
+    "spo.reports.record": "spo.records.run",
+    "spo.reports.selfcontained": "spo.pages.selfcontained",
+    "spo.reports.terminal": "spo.pages.panels",
+    "spo.reports.wording.INTERVAL": "spo.metrics.catalogue.INTERVAL",
+    "spo.reports.wording.LABELS": "spo.metrics.catalogue.LABELS",
+    "spo.reports.wording.UNITS": "spo.metrics.catalogue.UNITS",
+    "spo.reports.wording.clean": "spo.wording.clean",
+    "spo.reports.wording.duration": "spo.wording.duration",
+    "spo.reports.wording.finite": "spo.wording.finite",
+    "spo.reports.wording.label": "spo.metrics.catalogue.label",
+    "spo.reports.wording.number": "spo.wording.number",
+    "spo.reports.wording.shorten": "spo.wording.shorten",
+    "spo.reports.wording.unit": "spo.metrics.catalogue.unit",
+    "spo.reports.wording.verdict_word": "spo.wording.verdict_word",
+    "spo.reports.wording.win_rate_in_words": "spo.wording.win_rate_in_words",
+    "spo.runtime.cache": "spo.records.cache",
+    "spo.runtime.checks": "spo.config.checks",
+    "spo.runtime.config": "spo.config.compose",
+    "spo.runtime.errors": "spo.errors",
+    "spo.runtime.evaluate": "spo.stages.evaluate",
+    "spo.runtime.groups": "spo.config.groups",
+    "spo.runtime.inspect": "spo.pages.rows",
+    "spo.runtime.nodes": "spo.config.nodes",
+    "spo.runtime.plan": "spo.config.plan",
+    "spo.runtime.prepare": "spo.stages.prepare",
+    "spo.runtime.reference_logps": "spo.stages.reference_logps",
+    "spo.runtime.rundir": "spo.runs.rundir",
+    "spo.runtime.search.Objective": "spo.config.search_space.Objective",
+    "spo.runtime.search.OptunaSweeper": "spo.runs.optuna_sweeper.OptunaSweeper",
+    "spo.runtime.search.Space": "spo.config.search_space.Space",
+    "spo.runtime.search.problems": "spo.config.search_space.problems",
+    "spo.runtime.search.register": "spo.runs.optuna_sweeper.register",
+    "spo.runtime.sweep": "spo.runs.ledger",
+    "spo.runtime.terminal": "spo.stages.quiet",
+    "spo.runtime.train": "spo.stages.train",
+    "spo.runtime.unread": "spo.config.coefficients",
+    "spo.runtime.verify": "spo.stages.verify",
+    "spo.speed": "spo.forward.speed",
+    "spo.tracking.record": "spo.callbacks.history",
+}
+
+
+class OldNames:
+    """Finder and loader that import a name of :data:`OLD_NAMES` as the very object that its new path names."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Return a spec for an old name or a package above one, ``None`` for every other name."""
+        if not name.startswith("spo.") or not any(f"{old}.".startswith(f"{name}.") for old in OLD_NAMES):
+            return None
+        from importlib.machinery import ModuleSpec
+
+        return ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Return ``None``: Python makes an empty module."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Turn the empty module into the package of old names, or replace it by the object that its name means."""
+        name = module.__name__
+        if name in OLD_NAMES:  # The import ends with whatever stands in sys.modules, so both names mean one object.
+            sys.modules[name] = _resolve(name)
+        else:
+            module.__getattr__ = lambda attribute: _resolve(f"{name}.{attribute}")  # type: ignore[method-assign]
+
+
+def _resolve(old: str) -> Any:
+    if old not in OLD_NAMES:
+        package, _, name = old.rpartition(".")
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    from pkgutil import resolve_name
+
+    words = f"{old} has moved to {OLD_NAMES[old]}; version 0.3 will drop the old name"
+    warnings.warn(words, DeprecationWarning, stacklevel=3)
+    return resolve_name(OLD_NAMES[old])
+
+
+# Appended: a finder is asked for a name only if no earlier one knows it.
+sys.meta_path.append(OldNames())  # type: ignore[arg-type]
