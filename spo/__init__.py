@@ -2,4 +2,4 @@
 
 from spo import _old_names as _old_names
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

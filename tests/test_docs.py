@@ -1,4 +1,4 @@
-"""Every fenced block of README and docs is executed, or at least read, as its tag says.
+"""Every fenced block of README, CONTRIBUTING and docs is executed, or at least read, as its tag says.
 
 run
     executed as printed.
@@ -34,8 +34,8 @@ from tests.environments import ROOT, copy_of_project, fresh_environment, run
 from tests.helpers import save_model
 
 TAGS = ("run", "run-tiny", "compose", "parse")
-MOST_PARSED = 8
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MOST_PARSED = 12
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 APPENDED = {"run": "", "run-tiny": " +debug=tiny", "compose": " --cfg job"}
 FROM_A_CONFIGURATION = re.compile(r"^spo (train|inspect)(?!.*--resume)\b[^#\n]*?(?=\s*(#|$))", re.MULTILINE)
 

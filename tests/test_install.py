@@ -17,6 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import spo
 from tests.environments import (
     CONSTRAINTS,
     ROOT,
@@ -64,9 +65,16 @@ def test_wheel_holds_what_a_run_needs_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"spo/{file.relative_to(ROOT / 'spo')}" for file in (ROOT / "spo").rglob("*.*") if file.suffix != ".pyc"}
     wanted |= {f"spo/{file.relative_to(ROOT)}" for file in (ROOT / "conf").rglob("*.yaml")}
-    assert {"spo/conf/train.yaml", "spo/pages/templates/report.html.j2"} < wanted
+    assert {"spo/conf/train.yaml", "spo/py.typed", "spo/pages/templates/report.html.j2"} < wanted
     assert {name for name in names if ".dist-info/" not in name} == wanted
     assert {name.rpartition("/")[2] for name in names - wanted} >= {"METADATA", "LICENSE", "entry_points.txt"}
+
+
+def test_version_of_the_wheel_comes_from_the_package(wheel: Path) -> None:
+    (metadata,) = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA")]
+    text = zipfile.ZipFile(wheel).read(metadata).decode()
+    assert f"\nVersion: {spo.__version__}\n" in text
+    assert "version" not in PROJECT
 
 
 # --- installed -----------------------------------------------------------------------------------------------------
@@ -198,11 +206,14 @@ def test_constraints_pin_all_that_is_installed() -> None:
     pinned = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in lines}
     assert len(pinned) == len(lines)
     assert pinned["torch"] == "2.13.0"
-    # torch itself names the exact versions of what it needs of an accelerator
+    # Torch itself names the exact versions of what it needs for an accelerator.
     accelerator = ("nvidia-", "cuda-", "triton")
-    wanted = set(needed(["spo[test,trl]"])) - {"spo"}
+    wanted = set(needed(["spo[dev]"])) - {"spo"}
     assert {name for name in wanted if not name.startswith(accelerator)} <= pinned.keys()
-    for text in [*PROJECT["dependencies"], *(one for extra in ("test", "trl", "peft") for one in EXTRAS[extra])]:
+    for text in [
+        *PROJECT["dependencies"],
+        *(one for extra in ("test", "trl", "docs", "dev", "peft") for one in EXTRAS[extra]),
+    ]:
         requirement = Requirement(text)
         if requirement.name != "spo":
             assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), text
