@@ -18,4 +18,4 @@ slow: # the tests that take minutes
 	pytest -m slow
 
 tables: # README's tables of groups and methods, from conf/
-	python -m spo.runtime.tables README.md
+	python -m docs.tables README.md
