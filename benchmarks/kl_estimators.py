@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from spo.config.compose import compose
-from spo.ops import KL_ESTIMATORS, completion_logits
+from spo.forward.head import completion_logits
+from spo.ops import KL_ESTIMATORS
 from spo.sampling import derive_seed, sample
 from spo.stages.prepare import prepare_run
 from spo.types import Sequences

@@ -106,4 +106,4 @@ def _resolve(old: str) -> Any:
 
 
 # Appended: a finder is asked for a name only if no earlier one knows it.
-sys.meta_path.append(OldNames())  # type: ignore[arg-type]
+sys.meta_path.append(OldNames())

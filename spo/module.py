@@ -22,23 +22,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from spo.forward.head import can_defer, completion_states, deferred_logits
 from spo.forward.speed import Speed, compile_blocks
 from spo.losses import Loss
 from spo.metrics.repetition import repetition
 from spo.metrics.sums import SumsAndCounts
 from spo.models.reference import Reference
-from spo.ops import (
-    Logits,
-    can_defer,
-    completion_states,
-    completion_targets,
-    concat_logits,
-    deferred_logits,
-    sum_per_sequence,
-    token_entropy,
-    token_kl,
-    token_logps,
-)
+from spo.ops import Logits, completion_targets, concat_logits, sum_per_sequence, token_entropy, token_kl, token_logps
 from spo.regularizers import EnumeratedKL, GlobalKL, Regularizer
 from spo.sampling import SampleBuffer, derive_seed, eval_mode, sample
 from spo.schedules import Controller, Schedule

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any, Self
@@ -247,6 +248,22 @@ class Sequences(_Movable):
         """The chosen rows, cut to the longest of them (on an accelerator this waits for the device)."""
         length = self.length[index]
         return Sequences(self.input_ids[index, : int(length.max())], self.prompt_length[index], length)
+
+
+def pad_sequences(rows: SequenceABC[tuple[SequenceABC[int], SequenceABC[int]]], pad_token_id: int) -> Sequences:
+    """Return prompts with their completions as right-padded sequences.
+
+    Args:
+        rows: Token ids of the prompt and of the completion of each sequence.
+        pad_token_id: Token id that fills the right end.
+    """
+    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    width = max(lengths)
+    ids: list[int] = []
+    for length, (prompt, completion) in zip(lengths, rows, strict=True):
+        ids += [*prompt, *completion, *[pad_token_id] * (width - length)]
+    prompt_length = torch.tensor([len(prompt) for prompt, _ in rows])
+    return Sequences(_integers(ids).view(len(rows), width), prompt_length, torch.tensor(lengths))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from spo.config.plan import plan
 from spo.data import Completion, Dropped, Renderer, Row
 from spo.data.enumerable import EnumerableReward, EnumerableSource, Language, language_tokenizer
 from spo.errors import ConfigProblems
-from spo.ops import completion_logps
+from spo.forward.head import completion_logps
 from spo.stages.prepare import prepare_run
 from tests.commands import history, job, rows, shared_cache, spo
 from tests.helpers import sequences

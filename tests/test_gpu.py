@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from spo.forward.head import completion_logps
 from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SPOLoss
 from spo.models import FrozenReference
 from spo.module import AlignmentModule, ProbeSettings
-from spo.ops import completion_logps
 from spo.regularizers import GlobalKL
 from spo.sampling import sample
 from spo.sampling.static import decode

@@ -13,8 +13,9 @@ from torch import Tensor
 from benchmarks.kl_estimators import EOS, World, against_the_truth, flat_gradient, measure, without_baseline
 from spo.config.checks import problems, warnings
 from spo.config.compose import compose
+from spo.forward.head import completion_logits
 from spo.models import FrozenReference
-from spo.ops import KL_ESTIMATORS, KLEstimator, completion_logits
+from spo.ops import KL_ESTIMATORS, KLEstimator
 from spo.ops.logps import DeferredLogits
 from spo.regularizers import GlobalKL, NoRegularizer, Regularizer
 from spo.types import Sequences

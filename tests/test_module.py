@@ -28,10 +28,10 @@ from spo.callbacks.history import HistoryLogger
 from spo.data import TokenizedPair, datamodule
 from spo.data.collate import collate
 from spo.data.datamodule import PreferenceDataModule
+from spo.forward.head import completion_logits, completion_logps
 from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SFTLoss, SPOLoss
 from spo.models import FrozenReference, NoReference
 from spo.module import ProbeSettings
-from spo.ops import completion_logits, completion_logps
 from spo.regularizers import GlobalKL, LocalKL, NoRegularizer, Regularizer
 from spo.types import PreferenceBatch
 from tests.helpers import (

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import spo.forward.packing as packing
 import spo.forward.speed as speed
+from spo.forward.head import completion_logits
 from spo.forward.packing import BACK_ENDS, enable_packing
 from spo.forward.speed import Speed
-from spo.ops import completion_logits, completion_targets, token_logps
+from spo.ops import completion_targets, token_logps
 from spo.types import Group, Groups, Sequences
 from tests.helpers import FAST, PLAIN, VOCAB, random_rows, sequences, tiny_llama
 from tests.test_ops import ARCHITECTURES, _config, build, gradients

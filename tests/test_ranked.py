@@ -17,9 +17,9 @@ from spo.config.plan import plan
 from spo.data import DataError, Dropped, NoPreference, RankedFileSource, Renderer, Row, RowError, TokenizedPair
 from spo.data.collate import collate
 from spo.errors import ConfigProblems
+from spo.forward.head import completion_logps
 from spo.losses import DPOLoss, ListLoss, PreferenceLoss, SFTLoss, SPOBestOfNLoss, SPOLoss, SPORankedLoss, as_loss
 from spo.models import FrozenReference
-from spo.ops import completion_logps
 from spo.regularizers import LocalKL
 from spo.types import ListLogps, PairLogps, PreferenceBatch
 from tests.commands import TINY, history, job, shared_cache

@@ -25,11 +25,11 @@ from spo.callbacks import Checkpoint
 from spo.data import DataError, PreparedPairs, TokenizedPair
 from spo.data.collate import collate
 from spo.data.logps_store import LogpsStore, sequence_key
+from spo.forward.head import completion_logps
 from spo.forward.packing import enable_packing
 from spo.forward.speed import Speed
 from spo.losses import DPOLoss
 from spo.models import CachedReference, FrozenReference, PrecomputedReference
-from spo.ops import completion_logps
 from spo.stages.prepare import Prepared
 from spo.stages.reference_logps import cut, logps_store, precomputed_logps
 from tests.helpers import (

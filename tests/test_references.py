@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spo.callbacks import Checkpoint
 from spo.data.collate import collate
+from spo.forward.head import completion_logps
 from spo.losses import DPOLoss
 from spo.models import (
     AdapterOffReference,
@@ -23,7 +24,6 @@ from spo.models import (
     PrecomputedReference,
 )
 from spo.models.policy import folder_digest, save_policy
-from spo.ops import completion_logps
 from tests.helpers import (
     PAD,
     Spied,

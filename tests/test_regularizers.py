@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spo.ops import completion_logits, completion_logps
+from spo.forward.head import completion_logits, completion_logps
 from spo.regularizers import GlobalKL, LocalKL, NoRegularizer, Regularizer
 from spo.types import Sequences
 from tests.helpers import every_completion, frozen, random_rows, sequences, tiny_llama

@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
+from spo.forward.head import completion_logps
 from spo.models import tabular
-from spo.ops import completion_logps
 from spo.sampling import SampleBuffer, derive_seed, generate, sample, static
 from spo.sampling.draw import next_tokens
 from spo.types import Sequences

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from spo.data.logps_store import sequence_key
 from spo.data.rendering import TokenizedPair
-from spo.types import PreferenceBatch, Sequences
+from spo.types import PreferenceBatch, Sequences, pad_sequences
 
 
 def collate(
@@ -57,16 +56,6 @@ def collate(
         completions=torch.tensor(completions),
         keys=[sequence_key(*row) for row in seen],
     )
-
-
-def pad_sequences(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int) -> Sequences:
-    """Prompts with their completions as right-padded sequences."""
-    length = [len(prompt) + len(completion) for prompt, completion in rows]
-    input_ids = np.full((len(rows), max(length)), pad_token_id)
-    for ids, end, (prompt, completion) in zip(input_ids, length, rows, strict=True):
-        ids[:end] = [*prompt, *completion]
-    prompt_length = torch.tensor([len(prompt) for prompt, _ in rows])
-    return Sequences(torch.from_numpy(input_ids), prompt_length, torch.tensor(length))
 
 
 def _per_sequence(values: Tensor, completions: list[list[int]]) -> Tensor:

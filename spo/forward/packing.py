@@ -23,10 +23,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from spo.data.collate import pad_sequences
-from spo.ops import base_model, completion_logits, completion_targets, token_logps
-from spo.ops.logps import NO_MASK
-from spo.types import Group, Groups
+from spo.forward.head import NO_MASK, base_model, completion_logits
+from spo.ops import completion_targets, token_logps
+from spo.types import Group, Groups, pad_sequences
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
 """Nats per token by which packed and padded log-probs may differ: rounding, in another order.

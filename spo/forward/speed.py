@@ -9,8 +9,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from spo.forward.head import can_defer, completion_logits
 from spo.forward.packing import enable_packing
-from spo.ops import can_defer, completion_logits, completion_targets, sum_per_sequence, token_logps
+from spo.ops import completion_targets, sum_per_sequence, token_logps
 from spo.ops.logps import Logits
 from spo.types import Sequences
 
@@ -65,7 +66,7 @@ class Speed:
         return sequences.pack(self.share_prompts) if self.packs else sequences
 
     def logits(self, model: nn.Module, sequences: Sequences) -> Logits:
-        """``(M, V)`` see :func:`spo.ops.completion_logits`."""
+        """``(M, V)`` see :func:`spo.forward.head.completion_logits`."""
         return completion_logits(model, sequences, completion_only=self.completion_only, max_logits=self.max_logits)
 
     def logps(self, model: nn.Module, sequences: Sequences) -> Tensor:

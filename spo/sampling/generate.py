@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from spo.ops import base_model
+from spo.forward.head import base_model
 from spo.sampling import static
 from spo.sampling.draw import next_tokens, uniform_numbers
 from spo.types import Sequences

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from spo.ops import base_model
+from spo.forward.head import base_model
 from spo.sampling.draw import next_tokens
 
 TOKENS_BETWEEN_CHECKS = 16

@@ -15,7 +15,6 @@ from rich.progress import track
 from torch import Tensor
 
 from spo.data import DataError, TokenizedPair
-from spo.data.collate import pad_sequences
 from spo.data.logps_store import LogpsStore, sequence_key
 from spo.forward.speed import Speed
 from spo.models import PrecomputedReference
@@ -23,6 +22,7 @@ from spo.models.policy import folder_digest
 from spo.records.cache import digest
 from spo.runs.rundir import code_version
 from spo.stages.prepare import Prepared, eval_device
+from spo.types import pad_sequences
 
 log = logging.getLogger(__name__)
 CODE = ("types.py", "ops", "models", "forward", "data/collate.py", "data/logps_store.py", "stages/reference_logps.py")

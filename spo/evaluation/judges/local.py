@@ -21,8 +21,8 @@ from spo.errors import JudgeError
 from spo.evaluation.judges.base import Comparison, progress
 from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, question
 from spo.evaluation.judges.reward import RewardJudge
+from spo.forward.head import completion_logits
 from spo.models.policy import folder_digest
-from spo.ops import completion_logits
 from spo.ops.logps import at_least_float32
 from spo.types import Sequences
 
