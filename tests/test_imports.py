@@ -19,7 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Each part of the package may import from the layers below its own, and from itself.
 LAYERS = [
     {"_old_names", "errors", "wording"},
-    {"types", "resources", "seeds", "records"},
+    {"types", "resources", "seeds", "batching", "records"},
     {"ops"},
     {"forward"},
     {"losses", "regularizers", "schedules"},

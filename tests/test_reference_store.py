@@ -31,7 +31,7 @@ from spo.forward.speed import Speed
 from spo.losses import DPOLoss
 from spo.models import CachedReference, FrozenReference, PrecomputedReference
 from spo.stages.prepare import Prepared
-from spo.stages.reference_logps import cut, logps_store, precomputed_logps
+from spo.stages.reference_logps import cut_into_batches, logps_store, precomputed_logps
 from tests.helpers import (
     FAST,
     PAD,
@@ -244,7 +244,7 @@ Ids = st.lists(st.integers(0, 2), min_size=1, max_size=7).map(tuple)
     speed=st.sampled_from([PLAIN, FAST, replace(FAST, share_prompts=False)]),
 )
 def test_batches_keep_prompts_together_within_the_budget(rows: list[Any], budget: int, speed: Speed) -> None:
-    batches = list(cut(rows, budget, speed))
+    batches = list(cut_into_batches(rows, budget, speed))
     assert sorted(row for batch in batches for row in batch) == sorted(rows)
     for batch in batches:
         laid_out = replace(speed, probed=True).arrange(sequences(batch))
@@ -274,7 +274,7 @@ def test_the_pass_computes_what_the_model_gives(cfg: Any, model_folder: Path, tm
 def test_numbers_of_the_same_layout_are_the_same(model_folder: Path, tmp_path: Path) -> None:
     model = model_spec().start(model_folder)
     together = scored(tmp_path / "whole", prepared(model_folder, PAIRS, []), 10**6)[0]
-    [batch] = cut(rows_of(PAIRS), 10**6, PLAIN)
+    [batch] = cut_into_batches(rows_of(PAIRS), 10**6, PLAIN)
     values = dict(zip(batch, completion_logps(model, sequences(batch)), strict=True))
     expected = torch.stack([torch.stack([values[p.prompt_ids, c] for c in p.completions]) for p in PAIRS])
     torch.testing.assert_close(together["train"], expected, rtol=0, atol=1e-6)
@@ -379,7 +379,7 @@ def test_a_pass_that_is_killed_goes_on_where_it_stopped(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight, _ = scored(tmp_path / "straight", prepared(model_folder))
-    batches = list(cut(rows_of(PAIRS), BATCH_TOKENS, PLAIN))
+    batches = list(cut_into_batches(rows_of(PAIRS), BATCH_TOKENS, PLAIN))
     put = LogpsStore.put
 
     def killed() -> None:

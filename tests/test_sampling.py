@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
+from spo.batching import even_parts_by_length
 from spo.forward.head import completion_logps
 from spo.models import tabular
 from spo.sampling import SampleBuffer, derive_seed, generate, sample, static
@@ -419,11 +420,10 @@ def test_prompts_are_forwarded_a_few_at_a_time(architecture: str, monkeypatch: p
     assert parts > 4
 
 
-def test_rows_are_cut_evenly_and_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "MOST_TOKENS", 60)
-    assert generate._batches([5, 1, 5, 1, 5, 2, 5], 5) == [[1, 3, 5, 0], [2, 4, 6]]
-    assert generate._batches([70, 1], 5) == [[1], [0]]
-    assert generate._batches([3] * 4, 5) == [[0, 1, 2, 3]]
+def test_prompts_are_batched_evenly_by_length() -> None:
+    assert even_parts_by_length([5, 1, 5, 1, 5, 2, 5], 5, 60) == [[1, 3, 5, 0], [2, 4, 6]]
+    assert even_parts_by_length([70, 1], 5, 60) == [[1], [0]]
+    assert even_parts_by_length([3] * 4, 5, 60) == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("architecture", OTHERS)

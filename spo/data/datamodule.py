@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from spo.data.collate import collate
 from spo.data.rendering import TokenizedPair
 from spo.data.rows import DataError
-from spo.data.windows import Windows, cut
+from spo.data.windows import Windows, deal_micro_batches
 from spo.types import PreferenceBatch, Sequences, Window
 
 
@@ -106,7 +106,7 @@ class PreferenceDataModule(LightningDataModule):
             return []
         if len(self.selection) < trainer.world_size:
             raise DataError(f"{len(self.selection)} selection pairs cannot be dealt to {trainer.world_size} devices")
-        batches = cut(
+        batches = deal_micro_batches(
             *self._sizes(self.selection),
             trainer.global_rank,
             trainer.world_size,

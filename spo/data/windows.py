@@ -4,16 +4,15 @@ lengths of the pairs, on any number of devices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from spo.batching import even_batches, fewest_batches
+
 Indices = NDArray[np.int64]
-Item = tuple[int, int]
-"""Width and size of a pair: a batch has the width of its widest times the sum of the sizes in tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +31,7 @@ class Windows:
 
     Attributes:
         lengths: ``(P,)`` tokens of the longest sequence of each pair of the split, to which a batch is padded.
-        sizes: ``(P,)`` what a pair adds to a micro-batch, see :func:`cut`.
+        sizes: ``(P,)`` what a pair adds to a micro-batch, see :func:`deal_micro_batches`.
         padded: whether micro-batches are.
         batch_size: pairs of a window over all devices.
         seed: of the order.
@@ -65,11 +64,11 @@ class Windows:
         epoch, position = divmod(step, self.per_epoch)
         return _order(self, epoch)[position * self.batch_size : (position + 1) * self.batch_size]
 
-    def micro_batches(self, step: int, rank: int, most_pairs: int | None, most_tokens: int | None) -> list[Indices]:
-        """The pairs of one step on one device, in micro-batches (see `cut`)."""
+    def micro_batches(self, step: int, rank: int, max_pairs: int | None, max_tokens: int | None) -> list[Indices]:
+        """The pairs of one step on one device, in micro-batches (see :func:`deal_micro_batches`)."""
         window = self.window(step)
         sizes = self.lengths[window], self.sizes[window]
-        batches = cut(*sizes, self.padded, rank, self.world_size, most_pairs, most_tokens)
+        batches = deal_micro_batches(*sizes, self.padded, rank, self.world_size, max_pairs, max_tokens)
         return [window[batch] for batch in batches]
 
 
@@ -88,14 +87,14 @@ def _order(windows: Windows, epoch: int) -> Indices:
     return np.concatenate([generator.permutation(full).ravel(), order[whole:]])
 
 
-def cut(
+def deal_micro_batches(
     lengths: Indices,
     sizes: Indices,
     padded: bool,
     rank: int,
     world_size: int,
-    most_pairs: int | None,
-    most_tokens: int | None,
+    max_pairs: int | None,
+    max_tokens: int | None,
 ) -> list[Indices]:
     """Deals pairs to devices, the longest first, and returns this device's share in batches of similar lengths.
 
@@ -109,8 +108,8 @@ def cut(
         padded: whether a batch has its longest sequence's tokens for each of its sequences.
         rank: this device.
         world_size: devices.
-        most_pairs: of a batch; ``None`` for no limit.
-        most_tokens: of a batch, but for a pair that has more by itself; ``None`` for no limit.
+        max_pairs: of a batch; ``None`` for no limit.
+        max_tokens: of a batch, but for a pair that has more by itself; ``None`` for no limit.
 
     Returns:
         Positions of pairs.
@@ -119,51 +118,6 @@ def cut(
     widths = lengths if padded else np.ones_like(lengths)
     shares = [order[first::world_size] for first in range(world_size)]
     items = [list(zip(widths[share].tolist(), sizes[share].tolist(), strict=True)) for share in shares]
-    needed = max(fewest_batches(own, most_pairs, most_tokens) for own in items)
-    batches = even_batches(items[rank], min(needed, len(lengths) // world_size), most_pairs)
+    needed = max(fewest_batches(own, max_pairs, max_tokens) for own in items)
+    batches = even_batches(items[rank], min(needed, len(lengths) // world_size), max_pairs)
     return [shares[rank][batch] for batch in batches]
-
-
-def fewest_batches(items: Sequence[Item], most: int | None, most_tokens: int | None) -> int:
-    """How many batches of consecutive items it takes that none exceeds a limit.
-
-    Args:
-        items: the widest first.
-        most: items of a batch; ``None`` for no limit.
-        most_tokens: of a batch, but for an item that has more by itself; ``None`` for no limit.
-    """
-    return len(_runs(items, most, most_tokens))
-
-
-def even_batches(items: Sequence[Item], count: int, most: int | None) -> list[slice]:
-    """Cuts consecutive items into ``count`` batches so that the largest of several items has as few tokens as can be.
-
-    Args:
-        items: the widest first; there are at least ``count``.
-        count: of batches; with :func:`fewest_batches` or more, the limits hold.
-        most: items of a batch, where ``count`` allows it; ``None`` for no limit.
-    """
-    most = max(most or len(items), -(-len(items) // count))
-    low, high = 1, items[0][0] * sum(size for _, size in items)
-    while low < high:
-        middle = (low + high) // 2
-        if len(_runs(items, most, middle)) <= count:
-            high = middle
-        else:
-            low = middle + 1
-    return _runs(items, most, low, at_least=count)
-
-
-def _runs(items: Sequence[Item], most: int | None, most_tokens: int | None, at_least: int = 1) -> list[slice]:
-    """Consecutive items in batches, each begun only when the one before is full or others need what is left."""
-    runs: list[slice] = []
-    first = total = 0
-    for position, (_, size) in enumerate(items):
-        tokens = items[first][0] * (total + size)
-        full = position - first == most or (most_tokens is not None and tokens > most_tokens)
-        others_need_it = len(items) - position < at_least - len(runs)
-        if position > first and (full or others_need_it):
-            runs.append(slice(first, position))
-            first, total = position, 0
-        total += size
-    return [*runs, slice(first, len(items))]

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from spo.batching import by_length, split_by_tokens
 from spo.data import EvalPrompt
 from spo.evaluation.settings import EvaluationSettings
 from spo.forward.speed import Speed
 from spo.ops import completion_targets, sum_per_sequence, token_entropy, token_kl, token_logps
 from spo.ops.logps import at_least_float32, by_rows
-from spo.sampling import by_length, derive_seed, sample
+from spo.sampling import derive_seed, sample
 from spo.types import Sequences
 
 SCORED_TOKENS = 16384
@@ -64,7 +65,7 @@ def draw(
     wanted = [(prompt, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
     models = [model] if other is None else [model, other]
     rows: list[tuple[str, int, list[float]]] = [("", 0, [])] * len(wanted)
-    for places in by_length([prompt.ids for prompt, _ in wanted], settings.batch_size):
+    for places in by_length([len(prompt.ids) for prompt, _ in wanted], settings.batch_size):
         chunk = [wanted[place] for place in places]
         sequences = sample(
             model,
@@ -88,13 +89,8 @@ def draw(
 def _parts(sequences: Sequences) -> Iterator[Sequences]:
     """Neighbours, as many as :data:`SCORED_TOKENS` allows; on the host, where they are laid out."""
     sequences = sequences.to("cpu")
-    first = size = 0
-    for row, length in enumerate(sequences.length.tolist()):
-        if row > first and size + length > SCORED_TOKENS:
-            yield sequences.rows(slice(first, row))
-            first, size = row, 0
-        size += length
-    yield sequences.rows(slice(first, len(sequences)))
+    items = [(1, length) for length in sequences.length.tolist()]
+    return map(sequences.rows, split_by_tokens(items, max_tokens=SCORED_TOKENS))
 
 
 def _measured(models: Sequence[nn.Module], sequences: Sequences, speed: Speed, temperature: float) -> list[list[float]]:

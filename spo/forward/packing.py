@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from spo.batching import split_by_tokens
 from spo.forward.head import NO_MASK, base_model, completion_logits
 from spo.ops import completion_targets, token_logps
 from spo.types import Group, Groups, pad_sequences
@@ -111,7 +112,7 @@ def _calls(groups: Groups, device: torch.device) -> Iterator[_Call]:
     They are in the order of the row.
     """
     made = 0
-    for run in _together(groups.members, lambda group: group.length):
+    for run in _runs(groups.members, lambda group: group.length):
         [group, *others] = run
         length = sum(group.length for group in run)
         if not others and len(group.completions) == 1:
@@ -120,23 +121,17 @@ def _calls(groups: Groups, device: torch.device) -> Iterator[_Call]:
             calls = [_Call(length, (made,), _visible(run, device))]
         else:
             calls = [_Call(group.prompt, (made,), None)]
-            for lengths in _together(group.completions, int):
+            for lengths in _runs(group.completions, int):
                 mask = _visible([Group(group.prompt, tuple(lengths))], device)[group.prompt :]
                 calls.append(_Call(sum(lengths), (made, made + len(calls)), mask))
         made += len(calls)
         yield from calls
 
 
-def _together(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
-    """Consecutive items in runs of at most ``MAX_MASKED_TOKENS`` tokens; a longer item is a run of its own."""
-    run: list[T] = []
-    for item in items:
-        if run and sum(map(length, run)) + length(item) > MAX_MASKED_TOKENS:
-            yield run
-            run = []
-        run.append(item)
-    if run:
-        yield run
+def _runs(items: Sequence[T], length: Callable[[T], int]) -> Iterator[Sequence[T]]:
+    """Yield consecutive items in runs of at most ``MAX_MASKED_TOKENS`` tokens; a longer item is a run of its own."""
+    runs = split_by_tokens([(1, length(item)) for item in items], max_tokens=MAX_MASKED_TOKENS)
+    return (items[run] for run in runs)
 
 
 @torch.compiler.disable

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from spo.batching import even_parts_by_length
 from spo.forward.head import base_model
 from spo.sampling import static
 from spo.sampling.draw import next_tokens, uniform_numbers
@@ -156,7 +157,9 @@ def sample(
     # Shards are gathered by all ranks together, whose prompts are as many but not as long.
     whole = isinstance(model, FSDPModule)
     with eval_mode(model), _uncompiled(model):
-        for rows in [range(len(prompts))] if whole else _batches([*map(len, prompts)], max_new_tokens):
+        for rows in (
+            [range(len(prompts))] if whole else even_parts_by_length([*map(len, prompts)], max_new_tokens, MOST_TOKENS)
+        ):
             ids, mask = _left_padded([prompts[row] for row in rows], pad_token_id, device)
             index = torch.tensor(rows, device=device)
             drawn = decode(
@@ -174,12 +177,6 @@ def sample(
     return _right_padded(prompts, generated, completion_length, pad_token_id)
 
 
-def by_length(prompts: Seq[Seq[int]], most: int) -> list[list[int]]:
-    """The numbers of the prompts in parts of at most ``most``, short ones first: little padding within a part."""
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    return [order[first : first + most] for first in range(0, len(order), most)]
-
-
 def _is_static(model: nn.Module) -> bool:
     if reason := static.unsupported(model):
         _say(type(base_model(model)).__name__, reason)
@@ -189,17 +186,6 @@ def _is_static(model: nn.Module) -> bool:
 @cache
 def _say(model: str, reason: str) -> None:
     log.info("%s: sampled by Hugging Face's generate, not by speed.sampler=static: %s", model, reason)
-
-
-def _batches(lengths: Seq[int], room: int) -> list[list[int]]:
-    """Rows by length, in the fewest parts of about equal size that do not exceed :data:`MOST_TOKENS`."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for parts in range(1, len(order) + 1):
-        size = -(-len(order) // parts)
-        batches = [order[first : first + size] for first in range(0, len(order), size)]
-        if all(len(batch) * (lengths[batch[-1]] + room) <= MOST_TOKENS for batch in batches):
-            break
-    return batches
 
 
 def _right_padded(prompts: Seq[Seq[int]], generated: Tensor, completion_length: Tensor, pad: int) -> Sequences:

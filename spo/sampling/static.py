@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from spo.batching import split_by_tokens
 from spo.forward.head import base_model
 from spo.sampling.draw import next_tokens
 
@@ -217,14 +218,9 @@ def decode(
 
 
 def _parts(lengths: list[int], width: int) -> Iterator[tuple[slice, int]]:
-    """Neighbouring rows to forward together, and where the longest of them starts."""
-    first, longest = 0, 0
-    for row, length in enumerate(lengths):
-        if row > first and (row + 1 - first) * max(longest, length) > PREFILL_TOKENS:
-            yield slice(first, row), width - longest
-            first, longest = row, 0
-        longest = max(longest, length)
-    yield slice(first, len(lengths)), width - longest
+    """Yield neighboring rows to forward together, and the place where the longest of them starts."""
+    for rows in split_by_tokens([(length, 1) for length in lengths], max_tokens=PREFILL_TOKENS):
+        yield rows, width - max(lengths[rows])
 
 
 def _closed_up(ended: list[bool], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
+from spo.batching import by_length
 from spo.callbacks import Progress
 from spo.data import (
     Completion,
@@ -44,13 +45,14 @@ from spo.module import AlignmentModule, Prompts
 from spo.records.cache import cached, path_digest
 from spo.regularizers import NoRegularizer
 from spo.runs.rundir import code_version
-from spo.sampling import by_length, derive_seed, sample
+from spo.sampling import derive_seed, sample
 from spo.schedules import Constant
 
 log = logging.getLogger(__name__)
 PROMPTS_PER_BATCH = 512
 CODE = (
     "types.py",
+    "batching.py",
     "ops",
     "data",
     "models",
@@ -341,7 +343,7 @@ def _complete(
     ids = [renderer.prompt_ids(prompt) for prompt in prompts for _ in range(n)]
     seeds = [derive_seed("pairs", cfg.data.seed, prompt, i) for prompt in prompts for i in range(n)]
     drawn: dict[int, Completion] = {}
-    for rows in track(by_length(ids, PROMPTS_PER_BATCH), "sampling pairs", transient=True):
+    for rows in track(by_length([*map(len, ids)], PROMPTS_PER_BATCH), "sampling pairs", transient=True):
         sequences = sample(
             model,
             [ids[row] for row in rows],

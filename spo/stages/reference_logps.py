@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from omegaconf import DictConfig
 from rich.progress import track
 from torch import Tensor
 
+from spo.batching import Item, chunks, split_by_tokens
 from spo.data import DataError, TokenizedPair
 from spo.data.logps_store import LogpsStore, sequence_key
 from spo.forward.speed import Speed
@@ -25,7 +27,16 @@ from spo.stages.prepare import Prepared, eval_device
 from spo.types import pad_sequences
 
 log = logging.getLogger(__name__)
-CODE = ("types.py", "ops", "models", "forward", "data/collate.py", "data/logps_store.py", "stages/reference_logps.py")
+CODE = (
+    "types.py",
+    "batching.py",
+    "ops",
+    "models",
+    "forward",
+    "data/collate.py",
+    "data/logps_store.py",
+    "stages/reference_logps.py",
+)
 """What a stored log-prob follows from: another change of the package leaves it valid."""
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of a completion."""
@@ -112,13 +123,13 @@ def fill(
 ) -> None:
     """Scores sequences and writes them down batch by batch."""
     device = next(model.parameters()).device
-    batches = list(cut(rows, batch_tokens, speed))
+    batches = list(cut_into_batches(rows, batch_tokens, speed))
     for batch in track(batches, "reference log-probs", transient=True):
         sequences = speed.arrange(pad_sequences(batch, pad_token_id)).to(device)
         store.put([sequence_key(*row) for row in batch], speed.logps(model, sequences))
 
 
-def cut(rows: Sequence[Row], batch_tokens: int, speed: Speed) -> Iterator[list[Row]]:
+def cut_into_batches(rows: Sequence[Row], batch_tokens: int, speed: Speed) -> Iterator[list[Row]]:
     """Sequences in batches of at most ``batch_tokens`` tokens, as they are laid out.
 
     The completions of a prompt stay together. The longest sequences come first, which leaves little padding, and shows
@@ -128,28 +139,20 @@ def cut(rows: Sequence[Row], batch_tokens: int, speed: Speed) -> Iterator[list[R
     for prompt, completion in sorted(rows, key=lambda row: len(row[1]), reverse=True):
         completions.setdefault(prompt, []).append(completion)
     longest = {prompt: len(prompt) + len(found[0]) for prompt, found in completions.items()}
-    shared = speed.packing and speed.share_prompts
 
-    def tokens(group: list[Row], width: int) -> int:
-        if not speed.packing:
-            return len(group) * width
-        prompts = group[:1] if shared else group
+    def packed_tokens(group: list[Row]) -> int:
+        prompts = group[:1] if speed.share_prompts else group
         return sum(len(prompt) for prompt, _ in prompts) + sum(len(completion) for _, completion in group)
 
-    batch: list[Row] = []
-    width = size = 0
+    groups: list[list[Row]] = []
+    items: list[Item] = []
     for prompt in sorted(completions, key=longest.__getitem__, reverse=True):
-        most = max(batch_tokens // longest[prompt], 1)
-        for first in range(0, len(completions[prompt]), most):
-            group = [(prompt, completion) for completion in completions[prompt][first : first + most]]
-            if batch and size + tokens(group, width) > batch_tokens:
-                yield batch
-                batch, size = [], 0
-            width = width if batch else longest[prompt]
-            batch += group
-            size += tokens(group, width)
-    if batch:
-        yield batch
+        for part in chunks(completions[prompt], max(batch_tokens // longest[prompt], 1)):
+            group = [(prompt, completion) for completion in part]
+            groups.append(group)
+            items.append((1, packed_tokens(group)) if speed.packing else (longest[prompt], len(group)))
+    for batch in split_by_tokens(items, max_tokens=batch_tokens):
+        yield list(chain.from_iterable(groups[batch]))
 
 
 def _rows(pair: TokenizedPair) -> list[Row]:

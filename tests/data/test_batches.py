@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from spo.batching import even_batches, fewest_batches
 from spo.data import DataError, TokenizedPair
 from spo.data.collate import collate
 from spo.data.datamodule import PreferenceDataModule, pair_tokens
-from spo.data.windows import Windows, cut, even_batches, fewest_batches
+from spo.data.windows import Windows, deal_micro_batches
 from spo.forward.speed import Speed
 from spo.types import PreferenceBatch, Window
 from tests.helpers import FAST, PLAIN
@@ -206,7 +207,7 @@ def test_a_grouped_window_s_mean_is_the_data_s_in_expectation() -> None:
 
 def test_cut_by_hand() -> None:
     def cuts(lengths: list[int], rank: int, world: int, *most: int | None) -> list[list[int]]:
-        return [b.tolist() for b in cut(np.array(lengths), np.array(lengths), False, rank, world, *most)]
+        return [b.tolist() for b in deal_micro_batches(np.array(lengths), np.array(lengths), False, rank, world, *most)]
 
     assert cuts([5, 5, 5, 5, 5], 0, 2, 1, None) == [[0, 2], [4]]  # as many batches as the other device
     assert cuts([5, 5, 5, 5, 5], 1, 2, 1, None) == [[1], [3]]
