@@ -16,7 +16,7 @@ from spo.errors import ConfigProblems, UserError
 from spo.records.digests import code_version
 from spo.runs.claim import Status, claim, finish
 from spo.runs.identity import differences, identity
-from spo.runs.provenance import git_state, record_continuation
+from spo.runs.provenance import git_state, record_continuation, record_inputs
 from spo.runs.resume import resumed_config
 from spo.runs.saved_config import load_config, resolved
 from spo.runs.secrets import command_line
@@ -232,6 +232,29 @@ def test_provenance(tmp_path: Path) -> None:
     assert provenance["data"]["sha256"] == identity(cfg)["data"]
     assert {"torch", "lightning", "transformers"} <= provenance["versions"].keys()
     assert {"git_sha", "git_dirty", "command", "python", "code"} <= provenance.keys()
+
+
+def test_inputs_that_change_between_the_steps_of_a_run_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    claimed(tmp_path)
+    first = {"reference_sha256": "a", "pairs_sha256": "b"}
+    second = {**first, "pairs_sha256": "c"}
+    record_inputs(tmp_path, first)
+    record_inputs(tmp_path, first, step=3)
+    record_inputs(tmp_path, {**first, "reference_sha256": "z"})  # the run starts again: nothing has seen the others
+    record_inputs(tmp_path, first)
+    assert "earlier_inputs" not in json.loads((tmp_path / "provenance.json").read_text())
+    assert capsys.readouterr().err == ""
+    record_inputs(tmp_path, second, step=3)
+    record_inputs(tmp_path, second, step=4)
+    [note] = capsys.readouterr().err.splitlines()
+    assert note.startswith(
+        "note: the preference pairs of this run were made again and differ from those of its first 3"
+    )
+    provenance = json.loads((tmp_path / "provenance.json").read_text())
+    assert provenance["inputs"] == second and provenance["earlier_inputs"] == [{**first, "until_step": 3}]
+    assert provenance["command"] and provenance["identity"]
 
 
 def test_git_state(tmp_path: Path) -> None:
