@@ -24,7 +24,8 @@ from spo.config.compose import compose
 from spo.data import FileSource, HHSource, Row, TokenizedPair
 from spo.errors import UserError
 from spo.models.tiny import BOS, EOS, PAD
-from spo.records.cache import cached, path_digest
+from spo.records.cache import cached
+from spo.records.digests import path_digest
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.train import Parts, assemble
 from spo.types import Window

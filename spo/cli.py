@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from spo.config.plan import Plan
-    from spo.runs.ledger import Entry
+    from spo.records.sweep import SweepJob
 
 ATTEMPTS = 3
 """How often a multirun is started where its launcher does not survive the death of a process."""
@@ -115,7 +115,7 @@ def _train(arguments: list[str]) -> int:
 
     from spo.config.checks import warnings
     from spo.config.plan import plan
-    from spo.runs.rundir import is_first_process
+    from spo.runs.processes import is_first_process
 
     runs = flags.cfg is None
     planned = plan(flags.overrides, multirun=flags.multirun, config_dir=flags.config_dir, complete=runs)
@@ -132,8 +132,10 @@ def _train(arguments: list[str]) -> int:
 def _sweep(hydra_flags: Sequence[str], planned: Plan) -> int:
     """Runs the jobs of a multirun, goes on where one of its processes dies, and says what became of each."""
     from spo.errors import UserError, error_line, user_message
-    from spo.runs.ledger import Ledger, show
-    from spo.runs.rundir import SWEEP_VARIABLE, command_line
+    from spo.pages.sweep_table import print_sweep
+    from spo.runs.ledger import Ledger
+    from spo.runs.processes import SWEEP_VARIABLE
+    from spo.runs.secrets import command_line
 
     ledger, jobs = Ledger(planned.sweep_dir), planned.named_jobs()
     entries = ledger.begin(command_line(sys.argv), jobs, rerun=any(job.cfg.rerun for job in planned.jobs))
@@ -165,11 +167,11 @@ def _sweep(hydra_flags: Sequence[str], planned: Plan) -> int:
         del os.environ[SWEEP_VARIABLE]
         entries = ledger.settle(entries if planned.complete else ledger.entries(), died)
         if planned.complete:
-            show(entries, planned.sweep_dir)
+            print_sweep(entries, planned.sweep_dir)
     return 0 if all(entry.status == "finished" for entry in entries) else 1
 
 
-def _notes(entries: Sequence[Entry]) -> Iterator[str]:
+def _notes(entries: Sequence[SweepJob]) -> Iterator[str]:
     different = {entry.directory for entry in entries}
     if len(different) < len(entries):
         words = f"{len(entries)} jobs are {len(different)} different runs"
@@ -228,7 +230,7 @@ def _job(cfg: DictConfig) -> Any:
 
 def _only_job(cfg: DictConfig) -> Any:
     """The run of this process; where it is a sweep's, the sweep is told why it failed."""
-    from spo.runs.rundir import is_first_process, sweep_dir
+    from spo.runs.processes import is_first_process, sweep_dir
 
     try:
         return _job(cfg)
@@ -251,7 +253,7 @@ def _multirun_job(cfg: DictConfig, config_dir: str | None) -> Any:
 
     from spo.errors import error_line, user_message
     from spo.runs.ledger import Ledger
-    from spo.runs.rundir import is_first_process
+    from spo.runs.processes import is_first_process
 
     if not is_first_process():
         return _job(cfg)
@@ -307,8 +309,8 @@ def _job_in_own_process(config_dir: str | None) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from spo.errors import UserError
+    from spo.runs.claim import write_failure
     from spo.runs.ledger import Ledger
-    from spo.runs.rundir import write_failure
 
     job = HydraConfig.get()
     overrides, run_dir = list(job.overrides.task), Path(job.runtime.output_dir)

@@ -96,7 +96,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["report", "nowhere"], 1, "nowhere"),
         (["inspect", "--limit", "x"], 2, "usage: spo inspect"),
         (["train", "--resume"], 2, "usage: spo train --resume RUN_DIR"),
-        (["train", "--resume", "nowhere"], 1, "nowhere is no run directory of spo"),
+        (["train", "--resume", "nowhere"], 1, "nowhere is not a run directory of spo"),
         (["train", "--config-dir", "nowhere"], 1, "--config-dir nowhere: there is no such folder"),
         (["train", "method=dop", "seed=x"], 1, "did you mean dpo?"),
         (["train", "alpha=0"], 1, "alpha=0: 0 is no positive, finite number"),

@@ -28,7 +28,7 @@ from spo import cli
 from spo.config.compose import compose
 from spo.evaluation.judges import JudgeError
 from spo.module import AlignmentModule
-from spo.runs.rundir import resumed_config
+from spo.runs.resume import resumed_config
 from spo.stages.prepare import prepare_run
 from tests.commands import (
     TINY,

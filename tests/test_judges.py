@@ -48,7 +48,7 @@ from spo.evaluation.judges import (
 )
 from spo.evaluation.judges.http import Pace
 from spo.evaluation.judges.pairwise import VerdictStore, question
-from spo.runs.rundir import identity
+from spo.runs.identity import identity
 from tests.commands import environment, job, rows, shared_cache, spo
 from tests.endpoint import Endpoint, Reply, serving
 from tests.helpers import BOS, EOS, PAD, VOCAB, tiny_llama, tiny_tokenizer
@@ -261,7 +261,7 @@ def test_several_processes_write_one_file(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_cache(tmp_path: Path) -> None:
     (tmp_path / "verdicts.sqlite").write_text("something else, and long enough to be read as a database header" * 30)
-    with pytest.raises(JudgeError, match=r"verdicts\.sqlite cannot be used .* move it away"):
+    with pytest.raises(JudgeError, match=r"verdicts\.sqlite cannot be read or written .* set judge\.cache"):
         Fake(tmp_path, lambda _: 1.0).verdicts(comparisons(1))
 
 

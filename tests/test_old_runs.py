@@ -151,7 +151,7 @@ def test_the_same_command_refuses_other_code(name: str, tmp_path: Path, capsys: 
 
 
 def _code_of_now() -> str:
-    return str(resolve_name("spo.runs.rundir.code_version")())
+    return str(resolve_name("spo.records.digests.code_version")())
 
 
 # --- names ---------------------------------------------------------------------------------------------------------

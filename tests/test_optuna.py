@@ -21,9 +21,9 @@ from spo import cli
 from spo.config.compose import compose, composer, parse
 from spo.config.search_space import Space
 from spo.errors import UserError
+from spo.records.files import write_json
 from spo.runs.ledger import Ledger
 from spo.runs.optuna_sweeper import OptunaSweeper
-from spo.runs.rundir import write_json
 from tests.commands import history, numbers, shared_cache, spo
 from tests.test_sweeps import FAST, STEPS, start, until
 

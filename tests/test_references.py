@@ -23,7 +23,8 @@ from spo.models import (
     NoReference,
     PrecomputedReference,
 )
-from spo.models.policy import folder_digest, save_policy
+from spo.models.policy import save_policy
+from spo.records.digests import model_digest
 from tests.helpers import (
     PAD,
     Spied,
@@ -296,16 +297,16 @@ def test_a_policy_saves_whatever_its_folder_s_generation_config_says(folder: Pat
 
 
 def test_the_digest_of_a_folder_sees_weights_config_and_tokenizer(folder: Path, tmp_path: Path) -> None:
-    first = folder_digest(folder)
-    assert first == folder_digest(str(folder))
+    first = model_digest(folder)
+    assert first == model_digest(str(folder))
     seen = {first}
     (folder / "notes.md").write_text("no part of the model")
-    assert folder_digest(folder) == first
+    assert model_digest(folder) == first
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         file = folder / name
         content = file.read_bytes()
         file.write_bytes(content[:-1] + b" ")
-        seen.add(folder_digest(folder))
+        seen.add(model_digest(folder))
         file.write_bytes(content)
-    assert len(seen) == 4 and folder_digest(folder) == first
-    assert folder_digest("some/hub-name") != folder_digest("another/hub-name")
+    assert len(seen) == 4 and model_digest(folder) == first
+    assert model_digest("some/hub-name") != model_digest("another/hub-name")

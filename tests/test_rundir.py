@@ -13,20 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from spo.config.compose import compose
 from spo.errors import ConfigProblems, UserError
-from spo.runs.rundir import (
-    Status,
-    claim,
-    code_version,
-    command_line,
-    differences,
-    finish,
-    git_state,
-    identity,
-    load_config,
-    record_continuation,
-    resolved,
-    resumed_config,
-)
+from spo.records.digests import code_version
+from spo.runs.claim import Status, claim, finish
+from spo.runs.identity import differences, identity
+from spo.runs.provenance import git_state, record_continuation, record_inputs
+from spo.runs.resume import resumed_config
+from spo.runs.saved_config import load_config, resolved
+from spo.runs.secrets import command_line
 from spo.stages.evaluate import _changed
 
 
@@ -74,7 +67,7 @@ def test_another_run_is_refused_and_every_difference_named(tmp_path: Path) -> No
 def test_files_that_are_no_run_are_refused_but_hydras_log_is_none_of_them(tmp_path: Path) -> None:
     (tmp_path / "spo.log").touch()
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(UserError, match=r"no run of spo \(thesis.tex\)"):
+    with pytest.raises(UserError, match=r"do not belong to a run of spo \(thesis.tex\)"):
         claimed(tmp_path)
     (tmp_path / "thesis.tex").unlink()
     assert claimed(tmp_path) is Status.NEW
@@ -149,7 +142,8 @@ def test_only_an_explicit_resume_continues_with_other_code(
     with claim(tmp_path, cfg):
         pass
     for code, step in (("0.2.0+a", 3), ("0.2.0+a", 4), (code_version(), 5)):
-        monkeypatch.setattr("spo.runs.rundir.code_version", lambda code=code: code)
+        for module in ("identity", "provenance"):
+            monkeypatch.setattr(f"spo.runs.{module}.code_version", lambda code=code: code)
         if code == "0.2.0+a":
             with pytest.raises(UserError, match="holds another run"), claim(tmp_path, cfg):
                 pass
@@ -240,6 +234,29 @@ def test_provenance(tmp_path: Path) -> None:
     assert {"git_sha", "git_dirty", "command", "python", "code"} <= provenance.keys()
 
 
+def test_inputs_that_change_between_the_steps_of_a_run_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    claimed(tmp_path)
+    first = {"reference_sha256": "a", "pairs_sha256": "b"}
+    second = {**first, "pairs_sha256": "c"}
+    record_inputs(tmp_path, first)
+    record_inputs(tmp_path, first, step=3)
+    record_inputs(tmp_path, {**first, "reference_sha256": "z"})  # the run starts again: nothing has seen the others
+    record_inputs(tmp_path, first)
+    assert "earlier_inputs" not in json.loads((tmp_path / "provenance.json").read_text())
+    assert capsys.readouterr().err == ""
+    record_inputs(tmp_path, second, step=3)
+    record_inputs(tmp_path, second, step=4)
+    [note] = capsys.readouterr().err.splitlines()
+    assert note.startswith(
+        "note: the preference pairs of this run were made again and differ from those of its first 3"
+    )
+    provenance = json.loads((tmp_path / "provenance.json").read_text())
+    assert provenance["inputs"] == second and provenance["earlier_inputs"] == [{**first, "until_step": 3}]
+    assert provenance["command"] and provenance["identity"]
+
+
 def test_git_state(tmp_path: Path) -> None:
     assert git_state(tmp_path) is None
 
@@ -282,7 +299,7 @@ def test_a_resumed_run_may_change_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(ConfigProblems) as caught:
         resumed_config(tmp_path, ["seed=4", "method=dpo", "alpha=0.5", "trainer.max_steps=x", "logger.wandb.projekt=y"])
     text = str(caught.value)
-    for part in ("seed=4: a resumed run keeps", "method=dpo: a", "alpha=constant: a", "max_steps=x: must"):
+    for part in ("seed=4: a resumed run cannot", "method=dpo: a", "alpha=constant: a", "max_steps=x: must"):
         assert part in text
     assert "logger.wandb.projekt=y: unknown key; logger.wandb has" in text
     assert claimed(tmp_path) is Status.UNFINISHED
@@ -301,7 +318,7 @@ def test_until_it_is_finished_a_run_may_change_its_judge_and_evaluation(tmp_path
     with pytest.raises(UserError, match=r"judge\.margin: 0\.5 there, absent now"):
         claimed(tmp_path, *endpoint)
     finish(tmp_path, {"a": 1.0})
-    with pytest.raises(ConfigProblems, match=r"spo evaluate .* judge=gold evaluates it anew"):
+    with pytest.raises(ConfigProblems, match=r"spo evaluate .* judge=gold evaluates it again"):
         resumed_config(tmp_path, ["judge=gold"])
 
 

@@ -20,8 +20,9 @@ import torch
 from spo import cli
 from spo.config.compose import compose
 from spo.module import AlignmentModule
+from spo.runs.claim import Status, claim, finish, is_locked
 from spo.runs.ledger import Ledger
-from spo.runs.rundir import SWEEP_VARIABLE, Status, claim, finish, is_locked
+from spo.runs.processes import SWEEP_VARIABLE
 from spo.stages.train import last_checkpoint
 from tests.commands import TINY, entries, environment, history, job, numbers, shared_cache, spo
 

@@ -7,6 +7,8 @@ from typing import Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from spo.records import filenames
+
 
 class Checkpoint(ModelCheckpoint):
     """``last.ckpt`` and ``best.ckpt``, written at every validation; ``last.ckpt`` at the end of training too.
@@ -39,4 +41,4 @@ class Checkpoint(ModelCheckpoint):
         """Writes the final state where the last step was not one that validated."""
         super().on_train_end(trainer, pl_module)
         if trainer.global_step > self._last_global_step_saved:
-            trainer.save_checkpoint(f"{self.dirpath}/last.ckpt")
+            trainer.save_checkpoint(f"{self.dirpath}/{filenames.LAST_CHECKPOINT}")

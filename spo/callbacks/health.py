@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from spo.module import AlignmentModule
+from spo.records.files import write_json
 
 log = logging.getLogger(__name__)
 Numbers = Mapping[str, float]
@@ -167,7 +167,7 @@ class Health(Callback):
 
     def _write(self) -> None:
         if self.alarms:
-            self.path.write_text(json.dumps([asdict(alarm) for alarm in self.alarms], indent=2) + "\n")
+            write_json(self.path, [asdict(alarm) for alarm in self.alarms])
         else:
             self.path.unlink(missing_ok=True)
 

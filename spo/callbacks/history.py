@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from spo.records.files import parse_jsonl, write_text
+
 
 class HistoryLogger(Logger):
     """Appends to ``history.jsonl``. What is logged at the same step, by whatever part, shares a row.
@@ -38,9 +40,7 @@ class HistoryLogger(Logger):
             for row in kept:
                 self._note({key: value for key, value in row.items() if key != "step"})
             lines = [json.dumps(row) + "\n" for row in kept]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(lines))
-            temporary.replace(path)
+            write_text(path, "".join(lines))
             if kept and kept[-1]["step"] == resume_at:
                 self._row, self._written = kept[-1], dict(kept[-1])
                 lines.pop()
@@ -96,9 +96,8 @@ class HistoryLogger(Logger):
 
 def _readable_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # a process that was killed leaves half a last line
+    for _, row in parse_jsonl(path.read_text(encoding="utf-8")):
+        if row is None:  # A process that was killed leaves half a last line.
             break
+        rows.append(row)
     return rows

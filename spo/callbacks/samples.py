@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from spo.evaluation.completions import Draws, draw
 from spo.evaluation.judges import Judge
 from spo.forward.speed import Speed
 from spo.module import AlignmentModule
+from spo.records.files import read_jsonl, write_jsonl
 from spo.sampling import eval_mode
 
 log = logging.getLogger(__name__)
@@ -92,8 +92,6 @@ class ValidationSamples(Callback):
 
     def _write(self, samples: Sequence[dict[str, Any]], step: int) -> None:
         """Adds the rows of a step; those of a run that was interrupted after it are written again."""
-        rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        rows = read_jsonl(self.path) if self.path.exists() else []
         rows = [row for row in rows if row["step"] < step] + [{"step": step, **row} for row in samples]
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        unfinished.replace(self.path)
+        write_jsonl(self.path, rows)

@@ -13,46 +13,13 @@ from typing import Any
 import yaml
 
 from spo.errors import UserError
-from spo.records.run import RunRecord, load_yaml, read_run
+from spo.records import filenames
+from spo.records.files import flatten, load_yaml, read_json
+from spo.records.operational_keys import is_part_of_setting
+from spo.records.run import RunRecord, read_run
+from spo.records.sweep import read_jobs
 from spo.wording import finite
 
-IDENTITY, COMPOSED, METRICS, FAILURE, SWEEP = (
-    "identity.json",
-    "composed.yaml",
-    "metrics.json",
-    "failure.json",
-    "sweep.json",
-)
-OUTPUT = "comparison"  # folder of our own results inside a sweep directory
-# What a run is computed with, and not what is computed: no part of a setting.
-_WITH = (
-    "callbacks",
-    "data.eval_batch_size",
-    "data.micro_batch_size",
-    "data.micro_batch_tokens",
-    "data.num_workers",
-    "evaluation.against",
-    "evaluation.batch_size",
-    "evaluation.bootstrap_samples",
-    "evaluation.confidence",
-    "judge.batch_size",
-    "judge.cache",
-    "judge.concurrency",
-    "judge.device",
-    "judge.input_price",
-    "judge.max_retries",
-    "judge.output_price",
-    "judge.requests_per_minute",
-    "judge.timeout_s",
-    "launcher",
-    "speed",
-    "strategy",
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.enable_progress_bar",
-    "trainer.num_nodes",
-    "trainer.profiler",
-)
 _MOVED_ASIDE = re.compile(r"(.+)\.\d+")  # what `rerun=true` makes of an old run's directory
 
 
@@ -124,7 +91,9 @@ class Run:
     @cached_property
     def evaluations(self) -> list[RunRecord]:
         """Its own evaluation, and each ``spo evaluate`` that differs from it in no number but by its opponents."""
-        again = [read_run(file.parent) for file in sorted(self.path.glob("evaluations/*/samples.jsonl"))]
+        again = [
+            read_run(file.parent) for file in sorted(self.path.glob(f"{filenames.EVALUATIONS}/*/{filenames.SAMPLES}"))
+        ]
         return [self.record, *(one for one in again if _measured_with(one) == _measured_with(self.record))]
 
     def number(self, key: str) -> float | None:
@@ -186,7 +155,7 @@ def find_runs(paths: Sequence[Path]) -> Found:
         ledgers = list(_ledger_problems(path, directories))
         found.problems += ledgers
         if not directories and not ledgers:
-            problems.append(f"{path}: there is no run in it (a run has an {IDENTITY})")
+            problems.append(f"{path}: there is no run in it (a run has an {filenames.IDENTITY})")
     if problems:
         raise CannotCompare(
             problems, "Give the directory of a sweep, or those of runs: spo compare outputs/sweeps/NAME"
@@ -196,35 +165,33 @@ def find_runs(paths: Sequence[Path]) -> Found:
 
 
 def _run_directories(path: Path) -> Iterator[Path]:
-    if (path / IDENTITY).is_file():
+    if (path / filenames.IDENTITY).is_file():
         yield path
         return
     for child in sorted(path.iterdir()):
         aside = _MOVED_ASIDE.fullmatch(child.name)
-        if not child.is_dir() or child.name.startswith(".") or child.name == OUTPUT:
+        if not child.is_dir() or child.name.startswith(".") or child.name == filenames.COMPARISON:
             continue
-        if aside is not None and (path / aside[1] / IDENTITY).is_file():
+        if aside is not None and (path / aside[1] / filenames.IDENTITY).is_file():
             continue
         yield from _run_directories(child)
 
 
 def _ledger_problems(path: Path, directories: Sequence[Path]) -> Iterator[str]:
     """Jobs of a sweep that have not become a run."""
-    ledger = _json(path / SWEEP)
     known = {directory.resolve() for directory in directories}
-    for job in (ledger or {}).get("jobs", []):
-        done = job.get("status") == "finished" or job.get("same_as")
-        if not done and (path / str(job.get("directory"))).resolve() not in known:
-            words = job.get("error") or "it has not run"
-            yield f"the job {' '.join(map(str, job.get('overrides', [])))} is {job.get('status')}: {words}"
+    for job in read_jobs(path):
+        done = job.status == "finished" or job.same_as
+        if not done and (path / job.directory).resolve() not in known:
+            yield f"the job {' '.join(job.overrides)} is {job.status}: {job.error or 'it has not run'}"
 
 
 def _read(directory: Path) -> Run | str:
-    identity = _json(directory / IDENTITY)
+    identity = _json(directory / filenames.IDENTITY)
     if identity is None or not isinstance(identity.get("config"), dict) or "seed" not in identity["config"]:
-        return f"{directory.name}: its {IDENTITY} cannot be read"
+        return f"{directory.name}: its {filenames.IDENTITY} cannot be read"
     record = read_run(directory)
-    composed = _composed(directory / COMPOSED)
+    composed = _composed(directory / filenames.COMPOSED)
     of_seed = {key for key, text in composed.items() if "${seed}" in text} | {"seed"}
     config = identity["config"]
     return Run(
@@ -232,29 +199,25 @@ def _read(directory: Path) -> Run | str:
         identity=identity,
         record=record,
         seed=config["seed"],
-        setting={key: value for key, value in config.items() if key not in of_seed and not _is_with(key)},
+        setting={key: value for key, value in config.items() if key not in of_seed and is_part_of_setting(key)},
         follows=frozenset(key for key, text in composed.items() if text.startswith("${") and text.endswith("}")),
         failure=_failure(directory, record),
     )
-
-
-def _is_with(key: str) -> bool:
-    return any(key == part or key.startswith(f"{part}.") for part in _WITH)
 
 
 def _measured_with(record: RunRecord) -> dict[str, Any]:
     """What the numbers of an evaluation follow from, beside the policy."""
     return {
         key: value
-        for key, value in _flat(record.config)
-        if key.partition(".")[0] in ("data", "evaluation", "judge") and not _is_with(key)
+        for key, value in flatten(record.config).items()
+        if key.partition(".")[0] in ("data", "evaluation", "judge") and is_part_of_setting(key)
     }
 
 
 def _failure(directory: Path, record: RunRecord) -> str | None:
     if record.metrics is not None:
         return None
-    failure = _json(directory / FAILURE)
+    failure = _json(directory / filenames.FAILURE)
     if failure is not None:
         return f"failed: {failure.get('error', 'no reason was recorded')}"
     steps = [step for row in record.history if (step := finite(row.get("step"))) is not None]
@@ -264,23 +227,12 @@ def _failure(directory: Path, record: RunRecord) -> str | None:
 def _composed(file: Path) -> dict[str, str]:
     """The configuration with its references left in, flat; empty where it is missing."""
     try:
-        text = file.read_text(encoding="utf-8")
-        return {key: str(value) for key, value in _flat(load_yaml(text))}
+        composed = load_yaml(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return {}
-
-
-def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping):
-        for name, value in node.items():
-            yield from _flat(value, f"{prefix}.{name}" if prefix else str(name))
-    else:
-        yield prefix, node
+    return {key: str(value) for key, value in flatten(composed).items()} if isinstance(composed, Mapping) else {}
 
 
 def _json(file: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    value = read_json(file)
     return value if isinstance(value, dict) else None

@@ -26,6 +26,7 @@ from spo.config.nodes import (
     suggestion,
 )
 from spo.errors import ConfigProblems, JudgeError, missing_package
+from spo.records import filenames
 from spo.resources import conf_dir
 
 HINTS = {
@@ -461,10 +462,10 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
         )
     runs = [name for name in others if name != "chosen"]
     for run in runs:
-        if not (Path(run).expanduser() / "samples.jsonl").is_file():
+        if not (Path(run).expanduser() / filenames.SAMPLES).is_file():
             yield (
                 f"evaluation.against: {run} is neither reference nor chosen nor the directory of a run with samples "
-                f"(no samples.jsonl, seen from {Path.cwd()})"
+                f"(no {filenames.SAMPLES}, seen from {Path.cwd()})"
             )
     names = [Path(run).resolve().name for run in runs]
     for name in sorted({name for name in names if names.count(name) > 1 or name in ("reference", "chosen")}):

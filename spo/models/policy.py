@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+
+from spo.records import filenames
 
 Initial = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
@@ -149,28 +148,8 @@ def save_policy(
     The policy is not fit for training afterwards where it had an adapter.
     """
     if hasattr(policy, "peft_config"):
-        policy.save_pretrained(folder.parent / "adapter", selected_adapters=["default"])  # type: ignore[operator]
+        policy.save_pretrained(folder.parent / filenames.ADAPTER, selected_adapters=["default"])  # type: ignore[operator]
         policy.set_adapter("default")  # type: ignore[operator]
         policy = policy.merge_and_unload(adapter_names=["default"])  # type: ignore[operator]
     policy.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
-
-
-def folder_digest(path: str | Path) -> str:
-    """SHA-256 over the files of a model folder that decide what it computes: weights, configs and tokenizer."""
-    folder = Path(path)
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if file.suffix in {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}:
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    if not folder.is_dir():
-        # A hub name stands for the snapshot that is in the local cache: its folder is named after the commit.
-        try:
-            config = cached_file(str(path), "config.json")
-        except OSError:
-            config = None  # nowhere to be found: loading it will say so
-        snapshot = "" if config is None else Path(config).parent.name
-        digest.update(json.dumps([str(path), snapshot]).encode())
-    return digest.hexdigest()

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spo.metrics.catalogue import INTERVAL, label, unit
+from spo.records import filenames
 from spo.records.run import read_alarms
 from spo.wording import clean, finite, number, shorten, verdict_word, win_rate_in_words
 
@@ -64,7 +65,7 @@ def result_panel(metrics: dict[str, float], samples: list[dict[str, Any]], run_d
     for name, row in _chosen(samples):
         parts += [Text(), _sample(console, name, row)]
     console.print(Panel(Group(*parts), title=Text("result", "bold"), title_align="left", padding=(0, 1)))
-    for name, file in (("report", "report.html"), ("policy", "policy"), ("numbers", "metrics.json")):
+    for name, file in (("report", filenames.REPORT), ("policy", filenames.POLICY), ("numbers", filenames.METRICS)):
         if (run_dir / file).exists():  # printed outside the panel and unwrapped, so that a path can be copied
             console.print(_text(console, f"{name:8s} {run_dir / file}"), soft_wrap=True)
 

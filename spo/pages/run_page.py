@@ -14,6 +14,7 @@ from spo.metrics.catalogue import INTERVAL, UNITS, label, unit
 from spo.pages.charts import Panel, Series, histogram, interval_bar, line_chart
 from spo.pages.dashboard import Curves, Dashboard, load_spec, unit_of
 from spo.pages.selfcontained import write_selfcontained
+from spo.records import filenames
 from spo.records.run import RunRecord, read_run
 from spo.wording import clean, duration, finite, number, shorten, verdict_word, win_rate_in_words
 
@@ -45,7 +46,7 @@ def render_report(run_dir: Path, dashboard: Dashboard | None = None) -> Path:
     run = read_run(run_dir)
     groups, chart_data = _curves(run, dashboard or load_spec())
     return write_selfcontained(
-        run_dir / "report.html",
+        run_dir / filenames.REPORT,
         TEMPLATES / "report.html.j2",
         styles=[TEMPLATES / "report.css"],
         scripts=[TEMPLATES / "report.js"],

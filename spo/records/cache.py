@@ -1,8 +1,7 @@
-"""A content-addressed cache of folders: what is expensive to make and follows from what is known beforehand."""
+"""A content-addressed cache of folders: their content is expensive to make and follows from a key."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -13,47 +12,33 @@ from typing import Any
 
 from filelock import FileLock
 
+from spo.records.digests import digest, file_digest
+from spo.records.files import read_json
+
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
 
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON-like value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def path_digest(path: str | Path) -> str:
-    """SHA-256 over the names and bytes of a file, or of all files of a folder; of the name where neither exists."""
-    root, whole = Path(path).expanduser(), hashlib.sha256()
-    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
-    whole.update(b"" if files else str(path).encode())
-    for file in files:
-        whole.update(file.name.encode())
-        with file.open("rb") as stream:
-            whole.update(hashlib.file_digest(stream, "sha256").digest())
-    return whole.hexdigest()
-
-
 def cached(root: str | Path, kind: str, key: dict[str, Any], build: Callable[[Path], None]) -> Path:
-    """The folder that ``build`` fills, made once per key.
+    """Return the folder that ``build`` fills, built once per key.
 
-    It is built under a temporary name and renamed when complete, by one process at a time; the others wait for it.
-    A damaged entry (a file changed, cut or lost) is noticed by its digests and built again.
+    One process at a time builds it, under a temporary name, and renames it when it is complete; other processes wait.
+    Each call checks the digests of the files and rebuilds a damaged entry.
 
     Args:
-        root: of the cache.
-        kind: what is cached; a folder of its own.
-        key: everything the content follows from.
-        build: fills the empty folder it is given.
+        root: Folder of the cache.
+        kind: Kind of content, such as ``"sft"``; the name of a folder in the cache.
+        key: JSON-like values that determine the content.
+        build: Function that fills the empty folder that it receives.
 
     Returns:
-        The complete folder, absolute.
+        Absolute path of the complete folder.
     """
     folder = Path(root).resolve() / kind / digest(key)[:32]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if folder.exists():
-            if _intact(folder):
+            if _is_intact(folder):
                 return folder
             log.warning("the cached %s in %s is damaged: building it again", kind, folder)
             shutil.rmtree(folder)
@@ -71,12 +56,9 @@ def cached(root: str | Path, kind: str, key: dict[str, Any], build: Callable[[Pa
 
 def _file_digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {str(path.relative_to(folder)): file_digest(path) for path in files}
 
 
-def _intact(folder: Path) -> bool:
-    try:
-        recorded = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return recorded == _file_digests(folder)
+def _is_intact(folder: Path) -> bool:
+    manifest = read_json(folder / MANIFEST)
+    return isinstance(manifest, dict) and manifest.get("files") == _file_digests(folder)

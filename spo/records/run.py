@@ -11,9 +11,11 @@ from typing import Any
 
 import yaml
 
+from spo.records import filenames
+from spo.records.files import load_yaml, parse_jsonl, read_json
 from spo.wording import finite
 
-FILES = ("config.yaml", "metrics.json", "history.jsonl", "samples.jsonl", "provenance.json")
+FILES = (filenames.CONFIG, filenames.METRICS, filenames.HISTORY, filenames.SAMPLES, filenames.PROVENANCE)
 
 
 @dataclass
@@ -69,15 +71,6 @@ class RunRecord:
         return node
 
 
-def load_yaml(text: str) -> Any:
-    """Reads YAML of plain values; in C where that is built in, which is ten times faster.
-
-    Raises:
-        yaml.YAMLError: It is none.
-    """
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
 def read_run(run_dir: Path) -> RunRecord:
     """Reads every file of a run directory that is there.
 
@@ -92,16 +85,16 @@ def read_run(run_dir: Path) -> RunRecord:
     if not any((run_dir / name).is_file() for name in FILES):
         raise FileNotFoundError(f"{run_dir} is not a run directory: it holds none of {', '.join(FILES)}.")
     run = RunRecord(name=run_dir.resolve().name)
-    run.config_text = _text(run, run_dir / "config.yaml", "the config cannot be shown") or ""
+    run.config_text = _text(run, run_dir / filenames.CONFIG, "the config cannot be shown") or ""
     try:
         config = load_yaml(run.config_text)
         run.config = config if isinstance(config, dict) else {}
     except yaml.YAMLError as error:
         run.notes.append(f"config.yaml is not valid YAML ({str(error).splitlines()[0]}); it is shown as it is.")
-    run.metrics = _mapping(run, run_dir / "metrics.json", "the run has not finished, so there are no final numbers")
-    run.history = _rows(run, run_dir / "history.jsonl", "there are no curves")
-    run.samples = _rows(run, run_dir / "samples.jsonl", "there are no samples")
-    run.provenance = _mapping(run, run_dir / "provenance.json", "where the run came from is unknown") or {}
+    run.metrics = _mapping(run, run_dir / filenames.METRICS, "the run has not finished, so there are no final numbers")
+    run.history = _rows(run, run_dir / filenames.HISTORY, "there are no curves")
+    run.samples = _rows(run, run_dir / filenames.SAMPLES, "there are no samples")
+    run.provenance = _mapping(run, run_dir / filenames.PROVENANCE, "where the run came from is unknown") or {}
     run.alarms = read_alarms(run_dir)
     without_step = sum(finite(row.get("step")) is None for row in run.history)
     if without_step:
@@ -110,11 +103,10 @@ def read_run(run_dir: Path) -> RunRecord:
 
 
 def read_alarms(run_dir: Path) -> list[str]:
-    """Reads ``health.json``, which is there only where a limit was crossed."""
+    """Return the alarms of ``health.json``, which exists only where a limit was crossed."""
     try:
-        alarms = json.loads((run_dir / "health.json").read_text(encoding="utf-8"))
-        return [f"step {alarm['step']}: {alarm['words']}" for alarm in alarms]
-    except (OSError, ValueError, TypeError, KeyError):
+        return [f"step {alarm['step']}: {alarm['words']}" for alarm in read_json(run_dir / filenames.HEALTH) or []]
+    except (TypeError, KeyError):  # The file holds something else.
         return []
 
 
@@ -144,26 +136,14 @@ def _rows(run: RunRecord, path: Path, consequence: str) -> list[dict[str, Any]]:
     text = _text(run, path, consequence)
     if text is None:
         return []
-    rows: list[dict[str, Any]] = []
-    damaged: list[int] = []
-    lines = text.split("\n")
-    last = max((index for index, line in enumerate(lines) if line.strip()), default=-1)
-    for index, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        elif index == last:
-            run.notes.append(f"The last line of {path.name} (line {index + 1}) is cut off and was left out.")
-        else:
-            damaged.append(index + 1)
+    parsed = list(parse_jsonl(text))
+    damaged = [number for number, row in parsed if row is None]
+    if damaged and damaged[-1] == parsed[-1][0]:
+        # A process that was killed leaves half a last line.
+        run.notes.append(f"The last line of {path.name} (line {damaged.pop()}) is cut off and was skipped.")
     if damaged:
         first = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
-        run.notes.append(f"Damaged lines of {path.name} were left out: {len(damaged)} (line {first}).")
-    if last < 0:
+        run.notes.append(f"Damaged lines of {path.name} were skipped: {len(damaged)} (line {first}).")
+    if not parsed:
         run.notes.append(f"{path.name} is empty: {consequence}.")
-    return rows
+    return [row for _, row in parsed if row is not None]

@@ -21,8 +21,9 @@ from rich.text import Text
 
 from spo.config.coefficients import unused_coefficients
 from spo.errors import UserError
+from spo.records import filenames
+from spo.records.files import read_json, write_json
 from spo.runs.ledger import Ledger
-from spo.runs.rundir import METRICS, read_json, write_json
 from spo.seeds import derive_seed
 from spo.wording import finite
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     import optuna
 
 from spo.config.search_space import TARGET, Objective, Space
-
-RESULT, LOCK = "optimization.json", ".optuna.lock"
 
 
 def register() -> None:
@@ -112,7 +111,7 @@ class OptunaSweeper(Sweeper):
             sort_keys=True,
         )
         try:
-            lock = FileLock(self.directory / LOCK).acquire(timeout=0)
+            lock = FileLock(self.directory / filenames.OPTIMIZATION_LOCK).acquire(timeout=0)
         except Timeout:
             raise UserError(f"another process is at work on the search in {self.directory}: wait for it") from None
         with lock:
@@ -160,7 +159,7 @@ class OptunaSweeper(Sweeper):
             live.set_user_attr("error", (entry and entry.error) or "its process died")
             study.tell(live, state=optuna.trial.TrialState.FAIL)
             return
-        metrics = read_json(self.directory / entry.directory / METRICS) or {}
+        metrics = read_json(self.directory / entry.directory / filenames.METRICS) or {}
         wanted = [self.objective.metric, *self.objective.constraints]
         if missing := [name for name in wanted if finite(metrics.get(name)) is None]:
             known = ", ".join(sorted(name for name in metrics if name.startswith("val/")))
@@ -200,7 +199,9 @@ class OptunaSweeper(Sweeper):
             "direction": self.objective.direction,
             "constraints": dict(self.objective.constraints),
         }
-        write_json(self.directory / RESULT, {"objective": objective, "best": self._best(rows), "trials": rows})
+        write_json(
+            self.directory / filenames.OPTIMIZATION, {"objective": objective, "best": self._best(rows), "trials": rows}
+        )
 
     def _show(self, study: optuna.Study) -> None:
         rows = self._rows(study)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spo.comparison.compare import Comparison, compare
-from spo.comparison.runs import IDENTITY, OUTPUT, find_runs
+from spo.comparison.runs import find_runs
 from spo.pages.comparison_files import write_files
 from spo.pages.comparison_page import write_page
 from spo.pages.comparison_table import show
+from spo.records import filenames
 
 
 def compare_command(
@@ -47,5 +48,5 @@ def compare_command(
 
 def _beside(paths: Sequence[Path]) -> Path:
     """``comparison`` in the folder that holds all of the runs."""
-    folders = [path.resolve().parent if (path / IDENTITY).is_file() else path.resolve() for path in paths]
-    return Path(os.path.relpath(os.path.commonpath(folders))) / OUTPUT
+    folders = [path.resolve().parent if (path / filenames.IDENTITY).is_file() else path.resolve() for path in paths]
+    return Path(os.path.relpath(os.path.commonpath(folders))) / filenames.COMPARISON

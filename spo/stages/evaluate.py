@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,10 +29,12 @@ from spo.forward.speed import Speed
 from spo.losses import as_loss
 from spo.metrics.calibration import Calibration
 from spo.metrics.sums import SumsAndCounts
-from spo.models.policy import folder_digest
 from spo.pages.panels import result_panel
-from spo.records.cache import cached, digest
-from spo.runs.rundir import code_version, load_config, resolved, write_json
+from spo.records import filenames
+from spo.records.cache import cached
+from spo.records.digests import code_version, digest, model_digest
+from spo.records.files import read_json, read_jsonl, write_json, write_jsonl, write_text
+from spo.runs.saved_config import load_config, resolved
 from spo.stages.prepare import Prepared, eval_device, prepare_run
 from spo.stages.quiet import quiet_libraries
 
@@ -42,8 +43,9 @@ CHANGEABLE = ("data", "evaluation", "judge", "trainer.accelerator", "trainer.dev
 VAL = ("win_rate", "win_rate_ci_low", "win_rate_ci_high", "reward", "kl", "entropy")
 """What the final evaluation measures on the selection split, for choosing between settings."""
 DRAWN_WITH = ("samples_per_prompt", "max_new_tokens", "temperature", "seed")
-CODE = (
+CODE_DEPENDENCIES = (
     "types.py",
+    "batching.py",
     "ops",
     "models",
     "sampling",
@@ -52,7 +54,8 @@ CODE = (
     "data/rendering.py",
     "evaluation/completions.py",
 )
-"""What the kept completions follow from, beside models and prompts."""
+"""Files that cached completions follow from, beside models and prompts."""
+DRAWS = "draws.json"
 
 
 def evaluate_command(run_dir: Path, overrides: Sequence[str]) -> dict[str, float]:
@@ -75,17 +78,17 @@ def evaluate_command(run_dir: Path, overrides: Sequence[str]) -> dict[str, float
     own = load_config(run_dir)
     made_from = OmegaConf.create(OmegaConf.to_container(own, resolve=True))
     assert isinstance(made_from, DictConfig)
-    if not (run_dir / "policy" / "config.json").is_file():
+    if not (run_dir / filenames.POLICY / "config.json").is_file():
         raise UserError(f"{run_dir} has no policy yet: finish it with spo train --resume {run_dir}")
     cfg = _changed(own, overrides)
     check_config(cfg)
     prepared = prepare_run(cfg, model_from=made_from)
     evaluation = evaluate_run(cfg, prepared, run_dir)
-    folder = run_dir / "evaluations" / job_name(list(overrides))
+    folder = run_dir / filenames.EVALUATIONS / job_name(list(overrides))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolved(cfg))))
+    write_text(folder / filenames.CONFIG, OmegaConf.to_yaml(OmegaConf.create(resolved(cfg))))
     evaluation.write_samples(folder)
-    write_json(folder / "metrics.json", evaluation.metrics)
+    write_json(folder / filenames.METRICS, evaluation.metrics)
     result_panel(evaluation.metrics, evaluation.samples, folder)
     return evaluation.metrics
 
@@ -131,10 +134,9 @@ class RunEvaluation:
 
     def write_samples(self, folder: Path) -> None:
         """Writes ``samples.jsonl`` and, where the selection split was evaluated, ``samples.selection.jsonl``."""
-        for name, rows in (("samples.jsonl", self.samples), ("samples.selection.jsonl", self.selection_samples)):
+        for name, rows in ((filenames.SAMPLES, self.samples), (filenames.SELECTION_SAMPLES, self.selection_samples)):
             if rows:
-                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-                (folder / name).write_text("".join(lines))
+                write_jsonl(folder / name, rows)
 
 
 def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path, judge: Judge | None = None) -> RunEvaluation:
@@ -157,7 +159,7 @@ def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path, judge: Judg
         judge = instantiate(cfg.judge, _convert_="all")
     device = eval_device(cfg)
     # As nn.Module, because the `to` of PreTrainedModel is wrapped in a way that hides its arguments from type checkers.
-    saved: torch.nn.Module = prepared.spec.base(run_dir / "policy")
+    saved: torch.nn.Module = prepared.spec.base(run_dir / filenames.POLICY)
     policy = saved.requires_grad_(False).to(device)
     reference = prepared.spec.start(prepared.base).to(device)
     speed = Speed(**cfg.speed).resolve_for(policy, reference)
@@ -204,9 +206,9 @@ def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path, judge: Judg
 
 def _model_digests(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> dict[str, Any]:
     spec = prepared.spec
-    reference = [folder_digest(prepared.base), spec.adapter_path and folder_digest(spec.adapter_path)]
+    reference = [model_digest(prepared.base), spec.adapter_path and model_digest(spec.adapter_path)]
     shared = {"dtype": spec.dtype, "attn_implementation": spec.attn_implementation, "reference": reference}
-    return {"reference": shared, "policy": {**shared, "policy": folder_digest(run_dir / "policy")}}
+    return {"reference": shared, "policy": {**shared, "policy": model_digest(run_dir / filenames.POLICY)}}
 
 
 def _kept(
@@ -219,7 +221,7 @@ def _kept(
 ) -> Draws:
     """Completions from the cache, drawn for it where they are not there: another run has the same of the reference."""
     key = {
-        "code": code_version(*CODE),
+        "code": code_version(*CODE_DEPENDENCIES),
         "models": digests[stage],
         "stage": stage,
         "prompts": digest([[prompt.prompt_id, prompt.ids] for prompt in prompts]),
@@ -227,9 +229,9 @@ def _kept(
     }
 
     def write(folder: Path) -> None:
-        (folder / "draws.json").write_text(json.dumps(asdict(draw())))
+        write_json(folder / DRAWS, asdict(draw()), indent=None)
 
-    return Draws(**json.loads((cached(cfg.paths.cache, "draws", key, write) / "draws.json").read_text()))
+    return Draws(**read_json(cached(cfg.paths.cache, "draws", key, write) / DRAWS))
 
 
 def _opponents(
@@ -269,7 +271,7 @@ def _chosen(
 def _samples_of(
     folder: Path, settings: EvaluationSettings, prompts: Sequence[EvalPrompt]
 ) -> dict[tuple[str, int], tuple[str, int]]:
-    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    rows = read_jsonl(folder / filenames.SAMPLES)
     found = {(row["prompt_id"], row["sample_index"]): (row["completion"], row["tokens"]) for row in rows}
     wanted = [(prompt.prompt_id, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
     if absent := [one for one in wanted if one not in found]:
@@ -292,7 +294,7 @@ def _pair_metrics(
     speed: Speed,
 ) -> dict[str, float]:
     """Accuracy, margin and calibration of the method's implicit reward on the pairs of the test split."""
-    coefficients = json.loads((run_dir / "coefficients.json").read_text())
+    coefficients = read_json(run_dir / filenames.COEFFICIENTS)
     loss = as_loss(instantiate(cfg.method.loss, _convert_="all"))
     names = ("rewards/accuracies", "rewards/margins")
     metric, calibration = SumsAndCounts(names, over_ranks=False), Calibration(over_ranks=False)

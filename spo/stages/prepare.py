@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,17 +39,18 @@ from spo.data.splits import prepare
 from spo.forward.speed import Speed
 from spo.losses import SFTLoss
 from spo.models import ModelSpec, NoReference
-from spo.models.policy import folder_digest, save_policy
+from spo.models.policy import save_policy
 from spo.module import AlignmentModule, Prompts
-from spo.records.cache import cached, path_digest
+from spo.records.cache import cached
+from spo.records.digests import code_version, model_digest, path_digest
+from spo.records.files import read_json, read_jsonl, write_json, write_jsonl
 from spo.regularizers import NoRegularizer
-from spo.runs.rundir import code_version
 from spo.sampling import derive_seed, sample
 from spo.schedules import Constant
 
 log = logging.getLogger(__name__)
 PROMPTS_PER_BATCH = 512
-CODE = (
+CODE_DEPENDENCIES = (
     "types.py",
     "batching.py",
     "ops",
@@ -63,7 +63,8 @@ CODE = (
     "losses/sft.py",
     "stages/prepare.py",
 )
-"""What the cached results follow from: another change of the package leaves them valid."""
+"""Files that cached models and pairs follow from. A change elsewhere in the package leaves them valid."""
+ROWS, DROPPED = "rows.jsonl", "dropped.json"
 
 
 @dataclass(frozen=True)
@@ -206,9 +207,9 @@ def _reference_model(cfg: DictConfig, spec: ModelSpec, source: Source) -> str:
         assert spec.path is not None
         return spec.path
     key = {
-        "code": code_version(*CODE),
+        "code": code_version(*CODE_DEPENDENCIES),
         "initial": OmegaConf.to_container(cfg.model.initial, resolve=True) if cfg.model.initial else None,
-        "weights": None if spec.path is None else folder_digest(spec.path),
+        "weights": None if spec.path is None else model_digest(spec.path),
         "dtype": spec.dtype,
         "sft": OmegaConf.to_container(cfg.sft, resolve=True),
         "data": _data_key(cfg),
@@ -318,22 +319,20 @@ def _preference_rows(
         log.info("sampling the preference pairs from the reference model")
         model = spec.start(base).to(eval_device(cfg))
         rows = source.rows(partial(_complete, cfg, model, renderer))
-        lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in rows]
-        (folder / "rows.jsonl").write_text("".join(lines))
-        (folder / "dropped.json").write_text(json.dumps(getattr(source, "dropped", {})))
+        write_jsonl(folder / ROWS, map(dataclasses.asdict, rows))
+        write_json(folder / DROPPED, getattr(source, "dropped", {}))
 
     key = {
-        "code": code_version(*CODE),
-        "base": folder_digest(base),
-        "adapter": spec.adapter_path and folder_digest(spec.adapter_path),
+        "code": code_version(*CODE_DEPENDENCIES),
+        "base": model_digest(base),
+        "adapter": spec.adapter_path and model_digest(spec.adapter_path),
         "dtype": spec.dtype,
         "data": _data_key(cfg),
         "max_new_tokens": cfg.data.max_new_tokens,
         "seed": cfg.data.seed,
     }
     folder = cached(cfg.paths.cache, "pairs", key, write)
-    rows = [Row(**json.loads(line)) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    return rows, json.loads((folder / "dropped.json").read_text())
+    return [Row(**row) for row in read_jsonl(folder / ROWS)], read_json(folder / DROPPED)
 
 
 def _complete(

@@ -20,14 +20,12 @@ from spo.data import DataError, TokenizedPair
 from spo.data.logps_store import LogpsStore, sequence_key
 from spo.forward.speed import Speed
 from spo.models import PrecomputedReference
-from spo.models.policy import folder_digest
-from spo.records.cache import digest
-from spo.runs.rundir import code_version
+from spo.records.digests import code_version, digest, model_digest
 from spo.stages.prepare import Prepared, eval_device
 from spo.types import pad_sequences
 
 log = logging.getLogger(__name__)
-CODE = (
+CODE_DEPENDENCIES = (
     "types.py",
     "batching.py",
     "ops",
@@ -35,9 +33,10 @@ CODE = (
     "forward",
     "data/collate.py",
     "data/logps_store.py",
+    "records/store.py",
     "stages/reference_logps.py",
 )
-"""What a stored log-prob follows from: another change of the package leaves it valid."""
+"""Files that a stored log-prob follows from. A change elsewhere in the package leaves it valid."""
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of a completion."""
 
@@ -59,9 +58,9 @@ def logps_store(cfg: DictConfig, prepared: Prepared, cache_dir: str, speed: Spee
     """
     spec = prepared.spec
     key = {
-        "code": code_version(*CODE),
-        "weights_and_tokenizer": folder_digest(prepared.base),
-        "adapter": spec.adapter_path and folder_digest(spec.adapter_path),
+        "code": code_version(*CODE_DEPENDENCIES),
+        "weights_and_tokenizer": model_digest(prepared.base),
+        "adapter": spec.adapter_path and model_digest(spec.adapter_path),
         "dtype": spec.dtype,
         "attn_implementation": spec.attn_implementation,
         "precision": cfg.trainer.precision,

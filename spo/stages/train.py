@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import sys
 import zipfile
@@ -32,23 +31,19 @@ from spo.forward.speed import Speed
 from spo.losses import as_loss
 from spo.metrics.catalogue import UNITS
 from spo.models import CachedReference, PrecomputedReference, Reference
-from spo.models.policy import folder_digest, save_policy, whole_state_dict
+from spo.models.policy import save_policy, whole_state_dict
 from spo.module import AlignmentModule, Enumeration, ProbeSettings, Prompts
 from spo.pages.panels import result_panel, start_panel
 from spo.pages.rows import show_rows
 from spo.pages.run_page import render_report
-from spo.records.cache import digest
+from spo.records import filenames
+from spo.records.digests import digest, model_digest
+from spo.records.files import read_json, read_jsonl, write_json, write_jsonl
 from spo.regularizers import Regularizer
-from spo.runs.rundir import (
-    Status,
-    claim,
-    finish,
-    is_first_process,
-    record_continuation,
-    resumed_config,
-    sweep_dir,
-    write_json,
-)
+from spo.runs.claim import Status, claim, finish
+from spo.runs.processes import is_first_process, sweep_dir
+from spo.runs.provenance import record_continuation, record_inputs
+from spo.runs.resume import resumed_config
 from spo.schedules import Controller, Schedule
 from spo.stages.evaluate import evaluate_run
 from spo.stages.prepare import Prepared, prepare_run
@@ -102,10 +97,10 @@ def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
     if step is not None:
         record_continuation(run_dir, max(step, 0))
     prepared = prepare_run(cfg)
-    _record_inputs(prepared, run_dir)
+    _record_inputs(prepared, run_dir, max(step or 0, 0))
     prepared_at = perf_counter()
 
-    record = HistoryLogger(run_dir / "history.jsonl", resume_at=step)
+    record = HistoryLogger(run_dir / filenames.HISTORY, resume_at=step)
     loggers = [instantiate(node) for node in cfg.logger.values()]
     trackers = [logger for logger in loggers if isinstance(logger, Tracker)]
     parts = assemble(cfg, prepared, [record, *loggers])
@@ -126,8 +121,8 @@ def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
         if not trainer.is_global_zero:
             return {}
         module.reference.to(torch.device("cpu"))  # makes room: the evaluation loads what was saved
-        write_json(run_dir / "coefficients.json", {n: getattr(module, n)(trainer.global_step) for n in COEFFICIENTS})
-        save_policy(module.policy, prepared.tokenizer, run_dir / "policy", weights)
+        write_json(run_dir / filenames.COEFFICIENTS, {n: getattr(module, n)(trainer.global_step) for n in COEFFICIENTS})
+        save_policy(module.policy, prepared.tokenizer, run_dir / filenames.POLICY, weights)
         judge = next((one.judge for one in _sampling(trainer)), None)
         evaluation = evaluate_run(cfg, prepared, run_dir, judge)
         better = {key: value for key, value in evaluation.metrics.items() if key in record.latest}
@@ -289,8 +284,8 @@ def _sampling(trainer: Trainer) -> list[ValidationSamples]:
 def describe(cfg: DictConfig, run_dir: Path, record: HistoryLogger) -> RunDescription:
     """The run as dashboards list it: its name, and one tag for each part of it."""
     parts = [method_name(cfg), *coefficients(cfg), f"seed-{cfg.seed}"]
-    config = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
-    provenance = json.loads((run_dir / "provenance.json").read_text())
+    config = OmegaConf.to_container(OmegaConf.load(run_dir / filenames.CONFIG))
+    provenance = read_json(run_dir / filenames.PROVENANCE)
     return RunDescription(
         name="_".join(parts),
         group=run_dir.parent.name,
@@ -376,25 +371,26 @@ def _schedule_words(schedule: Schedule) -> str:
 
 def read_result(run_dir: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics and samples of a finished run."""
-    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
-    return json.loads((run_dir / "metrics.json").read_text()), samples
+    return read_json(run_dir / filenames.METRICS), read_jsonl(run_dir / filenames.SAMPLES)
 
 
-def _record_inputs(prepared: Prepared, run_dir: Path) -> None:
-    """Adds to the record what was learnt while preparing: digests of reference and pairs, rows that were skipped."""
+def _record_inputs(prepared: Prepared, run_dir: Path, step: int) -> None:
+    """Record the digests of the reference model and the pairs, and the rows that were skipped.
+
+    Args:
+        prepared: Model and pairs.
+        run_dir: Run directory.
+        step: Optimizer step of the checkpoint that the run continues from, 0 where it starts.
+    """
     if not is_first_process():
         return
-    provenance = json.loads((run_dir / "provenance.json").read_text())
     pairs = {split: [dataclasses.astuple(pair) for pair in getattr(prepared.pairs, split)] for split in SPLITS}
-    inputs = {"reference_sha256": folder_digest(prepared.base), "pairs_sha256": digest(pairs)}
-    write_json(run_dir / "provenance.json", {**provenance, "inputs": inputs})
-    if prepared.bad_rows:
-        lines = [
-            json.dumps({"where": error.where, "column": error.column, "reason": error.reason}) + "\n"
-            for error in prepared.bad_rows
-        ]
-        (run_dir / "bad_rows.jsonl").write_text("".join(lines))
-        prepared.pairs.warnings.append(f"{len(lines)} bad rows were skipped; they are listed in bad_rows.jsonl")
+    inputs = {"reference_sha256": model_digest(prepared.base), "pairs_sha256": digest(pairs)}
+    record_inputs(run_dir, inputs, step)
+    if bad := prepared.bad_rows:
+        rows = [{"where": error.where, "column": error.column, "reason": error.reason} for error in bad]
+        write_jsonl(run_dir / filenames.BAD_ROWS, rows)
+        prepared.pairs.warnings.append(f"{len(rows)} bad rows were skipped; they are listed in {filenames.BAD_ROWS}")
 
 
 def last_checkpoint(run_dir: Path) -> tuple[str | None, int]:
@@ -403,8 +399,8 @@ def last_checkpoint(run_dir: Path) -> tuple[str | None, int]:
     Returns:
         Path and step; ``None`` and -1 where the run has to begin again, since none of its rows stays.
     """
-    for name in ("last.ckpt", "best.ckpt"):
-        path = run_dir / "checkpoints" / name
+    for name in (filenames.LAST_CHECKPOINT, filenames.BEST_CHECKPOINT):
+        path = run_dir / filenames.CHECKPOINTS / name
         if not path.exists():
             continue
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import secrets
@@ -14,10 +13,11 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from spo.records import filenames
+from spo.records.files import flatten, read_json, write_json
 from spo.tracking.describe import RunDescription
 from spo.tracking.login import has_api_key
 
-ID_FILE = "wandb_run.json"
 Mode = Literal["auto", "online", "offline", "disabled"]
 
 
@@ -47,7 +47,7 @@ class WandbTracker(WandbLogger):
         """Opens the run, under the id it had before if it goes on, and logs what W&B lacks of it."""
         self._wandb_init.pop("anonymous", None)  # deprecated by wandb
         self._wandb_init.update(
-            id=_run_id(description.directory / ID_FILE),
+            id=_run_id(description.directory / filenames.WANDB_RUN),
             name=description.name,
             group=description.group,
             job_type=description.job_type,
@@ -71,7 +71,7 @@ class WandbTracker(WandbLogger):
         """Writes the summary and the samples table."""
         run = self.experiment
         if samples:
-            rows = [_flat(row) for row in samples]
+            rows = [flatten(row, "/") for row in samples]
             columns: list[str | int] = list(dict.fromkeys(column for row in rows for column in row))
             data = [[row.get(str(column)) for column in columns] for row in rows]
             run.log({"samples": wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
@@ -85,21 +85,11 @@ class WandbTracker(WandbLogger):
             self._experiment = None
 
 
-def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What is nested in a row, such as further opponents, as columns ``opponents/chosen/completion``."""
-    flat: dict[str, Any] = {}
-    for key, value in row.items():
-        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
-
-
 def _run_id(file: Path) -> str:
     """The id of the W&B run that belongs to a run directory, made once."""
     if not file.exists():
-        unfinished = file.with_name(f".{file.name}")
-        unfinished.write_text(json.dumps({"id": secrets.token_hex(4)}) + "\n")
-        unfinished.replace(file)
-    return json.loads(file.read_text(encoding="utf-8"))["id"]
+        write_json(file, {"id": secrets.token_hex(4)})
+    return read_json(file)["id"]
 
 
 def _supersede(folder: Path, run_id: str) -> None:

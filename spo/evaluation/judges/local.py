@@ -22,8 +22,8 @@ from spo.evaluation.judges.base import Comparison, progress
 from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, question
 from spo.evaluation.judges.reward import RewardJudge
 from spo.forward.head import completion_logits
-from spo.models.policy import folder_digest
 from spo.ops.logps import at_least_float32
+from spo.records.digests import model_digest
 from spo.types import Sequences
 
 
@@ -49,7 +49,7 @@ class LocalModel:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Digest of weights, configuration and tokenizer; precision."""
-        return {"weights": folder_digest(self.path), "dtype": self.dtype}
+        return {"weights": model_digest(self.path), "dtype": self.dtype}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -8,14 +8,15 @@ import re
 import sqlite3
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from spo.errors import JudgeError
 from spo.evaluation.judges.base import Comparison, progress
+from spo.records.store import SharedStore
 
 PLACEHOLDERS = ("prompt", "first", "second")
 
@@ -35,7 +36,7 @@ class PairwiseJudge(ABC):
 
     def __init__(self, cache: str | Path, max_unanswered: float) -> None:
         self.max_unanswered = max_unanswered
-        self._store = VerdictStore(cache)
+        self._store = VerdictStore(Path(cache))
         self._spent: Counter[str] = Counter({"calls": 0, "cached": 0, "unanswered": 0})
         self._lock = Lock()
 
@@ -126,49 +127,43 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-class VerdictStore:
-    """Verdicts by key, in a file that several processes read and write.
+class VerdictStore(SharedStore):
+    """Verdicts by key. They may have cost money, so a damaged file is an error and is not started anew.
 
     Args:
-        file: an sqlite database, made where it is missing. Its rollback journal, unlike a write-ahead log, also works
-            on the network file systems of clusters.
+        file: SQLite file, created where it is missing.
     """
 
-    def __init__(self, file: str | Path) -> None:
-        self.file = Path(file)
+    schema = "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict REAL NOT NULL)"
+    content = "verdicts"
+    location_key = "judge.cache"
+    error = JudgeError
+    recomputable = False
 
     def get(self, keys: Iterable[str]) -> dict[str, float]:
-        """The verdicts that are known.
+        """Return the known verdicts by key.
 
         Raises:
-            JudgeError: the file cannot be used.
+            JudgeError: The file cannot be used.
         """
         if not self.file.exists():
             return {}
-        with self._open() as database:
+
+        def read(database: sqlite3.Connection) -> dict[str, float]:
             found = ((key, database.execute("SELECT verdict FROM verdicts WHERE key = ?", [key])) for key in keys)
             return {key: row[0] for key, cursor in found if (row := cursor.fetchone()) is not None}
 
+        return self.transact(read)
+
     def put(self, verdicts: Mapping[str, float]) -> None:
-        """Keeps verdicts; once it returns they survive the end of the process.
+        """Store verdicts.
 
         Raises:
-            JudgeError: the file cannot be used.
+            JudgeError: The file cannot be used.
         """
         if verdicts:
-            with self._open() as database:
-                database.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", verdicts.items())
-
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(self.file, timeout=60)) as database, database:
-                database.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict REAL NOT NULL)")
-                yield database
-        except (sqlite3.Error, OSError) as error:
-            words = f"the cache of verdicts {self.file} cannot be used ({error}): move it away, or set judge.cache"
-            raise JudgeError(words) from error
+            rows = list(verdicts.items())
+            self.transact(lambda database: database.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", rows))
 
 
 def check_template(template: str) -> str:

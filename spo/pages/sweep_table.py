@@ -1,0 +1,52 @@
+"""The table that ``spo train -m`` prints at the end of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from spo.records import filenames
+from spo.records.files import read_json
+from spo.records.sweep import JobStatus, SweepJob
+
+_STYLES: dict[JobStatus, str] = {"finished": "green", "failed": "red", "running": "yellow", "unfinished": "yellow"}
+
+
+def print_sweep(jobs: Sequence[SweepJob], directory: Path) -> None:
+    """Print one row per job (its own overrides, state and win rate), then the errors of failed jobs.
+
+    Args:
+        jobs: Jobs with their final states.
+        directory: Sweep directory.
+    """
+    metrics = [read_json(directory / entry.directory / filenames.METRICS) or {} for entry in jobs]
+    # Settings are chosen on the selection split; the number of the test split is shown only where there is no other.
+    key = "val/win_rate" if any("val/win_rate" in found for found in metrics) else "eval/win_rate"
+    table = Table(box=None, pad_edge=False)
+    for column in ("job", "status", key, ""):
+        table.add_column(column, justify="right" if column == key else "left", overflow="fold")
+    labels = _labels(jobs)
+    for entry, name, found in zip(jobs, labels, metrics, strict=True):
+        rate = f"{found[key]:.3f}" if entry.status == "finished" and key in found else ""
+        owner = next(index for index, other in enumerate(jobs) if other.directory == entry.directory)
+        same = f"same as {labels[owner]}" if entry.same_as else ""
+        table.add_row(Text(name), Text(entry.status, _STYLES[entry.status]), rate, Text(same))
+    console = Console()
+    console.print(f"\nsweep {directory}", soft_wrap=True, markup=False, highlight=False)
+    console.print(table)
+    for entry, name in zip(jobs, labels, strict=True):
+        if entry.error and not entry.same_as:
+            words = f"{entry.status}: {name}: {entry.error}\n  in {directory / entry.directory}"
+            console.print(Text(words, "red"), soft_wrap=True)
+    counts = {status: sum(entry.status == status for entry in jobs) for status in _STYLES}
+    console.print(", ".join(f"{count} {status}" for status, count in counts.items() if count))
+
+
+def _labels(jobs: Sequence[SweepJob]) -> list[str]:
+    """Return the overrides in which each job differs from others, or its directory where there are none."""
+    common = set.intersection(*(set(entry.overrides) for entry in jobs)) if jobs else set()
+    return [" ".join(text for text in entry.overrides if text not in common) or entry.directory for entry in jobs]

@@ -1,0 +1,42 @@
+"""Names of the files and folders in run directories and sweep directories, each written down here only."""
+
+from __future__ import annotations
+
+# Files of a run directory.
+CONFIG = "config.yaml"  # the configuration as plain values
+COMPOSED = "composed.yaml"  # the configuration with its interpolations, from which a resumed run starts
+IDENTITY = "identity.json"
+PROVENANCE = "provenance.json"
+METRICS = "metrics.json"
+HISTORY = "history.jsonl"
+SAMPLES = "samples.jsonl"
+SELECTION_SAMPLES = "samples.selection.jsonl"
+COEFFICIENTS = "coefficients.json"
+HEALTH = "health.json"
+BAD_ROWS = "bad_rows.jsonl"
+FAILURE = "failure.json"
+REPORT = "report.html"
+WANDB_RUN = "wandb_run.json"
+RUN_LOCK = ".lock"
+
+# Folders of a run directory.
+POLICY = "policy"
+ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
+EVALUATIONS = "evaluations"
+
+# Files in the folder of checkpoints.
+LAST_CHECKPOINT = "last.ckpt"
+BEST_CHECKPOINT = "best.ckpt"
+
+# Files and folders of a sweep directory.
+SWEEP = "sweep.json"
+SWEEP_LOCK = ".sweep.lock"
+OPTIMIZATION = "optimization.json"
+OPTIMIZATION_LOCK = ".optuna.lock"
+COMPARISON = "comparison"
+
+
+def earlier_metrics(steps: int) -> str:
+    """Return the name that ``metrics.json`` gets when a run that finished at ``steps`` is continued."""
+    return f"metrics.{steps}.json"

@@ -1,0 +1,67 @@
+"""Configuration keys that do not change what a run computes. This is their only list."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+# Keys that change time, cost, place or display, and no result. They are not part of a run's identity.
+OPERATIONAL_KEYS = frozenset(
+    {
+        "evaluation.batch_size",
+        "hydra",
+        "judge.attempts",
+        "judge.batch_size",
+        "judge.cache",
+        "judge.concurrency",
+        "judge.device",
+        "judge.input_price",
+        "judge.max_retries",
+        "judge.max_unanswered",
+        "judge.output_price",
+        "judge.requests_per_minute",
+        "judge.timeout_s",
+        "launcher",
+        "logger",
+        "paths",
+        "rerun",
+        "speed",
+        "tags",
+        "threads",
+    }
+)
+# Keys of how a run is executed and summarized. They change rounding at most, so runs that differ in them are different
+# runs of one setting.
+EXECUTION_KEYS = frozenset(
+    {
+        "callbacks",
+        "data.eval_batch_size",
+        "data.micro_batch_size",
+        "data.micro_batch_tokens",
+        "data.num_workers",
+        "evaluation.against",
+        "evaluation.bootstrap_samples",
+        "evaluation.confidence",
+        "strategy",
+        "trainer.accelerator",
+        "trainer.devices",
+        "trainer.enable_progress_bar",
+        "trainer.num_nodes",
+        "trainer.profiler",
+    }
+)
+
+
+def is_in(key: str, keys: Collection[str]) -> bool:
+    """Return whether a dotted key is one of ``keys`` or lies below one of them."""
+    parts = key.split(".")
+    return any(".".join(parts[: end + 1]) in keys for end in range(len(parts)))
+
+
+def is_operational(key: str) -> bool:
+    """Return whether a dotted key changes no result."""
+    return is_in(key, OPERATIONAL_KEYS)
+
+
+def is_part_of_setting(key: str) -> bool:
+    """Return whether runs with different values of a dotted key have different settings."""
+    return not is_in(key, OPERATIONAL_KEYS | EXECUTION_KEYS)

@@ -1,0 +1,95 @@
+"""The identity of a run: what makes two runs the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from spo.config.coefficients import unused_coefficients
+from spo.records.digests import code_version, model_digest, path_digest
+from spo.records.files import flatten
+from spo.records.operational_keys import is_operational
+from spo.runs.saved_config import resolved
+
+_ABSENT = object()
+_FILES = {
+    "data": "bytes of the data",
+    "weights": "weights of the model",
+    "adapter": "weights of the adapter",
+    "judge": "weights of the judge",
+}
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """Return what makes two runs the same: configuration, bytes of data and weights, and code.
+
+    Returns:
+        A mapping with ``config`` (flat keys, without operational keys and without a coefficient that the method does
+        not use), the digests ``data``, ``weights``, ``adapter`` and ``judge`` (``None`` where the configuration names
+        no such file), ``code``, and the ``digest`` of all of these.
+    """
+    unused = unused_coefficients(cfg)
+    flat = {
+        key: value
+        for key, value in flatten(resolved(cfg)).items()
+        if not is_operational(key) and key.partition(".")[0] not in unused
+    }
+    # Runs in different places are the same, so values that lie in a folder of `paths` start with its name instead.
+    # Longest first: a folder may lie in another one.
+    folders = sorted(((str(path), f"<{name}>") for name, path in cfg.paths.items()), key=lambda pair: -len(pair[0]))
+    return with_digest(
+        {
+            "config": {key: _without_folder(value, folders) for key, value in flat.items()},
+            "data": _data_digest(OmegaConf.select(cfg, "data.path")),
+            "weights": _model_digest(OmegaConf.select(cfg, "model.path")),
+            "adapter": _model_digest(OmegaConf.select(cfg, "model.adapter_path")),
+            "judge": _model_digest(OmegaConf.select(cfg, "judge.path")),
+            "code": code_version(),
+        }
+    )
+
+
+def with_digest(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of an identity as JSON values, with their digest."""
+    whole = json.dumps(parts, sort_keys=True, default=str)
+    return {**json.loads(whole), "digest": hashlib.sha256(whole.encode()).hexdigest()}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return one line for each difference between two identities."""
+    before, after = old.get("config", {}), new.get("config", {})
+    lines = [
+        f"{key}: {_show(before, key)} there, {_show(after, key)} now"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+    ]
+    lines += [f"the {words} have changed" for name, words in _FILES.items() if old.get(name) != new.get(name)]
+    if old.get("code") != new.get("code"):
+        lines.append(f"the code of spo: {old.get('code')} there, {new.get('code')} now")
+    return lines
+
+
+def _show(config: Mapping[str, Any], key: str) -> str:
+    return json.dumps(config[key]) if key in config else "absent"
+
+
+def _without_folder(value: Any, folders: Sequence[tuple[str, str]]) -> Any:
+    if isinstance(value, str):
+        for folder, name in folders:
+            if value.startswith(f"{folder}/"):
+                return name + value[len(folder) :]
+    return value
+
+
+def _data_digest(path: str | None) -> str | None:
+    return None if path is None or not Path(path).expanduser().exists() else path_digest(path)
+
+
+def _model_digest(path: str | None) -> str | None:
+    # The name of a model on the hub is part of the configuration already.
+    return None if path is None or not Path(path).is_dir() else model_digest(path)

@@ -1,0 +1,22 @@
+"""The process at hand: whether it writes the run's files, and which sweep it belongs to."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Environment variable that holds the sweep directory, for jobs of the sweep in any process.
+SWEEP_VARIABLE = "SPO_SWEEP"
+# Variables in which launchers of several processes put the rank of each; none is set in a run of one process.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+
+
+def is_first_process() -> bool:
+    """Return whether this process is the one of its run that writes files."""
+    return all(os.environ.get(name, "0") in ("", "0") for name in RANK_VARIABLES)
+
+
+def sweep_dir() -> Path | None:
+    """Return the directory of the sweep that this process runs a job of, ``None`` outside sweeps."""
+    directory = os.environ.get(SWEEP_VARIABLE)
+    return Path(directory) if directory else None

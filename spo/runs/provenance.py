@@ -1,0 +1,132 @@
+"""The provenance of a run: code, versions, digests, seeds and commands, in ``provenance.json``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+import spo
+from spo.records import filenames
+from spo.records.digests import code_version
+from spo.records.files import read_json, write_json
+from spo.runs.processes import is_first_process
+from spo.runs.secrets import command_line
+
+PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "omegaconf", "wandb", "datasets", "peft", "numpy")
+_INPUTS = {"reference_sha256": "the reference model", "pairs_sha256": "the preference pairs"}
+
+
+def write_provenance(run_dir: Path, cfg: DictConfig, parts: Mapping[str, Any]) -> None:
+    """Write ``provenance.json`` of a new run.
+
+    Args:
+        run_dir: Run directory.
+        cfg: Configuration of the run.
+        parts: Identity of the run.
+    """
+    package = Path(spo.__file__)
+    git = git_state(package.parent, package.name) or git_state(Path.cwd()) or {"git_sha": None, "git_dirty": None}
+    provenance = {
+        **git,
+        "code": parts["code"],
+        "command": command_line(sys.argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "seeds": {"seed": cfg.seed, "data.seed": OmegaConf.select(cfg, "data.seed")},
+        "data": {"path": OmegaConf.select(cfg, "data.path"), "sha256": parts["data"]},
+        "weights": {"path": OmegaConf.select(cfg, "model.path"), "sha256": parts["weights"]},
+        "adapter": {"path": OmegaConf.select(cfg, "model.adapter_path"), "sha256": parts["adapter"]},
+        "identity": parts["digest"],
+    }
+    write_json(run_dir / filenames.PROVENANCE, provenance)
+
+
+def record_continuation(run_dir: Path, step: int) -> None:
+    """Record in ``provenance.json`` that another version of the code continues a run, and print it.
+
+    The list ``continued_with`` receives the version, the time, the step and the command. The version that the run
+    already has adds nothing.
+
+    Args:
+        run_dir: Run directory.
+        step: Optimizer step of the checkpoint that the run continues from, 0 where it starts again.
+    """
+    if not is_first_process():
+        return
+    provenance = read_json(run_dir / filenames.PROVENANCE) or {}
+    started = (read_json(run_dir / filenames.IDENTITY) or {}).get("code")
+    continued = provenance.get("continued_with", [])
+    code = code_version()
+    if code == (continued[-1]["code"] if continued else started):
+        return
+    print(f"note: code {started} started this run; it continues at step {step} with code {code}", file=sys.stderr)
+    at = datetime.now(UTC).isoformat(timespec="milliseconds")
+    entry = {"code": code, "at": at, "step": step, "command": command_line(sys.argv)}
+    write_json(run_dir / filenames.PROVENANCE, {**provenance, "continued_with": [*continued, entry]})
+
+
+def record_inputs(run_dir: Path, inputs: Mapping[str, str], step: int = 0) -> None:
+    """Record the digests of the reference model and the preference pairs in ``provenance.json``.
+
+    A resumed run may make them again, on another machine or with other code. If they differ from those of the steps
+    before, a note is printed and the list ``earlier_inputs`` receives the old digests.
+
+    Args:
+        run_dir: Run directory.
+        inputs: Digests ``reference_sha256`` and ``pairs_sha256``.
+        step: Optimizer step of the checkpoint that the run continues from, 0 where it starts.
+    """
+    provenance = read_json(run_dir / filenames.PROVENANCE) or {}
+    before = provenance.get("inputs")
+    if before is not None and before != inputs and step > 0:
+        changed = [words for key, words in _INPUTS.items() if before.get(key) != inputs.get(key)]
+        print(
+            f"note: {' and '.join(changed)} of this run were made again and differ from those of its first {step} "
+            f"steps; {filenames.PROVENANCE} has the digests of both",
+            file=sys.stderr,
+        )
+        earlier = provenance.get("earlier_inputs", [])
+        provenance["earlier_inputs"] = [*earlier, {**before, "until_step": step}]
+    write_json(run_dir / filenames.PROVENANCE, {**provenance, "inputs": dict(inputs)})
+
+
+def git_state(folder: Path, tracked: str = ".") -> dict[str, Any] | None:
+    """Return the commit of the repository around a folder, and whether the repository has other changes.
+
+    Args:
+        folder: Folder to look in.
+        tracked: File in the folder that must belong to the repository. An installed package may lie inside a repository
+            that has nothing to do with it.
+
+    Returns:
+        ``git_sha`` and ``git_dirty``, or ``None`` where there is no such repository.
+    """
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    sha = git("rev-parse", "HEAD")
+    if sha is None or (tracked != "." and git("ls-files", "--error-unmatch", tracked) is None):
+        return None
+    changes = git("status", "--porcelain")
+    return {"git_sha": sha, "git_dirty": None if changes is None else bool(changes)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

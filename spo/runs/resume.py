@@ -1,0 +1,101 @@
+"""Resuming a run: its own configuration, with the few changes that a resumed run may have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from spo.config.compose import compose, expand_numbers, parse
+from spo.errors import ConfigProblems, UserError
+from spo.records import filenames
+from spo.records.files import read_json, write_json
+from spo.runs.claim import is_finished, locked
+from spo.runs.identity import identity, with_digest
+from spo.runs.processes import is_first_process
+from spo.runs.saved_config import load_config, write_config
+
+# Keys and groups that a resumed run may change, always and until it is finished.
+RESUMABLE = ("trainer.max_steps", "logger", "strategy")
+UNTIL_FINISHED = ("judge", "evaluation")
+
+
+def resumed_config(run_dir: Path, overrides: Sequence[str]) -> DictConfig:
+    """Return the configuration with which the run in ``run_dir`` resumes, and record its changes there.
+
+    Only ``trainer.max_steps``, ``logger`` and ``strategy`` may change and, until the run is finished, ``judge`` and
+    ``evaluation``: a judge that cannot be asked costs no training. A finished run resumes where ``max_steps`` grew.
+
+    Args:
+        run_dir: Run directory.
+        overrides: Changes, in Hydra's grammar.
+
+    Raises:
+        ConfigProblems: An override changes another key, or one that does not exist.
+        UserError: The directory does not hold a run, or the run is finished at more steps.
+    """
+    run_dir = Path(run_dir)
+    cfg = load_config(run_dir)
+    before = int(cfg.trainer.max_steps)
+    problems: list[str] = []
+    for text in sorted(overrides, key=lambda text: "." in text.partition("=")[0]):  # groups before their keys
+        try:
+            for single in expand_numbers([text]):
+                _change(cfg, single, run_dir)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigProblems(problems)
+    if overrides and is_first_process():
+        with locked(run_dir):
+            _record_changes(run_dir, cfg, before)
+    return cfg
+
+
+def _change(cfg: DictConfig, text: str, run_dir: Path) -> None:
+    override = parse(text)
+    key = override.key_or_group
+    group = key.partition(".")[0]
+    if group in UNTIL_FINISHED and is_finished(run_dir):
+        raise UserError(f"{text}: the run is finished; spo evaluate {run_dir} {text} evaluates it again")
+    if key not in RESUMABLE and group not in (*RESUMABLE, *UNTIL_FINISHED):
+        raise UserError(
+            f"{text}: a resumed run cannot change this; it can change trainer.max_steps, logger.* and strategy.*, "
+            "and judge.* and evaluation.* until it is finished (start a new run to change anything else)"
+        )
+    if override.is_sweep_override() or override.is_delete():
+        raise UserError(f"{text}: a resumed run takes one value per key")
+    with open_dict(cfg) if override.is_add() or override.is_force_add() else nullcontext():
+        if key == group:
+            fresh = compose([f"{key}={override.value()}"], run_dir=run_dir)[key]
+            cfg[key] = OmegaConf.to_container(fresh, resolve=False)
+            return
+        try:
+            OmegaConf.update(cfg, key, override.value(), merge=True)
+        except OmegaConfBaseException:
+            parent = key.rpartition(".")[0]
+            node = OmegaConf.select(cfg, parent)
+            has = f"; {parent} has {', '.join(map(str, node))}" if isinstance(node, DictConfig) else ""
+            raise UserError(f"{text}: unknown key{has}") from None
+    steps = cfg.trainer.max_steps
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise UserError(f"{text}: must be a whole number of steps")
+
+
+def _record_changes(run_dir: Path, cfg: DictConfig, before: int) -> None:
+    old, finished = read_json(run_dir / filenames.IDENTITY) or {}, is_finished(run_dir)
+    steps = int(cfg.trainer.max_steps)
+    if finished and steps < before:
+        raise UserError(f"trainer.max_steps={steps}: the run in {run_dir} is finished at {before} steps")
+    if finished and steps > before:
+        (run_dir / filenames.METRICS).rename(run_dir / filenames.earlier_metrics(before))
+    new = identity(cfg)
+    write_config(run_dir, cfg)
+    # The code stays the one that started the run: the same command refuses another version, and provenance.json lists
+    # the versions that continued it.
+    parts = {**old, "config": new["config"], "judge": new["judge"]}
+    parts.pop("digest", None)
+    write_json(run_dir / filenames.IDENTITY, with_digest(parts))

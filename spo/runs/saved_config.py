@@ -1,0 +1,69 @@
+"""The configuration in a run directory: ``config.yaml`` has its values, ``composed.yaml`` its interpolations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from spo.config.compose import register_resolvers
+from spo.errors import UserError
+from spo.records import filenames
+from spo.records.files import write_text
+from spo.runs.secrets import REDACTED, is_secret_key, reads_secret_variable, redact
+
+
+def resolved(cfg: DictConfig | ListConfig) -> Any:
+    """Return the configuration as plain values without secrets.
+
+    Every interpolation is resolved, except those that read a secret from the environment. Other values of keys that
+    name a secret are replaced by ``<redacted>``.
+    """
+    if isinstance(cfg, ListConfig):
+        return [_value(cfg, index, "") for index in range(len(cfg))]
+    return {str(name): _value(cfg, name, str(name)) for name in cfg}
+
+
+def _value(node: Any, name: Any, key: str) -> Any:
+    unresolved: Any = OmegaConf.to_container(node, resolve=False)
+    raw = unresolved[name] if OmegaConf.is_interpolation(node, name) else None
+    if isinstance(raw, str) and (reads_secret_variable(raw) or is_secret_key(key)):
+        return raw
+    value = node[name]
+    if isinstance(value, DictConfig | ListConfig):
+        return resolved(value)
+    return REDACTED if isinstance(value, str) and value and is_secret_key(key) else value
+
+
+def write_config(run_dir: Path, cfg: DictConfig) -> None:
+    """Write both files of the configuration.
+
+    The interpolations are stored too: when a resumed run changes a key, the keys that follow from it change as well.
+    """
+    write_text(run_dir / filenames.CONFIG, OmegaConf.to_yaml(OmegaConf.create(resolved(cfg))))
+    composed = redact(OmegaConf.to_container(cfg, resolve=False))
+    composed.pop("hydra", None)
+    composed["paths"]["run"] = str(Path(run_dir).absolute())
+    write_text(run_dir / filenames.COMPOSED, OmegaConf.to_yaml(OmegaConf.create(composed)))
+
+
+def load_config(run_dir: Path) -> DictConfig:
+    """Return the configuration of the run in a directory, with the path that the directory has now.
+
+    Raises:
+        UserError: The directory does not hold a run.
+    """
+    file = Path(run_dir) / filenames.COMPOSED
+    if not file.is_file() or not (Path(run_dir) / filenames.IDENTITY).is_file():
+        found = f"it has no {filenames.COMPOSED}" if Path(run_dir).is_dir() else "there is no such folder"
+        raise UserError(f"{run_dir} is not a run directory of spo: {found}")
+    register_resolvers()
+    try:
+        cfg = OmegaConf.load(file)
+    except Exception as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    assert isinstance(cfg, DictConfig)
+    cfg.paths.run = str(Path(run_dir).absolute())  # The directory may have been moved.
+    OmegaConf.set_struct(cfg, True)
+    return cfg
