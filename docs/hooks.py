@@ -175,8 +175,9 @@ def _default(node: yaml.Node, text: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Escape what Markdown would read as markup in a comment."""
-    return re.sub(r"([\\*_<>|\[\]])", r"\\\1", text)
+    """Return a comment with markup escaped, and with the pages of ``docs/`` that it names as links."""
+    escaped = re.sub(r"([\\*_<>|\[\]])", r"\\\1", text)
+    return re.sub(r"\bdocs/((?:[\w-]+/)*([\w-]+))\.md", r"[\2](../../\1.md)", escaped)
 
 
 # --- Python API ------------------------------------------------------------------------------------------------------
@@ -189,10 +190,13 @@ def api_pages(package: Path) -> dict[str, str]:
         if path.stem.startswith("_") or not (path.suffix == ".py" or (path / "__init__.py").is_file()):
             continue
         name = f"{package.name}.{path.stem}"
-        modules = [name]
+        files = [path] if path.suffix else [path / "__init__.py", *sorted(path.rglob("*.py"))]
+        blocks = [f"# `{name}`", f"::: {name}\n    options:\n      show_root_heading: false"]
         if path.is_dir():
-            found = (file.relative_to(package.parent).with_suffix("").parts for file in sorted(path.rglob("*.py")))
-            modules += [".".join(parts) for parts in found if not any(part.startswith("_") for part in parts)]
-        blocks = [f"::: {module}\n    options:\n      show_submodules: false" for module in modules]
-        pages[name] = f"# `{name}`\n\n" + "\n\n".join(blocks) + "\n"
+            blocks[1] += "\n      members: false"  # what a package lists is documented where it is defined
+        for file in files[1:]:
+            parts = file.relative_to(package.parent).with_suffix("").parts
+            if not any(part.startswith("_") for part in parts):
+                blocks.append(f"::: {'.'.join(parts)}")
+        pages[name] = "\n\n".join(blocks) + "\n"
     return pages
