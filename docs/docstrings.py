@@ -9,7 +9,11 @@ from typing import Any
 from griffe import Extension, Object
 from latex2mathml.converter import convert
 
-FORMULA = re.compile(r"^(?P<indent> *)\.\. math::(?P<first>.*)\n(?P<rest>(?:(?P=indent) +\S.*\n|\n(?=(?P=indent) ))*)", re.M)
+FORMULA = re.compile(
+    r"""^(?P<indent>[ ]*)\.\.[ ]math::(?P<first>.*)\n  # the directive, and what follows it on its line
+    (?P<rest>(?:(?P=indent)[ ]+\S.*\n|\n(?=(?P=indent)[ ]))*)  # indented lines, with blank ones between them""",
+    re.MULTILINE | re.VERBOSE,
+)
 ROLE = re.compile(r":(?P<kind>\w+):`~?(?P<text>[^`]*)`")
 
 

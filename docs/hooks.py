@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
+
+if TYPE_CHECKING:  # the tests read the pages without mkdocs
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = "reference/configuration/"
@@ -26,6 +28,8 @@ NOT_CONFIGURED = ("dashboard",)
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages, and put them into the navigation."""
+    from mkdocs.structure.files import File
+
     generated: dict[str, dict[str, str]] = {
         CONFIGURATION: configuration_pages(ROOT / "conf"),
         API: api_pages(ROOT / "spo"),
@@ -67,6 +71,8 @@ def _is_folder(entry: Any) -> bool:
 
 def _served(target: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Return a link to a copy in the site where ``target`` is a file of the repository outside ``docs/``."""
+    from mkdocs.structure.files import File
+
     docs = Path(config.docs_dir)
     path = (docs / page.file.src_uri).parent.joinpath(target).resolve()
     if path.is_relative_to(docs) or not path.is_file():
@@ -152,7 +158,7 @@ def keys_of(node: yaml.MappingNode, text: str, prefix: str) -> Iterator[tuple[st
 def _comment(name: yaml.Node, value: yaml.Node, text: str) -> str:
     """Return the comment behind a value, behind the key of a block, or on the line above the key."""
     lines = text.splitlines()
-    is_block = value.style in ("|", ">") if isinstance(value, yaml.ScalarNode) else not value.flow_style
+    is_block = _is_literal(value) or (isinstance(value, yaml.CollectionNode) and not value.flow_style)
     mark = name.end_mark if is_block else value.end_mark
     behind = re.search(r"#\s*(.*)$", lines[mark.line][mark.column :]) if mark.line < len(lines) else None
     if behind:
@@ -164,7 +170,7 @@ def _comment(name: yaml.Node, value: yaml.Node, text: str) -> str:
 
 def _default(node: yaml.Node, text: str) -> str:
     """Return a value as it is written in the file, as code."""
-    if isinstance(node, yaml.ScalarNode) and node.style in ("|", ">"):
+    if _is_literal(node):
         return f"text of {len(node.value.splitlines())} lines"
     if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         return f"{len(node.value)} entries"
@@ -172,6 +178,11 @@ def _default(node: yaml.Node, text: str) -> str:
     if written == "???":
         return "required"
     return f"`{' '.join(written.split()).replace('|', chr(92) + '|')}`" if written else ""
+
+
+def _is_literal(node: yaml.Node) -> bool:
+    """Return whether a value is text in lines of its own."""
+    return isinstance(node, yaml.ScalarNode) and node.style in ("|", ">")
 
 
 def escape(text: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from docs.hooks import api_pages, configuration_pages
 from tests.environments import ROOT
 
 DOCS = ROOT / "docs"
@@ -110,6 +111,58 @@ def test_missing_pages_are_found(tmp_path: Path) -> None:
     nav = [{"A": "a.md"}, {"B": ["b/index.md", "b/"]}]
     assert missing_pages(nav, tmp_path) == {"d/e.md"}
     assert missing_pages([*nav, "d/e.md", "gone.md"], tmp_path) == {"gone.md"}
+
+
+def leaves(node: Any, path: str = "") -> Iterator[str]:
+    """Yield the paths of all keys without keys of their own."""
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path
+
+
+def test_configuration_reference_has_every_key() -> None:
+    pages = configuration_pages(ROOT / "conf")
+    for file in sorted((ROOT / "conf").glob("*/**/*.yaml")):
+        group, *member = file.relative_to(ROOT / "conf").with_suffix("").parts
+        if group == "dashboard":
+            continue
+        node = yaml.safe_load(file.read_text()) or {}
+        node.pop("defaults", None)
+        name = f"{group}={'/'.join(member)}" if file.stem != "common" else f"{'/'.join(member)} (shared keys)"
+        section = re.search(rf"^## `?{re.escape(name)}`?\n(.*?)(?=^## |\Z)", pages[group], re.DOTALL | re.MULTILINE)
+        assert section is not None, name
+        is_global = "# @package _global_" in file.read_text()
+        keys = set(leaves(node if is_global else {group: node})) if node else set()
+        rows = tuple(re.findall(r"^\| `([^`]+)` \|", section[1], re.MULTILINE))
+        assert [key for key in keys if not f"{key}.".startswith(tuple(f"{row}." for row in rows))] == []
+
+
+def test_configuration_reference_shows_defaults_and_comments(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("# The main job.\ndefaults:\n  - a: b\n\nseed: 0 # of sampling\n")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.yaml").write_text(
+        "# First line.\n# Second line, see docs/how-to/index.md.\ndefaults:\n  - override /c: d\n\n"
+        "x: 1 # a|b\n# Above.\ny: ???\nz: # both\n  v: {w: 1} # flow\n  t: | # text\n    # no comment\n"
+    )
+    pages = configuration_pages(tmp_path)
+    assert "| `seed` | `0` | of sampling |" in pages["top-level"]
+    assert pages["a"] == (
+        "# `a`\n\nThe default is `a=b`.\n\n## `a=b`\n\n"
+        "First line.\nSecond line, see [index](../../how-to/index.md).\n\nSelects `c=d`.\n\n"
+        "| key | default | description |\n|---|---|---|\n"
+        "| `a.x` | `1` | a\\|b |\n| `a.y` | required | Above. |\n| `a.z` |  | both |\n"
+        "| `a.z.v` | `{w: 1}` | flow |\n| `a.z.t` | text of 1 lines | text |\n"
+    )
+
+
+def test_api_pages_name_every_module(tmp_path: Path) -> None:
+    pages = api_pages(ROOT / "spo")
+    named = set(re.findall(r"^::: (\S+)", "\n".join(pages.values()), re.MULTILINE))
+    files = [file.relative_to(ROOT).with_suffix("") for file in (ROOT / "spo").rglob("*.py")]
+    modules = {".".join(file.parts) for file in files if not any(part.startswith("_") for part in file.parts)}
+    assert modules <= named and {"spo.losses", "spo.types"} <= set(pages)
 
 
 def test_external_resources_are_found(tmp_path: Path) -> None:
