@@ -1,4 +1,4 @@
-"""Docstrings for the site: Sphinx's roles become code, and its formulas MathML, when the site is built."""
+"""Docstrings of the site: roles of Sphinx become code, formulas become MathML, and tables become Markdown."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ FORMULA = re.compile(
     (?P<rest>(?:(?P=indent)[ ]+\S.*\n|\n(?=(?P=indent)[ ]))*)  # indented lines, with blank ones between them""",
     re.MULTILINE | re.VERBOSE,
 )
+TABLE = re.compile(r"^(?P<rule> *=+(?: +=+)+)\n(?P<head>.*)\n(?P=rule)\n(?P<body>(?:.*\n)*?)(?P=rule)\n", re.MULTILINE)
 ROLE = re.compile(r":(?P<kind>\w+):`~?(?P<text>[^`]*)`")
 
 
@@ -27,8 +28,8 @@ class PlainMarkup(Extension):
 
 
 def markdown(text: str) -> str:
-    """Return a docstring with formulas as MathML and roles as code."""
-    text = FORMULA.sub(_display, text + "\n")
+    """Return a docstring with formulas as MathML, roles as code, and tables in the syntax of Markdown."""
+    text = TABLE.sub(_table, FORMULA.sub(_display, text + "\n"))
     return ROLE.sub(_role, text).rstrip("\n")
 
 
@@ -39,3 +40,12 @@ def _display(match: re.Match[str]) -> str:
 
 def _role(match: re.Match[str]) -> str:
     return convert(match["text"]) if match["kind"] == "math" else f"`{match['text']}`"
+
+
+def _table(match: re.Match[str]) -> str:
+    columns = [slice(*column.span()) for column in re.finditer("=+", match["rule"])]
+    columns[-1] = slice(columns[-1].start, None)
+    rows = [match["head"], *match["body"].splitlines()]
+    cells = [[row[column].strip().replace("|", r"\|") for column in columns] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]]) + "\n"

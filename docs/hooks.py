@@ -25,6 +25,9 @@ DECISIONS = "decisions/"
 NOT_CONFIGURED = ("dashboard",)
 """Folders of ``conf/`` that hold something else than members of a config group."""
 
+LONG_DEFAULT = 24
+"""Characters beyond which a default wraps within its cell."""
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages, and put them into the navigation."""
@@ -177,7 +180,8 @@ def _default(node: yaml.Node, text: str) -> str:
     written = text[node.start_mark.index : node.end_mark.index].strip()
     if written == "???":
         return "required"
-    return f"`{' '.join(written.split()).replace('|', chr(92) + '|')}`" if written else ""
+    code = " ".join(written.split()).replace("|", r"\|")
+    return f"`{code}`" + ("{.long}" if len(code) > LONG_DEFAULT else "") if code else ""
 
 
 def _is_literal(node: yaml.Node) -> bool:

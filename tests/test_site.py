@@ -21,14 +21,17 @@ RESOURCES = {"script": "src", "link": "href", "img": "src", "iframe": "src", "so
 """Attributes that make a browser load a file, by tag."""
 LOADED_LINKS = {"stylesheet", "icon", "preload", "preconnect", "modulepreload", "manifest"}
 """Relations of a link that make a browser load its target; a canonical address is only named."""
-KNOWN_IN_SCRIPTS = {
+KNOWN_IN_SCRIPTS: dict[str, str | None] = {
     # The theme loads Mermaid for elements of this class alone, and a polyfill in browsers without ResizeObserver.
     "https://unpkg.com/mermaid@11/dist/mermaid.min.js": 'class="[^"]*\\bmermaid\\b',
     "https://unpkg.com/resize-observer-polyfill": None,
     # The theme counts the stars of the repository where a page links it in this component.
     "https://api.github.com/": 'data-md-component="source"',
     "https://${": 'data-md-component="source"',
-    "https://clipboardjs.com/": None,  # the license of a library
+    # These are names in licenses, comments, and messages, which nothing loads.
+    "https://clipboardjs.com/": None,
+    "https://github.com/isaacs/node-glob/": None,
+    "https://bit.ly/2s3ChXG": None,
 }
 """Addresses in the scripts of the theme, each with the pattern of a page that makes the script load it."""
 
@@ -70,7 +73,8 @@ def external_resources(site: Path) -> set[str]:
             if is_external(address):
                 found.add(f"{file.relative_to(site)}: {address}")
     for file in sorted(site.rglob("*.js")):
-        for address in re.findall(r"https?://[^\s\"'`)]+", file.read_text()):
+        code = re.sub(r"/\*.*?\*/|^\s*//[^\n]*", "", file.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for address in re.findall(r"https?://[^\s\"'`)]+", code):
             known = next((start for start in KNOWN_IN_SCRIPTS if address.startswith(start)), None)
             pattern = KNOWN_IN_SCRIPTS[known] if known else None
             if known is None or (pattern and any(re.search(pattern, text) for text in pages.values())):
