@@ -8,7 +8,7 @@ lint: # style and formatting
 types: # annotations
 	mypy
 
-docs: # the site, in site/; a broken link or a missing page is an error
+docs: # the site, in build/site/; a broken link or a missing page is an error
 	mkdocs build --strict
 
 test: # the fast tests

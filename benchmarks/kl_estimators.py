@@ -1,4 +1,4 @@
-"""Bias and variance of the estimators of KL(policy || reference): prints the tables of docs/kl_estimators.md.
+"""Bias and variance of the estimators of KL(policy || reference), for docs/explanation/kl-estimators.md.
 
 Usage: ``python benchmarks/kl_estimators.py [--samples N] [--model-samples N] [--seed N] [OVERRIDE ...]``
 

@@ -1,4 +1,4 @@
-"""Figures of docs/theory.md from the runs of a sweep: ``python docs/figures.py NAME SWEEP... [--out FOLDER]``.
+"""Figures of docs/explanation/theory.md from a sweep: ``python docs/figures.py NAME SWEEP... [--out FOLDER]``.
 
 Each prints the numbers that the text quotes, and writes ``NAME.png``.
 """

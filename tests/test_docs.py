@@ -35,7 +35,9 @@ from tests.helpers import save_model
 
 TAGS = ("run", "run-tiny", "compose", "parse")
 MOST_PARSED = 12
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COLUMNS = 100
+"""Width at which the prose of the documentation wraps."""
 APPENDED = {"run": "", "run-tiny": " +debug=tiny", "compose": " --cfg job"}
 FROM_A_CONFIGURATION = re.compile(r"^spo (train|inspect)(?!.*--resume)\b[^#\n]*?(?=\s*(#|$))", re.MULTILINE)
 
@@ -51,7 +53,7 @@ class Block:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.document.name}:{self.line}"
+        return f"{name_of(self.document)}:{self.line}"
 
     @property
     def script(self) -> str:
@@ -63,6 +65,11 @@ class Block:
         """Path in the first line of a file that is shown, where it gives one."""
         first = re.match(r"# (\S+/\S+\.(py|yaml))\n", self.text)
         return first[1] if first and self.language != "bash" else None
+
+
+def name_of(document: Path) -> str:
+    """Return the path of a document in the repository."""
+    return document.relative_to(ROOT).as_posix() if document.is_relative_to(ROOT) else document.name
 
 
 def blocks_of(document: Path, text: str) -> list[Block]:
@@ -174,7 +181,25 @@ def test_the_command_for_the_tests_can_be_found() -> None:
     assert lines == ["pip install -e '.[test]' -c constraints.txt && pytest"]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", document.read_text()):
-        assert target.startswith("http") or (document.parent / target).exists(), f"{document.name}: {target}"
+        assert target.startswith("http") or (document.parent / target).exists(), f"{name_of(document)}: {target}"
+
+
+def too_wide(text: str) -> list[str]:
+    """Return the lines of prose that are too wide; tables, commands, and lines with a long link do not wrap."""
+    prose = re.sub(r"^\s*(```|~~~).*?^\s*\1", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines = (line for line in prose.splitlines() if not line.startswith(("|", "!", "    ")))
+    return [line for line in lines if len(re.sub(r"\]\([^)]*\)", "]", line)) > COLUMNS]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS[1:], ids=name_of)
+def test_prose_wraps(document: Path) -> None:
+    assert too_wide(document.read_text()) == []
+
+
+def test_wide_prose_is_found() -> None:
+    wide = "word " * COLUMNS
+    assert too_wide(f"a\n| {wide}|\n```bash run\n{wide}\n```\n[b]({'c' * COLUMNS})\n") == []
+    assert too_wide(f"a\n{wide}\n") == [wide]

@@ -127,7 +127,7 @@ def test_pairs_that_leave_a_response_open_have_no_single_optimum() -> None:
 
 
 def test_a_kl_pushes_probability_out_of_a_restricted_support() -> None:
-    """What docs/theory.md says: the odds of being outside grow by exp(KL inside), whatever the weight of the KL."""
+    """The odds of being outside grow by exp(KL inside) for any weight of the KL, as docs/explanation/theory.md says."""
     inside = [(i, j) for i, j in combinations(range(R), 2) if j < 3]
     for weight in (0.05, 0.5):
         optimum = find_optimum(objective(SPOLoss(), world=world(pairs=inside), kl_weight=weight))

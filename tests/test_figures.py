@@ -1,4 +1,4 @@
-"""The figures of docs/theory.md: their numbers on made-up records, their files from a sweep of the real command."""
+"""The figures of docs/explanation/theory.md: their numbers on made-up records, and their files from a real sweep."""
 
 from __future__ import annotations
 

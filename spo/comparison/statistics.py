@@ -11,7 +11,7 @@ which everything of one seed moves together and everything of one prompt does. T
   ``max(0, MS_seeds - MS_rest) / P``, is added as a Student variable with ``S - 1`` degrees of freedom.
 
 Resampling three seeds as if they were many (the pigeonhole bootstrap, Owen, arXiv:0712.1111) is too sure where seeds
-differ and wasteful where they do not: see docs/comparison.md for the coverage of both.
+differ and wasteful where they do not: see docs/explanation/comparison-statistics.md for the coverage of both.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 An estimator maps the logits of a batch of sequences drawn from the policy to one number per sequence. What its value
 averages to and what its autograd gradient averages to are two questions: differentiating an unbiased estimate of the
 KL does not, in general, estimate the KL's gradient, because the sequences were drawn from the policy too
-(arXiv:2506.09477). ``docs/kl_estimators.md`` has the answers side by side, with variances.
+(arXiv:2506.09477). ``docs/explanation/kl-estimators.md`` has the answers side by side, with variances.
 """
 
 from __future__ import annotations

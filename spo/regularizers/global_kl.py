@@ -14,7 +14,7 @@ class GlobalKL(Regularizer):
     .. math:: R = E_x E_{y\sim\pi(\cdot|x)} \sum_t KL(\pi(\cdot|x,y_{<t}) \,\|\, \pi_{ref}(\cdot|x,y_{<t}))
 
     How R is estimated on a sample y is ``estimator``; value and gradient have separate properties, proved by
-    enumeration in ``tests/test_kl_estimators.py`` and tabled in ``docs/kl_estimators.md``:
+    enumeration in ``tests/test_kl_estimators.py`` and tabled in ``docs/explanation/kl-estimators.md``:
 
     ============= =============================== ==========================================================
     estimator     value                           gradient in expectation
