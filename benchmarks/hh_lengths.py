@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.workloads import FILES, MAX_LENGTH, VOCABULARY, Data, data_dir, train_tokenizer
 from spo.data import Renderer, TokenizedPair
-from spo.data.prepare import prepare
+from spo.data.splits import prepare
 
 FILE = Path(__file__).with_suffix(".json")
 STORED_PAIRS = 512
@@ -45,8 +45,11 @@ def random_pairs(number: int, vocabulary: int, seed: int) -> list[TokenizedPair]
     def tokens(length: int) -> tuple[int, ...]:
         return tuple(rng.choices(range(SPECIAL_TOKENS, vocabulary), k=length))
 
-    drawn = [tuple(map(tokens, rng.choice(lengths))) for _ in range(number)]
-    return [TokenizedPair(*ids, "", "", "", prompt_id=str(i)) for i, ids in enumerate(drawn)]
+    pairs = []
+    for i in range(number):
+        prompt, chosen, rejected = map(tokens, rng.choice(lengths))
+        pairs.append(TokenizedPair(prompt, chosen, rejected, "", "", "", prompt_id=str(i)))
+    return pairs
 
 
 def measured_lengths(data: Data) -> list[Lengths]:
