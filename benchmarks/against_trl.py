@@ -1,4 +1,4 @@
-"""TRL's side of the step benchmark: the DPOTrainer as a user makes it, on the token ids that ours is given."""
+"""TRL's side of the step benchmark: a DPOTrainer as a user makes it, on the token ids that our step is given."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datasets import Dataset, disable_progress_bars
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
-from benchmarks.workloads import MAX_LENGTH, PAIRS, Workload, now
+from benchmarks.workloads import MAX_LENGTH, StepTimes, Workload
 from spo.data import TokenizedPair
 from spo.errors import UserError
 from spo.stages.prepare import eval_device
@@ -21,14 +21,19 @@ from spo.stages.train import Parts
 from spo.types import Window
 
 DEFAULTS = {"bf16": True, "gradient_checkpointing": True}
-"""What TRL itself chooses."""
+"""Settings that TRL chooses by default."""
 
 
 def dpo_trainer(workload: Workload, pairs: Sequence[TokenizedPair], **settings: Any) -> Any:
-    """A DPOTrainer with fresh copies of the weights, which trains on ``pairs`` in their order.
+    """Return a DPOTrainer with fresh copies of the weights that trains on ``pairs`` in their order.
 
-    Optimizer, learning rate, clipping and precision are ours unless ``settings`` say otherwise; dropout, logging and
-    saving are off; the reference is a live model (or, under LoRA, the policy without its adapter).
+    Optimizer, learning rate, clipping and precision are those of our step unless ``settings`` differ. Dropout, logging
+    and saving are off. The reference is a live model, or the policy without its adapter under LoRA.
+
+    Args:
+        workload: Model and configuration of both sides.
+        pairs: Tokenized pairs of all steps.
+        settings: Arguments of ``DPOConfig`` that replace the ones above.
 
     Raises:
         UserError: TRL is not installed.
@@ -39,7 +44,7 @@ def dpo_trainer(workload: Workload, pairs: Sequence[TokenizedPair], **settings: 
         raise UserError("trl is not installed: pip install 'spo[trl]'") from error
 
     disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that TRL still uses
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # TRL uses old names
     gc.collect()
     cfg, spec = workload.config("method=dpo"), workload.prepared.spec
     device = eval_device(cfg)
@@ -48,8 +53,8 @@ def dpo_trainer(workload: Workload, pairs: Sequence[TokenizedPair], **settings: 
         output_dir=tempfile.gettempdir(),
         beta=cfg.beta.value,
         max_length=MAX_LENGTH,
-        per_device_train_batch_size=PAIRS,
-        max_steps=len(pairs) // PAIRS,
+        per_device_train_batch_size=workload.size.pairs,
+        max_steps=len(pairs) // workload.size.pairs,
         learning_rate=cfg.optimizer.lr,
         adam_beta1=cfg.optimizer.betas[0],
         adam_beta2=cfg.optimizer.betas[1],
@@ -70,13 +75,16 @@ def dpo_trainer(workload: Workload, pairs: Sequence[TokenizedPair], **settings: 
         from peft import LoraConfig
 
         targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-        adapter = LoraConfig(task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, target_modules=targets)
+        # peft declares an integer and multiplies by any number.
+        alpha: Any = lora.alpha
+        adapter = LoraConfig(task_type="CAUSAL_LM", r=lora.r, lora_alpha=alpha, target_modules=targets)
     base = workload.prepared.base
+    reference: Any = spec.start(base) if lora is None else None
     trainer = DPOTrainer(
         spec.base(base).train(),
-        spec.start(base) if lora is None else None,
+        reference,
         arguments,
-        # it takes text alone; what it trains on is put in its place below, in the form that it makes of text
+        # TRL takes text alone, so a placeholder stands here and the token ids replace it below.
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
         processing_class=workload.prepared.tokenizer,
         peft_config=adapter,
@@ -88,34 +96,45 @@ def dpo_trainer(workload: Workload, pairs: Sequence[TokenizedPair], **settings: 
 
 
 class _Clock(TrainerCallback):
-    """From before the first batch is loaded to the end of the last step."""
+    """A callback that times steps, the first one from before its batch is loaded."""
+
+    def __init__(self) -> None:
+        self.steps = StepTimes()
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.started = now()
+        self.steps.mark()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds = now() - self.started
+        self.steps.mark()
 
 
-def train(workload: Workload, pairs: Sequence[TokenizedPair], **settings: Any) -> float:
-    """Seconds that ``DPOTrainer.train`` takes for the pairs, without what comes before and after its steps."""
+def train(workload: Workload, pairs: Sequence[TokenizedPair], **settings: Any) -> list[float]:
+    """Train on the pairs, and return the seconds of each step, without what comes before and after the steps.
+
+    Args:
+        workload: Model and configuration of both sides.
+        pairs: Tokenized pairs of all steps.
+        settings: Arguments of ``DPOConfig`` that replace those of :func:`dpo_trainer`.
+    """
     trainer, clock = dpo_trainer(workload, pairs, **settings), _Clock()
     trainer.add_callback(clock)
     trainer.train()
-    return clock.seconds
+    return clock.steps.seconds()
 
 
 @torch.no_grad()
 def agreement(workload: Workload, parts: Parts, windows: Sequence[Window]) -> float:
-    """Largest difference of a completion token's log-prob between TRL's policy and ours, over the first window.
+    """Return the largest difference of a completion token's log-prob between TRL's policy and ours.
+
+    The log-probs are those of the first window; the tokens of all windows are compared with those of TRL's batches.
 
     Args:
-        workload: what both train on.
-        parts: ours, started: scored is as a step scores.
-        windows: of a round; their tokens are compared with those of TRL's own batches.
+        workload: Model and configuration of both sides.
+        parts: Parts of our fit, started, which score the window as a step does.
+        windows: Windows of one round.
 
     Raises:
-        RuntimeError: the two sides would not train on the same tokens.
+        RuntimeError: The two sides would train on different tokens.
     """
     trainer = dpo_trainer(workload, workload.pairs(windows))
     batches = list(trainer.get_train_dataloader())
@@ -140,7 +159,7 @@ def agreement(workload: Workload, parts: Parts, windows: Sequence[Window]) -> fl
 
 
 def _places(batch: Any) -> list[int]:
-    """Which of the batch's sequences TRL has in each of its rows: all chosen ones, then all rejected ones."""
+    """Return the sequence of the batch that is in each row of TRL's: all chosen ones, then all rejected ones."""
     every = torch.arange(len(batch.sequences), dtype=torch.float64)
     return batch.per_completion(every).flatten().long().tolist()
 

@@ -2,9 +2,9 @@
 
 Usage: ``python benchmarks/kl_estimators.py [--samples N] [--model-samples N] [--seed N] [OVERRIDE ...]``
 
-The first table is of an enumerable world, where the KL and its gradient are known. The others are of the model and
-the prompts that ``spo train OVERRIDE ...`` would start from: the reference is that model, the policy is a copy with
-Gaussian noise in its weights, a little and more of it.
+The first table is of an enumerable world, where the KL and its gradient are known. The others are of the model and the
+prompts that ``spo train OVERRIDE ...`` would start from. The reference is that model, and the policy is a copy with
+Gaussian noise in its weights, in two strengths.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Estimator = Callable[[Tensor, Tensor, Sequences], Tensor]
 Batch = tuple[Tensor, Tensor, Sequences]
 EOS = 0
 NOISES = (0.1, 0.3)
-"""Of the policy's weights, relative to their own standard deviation."""
+"""Noise of the policy's weights, relative to the standard deviation of each weight tensor."""
 
 
 def without_baseline(policy_logits: Tensor, reference_logits: Tensor, sequences: Sequences) -> Tensor:
-    """The estimator ``unbiased`` on each sequence by itself, where there are no others to take a baseline from."""
+    """Apply the estimator ``unbiased`` to each sequence by itself, so that others do not give it a baseline."""
     sizes = sequences.completion_length.tolist()
     parts = zip(policy_logits.split(sizes), reference_logits.split(sizes), range(len(sequences)), strict=True)
     return torch.cat([KL_ESTIMATORS["unbiased"](p, q, sequences.rows(slice(i, i + 1))) for p, q, i in parts])
@@ -49,10 +49,10 @@ class World:
     A response ends with end-of-text or is cut at ``length``. The prompts have one and two tokens.
 
     Args:
-        vocab: tokens, end-of-text included.
-        length: most tokens of a response.
-        seed: of the tables.
-        spread: standard deviation of the logits.
+        vocab: Number of tokens, end-of-text included.
+        length: Most tokens of a response.
+        seed: Random seed of the tables.
+        spread: Standard deviation of the logits.
     """
 
     prompts = 2
@@ -77,18 +77,18 @@ class World:
         return ended + running
 
     def logps(self, table: Tensor) -> Tensor:
-        """``(prompts, responses)`` log-probabilities under a table."""
+        """Return the ``(prompts, responses)`` log-probabilities under a table, in nats."""
         logps = table.log_softmax(-1)
         sums = [logps[:, cells, list(r)].sum(-1) for r, cells in zip(self.responses, self._cells, strict=True)]
         return torch.stack(sums, dim=-1)
 
     def kl(self) -> Tensor:
-        """The exact KL(policy || reference), the mean over the prompts, with gradient."""
+        """Return the exact KL(policy || reference) in nats, the mean over the prompts, with gradient."""
         ours, theirs = self.logps(self.policy), self.logps(self.reference)
         return (ours.exp() * (ours - theirs)).sum(-1).mean()
 
     def batch(self, chosen: Sequence[tuple[int, int]]) -> Batch:
-        """What an estimator is given for (prompt, response) numbers."""
+        """Return the arguments of an estimator for pairs of a prompt's and a response's number."""
         rows = [((1,) * (prompt + 1), self.responses[response]) for prompt, response in chosen]
         ids = torch.zeros(len(rows), max(len(prompt) + len(response) for prompt, response in rows), dtype=torch.long)
         for i, (prompt, response) in enumerate(rows):
@@ -99,7 +99,7 @@ class World:
         return self.policy.flatten(0, 1)[cells], self.reference.flatten(0, 1)[cells], sequences
 
     def draws(self, batches: int, size: int, seed: int) -> Iterator[Batch]:
-        """Batches of responses drawn from the policy, the prompts in turn."""
+        """Draw batches of responses from the policy, for the prompts in turn."""
         generator = torch.Generator().manual_seed(seed)
         probability = self.logps(self.policy).exp().detach()
         drawn = [torch.multinomial(row, batches * size, True, generator=generator).tolist() for row in probability]
@@ -109,11 +109,13 @@ class World:
 
 @dataclass
 class Moments:
-    """Sums over independent batches of what an estimator gave: its mean value first, then its flat gradient.
+    """Sums over independent batches of an estimator's mean value, the first entry, and its flat gradient, the others.
 
     Attributes:
-        size: sequences of a batch.
-        batches: counted so far.
+        size: Sequences of a batch.
+        batches: Batches counted so far.
+        total: Sum of the entries.
+        squares: Sum of the squared entries.
     """
 
     size: int
@@ -122,7 +124,7 @@ class Moments:
     squares: Tensor | float = 0.0
 
     def add(self, value: Tensor, gradient: Tensor) -> None:
-        """Counts a batch."""
+        """Count a batch."""
         entries = torch.cat([value.detach().reshape(1), gradient]).double()
         self.batches += 1
         self.total = self.total + entries
@@ -130,23 +132,23 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """Over the batches."""
+        """Return the mean over the batches."""
         return torch.as_tensor(self.total) / self.batches
 
     @property
     def variance(self) -> Tensor:
-        """Of the batches, times the sequences of a batch: what one sequence contributes."""
+        """Return the variance over the batches times their size: the contribution of one sequence."""
         spread = torch.as_tensor(self.squares) - self.batches * self.mean.square()
         return spread.clamp(min=0) / (self.batches - 1) * self.size
 
     @property
     def standard_error(self) -> Tensor:
-        """Of the mean."""
+        """Return the standard error of the mean."""
         return (self.variance / (self.batches * self.size)).sqrt()
 
 
 def flat_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """One vector; 0 for what ``value`` does not depend on. The graph is kept."""
+    """Return the gradient as one vector, 0 where ``value`` does not depend on a parameter. The graph stays."""
     gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
     filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
     return torch.cat([gradient.flatten() for gradient in filled])
@@ -155,7 +157,7 @@ def flat_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 def measure(
     batches: Iterable[Batch], parameters: Sequence[Tensor], estimators: Mapping[str, Estimator]
 ) -> dict[str, Moments]:
-    """Every estimator on the same batches, which have one size."""
+    """Apply every estimator to the same batches, which have one size."""
     found: dict[str, Moments] = {}
     for batch in batches:
         for name, estimator in estimators.items():
@@ -165,7 +167,7 @@ def measure(
 
 
 def against_the_truth(samples: int, seed: int, size: int = 16) -> Iterator[str]:
-    """The table of the enumerable world."""
+    """Yield the lines of the table of the enumerable world."""
     world = World(seed=seed)
     kl = world.kl()
     gradient = flat_gradient(kl, [world.policy])
@@ -187,7 +189,7 @@ def against_the_truth(samples: int, seed: int, size: int = 16) -> Iterator[str]:
 
 
 def of_a_model(samples: int, seed: int, overrides: Sequence[str], size: int = 16) -> Iterator[str]:
-    """The tables of a language model."""
+    """Yield the lines of the tables of a language model."""
     cfg = compose(overrides)
     OmegaConf.resolve(cfg)
     prepared = prepare_run(cfg)
@@ -206,7 +208,9 @@ def of_a_model(samples: int, seed: int, overrides: Sequence[str], size: int = 16
                 seeds=[derive_seed(seed, i, j) for j in range(size)],
                 sampler="static",
             )
-            yield completion_logits(policy, sequences), completion_logits(reference, sequences), sequences
+            logits = [completion_logits(model, sequences) for model in (policy, reference)]
+            assert isinstance(logits[0], Tensor) and isinstance(logits[1], Tensor)  # no max_logits
+            yield logits[0], logits[1], sequences
 
     for noise in NOISES:
         policy = perturbed(reference, noise, seed)
@@ -225,7 +229,7 @@ def of_a_model(samples: int, seed: int, overrides: Sequence[str], size: int = 16
 
 
 def perturbed(model: nn.Module, noise: float, seed: int) -> nn.Module:
-    """A trainable copy whose weights differ by Gaussian noise of ``noise`` times their own standard deviation."""
+    """Return a trainable copy with Gaussian noise of ``noise`` times the standard deviation of each weight tensor."""
     other = copy.deepcopy(model).requires_grad_(True)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -235,6 +239,7 @@ def perturbed(model: nn.Module, noise: float, seed: int) -> nn.Module:
 
 
 def main() -> None:
+    """Print the tables that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=32000, help="draws from the enumerable world")
     parser.add_argument("--model-samples", type=int, default=2048, help="draws from each language model")

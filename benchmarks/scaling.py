@@ -1,10 +1,11 @@
-"""How our step's time and memory grow: with the prompt's share, the completions, the vocabulary, the batch; SPO's too.
+"""Growth of our step's time and memory with the prompt's share, completions, vocabulary, batch, and SPO's samples.
 
 Usage: ``python -m benchmarks.scaling [--json FILE] [--plot FOLDER] [--only CURVE ...] [--threads N]``
 
-Each point is a process of its own: a fit of one step to warm up, then one of three steps on made-up pairs of exactly
-the stated lengths, by the training path of the step benchmark and with its 1M-parameter model. Memory is the peak of
-the process's resident set over what it was before the model was loaded; on an accelerator it does not count the device.
+Each point is a process of its own. It warms up with a fit of one step and measures a fit of three steps, on made-up
+pairs of exactly the stated lengths. The training path and the model of 1M parameters are those of the step benchmark.
+Memory is the peak of the process's resident set over its size before the model was loaded. Memory of an accelerator
+does not count.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.common import environment, show, write_json
-from benchmarks.workloads import REFRESH_EVERY, SIZES, SPO, VOCABULARY, Data, Lengths, Workload
+from benchmarks.common import show, write_json
+from benchmarks.workloads import REFRESH_EVERY, SIZES, SPO, VOCABULARY, Data, Lengths, Workload, environment
 from spo.config.compose import compose
 from spo.records.cache import cached
 from spo.stages.quiet import quiet_libraries
 
 STEPS = 3
 LENGTH = 256
-"""Tokens of prompt and completion, where their shares vary."""
+"""Tokens of a prompt with its completion on the curve of the prompt's share."""
 PROMPT, COMPLETION = 128, 64
-"""Tokens where nothing is said about them."""
+"""Tokens of prompt and completion on the other curves."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,13 @@ class Point:
     """One measurement.
 
     Attributes:
-        x: its place on the curve.
-        line: which of the curve's lines it belongs to.
-        prompt: tokens.
-        completion: tokens, chosen and rejected alike.
-        vocabulary: rows of the embedding.
-        overrides: of ``spo train``.
-        refresh_every: of the regularizer, where there is one.
+        x: Place on the horizontal axis.
+        line: Name of the line of the curve.
+        prompt: Tokens of each prompt.
+        completion: Tokens of each completion, chosen and rejected alike.
+        vocabulary: Rows of the embedding matrix.
+        overrides: Overrides of ``spo train``.
+        refresh_every: Steps between two drawings of the regularizer's samples, or ``None`` if it draws none.
     """
 
     x: float
@@ -60,7 +61,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points and what their x means."""
+    """Points, and the label of their horizontal axis."""
 
     label: str
     points: list[Point]
@@ -68,7 +69,7 @@ class Curve:
 
 
 def curves() -> dict[str, Curve]:
-    """All of them, by name; our steps as they come and with ``speed=plain``."""
+    """Return all curves by name: DPO as it comes and with ``speed=plain``, and SPO."""
     lines = {"DPO": ("method=dpo",), "DPO, speed=plain": ("method=dpo", "speed=plain")}
 
     def dpo(values: Sequence[float], settings: Callable[[Any], dict[str, Any]]) -> list[Point]:
@@ -104,7 +105,7 @@ def curves() -> dict[str, Curve]:
 
 
 def workload(point: Point, threads: int | None, cache: Path) -> Workload:
-    """What the point trains."""
+    """Return the fits of a point."""
     exact = Lengths((math.log(point.prompt), 0.0), (math.log(point.completion), 0.0), pairs=200)
     folder = cached(cache, "benchmark_pairs", {"lengths": asdict(exact), "seed": 0}, exact.write)
     size = replace(SIZES["1m"], vocabulary=point.vocabulary)
@@ -112,12 +113,12 @@ def workload(point: Point, threads: int | None, cache: Path) -> Workload:
 
 
 def peak_memory() -> int:
-    """Bytes: the largest resident set this process has had."""
+    """Return the bytes of the largest resident set that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def measure(point: Point, threads: int | None, cache: Path) -> tuple[float, float]:
-    """Seconds of a step and MiB of memory; to be run in a process of its own."""
+    """Measure the seconds of a step and the MiB of memory; call it in a process of its own."""
     quiet_libraries()
     work = workload(point, threads, cache)
     before = peak_memory()
@@ -127,10 +128,10 @@ def measure(point: Point, threads: int | None, cache: Path) -> tuple[float, floa
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``function`` returns in a process of its own, forked from this one, which has imported everything.
+    """Call a function in a process of its own, forked from this one, which has imported everything.
 
     Raises:
-        RuntimeError: the process ended without a result.
+        RuntimeError: The process ended without a result.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -149,10 +150,10 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Runs the benchmark that the command line asks for.
+    """Run the benchmark that the command line asks for.
 
     Returns:
-        What ``--json`` writes.
+        The result that ``--json`` writes.
     """
     every = curves()
     parser = argparse.ArgumentParser("python -m benchmarks.scaling", description=__doc__.split("\n")[0])
@@ -165,7 +166,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     todo = [(name, point) for name in asked.only for point in every[name].points]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in asked.only}
     for name, point in track(todo, "points", transient=True, console=Console(stderr=True)):
-        alone(_prepare, point, asked.threads, cache)  # so that making a tokenizer is not in the peak of memory
+        alone(_prepare, point, asked.threads, cache)  # making a tokenizer takes more memory than the fit
         seconds, memory = alone(measure, point, asked.threads, cache)
         found[name].append({"x": point.x, "line": point.line, "step_s": seconds, "memory_mib": memory})
     result = {"curves": found, "environment": environment()}
@@ -187,7 +188,7 @@ def _short(x: float) -> str:
 
 
 def plot(result: dict[str, Any], folder: Path) -> None:
-    """Draws ``performance_scaling.png`` and ``performance_spo.png``, as far as their curves were measured."""
+    """Draw ``performance_scaling.png`` and ``performance_spo.png`` from the curves that were measured."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -195,7 +196,7 @@ def plot(result: dict[str, Any], folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     every = curves()
-    pages = {"scaling": ("prompt_share", "completion_length", "vocabulary", "batch")}
+    pages: dict[str, tuple[str, ...]] = {"scaling": ("prompt_share", "completion_length", "vocabulary", "batch")}
     pages["spo"] = ("refresh_every", "num_samples")
     colours = {"DPO": "#0072B2", "DPO, speed=plain": "#666666", "SPO": "#E69F00"}
     for page, names in pages.items():

@@ -1,4 +1,4 @@
-"""How long the commands take that train nothing: prints a table of seconds.
+"""Times of the commands that train nothing, as a table of seconds.
 
 Usage: ``python -m benchmarks.startup [--runs N] [--imports COMMAND]``, from the folder of the repository.
 """
@@ -25,19 +25,19 @@ COMMANDS = {
     "dashboard": "dashboard entity/project --spec nowhere",
     "refuse a configuration": "train method=dpp",
 }
-"""What each line of the table runs, in a folder with a sweep of two seeds and three methods. The last one has to read
-the signature of everything that a run would be made of, torch and lightning included."""
+"""Commands of the table, run in a folder with a sweep of two seeds and three methods. The last one reads the signature
+of everything that a run would be made of, torch and lightning included."""
 
 
 def seconds(command: Sequence[str], folder: Path) -> float:
-    """Wall-clock seconds of one process."""
+    """Return the wall-clock seconds of one process."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "spo", *command], cwd=folder, capture_output=True)
     return time.perf_counter() - started
 
 
 def imports(command: Sequence[str], folder: Path, shown: int = 20) -> None:
-    """Prints the modules that take longest to import, each with what it imports, in seconds."""
+    """Print the modules that take longest to import, with the seconds of each including its own imports."""
     words = [sys.executable, "-X", "importtime", "-m", "spo", *command]
     lines = subprocess.run(words, cwd=folder, capture_output=True, text=True).stderr.splitlines()
     rows = [line.split("|") for line in lines if line.startswith("import time:") and "cumulative" not in line]
@@ -46,10 +46,10 @@ def imports(command: Sequence[str], folder: Path, shown: int = 20) -> None:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Print the table that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--runs", type=int, default=5, help="of each command")
-    parser.add_argument("--imports", choices=COMMANDS, help="show what is slow to import for one of them instead")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each command")
+    parser.add_argument("--imports", choices=COMMANDS, help="show the slowest imports of one of the commands instead")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,10 +1,10 @@
-"""What a sweep saves: its jobs share one reference model, one set of pairs and one pass of the reference over them.
+"""Savings of a sweep, whose jobs share one reference model, one set of pairs and one pass of the reference.
 
 Usage: ``python -m benchmarks.sweep_cost [--jobs N] [--json FILE] [OVERRIDE ...]``
 
-Once as ``spo train -m seed=0,1,...`` with an empty cache, then as that many commands with an empty cache each; both by
-the clock on the wall, so starting the interpreter counts. ``OVERRIDE``: of ``spo train``, by default ``+debug=tiny``
-with precomputed reference log-probs.
+The benchmark runs ``spo train -m seed=0,1,...`` with an empty cache, then the same number of separate commands with an
+empty cache each. Both are timed by the clock on the wall, so starting the interpreter counts. ``OVERRIDE`` is an
+override of ``spo train``, by default ``+debug=tiny`` with precomputed reference log-probs.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from benchmarks.common import environment, show, write_json
+from benchmarks.common import show, write_json
+from benchmarks.workloads import environment
 
-USUAL = ("+debug=tiny", "method=dpo", "reference=precomputed")
+DEFAULT_OVERRIDES = ("+debug=tiny", "method=dpo", "reference=precomputed")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Runs the benchmark that the command line asks for.
+    """Run the benchmark that the command line asks for.
 
     Returns:
-        What ``--json`` writes.
+        The result that ``--json`` writes.
     """
     parser = argparse.ArgumentParser("python -m benchmarks.sweep_cost", description=__doc__.split("\n")[0])
-    parser.add_argument("overrides", nargs="*", default=list(USUAL), metavar="OVERRIDE", help="of spo train")
+    parser.add_argument(
+        "overrides", nargs="*", default=list(DEFAULT_OVERRIDES), metavar="OVERRIDE", help="of spo train"
+    )
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--json", metavar="FILE", help="where the result is written")
     asked = parser.parse_args(arguments)
@@ -80,12 +83,12 @@ def _timed(words: Sequence[str], cache: Path) -> float:
 
 
 def _prepare_seconds(folder: Path) -> float:
-    """What the runs of a folder spent before their first step."""
+    """Return the seconds that the runs of a folder spent before their first step."""
     return sum(json.loads(file.read_text())["time/prepare_s"] for file in folder.rglob("metrics.json"))
 
 
 def _reference_models(cache: Path) -> int:
-    """How many a cache holds."""
+    """Return the number of reference models in a cache."""
     return sum(path.is_dir() for path in (cache / "sft").iterdir())
 
 

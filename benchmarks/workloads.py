@@ -1,17 +1,20 @@
-"""What the step benchmarks train: data, a model of a stated size, and a fit on the training path of ``spo train``."""
+"""Data, models of a stated size, and fits on the training path of ``spo train``, for the step benchmarks."""
 
 from __future__ import annotations
 
 import gc
 import json
 import os
+import platform
 import random
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,21 +24,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spo.config.checks import check_config
 from spo.config.compose import compose
-from spo.data import FileSource, HHSource, Row, TokenizedPair
+from spo.data import FileSource, HHSource, Row, TokenizedPair, eval_prompts
 from spo.errors import UserError
+from spo.forward.head import base_model
 from spo.models.tiny import BOS, EOS, PAD
 from spo.records.cache import cached
 from spo.records.digests import path_digest
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.train import Parts, assemble
-from spo.types import Window
+from spo.types import Sequences, Window
 
-PAIRS = 8
-"""Pairs of an optimiser step."""
+PAIRS_PER_STEP = 8
 MAX_LENGTH = 512
-"""Tokens of prompt and completion; longer pairs are dropped."""
+"""Most tokens of a prompt with its completion; longer pairs are dropped."""
 VOCABULARY = 8192
-"""Of the tokenizer, which is trained on the data's own text."""
+"""Tokens of the tokenizer, which is trained on the text of the data."""
 FILES = {"hh": "hh_rlhf_harmless_base.part1.jsonl.gz", "alpaca_eval": "alpaca_eval_pairs.train.jsonl.gz"}
 
 
@@ -47,8 +50,8 @@ class Data:
     """Preference pairs in a file that both sides read.
 
     Attributes:
-        name: as asked for, or ``synthetic`` where its file is absent.
-        path: the file.
+        name: Name of the data set, or ``synthetic`` if its file is absent.
+        path: File of the pairs.
     """
 
     name: str
@@ -56,30 +59,30 @@ class Data:
 
     @property
     def overrides(self) -> list[str]:
-        """How ``spo train`` reads it."""
+        """Return the overrides with which ``spo train`` reads the file."""
         group = "hh" if self.name == "hh" else "jsonl"
         return [f"data={group}", f"data.path='{self.path}'", "data.on_bad_row=skip"]
 
     def rows(self) -> list[Row]:
-        """The pairs as text."""
+        """Read the pairs as text."""
         path = str(self.path)
         source = HHSource(path, "skip") if self.name == "hh" else FileSource(path, None, "skip")
         return source.rows(lambda prompts, n: [])
 
     def texts(self) -> Iterable[str]:
-        """What the tokenizer is trained on."""
+        """Yield the text that the tokenizer is trained on."""
         for row in self.rows():
             yield f"{row.prompt}{row.chosen}"
             yield str(row.rejected)
 
 
 def data_dir() -> Path:
-    """Where the published pairs are: ``SPO_DATA_DIR``, by default ``../shared/data`` beside the project."""
+    """Return the folder of the published pairs: ``SPO_DATA_DIR``, by default ``../shared/data`` beside the project."""
     return Path(os.environ.get("SPO_DATA_DIR", Path(__file__).parents[1] / "../shared/data")).resolve()
 
 
 def find_data(name: str, cache: Path) -> Data:
-    """The data set of that name, or made-up pairs of HH's lengths where its file is absent (which is printed)."""
+    """Return the named data set, or made-up pairs with the lengths of HH and a message if its file is absent."""
     if name in FILES:
         path = data_dir() / FILES[name]
         if path.is_file():
@@ -90,12 +93,12 @@ def find_data(name: str, cache: Path) -> Data:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Log-normal lengths in tokens: the mean and the standard deviation of their logarithm, for prompt and completion.
+    """Log-normal lengths in tokens, each given by the mean and the standard deviation of its logarithm.
 
     Attributes:
-        prompt: of prompts.
-        completion: of completions, chosen and rejected independent of each other and of the prompt.
-        pairs: how many to make.
+        prompt: Lengths of prompts.
+        completion: Lengths of completions. Prompt, chosen and rejected are independent of each other.
+        pairs: Number of pairs to make.
     """
 
     prompt: tuple[float, float]
@@ -103,7 +106,7 @@ class Lengths:
     pairs: int = 1000
 
     def write(self, folder: Path) -> None:
-        """Writes made-up pairs as ``x.jsonl``: words of a small language, each of which becomes one token."""
+        """Write made-up pairs as ``x.jsonl``, in words of a small language that become one token each."""
         generator = random.Random(0)
         words = [" " + "".join(generator.choices("aeioubdfgklmnprstvz", k=5)) for _ in range(2000)]
 
@@ -117,19 +120,20 @@ class Lengths:
 
 
 HH = Lengths(prompt=(4.5, 0.9), completion=(3.4, 0.9))
-"""Fitted to the HH pairs that are used here: 8192 tokens of vocabulary, at most 512 tokens."""
+"""A fit to the HH pairs that are used here: 8192 tokens of vocabulary, at most 512 tokens."""
 
 
-def statistics(pairs: Sequence[TokenizedPair]) -> dict[str, float]:
-    """Mean lengths in tokens, the padding of padded batches, and the prompt's share of the real tokens.
+def statistics(pairs: Sequence[TokenizedPair], batch_size: int = PAIRS_PER_STEP) -> dict[str, float]:
+    """Return mean lengths in tokens, the share of padding in padded batches, and the prompts' share of real tokens.
 
     Args:
-        pairs: in the order in which they are batched.
+        pairs: Pairs in the order of the batches.
+        batch_size: Number of pairs in a batch.
     """
     lengths = [(len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids or ())) for p in pairs]
     real = padded = 0
-    for first in range(0, len(lengths), PAIRS):
-        batch = lengths[first : first + PAIRS]
+    for first in range(0, len(lengths), batch_size):
+        batch = lengths[first : first + batch_size]
         real += sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in batch)
         padded += 2 * len(batch) * max(prompt + max(chosen, rejected) for prompt, chosen, rejected in batch)
     prompts, chosen, rejected = (sum(column) for column in zip(*lengths, strict=True))
@@ -149,15 +153,17 @@ class Size:
     """The shape of a Llama, and how it is trained.
 
     Attributes:
-        hidden: width.
-        intermediate: width of the feed-forward layers.
-        layers: blocks.
-        heads: of the queries.
-        kv_heads: of keys and values.
-        tied: whether input and output share one embedding matrix.
-        vocabulary: rows of the embedding.
-        dtype: of the weights.
-        overrides: of ``spo train``.
+        hidden: Width of the hidden states.
+        intermediate: Width of the feed-forward layers.
+        layers: Number of blocks.
+        heads: Number of query heads.
+        kv_heads: Number of key and value heads.
+        tied: Whether input and output share one embedding matrix.
+        vocabulary: Rows of the embedding matrix.
+        dtype: Name of the torch dtype of the weights.
+        config_group: Member of the config group ``model``.
+        device: Device that trains it. A GPU trains with bfloat16 autocast, a CPU in float32.
+        pairs: Preference pairs of an optimizer step.
     """
 
     hidden: int
@@ -168,15 +174,28 @@ class Size:
     tied: bool
     vocabulary: int = VOCABULARY
     dtype: str = "float32"
-    overrides: tuple[str, ...] = ("model=hf", "trainer=cpu")
+    config_group: str = "hf"
+    device: Literal["cpu", "gpu"] = "cpu"
+    pairs: int = PAIRS_PER_STEP
 
     @property
     def needs_gpu(self) -> bool:
-        """Whether it is out of reach of a CPU."""
-        return "trainer=gpu" in self.overrides
+        """Return whether it is trained on a GPU."""
+        return self.device == "gpu"
+
+    @property
+    def overrides(self) -> list[str]:
+        """Return the overrides of ``spo train`` for this size."""
+        return [
+            f"model={self.config_group}",
+            f"model.dtype={self.dtype}",
+            f"trainer={self.device}",
+            "trainer.devices=1",
+            f"data.batch_size={self.pairs}",
+        ]
 
     def model(self) -> LlamaForCausalLM:
-        """With random weights, always the same."""
+        """Build the model with random weights, always the same ones on one kind of device."""
         config = LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
@@ -196,31 +215,30 @@ class Size:
             return LlamaForCausalLM(config).to(getattr(torch, self.dtype))
 
 
-_ON_GPU = ("trainer=gpu", "trainer.devices=1")
 SIZES = {
     "toy": Size(32, 64, 2, 2, 2, tied=True, vocabulary=512),
     "1m": Size(64, 192, 8, 4, 4, tied=True),
     "10m": Size(256, 688, 8, 4, 4, tied=False),
-    "1b": Size(2048, 8192, 16, 32, 8, tied=True, vocabulary=128256, overrides=("model=hf", *_ON_GPU)),
-    "8b-lora": Size(
-        4096, 14336, 32, 32, 8, False, 128256, "bfloat16", ("model=hf_lora", "model.dtype=bfloat16", *_ON_GPU)
-    ),
+    "1b": Size(2048, 8192, 16, 32, 8, tied=True, vocabulary=128256, device="gpu"),
+    "1b-bf16": Size(2048, 8192, 16, 32, 8, tied=True, vocabulary=128256, dtype="bfloat16", device="gpu"),
+    "8b-lora": Size(4096, 14336, 32, 32, 8, False, 128256, "bfloat16", "hf_lora", device="gpu"),
 }
-"""``1b`` and ``8b-lora`` have the shapes of Llama-3.2-1B and Llama-3.1-8B."""
+"""``1b`` and ``1b-bf16`` have the shape of Llama-3.2-1B, ``8b-lora`` that of Llama-3.1-8B."""
 
 
 def model_folder(size: Size, data: Data, cache: Path) -> Path:
-    """A Hugging Face folder: random weights of that size, and a tokenizer trained on the text of the data."""
+    """Return a Hugging Face folder with random weights of a size and a tokenizer trained on the text of the data."""
 
     def build(folder: Path) -> None:
         train_tokenizer(data.texts(), min(size.vocabulary, VOCABULARY)).save_pretrained(folder)
         size.model().save_pretrained(folder)
 
-    return cached(cache, "benchmark_models", {"size": asdict(size), "data": path_digest(data.path)}, build)
+    shape = asdict(replace(size, pairs=PAIRS_PER_STEP))  # the weights do not depend on the pairs of a step
+    return cached(cache, "benchmark_models", {"size": shape, "data": path_digest(data.path)}, build)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer."""
+    """Train a byte-level BPE tokenizer of at most ``vocabulary`` tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -236,32 +254,81 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def now() -> float:
-    """Seconds, once the device has done what it was given."""
+    """Return the clock in seconds, after the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return perf_counter()
 
 
+def environment() -> dict[str, Any]:
+    """Return the versions and the hardware that a measurement depends on; call it after threads are set."""
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {
+        **{name: installed(name) for name in ("torch", "transformers", "lightning", "trl")},
+        "processor": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+class StepTimes:
+    """The times of consecutive steps, measured without waiting for the device between them."""
+
+    def __init__(self) -> None:
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Mark the start of the first step or the end of a step."""
+        if torch.cuda.is_available():
+            # An event takes its time when the device reaches it, so the host can run ahead of the device as usual.
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Wait for the device and return the seconds of each step."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            return [start.elapsed_time(end) / 1000 for start, end in pairwise(self._marks)]
+        return [end - start for start, end in pairwise(self._marks)]
+
+
 class Clock(Callback):
-    """Times a fit from before its first batch is loaded to its end.
+    """A callback that times a fit from before its first batch is loaded to its end.
 
     Attributes:
-        seconds: of the whole fit.
-        sample_tokens: mean length of the regularizer's samples, where it has any.
-        metrics: the last row of the record.
+        seconds: Seconds of the whole fit.
+        steps: Times of its steps.
+        sampled: Samples of the regularizer at the end of the fit, or ``None``.
+        metrics: Last row of the record.
+        facts: How the fit computed: the attention that the policy ran, whether rows were packed, whether the loss uses
+            a reference.
     """
 
     seconds: float = 0.0
     metrics: dict[str, float]
-    sample_tokens: float | None = None
+    sampled: Sequences | None = None
+    facts: dict[str, Any]
+
+    def __init__(self) -> None:
+        self.steps = StepTimes()
 
     def per_step(self, steps: int, refresh_every: int | None = None) -> float:
-        """Seconds of one step of a fit of ``steps``.
+        """Return the seconds of one step.
 
         Args:
-            steps: of the fit.
-            refresh_every: of the regularizer that draws samples, where there is one. A fit draws in its first step;
-                a step's share of a drawing is ``1 / refresh_every``, however short the fit is.
+            steps: Number of steps of the fit.
+            refresh_every: Steps between two drawings of the regularizer's samples, or ``None`` if it draws none. A fit
+                draws in its first step; a step's share of a drawing is ``1 / refresh_every``, however short the fit.
         """
         if refresh_every is None:
             return self.seconds / steps
@@ -269,55 +336,81 @@ class Clock(Callback):
         return (self.seconds - drawn * drawing) / steps + drawing / refresh_every
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts."""
+        """Start the clock."""
         self.started = now()
+        self.steps.mark()
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        """Mark the end of a step."""
+        self.steps.mark()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops."""
+        """Stop the clock, and note how the fit computed."""
         self.seconds = now() - self.started
         self.metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         buffer: Any = pl_module.buffer
         if buffer is not None:
-            self.sample_tokens = float(buffer.samples.completion_length.float().mean())
+            self.sampled = buffer.held
+        module: Any = pl_module
+        self.facts = {
+            "attention": base_model(module.policy).config._attn_implementation,
+            "packed": module.speed.packs,
+            "uses_reference": module.loss.uses_reference,
+        }
 
 
 class Workload:
-    """Steps of a method on one data set with one model, as ``spo train`` does them.
+    """Steps of a method on one data set with one model, on the training path of ``spo train``.
 
-    Everything but the step is switched off by configuration: validation, checkpoints, loggers, the progress bar, and
-    the probe that samples for ``kl`` and ``entropy`` at every log interval.
+    The configuration switches everything but the step off: validation, checkpoints, loggers, the progress bar, and the
+    probe that samples for ``kl`` and ``entropy`` at every log interval.
 
     Args:
-        size: of the model.
-        data: the pairs.
-        steps: of one fit.
-        threads: of torch; ``None`` for its own choice.
-        cache: where models and tokenizers are kept.
+        size: Size of the model.
+        data: Pairs as text, of which the tokenizer is made too.
+        steps: Optimizer steps of one fit.
+        threads: Threads of torch; ``None`` for its own choice.
+        cache: Folder where models and tokenizers are cached.
+        train: Tokenized pairs to train on instead of those of ``data``.
 
     Attributes:
-        prepared: model folder and tokenised pairs.
+        prepared: Model folder and tokenized pairs.
+
+    Raises:
+        UserError: The size needs a GPU, or there are too few pairs.
     """
 
-    def __init__(self, size: Size, data: Data, steps: int, threads: int | None, cache: Path) -> None:
+    def __init__(
+        self,
+        size: Size,
+        data: Data,
+        steps: int,
+        threads: int | None,
+        cache: Path,
+        train: list[TokenizedPair] | None = None,
+    ) -> None:
         if size.needs_gpu and not torch.cuda.is_available():
             raise UserError("this size needs a CUDA device, and there is none here: choose --size 1m or 10m")
         self.size, self.data, self.steps, self.threads = size, data, steps, threads
         self.folder = model_folder(size, data, cache)
         self.run_dir = Path(tempfile.gettempdir()) / f"spo-benchmark-{os.getpid()}"  # nothing is written to it
         self.prepared: Prepared = prepare_run(self.config("method=dpo"))
-        needed, found = PAIRS * steps, len(self.prepared.pairs.train)
+        if train is not None:
+            pairs = replace(self.prepared.pairs, train=train)
+            prompts = {**self.prepared.prompts, "train": eval_prompts(train)}
+            self.prepared = replace(self.prepared, pairs=pairs, prompts=prompts)
+        needed, found = size.pairs * steps, len(self.prepared.pairs.train)
         if found < needed:
-            raise UserError(f"{data.path}: {found} pairs are left, and {steps} steps of {PAIRS} need {needed}")
+            raise UserError(f"{data.path}: {found} pairs are left, and {steps} steps of {size.pairs} need {needed}")
 
     def config(self, *overrides: str, seed: int = 0, steps: int | None = None) -> DictConfig:
-        """The configuration of a fit, checked and resolved."""
+        """Return the configuration of a fit, checked and resolved."""
         steps = self.steps if steps is None else steps
         common = [
             *self.size.overrides,
             f"model.path='{self.folder}'",
             *self.data.overrides,
             f"data.max_length={MAX_LENGTH}",
-            f"data.batch_size={PAIRS}",
             "data.min_pairs=1",
             "data.splits.selection=0.01",
             "data.splits.test=0.01",
@@ -344,17 +437,17 @@ class Workload:
         return values
 
     def parts(self, *overrides: str, seed: int = 0, steps: int | None = None) -> Parts:
-        """Module, data and trainer of a fit, with fresh copies of the weights."""
-        gc.collect()
+        """Return module, data and trainer of a fit, with fresh copies of the weights."""
+        gc.collect()  # frees the device memory of the fit before it, which reference cycles hold
         return assemble(self.config(*overrides, seed=seed, steps=steps), self.prepared, [])
 
     def fit(self, *overrides: str, seed: int = 0, steps: int | None = None) -> Clock:
-        """Trains for some steps.
+        """Train for some steps.
 
         Args:
-            overrides: what differs from the common configuration.
-            seed: of the order of the pairs.
-            steps: of the optimiser, by default the workload's.
+            overrides: Overrides of the common configuration.
+            seed: Random seed of the order of the pairs.
+            steps: Optimizer steps, by default those of the workload.
         """
         parts = self.parts(*overrides, seed=seed, steps=steps)
         clock = Clock()
@@ -362,29 +455,34 @@ class Workload:
         parts.trainer.fit(parts.module, datamodule=parts.data)
         return clock
 
-    def started(self, *overrides: str) -> Parts:
-        """The parts of a fit as they are when it has just begun, on the device, so that they can be tried by hand."""
+    def connected(self, *overrides: str) -> Parts:
+        """Return the parts of a fit before it begins: the data module serves windows, nothing is on the device."""
         parts = self.parts(*overrides)
-        module, trainer = parts.module, parts.trainer
-        trainer.strategy.connect(module)
-        parts.data.trainer = trainer
-        device = trainer.strategy.root_device
+        parts.trainer.strategy.connect(parts.module)
+        parts.data.trainer = parts.trainer
+        return parts
+
+    def started(self, *overrides: str) -> Parts:
+        """Return the parts of a fit that has just begun, on the device, to be tried by hand."""
+        parts = self.connected(*overrides)
+        module, device = parts.module, parts.trainer.strategy.root_device
         module.to(device)
         module.reference.to(device)
         module.on_fit_start()
         return parts
 
     def windows(self, parts: Parts, seed: int) -> list[Window]:
-        """What a fit with that seed is served, step by step, laid out for the parts that have started."""
+        """Return the windows of a fit with that seed, step by step; they are packed once the parts have started."""
         parts.data.seed = seed
         return list(parts.data.train_dataloader())
 
     def pairs(self, windows: Sequence[Window]) -> list[TokenizedPair]:
-        """The pairs of some windows, in their order."""
+        """Return the pairs of some windows, in their order."""
         return [self.prepared.pairs.train[i] for window in windows for batch in window for i in batch.index.tolist()]
 
 
 REFRESH_EVERY = 10
+"""Optimizer steps between two drawings of SPO's samples."""
 SPO = (
     "method=spo",
     "regularizer.num_samples=8",
@@ -392,4 +490,4 @@ SPO = (
     "regularizer.max_new_tokens=128",
     f"regularizer.refresh_every={REFRESH_EVERY}",
 )
-"""SPO with the regularizer that is measured: 8 samples of 128 tokens, drawn anew every 10 steps."""
+"""Overrides of SPO with the regularizer that is measured: 8 samples of 128 tokens, drawn anew every 10 steps."""

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import scaling, step
+from benchmarks import gpu, hh_lengths, scaling, step
 from benchmarks.common import Ratio, alternate
-from benchmarks.utilisation import forward_flops
-from benchmarks.workloads import FILES, HH, SIZES, Clock, Workload, find_data, statistics
+from benchmarks.gpu_stages import STAGES, Bench, Fit, compare_fits
+from benchmarks.utilisation import forward_flops, real_work
+from benchmarks.workloads import FILES, HH, SIZES, Clock, Data, Workload, find_data, statistics
 from spo.config.compose import compose
 from spo.data import TokenizedPair
 from spo.errors import UserError
+from tests import benchmark_stages
 from tests.environments import ROOT, run
 from tests.fixtures import write_alpaca_like, write_hh_like
 
@@ -151,7 +158,7 @@ def test_use_of_the_device_by_hand(files: Path, cache_dir: Path, monkeypatch: py
     workload = Workload(SIZES["toy"], data, steps=2, threads=1, cache=cache_dir)
     parts = workload.started("method=dpo")
     windows = workload.windows(parts, seed=0)
-    works = step.real_work({0: windows})
+    works = [real_work([batch.sequences for batch in window]) for window in windows]
     pairs = [workload.pairs([window]) for window in windows]
     lengths = [sum(len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids or ()) for p in step_) for step_ in pairs]
     assert [work.tokens for work in works] == lengths
@@ -239,3 +246,198 @@ def test_what_needs_a_gpu_is_refused_in_words(files: Path, cache_dir: Path, monk
     data = find_data("synthetic", cache_dir)
     with pytest.raises(UserError, match="needs a CUDA device, and there is none here: choose --size 1m or 10m"):
         Workload(SIZES["1b"], data, steps=2, threads=1, cache=cache_dir)
+
+
+# --- what is measured on a GPU -------------------------------------------------------------------------------------
+
+
+def test_stored_lengths_are_those_of_hh() -> None:
+    stored = hh_lengths.stored_lengths()
+    about = json.loads(hh_lengths.FILE.read_text())
+    assert len(stored) == hh_lengths.STORED_PAIRS and hh_lengths.means(stored) == about["means"]
+    assert about["means"] == pytest.approx(about["means_of_all_pairs"], rel=0.02)
+    assert stored == sorted(stored, key=lambda one: (sum(one), one))
+    assert all(min(one) > 0 and one[0] + max(one[1:]) <= 512 for one in stored)
+
+
+def test_evenly_spaced_lengths_by_hand() -> None:
+    lengths = [(n, 1, 1) for n in (8, 3, 5, 1, 7, 2, 6, 4)]
+    assert hh_lengths.evenly_spaced(lengths, 4) == [(2, 1, 1), (4, 1, 1), (6, 1, 1), (8, 1, 1)]
+    assert hh_lengths.evenly_spaced(lengths, 8) == sorted(lengths)
+
+
+def test_random_pairs_have_stored_lengths_and_follow_from_the_seed() -> None:
+    pairs = hh_lengths.random_pairs(200, vocabulary=50, seed=1)
+    stored = set(hh_lengths.stored_lengths())
+    lengths = [(len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids or ())) for p in pairs]
+    assert set(lengths) <= stored and len(set(lengths)) > 100
+    ids = {token for p in pairs for token in (*p.prompt_ids, *p.chosen_ids, *(p.rejected_ids or ()))}
+    assert ids == set(range(3, 50))
+    assert pairs == hh_lengths.random_pairs(200, vocabulary=50, seed=1)
+    assert pairs != hh_lengths.random_pairs(200, vocabulary=50, seed=2)
+
+
+@pytest.mark.slow
+def test_lengths_are_made_again_from_the_data() -> None:
+    path = Path(os.environ.get("SPO_DATA_DIR", "")) / FILES["hh"]
+    if not path.is_file():
+        pytest.skip("no SPO_DATA_DIR")
+    made = hh_lengths.describe(hh_lengths.measured_lengths(Data("hh", path)))
+    assert [list(one) for one in made.pop("lengths")] == json.loads(hh_lengths.FILE.read_text()).pop("lengths")
+    assert made.items() <= json.loads(hh_lengths.FILE.read_text()).items()
+
+
+SETTINGS = gpu.Settings(device="cpu", size="toy", pairs=4, rounds=2, steps=3)
+
+
+def test_a_stage_that_fails_or_dies_or_hangs_leaves_the_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "GRACE_S", 0.0)
+    out = tmp_path / "result.json"
+    names = ["tests", "steps", "steps again", "sampler", "attention", "compile", "last"]
+    monkeypatch.setattr(gpu, "BUDGETS_S", dict.fromkeys(names, 60.0) | {"compile": 4.0})
+    result = gpu.run_stages(names, SETTINGS, time.monotonic() + 300, str(out), benchmark_stages.serve)
+    assert json.loads(out.read_text()) == result
+    stages = result["stages"]
+    assert stages["tests"] == {"status": "skipped", "error": "no accelerator"}
+    assert stages["steps"]["result"] == {"stages_of_process": 1}
+    assert stages["steps again"]["result"] == {"stages_of_process": 2}
+    found = {name: (stages[name]["status"], stages[name]["error"]) for name in ("sampler", "attention", "compile")}
+    assert found == {
+        "sampler": ("failed", "RuntimeError: no luck"),
+        "attention": ("failed", "its process ended with status 9"),
+        "compile": ("failed", "stopped after 4 s"),
+    }
+    assert stages["sampler"]["result"] == {"half": 3}  # what was measured before the error stays
+    assert stages["attention"]["result"] == {"half": 1}
+    assert stages["last"]["status"] == "done" and stages["last"]["result"] == {"stages_of_process": 1}
+    assert result["environment"] == {"device": "cpu"}
+
+
+def test_without_time_every_stage_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "result.json"
+    gpu.main(["--device", "cpu", "--minutes", "0.01", "--json", str(out)])
+    stages = json.loads(out.read_text())["stages"]
+    assert list(stages) == ["tests", *STAGES] == list(gpu.BUDGETS_S)
+    assert all(entry["status"] == "skipped" and "out of time" in entry["error"] for entry in stages.values())
+    assert capsys.readouterr().out.count("skipped") == len(stages)
+
+
+def test_a_contestant_that_fails_is_replaced_and_the_others_continue(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(SETTINGS)
+    monkeypatch.setattr(bench, "facts", dict)
+    monkeypatch.setitem(vars(bench), "matmul_flops_per_s", 100.0)
+    calls: list[tuple[str, int]] = []
+
+    def contestant(name: str, seconds: float, fails_in: int | None = None) -> Callable[[Bench, int], Fit]:
+        def fit(_: Bench, number: int) -> Fit:
+            calls.append((name, number))
+            if number == fails_in:
+                raise RuntimeError(f"{name} is broken")
+            return Fit([seconds, 3 * seconds], [10, 30], [100, 300], 1.0, 7 + number, {"packed": True})
+
+        return fit
+
+    def absent(_: Bench, number: int) -> Fit:
+        raise ModuleNotFoundError("No module named 'trl'", name="trl")
+
+    contestants = {"a": contestant("a", 1.0), "b": contestant("b", 2.0, 0), "c": contestant("c", 2.0, 1), "d": absent}
+    reports: list[str] = []
+    result = compare_fits(
+        bench,
+        contestants,
+        {"ratio": ("c", "a"), "none": ("b", "a")},
+        {"b": ("b, padded", contestant("b, padded", 4.0))},
+        lambda new: reports.append(json.dumps(new)),
+        until=float("inf"),
+    )
+    arms = result["arms"]
+    assert calls[:4] == [("a", 0), ("b", 0), ("b, padded", 0), ("c", 0)]
+    assert sorted(calls[4:]) == [("a", 1), ("b, padded", 1), ("c", 1)]
+    assert arms["b"] == {"status": "failed", "error": "RuntimeError: b is broken"}
+    assert arms["d"] == {"status": "skipped", "error": "trl is not installed"}
+    assert (arms["c"]["status"], arms["c"]["rounds"]) == ("failed", 1)  # its first round stays
+    assert arms["a"] == {
+        "status": "done",
+        "rounds": 2,
+        "step_s": 2.0,
+        "step_s_range": [1.0, 3.0],
+        "warm_up_s": [1.0, 1.0],
+        "tokens_per_s": 10.0,
+        "utilisation": 1.0,
+        "peak_bytes": 8,
+        "packed": True,
+        "seconds": [[1.0, 3.0], [1.0, 3.0]],
+    }
+    assert result["ratio"] == 2.0 and "none" not in result
+    assert len(reports) == 1 + 7 and reports[1] != reports[2]
+    with pytest.raises(RuntimeError, match="a: RuntimeError: a is broken"):
+        compare_fits(bench, {"a": contestant("a", 1.0, 0)}, {}, {}, lambda new: None, until=float("inf"))
+    calls.clear()
+    compare_fits(bench, {"a": contestant("a", 1.0), "c": contestant("c", 1.0)}, {}, {}, lambda new: None, until=0.0)
+    assert calls == [("a", 0)]  # out of time after the first
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": "3m"}, "--size 3m: choose one of toy, 1m"),
+        ({"size": "1b"}, "--size 1b needs a GPU: choose --size toy"),
+        ({"steps": 2}, "--steps 2: the first 2 steps do not count"),
+    ],
+)
+def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Bench(replace(SETTINGS, **changes))
+
+
+@pytest.mark.slow
+def test_every_stage_runs_on_a_cpu(tmp_path: Path, cache_dir: Path) -> None:
+    """The result file shows results of a stage while it runs, and at the end those of all stages."""
+    pytest.importorskip("trl", reason="trl is not installed")
+    out = tmp_path / "result.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--minutes", "8", "--json", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "SPO_CACHE_DIR": str(cache_dir)})
+    seen: dict[str, Any] = {}
+    while process.poll() is None:
+        if out.exists() and "arms" in (steps := json.loads(out.read_text())["stages"]["steps"]).get("result", {}):
+            seen.setdefault(steps["status"], steps["result"]["arms"].keys() & {"spo: DPO", "spo: SPO"})
+        time.sleep(0.05)
+    assert process.returncode == 0
+    assert "running" in seen and seen["done"] == {"spo: DPO", "spo: SPO"}
+    result = json.loads(out.read_text())
+    stages = {name: entry.get("result", {}) for name, entry in result["stages"].items()}
+    assert {name: entry["status"] for name, entry in result["stages"].items()} == {
+        "tests": "skipped",
+        **dict.fromkeys(STAGES, "done"),
+    }
+    assert result["settings"]["size"] == "toy" and result["environment"]["device"]
+    arms = stages["steps"]["arms"]
+    assert list(arms) == ["spo: DPO", "TRL: DPO", "spo: SPO"]
+    for arm in (*arms.values(), *stages["compile"]["arms"].values()):
+        low, high = arm["step_s_range"]
+        assert 0 < low <= arm["step_s"] <= high
+        assert arm["tokens_per_s"] > 0 and 0 < arm["utilisation"] < 1
+    assert all(stages["steps"][key] > 0 for key in ("ratio_dpo", "ratio_spo", "spo_over_dpo"))
+    assert stages["compile"]["ratio"] > 0
+    assert stages["steps"]["weights"] == "float32" and 100 < stages["steps"]["prompt_tokens"] < 130
+    assert stages["sampler"]["agreement"] == 1 and stages["sampler"]["ratio"] > 0
+    variants = stages["attention"]["variants"]
+    for name in ("sdpa, padded", "groups, packed"):
+        differences = [value for key, value in variants[name].items() if key.endswith("_difference")]
+        assert len(differences) == 4 and max(differences) < 1e-5 and variants[name]["backward_s"] > 0
+    assert variants["flex, packed"]["output_difference"] < 1e-5  # it has no backward pass on a CPU
+
+
+@pytest.mark.slow
+def test_a_gpu_that_is_not_there(tmp_path: Path, cache_dir: Path) -> None:
+    out = tmp_path / "result.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--minutes", "8", "--only", "tests", "steps", "--json", str(out)]
+    variables = {"SPO_CACHE_DIR": str(cache_dir), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables})
+    assert done.returncode == 1
+    stages = json.loads(out.read_text())["stages"]
+    assert (stages["tests"]["status"], stages["tests"]["error"]) == ("skipped", "no accelerator")
+    assert stages["tests"]["result"]["counts"]["skipped"] > 10
+    assert (stages["steps"]["status"], stages["steps"]["error"][:31]) == ("failed", "this size needs a CUDA device, ")
