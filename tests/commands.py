@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from spo.config.compose import compose
 from spo.stages.train import train
@@ -49,6 +51,13 @@ def job(run_dir: Path, cache: Path, *overrides: str) -> Numbers:
     return untimed(train(cfg))
 
 
+def enter(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepare for ``cli.main`` as a person does who types ``spo`` in ``folder``."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("SPO_CACHE_DIR", str(cache))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the command adds the folder that it is typed in
+
+
 def numbers(run_dir: Path) -> Numbers:
     """``metrics.json`` but for clocks and speeds."""
     return untimed(json.loads((run_dir / "metrics.json").read_text()))
@@ -73,10 +82,20 @@ def entries(cache: Path, kind: str) -> list[Path]:
 
 
 def shared_cache(factory: pytest.TempPathFactory) -> Path:
-    """One cache for all tests that need the reference model of ``+debug=tiny``."""
-    folder = factory.getbasetemp() / "shared cache"
+    """Return one cache for all tests that need the reference model of ``+debug=tiny``."""
+    folder = shared_folder(factory) / "shared cache"  # as the fixture cache_dir
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of this test session, the same in every worker of pytest-xdist."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+# The reference model of the sweep is trained for a moment only: its quality does not matter to any test.
+SWEPT = (TINY, "sft.max_steps=10")
 
 
 @dataclass(frozen=True)
@@ -94,14 +113,18 @@ class Sweep:
 
 
 def sweep(factory: pytest.TempPathFactory) -> Sweep:
-    """Runs it once per session."""
-    return _sweep(factory.getbasetemp() / "six jobs", shared_cache(factory))
+    """Return the sweep, which the first worker that needs it runs while the others wait."""
+    return _sweep(shared_folder(factory) / "six jobs")
 
 
 @cache
-def _sweep(folder: Path, cold: Path) -> Sweep:
-    if any(cold.iterdir()):
-        cold = folder.with_name("cold cache")
-    words = ["train", "-m", TINY, "method=spo,dpo,ipo", "seed=1,2", "hydra.sweep.dir=sweep"]
-    done = spo(*words, folder=folder, cache=cold, WANDB_MODE="offline", **SECRETS)
-    return Sweep(folder, cold, {kind: len(entries(cold, kind)) for kind in ("sft", "pairs")}, done)
+def _sweep(folder: Path) -> Sweep:
+    result = folder.with_name("six jobs.pickle")
+    with FileLock(folder.with_name("six jobs.lock")):
+        if not result.exists():
+            cold = folder.with_name("cold cache")
+            words = ["train", "-m", *SWEPT, "method=spo,dpo,ipo", "seed=1,2", "hydra.sweep.dir=sweep"]
+            done = spo(*words, folder=folder, cache=cold, WANDB_MODE="offline", **SECRETS)
+            cached = {kind: len(entries(cold, kind)) for kind in ("sft", "pairs")}
+            result.write_bytes(pickle.dumps(Sweep(folder, cold, cached, done)))
+        return pickle.loads(result.read_bytes())

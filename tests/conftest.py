@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import sys
 import tomllib
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,66 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 
 
+# The slowest files, which start first so that neither worker waits for the other at the end.
+LONGEST = (
+    "test_end_to_end.py",
+    "test_config.py",
+    "test_wandb.py",
+    "test_install.py",
+    "test_controllers.py",
+    "test_cli.py",
+    "test_benchmarks.py",
+    "test_docs.py",
+    "test_sweeps.py",
+    "test_real_data.py",
+)
+COMPOSITIONS = 32  # configurations in memory, of about a megabyte each
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slowest files first."""
+    place = {name: position for position, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compose_once() -> Iterator[None]:
+    """Remember what Hydra composes: most tests start from the same few compositions of the shipped configuration."""
+    if "hydra" not in sys.modules:
+        yield
+        return
+    hydra = sys.modules["hydra"]
+    original = hydra.compose
+
+    @lru_cache(maxsize=COMPOSITIONS)
+    def composed(folders: tuple[str, ...], name: str, overrides: tuple[str, ...], own_node: bool) -> Any:
+        return original(name, list(overrides), return_hydra_config=own_node)
+
+    def compose(name: str, overrides: list[str], return_hydra_config: bool = False) -> Any:
+        """Compose as Hydra does; members outside the repository may change between calls."""
+        loader = hydra.core.global_hydra.GlobalHydra.instance().config_loader()
+        folders = [element.path for element in loader.get_search_path().get_path()]
+        files = [folder.removeprefix("file://") for folder in folders if folder.startswith("file://")]
+        shipped = all(Path(file).is_relative_to(ROOT) for file in files)
+        if not shipped or any("hydra.searchpath" in override for override in overrides):
+            return original(name, overrides, return_hydra_config=return_hydra_config)
+        cfg = copy.deepcopy(composed(tuple(folders), name, tuple(overrides), return_hydra_config))
+        if return_hydra_config:
+            cfg.hydra.runtime.cwd = os.getcwd()
+        return cfg
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hydra, "compose", compose)
+        yield
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache for commands that are run, so that the reference model of ``+debug=tiny`` is made once."""
-    return tmp_path_factory.mktemp("cache")
+    """Return the cache for commands, so that the reference model of ``+debug=tiny`` is made once in a session."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:

@@ -23,7 +23,7 @@ from spo.errors import ConfigProblems
 from spo.models import FrozenReference
 from spo.module import AlignmentModule, ProbeSettings
 from spo.schedules import Controller, TargetEntropy, TargetKL
-from tests.commands import TINY, history, job, numbers, rows, shared_cache, spo
+from tests.commands import TINY, enter, history, job, numbers, rows, shared_cache
 from tests.helpers import make_data, make_module, make_trainer, random_pairs, tiny_llama
 
 KINDS = [TargetEntropy, TargetKL]
@@ -367,10 +367,15 @@ def test_an_interrupted_command_goes_on_as_if_nothing_had_happened(
     assert len({row["train/alpha"] for row in history(tmp_path / "whole") if "train/alpha" in row}) == 4
 
 
-def test_a_careless_sweep_has_no_phantom_axis(cache: Path, tmp_path: Path) -> None:
+def test_a_careless_sweep_has_no_phantom_axis(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["train", "-m", TINY, "method=spo,dpo", "alpha=0.1,0.5", "callbacks=none", "trainer.max_steps=1"]
     words += ["evaluation.num_prompts=2", "probe.num_prompts=1", "scheduler.num_warmup_steps=0"]
-    done = spo(*words, "hydra.sweep.dir=sweep", folder=tmp_path, cache=cache, WANDB_MODE="disabled")
+    enter(tmp_path, cache, monkeypatch)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert cli.main([*words, "hydra.sweep.dir=sweep"]) == 0
+    shown = capsys.readouterr()
     names = {path.name.partition("_trainer")[0] for path in (tmp_path / "sweep").iterdir() if path.is_dir()}
     assert names == {
         "debug-tiny_method-spo_alpha-0.1_callbacks-none",
@@ -380,10 +385,10 @@ def test_a_careless_sweep_has_no_phantom_axis(cache: Path, tmp_path: Path) -> No
     found = sorted((tmp_path / "sweep").glob("*/metrics.json"))
     assert len(found) == 3 and not list((tmp_path / "sweep").glob("*.1"))
     assert "train/alpha" not in numbers((tmp_path / "sweep").glob("*method-dpo*").__next__())
-    assert (done.stdout + done.stderr).count("dpo does not read alpha") == 1
-    assert done.stderr.count("note: 4 jobs are 3 different runs") == 1
-    assert done.stdout.count("win rate against the reference") == 3  # the fourth job is the third, and not started
-    assert "same as method=dpo alpha.value=0.1" in " ".join(done.stdout.split())
+    assert (shown.out + shown.err).count("dpo does not read alpha") == 1
+    assert shown.err.count("note: 4 jobs are 3 different runs") == 1
+    assert shown.out.count("win rate against the reference") == 3  # the fourth job is the third, and not started
+    assert "same as method=dpo alpha.value=0.1" in " ".join(shown.out.split())
 
 
 def test_one_warning_in_a_single_run(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from spo.data.enumerable import EnumerableReward, EnumerableSource, Language, la
 from spo.errors import ConfigProblems
 from spo.forward.head import completion_logps
 from spo.stages.prepare import prepare_run
-from tests.commands import history, job, rows, shared_cache, spo
+from tests.commands import enter, history, job, rows, shared_cache
 from tests.helpers import sequences
 
 ENUMERABLE = ("data=enumerable", "threads=1", "probe.num_prompts=4", "callbacks=none")
@@ -308,9 +308,10 @@ def policy_of(folder: Path, language: Language, max_new_tokens: int = 3) -> torc
     return torch.stack(found)
 
 
-def test_the_command_itself(tmp_path: Path, cache: Path) -> None:
+def test_the_command_itself(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["train", *ENUMERABLE, "model=tabular", "trainer.max_steps=3", "logger=record", "hydra.run.dir=here"]
-    spo(*words, folder=tmp_path, cache=cache)
+    enter(tmp_path, cache, monkeypatch)
+    assert cli.main(words) == 0
     metrics = history(tmp_path / "here")[-1]
     assert {"train/kl", "val/loss", "val/rewards/accuracies"} <= metrics.keys()
 

@@ -33,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from spo import cli
 from spo.config.checks import problems
 from spo.config.compose import compose
 from spo.evaluation.judges import (
@@ -49,7 +50,7 @@ from spo.evaluation.judges import (
 from spo.evaluation.judges.http import Pace
 from spo.evaluation.judges.pairwise import VerdictStore, question
 from spo.runs.identity import identity
-from tests.commands import environment, job, rows, shared_cache, spo
+from tests.commands import enter, environment, job, rows, shared_cache, spo
 from tests.endpoint import Endpoint, Reply, serving
 from tests.helpers import BOS, EOS, PAD, VOCAB, tiny_llama, tiny_tokenizer
 
@@ -816,14 +817,16 @@ def test_other_weights_of_the_judge_make_another_run(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- by real commands
 
 
-def test_a_run_is_judged_by_a_function_of_one_s_own(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_run_is_judged_by_a_function_of_one_s_own(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "mine.py").write_text(
         "def shortness(prompts, completions, factor=1):\n"
         "    return {'reward': [-factor * len(text) for text in completions]}\n"
     )
     words = ["judge=function", "judge.reward._target_=mine.shortness", "+judge.reward.factor=2", "hydra.run.dir=run"]
-    cache = shared_cache(tmp_path_factory)
-    spo("train", "+debug=tiny", "logger=record", *words, folder=tmp_path, cache=cache)
+    enter(tmp_path, shared_cache(tmp_path_factory), monkeypatch)
+    assert cli.main(["train", "+debug=tiny", "logger=record", *words]) == 0
     samples = rows(tmp_path / "run/samples.jsonl")
     for row in samples:
         assert row["reward"] == -2 * len(row["completion"])

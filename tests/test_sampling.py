@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence as Seq
@@ -19,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
+from benchmarks import sampling as benchmark
 from spo.batching import even_parts_by_length
 from spo.forward.head import completion_logps
 from spo.models import tabular
@@ -499,16 +499,18 @@ def test_a_token_s_share_of_the_numbers_is_its_probability() -> None:
     assert next_tokens(logits, torch.tensor([0.3]), 0.0).tolist() == [int(logits.argmax())]
 
 
-def test_the_benchmark_through_its_command(tmp_path: Path) -> None:
+def test_the_benchmark_through_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "found.json"
     words = ["--prompts", "4", "--prompt", "6", "--new", "8", "--length", "4", "--rounds", "2"]
-    command = [sys.executable, "-m", "benchmarks.sampling", *words, "--json", str(file)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.sampling", *words, "--json", str(file)])
+    benchmark.main()
     found = json.loads(file.read_text())
     assert found["agreement"] == 1 and found["rounds"] == 2 and 1 <= found["mean_length"] <= 8
     assert found["ratio_range"][0] <= found["ratio"] <= found["ratio_range"][1]
     assert found["shares_of_static"]["matrix products"] > 0
-    assert f"{found['ratio']:.2f}x" in done.stdout
+    assert f"{found['ratio']:.2f}x" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------------- buffer
