@@ -25,12 +25,11 @@ from benchmarks.sampling import compare, draws, end_after
 from benchmarks.utilisation import forward_flops, groups_of, matmul_rate, real_work, step_flops
 from benchmarks.workloads import REFRESH_EVERY, SIZES, SPO, Workload, environment, find_data, now, statistics
 from spo.config.compose import compose
-from spo.data.collate import pad_sequences
 from spo.errors import UserError
 from spo.forward.packing import BACK_ENDS, back_ends
 from spo.stages.prepare import eval_device
 from spo.stages.quiet import quiet_libraries
-from spo.types import Groups, Sequences
+from spo.types import Groups, Sequences, pad_sequences
 
 WARM_UP_STEPS = 2
 """First steps of each fit, which do not count: they allocate the optimizer's state and compile kernels."""
