@@ -303,7 +303,7 @@ def test_without_a_reward_nothing_is_made_up(tmp_path: Path) -> None:
 def test_an_unfinished_run_is_said_in_words(tmp_path: Path) -> None:
     page = report(tmp_path, metrics__json=None, samples__jsonl=None, provenance__json=None)
     assert "This run has not finished: it was logged up to step 60 of 60." in page.text
-    assert "metrics.json is not there" in page.text and "No samples were recorded." in page.text
+    assert "metrics.json is missing" in page.text and "No samples were recorded." in page.text
     assert "Nothing was evaluated yet." in page.text and "loss" in page.charts
 
 
@@ -320,7 +320,7 @@ def test_a_cut_last_line_is_left_out_and_said(tmp_path: Path) -> None:
     assert "The last line of history.jsonl (line 64) is cut off" in page.text
     assert page.charts["loss"]["series"][0]["steps"] == list(range(1, 61))
     middle = report(tmp_path, history__jsonl="garbage\n" + whole)
-    assert "Damaged lines of history.jsonl were left out: 1 (line 1)." in middle.text
+    assert "Damaged lines of history.jsonl were skipped: 1 (line 1)." in middle.text
 
 
 def test_a_cut_multibyte_character_and_damaged_files_do_not_stop_the_page(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_a_cut_multibyte_character_and_damaged_files_do_not_stop_the_page(tmp_pa
     (tmp_path / "samples.jsonl").write_bytes('{"prompt": "é"}\n{"prompt": "é'.encode()[:-1])
     page = Page(render_report(tmp_path))
     assert "metrics.json is damaged" in page.text and "config.yaml is not valid YAML" in page.text
-    assert "provenance.json does not hold an object" in page.text and "last line of samples.jsonl" in page.text
+    assert "provenance.json is not a JSON object" in page.text and "last line of samples.jsonl" in page.text
     assert "not recorded" in page.text
 
 
@@ -354,7 +354,7 @@ def test_a_resumed_step_keeps_its_last_value(tmp_path: Path) -> None:
     rows = [{"step": 1, "train/loss": 5.0}, {"step": 2, "train/loss": 4.0}, {"step": 2, "train/loss": 3.0}]
     page = report(tmp_path, history__jsonl=[*rows, {"train/loss": 9.0}])
     assert page.charts["loss"]["series"][0]["values"] == [5.0, 3.0]
-    assert "1 rows of history.jsonl have no step" in page.text
+    assert "1 rows of history.jsonl do not have a step" in page.text
 
 
 def test_a_rebuild_has_the_same_bytes_and_leaves_nothing_else(tmp_path: Path) -> None:

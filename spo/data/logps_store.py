@@ -64,6 +64,7 @@ class LogpsStore(SharedStore):
             DataError: The file cannot be used.
         """
         values = zip(keys, logps.tolist(), strict=True)
+        # NaN is the only value that differs from itself.
         rows = [(key, logp, _checksum(key, logp)) for key, logp in values if logp == logp]
         self.transact(lambda database: database.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?, ?)", rows))
 

@@ -1,4 +1,4 @@
-"""Reads a run directory as it is: unfinished, cut off or without a reward, what is missing is said in words."""
+"""Reading a run directory in any state; notes list what is missing or damaged."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ FILES = (filenames.CONFIG, filenames.METRICS, filenames.HISTORY, filenames.SAMPL
 
 @dataclass
 class RunRecord:
-    """The files of a run directory.
+    """The content of a run directory.
 
     Attributes:
-        name: The name of the directory.
-        config: The resolved config; empty where it is missing.
-        config_text: The same as it is written in the file.
-        metrics: The final numbers, or ``None`` where the run has not written them.
+        name: Name of the directory.
+        config: Resolved configuration, empty where it is missing.
+        config_text: Text of ``config.yaml``.
+        metrics: Final numbers, ``None`` where the run has not written them.
         history: One mapping per logged step.
         samples: One mapping per evaluated completion.
-        provenance: Where the run came from; empty where it is missing.
-        alarms: What went beyond the limits of the health callback, as sentences with their step.
-        notes: What was missing or damaged, in words.
+        provenance: Content of ``provenance.json``, empty where it is missing.
+        alarms: Alarms of the health callback, each a sentence with its step.
+        notes: Sentences about missing and damaged files.
     """
 
     name: str
@@ -45,13 +45,13 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
 
     def metric(self, key: str) -> float | None:
-        """Returns a final number, or ``None`` where it is absent or not finite."""
+        """Return a final number, ``None`` where it is absent or not finite."""
         return finite((self.metrics or {}).get(key))
 
     def curve(self, key: str) -> tuple[list[float], list[float]]:
-        """Returns the steps and values of one key of the history, NaN where a value was not finite.
+        """Return the steps and values of one key of the history, NaN where a value was not finite.
 
-        A step that was logged twice, as after a resume, keeps its last value.
+        Of a step that was logged twice, as after a resume, the last value counts.
         """
         points: dict[float, float] = {}
         for row in self.history:
@@ -64,7 +64,7 @@ class RunRecord:
         return steps, [points[step] for step in steps]
 
     def get(self, path: str) -> Any:
-        """Returns the value at a dotted path of the config, or ``None``."""
+        """Return the value at a dotted path of the configuration, ``None`` where there is none."""
         node: Any = self.config
         for part in path.split("."):
             node = node.get(part) if isinstance(node, Mapping) else None
@@ -72,25 +72,25 @@ class RunRecord:
 
 
 def read_run(run_dir: Path) -> RunRecord:
-    """Reads every file of a run directory that is there.
+    """Read the files of a run directory that exist.
 
     Args:
-        run_dir: The run directory.
+        run_dir: Run directory.
 
     Raises:
-        FileNotFoundError: If the directory is missing or holds no file of a run.
+        FileNotFoundError: The directory is missing, or none of its files is that of a run.
     """
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir} is not a directory; give the directory of a run, outputs/runs/... .")
     if not any((run_dir / name).is_file() for name in FILES):
-        raise FileNotFoundError(f"{run_dir} is not a run directory: it holds none of {', '.join(FILES)}.")
+        raise FileNotFoundError(f"{run_dir} is not a run directory: it has none of {', '.join(FILES)}.")
     run = RunRecord(name=run_dir.resolve().name)
     run.config_text = _text(run, run_dir / filenames.CONFIG, "the config cannot be shown") or ""
     try:
         config = load_yaml(run.config_text)
         run.config = config if isinstance(config, dict) else {}
     except yaml.YAMLError as error:
-        run.notes.append(f"config.yaml is not valid YAML ({str(error).splitlines()[0]}); it is shown as it is.")
+        run.notes.append(f"{filenames.CONFIG} is not valid YAML ({str(error).splitlines()[0]}); it is shown as it is.")
     run.metrics = _mapping(run, run_dir / filenames.METRICS, "the run has not finished, so there are no final numbers")
     run.history = _rows(run, run_dir / filenames.HISTORY, "there are no curves")
     run.samples = _rows(run, run_dir / filenames.SAMPLES, "there are no samples")
@@ -98,7 +98,7 @@ def read_run(run_dir: Path) -> RunRecord:
     run.alarms = read_alarms(run_dir)
     without_step = sum(finite(row.get("step")) is None for row in run.history)
     if without_step:
-        run.notes.append(f"{without_step} rows of history.jsonl have no step and are not in the curves.")
+        run.notes.append(f"{without_step} rows of {filenames.HISTORY} do not have a step; they are not in the curves.")
     return run
 
 
@@ -112,7 +112,7 @@ def read_alarms(run_dir: Path) -> list[str]:
 
 def _text(run: RunRecord, path: Path, consequence: str) -> str | None:
     if not path.is_file():
-        run.notes.append(f"{path.name} is not there: {consequence}.")
+        run.notes.append(f"{path.name} is missing: {consequence}.")
         return None
     return path.read_bytes().decode("utf-8", "replace")
 
@@ -127,7 +127,7 @@ def _mapping(run: RunRecord, path: Path, consequence: str) -> dict[str, Any] | N
         run.notes.append(f"{path.name} is damaged ({error}): {consequence}.")
         return None
     if not isinstance(value, dict):
-        run.notes.append(f"{path.name} does not hold an object: {consequence}.")
+        run.notes.append(f"{path.name} is not a JSON object: {consequence}.")
         return None
     return value
 

@@ -1,6 +1,6 @@
-"""Where metrics go: the local record, which is the truth, and trackers, which are views of it.
+"""Trackers: views of a run outside its directory, which holds the record.
 
-What needs lightning is imported from its own module (`spo.callbacks.history`, `spo.tracking.wandb`).
+Modules that need lightning are imported by their own path, such as ``spo.tracking.wandb``.
 """
 
 from spo.tracking.describe import RunDescription, Tracker

@@ -1,4 +1,4 @@
-"""What a tracker is told about a run, whichever tracker it is."""
+"""The description of a run that every tracker receives."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class RunDescription:
     """A run as dashboards list it.
 
     Attributes:
-        name: method and the coefficients it reads, with the seed.
-        group: runs that belong together: the sweep; single runs share the name of the folder they are in.
-        job_type: what kind of work it is.
-        tags: for filtering.
-        config: the resolved configuration and provenance, free of secrets.
-        directory: the run directory, where a tracker may keep which run of its own this is.
-        recorded: rows of ``history.jsonl`` from before an interruption, which a view may have lost or seen in part.
+        name: Method, the coefficients that it uses, and seed.
+        group: Name of the sweep; single runs share the name of the folder that they are in.
+        job_type: Kind of work; the method.
+        tags: Tags to filter by.
+        config: Resolved configuration and provenance, without secrets.
+        directory: Run directory, where a tracker may store the id of its own run.
+        recorded: Rows of ``history.jsonl`` from before an interruption, of which a tracker may have seen only some.
     """
 
     name: str
@@ -36,10 +36,10 @@ class Tracker(Protocol):
     """A logger that shows more than curves."""
 
     def describe(self, description: RunDescription) -> None:
-        """Opens the run, before its first metric."""
+        """Open the run, before its first metric."""
 
     def conclude(self, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
-        """Takes the final numbers and the samples."""
+        """Show the final metrics and the samples."""
 
     def close(self) -> None:
-        """Closes the run, however it ended."""
+        """Close the run, however it ended."""

@@ -1,4 +1,4 @@
-"""Whether W&B knows this person; apart from the tracker, which needs lightning."""
+"""Login of W&B, apart from the tracker, which needs lightning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import wandb
 
 
 def has_api_key() -> bool:
-    """Whether a key is set in the environment or in ``.netrc``, found out without asking a server."""
+    """Return whether the environment or ``.netrc`` holds a key of W&B; no server is asked."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     server = urlsplit(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url).netloc

@@ -1,4 +1,4 @@
-"""The run at Weights & Biases."""
+"""The tracker for Weights & Biases."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Mode = Literal["auto", "online", "offline", "disabled"]
 
 
 class WandbTracker(WandbLogger):
-    """A W&B run of the directory's run: curves, the resolved config, final numbers and samples as a table.
+    """A W&B run with curves, the resolved configuration, final metrics, and samples as a table.
 
-    A run keeps its id over interruptions. What it had recorded before one and W&B does not hold is logged again when it
-    goes on: all of it offline, where every process writes a file of its own. The files of earlier processes are moved
-    to ``wandb/superseded/``, as uploading two files with one id gives a run with half its curves, or twice some.
+    A resumed run has the same id as before. Rows of its history that W&B does not have are logged again: the missing
+    ones online, all of them offline, where each process writes its own file. Files of earlier processes move to
+    ``wandb/superseded/``. If two files with one id were uploaded, the run would lose or duplicate parts of its curves.
 
     Args:
         project: W&B project.
-        entity: W&B entity, or ``None`` for the account's own.
-        mode: ``"auto"`` is what ``WANDB_MODE`` says, else online with an API key and offline without one.
-        save_dir: folder under which ``wandb/`` is written.
+        entity: W&B entity, ``None`` for that of the account.
+        mode: Mode of W&B. ``"auto"`` means ``WANDB_MODE`` if set, else online with an API key and offline without one.
+        save_dir: Folder in which ``wandb/`` is written.
     """
 
     def __init__(self, project: str, entity: str | None, mode: Mode, save_dir: str) -> None:
@@ -44,8 +44,8 @@ class WandbTracker(WandbLogger):
 
     @rank_zero_only
     def describe(self, description: RunDescription) -> None:
-        """Opens the run, under the id it had before if it goes on, and logs what W&B lacks of it."""
-        self._wandb_init.pop("anonymous", None)  # deprecated by wandb
+        """Open the run, with its earlier id if it is resumed, and log the rows that W&B does not have."""
+        self._wandb_init.pop("anonymous", None)  # wandb deprecates it
         self._wandb_init.update(
             id=_run_id(description.directory / filenames.WANDB_RUN),
             name=description.name,
@@ -55,7 +55,7 @@ class WandbTracker(WandbLogger):
             config=description.config,
         )
         _supersede(Path(self._wandb_init["dir"]) / "wandb", self._wandb_init["id"])
-        known = self.experiment.starting_step  # 0, unless the server holds the run
+        known = self.experiment.starting_step  # 0 unless the server has the run
         for row in description.recorded:
             if row["step"] >= known:
                 values = {key: math.nan if value is None else value for key, value in row.items() if key != "step"}
@@ -63,12 +63,15 @@ class WandbTracker(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Logs at the optimiser step, which is W&B's own step too: what it has seen of a resumed run it drops."""
+        """Log at the optimizer step.
+
+        It is W&B's own step too, so W&B drops rows of a resumed run that it has already.
+        """
         self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
 
     @rank_zero_only
     def conclude(self, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
-        """Writes the summary and the samples table."""
+        """Write the summary and the table of samples."""
         run = self.experiment
         if samples:
             rows = [flatten(row, "/") for row in samples]
@@ -79,14 +82,14 @@ class WandbTracker(WandbLogger):
 
     @rank_zero_only
     def close(self) -> None:
-        """Finishes the run, so that the next one in this process does not continue it."""
+        """Finish the run, so that the next one in this process does not continue it."""
         if self._experiment is not None:
             self._experiment.finish()
             self._experiment = None
 
 
 def _run_id(file: Path) -> str:
-    """The id of the W&B run that belongs to a run directory, made once."""
+    """Return the id of the W&B run that belongs to a run directory, drawn on the first call."""
     if not file.exists():
         write_json(file, {"id": secrets.token_hex(4)})
     return read_json(file)["id"]
