@@ -1,14 +1,14 @@
-"""Run directories of version 0.1.0 evaluate, report, compare and resume, and the names that they hold are found.
+"""Run directories of version 0.1.0 evaluate, report, compare and resume, and their old names import.
 
 ``old_runs/0.1.0`` was made by these commands in an empty folder, the second of them killed after the checkpoint of
-step 2; reports, ``best.ckpt``, logs and W&B's files were left out::
+step 2. Reports, ``best.ckpt``, logs and the files of W&B were removed::
 
     spo train --config-dir conf +debug=smallest logger=record hydra.run.dir=outputs/finished
     spo train --config-dir conf +debug=smallest logger=record hydra.run.dir=outputs/interrupted
     spo train -m --config-dir conf +debug=smallest method=dpo,spo seed=1,2 hydra.sweep.dir=outputs/sweep
 
 ``conf/debug/smallest.yaml`` lies beside the runs, and ``targets.txt`` lists every ``_target_`` of that version's
-configuration. The runs do not hold their reference model: it is made again.
+configuration. The runs do not hold their reference model, so the tests make it again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SAME_RUN = ("train", "--config-dir", "conf", "+debug=smallest", "logger=record")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a copy of each run, and the configuration that they were started with."""
+    """Return a folder with a copy of each run and the configuration that started it."""
     folder = tmp_path_factory.mktemp("old")
     shutil.copytree(OLD, folder / "outputs")
     (folder / "conf/debug").mkdir(parents=True)
@@ -71,33 +71,33 @@ def steps(run: Path) -> list[int]:
 # --- commands ------------------------------------------------------------------------------------------------------
 
 
-def test_the_runs_are_of_other_code_and_name_no_machine() -> None:
+def test_old_runs_hold_their_code_version_and_no_machine_name() -> None:
     for file in OLD.rglob("identity.json"):
         assert read(file)["code"] == CODE
     for file in OLD.rglob("provenance.json"):
         assert read(file)["platform"] == "Linux"
 
 
-def test_an_old_run_is_evaluated(folder: Path) -> None:
+def test_old_run_evaluates(folder: Path) -> None:
     run = folder / "outputs/finished"
     assert cli.main(["evaluate", str(run), "evaluation.num_prompts=4"]) == 0
     [found] = (run / "evaluations").glob("*/metrics.json")
     new, old = read(found), read(run / "metrics.json")
     assert {key for key in old if key.startswith("eval/")} <= new.keys()
-    # The policy is the stored one and the reference the re-made one: their pairs give the numbers of that time.
+    # The policy is stored and the reference is made again; their pairs give the numbers of that version.
     for key in ("eval/rewards/margins", "eval/rewards/accuracies"):
         assert new[key] == pytest.approx(old[key], rel=1e-2), key
     assert read(run / "provenance.json") == read(OLD / "finished/provenance.json")
 
 
-def test_an_old_run_is_reported(folder: Path) -> None:
+def test_old_run_reports(folder: Path) -> None:
     run = folder / "outputs/finished"
     assert cli.main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert "Soft Preference Optimization" in page and CODE in page
 
 
-def test_an_old_sweep_is_compared_with_the_same_result(folder: Path) -> None:
+def test_old_sweep_compares_with_the_same_result(folder: Path) -> None:
     sweep = folder / "outputs/sweep"
     assert cli.main(["compare", str(sweep), "--out", str(folder / "compared")]) == 0
     old, new = read(sweep / "comparison/comparison.json"), read(folder / "compared/comparison.json")
@@ -109,16 +109,16 @@ def test_an_old_sweep_is_compared_with_the_same_result(folder: Path) -> None:
             assert after["metrics"][key] == pytest.approx(numbers), f"{before['name']}: {key}"
 
 
-def test_an_interrupted_old_run_is_resumed_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupted_old_run_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = copied("interrupted", tmp_path)
     started = (run / "history.jsonl").read_text()
     assert steps(run) == [0, 2] and not (run / "metrics.json").exists()
     assert cli.main(["train", "--resume", str(run)]) == 0
     assert steps(run) == [0, 2, 4] and (run / "history.jsonl").read_text().startswith(started)
-    metrics, unbroken = read(run / "metrics.json"), read(OLD / "finished/metrics.json")
-    assert unbroken.keys() <= metrics.keys() and all(map(math.isfinite, metrics.values()))
-    # The unbroken run of that time ends in the same loss; one of the first steps alone would not.
-    assert metrics["val/loss"] == pytest.approx(unbroken["val/loss"], rel=1e-2)
+    metrics, uninterrupted = read(run / "metrics.json"), read(OLD / "finished/metrics.json")
+    assert uninterrupted.keys() <= metrics.keys() and all(map(math.isfinite, metrics.values()))
+    # The uninterrupted run of that version has the same final loss; a run of the first steps alone would not.
+    assert metrics["val/loss"] == pytest.approx(uninterrupted["val/loss"], rel=1e-2)
     code = _code_of_now()
     [note] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: code")]
     assert note == f"note: code {CODE} started this run; it continues at step 2 with code {code}"
@@ -127,22 +127,22 @@ def test_an_interrupted_old_run_is_resumed_to_its_end(tmp_path: Path, capsys: py
     assert read(run / "provenance.json")["code"] == read(run / "identity.json")["code"] == CODE
 
 
-def test_a_finished_old_run_is_continued_for_more_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_old_run_resumes_for_more_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = copied("finished", tmp_path)
-    assert cli.main(["train", "--resume", str(run)]) == 0  # there is nothing to continue: it shows its result
+    assert cli.main(["train", "--resume", str(run)]) == 0  # nothing is left to do
     assert "continued_with" not in read(run / "provenance.json")
     assert cli.main(["train", "--resume", str(run), "trainer.max_steps=6"]) == 0
     assert steps(run) == [0, 2, 4, 6]
     assert read(run / "metrics.4.json") == read(OLD / "finished/metrics.json")
     assert [one["step"] for one in read(run / "provenance.json")["continued_with"]] == [4]
     assert capsys.readouterr().err.count("note: code") == 1
-    assert cli.main(["train", "--resume", str(run), "trainer.max_steps=7"]) == 0  # the same other code adds no entry
+    assert cli.main(["train", "--resume", str(run), "trainer.max_steps=7"]) == 0  # the same code adds no entry
     assert [one["step"] for one in read(run / "provenance.json")["continued_with"]] == [4]
     assert "note: code" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["finished", "interrupted"])
-def test_the_same_command_refuses_other_code(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repeated_command_fails_with_other_code(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = copied(name, tmp_path)
     assert cli.main([*SAME_RUN, f"hydra.run.dir={run}"]) == 1
     [difference] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  - ")]
@@ -164,7 +164,7 @@ def targets(node: Any) -> Iterator[str]:
             yield from targets(value)
 
 
-def test_every_target_of_old_runs_is_found() -> None:
+def test_every_target_of_old_runs_is_importable() -> None:
     listed = set((OLD / "targets.txt").read_text().split())
     held = {target for file in OLD.rglob("composed.yaml") for target in targets(yaml.safe_load(file.read_text()))}
     assert {target for target in held if target.startswith("spo.")} <= listed and len(listed) == 45
@@ -173,7 +173,7 @@ def test_every_target_of_old_runs_is_found() -> None:
 
 
 @pytest.mark.parametrize("old", OLD_NAMES)
-def test_an_old_name_is_the_object_of_the_new_one(old: str) -> None:
+def test_old_name_imports_the_object_of_the_new_name(old: str) -> None:
     with pytest.warns(DeprecationWarning, match=f"^{old} has moved to {OLD_NAMES[old]}; version 0.3"):
         _forget(old)
         found = import_module(old)
@@ -185,13 +185,13 @@ def test_an_old_name_is_the_object_of_the_new_one(old: str) -> None:
 
 
 def _forget(name: str) -> None:
-    """Undo an import: a name is looked for, and warned of, only once in a process."""
+    """Undo an import: Python looks for a name, and warns, only once in a process."""
     sys.modules.pop(name, None)
     parent, _, child = name.rpartition(".")
     vars(import_module(parent)).pop(child, None)
 
 
-def test_the_warning_points_at_the_import() -> None:
+def test_deprecation_warning_points_at_the_import() -> None:
     _forget("spo.speed")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -199,7 +199,7 @@ def test_the_warning_points_at_the_import() -> None:
     assert [warning.filename for warning in caught if "spo.speed" in str(warning.message)] == [__file__]
 
 
-def test_what_never_existed_is_not_found() -> None:
+def test_unknown_old_name_is_not_found() -> None:
     for name in ("spo.runtime.nothing", "spo.nothing"):
         with pytest.raises(ModuleNotFoundError, match=f"No module named '{name}'"):
             import_module(name)

@@ -1,4 +1,4 @@
-"""Stored reference log-probs: exact, shared, written as they come, and never silently wrong."""
+"""Stored reference log-probs: exact, shared by processes, written at once, and never silently wrong."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def prepared(
 def scored(
     cache: Path, data: Prepared, batch_tokens: int = BATCH_TOKENS, cfg: Any = CFG
 ) -> tuple[dict[str, Tensor], tuple[int, int]]:
-    """The tables, and how many sequences were found and computed."""
+    """Return the tables, and the numbers of sequences that were found and computed."""
     reference = PrecomputedReference(str(cache), batch_tokens)
     tables = precomputed_logps(cfg, data, reference)  # type: ignore[arg-type]
     return tables, (reference.found, reference.computed)
@@ -92,7 +92,7 @@ ALL = len(rows_of(PAIRS))
 
 @pytest.fixture
 def forwards() -> Iterator[list[int]]:
-    """Grows by one with every forward pass of a language model."""
+    """Yield a list that grows by one with every forward pass of a language model."""
     seen: list[int] = []
 
     def count(module: nn.Module, _: Any) -> None:
@@ -104,10 +104,10 @@ def forwards() -> Iterator[list[int]]:
     handle.remove()
 
 
-# -------------------------------------------------------------------------------------------------------- the store
+# --- the store -----------------------------------------------------------------------------------------------------
 
 
-def test_values_are_kept_exactly(tmp_path: Path) -> None:
+def test_store_returns_exact_values(tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.float64):
         store = LogpsStore(tmp_path / f"{dtype}.sqlite", dtype)
         values = torch.tensor([-1 / 3, -1e-40, -123456.789, 0.0, -torch.inf], dtype=dtype)
@@ -119,14 +119,14 @@ def test_values_are_kept_exactly(tmp_path: Path) -> None:
         assert again.dtype == dtype and torch.equal(again[:-1], values.flip(0)) and again[-1].isnan()
 
 
-def test_the_first_value_stays_and_nan_is_none(tmp_path: Path) -> None:
+def test_store_keeps_the_first_value_and_ignores_nan(tmp_path: Path) -> None:
     store = LogpsStore(tmp_path / "store.sqlite", torch.float32)
     store.put([b"a"], torch.tensor([-1.0]))
     store.put([b"a", b"b", b"c"], torch.tensor([-2.0, torch.nan, -3.0]))
     assert store.get([b"a", b"c"]).tolist() == [-1, -3] and store.get([b"b"]).isnan().all()
 
 
-def test_a_key_is_of_prompt_and_completion_and_their_border() -> None:
+def test_sequence_key_depends_on_prompt_completion_and_their_boundary() -> None:
     same = [(1, 2), (3, 4)]
     others = [((1,), (2, 3, 4)), ((1, 2, 3), (4,)), ((1, 2), (3,)), ((1, 2), (3, 5)), ((2, 1), (3, 4)), ((), ())]
     keys = {sequence_key(*row) for row in others}
@@ -142,13 +142,13 @@ def zip_rows(found: Any) -> list[tuple[list[int], list[int]]]:
     return list(zip(prompts, found.completions(), strict=True))
 
 
-def test_no_damage_makes_a_wrong_value(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_store_never_returns_a_wrong_value_after_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     values = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 30
     keys = [sequence_key((1,), (i,)) for i in range(40)]
     whole = LogpsStore(tmp_path / "whole.sqlite", torch.float32)
     whole.put(keys, values)
     content, generator = whole.file.read_bytes(), random.Random(0)
-    hit = content.index(struct.pack(">d", values[7].item()))  # as sqlite writes a number
+    hit = content.index(struct.pack(">d", values[7].item()))  # as SQLite writes a number
     noticed = 0
     for place in [hit + 6, *(generator.randrange(len(content)) for _ in range(150))]:
         store = LogpsStore(tmp_path / "store.sqlite", torch.float32)
@@ -173,9 +173,7 @@ def test_no_damage_makes_a_wrong_value(tmp_path: Path, caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize("content", [b"no database at all" * 100, "half"])
-def test_a_file_that_is_cut_or_something_else_is_set_aside(
-    content: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_store_moves_a_damaged_file_aside(content: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = LogpsStore(tmp_path / "store.sqlite", torch.float32)
     keys = [sequence_key((1,), (i,)) for i in range(500)]
     store.put(keys, torch.arange(500.0))
@@ -187,7 +185,7 @@ def test_a_file_that_is_cut_or_something_else_is_set_aside(
 
 
 @pytest.mark.parametrize("row", [False, True], ids=["cut", "one row"])
-def test_several_that_notice_the_damage_set_aside_one_file(row: bool, tmp_path: Path) -> None:
+def test_concurrent_processes_move_a_damaged_file_aside_once(row: bool, tmp_path: Path) -> None:
     keys = [sequence_key((1,), (i,)) for i in range(40)]
     values = torch.arange(-40.0, 0) - 0.5
 
@@ -201,7 +199,7 @@ def test_several_that_notice_the_damage_set_aside_one_file(row: bool, tmp_path: 
         store = LogpsStore(tmp_path / str(trial) / "store.sqlite", torch.float64)
         store.put(keys, values)
         content = store.file.read_bytes()
-        good = struct.pack(">d", values[7].item())  # as sqlite writes a number
+        good = struct.pack(">d", values[7].item())  # as SQLite writes a number
         damaged = content.replace(good, bytes(8)) if row else content[: len(content) // 2]
         assert damaged != content
         store.file.write_bytes(damaged)
@@ -224,14 +222,14 @@ def test_several_that_notice_the_damage_set_aside_one_file(row: bool, tmp_path: 
         assert torch.equal(store.get(keys), values)
 
 
-def test_a_place_that_cannot_be_written_is_said_in_words(tmp_path: Path) -> None:
+def test_store_reports_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store = LogpsStore(tmp_path / "file" / "store.sqlite", torch.float32)
     with pytest.raises(DataError, match=r"file/store\.sqlite cannot be read or written .*: move the file away, or set"):
         store.get([b"a"])
 
 
-# --------------------------------------------------------------------------------------------------------- the pass
+# --- the pass ------------------------------------------------------------------------------------------------------
 
 
 Ids = st.lists(st.integers(0, 2), min_size=1, max_size=7).map(tuple)
@@ -243,7 +241,7 @@ Ids = st.lists(st.integers(0, 2), min_size=1, max_size=7).map(tuple)
     budget=st.integers(1, 60),
     speed=st.sampled_from([PLAIN, FAST, replace(FAST, share_prompts=False)]),
 )
-def test_batches_keep_prompts_together_within_the_budget(rows: list[Any], budget: int, speed: Speed) -> None:
+def test_batches_keep_prompts_together_within_the_token_limit(rows: list[Any], budget: int, speed: Speed) -> None:
     batches = list(cut_into_batches(rows, budget, speed))
     assert sorted(row for batch in batches for row in batch) == sorted(rows)
     for batch in batches:
@@ -260,7 +258,7 @@ def test_batches_keep_prompts_together_within_the_budget(rows: list[Any], budget
 
 
 @pytest.mark.parametrize("cfg", [CFG, PACKED], ids=["padded", "packed"])
-def test_the_pass_computes_what_the_model_gives(cfg: Any, model_folder: Path, tmp_path: Path) -> None:
+def test_precomputed_logps_match_the_model(cfg: Any, model_folder: Path, tmp_path: Path) -> None:
     tables, counts = scored(tmp_path, prepared(model_folder), cfg=cfg)
     assert counts == (0, ALL)
     model = model_spec().start(model_folder)
@@ -271,7 +269,7 @@ def test_the_pass_computes_what_the_model_gives(cfg: Any, model_folder: Path, tm
             torch.testing.assert_close(found, torch.cat(alone), rtol=0, atol=1e-5 * max(map(len, pair.completions)))
 
 
-def test_numbers_of_the_same_layout_are_the_same(model_folder: Path, tmp_path: Path) -> None:
+def test_precomputed_logps_of_one_batch_match_to_rounding(model_folder: Path, tmp_path: Path) -> None:
     model = model_spec().start(model_folder)
     together = scored(tmp_path / "whole", prepared(model_folder, PAIRS, []), 10**6)[0]
     [batch] = cut_into_batches(rows_of(PAIRS), 10**6, PLAIN)
@@ -281,24 +279,24 @@ def test_numbers_of_the_same_layout_are_the_same(model_folder: Path, tmp_path: P
     assert set(together) == {"train"}
 
 
-def test_what_is_there_is_not_computed_again(model_folder: Path, tmp_path: Path, forwards: list[int]) -> None:
+def test_stored_logps_are_not_computed_again(model_folder: Path, tmp_path: Path, forwards: list[int]) -> None:
     whole, _ = scored(tmp_path, prepared(model_folder))
     assert len(forwards) > 5
     forwards.clear()
     again, counts = scored(tmp_path, prepared(model_folder))
     assert counts == (ALL, 0) and not forwards
     assert all(torch.equal(again[split], whole[split]) for split in whole)
-    # a part, in another order and other splits
+    # A part of the pairs, in another order and other splits.
     part, counts = scored(tmp_path, prepared(model_folder, PAIRS[26:22:-1], PAIRS[3:5]))
     assert counts[1] == 0 and torch.equal(part["train"][3], whole["train"][23])
-    # a superset, of which some completions belong to prompts that were there
+    # A superset, in which some completions belong to known prompts.
     more = [*PAIRS, *random_pairs(4, seed=9), replace(PAIRS[2], chosen_ids=(*PAIRS[2].chosen_ids[:-1], 4, 2))]
     wide, counts = scored(tmp_path, prepared(model_folder, more, []))
     assert counts == (ALL, len(rows_of(more)) - ALL) and counts[1] > 1
     assert torch.equal(wide["train"][:24], whole["train"]) and not wide["train"].isnan().any()
 
 
-def test_one_token_misses_that_sequence_alone(model_folder: Path, tmp_path: Path) -> None:
+def test_changed_token_recomputes_only_its_sequence(model_folder: Path, tmp_path: Path) -> None:
     scored(tmp_path, prepared(model_folder))
     pair = PAIRS[7]
     changed = replace(pair, rejected_ids=(*pair.rejected_ids[:-2], 9, *pair.rejected_ids[-1:]))
@@ -307,7 +305,7 @@ def test_one_token_misses_that_sequence_alone(model_folder: Path, tmp_path: Path
     assert scored(tmp_path, prepared(model_folder, [*PAIRS[:7], changed, *PAIRS[8:]], []))[1] == (ALL - 2, 2)
 
 
-def test_weights_tokenizer_dtype_and_the_like_have_stores_of_their_own(
+def test_store_file_depends_on_weights_tokenizer_dtype_and_layout(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def file(
@@ -331,7 +329,7 @@ def test_weights_tokenizer_dtype_and_the_like_have_stores_of_their_own(
         file(OmegaConf.merge(CFG, {"trainer": {"precision": "bf16-mixed"}})),
         file(speed=PLAIN),
         file(speed=replace(FAST, share_prompts=False)),
-        file(speed=replace(FAST, packing=False)),  # refused
+        file(speed=replace(FAST, packing=False)),
         file(device="cuda"),
     ]
     for package in ("torch", "transformers"):
@@ -340,14 +338,14 @@ def test_weights_tokenizer_dtype_and_the_like_have_stores_of_their_own(
             files.append(file())
     assert len(set(files)) == len(files) and file() == files[0]
     assert file(speed=replace(FAST, probed=True)) == file(device="cpu:0") == files[0]
-    assert file(speed=replace(PLAIN, share_prompts=True)) == file(speed=PLAIN)  # nothing is shared without packing
+    assert file(speed=replace(PLAIN, share_prompts=True)) == file(speed=PLAIN)  # without packing no prompt is shared
     wide = logps_store(CFG, prepared(model_folder, dtype="float64"), str(tmp_path), FAST, torch.device("cpu"))
     assert wide.dtype == torch.float64
     scored(tmp_path, prepared(model_folder))
     assert scored(tmp_path, prepared(other))[1] == (0, ALL)
 
 
-def test_lists_of_several_lengths(model_folder: Path, tmp_path: Path) -> None:
+def test_precomputed_logps_pad_shorter_lists_with_nan(model_folder: Path, tmp_path: Path) -> None:
     lists = [replace(PAIRS[0], worse_ids=((8, 2), (9, 9, 2))), PAIRS[1], replace(PAIRS[2], worse_ids=((7, 2),))]
     table = scored(tmp_path, prepared(model_folder, lists, []))[0]["train"]
     assert table.isnan().tolist() == [[False] * 4, [False, False, True, True], [False, False, False, True]]
@@ -357,7 +355,7 @@ def test_lists_of_several_lengths(model_folder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(batch.reference_logps, completion_logps(model, batch.sequences), rtol=0, atol=1e-5)
 
 
-def test_a_reference_that_gives_no_numbers_is_said_in_words(tmp_path: Path) -> None:
+def test_precomputed_logps_report_a_reference_that_returns_nan(tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     model = tiny_llama(dtype=torch.float32)
     nn.init.constant_(model.lm_head.weight, torch.nan)  # type: ignore[arg-type]
@@ -366,7 +364,7 @@ def test_a_reference_that_gives_no_numbers_is_said_in_words(tmp_path: Path) -> N
         scored(tmp_path, prepared(folder))
 
 
-# ------------------------------------------------------------------------------------------- killed, and side by side
+# --- killed and concurrent processes -------------------------------------------------------------------------------
 
 
 def in_a_process(work: Callable[[], None]) -> multiprocessing.Process:
@@ -375,7 +373,7 @@ def in_a_process(work: Callable[[], None]) -> multiprocessing.Process:
     return process
 
 
-def test_a_pass_that_is_killed_goes_on_where_it_stopped(
+def test_killed_pass_resumes_without_repeating_batches(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight, _ = scored(tmp_path / "straight", prepared(model_folder))
@@ -408,11 +406,11 @@ def test_a_pass_that_is_killed_goes_on_where_it_stopped(
     tables, counts = scored(tmp_path / "killed", prepared(model_folder))
     done = sum(len(batch) for batch in batches[:3])
     assert counts == (done, ALL - done) and 0 < done < ALL
-    assert computed == [sequence_key(*row) for batch in batches[3:] for row in batch]  # nothing twice
+    assert computed == [sequence_key(*row) for batch in batches[3:] for row in batch]  # no batch twice
     assert all(torch.equal(tables[split], straight[split]) for split in straight)
 
 
-def test_processes_side_by_side_make_one_pass(model_folder: Path, tmp_path: Path) -> None:
+def test_concurrent_processes_share_one_pass(model_folder: Path, tmp_path: Path) -> None:
     def work(name: str) -> Callable[[], None]:
         def run() -> None:
             tables, counts = scored(tmp_path / "shared", prepared(model_folder), batch_tokens=16)
@@ -428,13 +426,13 @@ def test_processes_side_by_side_make_one_pass(model_folder: Path, tmp_path: Path
     assert all(torch.equal(result["train"], results[0]["train"]) for result in results)
 
 
-# --------------------------------------------------------------------------------------------------------- training
+# --- training ------------------------------------------------------------------------------------------------------
 
 
 def trained(
     folder: Path, reference: FrozenReference | None = None, steps: int = 6, resume: str | None = None, **changes: Any
 ) -> tuple[Spied, list[float]]:
-    """Three steps an epoch on the first twelve pairs, with DPO; the module, and the loss of each step."""
+    """Train with DPO on the first twelve pairs, three steps per epoch; return the module and the loss of each step."""
     module = make_module(
         tiny_llama(0, scale=0.2),
         loss=DPOLoss(),
@@ -469,14 +467,14 @@ def weights(module: Spied) -> Tensor:
 
 
 def counted(reference: CachedReference) -> list[int]:
-    """The rows of each forward pass of the reference through its layers, from its attachment on."""
+    """Return a list that receives the number of rows of each forward pass of the reference from now on."""
     seen: list[int] = []
     attach = reference.attach
 
     def attach_and_watch(load: Callable[[], nn.Module]) -> None:
         attach(load)
         model: Any = reference.model
-        assert enable_packing(model) is None  # which forwards, too
+        assert enable_packing(model) is None  # it runs a forward pass, too
         model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
 
     reference.attach = attach_and_watch  # type: ignore[method-assign]
@@ -484,7 +482,7 @@ def counted(reference: CachedReference) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_kept_as_it_comes_equals_ahead_equals_live(workers: int, tmp_path: Path) -> None:
+def test_cached_precomputed_and_live_references_train_alike(workers: int, tmp_path: Path) -> None:
     live, losses = trained(tmp_path, num_workers=workers)
     model = tiny_llama(1, scale=0.2)
     with torch.no_grad():
@@ -497,13 +495,13 @@ def test_kept_as_it_comes_equals_ahead_equals_live(workers: int, tmp_path: Path)
     ahead, ahead_losses = trained(tmp_path, num_workers=workers, reference_logps=tables)
     reference = cached(tmp_path / "store.sqlite")
     seen = counted(reference)
-    kept, kept_losses = trained(tmp_path, reference, num_workers=workers)
+    stored, stored_losses = trained(tmp_path, reference, num_workers=workers)
     assert len(losses) == 6 and len(set(losses)) == 6
-    for other_losses, other in ((ahead_losses, ahead), (kept_losses, kept)):
-        assert other_losses == pytest.approx(losses, abs=1e-6)  # Llama's norms are float32 inside
+    for other_losses, other in ((ahead_losses, ahead), (stored_losses, stored)):
+        assert other_losses == pytest.approx(losses, abs=1e-6)  # Llama computes its norms in float32
         torch.testing.assert_close(weights(other), weights(live), rtol=0, atol=1e-6)
-    assert kept_losses[:3] == losses[:3]  # as long as everything is scored where the live reference scores it
-    # three steps, and validation once: the second epoch is free
+    assert stored_losses[:3] == losses[:3]  # in the first epoch both score the same batches
+    # Three steps and one validation: the second epoch reads the store.
     assert len(seen) == 4
     everything = [sequence_key(*row) for row in rows_of(PAIRS[:17])]
     assert not LogpsStore(tmp_path / "store.sqlite", torch.float64).get(everything).isnan().any()
@@ -516,7 +514,7 @@ def test_kept_as_it_comes_equals_ahead_equals_live(workers: int, tmp_path: Path)
 
 
 @pytest.mark.parametrize("speed", [PLAIN, FAST], ids=["padded", "packed"])
-def test_a_batch_of_which_a_part_is_known(speed: Speed, tmp_path: Path) -> None:
+def test_cached_reference_computes_only_unknown_sequences(speed: Speed, tmp_path: Path) -> None:
     reference, model = cached(tmp_path / "store.sqlite"), tiny_llama(1)
     seen = counted(reference)
     reference.attach(lambda: model)
@@ -535,7 +533,7 @@ def test_a_batch_of_which_a_part_is_known(speed: Speed, tmp_path: Path) -> None:
         assert seen == forwards and not found.requires_grad
 
 
-def test_the_store_is_the_one_of_the_layout_that_was_settled_on(tmp_path: Path) -> None:
+def test_cached_reference_opens_the_store_of_the_resolved_layout(tmp_path: Path) -> None:
     reference, asked = CachedReference("unused"), []
 
     def open_store(speed: Speed, device: torch.device) -> LogpsStore:
@@ -549,7 +547,7 @@ def test_the_store_is_the_one_of_the_layout_that_was_settled_on(tmp_path: Path) 
     assert reference.store is not None and not reference.store.get(keys).isnan().all()
 
 
-def test_absurd_stored_values_show_in_the_loss(tmp_path: Path) -> None:
+def test_stored_values_reach_the_loss(tmp_path: Path) -> None:
     store = LogpsStore(tmp_path / "store.sqlite", torch.float64)
     for pair in PAIRS[:17]:
         keys = [sequence_key(pair.prompt_ids, c) for c in pair.completions]
@@ -559,12 +557,12 @@ def test_absurd_stored_values_show_in_the_loss(tmp_path: Path) -> None:
     assert losses[0] > 400 and sound[0] < 20
 
 
-def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
+def test_resumed_run_with_a_cached_reference_is_bit_identical(tmp_path: Path) -> None:
     straight, losses = trained(tmp_path, cached(tmp_path / "straight.sqlite"), steps=8)
     saver = Checkpoint(str(tmp_path / "checkpoints"), "val/loss", "min")
     file = tmp_path / "resumed.sqlite"
     trained(tmp_path, cached(file), steps=2, enable_checkpointing=True, callbacks=[saver], val_check_interval=2)
-    # the validations differ, and the store with them
+    # Validation has filled the store of the first run with the selection pairs.
     assert LogpsStore(file, torch.float64).get(collate(PAIRS[12:17], range(5), PAD).keys or []).isnan().sum() == 0
     resumed, rest = trained(tmp_path, cached(file), steps=8, resume=str(tmp_path / "checkpoints" / "last.ckpt"))
     assert rest == losses[2:]

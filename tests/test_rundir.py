@@ -1,4 +1,4 @@
-"""Run directories: what makes two runs the same, used directories, resuming, provenance."""
+"""Run directories: claim, identity, secrets, provenance and resume."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def claimed(run_dir: Path, *overrides: str) -> Status:
         return status
 
 
-# --- used directories ----------------------------------------------------------------------------------------------
+# --- claim ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_directory_is_new_then_unfinished_then_finished(tmp_path: Path) -> None:
+def test_run_directory_is_new_then_unfinished_then_finished(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert claimed(run_dir, "seed=3") is Status.NEW
     assert OmegaConf.load(run_dir / "config.yaml").seed == 3
@@ -45,13 +45,13 @@ def test_a_run_directory_is_new_then_unfinished_then_finished(tmp_path: Path) ->
     assert claimed(run_dir, "seed=3", "tags=[a]", "logger=csv") is Status.FINISHED
 
 
-def test_half_written_metrics_are_no_result(tmp_path: Path) -> None:
+def test_damaged_metrics_leave_a_run_unfinished(tmp_path: Path) -> None:
     claimed(tmp_path)
     (tmp_path / "metrics.json").write_text('{"eval/kl": 1.')
     assert claimed(tmp_path) is Status.UNFINISHED
 
 
-def test_another_run_is_refused_and_every_difference_named(tmp_path: Path) -> None:
+def test_claim_of_another_run_fails_and_lists_every_difference(tmp_path: Path) -> None:
     claimed(tmp_path, "seed=3")
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(UserError) as caught:
@@ -64,7 +64,7 @@ def test_another_run_is_refused_and_every_difference_named(tmp_path: Path) -> No
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_files_that_are_no_run_are_refused_but_hydras_log_is_none_of_them(tmp_path: Path) -> None:
+def test_claim_of_a_directory_with_other_files_fails_except_for_logs(tmp_path: Path) -> None:
     (tmp_path / "spo.log").touch()
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UserError, match=r"do not belong to a run of spo \(thesis.tex\)"):
@@ -73,7 +73,7 @@ def test_files_that_are_no_run_are_refused_but_hydras_log_is_none_of_them(tmp_pa
     assert claimed(tmp_path) is Status.NEW
 
 
-def test_rerun_moves_the_old_one_aside(tmp_path: Path) -> None:
+def test_rerun_moves_the_old_run_aside(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     claimed(run_dir, "seed=3")
     assert claimed(run_dir, "seed=4", "rerun=true") is Status.NEW
@@ -82,19 +82,19 @@ def test_rerun_moves_the_old_one_aside(tmp_path: Path) -> None:
     assert seeds == {"run": 5, "run.1": 3, "run.2": 4}
 
 
-def test_rerun_of_nothing_moves_nothing(tmp_path: Path) -> None:
+def test_rerun_in_a_new_directory_moves_nothing(tmp_path: Path) -> None:
     assert claimed(tmp_path / "run", "rerun=true") is Status.NEW
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_two_processes_never_share_a_run_directory(tmp_path: Path) -> None:
+def test_claim_fails_while_another_process_has_the_directory(tmp_path: Path) -> None:
     cfg = config(tmp_path)
     with claim(tmp_path, cfg), pytest.raises(UserError, match="another process is at work"), claim(tmp_path, cfg):
         pass
     assert claimed(tmp_path) is Status.UNFINISHED
 
 
-def test_further_ranks_only_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_claim_writes_nothing_on_further_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(tmp_path)
     with claim(tmp_path, cfg) as first:
         before = sorted(file.name for file in tmp_path.iterdir())
@@ -107,13 +107,13 @@ def test_further_ranks_only_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # --- identity ------------------------------------------------------------------------------------------------------
 
 
-def test_paths_loggers_and_tags_are_no_part_of_a_run(tmp_path: Path) -> None:
+def test_identity_ignores_paths_loggers_and_tags(tmp_path: Path) -> None:
     one = identity(config(tmp_path / "a", "paths.outputs=x", "logger=csv", "tags=[a]"))
     other = identity(config(tmp_path / "b", "paths.cache=y", "logger=record", "rerun=true"))
     assert one == other and differences(one, other) == []
 
 
-def test_the_bytes_of_data_and_weights_are_part_of_a_run(tmp_path: Path) -> None:
+def test_identity_depends_on_the_bytes_of_data_and_weights(tmp_path: Path) -> None:
     data, model = tmp_path / "pairs.jsonl", tmp_path / "model"
     model.mkdir()
     overrides = ["model=hf", f"model.path={model}", "data=jsonl", f"data.path={data}"]
@@ -129,13 +129,13 @@ def test_the_bytes_of_data_and_weights_are_part_of_a_run(tmp_path: Path) -> None
     assert differences(one, write("a", b"1")) == ["the weights of the model have changed"]
 
 
-def test_the_code_is_part_of_a_run(tmp_path: Path) -> None:
+def test_identity_depends_on_the_code(tmp_path: Path) -> None:
     one = identity(config(tmp_path))
     assert one["code"] == code_version()
     assert differences(one, {**one, "code": "0.0.0+0"}) == [f"the code of spo: {code_version()} there, 0.0.0+0 now"]
 
 
-def test_only_an_explicit_resume_continues_with_other_code(
+def test_claim_with_other_code_needs_an_explicit_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg, versions = config(tmp_path), []
@@ -156,7 +156,7 @@ def test_only_an_explicit_resume_continues_with_other_code(
     assert [(one["code"], one["step"]) for one in continued] == [("0.2.0+a", 3), (code_version(), 5)]
 
 
-def test_other_code_may_count_other_keys_as_part_of_a_run(tmp_path: Path) -> None:
+def test_resume_with_other_code_compares_keys_that_both_versions_know(tmp_path: Path) -> None:
     cfg = config(tmp_path)
     with claim(tmp_path, cfg):
         pass
@@ -174,10 +174,10 @@ def test_other_code_may_count_other_keys_as_part_of_a_run(tmp_path: Path) -> Non
         pass
     (tmp_path / "identity.json").write_text(json.dumps({**old, "config": config_of_old}))
     with pytest.raises(UserError, match=r"trainer\.dropped: 1 there, absent now"), claim(tmp_path, cfg, resumed=True):
-        pass  # the same code counts the same keys
+        pass  # the same code has the same keys
 
 
-def test_a_changed_resume_leaves_the_identity_of_other_code_whole(tmp_path: Path) -> None:
+def test_resume_with_changes_keeps_the_code_of_the_identity(tmp_path: Path) -> None:
     with claim(tmp_path, config(tmp_path, "trainer.max_steps=9")):
         pass
     old = json.loads((tmp_path / "identity.json").read_text())
@@ -192,7 +192,7 @@ def test_a_changed_resume_leaves_the_identity_of_other_code_whole(tmp_path: Path
 # --- secrets -------------------------------------------------------------------------------------------------------
 
 
-def test_secrets_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_not_written_to_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_API_KEY", "hunter2")
     cfg = config(
         tmp_path,
@@ -211,7 +211,7 @@ def test_secrets_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert command_line(["/bin/spo", "train", "+a.token=x", "seed=1"]) == "spo train +a.token=<redacted> seed=1"
 
 
-def test_the_written_configuration_is_fully_resolved(tmp_path: Path) -> None:
+def test_saved_config_is_fully_resolved(tmp_path: Path) -> None:
     claimed(tmp_path)
     assert "${" not in (tmp_path / "config.yaml").read_text()
     assert OmegaConf.load(tmp_path / "config.yaml").callbacks.checkpoint.dirpath == f"{tmp_path}/checkpoints"
@@ -221,7 +221,7 @@ def test_the_written_configuration_is_fully_resolved(tmp_path: Path) -> None:
 # --- provenance ----------------------------------------------------------------------------------------------------
 
 
-def test_provenance(tmp_path: Path) -> None:
+def test_provenance_holds_seeds_digests_versions_and_command(tmp_path: Path) -> None:
     data = tmp_path / "pairs.jsonl"
     data.write_text("x")
     cfg = config(tmp_path / "run", "seed=5", "data=jsonl", f"data.path={data}")
@@ -234,7 +234,7 @@ def test_provenance(tmp_path: Path) -> None:
     assert {"git_sha", "git_dirty", "command", "python", "code"} <= provenance.keys()
 
 
-def test_inputs_that_change_between_the_steps_of_a_run_are_noted(
+def test_provenance_keeps_both_digests_when_inputs_change_on_resume(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     claimed(tmp_path)
@@ -242,7 +242,7 @@ def test_inputs_that_change_between_the_steps_of_a_run_are_noted(
     second = {**first, "pairs_sha256": "c"}
     record_inputs(tmp_path, first)
     record_inputs(tmp_path, first, step=3)
-    record_inputs(tmp_path, {**first, "reference_sha256": "z"})  # the run starts again: nothing has seen the others
+    record_inputs(tmp_path, {**first, "reference_sha256": "z"})  # the run restarts: no step used the earlier inputs
     record_inputs(tmp_path, first)
     assert "earlier_inputs" not in json.loads((tmp_path / "provenance.json").read_text())
     assert capsys.readouterr().err == ""
@@ -257,7 +257,7 @@ def test_inputs_that_change_between_the_steps_of_a_run_are_noted(
     assert provenance["command"] and provenance["identity"]
 
 
-def test_git_state(tmp_path: Path) -> None:
+def test_git_state_reports_commit_and_changes(tmp_path: Path) -> None:
     assert git_state(tmp_path) is None
 
     def git(*arguments: str) -> str:
@@ -282,7 +282,7 @@ def test_git_state(tmp_path: Path) -> None:
 # --- resuming ------------------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_may_change_its_steps_loggers_and_strategy(tmp_path: Path) -> None:
+def test_resume_accepts_other_steps_loggers_and_strategy(tmp_path: Path) -> None:
     claimed(tmp_path, "trainer.max_steps=10", "seed=3")
     cfg = resumed_config(tmp_path, ["trainer.max_steps=20", "logger=csv", "strategy=ddp"])
     assert (cfg.seed, cfg.trainer.max_steps) == (3, 20)
@@ -294,7 +294,7 @@ def test_a_resumed_run_may_change_its_steps_loggers_and_strategy(tmp_path: Path)
         claimed(tmp_path, "trainer.max_steps=10", "seed=3", "strategy=ddp")
 
 
-def test_a_resumed_run_may_change_nothing_else(tmp_path: Path) -> None:
+def test_resume_rejects_every_other_change(tmp_path: Path) -> None:
     claimed(tmp_path)
     with pytest.raises(ConfigProblems) as caught:
         resumed_config(tmp_path, ["seed=4", "method=dpo", "alpha=0.5", "trainer.max_steps=x", "logger.wandb.projekt=y"])
@@ -305,7 +305,7 @@ def test_a_resumed_run_may_change_nothing_else(tmp_path: Path) -> None:
     assert claimed(tmp_path) is Status.UNFINISHED
 
 
-def test_until_it_is_finished_a_run_may_change_its_judge_and_evaluation(tmp_path: Path) -> None:
+def test_resume_accepts_another_judge_until_the_run_is_finished(tmp_path: Path) -> None:
     endpoint = ["judge=openai", "judge.model=wrong", "judge.key_variable=null"]
     claimed(tmp_path, *endpoint)
     cfg = resumed_config(tmp_path, ["judge.model=right", "evaluation.num_prompts=7"])
@@ -322,7 +322,7 @@ def test_until_it_is_finished_a_run_may_change_its_judge_and_evaluation(tmp_path
         resumed_config(tmp_path, ["judge=gold"])
 
 
-def test_how_fast_a_judge_is_asked_is_no_part_of_a_run(tmp_path: Path) -> None:
+def test_identity_ignores_the_request_rate_of_a_judge(tmp_path: Path) -> None:
     endpoint = ["judge=openai", "judge.model=m", "judge.key_variable=null"]
     claimed(tmp_path, *endpoint)
     faster = ["judge.concurrency=2", "judge.requests_per_minute=9", "judge.timeout_s=1", "evaluation.batch_size=3"]
@@ -331,7 +331,7 @@ def test_how_fast_a_judge_is_asked_is_no_part_of_a_run(tmp_path: Path) -> None:
         claimed(tmp_path, *endpoint, "judge.request.temperature=1")
 
 
-def test_a_finished_run_goes_on_where_its_steps_have_grown(tmp_path: Path) -> None:
+def test_finished_run_resumes_for_more_steps(tmp_path: Path) -> None:
     claimed(tmp_path, "trainer.max_steps=10")
     finish(tmp_path, {"a": 1.0})
     with claim(tmp_path, resumed_config(tmp_path, [])) as status:
@@ -343,7 +343,7 @@ def test_a_finished_run_goes_on_where_its_steps_have_grown(tmp_path: Path) -> No
     assert json.loads((tmp_path / "metrics.10.json").read_text()) == {"a": 1.0}
 
 
-def test_a_run_directory_may_be_moved(tmp_path: Path) -> None:
+def test_moved_run_directory_can_be_claimed(tmp_path: Path) -> None:
     claimed(tmp_path / "old")
     os.rename(tmp_path / "old", tmp_path / "new")
     cfg = load_config(tmp_path / "new")
@@ -353,14 +353,14 @@ def test_a_run_directory_may_be_moved(tmp_path: Path) -> None:
         assert status is Status.UNFINISHED
 
 
-def test_what_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
+def test_resume_of_a_directory_without_a_run_fails(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         resumed_config(tmp_path / "nowhere", [])
     with pytest.raises(UserError, match=r"has no composed\.yaml"):
         resumed_config(tmp_path, [])
 
 
-def test_more_steps_reach_all_that_follows_from_them(tmp_path: Path) -> None:
+def test_resume_with_more_steps_updates_dependent_keys(tmp_path: Path) -> None:
     claimed(tmp_path, "trainer.max_steps=10", "alpha=linear", "beta=cosine")
     cfg = resumed_config(tmp_path, ["trainer.max_steps=20"])
     assert (cfg.scheduler.num_training_steps, cfg.alpha.steps, cfg.beta.steps) == (20, 20, 20)
@@ -369,12 +369,12 @@ def test_more_steps_reach_all_that_follows_from_them(tmp_path: Path) -> None:
         assert status is Status.UNFINISHED
 
 
-def test_a_secret_typed_into_the_configuration_is_in_no_file(tmp_path: Path) -> None:
+def test_secret_in_an_override_is_not_written(tmp_path: Path) -> None:
     claimed(tmp_path, "+logger.wandb.api_key=hunter2")
     assert all("hunter2" not in file.read_text() for file in tmp_path.iterdir())
 
 
-def test_an_evaluation_s_changes_reach_all_that_follows_from_them(tmp_path: Path) -> None:
+def test_evaluation_overrides_update_dependent_keys(tmp_path: Path) -> None:
     claimed(tmp_path, "evaluation.num_prompts=3")
     cfg = _changed(load_config(tmp_path), ["data.max_new_tokens=10", "data.seed=5"])
     assert (cfg.evaluation.max_new_tokens, cfg.data.source.seed, cfg.evaluation.num_prompts) == (10, 5, 3)

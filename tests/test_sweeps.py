@@ -1,4 +1,4 @@
-"""Sweeps: what is done once, done again and said, whatever fails, dies or starts at the same time."""
+"""Sweeps: skipped, retried and waiting jobs, after failures, killed processes and concurrent starts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from spo.runs.processes import SWEEP_VARIABLE
 from spo.stages.train import last_checkpoint
 from tests.commands import TINY, entries, environment, history, job, numbers, shared_cache, spo
 
-# A whole run, on a language that is enumerated, in about two seconds.
+# Overrides for a whole run on an enumerable language in about two seconds.
 STEPS = 6
 FAST = (
     "data=enumerable",
@@ -47,7 +47,7 @@ from pathlib import Path
 from spo.losses import DPOLoss
 
 class Fragile(DPOLoss):
-    """Fails while there is a file "broken"; kills its process, once, at a file "deadly"."""
+    """Loss that fails while the file "broken" exists, and kills its process once if "deadly" exists."""
 
     def __call__(self, pair, *, alpha, beta):
         if Path("broken").exists():
@@ -66,7 +66,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder that the command is typed in, with the method ``fragile`` beside it."""
+    """Change to a folder that holds nothing but the method ``fragile``, and return it."""
     (tmp_path / "own/method").mkdir(parents=True)
     (tmp_path / "own/method/fragile.yaml").write_text(
         "name: fragile\ndefault_beta: 0.1\nregularizer_weight: 0.01\nloss:\n  _target_: fragile_loss.Fragile\n"
@@ -101,16 +101,17 @@ def read_overrides(path: Path) -> str:
 # --- the ledger, failures, the table -------------------------------------------------------------------------------
 
 
-def test_a_sweep_is_skipped_tried_again_and_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_skips_finished_jobs_and_retries_failed_ones(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "-m", "--config-dir", "own", "method=fragile,dpo", "alpha=0.5,1", *FAST, "hydra.sweep.dir=sweep"]
     (here / "broken").touch()
     assert cli.main(words) == 1
-    said = capsys.readouterr()
-    assert "4 jobs are 2 different runs" in said.err and "ValueError: the disc is full" in said.err
+    out, err = capsys.readouterr()
+    assert "4 jobs are 2 different runs" in err and "ValueError: the disc is full" in err
     assert re.search(
-        r"failed: method=fragile alpha.value=0.5: ValueError: the disc is full\n  in \S*sweep/method-fragile_", said.out
+        r"failed: method=fragile alpha.value=0.5: ValueError: the disc is full\n  in \S*sweep/method-fragile_",
+        out,
     )
-    assert said.out.count("same as") == 2 and "2 finished, 2 failed" in said.out
+    assert out.count("same as") == 2 and "2 finished, 2 failed" in out
     jobs = ledger(here)
     assert [(entry["status"], entry["same_as"] is None) for entry in jobs] == [
         ("failed", True),
@@ -132,19 +133,17 @@ def test_a_sweep_is_skipped_tried_again_and_told(here: Path, capsys: pytest.Capt
     (here / "broken").unlink()
     capsys.readouterr()
     assert cli.main(words) == 0
-    said = capsys.readouterr()
-    assert "1 of 2 runs is finished already: skipped" in said.err
-    assert "1 of 2 runs is failed already: tried again" in said.err
-    assert said.out.count("finished before: ") == 1 and "4 finished" in said.out
+    out, err = capsys.readouterr()
+    assert "1 of 2 runs is finished already: skipped" in err
+    assert "1 of 2 runs is failed already: tried again" in err
+    assert out.count("finished before: ") == 1 and "4 finished" in out
     assert not (failed / "failure.json").exists() and numbers(failed)
     assert [row["step"] for row in history(failed)] == list(range(STEPS + 1))
     after = {path: path.stat().st_mtime_ns for path in before}
     assert {path.name for path in before if before[path] != after[path]} <= {".lock", "spo.log"}
 
 
-def test_a_directory_that_holds_another_run_is_a_failure_of_its_job_alone(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_directory_with_another_run_fails_its_job_only(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "-m", "method=dpo", *FAST, "hydra.sweep.dir=sweep"]
     assert cli.main([*words, "seed=1"]) == 0
     run = directory(here, "seed=1")
@@ -158,7 +157,7 @@ def test_a_directory_that_holds_another_run_is_a_failure_of_its_job_alone(
     assert (run / "metrics.json").read_bytes() == metrics and not (run / "failure.json").exists()
 
 
-def test_the_directory_of_a_sweep_follows_from_its_command(here: Path) -> None:
+def test_sweep_directory_is_named_after_the_command(here: Path) -> None:
     named = [
         str(cli_plan(*overrides).sweep_dir.relative_to(here / "outputs/sweeps"))
         for overrides in (
@@ -178,19 +177,22 @@ def cli_plan(*overrides: str) -> Any:
     return plan(overrides, multirun=True)
 
 
-def test_jobs_of_several_commands_share_a_ledger(tmp_path: Path) -> None:
-    book = Ledger(tmp_path)
+def test_ledger_keeps_jobs_of_earlier_commands(tmp_path: Path) -> None:
+    sweep_ledger = Ledger(tmp_path)
     for name in ("a", "b", "gone"):
         (tmp_path / name).mkdir()
-    book.begin("one", [(["seed=1"], "a"), (["seed=2"], "gone")])
-    book.note(["seed=1"], "a", "finished")
+    sweep_ledger.begin("one", [(["seed=1"], "a"), (["seed=2"], "gone")])
+    sweep_ledger.note(["seed=1"], "a", "finished")
     (tmp_path / "gone").rmdir()
-    book.begin("two", [(["seed=3"], "b")])
-    assert [(entry.directory, entry.status) for entry in book.entries()] == [("a", "finished"), ("b", "unfinished")]
+    sweep_ledger.begin("two", [(["seed=3"], "b")])
+    assert [(entry.directory, entry.status) for entry in sweep_ledger.entries()] == [
+        ("a", "finished"),
+        ("b", "unfinished"),
+    ]
     assert json.loads((tmp_path / "sweep.json").read_text())["command"] == "two"
 
 
-def test_notes_made_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
+def test_ledger_keeps_all_concurrent_notes(tmp_path: Path) -> None:
     def note(seed: int) -> None:
         Ledger(tmp_path).note([f"seed={seed}"], f"seed-{seed}", "finished")
 
@@ -199,22 +201,22 @@ def test_notes_made_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
     assert {entry.directory for entry in Ledger(tmp_path).entries()} == {f"seed-{seed}" for seed in range(40)}
 
 
-def test_what_was_begun_and_is_not_at_work_has_died(tmp_path: Path) -> None:
-    book = Ledger(tmp_path)
-    jobs = book.begin("command", [([f"seed={seed}"], f"seed-{seed}") for seed in (1, 2, 3)])
+def test_ledger_marks_running_jobs_without_a_process_as_failed(tmp_path: Path) -> None:
+    sweep_ledger = Ledger(tmp_path)
+    jobs = sweep_ledger.begin("command", [([f"seed={seed}"], f"seed-{seed}") for seed in (1, 2, 3)])
     for entry in jobs[:2]:
-        book.note(entry.overrides, entry.directory, "running")
+        sweep_ledger.note(entry.overrides, entry.directory, "running")
         (tmp_path / entry.directory).mkdir()
     cfg = compose(["seed=1"], run_dir=tmp_path / "seed-1")
     with claim(tmp_path / "seed-1", cfg):
         assert is_locked(tmp_path / "seed-1")
-        assert [entry.directory for entry in book.abandoned(jobs)] == ["seed-2"]
-        after = book.settle(jobs, died=True)
+        assert [entry.directory for entry in sweep_ledger.abandoned(jobs)] == ["seed-2"]
+        after = sweep_ledger.settle(jobs, died=True)
     assert [entry.status for entry in after] == ["running", "failed", "unfinished"]
     assert "killed" in json.loads((tmp_path / "seed-2/failure.json").read_text())["error"]
 
 
-def test_a_job_waits_for_another_process_that_is_at_work_on_the_same_run(
+def test_job_waits_for_another_process_with_the_same_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(SWEEP_VARIABLE, str(tmp_path))
@@ -233,7 +235,7 @@ def test_a_job_waits_for_another_process_that_is_at_work_on_the_same_run(
         assert waiting.result() is Status.FINISHED
 
 
-# --- checkpoints that are damaged ----------------------------------------------------------------------------------
+# --- damaged checkpoints -------------------------------------------------------------------------------------------
 
 
 def cut(file: Path) -> None:
@@ -251,7 +253,7 @@ def empty(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, flip, empty])
-def test_a_damaged_checkpoint_is_left_out(
+def test_damaged_checkpoint_is_skipped(
     damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "checkpoints"
@@ -263,12 +265,12 @@ def test_a_damaged_checkpoint_is_left_out(
     assert capsys.readouterr().err == ""
     damage(folder / "last.ckpt")
     assert last_checkpoint(tmp_path) == (str(folder / "best.ckpt"), 5)
-    assert capsys.readouterr().err == f"spo: {folder}/last.ckpt is damaged and left out\n"
+    assert capsys.readouterr().err == f"spo: {folder}/last.ckpt is damaged: skipped\n"
     damage(folder / "best.ckpt")
     assert last_checkpoint(tmp_path) == (None, -1)
 
 
-def test_a_run_goes_on_from_an_older_checkpoint_or_from_its_start(
+def test_run_with_damaged_checkpoints_restarts_with_the_same_result(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = job(tmp_path / "whole", cache, *FAST, "method=dpo")
@@ -290,13 +292,13 @@ def test_a_run_goes_on_from_an_older_checkpoint_or_from_its_start(
     assert not (broken / "failure.json").exists()
 
 
-# --- processes that die --------------------------------------------------------------------------------------------
+# --- killed processes ----------------------------------------------------------------------------------------------
 
 
 def until(holds: Callable[[], bool], process: subprocess.Popen[bytes] | None = None) -> None:
-    """Waits for something that is bound to happen."""
+    """Wait until a condition holds."""
     while not holds():
-        assert process is None or process.poll() is None, "it ended too early"
+        assert process is None or process.poll() is None, "the process ended too early"
         time.sleep(0.02)
 
 
@@ -325,7 +327,7 @@ LONG = (*FAST, "trainer.max_steps=40", "trainer.val_check_interval=5")
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["local", "joblib"])
 @pytest.mark.parametrize("all_of_it", [True, False], ids=["every process", "the first process"])
-def test_a_sweep_that_is_killed_finishes_every_job_once(
+def test_killed_sweep_finishes_every_job_once_when_repeated(
     launcher: str, all_of_it: bool, cache: Path, tmp_path: Path
 ) -> None:
     words = ["train", "-m", *LONG, f"launcher={launcher}", "method=dpo", "seed=1,2,3", "hydra.sweep.dir=sweep"]
@@ -353,7 +355,7 @@ def test_a_sweep_that_is_killed_finishes_every_job_once(
     [["launcher=joblib"], ["strategy=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]],
     ids=["joblib", "two devices"],
 )
-def test_a_job_whose_process_dies_stops_no_other(settings: list[str], here: Path, cache: Path) -> None:
+def test_job_whose_process_dies_does_not_stop_other_jobs(settings: list[str], here: Path, cache: Path) -> None:
     words = ["train", "-m", "--config-dir", "own", "method=fragile,dpo", *FAST, *settings, "hydra.sweep.dir=sweep"]
     (here / "deadly").touch()
     done = spo(*words, folder=here, cache=cache, status=1)
@@ -361,14 +363,14 @@ def test_a_job_whose_process_dies_stops_no_other(settings: list[str], here: Path
     assert statuses(here) == {failed.name: "failed", directory(here, "method=dpo").name: "finished"}
     words_of_failure = json.loads((failed / "failure.json").read_text())["error"]
     assert f"failed: method=fragile: {words_of_failure.splitlines()[0]}" in done.stdout
-    if "launcher=joblib" in settings:  # of several devices another may live to tell that its peer is gone
+    if "launcher=joblib" in settings:  # with several devices another process may live to report it
         assert words_of_failure == "its process was killed by signal 9"
     spo(*words, folder=here, cache=cache)
     every_run_is_whole(here, 2, STEPS)
 
 
 @pytest.mark.slow
-def test_a_launcher_whose_worker_is_killed_is_started_again(here: Path, cache: Path) -> None:
+def test_launcher_restarts_after_a_worker_is_killed(here: Path, cache: Path) -> None:
     words = ["train", "-m", *LONG, "launcher=joblib", "method=dpo", "seed=1,2,3", "hydra.sweep.dir=sweep"]
     process = subprocess.Popen(
         [Path(sys.executable).with_name("spo"), *words],
@@ -396,11 +398,11 @@ def command_of(pid: int) -> bytes:
     return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-# --- what a sweep shares -------------------------------------------------------------------------------------------
+# --- the shared cache ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_two_jobs_on_a_cold_cache_make_one_of_everything(tmp_path: Path) -> None:
+def test_concurrent_jobs_fill_a_cold_cache_once(tmp_path: Path) -> None:
     words = ["train", "-m", TINY, "launcher=joblib", "logger=record", "reference=precomputed", "method=dpo,ipo"]
     spo(*words, "hydra.sweep.dir=sweep", folder=tmp_path, cache=tmp_path / "cache")
     every_run = [path for path in (tmp_path / "sweep").iterdir() if path.is_dir()]

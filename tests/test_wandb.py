@@ -1,4 +1,4 @@
-"""What Weights & Biases is told: read out of the files that its client writes while offline."""
+"""The tracker for Weights & Biases, read from the files that its client writes offline."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tests.commands import SECRETS, TINY, Sweep, environment, rows, shared_cache
 
 HEADER, BLOCK, CHUNK = 7, 32 * 1024, struct.Struct("<IHB")
 METHODS = ("spo", "dpo", "ipo")
-WHOLE, LAST = 1, 4  # kinds of chunk that end a record
+WHOLE, LAST = 1, 4  # types of chunks that end a record
 
 
 def records(file: Path) -> Iterator[Record]:
-    """The records of a ``.wandb`` file: LevelDB's log format behind a header of its own."""
+    """Yield the records of a ``.wandb`` file: LevelDB's log format after a header."""
     data, at, parts = file.read_bytes(), HEADER, b""
     while at + CHUNK.size <= len(data):
         left = BLOCK - at % BLOCK
@@ -49,7 +49,7 @@ def records(file: Path) -> Iterator[Record]:
 
 
 class Offline:
-    """The offline run of a run directory."""
+    """The offline W&B run of a run directory."""
 
     def __init__(self, run_dir: Path) -> None:
         [file] = run_dir.glob("wandb/offline-run-*/*.wandb")
@@ -72,7 +72,7 @@ class Offline:
 
 
 def assert_same_history(offline: Offline, run: Path) -> None:
-    """Each row of the record is one row of W&B's, at the same step, and W&B has no other."""
+    """Assert that W&B has exactly the rows of the history, at the same steps."""
     recorded, shown = rows(run / "history.jsonl"), offline.history
     steps = [row.pop("step") for row in recorded]
     assert [row["_step"] for row in shown] == [row["trainer/global_step"] for row in shown] == steps
@@ -90,14 +90,14 @@ def six(swept: Sweep) -> dict[tuple[str, int], Offline]:
     return {(method, seed): Offline(swept.directory(method, seed)) for method in METHODS for seed in (1, 2)}
 
 
-def test_jobs_of_a_sweep_are_runs_of_one_group(six: dict[tuple[str, int], Offline]) -> None:
+def test_sweep_jobs_are_wandb_runs_of_one_group(six: dict[tuple[str, int], Offline]) -> None:
     assert len({offline.run.run_id for offline in six.values()}) == 6
     assert {offline.run.run_group for offline in six.values()} == {"sweep"}
     for (method, _), offline in six.items():
         assert offline.run.job_type == method and method in offline.run.tags
 
 
-def test_names_carry_method_coefficients_and_seed(six: dict[tuple[str, int], Offline]) -> None:
+def test_run_names_hold_method_coefficients_and_seed(six: dict[tuple[str, int], Offline]) -> None:
     names = {key: offline.run.display_name for key, offline in six.items()}
     assert names["spo", 1] == "spo_alpha-0.1_beta-0.1_seed-1"
     assert names["dpo", 2] == "dpo_beta-0.1_seed-2"
@@ -105,7 +105,7 @@ def test_names_carry_method_coefficients_and_seed(six: dict[tuple[str, int], Off
     assert len(set(names.values())) == 6
 
 
-def test_the_config_is_the_resolved_one_with_provenance(swept: Sweep, six: dict[tuple[str, int], Offline]) -> None:
+def test_wandb_config_is_the_resolved_config_with_provenance(swept: Sweep, six: dict[tuple[str, int], Offline]) -> None:
     for (method, seed), offline in six.items():
         run = swept.directory(method, seed)
         config = offline.config
@@ -114,7 +114,7 @@ def test_the_config_is_the_resolved_one_with_provenance(swept: Sweep, six: dict[
         assert provenance == json.loads((run / "provenance.json").read_text())
 
 
-def test_curves_and_final_numbers_are_those_of_the_record(swept: Sweep, six: dict[tuple[str, int], Offline]) -> None:
+def test_curves_and_summary_match_the_run_directory(swept: Sweep, six: dict[tuple[str, int], Offline]) -> None:
     for (method, seed), offline in six.items():
         run = swept.directory(method, seed)
         assert_same_history(offline, run)
@@ -122,14 +122,14 @@ def test_curves_and_final_numbers_are_those_of_the_record(swept: Sweep, six: dic
         assert {key: offline.summary.get(key) for key in final} == pytest.approx(final)
 
 
-def test_samples_are_a_table(swept: Sweep, six: dict[tuple[str, int], Offline]) -> None:
+def test_samples_are_logged_as_a_table(swept: Sweep, six: dict[tuple[str, int], Offline]) -> None:
     for (method, seed), offline in six.items():
         [file] = offline.folder.glob("files/media/table/samples*.table.json")
         table, samples = json.loads(file.read_text()), rows(swept.directory(method, seed) / "samples.jsonl")
         assert [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] == samples
 
 
-def test_no_secret_of_the_environment_is_written_anywhere(swept: Sweep) -> None:
+def test_secrets_of_the_environment_are_not_written(swept: Sweep) -> None:
     files = [file for file in swept.folder.rglob("*") if file.is_file()]
     assert len(files) > 60
     for file in files:
@@ -140,7 +140,7 @@ def test_no_secret_of_the_environment_is_written_anywhere(swept: Sweep) -> None:
 
 # --- interrupted runs ----------------------------------------------------------------------------------------------
 
-# Whoever tries to reach further than this computer is written down and refused.
+# Connections to other computers are recorded and rejected.
 NO_NETWORK = """
 import os, socket
 def watched(name):
@@ -157,13 +157,13 @@ watched("connect"), watched("connect_ex")
 
 
 def cut_off(folder: Path, cache: Path) -> tuple[list[str], dict[str, str]]:
-    """What to put before a command, and its environment, so that it finds no network, no account and no setting."""
+    """Return a command prefix and an environment without network, account and settings."""
     (folder / "blocked").mkdir()
     (folder / "blocked" / "sitecustomize.py").write_text(NO_NETWORK)
     kept = {k: v for k, v in environment(cache).items() if not k.startswith(("WANDB", "HF_"))}
     path = os.pathsep.join(filter(None, [str(folder / "blocked"), kept.get("PYTHONPATH")]))
     variables = kept | {"PYTHONPATH": path, "HOME": str(folder), "ATTEMPTS": str(folder / "attempts")}
-    alone = ["unshare", "--map-root-user", "--net"]  # no network for wandb's own process either, where Linux lets us
+    alone = ["unshare", "--map-root-user", "--net"]  # isolates wandb's own process too, where Linux permits
     try:
         able = subprocess.run([*alone, "true"], capture_output=True).returncode == 0
     except FileNotFoundError:
@@ -171,7 +171,7 @@ def cut_off(folder: Path, cache: Path) -> tuple[list[str], dict[str, str]]:
     return alone if able else [], variables
 
 
-def test_without_a_network_a_killed_run_goes_on_with_every_step_once(
+def test_killed_offline_run_resumes_with_every_step_once(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
     prefix, variables = cut_off(tmp_path, shared_cache(tmp_path_factory))
@@ -211,19 +211,17 @@ def described(folder: Path, recorded: Sequence[Mapping[str, Any]] = ()) -> RunDe
 
 
 def closed(tracker: WandbTracker) -> None:
-    """Closes a run and waits for wandb's own process, which writes the file, to be done with it."""
+    """Close a run and wait until wandb's own process has written its file."""
     tracker.close()
     wandb.teardown()
 
 
-def test_a_run_that_goes_on_online_keeps_its_id_and_fills_what_the_server_lacks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_online_run_keeps_its_id_and_logs_missing_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[dict[str, Any]] = []
     logged: list[tuple[int, dict[str, float]]] = []
 
     class Online:
-        starting_step = 11  # it holds the steps to 10
+        starting_step = 11  # the server has the steps up to 10
         finish = define_metric = staticmethod(lambda *_, **__: None)
 
         def log(self, values: dict[str, float], step: int) -> None:
@@ -242,8 +240,8 @@ def test_a_run_that_goes_on_online_keeps_its_id_and_fills_what_the_server_lacks(
     assert logged[0][1]["train/loss"] == 1.5 and math.isnan(logged[0][1]["train/kl"])
 
 
-def test_what_a_run_has_logged_it_does_not_log_again(tmp_path: Path) -> None:
-    """A run that goes on online repeats the steps after its last checkpoint; W&B takes each step once."""
+def test_step_is_logged_once(tmp_path: Path) -> None:
+    # A resumed online run repeats the steps after its last checkpoint.
     tracker = WandbTracker("spo", None, "offline", str(tmp_path))
     tracker.describe(described(tmp_path, [{"step": 4, "train/loss": 0.4}]))
     for step in (2, 4, 6):
@@ -272,7 +270,7 @@ def test_further_opponents_are_columns_of_the_samples_table(tmp_path: Path) -> N
     assert [row["reward"] for row in rows_of_table] == [None, 2.0, 2.0]
 
 
-def test_disabled_is_nothing_on_disk(tmp_path: Path) -> None:
+def test_disabled_tracker_writes_nothing(tmp_path: Path) -> None:
     tracker = WandbTracker("spo", None, "disabled", str(tmp_path))
     tracker.describe(described(tmp_path, [{"step": 4, "train/loss": 0.4}]))
     tracker.log_metrics({"train/loss": 1.0}, 5)
@@ -285,11 +283,13 @@ def test_disabled_is_nothing_on_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_of_jobs_with_two_devices_each(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+def test_sweep_of_jobs_with_two_devices_has_one_wandb_run_per_job(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
     words = ["train", "-m", TINY, "seed=1,2,3", "trainer.accelerator=cpu", "trainer.devices=2", "strategy=ddp"]
     words += ["hydra.sweep.dir=sweep"]
     spo(*words, folder=tmp_path, cache=shared_cache(tmp_path_factory), WANDB_MODE="offline")
-    assert [path.name for path in tmp_path.iterdir()] == ["sweep"]  # no outputs/ of a process that Lightning started
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep"]  # Lightning's processes do not create outputs/
     jobs = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir() and not path.name.startswith("."))
     assert len(jobs) == 3
     runs = [Offline(job) for job in jobs]

@@ -411,7 +411,7 @@ def last_checkpoint(run_dir: Path) -> tuple[str | None, int]:
         except Exception:  # whatever a file that is cut leads to
             pass
         if is_first_process():
-            print(f"spo: {path} is damaged and left out", file=sys.stderr)
+            print(f"spo: {path} is damaged: skipped", file=sys.stderr)
     return None, -1
 
 
