@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from spo.config.coefficients import unused_coefficients
-from spo.records.digests import code_version, model_digest, path_digest
+from spo.records.digests import code_version, digest, model_digest, path_digest
 from spo.records.files import flatten
 from spo.records.operational_keys import is_operational
 from spo.runs.saved_config import resolved
@@ -56,8 +55,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
 
 def with_digest(parts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parts of an identity as JSON values, with their digest."""
-    whole = json.dumps(parts, sort_keys=True, default=str)
-    return {**json.loads(whole), "digest": hashlib.sha256(whole.encode()).hexdigest()}
+    return {**json.loads(json.dumps(parts, sort_keys=True, default=str)), "digest": digest(parts)}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

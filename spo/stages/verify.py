@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from spo.config.compose import compose
 from spo.config.groups import group_members
 from spo.errors import UserError
 from spo.losses import Loss, as_loss
+from spo.records.files import write_json
 from spo.resources import conf_dir
 from spo.stages.prepare import prepare_run
 from spo.stages.quiet import quiet_libraries
@@ -111,7 +111,7 @@ def verify_command(methods: Sequence[str], full: bool, config_dir: str | None, j
     for line in left_out:
         console.print(line, highlight=False)
     if json_file is not None:
-        json_file.write_text(json.dumps([dataclasses.asdict(verdict) for verdict in verdicts], indent=2) + "\n")
+        write_json(json_file, [dataclasses.asdict(verdict) for verdict in verdicts])
     failed = sum(not verdict.passed for verdict in verdicts)
     console.print(f"{len(verdicts) - failed} of {len(verdicts)} passed", style="red" if failed else "green")
     return failed == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import sqlite3
@@ -16,6 +15,7 @@ from typing import Any
 
 from spo.errors import JudgeError
 from spo.evaluation.judges.base import Comparison, progress
+from spo.records.digests import digest
 from spo.records.store import SharedStore
 
 PLACEHOLDERS = ("prompt", "first", "second")
@@ -69,7 +69,7 @@ class PairwiseJudge(ABC):
         """
         own = json.dumps(self.identity, sort_keys=True)
         keys = {
-            shown: _digest(own, shown.prompt, shown.first, shown.second)
+            shown: digest([own, shown.prompt, shown.first, shown.second])
             for comparison in comparisons
             if comparison.first != comparison.second
             for shown in (comparison, comparison.swapped)
@@ -121,10 +121,6 @@ def _mean(comparison: Comparison, verdicts: Mapping[Comparison, float]) -> float
         return 0.5
     there, back = verdicts.get(comparison), verdicts.get(comparison.swapped)
     return None if there is None or back is None else (there + (1 - back)) / 2
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 class VerdictStore(SharedStore):
