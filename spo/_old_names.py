@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-# Old dotted path of a module or attribute -> its new path. The packages above an old path need no entry, and neither
-# does a module that was split: its attributes are listed instead. What moved out of a plain module that still exists
-# cannot be listed, since Python asks no finder for it: import it there.
+# Old dotted path of a module or attribute -> its new path. Packages above an old path do not need an entry. A module that
+# was split does not need one either: its attributes are listed. A name that moved out of a module that still exists
+# cannot be listed, since Python asks finders for missing modules only.
 OLD_NAMES: dict[str, str] = {
     "spo.comparison.checks": "spo.comparison.refusals",
     "spo.comparison.command": "spo.stages.compare",
@@ -99,7 +99,7 @@ OLD_NAMES: dict[str, str] = {
 
 
 class OldNames:
-    """Finder and loader that import a name of :data:`OLD_NAMES` as the very object that its new path names."""
+    """Finder and loader that import a name of :data:`OLD_NAMES` as the object at its new path."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """Return a spec for an old name or a package above one, ``None`` for every other name."""
@@ -113,9 +113,9 @@ class OldNames:
         """Return ``None``: Python makes an empty module."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Turn the empty module into the package of old names, or replace it by the object that its name means."""
+        """Make the empty module a package of old names, or replace it by the object at the new path."""
         name = module.__name__
-        if name in OLD_NAMES:  # The import ends with whatever stands in sys.modules, so both names mean one object.
+        if name in OLD_NAMES:  # The import returns the entry of sys.modules, so both names are one object.
             sys.modules[name] = _resolve(name)
         else:
             module.__getattr__ = lambda attribute: _resolve(f"{name}.{attribute}")  # type: ignore[method-assign]
@@ -132,5 +132,5 @@ def _resolve(old: str) -> Any:
     return resolve_name(OLD_NAMES[old])
 
 
-# Appended: a finder is asked for a name only if no earlier one knows it.
+# Appended, so that it is asked only for names that no other finder knows.
 sys.meta_path.append(OldNames())
