@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-# Old dotted path of a module or attribute -> its new path. Packages above an old path do not need an entry. A module that
-# was split does not need one either: its attributes are listed. A name that moved out of a module that still exists
-# cannot be listed, since Python asks finders for missing modules only.
+# Old dotted path of a module or attribute -> its new path. Packages above an old path do not need an entry. A module
+# that was split does not need one either: its attributes are listed. A name that moved out of a module that still
+# exists cannot be listed, since Python asks finders for missing modules only.
 OLD_NAMES: dict[str, str] = {
     "spo.comparison.checks": "spo.comparison.refusals",
     "spo.comparison.command": "spo.stages.compare",

@@ -255,6 +255,9 @@ def test_provenance_keeps_both_digests_when_inputs_change_on_resume(
     provenance = json.loads((tmp_path / "provenance.json").read_text())
     assert provenance["inputs"] == second and provenance["earlier_inputs"] == [{**first, "until_step": 3}]
     assert provenance["command"] and provenance["identity"]
+    record_inputs(tmp_path, first, step=5)
+    provenance = json.loads((tmp_path / "provenance.json").read_text())
+    assert provenance["inputs"] == first and [one["until_step"] for one in provenance["earlier_inputs"]] == [3, 5]
 
 
 def test_git_state_reports_commit_and_changes(tmp_path: Path) -> None:
