@@ -12,11 +12,13 @@ import math
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 
+from spo.bounds import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spo.data.rows import Completer, Row, Split
 
 if TYPE_CHECKING:
@@ -104,17 +106,17 @@ class EnumerableSource:
 
     def __init__(
         self,
-        seed: int,
-        num_prompts: int,
-        num_symbols: int,
-        prompt_symbols: int,
-        max_new_tokens: int,
-        reward_scale: float,
+        seed: NonNegativeInt,
+        num_prompts: PositiveInt,
+        num_symbols: Annotated[int, Ge(2)],
+        prompt_symbols: NonNegativeInt,
+        max_new_tokens: PositiveInt,
+        reward_scale: NonNegativeFloat,
         sampler: Literal["full", "reference", "restricted"],
         labels: Literal["soft", "hard"],
-        num_pairs: int | None,
-        support_share: float,
-        list_size: int,
+        num_pairs: PositiveInt | None,
+        support_share: Annotated[float, Gt(0), Le(1)],
+        list_size: Annotated[int, Ge(2)],
     ) -> None:
         if sampler not in ("full", "reference", "restricted"):
             raise ValueError(f"data.source.sampler={sampler}: choose full, reference or restricted")

@@ -17,7 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge
 
 from spo.data.rendering import prompt_id
 from spo.data.rows import Completer, DataError, Message, Row, RowError, Split, Text
@@ -246,7 +248,11 @@ class RankedFileSource(FileSource):
     known = ("prompt", "responses", "scores", "order", "weight")
 
     def __init__(
-        self, path: str, columns: Mapping[str, str] | None, on_bad_row: OnBadRow, max_responses: int | None
+        self,
+        path: str,
+        columns: Mapping[str, str] | None,
+        on_bad_row: OnBadRow,
+        max_responses: Annotated[int, Ge(2)] | None,
     ) -> None:
         super().__init__(path, columns, on_bad_row)
         if max_responses is not None and max_responses < 2:

@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from spo.records import filenames
 
+from spo.bounds import DropoutRate, PositiveFloat, PositiveInt
+
 Initial = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
@@ -29,9 +31,9 @@ class LoraSettings:
         target_modules: names of the modules to adapt, or ``"all-linear"``.
     """
 
-    r: int
-    alpha: float
-    dropout: float
+    r: PositiveInt
+    alpha: PositiveFloat
+    dropout: DropoutRate
     target_modules: str | Sequence[str]
 
 

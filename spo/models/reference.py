@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from spo.bounds import PositiveInt
 from spo.data.logps_store import LogpsStore
 from spo.types import PreferenceBatch
 
@@ -125,7 +126,7 @@ class PrecomputedReference(Reference):
 
     scores_samples: ClassVar[bool] = False
 
-    def __init__(self, cache_dir: str, batch_tokens: int) -> None:
+    def __init__(self, cache_dir: str, batch_tokens: PositiveInt) -> None:
         self.cache_dir, self.batch_tokens = cache_dir, batch_tokens
         self.found = self.computed = 0
 

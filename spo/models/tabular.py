@@ -16,6 +16,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
+from spo.bounds import NonNegativeFloat, NonNegativeInt, PositiveInt
+
 MOST_ENTRIES = 50_000_000
 
 
@@ -120,7 +122,7 @@ def check_size(vocab_size: int, context: int) -> None:
 
 
 def build(
-    tokenizer: PreTrainedTokenizerFast, context: int, scale: float, seed: int
+    tokenizer: PreTrainedTokenizerFast, context: PositiveInt, scale: NonNegativeFloat, seed: NonNegativeInt
 ) -> tuple[TabularForCausalLM, PreTrainedTokenizerFast]:
     """Model and tokenizer together, as ``model.initial``; the global random state is left as it was.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import count
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from spo.bounds import FloatType, Fraction, NonNegativeFloat, PositiveInt
 from spo.errors import JudgeError
 from spo.evaluation.judges.base import Comparison, progress
 from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, question
@@ -112,11 +114,11 @@ class RewardModelJudge(RewardJudge):
         self,
         *,
         path: str,
-        dtype: str,
+        dtype: FloatType | Literal["auto"],
         trust_remote_code: bool,
         device: str | None,
-        batch_size: int,
-        max_length: int | None,
+        batch_size: PositiveInt,
+        max_length: Annotated[int, Ge(2)] | None,
     ) -> None:
         super().__init__(self._rewards)
         self._local = LocalModel(AutoModelForSequenceClassification, path, dtype, trust_remote_code, device, batch_size)
@@ -220,14 +222,14 @@ class LanguageModelJudge(PairwiseJudge):
         self,
         *,
         path: str,
-        dtype: str,
+        dtype: FloatType | Literal["auto"],
         trust_remote_code: bool,
         device: str | None,
-        batch_size: int,
+        batch_size: PositiveInt,
         template: str,
-        margin: float,
+        margin: NonNegativeFloat,
         cache: str,
-        max_unanswered: float,
+        max_unanswered: Fraction,
     ) -> None:
         super().__init__(cache, max_unanswered)
         self._local = LocalModel(AutoModelForCausalLM, path, dtype, trust_remote_code, device, batch_size)
