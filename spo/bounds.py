@@ -7,9 +7,12 @@ written out, ``Annotated[int, Ge(2)]``, with the classes of the package ``annota
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
@@ -21,3 +24,17 @@ DropoutRate = Annotated[float, Ge(0), Lt(1)]
 
 FloatType = Literal["float32", "bfloat16", "float64"]
 """Number types of weights, by torch's names; the range of float16 is too small for summed log-probabilities."""
+
+
+def validated_by(check: Callable[..., None]) -> Callable[[Function], Function]:
+    """Declare a function that judges the arguments of a costly one, for the checks before a run.
+
+    Args:
+        check: Function of the same parameters; it raises :class:`ValueError` where no call would succeed.
+    """
+
+    def declare(function: Function) -> Function:
+        vars(function)["validate"] = check
+        return function
+
+    return declare

@@ -19,7 +19,7 @@ from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 
 from spo.bounds import NonNegativeFloat, NonNegativeInt, PositiveInt
-from spo.data.rows import Completer, Row, Split
+from spo.data.rows import Completer, DataError, Row, Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -131,6 +131,7 @@ class EnumerableSource:
                 f"data.source.list_size={list_size}, num_pairs={num_pairs}: at least 2 completions, and 1 pair"
             )
         self.seed, self.sampler, self.labels = seed, sampler, labels
+        self.prompt_symbols, self.max_new_tokens = prompt_symbols, max_new_tokens
         self.num_pairs, self.list_size, self.yields_lists = num_pairs, list_size, list_size > 2
         prompts, responses = _prompts(num_prompts, num_symbols, prompt_symbols), _responses(num_symbols, max_new_tokens)
         size = len(prompts), len(responses)
@@ -144,6 +145,18 @@ class EnumerableSource:
         self.samples_rows = sampler == "reference"
         self.dropped: dict[str, int] = {}
         self._check_lists()
+
+    def check_limits(self, max_length: int, truncation: str) -> None:
+        """Check that tokens are what sampling gives: no row is dropped or trimmed otherwise than a sample is.
+
+        Raises:
+            DataError: ``max_length`` or ``truncation`` differ from what follows from the language.
+        """
+        if (max_length, truncation) != (1 + self.prompt_symbols + self.max_new_tokens, "trim_completion"):
+            raise DataError(
+                "data=enumerable: data.max_length and data.truncation follow from the language, so that tokens are "
+                "what sampling gives; set data.max_new_tokens and data.source.prompt_symbols instead"
+            )
 
     def _check_lists(self) -> None:
         n, supported = self.list_size, int(self.language.support[0].sum())

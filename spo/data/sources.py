@@ -175,6 +175,8 @@ class FileSource(TableSource):
         on_bad_row: see `TableSource`.
     """
 
+    reads_local_files: ClassVar[bool] = True
+
     def __init__(self, path: str, columns: Mapping[str, str] | None, on_bad_row: OnBadRow) -> None:
         super().__init__(on_bad_row, columns)
         self.path = Path(path).expanduser()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
 
 from spo.bounds import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -53,6 +53,8 @@ class HTTPJudge(PairwiseJudge):
         JudgeError: the key is not in the environment.
         ValueError: an argument makes no sense.
     """
+
+    needs_package: ClassVar[str] = "openai"
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -125,6 +126,15 @@ class RewardModelJudge(RewardJudge):
         self.max_length = max_length
         self.truncated = 0
 
+    @staticmethod
+    def check_folder(path: str) -> None:
+        """Check a folder before training, from its config alone.
+
+        Raises:
+            JudgeError: The model has not exactly one output.
+        """
+        _check_outputs(path, PretrainedConfig.from_pretrained(path).num_labels)
+
     @property
     def identity(self) -> dict[str, Any]:
         """Weights, and how much of a text is read."""
@@ -137,8 +147,7 @@ class RewardModelJudge(RewardJudge):
     @torch.no_grad()
     def _rewards(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
         model = self._local.model
-        if model.config.num_labels != 1:
-            raise JudgeError(f"judge.path={self._local.path}: {one_output(model.config.num_labels)}")
+        _check_outputs(self._local.path, model.config.num_labels)
         rows = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         rewards = [0.0] * len(rows)
         with progress("scoring", len(rows)) as advance:
@@ -189,12 +198,12 @@ class RewardModelJudge(RewardJudge):
         return token
 
 
-def one_output(outputs: int | None) -> str:
-    """Why a model with several outputs is no reward model."""
-    return (
-        f"this model has {outputs} outputs, and a reward model has one (num_labels=1); wrap a classifier in a reward "
-        "function of yours and write judge=function"
-    )
+def _check_outputs(path: str, outputs: int | None) -> None:
+    if outputs != 1:
+        raise JudgeError(
+            f"judge.path={path}: this model has {outputs} outputs, and a reward model has one (num_labels=1); wrap a "
+            "classifier in a reward function of yours and write judge=function"
+        )
 
 
 class LanguageModelJudge(PairwiseJudge):
