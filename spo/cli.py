@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import textwrap
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config.groups import group_members
-from spo.resources import MAIN, conf_dir
+from spo.resources import conf_dir
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-    from spo.config.plan import Plan
-    from spo.records.sweep import SweepJob
-
-ATTEMPTS = 3
-"""How often a multirun is started where its launcher does not survive the death of a process."""
 
 
 class Usage(Exception):
@@ -110,75 +102,40 @@ def _train(arguments: list[str]) -> int:
     parser.prog = "spo train"
     flags = parser.parse_intermixed_args(arguments)
     hydra_flags = _without(arguments, flags.overrides)
-    if flags.hydra_help or flags.info is not None or flags.shell_completion:
-        return _run_hydra(arguments, multirun=False)
 
-    from spo.config.checks import warnings
-    from spo.config.plan import plan
+    if flags.hydra_help or flags.info is not None or flags.shell_completion:
+        from spo.runs.launch import run_hydra
+
+        run_hydra(arguments, _job)
+        return 0
+    from spo.config.plan import check_plan, compose_plan
+
+    planned = compose_plan(
+        flags.overrides, multirun=flags.multirun, config_dir=flags.config_dir, runs=flags.cfg is None
+    )
+    from spo.runs.launch import launch_run, launch_sweep, run_hydra
     from spo.runs.processes import is_first_process
 
-    runs = flags.cfg is None
-    planned = plan(flags.overrides, multirun=flags.multirun, config_dir=flags.config_dir, complete=runs)
-    if planned.multirun and runs and is_first_process():
-        for warning in dict.fromkeys(text for job in planned.jobs for text in warnings(job.cfg)):
-            print(f"note: {warning}", file=sys.stderr)
-        return _sweep(hydra_flags, planned)
-    if planned.multirun and not runs:  # of several jobs the first is shown
+    if flags.cfg is not None:  # Of several jobs the first is shown.
         single = [word for word in hydra_flags if word not in ("-m", "--multirun")]
-        return _run_hydra([*single, *planned.jobs[0].overrides], multirun=False)
-    return _run_hydra([*hydra_flags, *planned.overrides], multirun=planned.multirun)
+        run_hydra([*single, *planned.jobs[0].overrides], _job)
+        return 0
+    check_plan(planned, _note if is_first_process() else lambda line: None)
+    if not planned.multirun:
+        launch_run(planned, _checked_job)
+        return 0
+    if not is_first_process():
+        run_hydra([*hydra_flags, *planned.overrides], _job)
+        return 0
+    from spo.config.checks import warnings
+
+    for warning in dict.fromkeys(text for job in planned.jobs for text in warnings(job.cfg)):
+        print(f"note: {warning}", file=sys.stderr)
+    return 0 if launch_sweep(hydra_flags, planned, _job, flags.config_dir) else 1
 
 
-def _sweep(hydra_flags: Sequence[str], planned: Plan) -> int:
-    """Runs the jobs of a multirun, goes on where one of its processes dies, and says what became of each."""
-    from spo.errors import UserError, error_line, user_message
-    from spo.pages.sweep_table import print_sweep
-    from spo.runs.ledger import Ledger
-    from spo.runs.processes import SWEEP_VARIABLE
-    from spo.runs.secrets import command_line
-
-    ledger, jobs = Ledger(planned.sweep_dir), planned.named_jobs()
-    entries = ledger.begin(command_line(sys.argv), jobs, rerun=any(job.cfg.rerun for job in planned.jobs))
-    for note in _notes(entries):
-        print(f"note: {note}", file=sys.stderr)
-    directory = str(planned.sweep_dir).replace("'", r"\'")
-    arguments = [*hydra_flags, *planned.overrides, f"hydra.sweep.dir='{directory}'"]
-    os.environ[SWEEP_VARIABLE] = str(planned.sweep_dir)
-    died = False
-    try:
-        for left in reversed(range(ATTEMPTS)):
-            try:
-                _run_hydra(arguments, multirun=True)
-                break
-            except Exception as error:  # jobs keep their errors to themselves: this one is the launcher's
-                entries = entries if planned.complete else ledger.entries()
-                names = ledger.begun(entries)
-                if not names and user_message(error) is None:
-                    raise UserError(f"the jobs could not be launched: {error_line(error)}") from error
-                if not names:
-                    raise
-                died = True
-                goes_on = "starting again what is left" if left else "giving up"
-                print(
-                    f"spo: a process died ({error_line(error)}) at work on {', '.join(names)}: {goes_on}",
-                    file=sys.stderr,
-                )
-    finally:
-        del os.environ[SWEEP_VARIABLE]
-        entries = ledger.settle(entries if planned.complete else ledger.entries(), died)
-        if planned.complete:
-            print_sweep(entries, planned.sweep_dir)
-    return 0 if all(entry.status == "finished" for entry in entries) else 1
-
-
-def _notes(entries: Sequence[SweepJob]) -> Iterator[str]:
-    different = {entry.directory for entry in entries}
-    if len(different) < len(entries):
-        words = f"{len(entries)} jobs are {len(different)} different runs"
-        yield f"{words}: what a job does not read is no part of it"
-    for status, becomes in (("finished", "skipped"), ("failed", "tried again")):
-        if count := sum(entry.status == status and entry.same_as is None for entry in entries):
-            yield f"{count} of {len(different)} runs {'is' if count == 1 else 'are'} {status} already: {becomes}"
+def _note(line: str) -> None:
+    print(f"spo: {line}", file=sys.stderr)
 
 
 def _without(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
@@ -192,139 +149,18 @@ def _without(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
     return flags
 
 
-def _run_hydra(arguments: Sequence[str], multirun: bool) -> int:
-    """Hands a command line to Hydra, which composes each run and calls the task with it."""
-    import hydra
-
-    from spo.config.compose import VERSION_BASE, register_resolvers
-    from spo.runs import optuna_sweeper
-
-    register_resolvers()
-    optuna_sweeper.register()
-    original = list(sys.argv)
-    config_dir = _option(arguments, "--config-dir", "-cd")
-
-    def task(cfg: DictConfig) -> Any:
-        sys.argv = original  # Lightning starts the processes of further devices with it
-        return _multirun_job(cfg, config_dir) if multirun else _only_job(cfg)
-
-    full_error = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back to main, which words them
-    sys.argv = [original[0], *arguments]
-    try:
-        hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=MAIN)(task)()
-    finally:
-        sys.argv = original
-        if full_error is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = full_error
-    return 0
-
-
 def _job(cfg: DictConfig) -> Any:
+    """Train in a process of a multirun; a module-level function, so that launchers can pickle it."""
     from spo.stages.train import train
 
     return train(cfg)
 
 
-def _only_job(cfg: DictConfig) -> Any:
-    """The run of this process; where it is a sweep's, the sweep is told why it failed."""
-    from spo.runs.processes import is_first_process, sweep_dir
+def _checked_job(cfg: DictConfig) -> Any:
+    """Train with a configuration that this process has checked."""
+    from spo.stages.train import train
 
-    try:
-        return _job(cfg)
-    except Exception as error:
-        if (directory := sweep_dir()) is not None and is_first_process():
-            from hydra.core.hydra_config import HydraConfig
-
-            from spo.errors import error_line
-            from spo.runs.ledger import Ledger
-
-            job = HydraConfig.get()
-            name = Path(job.runtime.output_dir).name
-            Ledger(directory).note(list(job.overrides.task), name, "failed", error_line(error))
-        raise
-
-
-def _multirun_job(cfg: DictConfig, config_dir: str | None) -> Any:
-    """One job of several: a failure is told at once and entered in the ledger, and the others go on."""
-    from hydra.core.hydra_config import HydraConfig
-
-    from spo.errors import error_line, user_message
-    from spo.runs.ledger import Ledger
-    from spo.runs.processes import is_first_process
-
-    if not is_first_process():
-        return _job(cfg)
-    job = HydraConfig.get()
-    overrides, directory = list(job.overrides.task), Path(job.runtime.output_dir).name
-    ledger = Ledger(Path(job.sweep.dir))
-    entry = ledger.entry(overrides)
-    if entry is not None and (entry.same_as or (cfg.rerun and entry.status == "finished")):
-        return None  # another job is the same run, or it is a launcher's second attempt
-    ledger.note(overrides, directory, "running")
-    try:
-        result = None
-        if _needs_own_process(cfg):
-            _job_in_own_process(config_dir)
-        else:
-            result = _job(cfg)
-    except Exception as error:
-        words = user_message(error) or traceback.format_exc()
-        print(f"spo: the job {' '.join(overrides)} failed: {words}", file=sys.stderr)
-        ledger.note(overrides, directory, "failed", error_line(error))
-        return None
-    ledger.note(overrides, directory, "finished")
-    return result
-
-
-def _needs_own_process(cfg: DictConfig) -> bool:
-    """Whether a job of a multirun must not run in the process that starts it.
-
-    Several devices start from a process of their own, since they repeat its command line. joblib's workers serve many
-    jobs: what one leaves in memory would stay, and its death would take the others along.
-    """
-    from hydra.core.hydra_config import HydraConfig
-
-    return devices_of(cfg) != 1 or str(HydraConfig.get().launcher._target_).endswith(".JoblibLauncher")
-
-
-def devices_of(cfg: DictConfig) -> int:
-    """Processes that Lightning will start for the run, ``auto`` and lists of devices resolved."""
-    nodes, devices = int(cfg.trainer.num_nodes), cfg.trainer.devices
-    if isinstance(devices, int) and devices >= 0:
-        return nodes * devices
-    if str(devices).isdigit():
-        return nodes * int(devices)
-    if str(devices) not in ("auto", "-1"):
-        return nodes * len(devices if not isinstance(devices, str) else devices.strip(",").split(","))
-    import torch
-
-    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return nodes * (torch.cuda.device_count() if on_gpu else 1)
-
-
-def _job_in_own_process(config_dir: str | None) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
-    from spo.errors import UserError
-    from spo.runs.claim import write_failure
-    from spo.runs.ledger import Ledger
-
-    job = HydraConfig.get()
-    overrides, run_dir = list(job.overrides.task), Path(job.runtime.output_dir)
-    command = [sys.executable, "-m", "spo", "train", *(["--config-dir", config_dir] if config_dir else [])]
-    directory = str(run_dir).replace("'", r"\'")
-    status = subprocess.run([*command, *overrides, "hydra.mode=RUN", f"hydra.run.dir='{directory}'"]).returncode
-    if status == 0:
-        return
-    entry = Ledger(Path(job.sweep.dir)).entry(overrides)
-    if entry is not None and entry.status == "failed":
-        raise UserError(entry.error)
-    words = f"its process was killed by signal {-status}" if status < 0 else f"its process ended with status {status}"
-    write_failure(run_dir, words)
-    raise UserError(words)
+    return train(cfg, checked=True)
 
 
 def _resume(arguments: list[str]) -> int:
@@ -408,10 +244,13 @@ def _inspect(arguments: list[str]) -> int:
     parser.add_argument("--limit", type=int, default=3, metavar="N")
     parser.add_argument("--config-dir", "-cd", metavar="DIR")
     given = parser.parse_intermixed_args(arguments)
-    from spo.config.plan import plan
+    from spo.config.plan import check_plan, compose_plan
+
+    planned = compose_plan(given.overrides, config_dir=given.config_dir)
+    check_plan(planned, _note)
     from spo.stages.train import inspect
 
-    inspect(plan(given.overrides, config_dir=given.config_dir).jobs[0].cfg, given.limit)
+    inspect(planned.jobs[0].cfg, given.limit)
     return 0
 
 
