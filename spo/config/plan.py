@@ -114,7 +114,7 @@ def compose_plan(
                 cfg, unsure = tolerant.compose(job_overrides, job_problems)
             # A job with a bad override is judged as far as it goes; in a multirun the other jobs show the rest.
             is_certain = not unsure and not (multirun and job_problems)
-            job_problems += tolerant.unknown_keys(cfg, job_overrides) if runs else []
+            job_problems += tolerant.unknown_keys(cfg, job_overrides) if runs and not job_problems else []
             run_dir = str(Path(str(cfg.hydra.run.dir)).absolute())
             with open_dict(cfg):
                 del cfg["hydra"]

@@ -18,13 +18,13 @@ from spo.bounds import (
     FloatType,
     NonNegativeFloat,
     NonNegativeInt,
+    OnBadRow,
     OpenFraction,
     PositiveFloat,
     PositiveInt,
+    Truncation,
 )
 from spo.config.values import Advice
-from spo.data.rendering import Truncation
-from spo.data.sources import OnBadRow
 
 Precision = Annotated[
     Literal["32-true", "32", "bf16-mixed"],

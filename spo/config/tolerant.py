@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from hydra.core.override_parser.types import Override, OverrideType
@@ -24,6 +25,8 @@ from spo.config.nodes import (
 )
 from spo.errors import missing_package
 from spo.resources import conf_dir
+
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 
 
 class TolerantComposer:
@@ -53,34 +56,43 @@ class TolerantComposer:
         """
         try:
             return self._compose(overrides), False
-        except (HydraException, OmegaConfBaseException, ValueError):
-            pass
+        except COMPOSITION_ERRORS as error:
+            only_error = error if len(overrides) == 1 else None
         accepted: list[str] = []
         dropped: set[str] = set()
-        cfg = self._compose([])
+        cfg = self._default
         # Groups come first, since keys depend on them. Each override is tried on top of those that can be used.
         for text in sorted(overrides, key=lambda text: not self._is_group(parse(text))):
             override = parse(text)
             if override.key_or_group.partition(".")[0] in dropped:
                 continue
-            try:
-                cfg = self._compose([*accepted, text])
-                accepted.append(text)
-            except (HydraException, OmegaConfBaseException, ValueError) as error:
-                found.append(f"{text}: {self._explain(override, cfg, error)}")
-                if not self._is_group(override):
+            error = only_error
+            if error is None:
+                try:
+                    cfg = self._compose([*accepted, text])
+                    accepted.append(text)
                     continue
-                # Look for further problems as if the right member had been named.
-                for repaired in self._corrections(override):
-                    try:
-                        cfg = self._compose([*accepted, repaired])
-                        accepted.append(repaired)
-                        break
-                    except (HydraException, OmegaConfBaseException, ValueError):
-                        continue
-                else:
-                    dropped.add(override.key_or_group)
+                except COMPOSITION_ERRORS as raised:
+                    error = raised
+            found.append(f"{text}: {self._explain(override, cfg, error)}")
+            if not self._is_group(override):
+                continue
+            # Look for further problems as if the right member had been named.
+            for correction in self._corrections(override):
+                try:
+                    cfg = self._compose([*accepted, correction])
+                    accepted.append(correction)
+                    break
+                except COMPOSITION_ERRORS:
+                    continue
+            else:
+                dropped.add(override.key_or_group)
         return cfg, bool(dropped)
+
+    @cached_property
+    def _default(self) -> DictConfig:
+        """The configuration without any override."""
+        return self._compose([])
 
     def _is_group(self, override: Override) -> bool:
         return override.key_or_group in self.groups or "/" in override.key_or_group
@@ -136,13 +148,16 @@ class TolerantComposer:
         return found
 
     def _is_preset(self, group: str, member: str) -> bool:
-        files = (folder / group / f"{member}.yaml" for folder in self.folders)
-        return any(file.is_file() and re.search(r"^# *@package _global_", file.read_text(), re.M) for file in files)
+        """Return whether a member sets keys of other groups."""
+        for file in (folder / group / f"{member}.yaml" for folder in self.folders):
+            if file.is_file() and re.search(r"^# *@package _global_", file.read_text(), re.MULTILINE):
+                return bool(set(OmegaConf.load(file)) - {"defaults", "hydra"})
+        return False
 
     def _keys_of(self, choices: dict[str, str]) -> set[str]:
         frozen = tuple(sorted(choices.items()))
         if frozen not in self._baselines:
-            default = self._compose([]).hydra.runtime.choices
+            default = self._default.hydra.runtime.choices
             chosen = [f"{group}={member}" if group in default else f"+{group}={member}" for group, member in frozen]
             self._baselines[frozen] = keys_of(self._compose(chosen))
         return self._baselines[frozen]

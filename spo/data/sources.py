@@ -17,14 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge
 
+from spo.bounds import OnBadRow
 from spo.data.rendering import prompt_id
 from spo.data.rows import Completer, DataError, Message, Row, RowError, Split, Text
 
-OnBadRow = Literal["stop", "skip"]
 Record = dict[str, Any]
 COLUMNS = ("prompt", "chosen", "rejected", "preference", "weight")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")

@@ -58,9 +58,11 @@ def missing_and_unresolved(cfg: DictConfig) -> Iterator[str]:
 
 def setting_problems(cfg: DictConfig) -> Iterator[str]:
     """Yield values that do not fit the schema, and relations between them that cannot hold."""
-    for key, hint in typed_keys().items():
-        if is_given(cfg, key) and (words := violation(value := select(cfg, key), hint)):
-            yield f"{key}={shown(value)}: {words}"
+    wrong = [key for key, hint in typed_keys().items() if is_given(cfg, key) and violation(select(cfg, key), hint)]
+    # A value that refers to another key is wrong because that one is: report it only if there is no such key.
+    for key in [key for key in wrong if not _is_reference(cfg, key)] or wrong:
+        value = select(cfg, key)
+        yield f"{key}={shown(value)}: {violation(value, typed_keys()[key])}"
     yield from _trainer(cfg)
     yield from _relations(cfg)
 
@@ -76,6 +78,11 @@ def is_given(cfg: DictConfig, key: str) -> bool:
     except OmegaConfBaseException:
         return False
     return True
+
+
+def _is_reference(cfg: DictConfig, key: str) -> bool:
+    parent, _, name = key.rpartition(".")
+    return OmegaConf.is_interpolation(select(cfg, parent) if parent else cfg, name)
 
 
 def shown(value: object) -> str:
