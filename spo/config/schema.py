@@ -148,6 +148,7 @@ class Trainer:
     """Keys ``trainer.*``, of Lightning's Trainer."""
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"]
+    devices: int | str | Sequence[int]
     num_nodes: PositiveInt
     precision: Precision
     max_steps: NonNegativeInt
