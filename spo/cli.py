@@ -113,6 +113,10 @@ def _train(arguments: list[str]) -> int:
     planned = compose_plan(
         flags.overrides, multirun=flags.multirun, config_dir=flags.config_dir, runs=flags.cfg is None
     )
+    if flags.cfg is None and not planned.multirun:
+        from spo.runs.another_run import refuse_another_run
+
+        refuse_another_run(Path(planned.jobs[0].cfg.paths.run), planned.jobs[0].cfg)
     from spo.runs.launch import launch_run, launch_sweep, run_hydra
     from spo.runs.processes import is_first_process
 

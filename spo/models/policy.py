@@ -13,9 +13,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from spo.records import filenames
-
 from spo.bounds import DropoutRate, PositiveFloat, PositiveInt
+from spo.records import filenames
 
 Initial = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
