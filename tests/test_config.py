@@ -238,7 +238,9 @@ def test_every_setting_outside_a_target_has_a_type(every_member: dict[tuple[str,
         (1, Mapping[str, int], "must be a mapping"),
         ([1], str, "must be a text"),
         (object(), torch.Tensor, None),
+        (None, torch.Tensor, "must be a Tensor"),
         (None, torch.Tensor | None, None),
+        (None, Any, None),
     ],
 )
 def test_a_value_is_judged_by_its_type_and_bounds(value: object, hint: object, words: str | None) -> None:

@@ -99,7 +99,8 @@ def _accepts(kind: Any, metadata: tuple[Any, ...], value: Any) -> bool:
         return isinstance(value, Mapping | DictConfig)
     if isinstance(container, type) and issubclass(container, Sequence):
         return isinstance(value, list | tuple | ListConfig)
-    return True
+    # Any other class is not judged, but where None is allowed the type says so.
+    return value is not None or not isinstance(kind, type) or kind is object
 
 
 def _holds(bound: Any, value: float) -> bool:
@@ -115,7 +116,7 @@ def _words(kind: Any, metadata: tuple[Any, ...], value: Any) -> str:
     if kind is bool:
         return "true or false"
     if kind not in (int, float):
-        return "a text" if kind is str else "a mapping" if _is_mapping(kind) else "a list, written [..]"
+        return "a text" if kind is str else _container_words(typing.get_origin(kind) or kind)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int and not (is_number and isinstance(value, int)):
         return "a whole number"
@@ -136,6 +137,7 @@ def _limits(metadata: tuple[Any, ...]) -> Iterator[str]:
                 yield f"{words} {number:g}"
 
 
-def _is_mapping(kind: Any) -> bool:
-    container = typing.get_origin(kind) or kind
-    return isinstance(container, type) and issubclass(container, Mapping)
+def _container_words(container: type) -> str:
+    if issubclass(container, Mapping):
+        return "a mapping"
+    return "a list, written [..]" if issubclass(container, Sequence) else f"a {container.__name__}"

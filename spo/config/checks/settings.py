@@ -16,6 +16,7 @@ HINTS = {
     "data.path": "the file, folder or hub name of your preference pairs",
     "alpha.target": "the entropy of the policy to aim for, in nats per token",
     "beta.target": "the KL of the policy to the reference to aim for, in nats per sequence",
+    "model.initial.tokenizer": "model=tabular needs a data set with a vocabulary of its own: data=enumerable",
     "judge.path": "a Hugging Face folder or hub name",
     "judge.model": "the model's name at the endpoint",
     "judge.reward._target_": 'your function, reward(prompts, completions) -> {"reward": [...]}',
