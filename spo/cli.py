@@ -1,4 +1,4 @@
-"""The command line: ``spo COMMAND ...``. What is slow to import is imported by the command that needs it."""
+"""The command line ``spo COMMAND ...``: arguments, help and dispatch. Each command imports what it needs itself."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-class Usage(Exception):
-    """The command line itself is wrong."""
+class UsageError(Exception):
+    """A command line that does not fit its usage."""
 
 
 # --- help ----------------------------------------------------------------------------------------------------------
@@ -27,7 +27,16 @@ class Usage(Exception):
 
 @dataclass(frozen=True)
 class Command:
-    """One command: what it does, how it is called, examples of it, and whether it takes config groups."""
+    """One command.
+
+    Attributes:
+        summary: Its line in the list of commands.
+        usage: How it is called.
+        text: Its help.
+        examples: Command lines to copy.
+        run: Function from its arguments to the exit status.
+        groups: Whether it takes config groups.
+    """
 
     summary: str
     usage: str
@@ -38,6 +47,7 @@ class Command:
 
 
 def _help(name: str | None, arguments: Sequence[str]) -> str:
+    """Return the help of a command, ``None`` for that of all of them."""
     if name is None:
         width = max(map(len, COMMANDS))
         lines = [
@@ -52,7 +62,7 @@ def _help(name: str | None, arguments: Sequence[str]) -> str:
             "examples:",
             *(f"  {command.examples[0]}" for command in COMMANDS.values()),
             "",
-            "spo COMMAND --help says more about each.",
+            "spo COMMAND --help explains each.",
         ]
         return "\n".join(lines)
     command = COMMANDS[name]
@@ -82,6 +92,7 @@ def _config_folders(arguments: Sequence[str]) -> list[Path]:
 
 
 def _option(arguments: Sequence[str], *names: str) -> str | None:
+    """Return the value of an option, ``None`` if it is not given."""
     for position, word in enumerate(arguments):
         if word in names:
             return arguments[position + 1] if position + 1 < len(arguments) else None
@@ -143,7 +154,7 @@ def _note(line: str) -> None:
 
 
 def _without(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """The flags of a command line, Hydra's parser being unable to read flags and overrides in any order."""
+    """Return the flags of a command line; Hydra's parser cannot read flags and overrides in any order."""
     left, flags = list(overrides), []
     for word in arguments:
         if left and word == left[0]:
@@ -231,7 +242,7 @@ def _dashboard(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     entity, _, project = given.project.partition("/")
     if not (entity and project) or "/" in project:
-        raise Usage(f"{given.project}: give the entity and the project as ENTITY/PROJECT\nusage: {parser.usage}")
+        raise UsageError(f"{given.project}: give the entity and the project as ENTITY/PROJECT\nusage: {parser.usage}")
     from spo.pages.dashboard import load_spec
 
     dashboard = load_spec(given.spec)
@@ -275,7 +286,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(prog="spo", usage=usage, add_help=False, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
-        raise Usage(f"{message}\nusage: {self.usage}")
+        raise UsageError(f"{message}\nusage: {self.usage}")
 
 
 COMMANDS = {
@@ -284,18 +295,18 @@ COMMANDS = {
         "spo train [GROUP=MEMBER] [KEY=VALUE] ... [-m] [--cfg job] [--config-dir DIR]\n"
         "       spo train --resume RUN_DIR [trainer.max_steps=N] [logger.KEY=VALUE] [strategy=MEMBER] ...",
         """
-        Makes or loads the reference model, aligns it with a method, evaluates the result on held-out prompts and
-        writes a run directory with the model, the metrics, the samples and report.html. Without any argument it
-        does so with a built-in model and data set, on any computer, without a network.
+        Makes or loads the reference model, aligns it with a method, and evaluates the result on held-out prompts.
+        The run directory gets the model, the metrics, the samples and report.html. Without arguments it uses a
+        built-in model and data set, and runs on any computer without a network.
 
         -m, --multirun    one run for each combination of values: method=spo,dpo seed=1,2
         --cfg job         print the configuration instead of running it (--resolve fills in references)
-        --config-dir DIR  a folder with members of your own for the groups below
-        --resume RUN_DIR  go on with a run that was interrupted, or for more steps; until it is finished also with
-                          another judge=MEMBER or evaluation.KEY=VALUE
-        --hydra-help      the flags of Hydra, all of which are passed on
+        --config-dir DIR  a folder with your own members of the groups below
+        --resume RUN_DIR  resume an interrupted run, or train for more steps; an unfinished run also takes another
+                          judge=MEMBER or evaluation.KEY=VALUE
+        --hydra-help      Hydra's own flags, all of which work
 
-        Plain numbers may stand for alpha and beta: alpha=0.5 is alpha=constant alpha.value=0.5.
+        Plain numbers work for alpha and beta: alpha=0.5 is alpha=constant alpha.value=0.5.
         """,
         [
             "spo train",
@@ -310,7 +321,8 @@ COMMANDS = {
     "evaluate": Command(
         "evaluate the policy of a run again",
         "spo evaluate RUN_DIR [KEY=VALUE] ...",
-        "Samples from the policy and its reference on test prompts and compares them, with other settings or data.",
+        "Samples completions of test prompts from the policy and its reference, and compares them with other settings or
+        data.",
         [
             "spo evaluate outputs/runs/RUN evaluation.num_prompts=512",
             "spo evaluate outputs/runs/RUN data=jsonl data.path=PAIRS.jsonl",
@@ -322,14 +334,14 @@ COMMANDS = {
         "spo compare SWEEP_OR_RUN ... [--out DIR] [--metric KEY] [--select KEY] [--baseline METHOD] [--anyway]",
         """
         Reads run directories, finds the best setting of each method on the selection split, and compares those on the
-        test split: a table with intervals over seeds and prompts, which differences are more than luck, and a page with
-        figures. Refuses an unfair comparison: unequal numbers of settings, missing seeds, mixed data, unfinished runs.
+        test split. Writes a table with intervals over seeds and prompts, the differences that are significant, and a page
+        with figures. Refuses an unfair comparison: unequal numbers of settings, missing seeds, mixed data, unfinished runs.
 
-        --out DIR          where the files go; comparison/ beside the runs where it is not given
-        --metric KEY       what methods are ranked by, of metrics.json; eval/win_rate where it is not given
-        --select KEY       what settings are selected by; val/win_rate, or what the runs have instead
+        --out DIR          folder of the results; by default comparison/ beside the runs
+        --metric KEY       the key of metrics.json that ranks methods; by default eval/win_rate
+        --select KEY       the key that selects settings; by default val/win_rate, or what the runs have instead
         --baseline METHOD  compare each method with this one, instead of each with each
-        --anyway           go on where the comparison is unfair, and mark it in every output
+        --anyway           compare although it is unfair, and mark this in every output
         """,
         ["spo compare outputs/sweeps/baselines", "spo compare outputs/sweeps/baselines --baseline dpo --out results"],
         _compare,
@@ -338,9 +350,9 @@ COMMANDS = {
         "write report.html of a run again",
         "spo report RUN_DIR [--spec NAME|FILE]",
         """
-        Makes the page from the files in the run directory, whether the run is finished or not.
+        Writes the page from the files of the run directory; the run need not be finished.
 
-        --spec NAME|FILE  which curves it draws: a dashboard of conf/dashboard, or a yaml file of your own
+        --spec NAME|FILE  the curves to draw: a dashboard of conf/dashboard, or your own yaml file
         """,
         ["spo report outputs/runs/RUN", "spo report outputs/runs/RUN --spec my_dashboard.yaml"],
         _report,
@@ -349,12 +361,12 @@ COMMANDS = {
         "make a W&B workspace or report for the runs of a project",
         "spo dashboard ENTITY/PROJECT [--report] [--group-by KEY] [--spec NAME|FILE]",
         """
-        Saves a dashboard as a new view of a W&B project: a workspace, or a report to write into and share. It needs an
-        API key and pip install 'spo[dashboards]'. The same dashboard is drawn without W&B by spo report.
+        Saves a dashboard as a new view of a W&B project: a workspace, or a report to edit and share. It needs an API key
+        and pip install 'spo[dashboards]'. spo report draws the same dashboard without W&B.
 
         --report          a report instead of a workspace
-        --group-by KEY    one line for each value of a key of the configuration: its mean, with a band
-        --spec NAME|FILE  a dashboard of conf/dashboard, or a yaml file of your own
+        --group-by KEY    one line, a mean with a band, for each value of a configuration key
+        --spec NAME|FILE  a dashboard of conf/dashboard, or your own yaml file
         """,
         ["spo dashboard ENTITY/spo", "spo dashboard ENTITY/spo --report --group-by method.name"],
         _dashboard,
@@ -362,7 +374,7 @@ COMMANDS = {
     "inspect": Command(
         "show the rows of a data set as tokens, masks and text",
         "spo inspect [data=MEMBER] [model=MEMBER] [KEY=VALUE] ... [--limit N] [--config-dir DIR]",
-        "Prints pairs exactly as the model is trained on them, and counts what is used, dropped and truncated.",
+        "Prints pairs exactly as the model sees them in training, and counts the used, dropped and truncated ones.",
         ["spo inspect data=jsonl data.path=PAIRS.jsonl model=hf model.path=MODEL"],
         _inspect,
         groups=True,
@@ -372,13 +384,13 @@ COMMANDS = {
         "spo verify [METHOD ...] [--full] [--json FILE] [--config-dir DIR]",
         """
         Trains every method of the config group on a language small enough to enumerate, as a table of logits and as a
-        transformer, and compares the policy with the optimum of what it minimises: in closed form where the method
-        states one, solved numerically elsewhere. Ends with status 1 where one of them misses it.
+        transformer. Compares each policy with the optimum of its objective: in closed form if the method states one,
+        solved numerically otherwise. Ends with status 1 if a policy misses its optimum.
 
-        METHOD ...        these alone; all of them where none is given
+        METHOD ...        only these methods; by default all of them
         --full            the whole grid of alpha and beta instead of two settings per method
-        --json FILE       writes the rows of the table
-        --config-dir DIR  a folder with methods of your own (DIR/method/NAME.yaml); they are verified too
+        --json FILE       also write the rows of the table as JSON
+        --config-dir DIR  a folder with your own methods (DIR/method/NAME.yaml), which are verified too
         """,
         ["spo verify", "spo verify --config-dir my_conf --json verified.json"],
         _verify,
@@ -390,17 +402,17 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Args:
-        argv: words after ``spo``; ``None`` for the command line's.
+        argv: Words after ``spo``; ``None`` for those of the process.
 
     Returns:
-        The exit status: 0, or 1 for an error in the run or its settings, or 2 for a wrong command line.
+        Exit status: 0, 1 for an error in the run or its settings, 2 for a wrong command line, 130 for an interruption.
     """
     try:
         return _main(list(sys.argv[1:] if argv is None else argv))
-    except BrokenPipeError:  # the reader has seen enough, as in `spo --help | head`
+    except BrokenPipeError:  # The reader stopped reading, as in `spo --help | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -425,10 +437,10 @@ def _main(words: list[str]) -> int:
         print(_help(name, arguments))
         return 0
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: a `_target_` may lie beside the user
+        sys.path.insert(0, os.getcwd())  # As `python -m` does, since a `_target_` may lie in the current folder.
     try:
         return COMMANDS[name].run(arguments)
-    except Usage as error:
+    except UsageError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)

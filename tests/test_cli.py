@@ -100,7 +100,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--resume", "nowhere"], 1, "nowhere is not a run directory of spo"),
         (["train", "--config-dir", "nowhere"], 1, "--config-dir nowhere: there is no such folder"),
         (["train", "method=dop", "seed=x"], 1, "did you mean dpo?"),
-        (["train", "alpha=0"], 1, "alpha=0: 0 is no positive, finite number"),
+        (["train", "alpha=0"], 1, "alpha=0: 0 is not a positive, finite number"),
         (["train", "--cfg", "job", "method=dop"], 1, "did you mean dpo?"),
         (["train", "method=spo,dpo"], 1, "add -m"),
     ],

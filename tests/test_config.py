@@ -22,7 +22,7 @@ from spo.bounds import DropoutRate, PositiveFloat, PositiveInt
 from spo.config.checks import check_config, problems, warnings
 from spo.config.checks.targets import parameter_types
 from spo.config.coefficients import unused_coefficients
-from spo.config.compose import LONGEST, compose, composer, directory, expand_numbers, job_name, multiply
+from spo.config.compose import MAX_NAME_LENGTH, compose, composer, directory, expand_numbers, job_name, multiply
 from spo.config.groups import group_members
 from spo.config.nodes import entries, keys_of, locate
 from spo.config.plan import Plan, plan
@@ -406,7 +406,7 @@ def test_different_jobs_have_different_names(a: list[str], b: list[str]) -> None
         return [o for o in written if not re.match(r"[+~]*(hydra[./=]|(paths|launcher)([.=@]|$)|rerun=)", o)]
 
     for overrides in (a, b):
-        assert re.fullmatch(r"[A-Za-z0-9._-]+", job_name(overrides)) and len(job_name(overrides)) <= LONGEST
+        assert re.fullmatch(r"[A-Za-z0-9._-]+", job_name(overrides)) and len(job_name(overrides)) <= MAX_NAME_LENGTH
         assert job_name(overrides) not in (".", "..")
     if meaning(a) != meaning(b):
         assert job_name(a) != job_name(b)
@@ -442,7 +442,7 @@ def test_all_problems_of_the_command_line_are_told_together() -> None:
         "method=dop: no such member of method; did you mean dpo?",
         "trainer.max_step=3: unknown key; did you mean trainer.max_steps?",
         "foo: cannot be read",
-        "alpha=0: 0 is no positive, finite number",
+        "alpha=0: 0 is not a positive, finite number",
         "max_steps=3: unknown key; did you mean sft.max_steps or trainer.max_steps?",
         "data.path has no value: the file, folder or hub name of your preference pairs",
         "model.path has no value: a Hugging Face folder or hub name",
