@@ -33,6 +33,7 @@ LAYERS = [
     {"tracking", "config"},
     {"runs"},
     {"stages"},
+    {"help"},
     {"cli"},
     {"__init__", "__main__"},
 ]
