@@ -230,7 +230,7 @@ def test_every_setting_outside_a_target_has_a_type(every_member: dict[tuple[str,
         (1, bool, "must be true or false"),
         ("yes", bool | None, "must be true or false, or null"),
         (32, Literal["32", "64"], None),
-        ("33", Literal["32", "64"] | None, "choose 32, 64 or null; did you mean 32?"),
+        ("322", Literal["32", "64"] | None, "choose 32, 64 or null; did you mean 32?"),
         ("b", float | Literal["beta"], "must be a number, or beta"),
         ([1], float, "must be a number"),
         ("x", Sequence[str], "must be a list, written [..]"),
@@ -669,6 +669,41 @@ def test_a_loss_from_outside_the_package(tmp_path: Path, monkeypatch: pytest.Mon
     assert "did you mean mine?" in told("method=min", config_dir=own)
     with pytest.raises(UserError, match="no such folder"):
         plan([], config_dir=tmp_path / "nowhere")
+
+
+BOUNDED_LOSS = """
+from typing import Annotated
+from annotated_types import Ge, Le
+from spo.losses import DPOLoss
+
+class Bounded(DPOLoss):
+    made = 0
+
+    def __init__(self, share: Annotated[float, Ge(0), Le(1)], rounds: Annotated[int, Ge(1)] | None = None):
+        super().__init__()
+        type(self).made += 1
+"""
+
+
+def test_the_bounds_of_a_plugin_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bounded_spo.py").write_text(BOUNDED_LOSS)
+    (tmp_path / "method").mkdir()
+    loss = "loss:\n  _target_: bounded_spo.Bounded\n  share: 0.5\n  rounds: null\n"
+    (tmp_path / "method/bounded.yaml").write_text(f"name: bounded\n{loss}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert len(plan(["method=bounded"], config_dir=tmp_path).jobs) == 1
+    text = told("method=bounded", "method.loss.share=2", "method.loss.rounds=0.5", config_dir=tmp_path)
+    assert "method.loss.share=2: must be at least 0 and at most 1" in text
+    assert "method.loss.rounds=0.5: must be a whole number, or null" in text
+
+
+def test_unused_coefficients_make_a_loss_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "counted_spo.py").write_text(BOUNDED_LOSS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    keys = ["method=dpo", "method.loss._target_=counted_spo.Bounded", "+method.loss.share=1"]
+    cfg = compose([*keys, "~method.loss.label_smoothing"])
+    assert [unused_coefficients(cfg) for _ in range(3)] == [["alpha"]] * 3
+    assert locate("counted_spo.Bounded").made == 1
 
 
 def test_a_preset_with_a_misspelt_key(tmp_path: Path) -> None:

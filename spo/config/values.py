@@ -100,7 +100,7 @@ def _accepts(kind: Any, metadata: tuple[Any, ...], value: Any) -> bool:
     if isinstance(container, type) and issubclass(container, Sequence):
         return isinstance(value, list | tuple | ListConfig)
     # Any other class is not judged, but where None is allowed the type says so.
-    return value is not None or not isinstance(kind, type) or kind is object
+    return value is not None or not isinstance(kind, type) or kind in (object, Any)
 
 
 def _holds(bound: Any, value: float) -> bool:
