@@ -1,101 +1,22 @@
-"""The command line: ``spo COMMAND ...``. What is slow to import is imported by the command that needs it."""
+"""The command line ``spo COMMAND ...``: arguments, help and dispatch. Each command imports what it needs itself."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
-import textwrap
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo.config.groups import group_members
-from spo.resources import MAIN, conf_dir
+from spo.help import COMMANDS, help_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from spo.config.plan import Plan
-    from spo.records.sweep import SweepJob
 
-ATTEMPTS = 3
-"""How often a multirun is started where its launcher does not survive the death of a process."""
-
-
-class Usage(Exception):
-    """The command line itself is wrong."""
-
-
-# --- help ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Command:
-    """One command: what it does, how it is called, examples of it, and whether it takes config groups."""
-
-    summary: str
-    usage: str
-    text: str
-    examples: Sequence[str]
-    run: Callable[[list[str]], int]
-    groups: bool = False
-
-
-def _help(name: str | None, arguments: Sequence[str]) -> str:
-    if name is None:
-        width = max(map(len, COMMANDS))
-        lines = [
-            "usage: spo COMMAND ...",
-            "",
-            "Aligns language models to preferences, with SPO and other methods, on one footing.",
-            "",
-            "commands:",
-            *(f"  {key:{width}}  {command.summary}" for key, command in COMMANDS.items()),
-            "",
-            *_groups_help(arguments),
-            "examples:",
-            *(f"  {command.examples[0]}" for command in COMMANDS.values()),
-            "",
-            "spo COMMAND --help says more about each.",
-        ]
-        return "\n".join(lines)
-    command = COMMANDS[name]
-    lines = [f"usage: {command.usage}", "", textwrap.dedent(command.text).strip(), ""]
-    if command.groups:
-        lines += _groups_help(arguments)
-    return "\n".join([*lines, "examples:", *(f"  {example}" for example in command.examples)])
-
-
-def _groups_help(arguments: Sequence[str]) -> list[str]:
-    groups = group_members(_config_folders(arguments))
-    width = max(map(len, groups), default=0)
-    lines = ["config groups, chosen as GROUP=MEMBER (debug: +debug=MEMBER); any key as GROUP.KEY=VALUE:"]
-    for group, members in groups.items():
-        lines += textwrap.wrap(
-            ", ".join(members),
-            100,
-            initial_indent=f"  {group:{width}}  ",
-            subsequent_indent=" " * (width + 4),
-        )
-    return [*lines, ""]
-
-
-def _config_folders(arguments: Sequence[str]) -> list[Path]:
-    config_dir = _option(arguments, "--config-dir", "-cd")
-    return [conf_dir(), *([Path(config_dir)] if config_dir is not None else [])]
-
-
-def _option(arguments: Sequence[str], *names: str) -> str | None:
-    for position, word in enumerate(arguments):
-        if word in names:
-            return arguments[position + 1] if position + 1 < len(arguments) else None
-        if word.partition("=")[0] in names and "=" in word:
-            return word.partition("=")[2]
-    return None
+class UsageError(Exception):
+    """A command line that does not fit its usage."""
 
 
 # --- spo train -----------------------------------------------------------------------------------------------------
@@ -110,79 +31,48 @@ def _train(arguments: list[str]) -> int:
     parser.prog = "spo train"
     flags = parser.parse_intermixed_args(arguments)
     hydra_flags = _without(arguments, flags.overrides)
-    if flags.hydra_help or flags.info is not None or flags.shell_completion:
-        return _run_hydra(arguments, multirun=False)
 
-    from spo.config.checks import warnings
-    from spo.config.plan import plan
+    if flags.hydra_help or flags.info is not None or flags.shell_completion:
+        from spo.runs.launch import run_hydra
+
+        run_hydra(arguments, _job)
+        return 0
+    from spo.config.plan import check_plan, compose_plan
+
+    planned = compose_plan(
+        flags.overrides, multirun=flags.multirun, config_dir=flags.config_dir, runs=flags.cfg is None
+    )
+    if flags.cfg is None and not planned.multirun:
+        from spo.runs.another_run import refuse_another_run
+
+        refuse_another_run(Path(planned.jobs[0].cfg.paths.run), planned.jobs[0].cfg)
+    from spo.runs.launch import launch_run, launch_sweep, run_hydra
     from spo.runs.processes import is_first_process
 
-    runs = flags.cfg is None
-    planned = plan(flags.overrides, multirun=flags.multirun, config_dir=flags.config_dir, complete=runs)
-    if planned.multirun and runs and is_first_process():
-        for warning in dict.fromkeys(text for job in planned.jobs for text in warnings(job.cfg)):
-            print(f"note: {warning}", file=sys.stderr)
-        return _sweep(hydra_flags, planned)
-    if planned.multirun and not runs:  # of several jobs the first is shown
+    if flags.cfg is not None:  # Of several jobs the first is shown.
         single = [word for word in hydra_flags if word not in ("-m", "--multirun")]
-        return _run_hydra([*single, *planned.jobs[0].overrides], multirun=False)
-    return _run_hydra([*hydra_flags, *planned.overrides], multirun=planned.multirun)
+        run_hydra([*single, *planned.jobs[0].overrides], _job)
+        return 0
+    check_plan(planned, _note if is_first_process() else lambda line: None)
+    if not planned.multirun:
+        launch_run(planned, _checked_job)
+        return 0
+    if not is_first_process():
+        run_hydra([*hydra_flags, *planned.overrides], _job)
+        return 0
+    from spo.config.checks import warnings
+
+    for warning in dict.fromkeys(text for job in planned.jobs for text in warnings(job.cfg)):
+        print(f"note: {warning}", file=sys.stderr)
+    return 0 if launch_sweep(hydra_flags, planned, _job, flags.config_dir) else 1
 
 
-def _sweep(hydra_flags: Sequence[str], planned: Plan) -> int:
-    """Runs the jobs of a multirun, goes on where one of its processes dies, and says what became of each."""
-    from spo.errors import UserError, error_line, user_message
-    from spo.pages.sweep_table import print_sweep
-    from spo.runs.ledger import Ledger
-    from spo.runs.processes import SWEEP_VARIABLE
-    from spo.runs.secrets import command_line
-
-    ledger, jobs = Ledger(planned.sweep_dir), planned.named_jobs()
-    entries = ledger.begin(command_line(sys.argv), jobs, rerun=any(job.cfg.rerun for job in planned.jobs))
-    for note in _notes(entries):
-        print(f"note: {note}", file=sys.stderr)
-    directory = str(planned.sweep_dir).replace("'", r"\'")
-    arguments = [*hydra_flags, *planned.overrides, f"hydra.sweep.dir='{directory}'"]
-    os.environ[SWEEP_VARIABLE] = str(planned.sweep_dir)
-    died = False
-    try:
-        for left in reversed(range(ATTEMPTS)):
-            try:
-                _run_hydra(arguments, multirun=True)
-                break
-            except Exception as error:  # jobs keep their errors to themselves: this one is the launcher's
-                entries = entries if planned.complete else ledger.entries()
-                names = ledger.begun(entries)
-                if not names and user_message(error) is None:
-                    raise UserError(f"the jobs could not be launched: {error_line(error)}") from error
-                if not names:
-                    raise
-                died = True
-                goes_on = "starting again what is left" if left else "giving up"
-                print(
-                    f"spo: a process died ({error_line(error)}) at work on {', '.join(names)}: {goes_on}",
-                    file=sys.stderr,
-                )
-    finally:
-        del os.environ[SWEEP_VARIABLE]
-        entries = ledger.settle(entries if planned.complete else ledger.entries(), died)
-        if planned.complete:
-            print_sweep(entries, planned.sweep_dir)
-    return 0 if all(entry.status == "finished" for entry in entries) else 1
-
-
-def _notes(entries: Sequence[SweepJob]) -> Iterator[str]:
-    different = {entry.directory for entry in entries}
-    if len(different) < len(entries):
-        words = f"{len(entries)} jobs are {len(different)} different runs"
-        yield f"{words}: what a job does not read is no part of it"
-    for status, becomes in (("finished", "skipped"), ("failed", "tried again")):
-        if count := sum(entry.status == status and entry.same_as is None for entry in entries):
-            yield f"{count} of {len(different)} runs {'is' if count == 1 else 'are'} {status} already: {becomes}"
+def _note(line: str) -> None:
+    print(f"spo: {line}", file=sys.stderr)
 
 
 def _without(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """The flags of a command line, Hydra's parser being unable to read flags and overrides in any order."""
+    """Return the flags of a command line; Hydra's parser cannot read flags and overrides in any order."""
     left, flags = list(overrides), []
     for word in arguments:
         if left and word == left[0]:
@@ -192,139 +82,18 @@ def _without(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
     return flags
 
 
-def _run_hydra(arguments: Sequence[str], multirun: bool) -> int:
-    """Hands a command line to Hydra, which composes each run and calls the task with it."""
-    import hydra
-
-    from spo.config.compose import VERSION_BASE, register_resolvers
-    from spo.runs import optuna_sweeper
-
-    register_resolvers()
-    optuna_sweeper.register()
-    original = list(sys.argv)
-    config_dir = _option(arguments, "--config-dir", "-cd")
-
-    def task(cfg: DictConfig) -> Any:
-        sys.argv = original  # Lightning starts the processes of further devices with it
-        return _multirun_job(cfg, config_dir) if multirun else _only_job(cfg)
-
-    full_error = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back to main, which words them
-    sys.argv = [original[0], *arguments]
-    try:
-        hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=MAIN)(task)()
-    finally:
-        sys.argv = original
-        if full_error is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = full_error
-    return 0
-
-
 def _job(cfg: DictConfig) -> Any:
+    """Train in a process of a multirun; a module-level function, so that launchers can pickle it."""
     from spo.stages.train import train
 
     return train(cfg)
 
 
-def _only_job(cfg: DictConfig) -> Any:
-    """The run of this process; where it is a sweep's, the sweep is told why it failed."""
-    from spo.runs.processes import is_first_process, sweep_dir
+def _checked_job(cfg: DictConfig) -> Any:
+    """Train with a configuration that this process has checked."""
+    from spo.stages.train import train
 
-    try:
-        return _job(cfg)
-    except Exception as error:
-        if (directory := sweep_dir()) is not None and is_first_process():
-            from hydra.core.hydra_config import HydraConfig
-
-            from spo.errors import error_line
-            from spo.runs.ledger import Ledger
-
-            job = HydraConfig.get()
-            name = Path(job.runtime.output_dir).name
-            Ledger(directory).note(list(job.overrides.task), name, "failed", error_line(error))
-        raise
-
-
-def _multirun_job(cfg: DictConfig, config_dir: str | None) -> Any:
-    """One job of several: a failure is told at once and entered in the ledger, and the others go on."""
-    from hydra.core.hydra_config import HydraConfig
-
-    from spo.errors import error_line, user_message
-    from spo.runs.ledger import Ledger
-    from spo.runs.processes import is_first_process
-
-    if not is_first_process():
-        return _job(cfg)
-    job = HydraConfig.get()
-    overrides, directory = list(job.overrides.task), Path(job.runtime.output_dir).name
-    ledger = Ledger(Path(job.sweep.dir))
-    entry = ledger.entry(overrides)
-    if entry is not None and (entry.same_as or (cfg.rerun and entry.status == "finished")):
-        return None  # another job is the same run, or it is a launcher's second attempt
-    ledger.note(overrides, directory, "running")
-    try:
-        result = None
-        if _needs_own_process(cfg):
-            _job_in_own_process(config_dir)
-        else:
-            result = _job(cfg)
-    except Exception as error:
-        words = user_message(error) or traceback.format_exc()
-        print(f"spo: the job {' '.join(overrides)} failed: {words}", file=sys.stderr)
-        ledger.note(overrides, directory, "failed", error_line(error))
-        return None
-    ledger.note(overrides, directory, "finished")
-    return result
-
-
-def _needs_own_process(cfg: DictConfig) -> bool:
-    """Whether a job of a multirun must not run in the process that starts it.
-
-    Several devices start from a process of their own, since they repeat its command line. joblib's workers serve many
-    jobs: what one leaves in memory would stay, and its death would take the others along.
-    """
-    from hydra.core.hydra_config import HydraConfig
-
-    return devices_of(cfg) != 1 or str(HydraConfig.get().launcher._target_).endswith(".JoblibLauncher")
-
-
-def devices_of(cfg: DictConfig) -> int:
-    """Processes that Lightning will start for the run, ``auto`` and lists of devices resolved."""
-    nodes, devices = int(cfg.trainer.num_nodes), cfg.trainer.devices
-    if isinstance(devices, int) and devices >= 0:
-        return nodes * devices
-    if str(devices).isdigit():
-        return nodes * int(devices)
-    if str(devices) not in ("auto", "-1"):
-        return nodes * len(devices if not isinstance(devices, str) else devices.strip(",").split(","))
-    import torch
-
-    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return nodes * (torch.cuda.device_count() if on_gpu else 1)
-
-
-def _job_in_own_process(config_dir: str | None) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
-    from spo.errors import UserError
-    from spo.runs.claim import write_failure
-    from spo.runs.ledger import Ledger
-
-    job = HydraConfig.get()
-    overrides, run_dir = list(job.overrides.task), Path(job.runtime.output_dir)
-    command = [sys.executable, "-m", "spo", "train", *(["--config-dir", config_dir] if config_dir else [])]
-    directory = str(run_dir).replace("'", r"\'")
-    status = subprocess.run([*command, *overrides, "hydra.mode=RUN", f"hydra.run.dir='{directory}'"]).returncode
-    if status == 0:
-        return
-    entry = Ledger(Path(job.sweep.dir)).entry(overrides)
-    if entry is not None and entry.status == "failed":
-        raise UserError(entry.error)
-    words = f"its process was killed by signal {-status}" if status < 0 else f"its process ended with status {status}"
-    write_failure(run_dir, words)
-    raise UserError(words)
+    return train(cfg, checked=True)
 
 
 def _resume(arguments: list[str]) -> int:
@@ -391,7 +160,7 @@ def _dashboard(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     entity, _, project = given.project.partition("/")
     if not (entity and project) or "/" in project:
-        raise Usage(f"{given.project}: give the entity and the project as ENTITY/PROJECT\nusage: {parser.usage}")
+        raise UsageError(f"{given.project}: give the entity and the project as ENTITY/PROJECT\nusage: {parser.usage}")
     from spo.pages.dashboard import load_spec
 
     dashboard = load_spec(given.spec)
@@ -408,10 +177,13 @@ def _inspect(arguments: list[str]) -> int:
     parser.add_argument("--limit", type=int, default=3, metavar="N")
     parser.add_argument("--config-dir", "-cd", metavar="DIR")
     given = parser.parse_intermixed_args(arguments)
-    from spo.config.plan import plan
+    from spo.config.plan import check_plan, compose_plan
+
+    planned = compose_plan(given.overrides, config_dir=given.config_dir)
+    check_plan(planned, _note)
     from spo.stages.train import inspect
 
-    inspect(plan(given.overrides, config_dir=given.config_dir).jobs[0].cfg, given.limit)
+    inspect(planned.jobs[0].cfg, given.limit)
     return 0
 
 
@@ -432,114 +204,17 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(prog="spo", usage=usage, add_help=False, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
-        raise Usage(f"{message}\nusage: {self.usage}")
+        raise UsageError(f"{message}\nusage: {self.usage}")
 
 
-COMMANDS = {
-    "train": Command(
-        "align a model and evaluate it",
-        "spo train [GROUP=MEMBER] [KEY=VALUE] ... [-m] [--cfg job] [--config-dir DIR]\n"
-        "       spo train --resume RUN_DIR [trainer.max_steps=N] [logger.KEY=VALUE] [strategy=MEMBER] ...",
-        """
-        Makes or loads the reference model, aligns it with a method, evaluates the result on held-out prompts and
-        writes a run directory with the model, the metrics, the samples and report.html. Without any argument it
-        does so with a built-in model and data set, on any computer, without a network.
-
-        -m, --multirun    one run for each combination of values: method=spo,dpo seed=1,2
-        --cfg job         print the configuration instead of running it (--resolve fills in references)
-        --config-dir DIR  a folder with members of your own for the groups below
-        --resume RUN_DIR  go on with a run that was interrupted, or for more steps; until it is finished also with
-                          another judge=MEMBER or evaluation.KEY=VALUE
-        --hydra-help      the flags of Hydra, all of which are passed on
-
-        Plain numbers may stand for alpha and beta: alpha=0.5 is alpha=constant alpha.value=0.5.
-        """,
-        [
-            "spo train",
-            "spo train model=hf model.path=MODEL data=jsonl data.path=PAIRS.jsonl",
-            "spo train method=dpo beta=0.1 seed=1",
-            "spo train -m method=spo,dpo,ipo seed=1,2",
-            "spo train --resume outputs/runs/RUN trainer.max_steps=300",
-        ],
-        _train,
-        groups=True,
-    ),
-    "evaluate": Command(
-        "evaluate the policy of a run again",
-        "spo evaluate RUN_DIR [KEY=VALUE] ...",
-        "Samples from the policy and its reference on test prompts and compares them, with other settings or data.",
-        [
-            "spo evaluate outputs/runs/RUN evaluation.num_prompts=512",
-            "spo evaluate outputs/runs/RUN data=jsonl data.path=PAIRS.jsonl",
-        ],
-        _evaluate,
-    ),
-    "compare": Command(
-        "compare the methods of a sweep",
-        "spo compare SWEEP_OR_RUN ... [--out DIR] [--metric KEY] [--select KEY] [--baseline METHOD] [--anyway]",
-        """
-        Reads run directories, finds the best setting of each method on the selection split, and compares those on the
-        test split: a table with intervals over seeds and prompts, which differences are more than luck, and a page with
-        figures. Refuses an unfair comparison: unequal numbers of settings, missing seeds, mixed data, unfinished runs.
-
-        --out DIR          where the files go; comparison/ beside the runs where it is not given
-        --metric KEY       what methods are ranked by, of metrics.json; eval/win_rate where it is not given
-        --select KEY       what settings are selected by; val/win_rate, or what the runs have instead
-        --baseline METHOD  compare each method with this one, instead of each with each
-        --anyway           go on where the comparison is unfair, and mark it in every output
-        """,
-        ["spo compare outputs/sweeps/baselines", "spo compare outputs/sweeps/baselines --baseline dpo --out results"],
-        _compare,
-    ),
-    "report": Command(
-        "write report.html of a run again",
-        "spo report RUN_DIR [--spec NAME|FILE]",
-        """
-        Makes the page from the files in the run directory, whether the run is finished or not.
-
-        --spec NAME|FILE  which curves it draws: a dashboard of conf/dashboard, or a yaml file of your own
-        """,
-        ["spo report outputs/runs/RUN", "spo report outputs/runs/RUN --spec my_dashboard.yaml"],
-        _report,
-    ),
-    "dashboard": Command(
-        "make a W&B workspace or report for the runs of a project",
-        "spo dashboard ENTITY/PROJECT [--report] [--group-by KEY] [--spec NAME|FILE]",
-        """
-        Saves a dashboard as a new view of a W&B project: a workspace, or a report to write into and share. It needs an
-        API key and pip install 'spo[dashboards]'. The same dashboard is drawn without W&B by spo report.
-
-        --report          a report instead of a workspace
-        --group-by KEY    one line for each value of a key of the configuration: its mean, with a band
-        --spec NAME|FILE  a dashboard of conf/dashboard, or a yaml file of your own
-        """,
-        ["spo dashboard ENTITY/spo", "spo dashboard ENTITY/spo --report --group-by method.name"],
-        _dashboard,
-    ),
-    "inspect": Command(
-        "show the rows of a data set as tokens, masks and text",
-        "spo inspect [data=MEMBER] [model=MEMBER] [KEY=VALUE] ... [--limit N] [--config-dir DIR]",
-        "Prints pairs exactly as the model is trained on them, and counts what is used, dropped and truncated.",
-        ["spo inspect data=jsonl data.path=PAIRS.jsonl model=hf model.path=MODEL"],
-        _inspect,
-        groups=True,
-    ),
-    "verify": Command(
-        "train every method to the optimum its paper proves",
-        "spo verify [METHOD ...] [--full] [--json FILE] [--config-dir DIR]",
-        """
-        Trains every method of the config group on a language small enough to enumerate, as a table of logits and as a
-        transformer, and compares the policy with the optimum of what it minimises: in closed form where the method
-        states one, solved numerically elsewhere. Ends with status 1 where one of them misses it.
-
-        METHOD ...        these alone; all of them where none is given
-        --full            the whole grid of alpha and beta instead of two settings per method
-        --json FILE       writes the rows of the table
-        --config-dir DIR  a folder with methods of your own (DIR/method/NAME.yaml); they are verified too
-        """,
-        ["spo verify", "spo verify --config-dir my_conf --json verified.json"],
-        _verify,
-    ),
+RUN: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "report": _report,
+    "dashboard": _dashboard,
+    "inspect": _inspect,
+    "verify": _verify,
 }
 
 
@@ -547,17 +222,17 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Args:
-        argv: words after ``spo``; ``None`` for the command line's.
+        argv: Words after ``spo``; ``None`` for those of the process.
 
     Returns:
-        The exit status: 0, or 1 for an error in the run or its settings, or 2 for a wrong command line.
+        Exit status: 0, 1 for an error in the run or its settings, 2 for a wrong command line, 130 for an interruption.
     """
     try:
         return _main(list(sys.argv[1:] if argv is None else argv))
-    except BrokenPipeError:  # the reader has seen enough, as in `spo --help | head`
+    except BrokenPipeError:  # The reader stopped reading, as in `spo --help | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -565,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(words: list[str]) -> int:
     name, arguments = (words[0], words[1:]) if words else ("--help", [])
     if name in ("--help", "-h", "help"):
-        print(_help(None, arguments))
+        print(help_of(None, arguments))
         return 0
     if name in ("--version", "-V"):
         from spo import __version__
@@ -579,13 +254,13 @@ def _main(words: list[str]) -> int:
         hint = f"; did you mean {close[0]}?" if close else f": the commands are {', '.join(COMMANDS)}"
         return _fail(f"there is no command {name!r}{hint}", 2)
     if "--help" in arguments or "-h" in arguments:
-        print(_help(name, arguments))
+        print(help_of(name, arguments))
         return 0
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: a `_target_` may lie beside the user
+        sys.path.insert(0, os.getcwd())  # As `python -m` does, since a `_target_` may lie in the current folder.
     try:
-        return COMMANDS[name].run(arguments)
-    except Usage as error:
+        return RUN[name](arguments)
+    except UsageError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)

@@ -1,4 +1,4 @@
-"""Errors that are a message to a person, not a fault of the program."""
+"""Errors whose message is for a person, as opposed to faults of the program."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """Something the person who typed the command can put right. The message says what, where and how."""
+    """An error that the person who typed the command can correct. The message says what, where and how."""
 
 
 class JudgeError(RuntimeError):
-    """A judge cannot do its work; the message says why and what to do."""
+    """A judge that cannot do its work; the message says why and what to do."""
 
 
 class DataError(ValueError):
-    """The data cannot be used as asked; the message says what is wrong, where, and what to do."""
+    """Data that cannot be used as asked; the message says what is wrong, where, and what to do."""
 
 
-# The module that is missing, and the extra of the package that brings it.
+# Module -> the extra of this package that installs it.
 EXTRAS = {
     "peft": "peft",
     "hydra_plugins.hydra_joblib_launcher": "joblib",
@@ -34,10 +34,10 @@ EXTRAS = {
 
 
 class ConfigProblems(UserError):
-    """Everything that is wrong with a configuration, together.
+    """All problems of a configuration together.
 
     Args:
-        problems: one sentence each.
+        problems: One sentence each.
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -51,7 +51,7 @@ class ConfigProblems(UserError):
 
 
 def missing_package(module: str) -> str | None:
-    """``pip install 'spo[EXTRA]'`` for a module that one of the package's extras brings, else ``None``."""
+    """Return how to install a module that one of our extras brings, ``None`` for any other module."""
     name = module
     while name:
         if name in EXTRAS:
@@ -61,7 +61,7 @@ def missing_package(module: str) -> str | None:
 
 
 def user_message(error: Exception) -> str | None:
-    """What to tell a person, or ``None`` for a fault of the program, which deserves its traceback."""
+    """Return the message for a person, or ``None`` for a fault of the program, which needs its traceback."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -83,5 +83,5 @@ def user_message(error: Exception) -> str | None:
 
 
 def error_line(error: Exception) -> str:
-    """The error for a table: in words where there are any, else its type and message."""
+    """Return an error as one entry of a table: the message for a person, else type and message."""
     return user_message(error) or f"{type(error).__name__}: {error}".rstrip(": ")

@@ -1,4 +1,4 @@
-"""Where the files lie that come with the package."""
+"""Files that come with the package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAIN = "train"
 
 
 def conf_dir() -> Path:
-    """The folder of the shipped yaml files: inside the installed package, or beside it in a checkout."""
+    """Return the folder of the shipped yaml files: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / f"{MAIN}.yaml").is_file():

@@ -18,6 +18,7 @@ import spo.stages.train
 from spo import cli
 from spo.data.rows import RowError
 from spo.errors import UserError
+from spo.runs import launch
 
 ROOT = Path(spo.__file__).parent.parent
 
@@ -32,7 +33,7 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 class Trained(list[tuple[DictConfig, list[str], Path]]):
     """Stands in for training: remembers what it was called with."""
 
-    def __call__(self, cfg: DictConfig) -> dict[str, float]:
+    def __call__(self, cfg: DictConfig, *, checked: bool = False) -> dict[str, float]:
         assert cfg.paths.run == HydraConfig.get().runtime.output_dir
         self.append((cfg, list(sys.argv), Path(cfg.paths.run)))
         if cfg.seed == 13:
@@ -99,7 +100,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--resume", "nowhere"], 1, "nowhere is not a run directory of spo"),
         (["train", "--config-dir", "nowhere"], 1, "--config-dir nowhere: there is no such folder"),
         (["train", "method=dop", "seed=x"], 1, "did you mean dpo?"),
-        (["train", "alpha=0"], 1, "alpha=0: 0 is no positive, finite number"),
+        (["train", "alpha=0"], 1, "alpha=0: 0 is not a positive, finite number"),
         (["train", "--cfg", "job", "method=dop"], 1, "did you mean dpo?"),
         (["train", "method=spo,dpo"], 1, "add -m"),
     ],
@@ -130,7 +131,7 @@ def test_errors_of_the_real_command(tmp_path: Path) -> None:
 def test_errors_from_a_run(
     error: Exception, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(cfg: DictConfig) -> None:
+    def fail(cfg: DictConfig, *, checked: bool) -> None:
         raise error
 
     monkeypatch.setattr(spo.stages.train, "train", fail)
@@ -143,7 +144,7 @@ def test_errors_from_a_run(
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(cfg: DictConfig) -> None:
+    def fail(cfg: DictConfig, *, checked: bool) -> None:
         raise KeyError("a bug")
 
     monkeypatch.setattr(spo.stages.train, "train", fail)
@@ -244,7 +245,7 @@ def test_jobs_on_several_devices_get_their_own_process(
         commands.append(command)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(cli.subprocess, "run", start)
+    monkeypatch.setattr(launch.subprocess, "run", start)
     (tmp_path / "own").mkdir()
     words = ["train", "-m", "--config-dir", "own", "alpha=0.1,0.2", "trainer=cpu", "trainer.devices=2"]
     assert cli.main([*words, "hydra.sweep.dir=sweep"]) == 0
@@ -262,7 +263,7 @@ def test_jobs_on_several_devices_get_their_own_process(
 )
 def test_devices_of(devices: Any, nodes: int, expected: int) -> None:
     cfg = OmegaConf.create({"trainer": {"devices": devices, "num_nodes": nodes, "accelerator": "cpu"}})
-    assert cli.devices_of(cfg) == expected
+    assert launch.count_devices(cfg) == expected
 
 
 @pytest.mark.slow

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import torch
+from annotated_types import Interval
 from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
+from spo.bounds import DropoutRate, PositiveFloat, PositiveInt
 from spo.config.checks import check_config, problems, warnings
+from spo.config.checks.targets import parameter_types
 from spo.config.coefficients import unused_coefficients
-from spo.config.compose import LONGEST, compose, composer, directory, expand_numbers, job_name, multiply
+from spo.config.compose import MAX_NAME_LENGTH, compose, composer, directory, expand_numbers, job_name, multiply
 from spo.config.groups import group_members
-from spo.config.nodes import locate
+from spo.config.nodes import entries, keys_of, locate
 from spo.config.plan import Plan, plan
+from spo.config.schema import Precision, typed_keys
+from spo.config.values import choices_of, violation
 from spo.errors import ConfigProblems, UserError, missing_package
 from spo.resources import conf_dir
+from spo.stages.train import train
 
 GROUPS = group_members([conf_dir()])
 MEMBERS = [(group, member) for group, members in GROUPS.items() for member in members]
@@ -184,6 +192,100 @@ def test_compose_sets_the_run_directory(tmp_path: Path) -> None:
     assert Path(compose(["hydra.run.dir=here/it/is"]).paths.run) == Path.cwd() / "here/it/is"
 
 
+# --- bounds and choices --------------------------------------------------------------------------------------------
+
+
+def test_every_setting_outside_a_target_has_a_type(every_member: dict[tuple[str, str], DictConfig]) -> None:
+    """A number or a switch that no parameter of ours takes is in the schema, and the schema has no other key."""
+    settings: set[str] = set()
+    for cfg in every_member.values():
+        for key, node, name in entries(cfg):
+            if not isinstance(node, DictConfig) or OmegaConf.is_missing(node, name) or name in DIRECTIVES:
+                continue
+            ours = str(node.get("_target_", "")).startswith("spo.")
+            if isinstance(node[name], int | float) and not ours:
+                settings.add(key)
+    typed = set(typed_keys())
+    of_others = ("strategy.plugin.", "judge.request.")  # parameters of other packages, passed on as they are
+    assert {key for key in settings - typed if not key.startswith(of_others)} == set()
+    known = set().union(*(keys_of(cfg) for cfg in every_member.values()))
+    assert typed <= known
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "words"),
+    [
+        (0, PositiveInt, "must be at least 1"),
+        (1, PositiveInt, None),
+        (True, PositiveInt, "must be a whole number"),
+        (1.0, PositiveInt, "must be a whole number"),
+        (None, PositiveInt | None, None),
+        ("x", PositiveInt | None, "must be a whole number, or null"),
+        (0, PositiveFloat, "must be a positive number"),
+        (math.inf, PositiveFloat, "must be a finite number"),
+        (math.nan, PositiveFloat, "must be a finite number"),
+        ("x", DropoutRate, "must be a number, at least 0 and below 1"),
+        (1, DropoutRate, "must be at least 0 and below 1"),
+        (0.5, Annotated[float, Interval(gt=0, le=0.4)], "must be above 0 and at most 0.4"),
+        (1, bool, "must be true or false"),
+        ("yes", bool | None, "must be true or false, or null"),
+        (32, Literal["32", "64"], None),
+        ("322", Literal["32", "64"] | None, "choose 32, 64 or null; did you mean 32?"),
+        ("b", float | Literal["beta"], "must be a number, or beta"),
+        ([1], float, "must be a number"),
+        ("x", Sequence[str], "must be a list, written [..]"),
+        (["x"], Sequence[str], None),
+        (1, Mapping[str, int], "must be a mapping"),
+        ([1], str, "must be a text"),
+        (object(), torch.Tensor, None),
+        (None, torch.Tensor, "must be a Tensor"),
+        (None, torch.Tensor | None, None),
+        (None, Any, None),
+    ],
+)
+def test_a_value_is_judged_by_its_type_and_bounds(value: object, hint: object, words: str | None) -> None:
+    assert violation(value, hint) == words
+
+
+CHOICES = [(key, choice) for key, hint in typed_keys().items() for choice in choices_of(hint)]
+
+
+@pytest.mark.parametrize(("key", "choice"), CHOICES)
+def test_every_choice_of_a_setting_passes_the_checks(key: str, choice: object) -> None:
+    overrides = ["data=enumerable"] if (key, choice) == ("data.truncation", "trim_completion") else []
+    if key == "method.regularizer_weight":
+        overrides = ["method=dpo"]
+    assert problems(compose([*overrides, f"{key}={choice}"])) == []
+
+
+def test_every_choice_of_a_target_can_be_instantiated(every_member: dict[tuple[str, str], DictConfig]) -> None:
+    walked = 0
+    for (group, _), cfg in every_member.items():
+        for key, node in targets(cfg.get(group), f"{group}."):
+            target = locate(node["_target_"])
+            if not node["_target_"].startswith("spo.") or node["_target_"].endswith(("Judge", "FileSource")):
+                continue
+            for name, hint in parameter_types(target).items():
+                for choice in choices_of(hint):
+                    changed = node.copy()
+                    changed[name] = choice
+                    if choice == "reference":  # sampled pairs need a number
+                        changed.num_pairs = 9
+                    assert instantiate(changed) is not None, f"{key}.{name}={choice}"
+                    walked += 1
+    assert walked > 10
+
+
+@pytest.mark.parametrize("precision", choices_of(Precision))
+def test_every_precision_trains(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPO_CACHE_DIR", str(tmp_path / "cache"))
+    small = ["data=enumerable", "data.max_new_tokens=2", "data.source.num_symbols=2", "logger=record", "callbacks=none"]
+    short = ["trainer=cpu", "trainer.max_steps=2", "evaluation.samples_per_prompt=2", "evaluation.bootstrap_samples=10"]
+    metrics = train(compose([*small, *short, f"trainer.precision={precision}"], run_dir=tmp_path / "run"))
+    assert math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["eval/kl"])
+
+
 # --- plain numbers -------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +406,7 @@ def test_different_jobs_have_different_names(a: list[str], b: list[str]) -> None
         return [o for o in written if not re.match(r"[+~]*(hydra[./=]|(paths|launcher)([.=@]|$)|rerun=)", o)]
 
     for overrides in (a, b):
-        assert re.fullmatch(r"[A-Za-z0-9._-]+", job_name(overrides)) and len(job_name(overrides)) <= LONGEST
+        assert re.fullmatch(r"[A-Za-z0-9._-]+", job_name(overrides)) and len(job_name(overrides)) <= MAX_NAME_LENGTH
         assert job_name(overrides) not in (".", "..")
     if meaning(a) != meaning(b):
         assert job_name(a) != job_name(b)
@@ -340,7 +442,7 @@ def test_all_problems_of_the_command_line_are_told_together() -> None:
         "method=dop: no such member of method; did you mean dpo?",
         "trainer.max_step=3: unknown key; did you mean trainer.max_steps?",
         "foo: cannot be read",
-        "alpha=0: 0 is no positive, finite number",
+        "alpha=0: 0 is not a positive, finite number",
         "max_steps=3: unknown key; did you mean sft.max_steps or trainer.max_steps?",
         "data.path has no value: the file, folder or hub name of your preference pairs",
         "model.path has no value: a Hugging Face folder or hub name",
@@ -348,17 +450,13 @@ def test_all_problems_of_the_command_line_are_told_together() -> None:
         assert part in text
 
 
-def test_wrong_values_are_told_together() -> None:
+def test_wrong_settings_are_reported_together() -> None:
     text = told(
-        "method=dpo",
-        "method.loss.label_smoothing=0.7",
         "trainer.precision=16-mixed",
         "+trainer.accumulate_grad_batches=2",
-        "+trainer.foo=1",
         "trainer.max_steps=-1",
         "data.truncation=drop",
         "data.on_bad_row=never",
-        "data.source.labels=softt",
         "data.micro_batch_size=64",
         "data.micro_batch_tokens=0",
         "data.group_by_length=1",
@@ -366,34 +464,81 @@ def test_wrong_values_are_told_together() -> None:
         "data.splits.test=0.95",
         "model.dtype=float23",
         "optimizer.lr=-1",
-        "evaluation.confidence=95",
+        "speed.packing=maybe",
+        "speed.sampler=dynamic",
+        "trainer.gradient_clip_val=0",
+        "tags=one",
     )
     for part in (
-        "method.loss: label_smoothing must be in [0, 0.5), got 0.7",
-        "trainer.precision=16-mixed: half precision is not supported",
-        "trainer.accumulate_grad_batches is not for you to set: use data.micro_batch_size",
-        "trainer.foo: Trainer has no such parameter",
+        "trainer.precision=16-mixed: choose 32-true, 32 or bf16-mixed; did you mean bf16-mixed?; half precision is not",
+        "trainer.accumulate_grad_batches cannot be set: use data.micro_batch_size",
         "trainer.max_steps=-1: must be at least 0",
         "data.truncation=drop: choose drop_pair, trim_completion or trim_prompt; did you mean drop_pair?",
         "data.on_bad_row=never: choose stop or skip",
-        "data.source.labels=softt: choose soft or hard",
         "data.micro_batch_size=64 exceeds data.batch_size=32",
-        "data.micro_batch_tokens=0: must be at least 1",
-        "data.group_by_length=1: must be at least 2",
+        "data.micro_batch_tokens=0: must be at least 1, or null",
+        "data.group_by_length=1: must be at least 2, or null",
         "data.seed=1.5: must be a whole number",
         "data.splits: selection=0.1 and test=0.95 leave no prompt",
         "model.dtype=float23: choose float32",
         "optimizer.lr=-1: must be a positive number",
-        "evaluation.confidence=95: must be between 0 and 1",
+        "speed.packing=maybe: must be true or false",
+        "speed.sampler=dynamic: choose static or generate",
+        "trainer.gradient_clip_val=0: must be a positive number, or null",
+        "tags=one: must be a list",
     ):
         assert part in text, part
     assert text.startswith("the configuration has 16 problems:")
 
 
+def test_wrong_parameters_of_targets_are_reported_together() -> None:
+    text = told(
+        "method=dpo",
+        "method.loss.label_smoothing=0.7",
+        "+trainer.foo=1",
+        "data.source.labels=softt",
+        "data.source.num_prompts=0",
+        "regularizer=global_kl",
+        "regularizer.weight=-1",
+        "regularizer.refresh_every=0.5",
+        "evaluation.confidence=95",
+        "evaluation.against=chosen",
+        "callbacks.health.entropy=-1",
+        "beta=linear",
+        "beta.end=inf",
+        "logger.wandb.mode=sometimes",
+    )
+    for part in (
+        "method.loss.label_smoothing=0.7: must be at least 0 and below 0.5",
+        "trainer.foo: Trainer has no such parameter",
+        "data.source.labels=softt: choose soft or hard; did you mean soft?",
+        "data.source.num_prompts=0: must be at least 1",
+        "regularizer.weight=-1: must be at least 0, or beta",
+        "regularizer.refresh_every=0.5: must be a whole number",
+        "evaluation.confidence=95: must be above 0 and below 1",
+        "evaluation.against=chosen: must be a list",
+        "callbacks.health.entropy=-1: must be a positive number, or null",
+        "beta.end=inf: must be a finite number",
+        "logger.wandb.mode=sometimes: choose auto, online, offline or disabled",
+    ):
+        assert part in text, part
+    assert text.startswith("the configuration has 11 problems:")
+
+
+def test_a_wrong_setting_hides_what_only_imports_would_find() -> None:
+    text = told("data.batch_size=0", "method.loss._target_=spo.losses.NoSuchLoss")
+    assert text == "the configuration has a problem:\n  - data.batch_size=0: must be at least 1"
+
+
+def test_a_reference_to_a_wrong_value_is_not_reported_twice() -> None:
+    text = told("trainer.max_steps=-1")  # scheduler.num_training_steps refers to it
+    assert text == "the configuration has a problem:\n  - trainer.max_steps=-1: must be at least 0"
+
+
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        (["method=dpo", "reference=none"], "method=dpo compares with a reference model, but reference=none"),
+        (["method=dpo", "reference=none"], "method=dpo needs a reference model, but reference=none"),
         (["reference=none"], "regularizer=global_kl scores sequences"),
         (["reference=precomputed"], "regularizer=global_kl scores sequences"),
         (["method=sft", "reference=precomputed"], "nothing reads the log-probabilities"),
@@ -410,7 +555,7 @@ def test_wrong_values_are_told_together() -> None:
             "data.path=x.jsonl: there is no such file",
         ),
         (["method=dpo", "regularizer=local_kl", "regularizer.weight=beta"], "needs a number of its own"),
-        (["data.splits.test=0"], "data.splits.test=0: must be a share of the prompts, above 0"),
+        (["data.splits.test=0"], "data.splits.test=0: must be above 0 and below 1"),
         (["trainer.precision=bf16-true"], "weights in bfloat16 are model.dtype=bfloat16"),
         (["trainer.devices=0"], "trainer.devices=0: must be a number of devices"),
         (["trainer.accelerator=gpus"], "trainer.accelerator=gpus: choose"),
@@ -454,7 +599,7 @@ def test_impossible_combinations(overrides: list[str], part: str) -> None:
         ["+debug=tiny", "data.batch_size=4"],
         ["+trainer.limit_val_batches=2"],
         ["trainer=gpu", "trainer.precision=bf16-mixed"],
-        ["logger=many"],
+        ["logger=csv"],
         ["callbacks=none", "evaluation=quick", "scheduler=cosine", "optimizer=sgd"],
     ],
 )
@@ -486,9 +631,11 @@ def test_a_multirun_is_checked_as_a_whole() -> None:
         for alpha in (0.1, 0.2)
     ]
     assert planned.multirun and planned.jobs[1].cfg.alpha.value == 0.2
-    text = told("method=spo,dop,dpo", "reference=none,frozen", multirun=True)
+    text = told("method=spo,dop,dpo", "reference=none,frozen", "seed=-1,1", multirun=True)
     assert "method=dop: no such member of method" in text
-    assert "method=dpo compares with a reference model, but reference=none" in text
+    assert "seed=-1: must be at least 0 [job method=spo reference=none seed=-1 and 3 more]" in text
+    text = told("method=spo,dpo", "reference=none,frozen", multirun=True)
+    assert "method=dpo needs a reference model, but reference=none" in text
     assert "[job method=dpo reference=none]" in text and "frozen [job method=dop" not in text
 
 
@@ -518,10 +665,45 @@ def test_a_loss_from_outside_the_package(tmp_path: Path, monkeypatch: pytest.Mon
     own = tmp_path / "conf"
     (job,) = plan(["method=mine"], config_dir=own).jobs
     assert job.cfg.beta.value == 0.2 and problems(job.cfg) == []
-    assert "method=mine compares with a reference" in told("method=mine", "reference=none", config_dir=own)
+    assert "method=mine needs a reference" in told("method=mine", "reference=none", config_dir=own)
     assert "did you mean mine?" in told("method=min", config_dir=own)
     with pytest.raises(UserError, match="no such folder"):
         plan([], config_dir=tmp_path / "nowhere")
+
+
+BOUNDED_LOSS = """
+from typing import Annotated
+from annotated_types import Ge, Le
+from spo.losses import DPOLoss
+
+class Bounded(DPOLoss):
+    made = 0
+
+    def __init__(self, share: Annotated[float, Ge(0), Le(1)], rounds: Annotated[int, Ge(1)] | None = None):
+        super().__init__()
+        type(self).made += 1
+"""
+
+
+def test_the_bounds_of_a_plugin_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bounded_spo.py").write_text(BOUNDED_LOSS)
+    (tmp_path / "method").mkdir()
+    loss = "loss:\n  _target_: bounded_spo.Bounded\n  share: 0.5\n  rounds: null\n"
+    (tmp_path / "method/bounded.yaml").write_text(f"name: bounded\n{loss}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert len(plan(["method=bounded"], config_dir=tmp_path).jobs) == 1
+    text = told("method=bounded", "method.loss.share=2", "method.loss.rounds=0.5", config_dir=tmp_path)
+    assert "method.loss.share=2: must be at least 0 and at most 1" in text
+    assert "method.loss.rounds=0.5: must be a whole number, or null" in text
+
+
+def test_unused_coefficients_make_a_loss_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "counted_spo.py").write_text(BOUNDED_LOSS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    keys = ["method=dpo", "method.loss._target_=counted_spo.Bounded", "+method.loss.share=1"]
+    cfg = compose([*keys, "~method.loss.label_smoothing"])
+    assert [unused_coefficients(cfg) for _ in range(3)] == [["alpha"]] * 3
+    assert locate("counted_spo.Bounded").made == 1
 
 
 def test_a_preset_with_a_misspelt_key(tmp_path: Path) -> None:
@@ -529,6 +711,8 @@ def test_a_preset_with_a_misspelt_key(tmp_path: Path) -> None:
     (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nsede: 3\ntrainer:\n  max_step: 4\n")
     text = told("experiment=mine", config_dir=tmp_path)
     assert "sede: nothing reads this key; did you mean seed?" in text
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\ntrainer:\n  max_step: 4\n")
+    text = told("experiment=mine", config_dir=tmp_path)
     assert "trainer.max_step: Trainer has no such parameter; did you mean max_steps?" in text
 
 

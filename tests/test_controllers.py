@@ -310,8 +310,11 @@ KL = ("beta=target_kl", "beta.target=5")
         ([*ENTROPY, "alpha.start=2", "alpha.max=1"], "alpha: start=2 must lie between the bounds min=0.02 and max=1"),
         ([*ENTROPY, "probe.num_prompts=0"], "alpha=target_entropy measures the policy on the probe's samples, but"),
         ([*KL, "probe.num_prompts=0", "method=dpo"], "beta=target_kl measures the policy on the probe's samples"),
-        ([*KL, "method=dpo", "reference=precomputed"], "measures the KL to a reference model, which reference=precom"),
-        ([*KL, "regularizer=local_kl", "reference=none"], "measures the KL to a reference model, which reference=non"),
+        (
+            [*KL, "method=dpo", "reference=precomputed"],
+            "the KL to a reference model, but reference=precomputed provides",
+        ),
+        ([*KL, "regularizer=local_kl", "reference=none"], "the KL to a reference model, but reference=none provides"),
     ],
 )
 def test_what_cannot_be_controlled_is_refused_in_words(overrides: list[str], part: str) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import spo
+from spo.config.compose import compose
+from spo.runs.claim import claim
 from tests.comparison_runs import write_sweep
 
 ROOT = Path(spo.__file__).parent
@@ -18,7 +20,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Each part of the package may import from the layers below its own, and from itself.
 LAYERS = [
-    {"_old_names", "errors", "wording"},
+    {"_old_names", "bounds", "errors", "wording"},
     {"types", "resources", "seeds", "batching", "records"},
     {"ops"},
     {"forward"},
@@ -31,6 +33,7 @@ LAYERS = [
     {"tracking", "config"},
     {"runs"},
     {"stages"},
+    {"help"},
     {"cli"},
     {"__init__", "__main__"},
 ]
@@ -82,7 +85,7 @@ def test_imports_go_down(file: Path) -> None:
 def test_who_imports_what_from_outside(file: Path) -> None:
     outside = {module.partition(".")[0] for module in imported(file)} - {"spo"} - set(sys.stdlib_module_names)
     if part_of(file) in ("types", "ops", "losses", "regularizers", "schedules"):
-        assert outside <= {"torch"}
+        assert outside <= {"annotated_types", "torch"}
     if part_of(file) == "records":
         assert not outside & {"torch", "hydra", "omegaconf"}
     if part_of(file) != "tracking":
@@ -118,6 +121,35 @@ LIBRARIES = ("datasets", "lightning", "tokenizers", "torch", "torchmetrics", "tr
 def test_a_command_imports_only_what_it_uses(words: str, unused: set[str], tmp_path: Path) -> None:
     if "sweep" in words:
         write_sweep(tmp_path / "sweep", seeds=(1, 2))
+    status, modules, errors = run_and_list_modules(words, tmp_path)
+    assert status == ("dashboard" in words or "nowhere" in words), errors
+    assert not unused & modules
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("method=spoo", "method=spoo: no such member of method; did you mean spo?"),
+        ("alpha=foo", "alpha=foo: no such member of alpha; the group has constant"),
+        ("data=jsonl", "data.path has no value: the file, folder or hub name of your preference pairs"),
+        ("experiment=nowhere", "experiment=nowhere: no such member of experiment"),
+        ("trainer.max_steps=-1 data.batch_size=none", "data.batch_size=none: must be a whole number"),
+        ("-m method=spo,dop seed=1,2", "method=dop: no such member of method; did you mean dpo?"),
+        ("hydra.run.dir=used seed=5", "seed: 0 there, 5 now"),
+        ("hydra.run.dir=used method=dpo beta=3", "beta.value: 0.1 there, 3 now"),
+    ],
+)
+def test_a_wrong_command_is_answered_before_torch_is_imported(words: str, message: str, tmp_path: Path) -> None:
+    if "used" in words:
+        with claim(tmp_path / "used", compose([], run_dir=tmp_path / "used")):
+            pass
+    status, modules, errors = run_and_list_modules(f"train {words}", tmp_path)
+    assert status == 1 and message in errors and "Traceback" not in errors
+    assert not {*LIBRARIES, "numpy", "pydantic", "rich", "pyarrow"} & modules
+
+
+def run_and_list_modules(words: str, folder: Path) -> tuple[int, set[str], str]:
+    """Run a command in a process of its own; return its status, the modules it imported, and its stderr."""
     code = "import sys, spo.cli; status = spo.cli.main(sys.argv[1:]); print(status, *sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT.parent), "NETRC": os.devnull}
     environment.pop("WANDB_API_KEY", None)
@@ -126,10 +158,9 @@ def test_a_command_imports_only_what_it_uses(words: str, unused: set[str], tmp_p
         capture_output=True,
         text=True,
         check=True,
-        cwd=tmp_path,
+        cwd=folder,
         env=environment,
     )
     status, *modules = done.stdout.splitlines()[-1].split()
-    assert int(status) == ("dashboard" in words or "nowhere" in words), done.stderr
     assert "spo.cli" in modules
-    assert not unused & set(modules)
+    return int(status), set(modules), done.stderr

@@ -792,8 +792,15 @@ def test_problems_are_told_before_anything_runs(tmp_path: Path, monkeypatch: pyt
     assert all(f"judge.{key}={value}: must be" in text for key, value in wrong.items())
     assert "judge.path has no value" in told("judge=language_model")
     local = ["judge=language_model", f"judge.path={tmp_path}", "judge.margin=-1", "judge.dtype=float23"]
+    assert "there is no config.json" in told(*local)
+    (tmp_path / "config.json").write_text("{}")
     text = told(*local, "judge.trust_remote_code=maybe", "judge.batch_size=0")
-    for words in ("there is no config.json", "margin=-1: must be at least 0", "dtype=float23: choose auto", "maybe:"):
+    for words in (
+        "batch_size=0: must be at least 1",
+        "margin=-1: must be at least 0",
+        "dtype=float23: choose auto",
+        "maybe:",
+    ):
         assert words in text
     assert "your function, reward(prompts, completions)" in told("judge=function")
     assert "there is no module nowhere" in told("judge=function", "judge.reward._target_=nowhere.fn")

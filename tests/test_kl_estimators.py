@@ -340,7 +340,7 @@ def test_the_configuration_chooses_and_k1_is_warned_of() -> None:
     assert compose(["method=spo"]).regularizer.estimator == "tokenwise"
     for name in NAMES:
         said = warnings(compose([f"regularizer.estimator={name}"]))
-        assert len(said) == (name == "k1") and all("does not regularise" in text for text in said)
+        assert len(said) == (name == "k1") and all("does not regularize" in text for text in said)
 
 
 def test_a_run_with_each(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

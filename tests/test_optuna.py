@@ -142,7 +142,7 @@ def search(directory: Path, trials: int, jobs: int = 1, fails: Any = lambda numb
         f"sqlite:///{directory}/optuna.db",
     )
     formula = Formula(directory, fails)
-    sweeper.directory, sweeper.ledger, sweeper.launcher, sweeper.not_read = directory, formula.ledger, formula, []
+    sweeper.directory, sweeper.ledger, sweeper.launcher, sweeper.unused = directory, formula.ledger, formula, []
     sweeper.sweep([])
     return formula
 

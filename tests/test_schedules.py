@@ -86,9 +86,9 @@ def test_every_schedule_is_a_member_of_both_groups(key: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        (["alpha=list"], "alpha.values has no value: a list of positive numbers, one per optimiser step"),
+        (["alpha=list"], "alpha.values has no value: a list of positive numbers, one per optimizer step"),
         (["alpha=list", "alpha.values=[]"], "alpha: values must be a list"),
-        (["alpha=list", "alpha.values=0.5"], "alpha: values must be a list"),
+        (["alpha=list", "alpha.values=0.5"], "alpha.values=0.5: must be a list"),
         (["beta=list", "beta.values=[0.1,-1]"], "beta: values[1] must be a positive, finite number, got -1"),
     ],
 )

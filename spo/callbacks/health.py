@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from spo.bounds import PositiveFloat
 from spo.module import AlignmentModule
 from spo.records.files import write_json
 
@@ -102,13 +103,13 @@ class Health(Callback):
     def __init__(
         self,
         path: str,
-        chosen_fall: float | None,
-        rejected_fall: float | None,
-        p_eos: float | None,
-        repetition: float | None,
-        longer: float | None,
-        shorter: float | None,
-        entropy: float | None,
+        chosen_fall: PositiveFloat | None,
+        rejected_fall: PositiveFloat | None,
+        p_eos: PositiveFloat | None,
+        repetition: PositiveFloat | None,
+        longer: PositiveFloat | None,
+        shorter: PositiveFloat | None,
+        entropy: PositiveFloat | None,
     ) -> None:
         self.path = Path(path)
         limits = {

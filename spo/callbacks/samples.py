@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from transformers import PreTrainedTokenizerBase
 
+from spo.bounds import PositiveInt
 from spo.data import EvalPrompt
 from spo.errors import JudgeError
 from spo.evaluation import EvaluationSettings
@@ -39,7 +40,7 @@ class ValidationSamples(Callback):
         num_prompts: prompts of the selection split.
     """
 
-    def __init__(self, path: str, num_prompts: int) -> None:
+    def __init__(self, path: str, num_prompts: PositiveInt) -> None:
         self.path, self.num_prompts = Path(path), num_prompts
         self._reference: Draws | None = None
         self._warned = False

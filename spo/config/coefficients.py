@@ -1,24 +1,41 @@
-"""Which of alpha and beta a composition does not read: they are no part of what it is."""
+"""Which of alpha and beta a configuration reads: one that nothing reads is not a part of what the run is."""
 
 from __future__ import annotations
 
-from hydra.utils import instantiate
-from omegaconf import DictConfig
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 COEFFICIENTS = ("alpha", "beta")
 
 
 def unused_coefficients(cfg: DictConfig) -> list[str]:
-    """The coefficients that neither the loss nor the regularizer reads.
+    """Return the coefficients that neither the loss nor the regularizer reads.
 
-    Parts that cannot be made count as reading everything: what is wrong with them is for the checks to say.
+    Parts that cannot be made count as reading everything; the checks report what is wrong with them.
     """
-    from spo.losses import as_loss
-
     try:
-        loss = as_loss(instantiate(cfg.method.loss, _convert_="all"))
-        regularizer = instantiate(cfg.regularizer, _convert_="all")
+        nodes = {
+            "loss": OmegaConf.to_container(cfg.method.loss, resolve=True),
+            "regularizer": OmegaConf.to_container(cfg.regularizer, resolve=True),
+        }
+        return list(_unused(json.dumps(nodes, sort_keys=True)))
     except Exception:
         return []
+
+
+# Many places ask, for the same few configurations; a loss may be slow to make.
+@cache
+def _unused(nodes: str) -> tuple[str, ...]:
+    from hydra.utils import instantiate
+
+    from spo.losses import as_loss
+
+    parts: Mapping[str, Any] = json.loads(nodes)
+    loss = as_loss(instantiate(parts["loss"], _convert_="all"))
+    regularizer = instantiate(parts["regularizer"], _convert_="all")
     reads = (loss.uses_alpha, loss.uses_beta or getattr(regularizer, "weight", None) == "beta")
-    return [name for name, is_read in zip(COEFFICIENTS, reads, strict=True) if not is_read]
+    return tuple(name for name, is_read in zip(COEFFICIENTS, reads, strict=True) if not is_read)

@@ -32,15 +32,15 @@ VERSION_BASE = "1.3"
 def compose(
     overrides: Sequence[str] = (), config_dir: str | Path | None = None, run_dir: str | Path | None = None
 ) -> DictConfig:
-    """The configuration that ``spo train OVERRIDES`` would run, for notebooks and tests.
+    """Compose the configuration that ``spo train OVERRIDES`` would run, for notebooks and tests.
 
     Args:
-        overrides: as on the command line, plain numbers for alpha and beta included.
-        config_dir: folder with further members of the groups, as ``--config-dir``.
-        run_dir: becomes ``paths.run``; ``None`` for the one ``hydra.run.dir`` names.
+        overrides: Overrides as on the command line, plain numbers for alpha and beta included.
+        config_dir: Folder with further members of the groups, as ``--config-dir``.
+        run_dir: Value of ``paths.run``; ``None`` for the directory that ``hydra.run.dir`` names.
 
     Raises:
-        UserError: an override cannot be used.
+        UserError: An override cannot be used.
     """
     with composer(config_dir) as composed:
         cfg = composed(expand_numbers(overrides))
@@ -53,12 +53,15 @@ def compose(
 
 @contextmanager
 def composer(config_dir: str | Path | None = None) -> Iterator[Any]:
-    """A function from overrides to a configuration that includes Hydra's own node.
+    """Open Hydra, and yield a function from overrides to a configuration that includes Hydra's own node.
 
-    It may be opened while Hydra runs: what Hydra had in use is put back.
+    It may be opened while Hydra runs: the state of that run is restored at the end.
+
+    Args:
+        config_dir: Folder with further members of the groups.
 
     Raises:
-        UserError: ``config_dir`` is no folder.
+        UserError: ``config_dir`` is not a folder.
     """
     register_resolvers()
     extra: list[str] = []
@@ -78,16 +81,19 @@ def composer(config_dir: str | Path | None = None) -> Iterator[Any]:
 
 
 def parser() -> OverridesParser:
-    """Hydra's parser of overrides, able to expand ``glob(...)`` where a :func:`composer` is open."""
+    """Return Hydra's parser of overrides; it can expand ``glob(...)`` while a :func:`composer` is open."""
     hydra_is_up = GlobalHydra.instance().is_initialized()
     return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader() if hydra_is_up else None)
 
 
 def parse(override: str) -> Override:
-    """Reads one override.
+    """Read one override.
+
+    Args:
+        override: Text such as ``KEY=VALUE``.
 
     Raises:
-        UserError: it is none.
+        UserError: The text is not an override.
     """
     try:
         return parser().parse_overrides([override])[0]
@@ -101,13 +107,16 @@ def parse(override: str) -> Override:
 
 
 def expand_numbers(overrides: Sequence[str]) -> list[str]:
-    """Plain numbers for alpha and beta, as a person types them: ``alpha=0.5`` is ``alpha=constant alpha.value=0.5``.
+    """Write out plain numbers for alpha and beta: ``alpha=0.5`` becomes ``alpha=constant alpha.value=0.5``.
 
-    It applies where the key is exactly ``alpha`` or ``beta`` and every value is a positive number: one number, several
-    of a multirun, a ``choice``, a ``range`` or an ``interval``. Names of schedules are left alone.
+    This applies if the key is exactly ``alpha`` or ``beta`` and every value is a positive number: one number, several
+    of a multirun, a ``choice``, a ``range`` or an ``interval``. Names of schedules stay as they are.
+
+    Args:
+        overrides: Overrides as typed.
 
     Raises:
-        UserError: the value is neither a positive number nor a name, or the two are mixed.
+        UserError: A value is neither a positive number nor a name, or the two are mixed.
     """
     result: list[str] = []
     for override in overrides:
@@ -120,6 +129,7 @@ def expand_numbers(overrides: Sequence[str]) -> list[str]:
 
 
 def _is_number(override: Override) -> bool:
+    """Return whether every value is a positive number; :class:`UserError` for anything but names otherwise."""
     if override.type is not OverrideType.CHANGE or override.package is not None:
         return False
     if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
@@ -132,13 +142,14 @@ def _is_number(override: Override) -> bool:
         if isinstance(value, str) and value:
             raise UserError(f"{override.input_line}: names and numbers are mixed; give numbers alone or names alone")
         if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
-            raise UserError(f"{override.input_line}: {json.dumps(value, default=str)} is no number; write {example}")
+            raise UserError(f"{override.input_line}: {json.dumps(value, default=str)} is not a number; write {example}")
         if not (math.isfinite(value) and value > 0):
-            raise UserError(f"{override.input_line}: {value} is no positive, finite number; write {example}")
+            raise UserError(f"{override.input_line}: {value} is not a positive, finite number; write {example}")
     return True
 
 
 def _values(override: Override) -> list[Any]:
+    """Return every value that an override stands for, or the ends of an interval."""
     value = override.value()
     if isinstance(value, IntervalSweep):
         return [value.start, value.end]
@@ -158,7 +169,7 @@ def _values(override: Override) -> list[Any]:
 
 
 def register_resolvers() -> None:
-    """Makes the functions that the yaml files use as ``${spo.NAME:...}`` known."""
+    """Register the functions that the yaml files call as ``${spo.NAME:...}``."""
     OmegaConf.register_new_resolver("spo.multiply", multiply, replace=True)
     OmegaConf.register_new_resolver("spo.add", add, replace=True)
     OmegaConf.register_new_resolver("spo.at_most", min, replace=True)
@@ -170,40 +181,44 @@ def register_resolvers() -> None:
 
 
 def multiply(a: float, b: float) -> float:
-    """``a * b`` as a person would write it: 0.05 times 0.1 is 0.005."""
+    """Return ``a * b`` as a person would write it: 0.05 times 0.1 is 0.005."""
     return float(Decimal(str(a)) * Decimal(str(b)))
 
 
 def add(*numbers: int) -> int:
-    """The sum."""
+    """Return the sum."""
     return sum(numbers)
 
 
 def processes(devices: int | str, nodes: int) -> int:
-    """Processes of a run, for strategies that must be told.
+    """Return the number of processes of a run, for strategies that need it in advance.
+
+    Args:
+        devices: Value of ``trainer.devices``.
+        nodes: Value of ``trainer.num_nodes``.
 
     Raises:
-        ValueError: devices is no number.
+        ValueError: ``devices`` is not a number.
     """
     if not str(devices).isdigit():
-        raise ValueError(f"this strategy must know the number of devices: set trainer.devices, which is {devices}")
+        raise ValueError(f"this strategy needs the number of devices: set trainer.devices, which is {devices}")
     return int(devices) * int(nodes)
 
 
 def tasks_per_node(devices: Any) -> int:
-    """Processes that a cluster is to start on each node: one for each device, one where their number is not told."""
+    """Return how many processes a cluster starts on each node: one per device, or one if their number is unknown."""
     if str(devices).isdigit():
         return int(devices)
     return 1 if str(devices) in ("auto", "-1") else len(str(devices).strip("[],").split(","))
 
 
 def gpus_per_node(devices: Any, accelerator: str) -> int | None:
-    """GPUs to ask a cluster for; ``None`` for a run on the CPU."""
+    """Return the number of GPUs to ask a cluster for, per node; ``None`` for a run on the CPU."""
     return None if accelerator == "cpu" else tasks_per_node(devices)
 
 
-LONGEST = 120
-# Where a job writes, how it is launched and whether it replaces an older one do not say what it is.
+MAX_NAME_LENGTH = 120
+# Keys of where a job writes, how it is launched and whether it replaces an older one do not describe the job.
 _UNNAMED = re.compile(r"[+~]*(hydra[./=]|(paths|launcher|logger|tags|threads|rerun)([.=@]|$))")
 _KEY = re.compile(r"[A-Za-z][A-Za-z0-9._]*")
 _VALUE = re.compile(r"[A-Za-z0-9._-]+")
@@ -215,20 +230,28 @@ def _directory(overrides: Sequence[str], *, _root_: DictConfig) -> str:
 
 
 def directory(overrides: Sequence[str], cfg: DictConfig) -> str:
-    """Name of a job's directory in its sweep: without what it does not read, and without the list it comes from."""
+    """Return the name of a job's directory in its sweep.
+
+    Coefficients that the job does not read and the search that proposed it are not part of the name.
+
+    Args:
+        overrides: Overrides of the job.
+        cfg: Configuration of the job.
+    """
     return job_name(overrides, [*unused_coefficients(cfg), "hparams_search"])
 
 
 def job_name(overrides: Sequence[str], dropped: Sequence[str] = ()) -> str:
-    """Name of a job's directory, such as ``method-spo_alpha-0.5_seed-1``: of ``[A-Za-z0-9._-]``, at most 120 of them.
+    """Return a name for a list of overrides, such as ``method-spo_alpha-0.5_seed-1``.
 
-    Two different lists of overrides have different names. ``_`` in a value is written ``__``, which keeps the name
-    readable backwards; what does not fit (a path, of which the last part is shown, or other characters) is told
-    apart by eight hex digits of the list's digest at the end. A name that is cut keeps its seed.
+    A name has at most 120 characters of ``[A-Za-z0-9._-]``, and different lists have different names. ``_`` in a value
+    is written ``__``, so that the overrides can be read from the name. If they do not fit (a path, of which the last
+    part is shown, or other characters), eight hex digits of the list's digest end the name. A name that is cut keeps
+    its seed.
 
     Args:
-        overrides: of the job.
-        dropped: groups that are no part of what it is, such as coefficients that it does not read.
+        overrides: Overrides of a job.
+        dropped: Groups that are left out, such as coefficients that the job does not read.
     """
     named = [text for text in map(str, overrides) if not (_UNNAMED.match(text) or _group(text) in dropped)]
     if not named:
@@ -243,22 +266,23 @@ def job_name(overrides: Sequence[str], dropped: Sequence[str] = ()) -> str:
             shown = f"{key.lstrip('+~')}-{Path(value.rstrip('/')).name}"
             parts.append(re.sub(r"[^A-Za-z0-9._-]+", "-", shown).strip("-_."))
     name = "_".join(part for part in parts if part)
-    if lossless and len(name) <= LONGEST:
+    if lossless and len(name) <= MAX_NAME_LENGTH:
         return name
     digits = hashlib.sha256("\0".join(named).encode()).hexdigest()[:8]
     seed = next((f"_{part}" for part in parts if part.startswith("seed-")), "")
-    kept = name[: LONGEST - 9]
+    kept = name[: MAX_NAME_LENGTH - 9]
     if len(name) > len(kept) and f"{seed}_" not in f"{kept}_":
-        kept = f"{name[: LONGEST - 9 - len(seed)].rstrip('-_.')}{seed}"
+        kept = f"{name[: MAX_NAME_LENGTH - 9 - len(seed)].rstrip('-_.')}{seed}"
     return f"{kept.rstrip('-_.') or 'job'}_{digits}"
 
 
 def _group(override: str) -> str:
+    """Return the group of an override, such as ``alpha`` of ``+alpha.value=1``."""
     return re.split(r"[.=@]", override.lstrip("+~"), maxsplit=1)[0]
 
 
 def _merged(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Keys and values, a pair that stands for a plain number shown as that number."""
+    """Yield keys and values; the two overrides that stand for a plain number become one."""
     pairs = [(key, value) for key, _, value in (override.partition("=") for override in overrides)]
     skip = False
     for (key, value), (next_key, next_value) in zip(pairs, [*pairs[1:], ("", "")], strict=True):

@@ -1,4 +1,4 @@
-"""Walking a configuration, finding what a ``_target_`` names, and the words for what is not found."""
+"""Walk a configuration, find the object that a ``_target_`` names, and suggest what a misspelt word means."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ DIRECTIVES = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 
 
 def locate(path: str) -> Any:
-    """The object a ``_target_`` names.
+    """Return the object that a ``_target_`` names.
+
+    Args:
+        path: Dotted path.
 
     Raises:
-        ImportError: in words.
+        ImportError: There is no such object; the message is for people.
     """
     parts = path.split(".")
     for size in range(len(parts), 0, -1):
@@ -41,7 +44,7 @@ def locate(path: str) -> Any:
 
 
 def entries(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every key, with the node that holds it and its name there; interpolations are not followed."""
+    """Yield every key, the node that holds it and its name there; references to other keys are not followed."""
     names: Iterable[Any] = list(cfg) if isinstance(cfg, DictConfig) else range(len(cfg))
     for name in names:
         key = f"{prefix}{name}"
@@ -56,21 +59,25 @@ def entries(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[tuple[st
 
 
 def keys_of(cfg: DictConfig) -> set[str]:
+    """Return the dotted keys of a configuration, items of lists left out."""
     return {key for key, node, _ in entries(cfg) if isinstance(node, DictConfig)}
 
 
 def nodes_with_target(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
+    """Yield the key and the node of every ``_target_``."""
     for key, node, name in entries(cfg):
         if name == "_target_" and not OmegaConf.is_missing(node, name):
             yield key.rpartition(".")[0], node
 
 
 def in_target(cfg: DictConfig, key: str) -> bool:
+    """Return whether a key lies below a node with a ``_target_``, whose signature decides about it."""
     parents = list(itertools.accumulate(key.split(".")[:-1], lambda a, b: f"{a}.{b}"))
     return any(select(cfg, f"{parent}._target_") is not None for parent in parents)
 
 
 def select(cfg: DictConfig, key: str, default: Any = None) -> Any:
+    """Return the value of a dotted key; ``default`` if it is absent, missing or cannot be resolved."""
     try:
         return OmegaConf.select(cfg, key, default=default, throw_on_missing=False)
     except OmegaConfBaseException:
@@ -78,14 +85,17 @@ def select(cfg: DictConfig, key: str, default: Any = None) -> Any:
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def listed(words: Iterable[str]) -> str:
+    """Return the words as ``a, b or c``."""
     *most, last = words
     return f"{', '.join(most)} or {last}" if most else last
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean WORD?`` for the known word that is closest, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""

@@ -1,4 +1,4 @@
-"""What a search varies, what it looks for, and what is wrong with either."""
+"""Objective and space of a search by Optuna, and the problems of both."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 TARGET = "hydra_plugins.spo.OptunaSweeper"
 _GOALS = ("maximize", "minimize")
-# Where one of these is searched itself, every coefficient may be read.
-_DECIDE = ("method", "regularizer", "regularizer.weight")
+# Keys that decide which coefficients are read. If a search varies one of them, every coefficient may be read.
+_DECIDING_KEYS = ("method", "regularizer", "regularizer.weight")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a search looks for.
+    """Objective of a search.
 
     Attributes:
-        metric: of ``metrics.json``, measured on the selection split.
+        metric: Key of ``metrics.json``, measured on the selection split.
         direction: ``"maximize"`` or ``"minimize"``.
-        constraints: metrics, with the most each may be.
+        constraints: Upper limits of other metrics.
     """
 
     metric: str
@@ -39,11 +39,11 @@ class Objective:
 
     @classmethod
     def of(cls, node: Mapping[str, Any]) -> Objective:
-        """From the node of the configuration."""
+        """Read the objective from a node of the configuration."""
         return cls(str(node["metric"]), str(node["direction"]), dict(node.get("constraints") or {}))
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with it, in words."""
+        """Yield a sentence for each problem."""
         for key, metric in (("metric", self.metric), *(("constraints", name) for name in self.constraints)):
             if not metric.startswith("val/"):
                 yield (
@@ -54,39 +54,44 @@ class Objective:
             yield f"hydra.sweeper.objective.direction={self.direction}: choose {' or '.join(_GOALS)}"
         for name, most in self.constraints.items():
             if isinstance(most, bool) or not isinstance(most, int | float):
-                yield f"hydra.sweeper.objective.constraints: {name}={most}: must be the most that {name} may be"
+                yield f"hydra.sweeper.objective.constraints: {name}={most}: must be an upper limit of {name}"
 
 
 @dataclass(frozen=True)
 class Space:
-    """The overrides of a search: those that stay, and those that vary, by key in Hydra's grammar."""
+    """Overrides of a search.
+
+    Attributes:
+        fixed: Overrides of every job.
+        varied: Overrides with several values, by key, in Hydra's grammar.
+    """
 
     fixed: list[str]
     varied: dict[str, Override]
 
     @classmethod
-    def of(cls, params: Mapping[str, Any], overrides: Sequence[str], not_read: Sequence[str]) -> Space:
-        """Of the sweeper's ``params`` and the command line, whose keys replace those of the same name.
+    def of(cls, params: Mapping[str, Any], overrides: Sequence[str], unused: Sequence[str]) -> Space:
+        """Read the space from the sweeper's ``params`` and the command line, whose keys replace those of the same name.
 
         Args:
-            params: what is searched.
-            overrides: of the command line.
-            not_read: coefficients that the method does not read, so that they are not searched.
+            params: Ranges and choices by key.
+            overrides: Overrides of the command line.
+            unused: Coefficients that the method does not read, so that they are not searched.
 
         Raises:
-            UserError: one of them cannot be read.
+            UserError: An override cannot be read.
         """
         texts = [*(f"{key}={value}" for key, value in params.items()), *overrides]
         parsed = {one.get_key_element(): one for one in map(parse, texts) if not one.is_hydra_override()}
         varied = {key: one for key, one in parsed.items() if one.is_sweep_override()}
-        if not any(key in _DECIDE for key in varied):
-            parsed = {key: one for key, one in parsed.items() if key.partition(".")[0] not in not_read}
+        if not any(key in _DECIDING_KEYS for key in varied):
+            parsed = {key: one for key, one in parsed.items() if key.partition(".")[0] not in unused}
             varied = {key: one for key, one in varied.items() if key in parsed}
         fixed = [f"{key}={one.get_value_element_as_str()}" for key, one in parsed.items() if key not in varied]
         return cls(fixed, varied)
 
     def ends(self, key: str) -> list[str]:
-        """The values of a key between which the search moves: both ends of a range, or every choice."""
+        """Return both ends of a key's range, or every choice."""
         override = self.varied[key]
         value = override.value()
         if isinstance(value, IntervalSweep):
@@ -95,22 +100,22 @@ class Space:
         return [values[0], values[-1]] if isinstance(value, RangeSweep) else values
 
     def corners(self) -> list[list[str]]:
-        """Overrides of jobs in which each key takes each of its :meth:`ends` at least once."""
+        """Return overrides of jobs in which each key takes each of its :meth:`ends` at least once."""
         ends = {key: self.ends(key) for key in self.varied}
         longest = max(map(len, ends.values()), default=1)
         varied = ([f"{key}={values[i % len(values)]}" for key, values in ends.items()] for i in range(longest))
         return [[*one, *self.fixed] for one in varied]
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """What Optuna draws from.
+        """Return the distributions that Optuna draws from, by key.
 
         Raises:
-            UserError: a key has an impossible range.
+            UserError: A key has an impossible range.
         """
         return {key: _distribution(override) for key, override in self.varied.items()}
 
     def job(self, values: Mapping[str, Any]) -> list[str]:
-        """The overrides of one job."""
+        """Return the overrides of the job with these values."""
         return [*(f"{key}={values[key]}" for key in self.varied), *self.fixed]
 
 
@@ -143,11 +148,11 @@ def _distribution(override: Override) -> BaseDistribution:
 
 
 def problems(cfg: DictConfig, overrides: Sequence[str]) -> tuple[list[str], Space | None]:
-    """What is wrong with a search, in words, and its space where that can be read.
+    """Return a sentence for each problem of a search, and its space, ``None`` if that cannot be read.
 
     Args:
-        cfg: composed, with Hydra's node.
-        overrides: of the command line.
+        cfg: Configuration with Hydra's node.
+        overrides: Overrides of the command line.
     """
     sweeper = cfg.hydra.sweeper
     found = list(Objective.of(sweeper.objective).problems())

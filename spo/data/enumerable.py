@@ -12,12 +12,14 @@ import math
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 
-from spo.data.rows import Completer, Row, Split
+from spo.bounds import NonNegativeFloat, NonNegativeInt, PositiveInt
+from spo.data.rows import Completer, DataError, Row, Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -104,17 +106,17 @@ class EnumerableSource:
 
     def __init__(
         self,
-        seed: int,
-        num_prompts: int,
-        num_symbols: int,
-        prompt_symbols: int,
-        max_new_tokens: int,
-        reward_scale: float,
+        seed: NonNegativeInt,
+        num_prompts: PositiveInt,
+        num_symbols: Annotated[int, Ge(2)],
+        prompt_symbols: NonNegativeInt,
+        max_new_tokens: PositiveInt,
+        reward_scale: NonNegativeFloat,
         sampler: Literal["full", "reference", "restricted"],
         labels: Literal["soft", "hard"],
-        num_pairs: int | None,
-        support_share: float,
-        list_size: int,
+        num_pairs: PositiveInt | None,
+        support_share: Annotated[float, Gt(0), Le(1)],
+        list_size: Annotated[int, Ge(2)],
     ) -> None:
         if sampler not in ("full", "reference", "restricted"):
             raise ValueError(f"data.source.sampler={sampler}: choose full, reference or restricted")
@@ -129,6 +131,7 @@ class EnumerableSource:
                 f"data.source.list_size={list_size}, num_pairs={num_pairs}: at least 2 completions, and 1 pair"
             )
         self.seed, self.sampler, self.labels = seed, sampler, labels
+        self.prompt_symbols, self.max_new_tokens = prompt_symbols, max_new_tokens
         self.num_pairs, self.list_size, self.yields_lists = num_pairs, list_size, list_size > 2
         prompts, responses = _prompts(num_prompts, num_symbols, prompt_symbols), _responses(num_symbols, max_new_tokens)
         size = len(prompts), len(responses)
@@ -142,6 +145,18 @@ class EnumerableSource:
         self.samples_rows = sampler == "reference"
         self.dropped: dict[str, int] = {}
         self._check_lists()
+
+    def check_limits(self, max_length: int, truncation: str) -> None:
+        """Check that tokens are what sampling gives: no row is dropped or trimmed otherwise than a sample is.
+
+        Raises:
+            DataError: ``max_length`` or ``truncation`` differ from what follows from the language.
+        """
+        if (max_length, truncation) != (1 + self.prompt_symbols + self.max_new_tokens, "trim_completion"):
+            raise DataError(
+                "data=enumerable: data.max_length and data.truncation follow from the language, so that tokens are "
+                "what sampling gives; set data.max_new_tokens and data.source.prompt_symbols instead"
+            )
 
     def _check_lists(self) -> None:
         n, supported = self.list_size, int(self.language.support[0].sum())

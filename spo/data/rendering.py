@@ -17,16 +17,16 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, get_args
 
+from spo.bounds import Truncation
 from spo.data.rows import DataError, Message, Row, RowError, Split, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Truncation = Literal["drop_pair", "trim_completion", "trim_prompt"]
+TRUNCATIONS: tuple[Truncation, ...] = get_args(Truncation)
 _MARK = "\u27e6the answer\u27e7"
-TRUNCATIONS: tuple[Truncation, ...] = ("drop_pair", "trim_completion", "trim_prompt")
 
 
 @dataclass(frozen=True)

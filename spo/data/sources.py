@@ -17,12 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
+from annotated_types import Ge
+
+from spo.bounds import OnBadRow
 from spo.data.rendering import prompt_id
 from spo.data.rows import Completer, DataError, Message, Row, RowError, Split, Text
 
-OnBadRow = Literal["stop", "skip"]
 Record = dict[str, Any]
 COLUMNS = ("prompt", "chosen", "rejected", "preference", "weight")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
@@ -173,6 +175,8 @@ class FileSource(TableSource):
         on_bad_row: see `TableSource`.
     """
 
+    reads_local_files: ClassVar[bool] = True
+
     def __init__(self, path: str, columns: Mapping[str, str] | None, on_bad_row: OnBadRow) -> None:
         super().__init__(on_bad_row, columns)
         self.path = Path(path).expanduser()
@@ -246,7 +250,11 @@ class RankedFileSource(FileSource):
     known = ("prompt", "responses", "scores", "order", "weight")
 
     def __init__(
-        self, path: str, columns: Mapping[str, str] | None, on_bad_row: OnBadRow, max_responses: int | None
+        self,
+        path: str,
+        columns: Mapping[str, str] | None,
+        on_bad_row: OnBadRow,
+        max_responses: Annotated[int, Ge(2)] | None,
     ) -> None:
         super().__init__(path, columns, on_bad_row)
         if max_responses is not None and max_responses < 2:

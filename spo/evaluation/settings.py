@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from spo.bounds import NonNegativeInt, OpenFraction, PositiveFloat, PositiveInt
+
 REFERENCE, CHOSEN = "reference", "chosen"
 
 
@@ -28,14 +30,14 @@ class EvaluationSettings:
         seed: of the sampling.
     """
 
-    num_prompts: int
-    selection_prompts: int
-    samples_per_prompt: int
-    max_new_tokens: int
-    temperature: float
-    batch_size: int
+    num_prompts: PositiveInt
+    selection_prompts: NonNegativeInt
+    samples_per_prompt: PositiveInt
+    max_new_tokens: PositiveInt
+    temperature: PositiveFloat
+    batch_size: PositiveInt
     against: Sequence[str]
-    confidence: float
-    bootstrap_samples: int
-    self_bleu_samples: int
-    seed: int
+    confidence: OpenFraction
+    bootstrap_samples: PositiveInt
+    self_bleu_samples: NonNegativeInt
+    seed: NonNegativeInt

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from annotated_types import Ge, Lt
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -25,7 +28,7 @@ class DPOLoss(PreferenceLoss):
         ValueError: label_smoothing is outside [0, 0.5).
     """
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
+    def __init__(self, label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0) -> None:
         if not 0 <= label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
         self.label_smoothing = label_smoothing

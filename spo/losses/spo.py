@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from spo.bounds import NonNegativeFloat, PositiveFloat
 from spo.losses.base import PreferenceLoss, expected_loss, policy_margin, weighted
 from spo.types import PairLogps
 
@@ -67,7 +68,7 @@ class WeightedSPOLoss(SPOLoss):
 
     uses_batch_statistics: ClassVar[bool] = True
 
-    def __init__(self, gamma: float = 0.1, clip: float = 3.0) -> None:
+    def __init__(self, gamma: NonNegativeFloat = 0.1, clip: PositiveFloat = 3.0) -> None:
         if not (gamma >= 0 and clip > 0):
             raise ValueError(f"gamma must be >= 0 and clip > 0, got gamma={gamma}, clip={clip}")
         self.gamma, self.clip = gamma, clip

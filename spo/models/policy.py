@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from spo.bounds import DropoutRate, PositiveFloat, PositiveInt
 from spo.records import filenames
 
 Initial = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
@@ -29,9 +30,9 @@ class LoraSettings:
         target_modules: names of the modules to adapt, or ``"all-linear"``.
     """
 
-    r: int
-    alpha: float
-    dropout: float
+    r: PositiveInt
+    alpha: PositiveFloat
+    dropout: DropoutRate
     target_modules: str | Sequence[str]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from spo.bounds import PositiveInt
 from spo.data.logps_store import LogpsStore
 from spo.types import PreferenceBatch
 
@@ -24,10 +25,14 @@ class Reference:
     Attributes:
         scores_pairs: can score the pairs of the data set.
         scores_samples: can score any sequence, such as a sample of the policy.
+        stores_logps: Stores log-probabilities of pairs while training, so something has to read them.
+        needs_adapter: Works only with a policy that has an adapter.
     """
 
     scores_pairs: ClassVar[bool] = True
     scores_samples: ClassVar[bool] = True
+    stores_logps: ClassVar[bool] = False
+    needs_adapter: ClassVar[bool] = False
 
     def attach(self, load: Callable[[], nn.Module]) -> None:
         """Gets ready for training; ``load`` builds the model that training starts from, where one is needed."""
@@ -87,6 +92,8 @@ class CachedReference(FrozenReference):
             for: what the models take is known no earlier.
     """
 
+    stores_logps: ClassVar[bool] = True
+
     def __init__(self, cache_dir: str) -> None:
         super().__init__()
         self.cache_dir = cache_dir
@@ -125,7 +132,7 @@ class PrecomputedReference(Reference):
 
     scores_samples: ClassVar[bool] = False
 
-    def __init__(self, cache_dir: str, batch_tokens: int) -> None:
+    def __init__(self, cache_dir: str, batch_tokens: PositiveInt) -> None:
         self.cache_dir, self.batch_tokens = cache_dir, batch_tokens
         self.found = self.computed = 0
 
@@ -136,6 +143,8 @@ class AdapterOffReference(Reference):
     A fresh adapter starts as a no-op, so its initial state is the policy with the adapter switched off. A given
     adapter (``model.adapter_path``) is kept frozen under the name ``reference``, which is then the initial state.
     """
+
+    needs_adapter: ClassVar[bool] = True
 
     @contextmanager
     def active(self, policy: nn.Module) -> Iterator[nn.Module]:

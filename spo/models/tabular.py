@@ -16,6 +16,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
+from spo.bounds import NonNegativeFloat, NonNegativeInt, PositiveInt, validated_by
+
 MOST_ENTRIES = 50_000_000
 
 
@@ -119,8 +121,14 @@ def check_size(vocab_size: int, context: int) -> None:
         )
 
 
+def validate(tokenizer: PreTrainedTokenizerFast, context: int, **_: Any) -> None:
+    """Check the arguments of :func:`build` without building: see :func:`check_size`."""
+    check_size(len(tokenizer), context)
+
+
+@validated_by(validate)
 def build(
-    tokenizer: PreTrainedTokenizerFast, context: int, scale: float, seed: int
+    tokenizer: PreTrainedTokenizerFast, context: PositiveInt, scale: NonNegativeFloat, seed: NonNegativeInt
 ) -> tuple[TabularForCausalLM, PreTrainedTokenizerFast]:
     """Model and tokenizer together, as ``model.initial``; the global random state is left as it was.
 

@@ -6,6 +6,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from spo.bounds import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spo.data.stories.grammar import StoryWorld
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -96,16 +97,16 @@ def build_tiny(
 def build(
     tokenizer: PreTrainedTokenizerFast | None,
     vocab_size: int,
-    num_stories: int,
-    hidden_size: int,
-    intermediate_size: int,
-    num_hidden_layers: int,
-    num_attention_heads: int,
-    num_key_value_heads: int,
-    max_position_embeddings: int,
+    num_stories: PositiveInt,
+    hidden_size: PositiveInt,
+    intermediate_size: PositiveInt,
+    num_hidden_layers: PositiveInt,
+    num_attention_heads: PositiveInt,
+    num_key_value_heads: PositiveInt,
+    max_position_embeddings: PositiveInt,
     tie_word_embeddings: bool,
-    initializer_range: float,
-    seed: int,
+    initializer_range: NonNegativeFloat,
+    seed: NonNegativeInt,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Model and tokenizer together, as ``model.initial``.
 

@@ -7,10 +7,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from spo.bounds import NonNegativeFloat
 from spo.ops import KL_ESTIMATORS, KLEstimator, Logits
 from spo.types import Sequences
 
-Weight = float | Literal["beta"]
+Weight = NonNegativeFloat | Literal["beta"]
 
 
 class Regularizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from spo.bounds import PositiveInt
 from spo.ops import KL_ESTIMATORS, KLEstimator
 from spo.regularizers.base import Regularizer, Weight
 
@@ -49,10 +50,10 @@ class GlobalKL(Regularizer):
     def __init__(
         self,
         weight: Weight,
-        refresh_every: int,
-        num_samples: int,
-        batch_size: int,
-        max_new_tokens: int,
+        refresh_every: PositiveInt,
+        num_samples: PositiveInt,
+        batch_size: PositiveInt,
+        max_new_tokens: PositiveInt,
         estimator: KLEstimator,
     ) -> None:
         super().__init__(weight)

@@ -18,7 +18,8 @@ from omegaconf import DictConfig
 from spo.errors import UserError, error_line
 from spo.records import filenames
 from spo.records.files import read_json, write_json
-from spo.runs.identity import differences, identity
+from spo.runs.another_run import refuse_differences
+from spo.runs.identity import identity
 from spo.runs.processes import is_first_process, sweep_dir
 from spo.runs.provenance import write_provenance
 from spo.runs.saved_config import write_config
@@ -154,16 +155,7 @@ def _status(run_dir: Path, cfg: DictConfig, resumed: bool) -> Status:
         theirs, ours = (
             {**one, "config": {key: one["config"][key] for key in shared}, "code": None} for one in (theirs, ours)
         )
-    if differing := differences(theirs, ours):
-        raise UserError(
-            "\n".join(
-                [
-                    f"{run_dir} holds another run. What differs:",
-                    *(f"  - {line}" for line in differing),
-                    "choose another hydra.run.dir, or add rerun=true to move the old one aside",
-                ]
-            )
-        )
+    refuse_differences(run_dir, theirs, ours)
     return Status.FINISHED if is_finished(run_dir) else Status.UNFINISHED
 
 

@@ -24,15 +24,19 @@ _FILES = {
 }
 
 
-def identity(cfg: DictConfig) -> dict[str, Any]:
+def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, Any]:
     """Return what makes two runs the same: configuration, bytes of data and weights, and code.
+
+    Args:
+        cfg: Configuration of the run.
+        unused: Coefficients to leave out; ``None`` for those that the method and the regularizer do not read.
 
     Returns:
         A mapping with ``config`` (flat keys, without operational keys and without a coefficient that the method does
         not use), the digests ``data``, ``weights``, ``adapter`` and ``judge`` (``None`` where the configuration names
         no such file), ``code``, and the ``digest`` of all of these.
     """
-    unused = unused_coefficients(cfg)
+    unused = unused_coefficients(cfg) if unused is None else unused
     flat = {
         key: value
         for key, value in flatten(resolved(cfg)).items()

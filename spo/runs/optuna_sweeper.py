@@ -1,4 +1,4 @@
-"""A search by Optuna: a sweeper for Hydra that asks for settings, has them run, and tells what they came to."""
+"""A search by Optuna: a sweeper for Hydra that asks for settings, runs them, and reports their results."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ from spo.config.search_space import TARGET, Objective, Space
 
 
 def register() -> None:
-    """Makes the sweeper known to Hydra, which takes sweepers only by a name that begins with ``hydra_plugins``."""
+    """Register the sweeper with Hydra, which accepts only names that begin with ``hydra_plugins``."""
     Plugins.instance().class_name_to_class[TARGET] = OptunaSweeper
 
 
 class OptunaSweeper(Sweeper):
-    """Runs the trials that Optuna proposes, in batches, through the launcher.
+    """A sweeper that runs the trials Optuna proposes, in batches, through the launcher.
 
-    The study lies in the sweep directory. The same command goes on with it: trials that were interrupted are run again
-    with the values they had, and the proposals are those that an uninterrupted search would have made.
+    The study lies in the sweep directory. The same command resumes it: interrupted trials run again with the values
+    they had, and the proposals are those that an uninterrupted search would have made.
 
     Args:
-        n_trials: in all, failed ones included.
-        n_jobs: trials proposed and run at a time.
-        seed: of the proposals.
-        objective: see :class:`Objective`.
-        params: what is searched, by key, in Hydra's grammar.
-        sampler: an Optuna sampler by ``_target_``, without its seed.
+        n_trials: Number of trials in all, failed ones included.
+        n_jobs: Number of trials proposed and run at a time.
+        seed: Seed of the proposals.
+        objective: Node of an :class:`Objective`.
+        params: Ranges and choices by key, in Hydra's grammar.
+        sampler: Node of an Optuna sampler, without its seed.
         storage: URL of Optuna's database.
     """
 
@@ -70,8 +70,8 @@ class OptunaSweeper(Sweeper):
         self.objective, self.params, self.sampler, self.storage = Objective.of(objective), params, sampler, storage
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Called by Hydra before :meth:`sweep`."""
-        self.not_read = unused_coefficients(config)
+        """Prepare the launcher; Hydra calls this before :meth:`sweep`."""
+        self.unused = unused_coefficients(config)
         self.directory = Path(str(config.hydra.sweep.dir)).absolute()
         self.ledger = Ledger(self.directory)
         self.launcher = Plugins.instance().instantiate_launcher(
@@ -79,18 +79,21 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Called by Hydra with the overrides of the command line.
+        """Run the search; Hydra calls this with the overrides of the command line.
+
+        Args:
+            arguments: Overrides of the command line.
 
         Raises:
-            UserError: the directory holds another search, or a process is at work on this one.
+            UserError: The directory holds another search, or another process works on this one.
         """
-        self.space = Space.of(self.params, arguments, self.not_read)
+        self.space = Space.of(self.params, arguments, self.unused)
         with self._study() as study:
             while trials := self._next(study):
                 jobs = [self.space.job(trial.params) for trial in trials]
                 self.launcher.launch(jobs, initial_job_idx=trials[0].number)
                 for trial, job in zip(trials, jobs, strict=True):
-                    self._tell(study, trial, job)
+                    self._record(study, trial, job)
                 self._write(study)
             self._write(study)
             self._show(study)
@@ -113,7 +116,7 @@ class OptunaSweeper(Sweeper):
         try:
             lock = FileLock(self.directory / filenames.OPTIMIZATION_LOCK).acquire(timeout=0)
         except Timeout:
-            raise UserError(f"another process is at work on the search in {self.directory}: wait for it") from None
+            raise UserError(f"another process works on the search in {self.directory}: wait for it") from None
         with lock:
             study = optuna.create_study(
                 study_name="spo",
@@ -131,24 +134,24 @@ class OptunaSweeper(Sweeper):
             yield study
 
     def _next(self, study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-        """Trials to run: those that a process left when it died, else new ones."""
+        """Return the trials to run next: those that a dead process left, else new ones."""
         from optuna.trial import TrialState
 
         begun = study.get_trials(states=(TrialState.RUNNING,))
         for trial in begun:
-            if trial.params.keys() != self.space.varied.keys():  # it died while proposing
+            if trial.params.keys() != self.space.varied.keys():  # The process died while proposing.
                 study.tell(trial.number, state=TrialState.FAIL)
         if waiting := [trial for trial in begun if trial.params.keys() == self.space.varied.keys()]:
             return waiting[: self.n_jobs]
         proposed: list[optuna.trial.FrozenTrial] = []
         while len(proposed) < self.n_jobs and (number := len(study.trials)) < self.n_trials:
-            # Seeded by the number of the trial, so that a search that is interrupted draws nothing twice.
+            # The number of the trial is part of the seed, so that a resumed search draws nothing twice.
             study.sampler = instantiate(self.sampler, seed=derive_seed("search", self.seed, number) % 2**32)
             study.ask(self.space.distributions())
             proposed.append(study.trials[number])
         return proposed
 
-    def _tell(self, study: optuna.Study, trial: optuna.trial.FrozenTrial, job: Sequence[str]) -> None:
+    def _record(self, study: optuna.Study, trial: optuna.trial.FrozenTrial, job: Sequence[str]) -> None:
         import optuna
 
         live = optuna.trial.Trial(study, trial._trial_id)
@@ -215,10 +218,10 @@ class OptunaSweeper(Sweeper):
         for row in rows:
             values = [_number(row["params"].get(key)) for key in self.space.varied]
             values += [_number(row["value"]), *(_number(row["constraints"][name]) for name in limits)]
-            said = row["state"] if row["state"] != "complete" else "" if row["feasible"] else "out of bounds"
+            state = row["state"] if row["state"] != "complete" else "" if row["feasible"] else "out of bounds"
             style = "bold green" if row is best else "red" if row["state"] == "fail" else ""
             table.add_row(
-                Text(str(row["number"])), *map(Text, values), Text("best" if row is best else said), style=style
+                Text(str(row["number"])), *map(Text, values), Text("best" if row is best else state), style=style
             )
         console = Console()
         console.print(f"\nsearch {self.directory}", soft_wrap=True, markup=False, highlight=False)

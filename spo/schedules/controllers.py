@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Literal
 
+from spo.bounds import NonNegativeFloat, PositiveFloat, PositiveInt
 from spo.schedules.base import Schedule, positive
 
 
@@ -41,7 +42,14 @@ class Controller(Schedule):
     direction: ClassVar[Literal[-1, 1]]
 
     def __init__(
-        self, target: float, start: float, rate: float, gain: float, every: int, min: float, max: float
+        self,
+        target: PositiveFloat,
+        start: PositiveFloat,
+        rate: PositiveFloat,
+        gain: NonNegativeFloat,
+        every: PositiveInt,
+        min: PositiveFloat,
+        max: PositiveFloat,
     ) -> None:
         positive(target=target, start=start, rate=rate, every=every, min=min, max=max)
         if not 0 <= gain < math.inf:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from spo.bounds import NonNegativeInt, PositiveFloat
 from spo.schedules.base import Schedule, positive
 
 
@@ -15,7 +16,7 @@ class Constant(Schedule):
         value: positive.
     """
 
-    def __init__(self, value: float) -> None:
+    def __init__(self, value: PositiveFloat) -> None:
         positive(value=value)
         self.value = value
 
@@ -32,7 +33,7 @@ class Linear(Schedule):
         steps: optimiser steps.
     """
 
-    def __init__(self, start: float, end: float, steps: int) -> None:
+    def __init__(self, start: PositiveFloat, end: PositiveFloat, steps: NonNegativeInt) -> None:
         positive(start=start, end=end)
         self.start, self.end, self.steps = start, end, steps
 

@@ -55,12 +55,13 @@ log = logging.getLogger(__name__)
 COUNTS = ("read", "used", "dropped", "truncated")
 
 
-def train(cfg: DictConfig, *, resumed: bool = False) -> dict[str, float]:
+def train(cfg: DictConfig, *, resumed: bool = False, checked: bool = False) -> dict[str, float]:
     """Runs the job that ``cfg`` describes in its run directory, or reads the result that is there already.
 
     Args:
         cfg: Configuration of the run.
         resumed: Continue the run in the directory even if another version of the code started it.
+        checked: Skip the checks of the configuration, because the caller has made them.
 
     Returns:
         The final metrics.
@@ -69,7 +70,8 @@ def train(cfg: DictConfig, *, resumed: bool = False) -> dict[str, float]:
         UserError: the configuration is impossible, or the run directory holds another run.
     """
     quiet_libraries()
-    check_config(cfg)
+    if not checked:
+        check_config(cfg)
     run_dir = Path(cfg.paths.run)
     with claim(run_dir, cfg, resumed=resumed) as status:
         if status is Status.FINISHED:

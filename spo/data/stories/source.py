@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Literal
 
+from spo.bounds import NonNegativeInt, PositiveInt
 from spo.data.rows import SPLITS, Completer, Completion, Row, Split
 from spo.data.stories.grammar import StoryWorld
 from spo.data.stories.reward import GoldReward
@@ -37,13 +38,13 @@ class StoriesSource:
 
     def __init__(
         self,
-        seed: int,
-        num_sft: int,
-        num_prompts: int,
-        selection_prompts: int,
-        test_prompts: int,
-        pairs_per_prompt: int,
-        limit: int | None,
+        seed: NonNegativeInt,
+        num_sft: PositiveInt,
+        num_prompts: PositiveInt,
+        selection_prompts: NonNegativeInt,
+        test_prompts: PositiveInt,
+        pairs_per_prompt: PositiveInt,
+        limit: PositiveInt | None,
         labels: Literal["soft", "hard"],
     ) -> None:
         if labels not in ("soft", "hard"):

@@ -9,9 +9,10 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
 
+from spo.bounds import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from spo.errors import JudgeError
 from spo.evaluation.judges.base import Comparison
 from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, question
@@ -53,6 +54,8 @@ class HTTPJudge(PairwiseJudge):
         ValueError: an argument makes no sense.
     """
 
+    needs_package: ClassVar[str] = "openai"
+
     def __init__(
         self,
         *,
@@ -61,15 +64,15 @@ class HTTPJudge(PairwiseJudge):
         key_variable: str | None,
         template: str,
         request: Mapping[str, Any],
-        timeout_s: float,
-        max_retries: int,
-        attempts: int,
-        requests_per_minute: float | None,
-        concurrency: int,
-        input_price: float | None,
-        output_price: float | None,
+        timeout_s: PositiveFloat,
+        max_retries: NonNegativeInt,
+        attempts: PositiveInt,
+        requests_per_minute: PositiveFloat | None,
+        concurrency: PositiveInt,
+        input_price: NonNegativeFloat | None,
+        output_price: NonNegativeFloat | None,
         cache: str,
-        max_unanswered: float,
+        max_unanswered: Fraction,
     ) -> None:
         super().__init__(cache, max_unanswered)
         address = urlsplit(base_url)

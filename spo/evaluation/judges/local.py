@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import count
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from spo.bounds import FloatType, Fraction, NonNegativeFloat, PositiveInt
 from spo.errors import JudgeError
 from spo.evaluation.judges.base import Comparison, progress
 from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, question
@@ -112,16 +115,25 @@ class RewardModelJudge(RewardJudge):
         self,
         *,
         path: str,
-        dtype: str,
+        dtype: Literal["auto"] | FloatType,
         trust_remote_code: bool,
         device: str | None,
-        batch_size: int,
-        max_length: int | None,
+        batch_size: PositiveInt,
+        max_length: Annotated[int, Ge(2)] | None,
     ) -> None:
         super().__init__(self._rewards)
         self._local = LocalModel(AutoModelForSequenceClassification, path, dtype, trust_remote_code, device, batch_size)
         self.max_length = max_length
         self.truncated = 0
+
+    @staticmethod
+    def check_folder(path: str) -> None:
+        """Check a folder before training, from its config alone.
+
+        Raises:
+            JudgeError: The model has not exactly one output.
+        """
+        _check_outputs(path, PretrainedConfig.from_pretrained(path).num_labels)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -135,8 +147,7 @@ class RewardModelJudge(RewardJudge):
     @torch.no_grad()
     def _rewards(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
         model = self._local.model
-        if model.config.num_labels != 1:
-            raise JudgeError(f"judge.path={self._local.path}: {one_output(model.config.num_labels)}")
+        _check_outputs(self._local.path, model.config.num_labels)
         rows = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         rewards = [0.0] * len(rows)
         with progress("scoring", len(rows)) as advance:
@@ -187,12 +198,12 @@ class RewardModelJudge(RewardJudge):
         return token
 
 
-def one_output(outputs: int | None) -> str:
-    """Why a model with several outputs is no reward model."""
-    return (
-        f"this model has {outputs} outputs, and a reward model has one (num_labels=1); wrap a classifier in a reward "
-        "function of yours and write judge=function"
-    )
+def _check_outputs(path: str, outputs: int | None) -> None:
+    if outputs != 1:
+        raise JudgeError(
+            f"judge.path={path}: this model has {outputs} outputs, and a reward model has one (num_labels=1); wrap a "
+            "classifier in a reward function of yours and write judge=function"
+        )
 
 
 class LanguageModelJudge(PairwiseJudge):
@@ -220,14 +231,14 @@ class LanguageModelJudge(PairwiseJudge):
         self,
         *,
         path: str,
-        dtype: str,
+        dtype: Literal["auto"] | FloatType,
         trust_remote_code: bool,
         device: str | None,
-        batch_size: int,
+        batch_size: PositiveInt,
         template: str,
-        margin: float,
+        margin: NonNegativeFloat,
         cache: str,
-        max_unanswered: float,
+        max_unanswered: Fraction,
     ) -> None:
         super().__init__(cache, max_unanswered)
         self._local = LocalModel(AutoModelForCausalLM, path, dtype, trust_remote_code, device, batch_size)

@@ -1,0 +1,54 @@
+"""Checks of a configuration before a model is loaded: every problem is found at once and explained in a sentence.
+
+Quick checks come first. They need neither torch nor the code that a ``_target_`` names, so that a mistyped command is
+answered at once. Only a configuration that passes them is checked against the code it names.
+"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from spo.config.checks.combinations import combination_problems
+from spo.config.checks.files import file_problems, looks_like_path
+from spo.config.checks.notes import warnings
+from spo.config.checks.settings import missing_and_unresolved, setting_problems
+from spo.config.checks.targets import Parts, target_problems
+from spo.errors import ConfigProblems
+
+__all__ = [
+    "check_config",
+    "code_problems",
+    "looks_like_path",
+    "missing_and_unresolved",
+    "problems",
+    "quick_problems",
+    "warnings",
+]
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Raise :class:`ConfigProblems` with everything that is wrong with a configuration.
+
+    Args:
+        cfg: Composed configuration, with or without Hydra's own node.
+    """
+    if found := problems(cfg):
+        raise ConfigProblems(found)
+
+
+def problems(cfg: DictConfig) -> list[str]:
+    """Return a sentence for each problem: the quick ones if there are any, else those found by importing code."""
+    return quick_problems(cfg) or code_problems(cfg)
+
+
+def quick_problems(cfg: DictConfig) -> list[str]:
+    """Return missing and wrong values and files that do not exist, found without importing what runs."""
+    parts = (missing_and_unresolved, setting_problems, file_problems)
+    return list(dict.fromkeys(problem for part in parts for problem in part(cfg)))
+
+
+def code_problems(cfg: DictConfig) -> list[str]:
+    """Return problems of targets, their parameters and their combination; this imports the code that they name."""
+    found = list(target_problems(cfg))
+    parts = Parts(cfg, found)
+    return list(dict.fromkeys([*found, *combination_problems(cfg, parts)]))

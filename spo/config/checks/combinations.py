@@ -1,0 +1,173 @@
+"""Rules about combinations of parts. They read what the parts declare, and never ask which member of a group it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from spo.config.checks.files import missing_data
+from spo.config.checks.targets import Parts
+from spo.config.coefficients import COEFFICIENTS, unused_coefficients
+from spo.config.nodes import first_line, listed, locate, select
+from spo.errors import JudgeError
+from spo.resources import conf_dir
+
+
+def combination_problems(cfg: DictConfig, parts: Parts) -> Iterator[str]:
+    """Yield why parts cannot be built, and why those that can do not fit together.
+
+    Args:
+        cfg: Composed configuration.
+        parts: Parts of the run that ``cfg`` describes.
+    """
+    found = [*_objective(cfg, parts), *_coefficients(cfg, parts), *_data(cfg, parts)]
+    found += [*_model(cfg, parts), *_optimizer(parts), *_judge(cfg, parts)]
+    yield from [*parts.problems, *found]
+
+
+def _objective(cfg: DictConfig, parts: Parts) -> Iterator[str]:
+    """Yield conflicts of loss, regularizer and reference."""
+    loss, regularizer, reference = parts.loss, parts.regularizer, parts.reference
+    if loss is not None and not callable(loss):
+        yield f"method.loss: {type(loss).__name__} is not a loss, it cannot be called"
+    if loss is None or regularizer is None or reference is None:
+        return
+    method, member = select(cfg, "method.name"), member_name("reference", reference)
+    regularizer_name = member_name("regularizer", type(regularizer))
+    scores_pairs, scores_samples = (getattr(reference, name, True) for name in ("scores_pairs", "scores_samples"))
+    source, reads_pairs = getattr(regularizer, "source", None), declares(loss, "uses_reference")
+    if source == "enumeration" and not hasattr(parts.source, "language"):
+        yield (
+            f"regularizer={regularizer_name} sums over every response, which takes a data set "
+            "that can be enumerated: choose data=enumerable, or regularizer=global_kl"
+        )
+    if declares(loss, "uses_lists") and not hasattr(loss, "of_ranking"):
+        yield f"method.loss: {type(loss).__name__} declares uses_lists: derive it from spo.losses.ListLoss"
+    if reads_pairs and not scores_pairs:
+        yield (
+            f"method={method} needs a reference model, but reference={member} provides none: choose reference=frozen"
+        )
+    if source is not None and not scores_samples:
+        yield (
+            f"regularizer={regularizer_name} scores sequences with a reference model, but reference={member} "
+            "provides none for them: choose reference=frozen (or adapter_off with model=hf_lora)"
+        )
+    if scores_pairs and not scores_samples and source is None and not reads_pairs:
+        yield f"reference={member}: nothing reads the log-probabilities it would compute; choose reference=none"
+    if getattr(reference, "stores_logps", False) and (source == "dataset" or not reads_pairs):
+        yield (
+            f"reference={member}: method={method} with regularizer={regularizer_name} does not "
+            "read the log-probabilities it would store; choose reference=frozen"
+        )
+    if getattr(reference, "needs_adapter", False) and select(cfg, "model.lora") is None:
+        yield f"reference={member} needs an adapter to switch off, but model.lora is null: choose model=hf_lora"
+    if source is not None and getattr(regularizer, "weight", None) == "beta" and declares(loss, "uses_beta"):
+        yield (
+            f"regularizer.weight=beta: {method} reads beta itself, so the regularizer needs a number of its own, "
+            "such as regularizer.weight=0.01"
+        )
+
+
+def _coefficients(cfg: DictConfig, parts: Parts) -> Iterator[str]:
+    """Yield schedules that measure what the run does not provide."""
+    schedules = {"alpha": parts.alpha, "beta": parts.beta}
+    for name in COEFFICIENTS:
+        watched = getattr(schedules[name], "watches", None)
+        if watched is None or name in unused_coefficients(cfg):
+            continue
+        chosen = f"{name}={member_name(name, type(schedules[name]))}"
+        if select(cfg, "probe.num_prompts") == 0:
+            yield f"{chosen} measures the policy on the probe's samples, but probe.num_prompts=0: set it, say to 16"
+        if watched == "kl" and not getattr(parts.reference, "scores_samples", True):
+            member = member_name("reference", parts.reference)
+            yield f"{chosen} measures the KL to a reference model, but reference={member} provides none: choose frozen"
+
+
+def _data(cfg: DictConfig, parts: Parts) -> Iterator[str]:
+    """Yield data that the source cannot read or the loss cannot learn from."""
+    path = select(cfg, "data.path")
+    if path is not None and getattr(parts.target("data.source"), "reads_local_files", False):
+        yield from filter(None, [missing_data(str(path))])
+    source, loss = parts.source, parts.loss
+    if (check := getattr(source, "check_limits", None)) is not None:
+        try:
+            check(select(cfg, "data.max_length"), select(cfg, "data.truncation"))
+        except ValueError as error:
+            yield first_line(error)
+    # Supervised methods lose nothing of a list: they learn from its best completion alone.
+    reads_pairs = loss is not None and not declares(loss, "uses_lists") and declares(loss, "uses_rejected")
+    if getattr(source, "yields_lists", False) and reads_pairs:
+        yield (
+            f"method={select(cfg, 'method.name')} compares two completions, but the data has lists of more: choose "
+            f"{listed(f'method={name}' for name in _list_methods())}, or lists of two "
+            "(data.source.max_responses=2 in data=ranked_jsonl, data.source.list_size=2 in data=enumerable)"
+        )
+
+
+def _model(cfg: DictConfig, parts: Parts) -> Iterator[str]:
+    """Yield why a model that makes its own weights cannot be built, if its function declares a check."""
+    if getattr(parts.target("model.initial"), "validate", None) is None:
+        return
+    initial = parts.build("model.initial")
+    if isinstance(initial, partial):
+        try:
+            vars(initial.func)["validate"](**initial.keywords)
+        except ValueError as error:
+            yield first_line(error)
+
+
+def _optimizer(parts: Parts) -> Iterator[str]:
+    if parts.optimizer is None:
+        return
+    import torch
+
+    try:
+        parts.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError) as error:
+        yield f"optimizer: {first_line(error)}"
+
+
+def _judge(cfg: DictConfig, parts: Parts) -> Iterator[str]:
+    against = select(cfg, "evaluation.against") or []
+    others = [str(name) for name in against if name != "reference"] if not isinstance(against, str) else []
+    if parts.judge is None and not parts.has_problem("judge") and others:
+        yield (
+            f"evaluation.against: a comparison with {', '.join(others)} takes a judge, and there is none "
+            "(judge=none, or judge=gold of data without a reward): choose one, or set evaluation.against=[reference]"
+        )
+    path = select(cfg, "judge.path")
+    check = getattr(parts.target("judge"), "check_folder", None)
+    if check is not None and path is not None and (Path(str(path)) / "config.json").is_file():
+        try:
+            check(str(path))
+        except JudgeError as error:
+            yield str(error)
+
+
+def declares(loss: Any, name: str) -> bool:
+    """Return a declaration of a loss; one from outside may leave it to the default."""
+    from spo.losses import PreferenceLoss
+
+    return bool(getattr(loss, name, getattr(PreferenceLoss, name)))
+
+
+def _list_methods() -> list[str]:
+    """Return the shipped methods that read lists."""
+    found = []
+    for file in sorted((conf_dir() / "method").glob("*.yaml")):
+        if declares(locate(str(OmegaConf.select(OmegaConf.load(file), "loss._target_"))), "uses_lists"):
+            found.append(file.stem)
+    return found
+
+
+def member_name(group: str, cls: type) -> str:
+    """Return the shipped member of a group that makes ``cls``, or the name of the class; for messages."""
+    for file in sorted((conf_dir() / group).glob("*.yaml")):
+        target = OmegaConf.select(OmegaConf.load(file), "_target_")
+        if target is not None and str(target).rpartition(".")[2] == cls.__name__:
+            return file.stem
+    return cls.__name__

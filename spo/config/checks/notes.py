@@ -1,0 +1,50 @@
+"""Notes about settings that are allowed, yet are probably not what a person means."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from spo.config.checks.combinations import declares
+from spo.config.checks.targets import Parts
+from spo.config.coefficients import COEFFICIENTS, unused_coefficients
+from spo.config.nodes import select
+
+
+def warnings(cfg: DictConfig) -> list[str]:
+    """Return a sentence for each setting that is allowed but has no effect, or another one than its name suggests."""
+    parts = Parts(cfg)
+    loss, regularizer = parts.loss, parts.regularizer
+    name, unused = select(cfg, "method.name"), unused_coefficients(cfg)
+    notes = []
+    if "alpha" in unused and _is_changed(cfg, "alpha", "data.default_alpha"):
+        notes.append(f"{name} does not read alpha: what you set it to has no effect")
+    if "beta" in unused and _is_changed(cfg, "beta", "method.default_beta"):
+        notes.append(f"nothing reads beta in {name} with this regularizer: what you set it to has no effect")
+    for key in (name for name in COEFFICIENTS if name not in unused):
+        every, steps = select(cfg, f"{key}.every"), select(cfg, "trainer.max_steps")
+        if every is not None and every > steps:
+            notes.append(f"{key}.every={every} is more than trainer.max_steps={steps}: {key} is never adjusted")
+    if getattr(regularizer, "source", None) == "policy" and select(cfg, "probe.num_prompts") == 0:
+        notes.append(
+            "probe.num_prompts=0 leaves the regularizer out of val/loss: it is measured on the probe's samples"
+        )
+    if getattr(regularizer, "estimator", None) == "k1":
+        notes.append(
+            "regularizer.estimator=k1 measures the KL and does not regularize: its gradient is zero in expectation; "
+            "tokenwise, unbiased and k2 have a gradient of the KL"
+        )
+    if select(cfg, "model.adapter_path") is not None:
+        notes.append("model.adapter_path brings its own rank, scale and targets: model.lora.* is not read")
+    limits = {key: select(cfg, f"data.{key}") for key in ("micro_batch_size", "micro_batch_tokens")}
+    if loss is not None and declares(loss, "uses_batch_statistics"):
+        notes += [
+            f"{name} weighs each pair against those forwarded with it, so data.{key}={limit} changes its gradients"
+            for key, limit in limits.items()
+            if limit is not None
+        ]
+    return notes
+
+
+def _is_changed(cfg: DictConfig, group: str, default_key: str) -> bool:
+    default = select(cfg, default_key)
+    return select(cfg, group) is not None and select(cfg, f"{group}.value") != (0.1 if default is None else default)

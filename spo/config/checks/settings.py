@@ -1,0 +1,109 @@
+"""Checks of single keys that need no code of the run: missing values, types and bounds, keys that others replace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+from spo.config.nodes import entries, first_line, select
+from spo.config.schema import typed_keys
+from spo.config.values import violation
+
+HINTS = {
+    "model.path": "a Hugging Face folder or hub name",
+    "data.path": "the file, folder or hub name of your preference pairs",
+    "alpha.target": "the entropy of the policy to aim for, in nats per token",
+    "beta.target": "the KL of the policy to the reference to aim for, in nats per sequence",
+    "model.initial.tokenizer": "model=tabular needs a data set with a vocabulary of its own: data=enumerable",
+    "judge.path": "a Hugging Face folder or hub name",
+    "judge.model": "the model's name at the endpoint",
+    "judge.reward._target_": 'your function, reward(prompts, completions) -> {"reward": [...]}',
+    "alpha.values": "a list of positive numbers, one per optimizer step",
+    "beta.values": "a list of positive numbers, one per optimizer step",
+}
+# Parameters of Lightning's Trainer that follow from other keys, with what to use instead.
+DERIVED_TRAINER_KEYS = {
+    "accumulate_grad_batches": "use data.micro_batch_size: it never changes a gradient",
+    "logger": "choose a member of the group logger",
+    "callbacks": "use the group callbacks",
+    "strategy": "use the group strategy",
+    "plugins": "use the group strategy",
+    "max_epochs": "use trainer.max_steps",
+    "min_epochs": "use trainer.max_steps",
+    "check_val_every_n_epoch": "use trainer.val_check_interval, in optimizer steps",
+    "use_distributed_sampler": "the data module distributes the pairs over devices itself",
+    "enable_checkpointing": "use callbacks=none",
+    "enable_model_summary": "the start panel shows the parameters",
+    "default_root_dir": "use hydra.run.dir",
+    "gradient_clip_algorithm": "gradients are clipped by their norm",
+    "reload_dataloaders_every_n_epochs": "the data module is read once",
+}
+
+
+def missing_and_unresolved(cfg: DictConfig) -> Iterator[str]:
+    """Yield keys that still need a value, and references to other keys that lead nowhere."""
+    for key, node, name in entries(cfg):
+        if OmegaConf.is_missing(node, name):
+            hint = f": {HINTS[key]}" if key in HINTS else ""
+            yield f"{key} has no value{hint} ({key}=...)"
+        elif OmegaConf.is_interpolation(node, name):
+            try:
+                node[name]
+            except InterpolationToMissingValueError:
+                pass  # The key it refers to is reported by itself.
+            except OmegaConfBaseException as error:
+                yield f"{key}: {first_line(error)}"
+
+
+def setting_problems(cfg: DictConfig) -> Iterator[str]:
+    """Yield values that do not fit the schema, and relations between them that cannot hold."""
+    wrong = [key for key, hint in typed_keys().items() if is_given(cfg, key) and violation(select(cfg, key), hint)]
+    # A value that refers to another key is wrong because that one is: report it only if there is no such key.
+    for key in [key for key in wrong if not _is_reference(cfg, key)] or wrong:
+        value = select(cfg, key)
+        yield f"{key}={shown(value)}: {violation(value, typed_keys()[key])}"
+    yield from _trainer(cfg)
+    yield from _relations(cfg)
+
+
+def is_given(cfg: DictConfig, key: str) -> bool:
+    """Return whether a key has a value that can be read; what is missing or unresolved is reported by itself."""
+    parent, _, name = key.rpartition(".")
+    node = select(cfg, parent) if parent else cfg
+    if not isinstance(node, DictConfig) or name not in node or OmegaConf.is_missing(node, name):
+        return False
+    try:
+        node[name]
+    except OmegaConfBaseException:
+        return False
+    return True
+
+
+def _is_reference(cfg: DictConfig, key: str) -> bool:
+    parent, _, name = key.rpartition(".")
+    return OmegaConf.is_interpolation(select(cfg, parent) if parent else cfg, name)
+
+
+def shown(value: object) -> str:
+    """Return a value as a person writes it on the command line."""
+    return "null" if value is None else str(value)
+
+
+def _trainer(cfg: DictConfig) -> Iterator[str]:
+    given = select(cfg, "trainer") or {}
+    for name, instead in DERIVED_TRAINER_KEYS.items():
+        if name in given:
+            yield f"trainer.{name} cannot be set: {instead}"
+    if str(select(cfg, "trainer.devices")) == "0":
+        yield "trainer.devices=0: must be a number of devices, a list of them, or auto"
+
+
+def _relations(cfg: DictConfig) -> Iterator[str]:
+    shares = [select(cfg, f"data.splits.{name}") for name in ("selection", "test")]
+    if all(isinstance(share, int | float) and 0 <= share < 1 for share in shares) and sum(shares) >= 1:
+        yield f"data.splits: selection={shares[0]} and test={shares[1]} leave no prompt to train on"
+    batch, micro = select(cfg, "data.batch_size"), select(cfg, "data.micro_batch_size")
+    if isinstance(batch, int) and isinstance(micro, int) and micro > batch:
+        yield f"data.micro_batch_size={micro} exceeds data.batch_size={batch}: it is a part of the batch"

@@ -1,0 +1,189 @@
+"""Help of the command line: what each command does, its usage and examples, and the config groups.
+
+It imports nothing slow, so that ``spo --help`` is printed at once.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spo.config.groups import group_members
+from spo.resources import conf_dir
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        summary: Its line in the list of commands.
+        usage: How it is called.
+        text: Its help.
+        examples: Command lines to copy.
+        groups: Whether it takes config groups.
+    """
+
+    summary: str
+    usage: str
+    text: str
+    examples: Sequence[str]
+    groups: bool = False
+
+
+def help_of(name: str | None, arguments: Sequence[str]) -> str:
+    """Return the help of a command, ``None`` for that of all of them."""
+    if name is None:
+        width = max(map(len, COMMANDS))
+        lines = [
+            "usage: spo COMMAND ...",
+            "",
+            "Aligns language models to preferences, with SPO and other methods, on one footing.",
+            "",
+            "commands:",
+            *(f"  {key:{width}}  {command.summary}" for key, command in COMMANDS.items()),
+            "",
+            *_groups_help(arguments),
+            "examples:",
+            *(f"  {command.examples[0]}" for command in COMMANDS.values()),
+            "",
+            "spo COMMAND --help explains each.",
+        ]
+        return "\n".join(lines)
+    command = COMMANDS[name]
+    lines = [f"usage: {command.usage}", "", textwrap.dedent(command.text).strip(), ""]
+    if command.groups:
+        lines += _groups_help(arguments)
+    return "\n".join([*lines, "examples:", *(f"  {example}" for example in command.examples)])
+
+
+def _groups_help(arguments: Sequence[str]) -> list[str]:
+    groups = group_members(_config_folders(arguments))
+    width = max(map(len, groups), default=0)
+    lines = ["config groups, chosen as GROUP=MEMBER (debug: +debug=MEMBER); any key as GROUP.KEY=VALUE:"]
+    for group, members in groups.items():
+        lines += textwrap.wrap(
+            ", ".join(members),
+            100,
+            initial_indent=f"  {group:{width}}  ",
+            subsequent_indent=" " * (width + 4),
+        )
+    return [*lines, ""]
+
+
+def _config_folders(arguments: Sequence[str]) -> list[Path]:
+    config_dir = option(arguments, "--config-dir", "-cd")
+    return [conf_dir(), *([Path(config_dir)] if config_dir is not None else [])]
+
+
+def option(arguments: Sequence[str], *names: str) -> str | None:
+    """Return the value of an option, ``None`` if it is not given."""
+    for position, word in enumerate(arguments):
+        if word in names:
+            return arguments[position + 1] if position + 1 < len(arguments) else None
+        if word.partition("=")[0] in names and "=" in word:
+            return word.partition("=")[2]
+    return None
+
+
+COMMANDS = {
+    "train": Command(
+        "align a model and evaluate it",
+        "spo train [GROUP=MEMBER] [KEY=VALUE] ... [-m] [--cfg job] [--config-dir DIR]\n"
+        "       spo train --resume RUN_DIR [trainer.max_steps=N] [logger.KEY=VALUE] [strategy=MEMBER] ...",
+        """
+        Makes or loads the reference model, aligns it with a method, and evaluates the result on held-out prompts.
+        The run directory gets the model, the metrics, the samples and report.html. Without arguments it uses a
+        built-in model and data set, and runs on any computer without a network.
+
+        -m, --multirun    one run for each combination of values: method=spo,dpo seed=1,2
+        --cfg job         print the configuration instead of running it (--resolve fills in references)
+        --config-dir DIR  a folder with your own members of the groups below
+        --resume RUN_DIR  resume an interrupted run, or train for more steps; an unfinished run also takes another
+                          judge=MEMBER or evaluation.KEY=VALUE
+        --hydra-help      Hydra's own flags, all of which work
+
+        Plain numbers work for alpha and beta: alpha=0.5 is alpha=constant alpha.value=0.5.
+        """,
+        [
+            "spo train",
+            "spo train model=hf model.path=MODEL data=jsonl data.path=PAIRS.jsonl",
+            "spo train method=dpo beta=0.1 seed=1",
+            "spo train -m method=spo,dpo,ipo seed=1,2",
+            "spo train --resume outputs/runs/RUN trainer.max_steps=300",
+        ],
+        groups=True,
+    ),
+    "evaluate": Command(
+        "evaluate the policy of a run again",
+        "spo evaluate RUN_DIR [KEY=VALUE] ...",
+        "Samples answers to test prompts from policy and reference, and compares them, with other settings or data.",
+        [
+            "spo evaluate outputs/runs/RUN evaluation.num_prompts=512",
+            "spo evaluate outputs/runs/RUN data=jsonl data.path=PAIRS.jsonl",
+        ],
+    ),
+    "compare": Command(
+        "compare the methods of a sweep",
+        "spo compare SWEEP_OR_RUN ... [--out DIR] [--metric KEY] [--select KEY] [--baseline METHOD] [--anyway]",
+        """
+        Reads run directories, finds the best setting of each method on the selection split, and compares those on the
+        test split. Writes a table with intervals over seeds and prompts, the significant differences, and a page with
+        figures. Refuses an unfair comparison: unequal numbers of settings, missing seeds, mixed data, unfinished runs.
+
+        --out DIR          folder of the results; by default comparison/ beside the runs
+        --metric KEY       the key of metrics.json that ranks methods; by default eval/win_rate
+        --select KEY       the key that selects settings; by default val/win_rate, or what the runs have instead
+        --baseline METHOD  compare each method with this one, instead of each with each
+        --anyway           compare although it is unfair, and mark this in every output
+        """,
+        ["spo compare outputs/sweeps/baselines", "spo compare outputs/sweeps/baselines --baseline dpo --out results"],
+    ),
+    "report": Command(
+        "write report.html of a run again",
+        "spo report RUN_DIR [--spec NAME|FILE]",
+        """
+        Writes the page from the files of the run directory; the run need not be finished.
+
+        --spec NAME|FILE  the curves to draw: a dashboard of conf/dashboard, or your own yaml file
+        """,
+        ["spo report outputs/runs/RUN", "spo report outputs/runs/RUN --spec my_dashboard.yaml"],
+    ),
+    "dashboard": Command(
+        "make a W&B workspace or report for the runs of a project",
+        "spo dashboard ENTITY/PROJECT [--report] [--group-by KEY] [--spec NAME|FILE]",
+        """
+        Saves a dashboard as a new view of a W&B project: a workspace, or a report to edit and share. It needs an API
+        key and pip install 'spo[dashboards]'. spo report draws the same dashboard without W&B.
+
+        --report          a report instead of a workspace
+        --group-by KEY    one line, a mean with a band, for each value of a configuration key
+        --spec NAME|FILE  a dashboard of conf/dashboard, or your own yaml file
+        """,
+        ["spo dashboard ENTITY/spo", "spo dashboard ENTITY/spo --report --group-by method.name"],
+    ),
+    "inspect": Command(
+        "show the rows of a data set as tokens, masks and text",
+        "spo inspect [data=MEMBER] [model=MEMBER] [KEY=VALUE] ... [--limit N] [--config-dir DIR]",
+        "Prints pairs exactly as the model sees them in training, and counts the used, dropped and truncated ones.",
+        ["spo inspect data=jsonl data.path=PAIRS.jsonl model=hf model.path=MODEL"],
+        groups=True,
+    ),
+    "verify": Command(
+        "train every method to the optimum its paper proves",
+        "spo verify [METHOD ...] [--full] [--json FILE] [--config-dir DIR]",
+        """
+        Trains every method of the config group on a language small enough to enumerate, as a table of logits and as a
+        transformer. Compares each policy with the optimum of its objective: in closed form if the method states one,
+        solved numerically otherwise. Ends with status 1 if a policy misses its optimum.
+
+        METHOD ...        only these methods; by default all of them
+        --full            the whole grid of alpha and beta instead of two settings per method
+        --json FILE       also write the rows of the table as JSON
+        --config-dir DIR  a folder with your own methods (DIR/method/NAME.yaml), which are verified too
+        """,
+        ["spo verify", "spo verify --config-dir my_conf --json verified.json"],
+    ),
+}

@@ -1,0 +1,50 @@
+"""Refusing a run directory that holds another run, before anything slow is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from spo.config.coefficients import COEFFICIENTS
+from spo.errors import UserError
+from spo.records import filenames
+from spo.records.files import read_json
+from spo.runs.identity import differences, identity
+from spo.runs.processes import is_first_process
+
+
+def refuse_another_run(run_dir: Path, cfg: DictConfig) -> None:
+    """Refuse a directory whose run differs from ours, from its files and our configuration alone.
+
+    Which coefficients our method reads is known only from its code. The stored identity stands in for it: it has the
+    coefficients that its own method reads. If ours is another method, a line says so anyway.
+
+    Args:
+        run_dir: Run directory, which may not exist.
+        cfg: Configuration of our run.
+
+    Raises:
+        UserError: The directory holds another run; the message lists the differences.
+    """
+    theirs = read_json(run_dir / filenames.IDENTITY)
+    if theirs is None or cfg.rerun or not is_first_process():
+        return
+    used_there = {key.partition(".")[0] for key in theirs.get("config", {})}
+    refuse_differences(run_dir, theirs, identity(cfg, [name for name in COEFFICIENTS if name not in used_there]))
+
+
+def refuse_differences(run_dir: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise :class:`UserError` with what differs between two identities, unless nothing does."""
+    if lines := differences(theirs, ours):
+        raise UserError(
+            "\n".join(
+                [
+                    f"{run_dir} holds another run. What differs:",
+                    *(f"  - {line}" for line in lines),
+                    "choose another hydra.run.dir, or add rerun=true to move the old one aside",
+                ]
+            )
+        )

@@ -1,0 +1,238 @@
+"""Launching runs through Hydra: one in this process, or the jobs of a multirun, which survive the death of a process.
+
+What a job does is given as a function, ``train(cfg)``: this room does not know the stages of a run.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobRuntime, run_job
+from hydra.types import HydraContext
+from omegaconf import DictConfig
+
+from spo.config.compose import VERSION_BASE, register_resolvers
+from spo.config.plan import Plan
+from spo.errors import UserError, error_line, user_message
+from spo.pages.sweep_table import print_sweep
+from spo.records.sweep import SweepJob
+from spo.resources import MAIN, conf_dir
+from spo.runs import optuna_sweeper
+from spo.runs.claim import write_failure
+from spo.runs.ledger import Ledger
+from spo.runs.processes import SWEEP_VARIABLE, is_first_process, sweep_dir
+from spo.runs.secrets import command_line
+
+Train = Callable[[DictConfig], Any]
+MAX_ATTEMPTS = 3
+"""How often a multirun is started if its launcher does not survive the death of a process."""
+
+
+def launch_run(planned: Plan, train: Train) -> Any:
+    """Run the only job of a plan in this process, with Hydra's logging, run directory and callbacks.
+
+    It does what ``hydra.main`` does with a configuration that is composed already. If the run is a job of a sweep,
+    its failure is entered in the ledger.
+
+    Args:
+        planned: Plan of a single run.
+        train: Function of the configuration.
+
+    Returns:
+        What ``train`` returns.
+    """
+    cfg = planned.composed
+    loader = ConfigLoaderImpl(create_config_search_path(str(conf_dir())))
+    context = HydraContext(config_loader=loader, callbacks=Callbacks(cfg))
+    JobRuntime.instance().set("name", str(cfg.hydra.job.name))
+    context.callbacks.on_run_start(config=cfg, config_name=MAIN)
+    done = run_job(_in_ledger(train), cfg, "hydra.run.dir", None, context)
+    context.callbacks.on_run_end(config=cfg, config_name=MAIN, job_return=done)
+    return done.return_value  # It raises the error of a job that failed.
+
+
+def launch_sweep(flags: Sequence[str], planned: Plan, train: Train, config_dir: str | None = None) -> bool:
+    """Run the jobs of a multirun, start the rest again if a process dies, and show what became of each.
+
+    Args:
+        flags: Flags of the command line for Hydra, such as ``-m``.
+        planned: Plan of the multirun.
+        train: Function of the configuration of a job.
+        config_dir: Folder with further members of the groups.
+
+    Returns:
+        Whether every job is finished.
+
+    Raises:
+        UserError: The jobs could not be launched.
+    """
+    ledger, jobs = Ledger(planned.sweep_dir), planned.named_jobs()
+    entries = ledger.begin(command_line(sys.argv), jobs, rerun=any(job.cfg.rerun for job in planned.jobs))
+    for note in _notes(entries):
+        print(f"note: {note}", file=sys.stderr)
+    directory = str(planned.sweep_dir).replace("'", r"\'")
+    arguments = [*flags, *planned.overrides, f"hydra.sweep.dir='{directory}'"]
+    os.environ[SWEEP_VARIABLE] = str(planned.sweep_dir)
+    died = False
+    try:
+        for attempts_left in reversed(range(MAX_ATTEMPTS)):
+            try:
+                run_hydra(arguments, _SweepTask(train, config_dir, list(sys.argv)))
+                break
+            except Exception as error:  # Jobs record their own errors, so this one comes from the launcher.
+                entries = entries if planned.complete else ledger.entries()
+                names = ledger.begun(entries)
+                if not names and user_message(error) is None:
+                    raise UserError(f"the jobs could not be launched: {error_line(error)}") from error
+                if not names:
+                    raise
+                died = True
+                next_step = "starting the rest again" if attempts_left else "giving up"
+                print(
+                    f"spo: a process died ({error_line(error)}) at work on {', '.join(names)}: {next_step}",
+                    file=sys.stderr,
+                )
+    finally:
+        del os.environ[SWEEP_VARIABLE]
+        entries = ledger.settle(entries if planned.complete else ledger.entries(), died)
+        if planned.complete:
+            print_sweep(entries, planned.sweep_dir)
+    return all(entry.status == "finished" for entry in entries)
+
+
+def run_hydra(arguments: Sequence[str], task: Train) -> None:
+    """Give a command line to Hydra, which composes each run and calls ``task`` with it.
+
+    Args:
+        arguments: Flags and overrides.
+        task: Function of the configuration; it must be picklable for launchers with processes of their own.
+    """
+    register_resolvers()
+    optuna_sweeper.register()
+    original, full_error = list(sys.argv), os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print errors and exit; the command line explains them itself.
+    sys.argv = [original[0], *arguments]
+    try:
+        hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=MAIN)(task)()
+    finally:
+        sys.argv = original
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def count_devices(cfg: DictConfig) -> int:
+    """Return how many processes Lightning will start for a run, with ``auto`` and lists of devices resolved."""
+    nodes, devices = int(cfg.trainer.num_nodes), cfg.trainer.devices
+    if isinstance(devices, int) and devices >= 0:
+        return nodes * devices
+    if str(devices).isdigit():
+        return nodes * int(devices)
+    if str(devices) not in ("auto", "-1"):
+        return nodes * len(devices if not isinstance(devices, str) else devices.strip(",").split(","))
+    import torch
+
+    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return nodes * (torch.cuda.device_count() if on_gpu else 1)
+
+
+def _in_ledger(train: Train) -> Train:
+    """Wrap a run so that its failure is entered in the ledger of the sweep it belongs to, if any."""
+
+    def task(cfg: DictConfig) -> Any:
+        try:
+            return train(cfg)
+        except Exception as error:
+            if (directory := sweep_dir()) is not None and is_first_process():
+                job = HydraConfig.get()
+                name = Path(job.runtime.output_dir).name
+                Ledger(directory).note(list(job.overrides.task), name, "failed", error_line(error))
+            raise
+
+    return task
+
+
+class _SweepTask:
+    """One job of several: its failure is printed and entered in the ledger, and the others continue.
+
+    Args:
+        train: Function of the configuration of a job.
+        config_dir: Folder with further members of the groups.
+        argv: Command line as typed. Lightning starts the processes of further devices with it.
+    """
+
+    def __init__(self, train: Train, config_dir: str | None, argv: list[str]) -> None:
+        self.train, self.config_dir, self.argv = train, config_dir, argv
+
+    def __call__(self, cfg: DictConfig) -> Any:
+        sys.argv = self.argv
+        if not is_first_process():
+            return self.train(cfg)
+        job = HydraConfig.get()
+        overrides, directory = list(job.overrides.task), Path(job.runtime.output_dir).name
+        ledger = Ledger(Path(job.sweep.dir))
+        entry = ledger.entry(overrides)
+        if entry is not None and (entry.same_as or (cfg.rerun and entry.status == "finished")):
+            return None  # Another job is the same run, or this is a launcher's second attempt.
+        ledger.note(overrides, directory, "running")
+        try:
+            result = None
+            if _needs_own_process(cfg):
+                _run_in_own_process(self.config_dir)
+            else:
+                result = self.train(cfg)
+        except Exception as error:
+            words = user_message(error) or traceback.format_exc()
+            print(f"spo: the job {' '.join(overrides)} failed: {words}", file=sys.stderr)
+            ledger.note(overrides, directory, "failed", error_line(error))
+            return None
+        ledger.note(overrides, directory, "finished")
+        return result
+
+
+def _notes(entries: Sequence[SweepJob]) -> Iterator[str]:
+    """Yield what a person would otherwise wonder about when fewer runs start than the command names."""
+    different = {entry.directory for entry in entries}
+    if len(different) < len(entries):
+        words = f"{len(entries)} jobs are {len(different)} different runs"
+        yield f"{words}: coefficients that a job does not read do not distinguish it"
+    for status, consequence in (("finished", "skipped"), ("failed", "tried again")):
+        if count := sum(entry.status == status and entry.same_as is None for entry in entries):
+            yield f"{count} of {len(different)} runs {'is' if count == 1 else 'are'} {status} already: {consequence}"
+
+
+def _needs_own_process(cfg: DictConfig) -> bool:
+    """Return whether a job of a multirun must not run in the process that starts it.
+
+    Several devices start from a process of their own, since they repeat its command line. joblib's workers serve many
+    jobs: memory that one job leaves behind would stay, and its death would end the other jobs.
+    """
+    return count_devices(cfg) != 1 or str(HydraConfig.get().launcher._target_).endswith(".JoblibLauncher")
+
+
+def _run_in_own_process(config_dir: str | None) -> None:
+    job = HydraConfig.get()
+    overrides, run_dir = list(job.overrides.task), Path(job.runtime.output_dir)
+    command = [sys.executable, "-m", "spo", "train", *(["--config-dir", config_dir] if config_dir else [])]
+    directory = str(run_dir).replace("'", r"\'")
+    status = subprocess.run([*command, *overrides, "hydra.mode=RUN", f"hydra.run.dir='{directory}'"]).returncode
+    if status == 0:
+        return
+    entry = Ledger(Path(job.sweep.dir)).entry(overrides)
+    if entry is not None and entry.status == "failed":
+        raise UserError(entry.error)
+    words = f"its process was killed by signal {-status}" if status < 0 else f"its process ended with status {status}"
+    write_failure(run_dir, words)
+    raise UserError(words)
