@@ -13,21 +13,21 @@ from tests.environments import ROOT
 
 
 @pytest.mark.parametrize(
-    ("body", "status"),
+    ("body", "status", "workers"),
     [
-        ("import pytest\ndef test_it():\n    pytest.skip('no SPO_DATA_DIR')\n", 0),
-        ("import pytest\ndef test_it():\n    pytest.skip('not today')\n", 1),
-        ("import pytest\n@pytest.mark.skip(reason='not today')\ndef test_it(): pass\n", 1),
-        ("import pytest\npytest.importorskip('nonesuch', reason='not today')\n", 1),
+        ("import pytest\ndef test_it():\n    pytest.skip('no SPO_DATA_DIR')\n", 0, 2),
+        ("import pytest\ndef test_it():\n    pytest.skip('not today')\n", 1, 2),
+        ("import pytest\n@pytest.mark.skip(reason='not today')\ndef test_it(): pass\n", 1, 0),
+        ("import pytest\npytest.importorskip('nonesuch', reason='not today')\n", 1, 0),
     ],
 )
-def test_reasons_of_skips(body: str, status: int, tmp_path: Path) -> None:
+def test_reasons_of_skips(body: str, status: int, workers: int, tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
     (tmp_path / "tests" / "test_planted.py").write_text(body)
     (tmp_path / "tests" / "test_passes.py").write_text("def test_it(): pass\n")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", str(workers)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == status, done.stdout
     assert ("skips that are not allowed" in done.stdout) == bool(status)

@@ -30,6 +30,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from spo import cli
+from tests.commands import enter
 from tests.environments import ROOT, copy_of_project, fresh_environment, run
 from tests.helpers import save_model
 
@@ -144,7 +146,32 @@ def test_blocks_are_found_and_completed() -> None:
         blocks_of(Path("x.md"), "```bash run\n")
 
 
-@pytest.mark.parametrize("block", tagged("run", "run-tiny", "compose"))
+def typed(block: Block, folder: Path) -> list[list[str]]:
+    """Return the arguments of each ``spo`` of a block, as bash passes them."""
+    recorder = 'spo() { printf "%s\\0" "$@"; printf "\\n"; }\n'
+    lines = run(["bash", "-euo", "pipefail", "-c", recorder + block.script], folder).split("\0\n")
+    assert lines.pop() == ""
+    return [line.split("\0") for line in lines]
+
+
+@pytest.mark.parametrize("block", tagged("compose"))
+def test_commands_compose(
+    block: Block,
+    tmp_path: Path,
+    cache_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reader_has(tmp_path, block)
+    enter(tmp_path, cache_dir, monkeypatch)
+    commands = typed(block, tmp_path)
+    assert commands
+    for words in commands:
+        assert cli.main(words) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["method"]["name"]
+
+
+@pytest.mark.parametrize("block", tagged("run", "run-tiny"))
 def test_commands_run(block: Block, tmp_path: Path, cache_dir: Path) -> None:
     folder, programs = tmp_path / "reader", None
     if "pip install" in block.text:
@@ -153,10 +180,8 @@ def test_commands_run(block: Block, tmp_path: Path, cache_dir: Path) -> None:
     else:
         folder.mkdir()
     reader_has(folder, block)
-    out = run(["bash", "-euo", "pipefail", "-c", block.script], folder, programs, SPO_CACHE_DIR=str(cache_dir))
-    if block.tag == "compose":
-        assert yaml.safe_load(out)["method"]["name"]
-    elif "spo train" in block.text:
+    run(["bash", "-euo", "pipefail", "-c", block.script], folder, programs, SPO_CACHE_DIR=str(cache_dir))
+    if "spo train" in block.text:
         results = sorted((folder / "outputs").rglob("metrics.json"))
         assert results
         assert "eval/entropy" in json.loads(results[-1].read_text())

@@ -80,14 +80,23 @@ def test_version_of_the_wheel_comes_from_the_package(wheel: Path) -> None:
 # --- installed -----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def with_wheel(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the programs of an environment that has the wheel."""
+    return environment_beside_this_one(tmp_path_factory.mktemp("wheel") / "environment", wheel)
+
+
 @pytest.fixture(scope="module", params=["wheel", "editable"])
-def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The programs of an environment that has the package, and the folder that its code is to come from."""
-    folder = tmp_path_factory.mktemp(request.param)
+def installed(
+    request: pytest.FixtureRequest, with_wheel: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """Return the programs of an environment that has the package, and the folder that its code is to come from."""
+    if request.param == "wheel":
+        return with_wheel, with_wheel.parent
+    folder = tmp_path_factory.mktemp("editable")
     project = copy_of_project(folder / "project")
-    built = build_wheel(project, folder / "dist", editable=request.param == "editable")
-    programs = environment_beside_this_one(folder / "environment", built)
-    return programs, project if request.param == "editable" else folder / "environment"
+    built = build_wheel(project, folder / "dist", editable=True)
+    return environment_beside_this_one(folder / "environment", built), project
 
 
 @pytest.fixture
@@ -123,11 +132,10 @@ def test_finds_a_method_of_ones_own(installed: tuple[Path, Path], empty: Path) -
     assert "mine" in run(["spo", "train", "--help", *chosen[:2]], empty, programs)
 
 
-def test_a_loss_of_ones_own_trains(wheel: Path, tmp_path: Path, empty: Path, cache_dir: Path) -> None:
-    programs = environment_beside_this_one(tmp_path / "environment", wheel)
+def test_a_loss_of_ones_own_trains(with_wheel: Path, empty: Path, cache_dir: Path) -> None:
     write_own_method(empty)
     command = ["spo", "train", "--config-dir", "my_conf", "method=mine", "hydra.run.dir=mine", "+debug=tiny"]
-    run(command, empty, programs, SPO_CACHE_DIR=str(cache_dir))
+    run(command, empty, with_wheel, SPO_CACHE_DIR=str(cache_dir))
     history = [json.loads(line) for line in (empty / "mine" / "history.jsonl").read_text().splitlines()]
     losses = [row["train/loss/preference"] for row in history if "train/loss/preference" in row]
     # while policy and reference are one, every pair's loss is the margin
