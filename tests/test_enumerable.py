@@ -223,7 +223,7 @@ def test_pairs_of_the_reference_are_what_it_writes_cut_or_not() -> None:
     pairs = source(sampler="reference", num_pairs=2)
     found = [(row.prompt, {row.chosen, row.rejected}) for row in pairs.rows(complete)]
     assert found == [("a", {"", "abc"}), ("b", {"c", "a"}), ("b", {"aaa", "ab"})]
-    assert pairs.dropped == {"identical": 1} and pairs.samples_rows and not source().samples_rows
+    assert pairs.dropped_pairs == {"identical": 1} and pairs.samples_rows and not source().samples_rows
     hard = source(sampler="reference", num_pairs=2, labels="hard").rows(complete)
     assert [(row.prompt, {row.chosen, row.rejected}) for row in hard] == found
     assert all(row.preference is None for row in hard)

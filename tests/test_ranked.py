@@ -333,7 +333,7 @@ def test_scores_and_order_rank_the_responses(tmp_path: Path) -> None:
     ordered = {"prompt": "p", "responses": ["a", "b", "c"], "order": [2, 0, 1], "scores": [1, 1, 1], "weight": 2}
     made = source(tmp_path, GOOD, ordered, talk)
     assert read(made) == [("b", "a", "c"), ("c", "a", "b"), (tuple(turn[1]), tuple(turn[0]))]
-    assert not made.left_out and made.yields_lists and made.counts == {"read": 3, "skipped": 0}
+    assert not made.dropped_responses and made.yields_lists and made.counts == {"read": 3, "skipped": 0}
     assert [row.weight for row in made.rows(lambda prompts, n: [])] == [None, 2, None]
     named = source(tmp_path, {"q": "p", "answers": ["a", "b"], "points": [0, 1]}, prompt="q", responses="answers",
                    scores="points")  # fmt: skip
@@ -353,7 +353,7 @@ def test_what_says_nothing_is_left_out_and_counted(tmp_path: Path) -> None:
     made = source(tmp_path, row)
     [kept] = read(made)
     assert kept in [("a", "b", "d"), ("a", "c", "d")]
-    assert made.left_out == {"empty": 1, "equal": 1, "tied": 1}
+    assert made.dropped_responses == {"empty": 1, "equal": 1, "tied": 1}
     # Which of the tied ones stays does not follow from their place in the file.
     swapped = {**row, "responses": ["a", " ", "c", "b", "a", "d"]}
     assert read(source(tmp_path, swapped)) == [kept]
@@ -361,7 +361,7 @@ def test_what_says_nothing_is_left_out_and_counted(tmp_path: Path) -> None:
             for i in range(20)]  # fmt: skip
     assert set(pick) == {"x", "y"}
     nothing = source(tmp_path, {"prompt": "p", "responses": ["a", "b"], "scores": [1, 1]}, GOOD)
-    assert read(nothing) == [("b", "a", "c")] and not nothing.left_out
+    assert read(nothing) == [("b", "a", "c")] and not nothing.dropped_responses
     assert [type(bad) for bad in nothing.bad_rows] == [NoPreference]
 
 

@@ -242,7 +242,7 @@ def test_rows_have_their_split_their_place_and_the_documented_number() -> None:
     stories = source()
     rows = stories.rows(writer)
     assert Counter(row.split for row in rows) == {"train": 60, "selection": 16, "test": 18}
-    assert stories.dropped == {"unfinished": 0, "identical": 0}
+    assert stories.dropped_pairs == {"unfinished": 0, "identical": 0}
     assert len({row.where for row in rows}) == len(rows) and rows[3].where == "stories:train:3"
     for split in SPLITS:
         assert {row.prompt for row in rows if row.split == split} == set(stories.prompts(split))
@@ -285,7 +285,7 @@ def test_unfinished_and_identical_pairs_are_dropped_and_counted_and_move_no_othe
 
     stories = source()
     rows, whole = stories.rows(broken), source().rows(writer)
-    assert stories.dropped == {"unfinished": 3, "identical": 3}
+    assert stories.dropped_pairs == {"unfinished": 3, "identical": 3}
     kept = {row.where: row for row in rows}
     assert len(rows) == len(whole) - 6
     assert all(kept[row.where] == row for row in whole if row.where in kept)

@@ -66,15 +66,15 @@ class TolerantComposer:
             override = parse(text)
             if override.key_or_group.partition(".")[0] in dropped:
                 continue
-            error = only_error
-            if error is None:
+            cause: Exception | None = only_error
+            if cause is None:
                 try:
                     cfg = self._compose([*accepted, text])
                     accepted.append(text)
                     continue
                 except COMPOSITION_ERRORS as raised:
-                    error = raised
-            found.append(f"{text}: {self._explain(override, cfg, error)}")
+                    cause = raised
+            found.append(f"{text}: {self._explain(override, cfg, cause)}")
             if not self._is_group(override):
                 continue
             # Look for further problems as if the right member had been named.

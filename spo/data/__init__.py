@@ -3,10 +3,14 @@
 What needs torch or lightning is imported from its own module (`spo.data.collate`, `spo.data.datamodule`).
 """
 
+from spo.data.files import FileSource, HHSource
+from spo.data.hub import HubSource
+from spo.data.ranked import RankedFileSource
 from spo.data.rendering import Dropped, Renderer, TokenizedPair, prompt_id
-from spo.data.rows import SPLITS, Completer, Completion, DataError, Reward, Row, RowError, Source
-from spo.data.sources import FileSource, HHSource, HubSource, NoPreference, RankedFileSource
+from spo.data.rows import SPLITS, Completer, Completion, DataError, Reward, Row, RowError
+from spo.data.source import Source
 from spo.data.splits import EvalPrompt, PreparedPairs, eval_prompts, prepare
+from spo.data.tables import NoPreference
 
 __all__ = [
     "SPLITS",

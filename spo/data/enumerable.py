@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import string
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from spo.bounds import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spo.data.rows import Completer, DataError, Row, Split
+from spo.data.source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -76,7 +78,7 @@ class Language:
         return np.take_along_axis(lists, np.argsort(-noisy, axis=-1), axis=-1)
 
 
-class EnumerableSource:
+class EnumerableSource(Source):
     """Preferences over an enumerable language, with a seeded table of rewards.
 
     Args:
@@ -95,14 +97,11 @@ class EnumerableSource:
         list_size: completions that are compared with each other: 2 for pairs under Bradley-Terry, more for rankings
             under Plackett-Luce. With soft labels all orders of a ranking are rows, weighted by their probability.
 
-    Attributes:
-        language: all of it.
-        samples_rows: whether the pairs are drawn from the reference model.
-        dropped: how many pairs the last :meth:`rows` left out, by reason.
-
     Raises:
         ValueError: there is no such language, or it is too large to be written down.
     """
+
+    language: Language
 
     def __init__(
         self,
@@ -130,6 +129,7 @@ class EnumerableSource:
             raise ValueError(
                 f"data.source.list_size={list_size}, num_pairs={num_pairs}: at least 2 completions, and 1 pair"
             )
+        super().__init__()
         self.seed, self.sampler, self.labels = seed, sampler, labels
         self.prompt_symbols, self.max_new_tokens = prompt_symbols, max_new_tokens
         self.num_pairs, self.list_size, self.yields_lists = num_pairs, list_size, list_size > 2
@@ -143,7 +143,6 @@ class EnumerableSource:
         rewards = self._rng("rewards").normal(0.0, reward_scale, size)
         self.language = Language(prompts, responses, rewards, support)
         self.samples_rows = sampler == "reference"
-        self.dropped: dict[str, int] = {}
         self._check_lists()
 
     def check_limits(self, max_length: int, truncation: str) -> None:
@@ -176,16 +175,13 @@ class EnumerableSource:
         """The prompts of the language, which are those of every split."""
         return list(self.language.prompts)
 
-    def sft_rows(self) -> None:
-        """There is no corpus: a model made from scratch is the reference as it is."""
-
     def rows(self, complete: Completer) -> list[Row]:
         """The pairs or rankings of every prompt.
 
         Args:
             complete: draws completions from the reference model; called where ``sampler`` is ``reference``.
         """
-        self.dropped = {}
+        self.dropped_pairs.clear()
         lists = self._reference_pairs(complete) if self.samples_rows else self._lists()
         return [row for prompt, chosen in enumerate(lists) for row in self._labelled(prompt, chosen)]
 
@@ -204,11 +200,11 @@ class EnumerableSource:
     def _reference_pairs(self, complete: Completer) -> Iterator[Indices]:
         assert self.num_pairs is not None
         place = {text: i for i, text in enumerate(self.language.responses)}
-        self.dropped = {"identical": 0}
+        self.dropped_pairs = Counter(identical=0)
         for group in complete(self.language.prompts, 2 * self.num_pairs):
             pairs = np.array([place[completion.text] for completion in group]).reshape(-1, 2)
             different = pairs[:, 0] != pairs[:, 1]
-            self.dropped["identical"] += int((~different).sum())
+            self.dropped_pairs["identical"] += int((~different).sum())
             yield pairs[different]
 
     def _labelled(self, prompt: int, lists: Indices) -> Iterator[Row]:

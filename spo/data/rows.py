@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from spo.errors import DataError
 
@@ -57,25 +57,6 @@ class Completion:
 
 Completer = Callable[[Sequence[str], int], list[list[Completion]]]
 """``complete(prompts, n)``: ``n`` completions of each prompt, sampled from the reference model."""
-
-
-class Source(Protocol):
-    """Where rows come from. ``sft_rows`` is ``None`` where the chosen completions are the supervised data.
-
-    A source that knows its prompts apart from their pairs has ``prompts(split) -> list[str]`` as well; one
-    whose data can be enumerated has its ``language``.
-
-    Attributes:
-        samples_rows: whether the completions of ``rows`` are drawn from the reference model, and worth keeping.
-    """
-
-    samples_rows: bool
-
-    def sft_rows(self) -> list[Row] | None:
-        """Supervised rows from which a reference model can be made."""
-
-    def rows(self, complete: Completer) -> list[Row]:
-        """The preference rows; a source that writes its own data draws completions with ``complete``."""
 
 
 Reward = Callable[[Sequence[str], Sequence[str]], dict[str, list[float]]]

@@ -136,7 +136,7 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks go by position, so that the two may coincide
     _check_context(cfg, spec, base)
-    language: Language | None = getattr(source, "language", None)
+    language: Language | None = source.language
     renderer = _renderer(cfg, tokenizer, source)
     rows, dropped = _preference_rows(cfg, spec, source, base, renderer)
     if not rows and dropped:
@@ -150,8 +150,8 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
     if language:  # the data is all there is to know: nothing can be held out
         counts = pairs.counts | dict.fromkeys(SPLITS, len(pairs.train))
         pairs = dataclasses.replace(pairs, selection=pairs.train, test=pairs.train, counts=counts)
-    bad_rows: list[RowError] = list(getattr(source, "bad_rows", []))
-    if left_out := getattr(source, "left_out", {}):
+    bad_rows: list[RowError] = list(source.bad_rows)
+    if left_out := source.dropped_responses:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
         pairs.warnings.append(f"{sum(left_out.values())} responses were left out of their lists ({reasons})")
     lost = sum(dropped.values()) + len(bad_rows)
@@ -163,7 +163,7 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
 
 def _renderer(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, source: Source) -> Renderer:
     # To an enumerable language the empty response belongs; elsewhere one says nothing.
-    allow_empty = hasattr(source, "language")
+    allow_empty = source.language is not None
     return Renderer(tokenizer, cfg.data.max_length, cfg.data.truncation, allow_empty)
 
 
@@ -173,10 +173,10 @@ def _prompts(source: Source, split: Split, pairs: PreparedPairs, renderer: Rende
     A source that has prompts of its own states them, so that a prompt whose sampled pair could not be used is still
     evaluated: whether it can depends on the last bit of the reference model.
     """
-    own = getattr(source, "prompts", None)
-    if own is None:
+    texts = source.prompts(split)
+    if texts is None:
         return eval_prompts(getattr(pairs, split))
-    stated = [EvalPrompt(prompt_id(text), split, renderer.prompt_ids(text), text) for text in own(split)]
+    stated = [EvalPrompt(prompt_id(text), split, renderer.prompt_ids(text), text) for text in texts]
     return sorted({prompt.prompt_id: prompt for prompt in stated}.values(), key=lambda prompt: prompt.prompt_id)
 
 
@@ -312,7 +312,7 @@ def _preference_rows(
     cfg: DictConfig, spec: ModelSpec, source: Source, base: str, renderer: Renderer
 ) -> tuple[list[Row], dict[str, int]]:
     """The rows, and how many pairs the source itself left out, by reason."""
-    if not getattr(source, "samples_rows", False):
+    if not source.samples_rows:
         return source.rows(_no_completer)[: cfg.data.limit], {}
 
     def write(folder: Path) -> None:
@@ -320,7 +320,7 @@ def _preference_rows(
         model = spec.start(base).to(eval_device(cfg))
         rows = source.rows(partial(_complete, cfg, model, renderer))
         write_jsonl(folder / ROWS, map(dataclasses.asdict, rows))
-        write_json(folder / DROPPED, getattr(source, "dropped", {}))
+        write_json(folder / DROPPED, source.dropped_pairs)
 
     key = {
         "code": code_version(*CODE_DEPENDENCIES),

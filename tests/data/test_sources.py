@@ -14,7 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from spo.data import DataError, FileSource, HHSource, HubSource, NoPreference, Row, RowError
-from spo.data.sources import TableSource, shared_text
+from spo.data.cells import shared_text
+from spo.data.tables import TableSource
 
 GOOD = {"prompt": "What is red?", "chosen": " A rose.", "rejected": " The sky."}
 USER, HELLO, BYE = (

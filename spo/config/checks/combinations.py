@@ -13,6 +13,7 @@ from spo.config.checks.files import missing_data
 from spo.config.checks.targets import Parts
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.nodes import first_line, listed, locate, select
+from spo.data.source import Source
 from spo.errors import JudgeError
 from spo.resources import conf_dir
 
@@ -40,7 +41,7 @@ def _objective(cfg: DictConfig, parts: Parts) -> Iterator[str]:
     regularizer_name = member_name("regularizer", type(regularizer))
     scores_pairs, scores_samples = (getattr(reference, name, True) for name in ("scores_pairs", "scores_samples"))
     source, reads_pairs = getattr(regularizer, "source", None), declares(loss, "uses_reference")
-    if source == "enumeration" and not hasattr(parts.source, "language"):
+    if source == "enumeration" and getattr(parts.source, "language", None) is None:
         yield (
             f"regularizer={regularizer_name} sums over every response, which takes a data set "
             "that can be enumerated: choose data=enumerable, or regularizer=global_kl"
@@ -93,14 +94,18 @@ def _data(cfg: DictConfig, parts: Parts) -> Iterator[str]:
     if path is not None and getattr(parts.target("data.source"), "reads_local_files", False):
         yield from filter(None, [missing_data(str(path))])
     source, loss = parts.source, parts.loss
-    if (check := getattr(source, "check_limits", None)) is not None:
-        try:
-            check(select(cfg, "data.max_length"), select(cfg, "data.truncation"))
-        except ValueError as error:
-            yield first_line(error)
+    if source is None:
+        return
+    if not isinstance(source, Source):
+        yield f"data.source: {type(source).__name__} is not a source: derive it from spo.data.source.Source"
+        return
+    try:
+        source.check_limits(select(cfg, "data.max_length"), select(cfg, "data.truncation"))
+    except ValueError as error:
+        yield first_line(error)
     # Supervised methods lose nothing of a list: they learn from its best completion alone.
     reads_pairs = loss is not None and not declares(loss, "uses_lists") and declares(loss, "uses_rejected")
-    if getattr(source, "yields_lists", False) and reads_pairs:
+    if source.yields_lists and reads_pairs:
         yield (
             f"method={select(cfg, 'method.name')} compares two completions, but the data has lists of more: choose "
             f"{listed(f'method={name}' for name in _list_methods())}, or lists of two "

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from random import Random
 from typing import Literal
 
 from spo.bounds import NonNegativeInt, PositiveInt
 from spo.data.rows import SPLITS, Completer, Completion, Row, Split
+from spo.data.source import Source
 from spo.data.stories.grammar import StoryWorld
 from spo.data.stories.reward import GoldReward
 
 
-class StoriesSource:
+class StoriesSource(Source):
     """Preference pairs that the reference model writes and the gold reward labels.
 
     The two completions of a pair are drawn from the reference; ``chosen`` is the first one with probability
@@ -31,7 +33,6 @@ class StoriesSource:
 
     Attributes:
         reward: the gold reward.
-        dropped: how many pairs :meth:`rows` left out, by reason.
     """
 
     samples_rows = True
@@ -49,6 +50,7 @@ class StoriesSource:
     ) -> None:
         if labels not in ("soft", "hard"):
             raise ValueError(f"data.labels is {labels!r}: choose soft or hard")
+        super().__init__()
         self.seed = seed
         self.num_sft = num_sft
         self.prompts_per_split: dict[Split, int] = {
@@ -62,7 +64,6 @@ class StoriesSource:
         self.labels = labels
         self.world = StoryWorld(seed)
         self.reward = GoldReward()
-        self.dropped: dict[str, int] = {}
 
     def prompts(self, split: Split) -> list[str]:
         """The story openings of a split."""
@@ -85,7 +86,7 @@ class StoriesSource:
         Returns:
             The pairs in which both completions are finished and differ from each other.
         """
-        self.dropped = {"unfinished": 0, "identical": 0}
+        self.dropped_pairs = Counter(unfinished=0, identical=0)
         return [row for split in SPLITS for row in self._split_rows(split, complete)]
 
     def _split_rows(self, split: Split, complete: Completer) -> list[Row]:
@@ -99,10 +100,10 @@ class StoriesSource:
                 b = a + 1
                 luck = rng.random()  # drawn for dropped pairs too: one pair's fate never moves another's label
                 if not (group[a].finished and group[b].finished):
-                    self.dropped["unfinished"] += 1
+                    self.dropped_pairs["unfinished"] += 1
                     continue
                 if group[a].text == group[b].text:
-                    self.dropped["identical"] += 1
+                    self.dropped_pairs["identical"] += 1
                     continue
                 chosen, rejected = (a, b) if luck < sigmoid(score[a] - score[b]) else (b, a)
                 rows.append(

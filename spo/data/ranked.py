@@ -1,0 +1,127 @@
+"""Ranked lists of responses from files."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import Annotated, Any
+
+from annotated_types import Ge
+
+from spo.bounds import OnBadRow
+from spo.data.cells import is_empty, kind_of, text_or_messages
+from spo.data.files import FileSource
+from spo.data.readers import Record
+from spo.data.rendering import prompt_id
+from spo.data.rows import Completer, DataError, Row, RowError, Split, Text
+from spo.data.tables import NoPreference
+
+
+class RankedFileSource(FileSource):
+    """Rows of ``prompt`` and ranked ``responses`` in a jsonl, jsonl.gz or parquet file, or a folder of them.
+
+    Prompt and responses are text, or lists of messages. The ranking is ``order`` (positions in ``responses``, counted
+    from 0, the best first) or, in a row without it, ``scores`` (one number per response, the higher the better).
+    ``weight`` (>= 0) is optional.
+
+    What says nothing about the ranking is dropped from a list and counted in ``dropped_responses``: an empty
+    response, one equal to a better one, and all but one of those with equal scores (which one is decided by the digest
+    of its text, so that the order in the file never passes for a preference). A row with fewer than two left is
+    skipped, counted and listed.
+
+    Args:
+        path: the file or folder.
+        columns: see `TableSource`.
+        on_bad_row: see `TableSource`.
+        max_responses: most responses of a list, or ``None``. Which ones stay is decided by the digests of their texts
+            and never by their rank: a part chosen by rank, such as the best few, would no longer be a ranking of the
+            model of Plackett and Luce.
+    """
+
+    known = ("prompt", "responses", "scores", "order", "weight")
+
+    def __init__(
+        self,
+        path: str,
+        columns: Mapping[str, str] | None,
+        on_bad_row: OnBadRow,
+        max_responses: Annotated[int, Ge(2)] | None,
+    ) -> None:
+        super().__init__(path, columns, on_bad_row)
+        if max_responses is not None and max_responses < 2:
+            raise DataError(f"data.source.max_responses={max_responses}: a ranking needs at least 2")
+        self.max_responses = max_responses
+        self.yields_lists = max_responses is None or max_responses > 2
+
+    def rows(self, complete: Completer) -> list[Row]:
+        """The rows that can be used, see `TableSource.rows`."""
+        self.dropped_responses.clear()
+        return super().rows(complete)
+
+    def parse(self, record: Record, where: str, split: Split | None) -> Row:
+        """One record as a row.
+
+        Raises:
+            RowError: with the column and the reason.
+        """
+        prompt, column = self._text(record, "prompt", where), self.columns.get("responses", "responses")
+        items = self._list(record, "responses", where)
+        if len(items) < 2:
+            raise RowError(where, f"a ranking needs at least 2 responses, not {len(items)}", column)
+        responses = [text_or_messages(item, where, column, f"response {i}") for i, item in enumerate(items, 1)]
+        if any(isinstance(response, str) != isinstance(prompt, str) for response in responses):
+            raise RowError(where, "prompt and responses must all be text, or all lists of messages", column)
+        kept, dropped = self._distinct(responses, self._ranked(record, responses, where))
+        if len(kept) < 2:
+            raise NoPreference(where, "fewer than 2 responses differ in text and rank and are not empty", column)
+        among = sorted(kept)[: self.max_responses]
+        chosen, rejected, *worse = (response for digest, response in kept.items() if digest in among)
+        weight = self._number(record, "weight", where, math.inf)
+        self.dropped_responses += dropped
+        return Row(prompt, chosen, rejected, weight=weight, split=split, where=where, worse=tuple(worse))
+
+    def _ranked(self, record: Record, responses: Sequence[Text], where: str) -> list[list[int]]:
+        """Positions in ``responses``, best first, those of one rank together."""
+        size = len(responses)
+        if "order" in self.columns or record.get("order") is not None:
+            order, column = self._list(record, "order", where), self.columns.get("order", "order")
+            if any(isinstance(i, bool) or not isinstance(i, int) for i in order) or sorted(order) != list(range(size)):
+                raise RowError(where, f"must hold each of 0 to {size - 1} once, the best response's first", column)
+            return [[i] for i in order]
+        scores, column = self._list(record, "scores", where), self.columns.get("scores", "scores")
+        if len(scores) != size:
+            raise RowError(where, f"has {len(scores)} numbers for {size} responses", column)
+        for i, score in enumerate(scores, 1):
+            if isinstance(score, bool) or not isinstance(score, (int, float)):
+                raise RowError(where, f"score {i} must be a number, not {kind_of(score)}", column)
+            if not math.isfinite(score):
+                raise RowError(where, f"score {i} must be finite, not {score}", column)
+        best_first = sorted(range(size), key=lambda i: -scores[i])
+        return [list(tied) for _, tied in groupby(best_first, key=scores.__getitem__)]
+
+    def _distinct(
+        self, responses: Sequence[Text], ranked: Sequence[Sequence[int]]
+    ) -> tuple[dict[str, Text], Counter[str]]:
+        """The responses to learn from, best first, by the digests of their texts; and why others are not."""
+        kept: dict[str, Text] = {}
+        dropped: Counter[str] = Counter()
+        for tied in ranked:
+            taken = False
+            for digest, response in sorted(((prompt_id(responses[i]), responses[i]) for i in tied), key=itemgetter(0)):
+                if is_empty(response) or digest in kept or taken:
+                    dropped["empty" if is_empty(response) else "equal" if digest in kept else "tied"] += 1
+                else:
+                    kept[digest], taken = response, True
+        return kept, dropped
+
+    def _list(self, record: Record, name: str, where: str) -> list[Any]:
+        column = self.columns.get(name, name)
+        if column not in record:
+            raise RowError(where, f"missing; the row has {', '.join(map(str, record)) or 'no columns'}", column)
+        value = record[column]
+        if not isinstance(value, list):
+            raise RowError(where, f"must be a list, not {kind_of(value)}", column)
+        return value

@@ -1,0 +1,64 @@
+"""The base class of every data source, with what a source declares about itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from spo.data.rows import Completer, Row, RowError, Split
+
+if TYPE_CHECKING:
+    from spo.data.enumerable import Language
+
+
+class Source(ABC):
+    """A source of preference rows.
+
+    Subclasses set the attributes that differ from the values below, in the class or in the constructor.
+
+    Attributes:
+        samples_rows: Whether the reference model writes the completions of :meth:`rows`, so that caching them pays.
+        yields_lists: Whether a row can have more than two completions.
+        reads_local_files: Whether ``data.path`` must exist on this machine.
+        language: Every prompt and response, if the data can be enumerated; otherwise ``None``.
+        bad_rows: Rows that the last call of :meth:`rows` skipped, with the reasons.
+        dropped_pairs: Number of pairs that the last call of :meth:`rows` dropped, by reason.
+        dropped_responses: Number of responses that the last call of :meth:`rows` dropped from lists, by reason.
+    """
+
+    samples_rows: bool = False
+    yields_lists: bool = False
+    reads_local_files: bool = False
+    language: Language | None = None
+
+    def __init__(self) -> None:
+        self.bad_rows: list[RowError] = []
+        self.dropped_pairs: Counter[str] = Counter()
+        self.dropped_responses: Counter[str] = Counter()
+
+    def check_limits(self, max_length: int, truncation: str) -> None:  # noqa: B027, most data takes any limits
+        """Check that ``data.max_length`` and ``data.truncation`` suit the data.
+
+        Raises:
+            DataError: They do not.
+        """
+
+    def prompts(self, split: Split) -> list[str] | None:
+        """Return the prompts of a split if the source knows them apart from its rows, else ``None``.
+
+        Evaluation then covers them all, even those without a usable row.
+        """
+        return None
+
+    def sft_rows(self) -> list[Row] | None:
+        """Return supervised rows for the reference model; ``None`` stands for the chosen completions of the rows."""
+        return None
+
+    @abstractmethod
+    def rows(self, complete: Completer) -> list[Row]:
+        """Return the preference rows.
+
+        Args:
+            complete: Draws completions from the reference model, for a source that has none of its own.
+        """
