@@ -21,8 +21,9 @@ from spo.config.compose import compose
 from spo.config.plan import plan
 from spo.errors import ConfigProblems
 from spo.models import FrozenReference
-from spo.module import AlignmentModule, ProbeSettings
+from spo.module import AlignmentModule
 from spo.schedules import Controller, TargetEntropy, TargetKL
+from spo.watch import Probe, ProbeSettings
 from tests.commands import TINY, enter, history, job, numbers, rows, shared_cache
 from tests.helpers import make_data, make_module, make_trainer, random_pairs, tiny_llama
 
@@ -225,21 +226,21 @@ def test_a_resumed_run_is_the_unbroken_one_bit_by_bit(tmp_path: Path) -> None:
     resumed = aligned(tmp_path / "broken", alpha=alpha(), resume_at=6)
     for name, value in straight.policy.state_dict().items():
         assert torch.equal(value, resumed.policy.state_dict()[name]), name
-    assert resumed.controllers["alpha"].state_dict() == straight.controllers["alpha"].state_dict()
+    assert resumed.controllers.state_dict() == straight.controllers.state_dict()
     assert curve(tmp_path / "broken") == curve(tmp_path / "straight")
 
 
 def test_what_is_measured_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once per step at which a controller, or a row of the record, wants to know."""
     steps: list[int] = []
-    watch = AlignmentModule.watch
+    measure = Probe.measure
 
-    def counted(self: AlignmentModule, prompts: Any, *seed: object) -> dict[str, float]:
+    def counted(self: Probe, prompts: Any, *seed: Any) -> dict[str, float]:
         if seed[0] == "train":
-            steps.append(self.global_step)
-        return watch(self, prompts, *seed)
+            steps.append(seed[1])
+        return measure(self, prompts, *seed)
 
-    monkeypatch.setattr(AlignmentModule, "watch", counted)
+    monkeypatch.setattr(Probe, "measure", counted)
     alpha = make(TargetEntropy, target=1.0, start=0.2, every=2)
     aligned(tmp_path / "alpha", alpha=alpha)
     assert steps == [2, 4, 6, 8, 10, 12]
@@ -280,11 +281,11 @@ def test_each_time_a_bound_is_reached_there_is_one_warning(tmp_path: Path, caplo
 
     caplog.clear()
     for measured in (49.0, 51.0, 40.0, 30.0, 99.0, 98.0, 1.0):  # two more entries
-        module._adjust("alpha", alpha, measured)
+        module.controllers.adjust({"entropy": measured}, 12)
         alpha.ascended = 0.3
     assert len([record for record in caplog.records if "bound" in record.message]) == 2
     alpha.ascended, alpha.saturated = 0.001, False
-    module._adjust("alpha", alpha, 99.0)
+    module.controllers.adjust({"entropy": 99.0}, 12)
     assert "alpha.min=0.001" in caplog.records[-1].message and caplog.records[-1].levelno == logging.WARNING
 
 

@@ -16,9 +16,10 @@ from spo.callbacks.health import CHECKS
 from spo.callbacks.history import HistoryLogger
 from spo.losses import DPOLoss
 from spo.models import FrozenReference
-from spo.module import AlignmentModule, ProbeSettings
+from spo.module import AlignmentModule
 from spo.pages.panels import result_panel
 from spo.pages.run_page import render_report
+from spo.watch import ProbeSettings
 from tests.commands import history, job, shared_cache
 from tests.helpers import make_data, make_module, make_trainer, random_pairs, tiny_llama
 

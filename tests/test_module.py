@@ -31,9 +31,9 @@ from spo.data.datamodule import PreferenceDataModule
 from spo.forward.head import completion_logits, completion_logps
 from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SFTLoss, SPOLoss
 from spo.models import FrozenReference, NoReference
-from spo.module import ProbeSettings
-from spo.regularizers import GlobalKL, LocalKL, NoRegularizer, Regularizer
+from spo.regularizers import GlobalKL, LocalKL, NoRegularizer, PairRegularizer, Regularizer, SampleRegularizer
 from spo.types import PreferenceBatch
+from spo.watch import ProbeSettings
 from tests.helpers import (
     BOS,
     EOS,
@@ -179,8 +179,7 @@ def test_the_gradient_is_that_of_the_mean_loss_plus_the_weighted_divergence(name
     batch = collate(pairs, range(9), PAD)
     seen = batch.pair_logps(completion_logps(policy, batch.sequences), completion_logps(reference, batch.sequences))
     total = loss(seen, alpha=0.2, beta=0.1).mean()
-    if regularizer.source is not None:
-        assert got.buffer is not None or regularizer.source == "dataset"
+    if isinstance(regularizer, PairRegularizer | SampleRegularizer):
         sequences = got.buffer.rows(0) if got.buffer is not None else batch.sequences
         p, q = (completion_logits(model, sequences) for model in (policy, reference))
         total = total + 0.3 * regularizer(p, q, sequences).mean()
@@ -569,7 +568,7 @@ def test_no_step_waits_for_the_device(name: str, tmp_path: Path, monkeypatch: py
     class Watched(Spied):
         def training_step(self, window: Any, batch_idx: int) -> None:
             if self.buffer is not None:
-                self._filled_buffer(self.global_step)  # drawing samples has to wait
+                self.regularization.fill(self.global_step)  # drawing samples has to wait
             with no_host_syncs(monkeypatch) as places:
                 super(Spied, self).training_step(window, batch_idx)
             # the buffer's samples and their lengths are on the host, where nothing waits
@@ -662,7 +661,7 @@ def test_a_start_far_from_order_one_is_a_warning(
     alpha: float, warned: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     module = make_module(tiny_llama(0), loss=SPOLoss(), alpha=alpha)
-    with caplog.at_level("WARNING", logger="spo.module"):
+    with caplog.at_level("WARNING", logger="spo.watch"):
         validated(tmp_path, module, make_data(random_pairs(8, seed=0), random_pairs(8, seed=1)))
     said = [record.getMessage() for record in caplog.records if "far from order one" in record.getMessage()]
     assert len(said) == (0 if warned is None else 1)

@@ -112,7 +112,7 @@ def test_adapter_off_is_the_initial_state_and_stays_there(
 def test_the_reference_is_used_inside_the_step(kind: str, folder: Path, given_adapter: str, tmp_path: Path) -> None:
     module = adapted(spec_of(kind, given_adapter), folder)
     module.trainer = None  # type: ignore[assignment]
-    pair, *_ = module.score(collate(PAIRS, range(8), PAD))
+    pair = module.pairs.score(collate(PAIRS, range(8), PAD)).inputs_of(module.loss)
     assert pair.reference_chosen is not None and pair.reference_rejected is not None
     assert torch.equal(pair.reference_chosen, pair.policy_chosen.detach())
     assert pair.policy_chosen.requires_grad and not pair.reference_chosen.requires_grad

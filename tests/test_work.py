@@ -16,9 +16,9 @@ from spo.forward.packing import MAX_MASKED_TOKENS, _calls
 from spo.forward.speed import Speed
 from spo.losses import DPOLoss, PreferenceLoss, SPOLoss
 from spo.models import FrozenReference
-from spo.module import ProbeSettings
 from spo.regularizers import GlobalKL, NoRegularizer, Regularizer
 from spo.types import Group, Groups
+from spo.watch import ProbeSettings
 from tests.helpers import BOS, EOS, FAST, PLAIN, VOCAB, Spied, make_data, make_module, make_trainer, tiny_llama
 
 PROMPT, CHOSEN, REJECTED, PAIRS, STEPS = 20, 6, 3, 4, 3

@@ -161,7 +161,7 @@ def warnings(cfg: DictConfig) -> list[str]:
         every, steps = select(cfg, f"{key}.every"), select(cfg, "trainer.max_steps")
         if every is not None and every > steps:
             found.append(f"{key}.every={every} is more than trainer.max_steps={steps}: {key} is never adjusted")
-    if getattr(regularizer, "source", None) == "policy" and select(cfg, "probe.num_prompts") == 0:
+    if getattr(regularizer, "probe_metric", None) is not None and select(cfg, "probe.num_prompts") == 0:
         found.append(
             "probe.num_prompts=0 leaves the regularizer out of val/loss: it is measured on the probe's samples"
         )
@@ -506,10 +506,14 @@ def _parts_and_combinations(cfg: DictConfig, found: Sequence[str]) -> Iterator[s
     reference = _reference_class(cfg)
     if loss is None or regularizer is None or reference is None:
         return
+    from spo.regularizers import Regularizer
+
+    if not isinstance(regularizer, Regularizer):
+        yield f"regularizer: derive {type(regularizer).__name__} from spo.regularizers.Regularizer"
+        return
     method, member = select(cfg, "method.name"), _member("reference", reference)
     scores_pairs, scores_samples = (getattr(reference, name, True) for name in ("scores_pairs", "scores_samples"))
-    source = getattr(regularizer, "source", None)
-    if source == "enumeration" and not hasattr(parts.get("data.source"), "language"):
+    if regularizer.needs_enumeration and not hasattr(parts.get("data.source"), "language"):
         yield (
             f"regularizer={_member('regularizer', type(regularizer))} sums over every response, which takes a data set "
             "that can be enumerated: choose data=enumerable, or regularizer=global_kl"
@@ -524,21 +528,22 @@ def _parts_and_combinations(cfg: DictConfig, found: Sequence[str]) -> Iterator[s
         yield f"method.loss: {type(loss).__name__} declares uses_lists: derive it from spo.losses.ListLoss"
     if _declares(loss, "uses_reference") and not scores_pairs:
         yield f"method={method} compares with a reference model, but reference={member}: choose reference=frozen"
-    if source is not None and not scores_samples:
+    if regularizer.needs_reference and not scores_samples:
         yield (
             f"regularizer={_member('regularizer', type(regularizer))} scores sequences with the reference model, which "
             f"reference={member} has not: choose reference=frozen (or adapter_off with model=hf_lora)"
         )
-    if scores_pairs and not scores_samples and source is None and not _declares(loss, "uses_reference"):
+    reads_stored = _declares(loss, "uses_reference") and not regularizer.needs_reference_logits
+    if scores_pairs and not scores_samples and not regularizer.needs_reference and not reads_stored:
         yield f"reference={member}: nothing reads the log-probabilities it would compute; choose reference=none"
-    if member == "cached" and (source == "dataset" or not _declares(loss, "uses_reference")):
+    if getattr(reference, "stores_logps", False) and scores_samples and not reads_stored:
         yield (
-            f"reference=cached: method={method} with regularizer={_member('regularizer', type(regularizer))} does not "
-            "read the log-probabilities it would keep; choose reference=frozen"
+            f"reference={member}: method={method} with regularizer={_member('regularizer', type(regularizer))} does "
+            "not read the log-probabilities it would keep; choose reference=frozen"
         )
-    if member == "adapter_off" and select(cfg, "model.lora") is None:
-        yield "reference=adapter_off needs an adapter to switch off, but model.lora is null: choose model=hf_lora"
-    if source is not None and getattr(regularizer, "weight", None) == "beta" and _declares(loss, "uses_beta"):
+    if getattr(reference, "needs_adapter", False) and select(cfg, "model.lora") is None:
+        yield f"reference={member} needs an adapter to switch off, but model.lora is null: choose model=hf_lora"
+    if regularizer.follows_beta and _declares(loss, "uses_beta"):
         yield (
             f"regularizer.weight=beta: {method} reads beta itself, so the regularizer needs a number of its own, "
             "such as regularizer.weight=0.01"

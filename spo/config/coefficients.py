@@ -20,5 +20,5 @@ def unused_coefficients(cfg: DictConfig) -> list[str]:
         regularizer = instantiate(cfg.regularizer, _convert_="all")
     except Exception:
         return []
-    reads = (loss.uses_alpha, loss.uses_beta or getattr(regularizer, "weight", None) == "beta")
+    reads = (loss.uses_alpha, loss.uses_beta or regularizer.follows_beta)
     return [name for name, is_read in zip(COEFFICIENTS, reads, strict=True) if not is_read]

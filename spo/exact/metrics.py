@@ -67,12 +67,12 @@ class ExactMetrics(Callback):
         return {name: float(value.mean()) for name, value in found.items()}
 
     def optimum(self, module: AlignmentModule) -> Optimum | None:
-        """Where the module's objective is least at its present step."""
-        regularizer, step = module.regularizer, module.global_step
-        if regularizer.source == "dataset":
+        """Return where the module's objective is least at its present step, or ``None`` if that is unknown."""
+        alpha, beta = module.alpha(module.global_step), module.beta(module.global_step)
+        kl_weight = module.regularizer.kl_weight(beta)
+        if kl_weight is None:
             return None
-        alpha, beta = module.alpha(step), module.beta(step)
-        key = (alpha, beta, regularizer.weight_at(beta))
+        key = (alpha, beta, kl_weight)
         if key not in self._optima:
             self._optima[key] = find_optimum(
                 Objective(module.loss, self.world, self.reference, *key, uniform=self.uniform)
