@@ -61,6 +61,8 @@ CODE_DEPENDENCIES = (
     "seeds.py",
     "forward",
     "module.py",
+    "objective",
+    "regularizers/base.py",
     "losses/sft.py",
     "stages/prepare.py",
 )
