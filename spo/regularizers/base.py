@@ -21,9 +21,9 @@ class Regularizer(ABC):
     To write one, derive from :class:`SampleRegularizer` if R is a mean over samples of the policy, or from
     :class:`PairRegularizer` if it is a mean over the responses of the batch, and write ``__call__``::
 
-        class ReverseKL(SampleRegularizer):
+        class SquaredKL(SampleRegularizer):
             def __call__(self, policy_logits, reference_logits, sequences):
-                return KL_ESTIMATORS["tokenwise"](reference_logits, policy_logits, sequences)
+                return KL_ESTIMATORS["tokenwise"](policy_logits, reference_logits, sequences) ** 2
 
     For any other R derive from this class and let :meth:`part` return a :class:`~spo.objective.Divergence` of your own.
     A regularizer holds settings only: what changes during training, such as samples, belongs to its part. The rest of
