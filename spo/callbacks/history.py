@@ -1,4 +1,4 @@
-"""The local record of a run's curves: one JSON row per logged step."""
+"""The local history of a run's metrics: one JSON row per logged step."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from spo.records.files import parse_jsonl, write_text
 
 
 class HistoryLogger(Logger):
-    """Appends to ``history.jsonl``. What is logged at the same step, by whatever part, shares a row.
+    """Append to ``history.jsonl``. All metrics of a step share a row, whichever part logs them.
 
     Args:
-        path: of the file.
-        resume_at: step a run is resumed from, ``None`` for its beginning. Rows up to it stay, later ones were logged
-            by the interrupted run after its last checkpoint and will be logged again.
+        path: File of the history.
+        resume_at: Step that the run is resumed from, or ``None`` if it starts anew. Rows up to that step are kept.
+            The interrupted run logged later ones after its last checkpoint, and they will be logged again.
 
     Attributes:
-        latest: of each metric the value that was logged last, before a resume too; none where it was not finite.
-        resumed: the rows that stayed.
+        latest: Value of each metric that was logged last, before a resume too; metrics whose last value was not
+            finite are absent.
+        resumed: Rows that were kept.
     """
 
     def __init__(self, path: Path, resume_at: int | None = None) -> None:
@@ -31,38 +32,38 @@ class HistoryLogger(Logger):
         self.path = path
         self._row: dict[str, Any] = {}
         self._written: dict[str, Any] = {}
-        self._start = 0  # where the row begins in the file
+        self._start = 0  # Offset in the file at which the current row begins.
         self.latest: dict[str, float] = {}
         self.resumed: tuple[dict[str, Any], ...] = ()
         if path.exists():
-            kept = [row for row in _readable_rows(path) if resume_at is not None and row["step"] <= resume_at]
-            self.resumed = tuple(dict(row) for row in kept)
-            for row in kept:
+            rows = [row for row in _readable_rows(path) if resume_at is not None and row["step"] <= resume_at]
+            self.resumed = tuple(dict(row) for row in rows)
+            for row in rows:
                 self._note({key: value for key, value in row.items() if key != "step"})
-            lines = [json.dumps(row) + "\n" for row in kept]
+            lines = [json.dumps(row) + "\n" for row in rows]
             write_text(path, "".join(lines))
-            if kept and kept[-1]["step"] == resume_at:
-                self._row, self._written = kept[-1], dict(kept[-1])
+            if rows and rows[-1]["step"] == resume_at:
+                self._row, self._written = rows[-1], dict(rows[-1])
                 lines.pop()
-            self._start = sum(map(len, lines))  # json.dumps writes ASCII alone
+            self._start = sum(map(len, lines))  # json.dumps writes ASCII only, so characters are bytes.
 
     @property
     def name(self) -> str:
-        """Of this kind of logger."""
+        """Return the kind of logger."""
         return "record"
 
     @property
     def version(self) -> str:
-        """There is one record per run."""
+        """Return an empty version, since a run has one history."""
         return ""
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The configuration has a file of its own, ``config.yaml``."""
+        """Do nothing: the configuration has a file of its own, ``config.yaml``."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Adds metrics to the row of their step; a number that is not finite becomes null."""
+        """Add metrics to the row of their step; a number that is not finite becomes null."""
         if self._row and self._row["step"] != step:
             self.save()
             self._start, self._row = self.path.stat().st_size, {}
@@ -79,7 +80,7 @@ class HistoryLogger(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes the row that is being collected, in the place of what was written of it before."""
+        """Write the current row, over what was written of it before."""
         if self._row and self._row != self._written:
             self.path.touch()
             with self.path.open("r+") as file:
@@ -90,7 +91,7 @@ class HistoryLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Writes what is left, however training ended."""
+        """Write the current row, however training ended."""
         self.save()
 
 
