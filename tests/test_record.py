@@ -21,7 +21,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "history.jsonl"
 
 
-def test_what_is_logged_at_a_step_shares_a_row(path: Path) -> None:
+def test_metrics_of_a_step_share_a_row(path: Path) -> None:
     record = HistoryLogger(path)
     record.log_metrics({"train/loss": 1.0}, step=1)
     record.log_metrics({"train/loss": 0.5, "lr": 0.1}, step=2)
@@ -34,14 +34,14 @@ def test_what_is_logged_at_a_step_shares_a_row(path: Path) -> None:
     ]
 
 
-def test_a_row_is_written_as_soon_as_the_next_step_begins(path: Path) -> None:
+def test_row_written_when_next_step_begins(path: Path) -> None:
     record = HistoryLogger(path)
     record.log_metrics({"a": 1.0}, step=1)
     record.log_metrics({"a": 2.0}, step=2)
     assert rows(path) == [{"step": 1, "a": 1.0}]
 
 
-def test_what_is_not_finite_becomes_null(path: Path) -> None:
+def test_non_finite_numbers_become_null(path: Path) -> None:
     record = HistoryLogger(path)
     record.log_metrics({"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.0}, step=1)
     record.save()
@@ -64,13 +64,13 @@ def test_resume_between_two_rows(path: Path) -> None:
     assert rows(path) == [{"step": 2}, {"step": 4}]
 
 
-def test_half_a_last_line_is_left_behind(path: Path) -> None:
+def test_truncated_last_line_is_dropped(path: Path) -> None:
     path.write_text('{"step": 2, "a": 1.0}\n{"step": 4, "a": 2.0}\n{"step": 6, "a')
     HistoryLogger(path, resume_at=6).finalize("success")
     assert rows(path) == [{"step": 2, "a": 1.0}, {"step": 4, "a": 2.0}]
 
 
-def test_a_file_that_ends_without_newline_is_continued_on_a_line_of_its_own(path: Path) -> None:
+def test_file_without_final_newline_continues_on_new_line(path: Path) -> None:
     path.write_text('{"step": 2}\n{"step": 4}')
     record = HistoryLogger(path, resume_at=4)
     record.log_metrics({"a": 1.0}, step=6)
@@ -85,7 +85,7 @@ def test_resume_without_a_file_starts_one(path: Path) -> None:
     assert rows(path) == [{"step": 5, "a": 1.0}]
 
 
-def test_a_run_that_begins_again_leaves_nothing_of_its_first_attempt(path: Path) -> None:
+def test_restarted_run_drops_all_rows(path: Path) -> None:
     path.write_text('{"step": 0, "a": 0.0}\n{"step": 2, "a": 2.0}\n{"ste')  # killed before its first checkpoint
     record = HistoryLogger(path, resume_at=None)
     record.log_metrics({"a": 1.0}, step=0)
@@ -93,14 +93,14 @@ def test_a_run_that_begins_again_leaves_nothing_of_its_first_attempt(path: Path)
     assert rows(path) == [{"step": 0, "a": 1.0}] and record.latest == {"a": 1.0} and record.resumed == ()
 
 
-def test_what_stayed_is_told_to_others(path: Path) -> None:
+def test_kept_rows_are_available(path: Path) -> None:
     path.write_text("".join(json.dumps({"step": step, "a": float(step)}) + "\n" for step in (2, 4, 6)))
     record = HistoryLogger(path, resume_at=4)
     record.log_metrics({"b": 1.0}, step=4)
     assert record.resumed == ({"step": 2, "a": 2.0}, {"step": 4, "a": 4.0})
 
 
-def test_a_row_is_in_the_file_before_its_checkpoint_and_grows_in_place(path: Path) -> None:
+def test_row_is_saved_before_checkpoint_and_grows_in_place(path: Path) -> None:
     record = HistoryLogger(path)
     record.log_metrics({"a": 1.0}, step=1)
     record.save()

@@ -69,7 +69,7 @@ def gradient(value: Tensor, model: nn.Module) -> Tensor:
     return torch.cat([g.flatten() for g in filled])
 
 
-def test_expectation_over_all_sequences_is_the_exact_sequence_kl() -> None:
+def test_tokenwise_expectation_equals_exact_sequence_kl() -> None:
     policy, reference, everything = three_token_models()
     log_p, log_q = completion_logps(policy, everything), completion_logps(reference, everything)
     probability = log_p.exp()
@@ -82,7 +82,7 @@ def test_expectation_over_all_sequences_is_the_exact_sequence_kl() -> None:
     assert (token_wise - (log_p - log_q)).abs().max() > 0.1
 
 
-def test_the_gradient_is_that_of_the_conditionals_with_the_prefixes_given() -> None:
+def test_tokenwise_gradient_holds_prefixes_fixed() -> None:
     """What the estimator leaves out of the exact gradient is the prefixes' own dependence on the policy."""
     policy, reference, everything = three_token_models()
     log_p = completion_logps(policy, everything)
@@ -96,14 +96,14 @@ def test_the_gradient_is_that_of_the_conditionals_with_the_prefixes_given() -> N
     assert (ours - exact).norm() > 0.01 * exact.norm()
 
 
-def test_zero_value_and_gradient_where_policy_is_reference() -> None:
+def test_divergence_and_gradient_zero_if_policy_is_reference() -> None:
     policy, reference = tiny_llama(3), frozen(tiny_llama(3))
     values = divergences(policy, reference, sequences(random_rows(5, seed=0)))
     assert values.tolist() == [0.0] * 5
     assert gradient(values.sum(), policy).abs().max() < 1e-13
 
 
-def test_never_negative_and_without_gradient_to_the_reference() -> None:
+def test_divergence_never_negative_and_reference_without_gradient() -> None:
     batch = sequences(random_rows(20, seed=0))
     policy, reference = tiny_llama(0), frozen(tiny_llama(1))
     values = divergences(policy, reference, batch)
@@ -113,13 +113,13 @@ def test_never_negative_and_without_gradient_to_the_reference() -> None:
     assert all(p.grad is None for p in reference.parameters())
 
 
-def test_local_and_global_are_the_same_function_of_other_sequences() -> None:
+def test_local_and_global_kl_are_same_function_of_sequences() -> None:
     batch = sequences(random_rows(4, seed=0))
     p, q = (completion_logits(tiny_llama(seed), batch).detach() for seed in (0, 1))
     assert torch.equal(LocalKL("beta")(p, q, batch), global_kl()(p, q, batch))
 
 
-def test_a_large_weight_drives_a_tabular_policy_to_the_reference() -> None:
+def test_large_weight_drives_policy_to_reference() -> None:
     """A tabular policy over one token: minimises L_pref + beta KL; the optimum nears the reference as beta grows."""
     reference = torch.tensor([[2.0, 0.0, -1.0, 0.5]], dtype=torch.float64).log_softmax(-1)
     one = Sequences(torch.tensor([[1, 0]]), torch.tensor([1]), torch.tensor([2]))
@@ -151,19 +151,19 @@ def test_weight_follows_beta_or_is_a_number() -> None:
 
 
 @pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf, "alpha", None, True])
-def test_weights_that_are_refused(weight: Any) -> None:
+def test_invalid_weights_raise(weight: Any) -> None:
     for make in (lambda: LocalKL(weight), lambda: global_kl(weight=weight)):
         with pytest.raises(ValueError, match=r"regularizer\.weight must be"):
             make()
 
 
 @pytest.mark.parametrize("name", ["refresh_every", "num_samples", "batch_size", "max_new_tokens"])
-def test_counts_that_are_refused(name: str) -> None:
+def test_invalid_counts_raise(name: str) -> None:
     with pytest.raises(ValueError, match=rf"regularizer\.{name} must be at least 1, got 0"):
         global_kl(**{name: 0})
 
 
-def test_a_step_cannot_use_more_samples_than_there_are() -> None:
+def test_batch_larger_than_buffer_raises() -> None:
     with pytest.raises(ValueError, match=r"batch_size \(9\) exceeds regularizer\.num_samples \(8\)"):
         global_kl(batch_size=9)
     assert isinstance(global_kl(batch_size=8), Regularizer)
@@ -268,6 +268,6 @@ def test_plugin_part_needs_no_reference_and_keeps_its_state(tmp_path: Path) -> N
     assert resumed.validated["loss"] == pytest.approx(resumed.validated["loss/preference"] + 0.2 * 7.0)
 
 
-def test_configuration_refuses_what_does_not_derive_from_regularizer() -> None:
+def test_configuration_rejects_classes_not_derived_from_regularizer() -> None:
     [problem] = problems(compose(["regularizer._target_=collections.Counter", "regularizer=none"]))
     assert problem == "regularizer: derive Counter from spo.regularizers.Regularizer"
