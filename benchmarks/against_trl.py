@@ -145,7 +145,7 @@ def agreement(workload: Workload, parts: Parts, windows: Sequence[Window]) -> fl
     trainer.model.to(device)
     [batch] = windows[0]
     sequences = batch.sequences
-    tokens = parts.module.score(batch.to(device)).tokens.split(sequences.completion_length.tolist())
+    tokens = parts.module.pairs.score(batch.to(device)).policy_tokens.split(sequences.completion_length.tolist())
     inputs = batches[0]
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     with trainer.accelerator.autocast():

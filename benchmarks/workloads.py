@@ -348,7 +348,7 @@ class Clock(Callback):
         """Stop the clock, and note how the fit computed."""
         self.seconds = now() - self.started
         self.metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        buffer: Any = pl_module.buffer
+        buffer = getattr(pl_module.regularization, "buffer", None)
         if buffer is not None:
             self.sampled = buffer.held
         module: Any = pl_module

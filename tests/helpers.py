@@ -21,10 +21,13 @@ from spo.data.datamodule import PreferenceDataModule
 from spo.forward.speed import Speed
 from spo.losses import PreferenceLoss, SPOLoss
 from spo.models import ModelSpec, NoReference, Reference
-from spo.module import AlignmentModule, ProbeSettings, Prompts
+from spo.module import AlignmentModule
+from spo.objective import Prompts, SampleDivergence
 from spo.regularizers import NoRegularizer, Regularizer
+from spo.sampling import SampleBuffer
 from spo.schedules import Constant, Schedule
 from spo.types import Sequences
+from spo.watch import ProbeSettings
 
 VOCAB, BOS, EOS, PAD = 23, 1, 2, 0
 PLAIN = Speed(
@@ -147,6 +150,10 @@ class Spied(AlignmentModule):
         super().__init__(*args, **kwargs)
         self.gradients: list[dict[str, Tensor]] = []
         self.sampled: list[Tensor] = []
+
+    @property
+    def buffer(self) -> SampleBuffer | None:
+        return self.regularization.buffer if isinstance(self.regularization, SampleDivergence) else None
 
     def training_step(self, window: Any, batch_idx: int) -> None:
         optimizer = self.optimizers()

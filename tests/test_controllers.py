@@ -21,8 +21,9 @@ from spo.config.compose import compose
 from spo.config.plan import plan
 from spo.errors import ConfigProblems
 from spo.models import FrozenReference
-from spo.module import AlignmentModule, ProbeSettings
+from spo.module import AlignmentModule
 from spo.schedules import Controller, TargetEntropy, TargetKL
+from spo.watch import Probe, ProbeSettings
 from tests.commands import TINY, enter, history, job, numbers, rows, shared_cache
 from tests.helpers import make_data, make_module, make_trainer, random_pairs, tiny_llama
 
@@ -51,14 +52,16 @@ def make(kind: type[Controller], target: float, start: float = 1.0, **changes: A
         (TargetKL, 50.0, 0.1),
     ],
 )
-def test_one_measurement(kind: type[Controller], measured: float, log_factor: float) -> None:
+def test_one_measurement_changes_coefficient_by_rule(
+    kind: type[Controller], measured: float, log_factor: float
+) -> None:
     controller = make(kind, target=2.0, start=0.3)
     controller.observe(measured)
     assert controller(0) == controller(10**6) == pytest.approx(0.3 * math.exp(log_factor), rel=1e-14)
     assert not controller.saturated
 
 
-def test_the_error_at_hand_adds_to_the_ascent() -> None:
+def test_gain_adds_current_error_to_ascent() -> None:
     controller = make(TargetKL, target=2.0, start=0.3, gain=0.7)
     controller.observe(3.0)
     assert controller(0) == pytest.approx(0.3 * math.exp(0.05 + 0.35), rel=1e-14)
@@ -66,7 +69,7 @@ def test_the_error_at_hand_adds_to_the_ascent() -> None:
     assert controller(0) == pytest.approx(0.3 * math.exp(0.05), rel=1e-14)
 
 
-def test_the_gain_settles_what_would_swing() -> None:
+def test_gain_damps_oscillation() -> None:
     """On a policy that follows slowly, dual ascent alone overshoots; the gain takes the swing out of it."""
 
     def swing(gain: float) -> float:
@@ -94,7 +97,7 @@ def kl_at(beta: float) -> float:
 @pytest.mark.parametrize("lag", [0.0, 0.9])
 @pytest.mark.parametrize("start", [0.01, 30.0])
 @pytest.mark.parametrize(("kind", "plant"), [(TargetEntropy, entropy_at), (TargetKL, kl_at)])
-def test_a_plant_is_brought_to_its_target(
+def test_controller_brings_plant_to_target(
     kind: type[Controller], plant: Callable[[float], float], start: float, lag: float
 ) -> None:
     """Also where the policy follows its coefficient with a delay, and from either side."""
@@ -123,7 +126,7 @@ def test_bounds_hold_and_are_left_again(kind: type[Controller]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_state_goes_through_a_checkpoint(kind: type[Controller], tmp_path: Path) -> None:
+def test_state_survives_checkpoint(kind: type[Controller], tmp_path: Path) -> None:
     one = make(kind, target=0.7, max=1.02)
     for measured in (0.3, 0.9, 1.7, 0.11):
         one.observe(measured)
@@ -138,7 +141,7 @@ def test_the_state_goes_through_a_checkpoint(kind: type[Controller], tmp_path: P
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["target", "start", "rate", "every", "min", "max"])
-def test_numbers_that_make_no_sense(kind: type[Controller], name: str) -> None:
+def test_invalid_numbers_raise(kind: type[Controller], name: str) -> None:
     for bad in (0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match=f"{name} must be a positive, finite number"):
             make(kind, **{"target": 1.0, name: bad})
@@ -214,7 +217,7 @@ def curve(folder: Path) -> list[dict[str, float]]:
     ]
 
 
-def test_a_resumed_run_is_the_unbroken_one_bit_by_bit(tmp_path: Path) -> None:
+def test_resumed_run_with_controller_is_bit_identical(tmp_path: Path) -> None:
     """Interrupted between two measurements, two log steps and two checkpoints, with the controller at a bound."""
 
     def alpha() -> Controller:
@@ -225,21 +228,21 @@ def test_a_resumed_run_is_the_unbroken_one_bit_by_bit(tmp_path: Path) -> None:
     resumed = aligned(tmp_path / "broken", alpha=alpha(), resume_at=6)
     for name, value in straight.policy.state_dict().items():
         assert torch.equal(value, resumed.policy.state_dict()[name]), name
-    assert resumed.controllers["alpha"].state_dict() == straight.controllers["alpha"].state_dict()
+    assert resumed.controllers.state_dict() == straight.controllers.state_dict()
     assert curve(tmp_path / "broken") == curve(tmp_path / "straight")
 
 
-def test_what_is_measured_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_measures_once_per_due_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once per step at which a controller, or a row of the record, wants to know."""
     steps: list[int] = []
-    watch = AlignmentModule.watch
+    measure = Probe.measure
 
-    def counted(self: AlignmentModule, prompts: Any, *seed: object) -> dict[str, float]:
+    def counted(self: Probe, prompts: Any, *seed: Any) -> dict[str, float]:
         if seed[0] == "train":
-            steps.append(self.global_step)
-        return watch(self, prompts, *seed)
+            steps.append(seed[1])
+        return measure(self, prompts, *seed)
 
-    monkeypatch.setattr(AlignmentModule, "watch", counted)
+    monkeypatch.setattr(Probe, "measure", counted)
     alpha = make(TargetEntropy, target=1.0, start=0.2, every=2)
     aligned(tmp_path / "alpha", alpha=alpha)
     assert steps == [2, 4, 6, 8, 10, 12]
@@ -254,7 +257,7 @@ def test_what_is_measured_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert steps == [4, 8, 12]
 
 
-def test_the_record_shows_coefficient_and_measurement(tmp_path: Path) -> None:
+def test_history_shows_coefficient_and_measurement(tmp_path: Path) -> None:
     alpha = make(TargetEntropy, target=3.0, start=0.2, every=1, max=0.21)
     aligned(tmp_path / "run", alpha=alpha, log_every=1)
     steps = [row for row in curve(tmp_path / "run") if "train/alpha" in row]
@@ -270,7 +273,7 @@ def test_the_record_shows_coefficient_and_measurement(tmp_path: Path) -> None:
     assert not any(key.startswith("train/beta/") for row in steps for key in row)
 
 
-def test_each_time_a_bound_is_reached_there_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_reaching_a_bound_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     alpha = make(TargetEntropy, target=50.0, start=0.2, every=2, max=0.3)
     module = aligned(tmp_path / "run", alpha=alpha)
     said = [record.message for record in caplog.records if "bound" in record.message]
@@ -280,11 +283,11 @@ def test_each_time_a_bound_is_reached_there_is_one_warning(tmp_path: Path, caplo
 
     caplog.clear()
     for measured in (49.0, 51.0, 40.0, 30.0, 99.0, 98.0, 1.0):  # two more entries
-        module._adjust("alpha", alpha, measured)
+        module.controllers.adjust({"entropy": measured}, 12)
         alpha.ascended = 0.3
     assert len([record for record in caplog.records if "bound" in record.message]) == 2
     alpha.ascended, alpha.saturated = 0.001, False
-    module._adjust("alpha", alpha, 99.0)
+    module.controllers.adjust({"entropy": 99.0}, 12)
     assert "alpha.min=0.001" in caplog.records[-1].message and caplog.records[-1].levelno == logging.WARNING
 
 
@@ -317,13 +320,13 @@ KL = ("beta=target_kl", "beta.target=5")
         ([*KL, "regularizer=local_kl", "reference=none"], "the KL to a reference model, but reference=none provides"),
     ],
 )
-def test_what_cannot_be_controlled_is_refused_in_words(overrides: list[str], part: str) -> None:
+def test_impossible_controllers_are_configuration_problems(overrides: list[str], part: str) -> None:
     with pytest.raises(ConfigProblems) as caught:
         plan(overrides)
     assert part in str(caught.value)
 
 
-def test_what_is_not_read_needs_no_measurement() -> None:
+def test_unused_coefficient_needs_no_measurement() -> None:
     unread = compose([*ENTROPY, "method=dpo", "probe.num_prompts=0"])
     assert problems(unread) == []
     assert warnings(unread) == ["dpo does not read alpha: what you set it to has no effect"]
@@ -332,7 +335,7 @@ def test_what_is_not_read_needs_no_measurement() -> None:
     assert told == "alpha.every=200 is more than trainer.max_steps=100: alpha is never adjusted"
 
 
-def test_a_run_with_both_controllers(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_with_both_controllers(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = [TINY, *ENTROPY, *KL, "alpha.every=1", "beta.every=2", "beta.max=0.1", "beta.target=0.001"]
     metrics = job(tmp_path / "run", cache, *settings)
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -350,9 +353,7 @@ def test_a_run_with_both_controllers(cache: Path, tmp_path: Path, capsys: pytest
     assert repeated == {key: value for key, value in metrics.items() if key.startswith("eval/")}
 
 
-def test_an_interrupted_command_goes_on_as_if_nothing_had_happened(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_command_resumes_exactly(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [TINY, *ENTROPY, "alpha.every=1", "trainer.log_every_n_steps=1"]
     whole = job(tmp_path / "whole", cache, *settings)
     step = AlignmentModule.training_step
@@ -370,7 +371,7 @@ def test_an_interrupted_command_goes_on_as_if_nothing_had_happened(
     assert len({row["train/alpha"] for row in history(tmp_path / "whole") if "train/alpha" in row}) == 4
 
 
-def test_a_careless_sweep_has_no_phantom_axis(
+def test_sweep_over_unused_coefficient_has_no_phantom_axis(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train", "-m", TINY, "method=spo,dpo", "alpha=0.1,0.5", "callbacks=none", "trainer.max_steps=1"]
@@ -394,7 +395,7 @@ def test_a_careless_sweep_has_no_phantom_axis(
     assert "same as method=dpo alpha.value=0.1" in " ".join(shown.out.split())
 
 
-def test_one_warning_in_a_single_run(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_single_run_warns_once(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = [TINY, "method=dpo", "trainer.max_steps=0", "evaluation.num_prompts=2"]
     first = job(tmp_path / "run", cache, *settings, "alpha=linear")
     shown = "".join(capsys.readouterr())
@@ -410,7 +411,7 @@ LANGUAGE = ("data=enumerable", "model=tabular", "callbacks=none", "trainer.max_s
 LANGUAGE += ("trainer.val_check_interval=300", "evaluation.samples_per_prompt=1000", "optimizer.lr=0.1")
 
 
-def test_the_entropy_of_an_enumerable_language_reaches_its_target(cache: Path, tmp_path: Path) -> None:
+def test_entropy_of_enumerable_language_reaches_target(cache: Path, tmp_path: Path) -> None:
     settings = ["regularizer=none", "alpha=target_entropy", "alpha.target=0.9"]
     metrics = job(tmp_path / "run", cache, *LANGUAGE, *settings)
     assert metrics["eval/entropy"] == pytest.approx(0.9, rel=0.05)
@@ -420,7 +421,7 @@ def test_the_entropy_of_an_enumerable_language_reaches_its_target(cache: Path, t
 @pytest.mark.parametrize(
     "settings", [["method=dpo", "beta.start=1"], ["method=spo", "beta.rate=0.3"]], ids=["dpo", "spo"]
 )
-def test_the_kl_of_an_enumerable_language_reaches_its_target(settings: list[str], cache: Path, tmp_path: Path) -> None:
+def test_kl_of_enumerable_language_reaches_target(settings: list[str], cache: Path, tmp_path: Path) -> None:
     metrics = job(tmp_path / "run", cache, *LANGUAGE, *settings, "beta=target_kl", "beta.target=1.5")
     assert metrics["exact/kl_reference"] == pytest.approx(1.5, rel=0.05)
     assert metrics["train/beta/at_bound"] == 0

@@ -287,7 +287,7 @@ def test_the_same_command_again_shows_the_result(here: Path, cache: Path, capsys
     capsys.readouterr()
     assert cli.main(words) == 0
     shown = capsys.readouterr().out
-    assert "win rate" in shown and "optimiser steps" not in shown
+    assert "win rate" in shown and "optimizer steps" not in shown
     after = {path: path.stat().st_mtime_ns for path in before}
     assert {path.name for path in before if before[path] != after[path]} <= {".lock", "spo.log"}
 
@@ -557,7 +557,7 @@ def test_a_judge_that_fails_at_a_validation_does_not_end_the_training(
     ]
     assert [row["step"] for row in history(tmp_path / "run") if "val/samples/win_rate" in row] == [4]
     [said] = [record.getMessage() for record in caplog.records if "endpoint" in record.getMessage()]
-    assert said == "no verdicts on the samples of this validation, the training goes on: the endpoint does not answer"
+    assert said == "the samples of this validation have no verdicts, training continues: the endpoint does not answer"
     assert metrics["eval/judge/calls"] == 5  # three validations, two splits
 
 

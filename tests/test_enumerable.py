@@ -67,7 +67,7 @@ def renderer(num_symbols: int = 3, prompt_symbols: int = 1, max_new_tokens: int 
 
 
 @pytest.mark.parametrize(("num_symbols", "max_new_tokens"), [(2, 1), (2, 5), (3, 3), (5, 2)])
-def test_every_response_is_there_once_and_none_begins_another(num_symbols: int, max_new_tokens: int) -> None:
+def test_responses_are_unique_and_none_is_prefix_of_another(num_symbols: int, max_new_tokens: int) -> None:
     language = source(num_symbols=num_symbols, max_new_tokens=max_new_tokens).language
     assert len(language.responses) == sum(num_symbols**k for k in range(max_new_tokens)) + num_symbols**max_new_tokens
     assert language.responses[0] == "" and language.prompts == ("a", "b")
@@ -85,19 +85,19 @@ def test_every_response_is_there_once_and_none_begins_another(num_symbols: int, 
     assert not any(a != b and b[: len(a)] == a for a in leaves for b in leaves)
 
 
-def test_prompts_are_given_for_every_split_and_may_be_empty() -> None:
+def test_every_split_has_prompts_which_may_be_empty() -> None:
     assert source(num_prompts=5, prompt_symbols=2).prompts("test") == ["aa", "ab", "ac", "ba", "bb"]
     assert source(num_prompts=1, prompt_symbols=0).prompts("train") == [""]
     assert renderer(prompt_symbols=0).prompt_ids("") == (0,)
     assert source().sft_rows() is None
 
 
-def test_an_empty_completion_is_dropped_where_it_may_not_be_there() -> None:
+def test_disallowed_empty_completion_is_dropped() -> None:
     strict = Renderer(language_tokenizer(3), 5, "trim_completion")
     assert strict.render(Row("a", "", "b")) == Dropped("empty", "")
 
 
-def test_the_tokenizer_adds_nothing_and_knows_nothing_else() -> None:
+def test_tokenizer_knows_only_the_symbols() -> None:
     tokenizer = language_tokenizer(4)
     assert tokenizer("abca")["input_ids"] == [1, 2, 3, 1] and tokenizer.decode([4, 1]) == "da"
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id == 0 and len(tokenizer) == 5
@@ -105,7 +105,7 @@ def test_the_tokenizer_adds_nothing_and_knows_nothing_else() -> None:
         tokenizer("abe")
 
 
-def test_it_is_seeded() -> None:
+def test_source_follows_seed() -> None:
     assert np.array_equal(source().language.rewards, source().language.rewards)
     assert not np.array_equal(source().language.rewards, source(seed=1).language.rewards)
     for settings in (
@@ -122,7 +122,7 @@ def test_it_is_seeded() -> None:
 # --- labels --------------------------------------------------------------------------------------------------------
 
 
-def test_all_pairs_once_with_the_probability_of_bradley_and_terry() -> None:
+def test_all_pairs_appear_once_with_bradley_terry_probability() -> None:
     pairs, language = made(), source().language
     assert len(pairs) == 2 * 40 * 39 // 2 == len({row.where for row in pairs})
     assert len({(row.prompt, frozenset((row.chosen, row.rejected))) for row in pairs}) == len(pairs)
@@ -134,7 +134,7 @@ def test_all_pairs_once_with_the_probability_of_bradley_and_terry() -> None:
         assert row.where == f"enumerable:{language.prompts.index(row.prompt)}:{i}-{j}"
 
 
-def test_preferences_are_stable_at_any_distance() -> None:
+def test_preferences_are_stable_for_any_reward_difference() -> None:
     rewards = np.array([[0.0, 700.0, 30.0]])
     language = Language(("a",), ("", "a", "b"), rewards, np.ones((1, 3), bool))
     first, second = np.array([0, 1, 0, 2]), np.array([1, 0, 2, 2])
@@ -144,7 +144,7 @@ def test_preferences_are_stable_at_any_distance() -> None:
     assert language.preference(0, 0, 2) == language.order_probability(0, np.array([0, 2]))
 
 
-def test_pairs_are_drawn_uniformly_and_hard_labels_at_the_rate_of_bradley_and_terry() -> None:
+def test_drawn_pairs_are_uniform_and_hard_labels_bradley_terry() -> None:
     settings = {"num_symbols": 2, "max_new_tokens": 1, "num_prompts": 1, "num_pairs": 6000}  # 3 responses, 3 pairs
     language, soft, hard = source(**settings).language, made(**settings), made(**settings, labels="hard")
     counts = Counter(frozenset((row.chosen, row.rejected)) for row in soft)
@@ -160,7 +160,7 @@ def test_pairs_are_drawn_uniformly_and_hard_labels_at_the_rate_of_bradley_and_te
     assert len(made(labels="hard")) == 1560
 
 
-def test_a_restricted_support_is_never_left() -> None:
+def test_restricted_support_is_never_left() -> None:
     restricted = source(sampler="restricted", support_share=0.25)
     language = restricted.language
     assert language.support.sum(axis=1).tolist() == [10, 10] and (language.support[0] != language.support[1]).any()
@@ -180,7 +180,7 @@ def plackett_luce(rewards: Sequence[float]) -> float:
 
 
 @pytest.mark.parametrize("size", [3, 4])
-def test_all_orders_of_a_ranking_with_their_probabilities(size: int) -> None:
+def test_ranking_has_all_orders_with_probabilities(size: int) -> None:
     settings = {"num_symbols": 2, "max_new_tokens": 2, "list_size": size}  # 7 responses
     language, lists = source(**settings).language, made(**settings)
     assert len(lists) == 2 * math.comb(7, size) * math.factorial(size)
@@ -214,7 +214,7 @@ def test_drawn_rankings_follow_plackett_luce() -> None:
 # --- pairs of the reference model ----------------------------------------------------------------------------------
 
 
-def test_pairs_of_the_reference_are_what_it_writes_cut_or_not() -> None:
+def test_reference_pairs_are_its_completions() -> None:
     def complete(prompts: Sequence[str], n: int) -> list[list[Completion]]:
         assert (list(prompts), n) == (["a", "b"], 4)
         texts = [["", "abc", "b", "b"], ["c", "a", "aaa", "ab"]]
@@ -229,7 +229,7 @@ def test_pairs_of_the_reference_are_what_it_writes_cut_or_not() -> None:
     assert all(row.preference is None for row in hard)
 
 
-def test_the_reward_is_looked_up() -> None:
+def test_reward_is_looked_up() -> None:
     reward, language = EnumerableReward(source()), source().language
     found = reward(["a", "b", "a"], ["", "ccc", "ab"])["reward"]
     expected = [("a", ""), ("b", "ccc"), ("a", "ab")]
@@ -262,12 +262,12 @@ def test_the_reward_is_looked_up() -> None:
         ({"reward_scale": -1}, "data.source.reward_scale=-1: must be at least 0 and finite"),
     ],
 )
-def test_what_is_no_language_is_refused_in_words(changes: dict[str, Any], message: str) -> None:
+def test_invalid_languages_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         source(**changes)
 
 
-def test_as_many_responses_as_fit_may_be_compared_all_with_all() -> None:
+def test_largest_language_allows_all_pairs() -> None:
     assert len(source(num_symbols=2, max_new_tokens=6, num_prompts=1).rows(no_model)) == 127 * 126 // 2
 
 
@@ -281,7 +281,7 @@ def test_as_many_responses_as_fit_may_be_compared_all_with_all() -> None:
         (["data.truncation=drop_pair"], "data.max_length and data.truncation follow from the language"),
     ],
 )
-def test_the_command_refuses_it_before_anything_is_loaded(overrides: list[str], part: str) -> None:
+def test_command_rejects_invalid_language_early(overrides: list[str], part: str) -> None:
     with pytest.raises(ConfigProblems) as caught:
         plan(["data=enumerable", *overrides])
     assert part in str(caught.value)
@@ -308,7 +308,7 @@ def policy_of(folder: Path, language: Language, max_new_tokens: int = 3) -> torc
     return torch.stack(found)
 
 
-def test_the_command_itself(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_runs(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["train", *ENUMERABLE, "model=tabular", "trainer.max_steps=3", "logger=record", "hydra.run.dir=here"]
     enter(tmp_path, cache, monkeypatch)
     assert cli.main(words) == 0
@@ -317,7 +317,7 @@ def test_the_command_itself(tmp_path: Path, cache: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("model", ["tabular", "tiny"])
-def test_the_policy_and_the_samples_of_a_run(model: str, tmp_path: Path, cache: Path) -> None:
+def test_run_saves_policy_and_samples(model: str, tmp_path: Path, cache: Path) -> None:
     job(
         tmp_path / "here",
         cache,
@@ -339,14 +339,14 @@ def test_the_policy_and_the_samples_of_a_run(model: str, tmp_path: Path, cache: 
         assert sample["logp_policy"] == pytest.approx(float(logps[p, r]), abs=1e-5)
 
 
-def test_rows_are_shown(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_rows(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", "data=enumerable", "model=tabular", f"paths.cache={cache}", "--limit", "1"]) == 0
     shown = capsys.readouterr().out
     assert "enumerable:0:" in shown and "preference: 0." in shown and "1,560" in shown
 
 
 @pytest.mark.parametrize("method", ["dpo", "ipo", "spo"])
-def test_methods_run_with_their_defaults(method: str, tmp_path: Path, cache: Path) -> None:
+def test_methods_run_with_defaults(method: str, tmp_path: Path, cache: Path) -> None:
     metrics = job(tmp_path / "run", cache, *ENUMERABLE, "model=tabular", f"method={method}", "trainer.max_steps=2")
     assert metrics["data/pairs_used"] == 1560 and "eval/win_rate" in metrics
 
@@ -360,7 +360,7 @@ def test_spo_reaches_its_optimum(tmp_path: Path, cache: Path) -> None:
     assert float(distance.max()) < 1e-3
 
 
-def test_pairs_that_the_reference_model_writes_have_its_frequencies(tmp_path: Path, cache: Path) -> None:
+def test_reference_pairs_have_frequencies_of_model(tmp_path: Path, cache: Path) -> None:
     number = 400
     overrides = ["data.source.sampler=reference", f"data.source.num_pairs={number}", f"paths.cache={cache}"]
     cfg = compose(["data=enumerable", "model=tabular", *overrides], run_dir=tmp_path)

@@ -52,7 +52,7 @@ LOSSES = [SPOLoss(), WeightedSPOLoss(gamma=0.5), DPOLoss(), IPOLoss(), IPOLoss(l
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{type(loss).__name__}-{vars(loss)}")
 @pytest.mark.parametrize(("alpha", "beta"), [(0.3, 0.2), (1.0, 1.0), (4.0, 3.0)])
-def test_the_stated_optimum_is_where_the_objective_is_least(loss: PreferenceLoss, alpha: float, beta: float) -> None:
+def test_stated_optimum_minimizes_objective(loss: PreferenceLoss, alpha: float, beta: float) -> None:
     stated = find_optimum(objective(loss, uniform=True, alpha=alpha, beta=beta))
     solved = find_optimum(objective(loss, uniform=False, alpha=alpha, beta=beta))
     assert stated is not None and solved is not None
@@ -62,7 +62,7 @@ def test_the_stated_optimum_is_where_the_objective_is_least(loss: PreferenceLoss
 
 
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 4.0])
-def test_spo_and_dpo_state_what_their_papers_prove(alpha: float) -> None:
+def test_spo_and_dpo_optima_match_papers(alpha: float) -> None:
     rewards, ref = world().rewards, reference()
     spo, dpo = SPOLoss().optimum(rewards, ref, alpha, 99.0), DPOLoss().optimum(rewards, ref, 99.0, alpha)
     torch.testing.assert_close(spo.exp(), torch.softmax(rewards / alpha, -1))
@@ -71,7 +71,7 @@ def test_spo_and_dpo_state_what_their_papers_prove(alpha: float) -> None:
     torch.testing.assert_close(dpo.exp(), weights / weights.sum(-1, keepdim=True))
 
 
-def test_ipo_states_what_its_paper_proves() -> None:
+def test_ipo_optimum_matches_paper() -> None:
     rewards, ref = world().rewards, reference()
     optimum = IPOLoss(length_normalize=False).optimum(rewards, ref, 99.0, 0.3)
     for p in range(P):
@@ -82,13 +82,13 @@ def test_ipo_states_what_its_paper_proves() -> None:
         IPOLoss().optimum(rewards, ref, 1.0, 0.3)
 
 
-def test_both_conventions_of_ipo_agree_where_every_response_is_one_token() -> None:
+def test_ipo_conventions_agree_on_one_token_responses() -> None:
     rewards, ref = world().rewards, reference()
     sums = IPOLoss(length_normalize=False).optimum(rewards, ref, 1.0, 0.3)
     torch.testing.assert_close(IPOLoss().optimum(rewards, ref, 1.0, 0.3, lengths=torch.ones(P, R)), sums)
 
 
-def test_conservative_dpo_has_its_known_margin_for_two_responses_and_no_closed_form() -> None:
+def test_conservative_dpo_margin_for_two_responses() -> None:
     smoothing, beta, two = 0.2, 0.5, world(2)
     loss = DPOLoss(label_smoothing=smoothing)
     assert loss.optimum(two.rewards, reference(2), 1.0, beta) is None
@@ -100,7 +100,7 @@ def test_conservative_dpo_has_its_known_margin_for_two_responses_and_no_closed_f
     torch.testing.assert_close(margin[:, 0] - margin[:, 1], expected, atol=1e-6, rtol=0)
 
 
-def test_the_kl_draws_the_optimum_from_softmax_to_the_reference() -> None:
+def test_kl_weight_moves_optimum_to_reference() -> None:
     distances = []
     for weight in (1e-6, 0.03, 0.3, 3.0, 1e4):
         optimum = find_optimum(objective(SPOLoss(), uniform=True, kl_weight=weight))
@@ -116,7 +116,7 @@ def test_the_kl_draws_the_optimum_from_softmax_to_the_reference() -> None:
     assert distances[0] == pytest.approx(float(kl(free.logps, reference()).mean()), abs=1e-3)
 
 
-def test_pairs_that_leave_a_response_open_have_no_single_optimum() -> None:
+def test_unconnected_responses_have_no_single_optimum() -> None:
     loose = world(pairs=[(0, 1), (1, 2), (3, 4)])
     assert find_optimum(objective(SPOLoss(), world=loose)) is None
     assert find_optimum(objective(SPOLoss(), world=loose, kl_weight=0.1)) is not None
@@ -126,7 +126,7 @@ def test_pairs_that_leave_a_response_open_have_no_single_optimum() -> None:
     torch.testing.assert_close(optimum.logps.exp(), torch.softmax(chain.rewards / 0.7, -1), atol=1e-6, rtol=0)
 
 
-def test_a_kl_pushes_probability_out_of_a_restricted_support() -> None:
+def test_kl_pushes_probability_out_of_restricted_support() -> None:
     """The odds of being outside grow by exp(KL inside) for any weight of the KL, as docs/explanation/theory.md says."""
     inside = [(i, j) for i, j in combinations(range(R), 2) if j < 3]
     for weight in (0.05, 0.5):
@@ -139,7 +139,7 @@ def test_a_kl_pushes_probability_out_of_a_restricted_support() -> None:
         torch.testing.assert_close(odds - ref_odds, kl(within, ref_within), atol=1e-6, rtol=0)
 
 
-def test_ipo_depends_on_which_pairs_are_compared() -> None:
+def test_ipo_optimum_depends_on_compared_pairs() -> None:
     chain = world(pairs=[(i, i + 1) for i in range(R - 1)])
     loss = IPOLoss(length_normalize=False)
     stated, solved = (find_optimum(objective(loss, uniform=u, world=chain)) for u in (True, False))
@@ -157,7 +157,7 @@ class Upside(SPOLoss):
         return None
 
 
-def test_an_objective_without_a_minimum_is_seen() -> None:
+def test_objective_without_minimum_has_no_optimum() -> None:
     assert find_optimum(objective(Upside(), uniform=True)) is None
 
 
@@ -168,7 +168,7 @@ class Stating(DPOLoss):
         return torch.softmax(reference_logps + rewards / beta, -1)
 
 
-def test_an_optimum_may_be_stated_as_probabilities() -> None:
+def test_optimum_stated_as_probabilities() -> None:
     theirs, ours = (find_optimum(objective(loss, uniform=True)) for loss in (Stating(), DPOLoss()))
     assert theirs is not None and ours is not None
     torch.testing.assert_close(theirs.logps, ours.logps)

@@ -14,10 +14,11 @@ import torch
 from spo.forward.head import completion_logps
 from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SPOLoss
 from spo.models import FrozenReference
-from spo.module import AlignmentModule, ProbeSettings
+from spo.module import AlignmentModule
 from spo.regularizers import GlobalKL
 from spo.sampling import sample
 from spo.sampling.static import decode
+from spo.watch import ProbeSettings
 from tests.commands import TINY, job, shared_cache
 from tests.helpers import (
     BOS,

@@ -16,9 +16,10 @@ from spo.callbacks.health import CHECKS
 from spo.callbacks.history import HistoryLogger
 from spo.losses import DPOLoss
 from spo.models import FrozenReference
-from spo.module import AlignmentModule, ProbeSettings
+from spo.module import AlignmentModule
 from spo.pages.panels import result_panel
 from spo.pages.run_page import render_report
+from spo.watch import ProbeSettings
 from tests.commands import history, job, shared_cache
 from tests.helpers import make_data, make_module, make_trainer, random_pairs, tiny_llama
 
@@ -68,12 +69,12 @@ def watched(folder: Path, *validations: dict[str, float], health: Health | None 
     return trainer
 
 
-def test_every_limit_has_its_check_and_its_key() -> None:
+def test_every_limit_has_a_check_and_a_key() -> None:
     assert CHECKS.keys() == LIMITS.keys() == {check for check, _, _ in BEYOND}
 
 
 @pytest.mark.parametrize(("check", "change", "value"), BEYOND)
-def test_a_limit_that_is_crossed_is_said_once(
+def test_crossed_limit_warns_once(
     check: str, change: dict[str, float], value: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ill = START | change
@@ -88,7 +89,7 @@ def test_a_limit_that_is_crossed_is_said_once(
     assert [row["val/health/alarms"] for row in off.rows] == [0, 0]
 
 
-def test_health_has_no_file_and_drift_is_logged(tmp_path: Path) -> None:
+def test_healthy_run_has_no_file_and_logs_drift(tmp_path: Path) -> None:
     later = START | {"logps_per_token/chosen": -1.3, "logps_per_token/rejected": -0.9}
     rows = watched(tmp_path, START, later).rows
     assert rows[0]["val/health/logp_drift_chosen"] == rows[0]["val/health/logp_drift_rejected"] == 0
@@ -97,17 +98,17 @@ def test_health_has_no_file_and_drift_is_logged(tmp_path: Path) -> None:
     assert not (tmp_path / "health.json").exists()
 
 
-def test_what_is_not_measured_is_not_checked(tmp_path: Path) -> None:
+def test_absent_metrics_are_not_checked(tmp_path: Path) -> None:
     rows = watched(tmp_path, {"logps_per_token/chosen": -1.0}, {"logps_per_token/chosen": -1.1}).rows
     assert rows[1].keys() == {"step", "val/health/logp_drift_chosen", "val/health/alarms"}
 
 
-def test_a_policy_of_nan_is_beyond_every_limit(tmp_path: Path) -> None:
+def test_nan_is_beyond_every_limit(tmp_path: Path) -> None:
     rows = watched(tmp_path, START, dict.fromkeys(START, float("nan"))).rows
     assert rows[1]["val/health/alarms"] == len(LIMITS)
 
 
-def test_a_resumed_run_remembers_start_and_alarms(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resumed_run_remembers_start_and_alarms(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ill = START | {"entropy": 0.1}
     first = Health(str(tmp_path / "health.json"), **LIMITS)
     watched(tmp_path, START, ill, health=first)
@@ -120,7 +121,7 @@ def test_a_resumed_run_remembers_start_and_alarms(tmp_path: Path, caplog: pytest
     assert [alarm["check"] for alarm in json.loads((tmp_path / "health.json").read_text())] == ["entropy", "longer"]
 
 
-def test_an_alarm_of_steps_that_are_done_again_leaves_the_file(tmp_path: Path) -> None:
+def test_alarms_of_repeated_steps_leave_the_file(tmp_path: Path) -> None:
     path = tmp_path / "health.json"
     killed = Health(str(path), **LIMITS)
     states = []
@@ -136,7 +137,7 @@ def test_an_alarm_of_steps_that_are_done_again_leaves_the_file(tmp_path: Path) -
         assert kept == expected
 
 
-def test_report_and_result_panel_show_the_alarms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_and_result_panel_show_alarms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     watched(tmp_path, START, START | {"p_eos": 0.001})
     (tmp_path / "history.jsonl").write_text('{"step": 0, "val/loss": 1.0}\n')
     words = "the probability of ending where a chosen completion ends is"
@@ -168,7 +169,7 @@ def collapse(folder: Path, lr: float) -> tuple[list[dict[str, Any]], AlignmentMo
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()], module, trainer
 
 
-def test_in_training_a_violent_step_trips_and_a_gentle_one_does_not(tmp_path: Path) -> None:
+def test_violent_training_trips_alarm_and_gentle_does_not(tmp_path: Path) -> None:
     rows, _, _ = collapse(tmp_path / "gentle", 0.01)
     validations = [row for row in rows if "val/loss" in row]
     assert [row["step"] for row in validations] == [0, 2, 4, 6]
@@ -182,7 +183,7 @@ def test_in_training_a_violent_step_trips_and_a_gentle_one_does_not(tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["spo", "dpo"])
-def test_a_planted_collapse_of_a_default_run_trips_and_a_healthy_run_does_not(
+def test_planted_collapse_of_default_run_trips_alarm(
     method: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Defaults but for the length: the stories, the shipped limits, and a learning rate a hundred times too large."""

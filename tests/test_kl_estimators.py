@@ -72,13 +72,13 @@ def assert_equal(ours: Tensor, theirs: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenwise", "unbiased", "k1", "k3"])
-def test_the_value_is_unbiased(world: World, name: KLEstimator) -> None:
+def test_value_is_unbiased(world: World, name: KLEstimator) -> None:
     value, _ = expectation(world, name, each_alone(world))
     assert value > 0.5
     assert_equal(value, exact(world)[0])
 
 
-def test_the_value_of_k2_is_half_the_mean_square_of_the_log_ratio(world: World) -> None:
+def test_k2_value_is_half_mean_square_of_log_ratio(world: World) -> None:
     value, _ = expectation(world, "k2", each_alone(world))
     ours, theirs = world.logps(world.policy), world.logps(world.reference)
     assert_equal(value, ((ours.exp() * (ours - theirs).square()).sum(-1) / 2).mean().detach())
@@ -86,21 +86,21 @@ def test_the_value_of_k2_is_half_the_mean_square_of_the_log_ratio(world: World) 
 
 
 @pytest.mark.parametrize("name", ["unbiased", "k2"])
-def test_the_gradient_is_unbiased(world: World, name: KLEstimator) -> None:
+def test_gradient_is_unbiased(world: World, name: KLEstimator) -> None:
     _, gradient = expectation(world, name, each_alone(world))
     assert gradient.norm() > 0.2
     assert_equal(gradient, exact(world)[1])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_batches_of_two_have_the_expectation_of_single_sequences(world: World, name: KLEstimator) -> None:
+def test_batches_of_two_have_expectation_of_single_sequences(world: World, name: KLEstimator) -> None:
     """So the baseline, taken over whatever is forwarded together, leaves the gradient unbiased."""
     pairs, alone = (expectation(world, name, draws) for draws in (each_pair(world), each_alone(world)))
     for ours, theirs in zip(pairs, alone, strict=True):
         assert_equal(ours, theirs)
 
 
-def test_the_baseline_acts(world: World) -> None:
+def test_baseline_changes_gradient(world: World) -> None:
     chosen = [(0, len(world.responses) - 1), (1, len(world.responses) - 1)]
     together, apart = (estimate(*world.batch(chosen)) for estimate in (KL_ESTIMATORS["unbiased"], without_baseline))
     assert torch.equal(together, apart)
@@ -108,7 +108,7 @@ def test_the_baseline_acts(world: World) -> None:
     assert difference.norm() > 0.01
 
 
-def test_the_gradient_of_tokenwise_lacks_the_change_of_the_prefixes(world: World) -> None:
+def test_tokenwise_gradient_lacks_prefix_term(world: World) -> None:
     """KL = sum over prefixes of P(prefix) KL(prefix): it differentiates the second factor alone."""
     ours, theirs = world.policy.log_softmax(-1), world.reference.log_softmax(-1)
     kl = (ours.exp() * (ours - theirs)).sum(-1)
@@ -130,12 +130,12 @@ def test_the_gradient_of_tokenwise_lacks_the_change_of_the_prefixes(world: World
     assert missing.norm() > 0.1 * exact(world)[1].norm()
 
 
-def test_the_gradient_of_k1_is_zero(world: World) -> None:
+def test_k1_gradient_is_zero(world: World) -> None:
     _, gradient = expectation(world, "k1", each_alone(world))
     assert_equal(gradient, torch.zeros_like(gradient))
 
 
-def test_the_gradient_of_k3_is_that_of_the_other_direction(world: World) -> None:
+def test_k3_gradient_is_that_of_reverse_kl(world: World) -> None:
     ours, theirs = world.logps(world.policy), world.logps(world.reference)
     other = flat_gradient((theirs.exp() * (theirs - ours)).sum(-1).mean(), [world.policy])
     _, gradient = expectation(world, "k3", each_alone(world))
@@ -154,7 +154,7 @@ BIASED: dict[KLEstimator, tuple[bool, bool]] = {
 }
 
 
-def test_z_scores_over_20000_samples(world: World) -> None:
+def test_estimates_over_20000_samples_have_small_z_scores(world: World) -> None:
     """Each estimator is near its own expectation, and far from the KL's exactly where it is biased."""
     truth = torch.cat([part.reshape(-1) for part in exact(world)])
     found = measure(world.draws(batches=400, size=50, seed=1), [world.policy], KL_ESTIMATORS)
@@ -173,7 +173,7 @@ def test_z_scores_over_20000_samples(world: World) -> None:
     assert found["tokenwise"].variance[0] == found["unbiased"].variance[0] < found["k1"].variance[0]
 
 
-def test_the_table_of_the_page_is_of_these_estimators() -> None:
+def test_table_in_docs_matches_estimators() -> None:
     _, head, rule, *lines = against_the_truth(samples=320, seed=0)
     assert head.count("|") == rule.count("|") == 8
     assert [line.split(" | ")[0].strip("| ") for line in lines] == [*NAMES, "unbiased, no baseline"]
@@ -221,7 +221,7 @@ def by_hand(name: KLEstimator, policy: Tensor, reference: Tensor, batch: Sequenc
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_equals_loops_over_tokens(name: KLEstimator) -> None:
+def test_batch_equals_loop_over_tokens(name: KLEstimator) -> None:
     policy, reference, batch = random_batch()
     values = KL_ESTIMATORS[name](policy, reference, batch)
     expected, total = by_hand(name, policy, reference, batch)
@@ -232,7 +232,7 @@ def test_a_batch_equals_loops_over_tokens(name: KLEstimator) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_left_where_policy_is_reference(name: KLEstimator) -> None:
+def test_estimate_zero_if_policy_is_reference(name: KLEstimator) -> None:
     policy, _, batch = random_batch()
     values = KL_ESTIMATORS[name](policy, policy.detach(), batch)
     assert values.tolist() == [0.0] * len(batch)
@@ -242,7 +242,7 @@ def test_nothing_is_left_where_policy_is_reference(name: KLEstimator) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenwise", "unbiased", "k2", "k3"])
-def test_never_negative(name: KLEstimator) -> None:
+def test_estimate_never_negative(name: KLEstimator) -> None:
     assert all((KL_ESTIMATORS[name](*random_batch(seed)) >= 0).all() for seed in range(5))
     assert (KL_ESTIMATORS["k1"](*random_batch()) < 0).any()
 
@@ -260,7 +260,7 @@ def test_half_precision_logits_are_widened(name: KLEstimator) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_in_chunks_give_the_same(name: KLEstimator) -> None:
+def test_chunked_rows_give_same_estimate(name: KLEstimator) -> None:
     policy, reference, batch = random_batch()
     whole = KL_ESTIMATORS[name](policy, reference, batch)
     deferred = [DeferredLogits(logits, lambda states: states, 7) for logits in (policy, reference)]
@@ -286,7 +286,7 @@ def test_long_sequences_in_single_precision(name: KLEstimator) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * float(gradients[1].abs().max()))
 
 
-def test_a_sequence_of_one_token_has_nothing_to_come() -> None:
+def test_one_token_sequence_has_no_score_term() -> None:
     batch = sequences([([1, 1], [3]), ([1], [2])])
     policy, reference = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     policy.requires_grad_()
@@ -303,7 +303,7 @@ def global_kl(estimator: KLEstimator) -> GlobalKL:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_step_s_gradient_is_the_mean_over_its_micro_batches(name: KLEstimator, tmp_path: Path) -> None:
+def test_step_gradient_is_mean_over_micro_batches(name: KLEstimator, tmp_path: Path) -> None:
     def step(regularizer: Regularizer) -> tuple[dict[str, Tensor], Sequences | None]:
         module = make_module(
             tiny_llama(0, scale=0.1),
@@ -329,21 +329,21 @@ def test_the_step_s_gradient_is_the_mean_over_its_micro_batches(name: KLEstimato
         torch.testing.assert_close(with_it[key] - without[key], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_names_that_are_refused() -> None:
+def test_unknown_estimators_raise() -> None:
     with pytest.raises(ValueError, match=r"regularizer\.estimator=k4: choose one of tokenwise, unbiased, k1, k2, k3"):
         global_kl("k4")  # type: ignore[arg-type]
     (said,) = problems(compose(["regularizer.estimator=k4"]))
     assert said.startswith("regularizer.estimator=k4: choose tokenwise, unbiased, k1, k2 or k3")
 
 
-def test_the_configuration_chooses_and_k1_is_warned_of() -> None:
+def test_configuration_selects_estimator_and_warns_of_k1() -> None:
     assert compose(["method=spo"]).regularizer.estimator == "tokenwise"
     for name in NAMES:
         said = warnings(compose([f"regularizer.estimator={name}"]))
         assert len(said) == (name == "k1") and all("does not regularize" in text for text in said)
 
 
-def test_a_run_with_each(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_run_with_each_estimator(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     few = (TINY, "trainer.max_steps=3", "trainer.log_every_n_steps=1", "callbacks=none", "probe.num_prompts=1")
     few += ("regularizer.num_samples=8", "regularizer.batch_size=8", "regularizer.refresh_every=1")
     few += ("scheduler.num_warmup_steps=0", "evaluation.num_prompts=4", "beta=10")

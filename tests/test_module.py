@@ -31,9 +31,9 @@ from spo.data.datamodule import PreferenceDataModule
 from spo.forward.head import completion_logits, completion_logps
 from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SFTLoss, SPOLoss
 from spo.models import FrozenReference, NoReference
-from spo.module import ProbeSettings
-from spo.regularizers import GlobalKL, LocalKL, NoRegularizer, Regularizer
+from spo.regularizers import GlobalKL, LocalKL, NoRegularizer, PairRegularizer, Regularizer, SampleRegularizer
 from spo.types import PreferenceBatch
+from spo.watch import ProbeSettings
 from tests.helpers import (
     BOS,
     EOS,
@@ -116,7 +116,7 @@ COMPOSITIONS: dict[str, tuple[PreferenceLoss, Regularizer]] = {
 
 
 @pytest.mark.parametrize("name", COMPOSITIONS)
-def test_gradients_do_not_depend_on_the_micro_batch_and_the_last_window_is_ragged(name: str, tmp_path: Path) -> None:
+def test_gradients_same_for_any_micro_batch(name: str, tmp_path: Path) -> None:
     loss, regularizer = COMPOSITIONS[name]
     whole = trained(tmp_path, loss, regularizer, pairs=44, steps=3)
     assert len(whole.gradients) == 3
@@ -142,7 +142,7 @@ SWITCHES = {
 
 @pytest.mark.parametrize("name", COMPOSITIONS)
 @pytest.mark.parametrize("switch", [*SWITCHES][:-1])
-def test_gradients_do_not_depend_on_how_fast_they_are_computed(name: str, switch: str, tmp_path: Path) -> None:
+def test_gradients_same_for_any_speed_switch(name: str, switch: str, tmp_path: Path) -> None:
     """Each key of the group ``speed`` switched off by itself, and all of them, over three steps and two drawings."""
     loss, regularizer = COMPOSITIONS[name]
     fast, other = (
@@ -158,7 +158,7 @@ def test_gradients_do_not_depend_on_how_fast_they_are_computed(name: str, switch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "spo_global"])
-def test_compiled_blocks_have_the_same_gradients_and_are_compiled_once(name: str, tmp_path: Path) -> None:
+def test_compiled_blocks_same_gradients_and_compiled_once(name: str, tmp_path: Path) -> None:
     loss, regularizer = COMPOSITIONS[name]
     plain, compiled = (
         trained(tmp_path, loss, regularizer, pairs=40, steps=5, batch_size=8, speed=speed)
@@ -171,7 +171,7 @@ def test_compiled_blocks_have_the_same_gradients_and_are_compiled_once(name: str
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo_local", "spo_global"])
-def test_the_gradient_is_that_of_the_mean_loss_plus_the_weighted_divergence(name: str, tmp_path: Path) -> None:
+def test_gradient_is_mean_loss_plus_weighted_divergence(name: str, tmp_path: Path) -> None:
     loss, regularizer = COMPOSITIONS[name]
     got = trained(tmp_path, loss, regularizer, pairs=9, micro=4)
     policy, reference = tiny_llama(0, scale=0.1), frozen(tiny_llama(1, scale=0.1))
@@ -179,8 +179,7 @@ def test_the_gradient_is_that_of_the_mean_loss_plus_the_weighted_divergence(name
     batch = collate(pairs, range(9), PAD)
     seen = batch.pair_logps(completion_logps(policy, batch.sequences), completion_logps(reference, batch.sequences))
     total = loss(seen, alpha=0.2, beta=0.1).mean()
-    if regularizer.source is not None:
-        assert got.buffer is not None or regularizer.source == "dataset"
+    if isinstance(regularizer, PairRegularizer | SampleRegularizer):
         sequences = got.buffer.rows(0) if got.buffer is not None else batch.sequences
         p, q = (completion_logits(model, sequences) for model in (policy, reference))
         total = total + 0.3 * regularizer(p, q, sequences).mean()
@@ -188,7 +187,7 @@ def test_the_gradient_is_that_of_the_mean_loss_plus_the_weighted_divergence(name
     assert_same(got.gradients[0], {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}, 1e-5)
 
 
-def test_the_regularizer_s_settings_reach_the_samples_and_the_gradient(tmp_path: Path) -> None:
+def test_regularizer_settings_change_samples_and_gradient(tmp_path: Path) -> None:
     runs = {
         "base": trained(tmp_path, regularizer=global_kl(), steps=4),
         "refresh_every": trained(tmp_path, regularizer=global_kl(refresh_every=3), steps=4),
@@ -209,7 +208,7 @@ def test_the_regularizer_s_settings_reach_the_samples_and_the_gradient(tmp_path:
         assert difference > 1e-6, name
 
 
-def test_weight_beta_equals_the_same_number(tmp_path: Path) -> None:
+def test_weight_beta_equals_same_number(tmp_path: Path) -> None:
     ours = trained(tmp_path, regularizer=global_kl(weight="beta"), beta=0.3)
     assert_same(ours.gradients[0], trained(tmp_path, regularizer=global_kl(weight=0.3)).gradients[0], 0)
 
@@ -236,7 +235,7 @@ def test_precomputed_reference_logps_are_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [0.01, 1e6])
-def test_gradient_clipping(limit: float, tmp_path: Path) -> None:
+def test_gradient_clipping_limits_norm(limit: float, tmp_path: Path) -> None:
     free, clipped = trained(tmp_path), trained(tmp_path, clip_norm=limit)
 
     def norm(module: Spied) -> float:
@@ -259,7 +258,7 @@ class Watcher(Callback):
         self.modes.append((everywhere, {m.training for m in self.reference.modules()}))
 
 
-def test_modes_and_what_belongs_to_the_reference(tmp_path: Path) -> None:
+def test_reference_is_in_eval_mode_and_not_trained(tmp_path: Path) -> None:
     policy, reference = tiny_llama().eval(), tiny_llama()
     module = make_module(policy, loss=DPOLoss(), reference=FrozenReference(), reference_model=reference, lr=0.1)
     before = [p.clone() for p in reference.parameters()]
@@ -275,7 +274,7 @@ def test_modes_and_what_belongs_to_the_reference(tmp_path: Path) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 
 
-def test_step_zero_dpo_loss_is_log_two_whatever_dropout_the_folder_asks_for(tmp_path: Path) -> None:
+def test_dpo_loss_at_step_zero_is_log_two_despite_dropout_in_config(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
@@ -293,7 +292,7 @@ def test_step_zero_dpo_loss_is_log_two_whatever_dropout_the_folder_asks_for(tmp_
     assert abs(first_losses(0.5)[0] - math.log(2)) > 1e-4  # asked for, dropout is there
 
 
-def test_dropout_is_no_part_of_the_kl_that_is_watched(tmp_path: Path) -> None:
+def test_dropout_does_not_reach_probe_kl(tmp_path: Path) -> None:
     policy, reference = (
         tiny_llama(dtype=torch.float32, attention_dropout=0.9, _attn_implementation="eager") for _ in range(2)
     )
@@ -338,7 +337,7 @@ PAIR = TokenizedPair((BOS, 9), (3, EOS), (4, 5, EOS), "", "", "", "p", preferenc
 
 
 @pytest.mark.parametrize("loss", [SPOLoss(), DPOLoss(), IPOLoss(), SFTLoss()], ids=lambda loss: type(loss).__name__)
-def test_every_metric_of_a_pair_with_known_log_probs(loss: PreferenceLoss, tmp_path: Path) -> None:
+def test_metrics_of_pair_with_known_log_probs(loss: PreferenceLoss, tmp_path: Path) -> None:
     policy, reference = Unigram(t3=0.5, t4=0.1, t5=0.1, t2=0.2), Unigram(t3=0.2, t4=0.3, t5=0.2, t2=0.1)
     chosen, rejected = policy.logp(3, EOS), policy.logp(4, 5, EOS)
     u, v = chosen - reference.logp(3, EOS), rejected - reference.logp(4, 5, EOS)
@@ -377,7 +376,7 @@ def test_every_metric_of_a_pair_with_known_log_probs(loss: PreferenceLoss, tmp_p
 
 
 @pytest.mark.parametrize("regularizer", [NoRegularizer(), LocalKL(0.3)], ids=["none", "local"])
-def test_validation_is_the_same_for_any_batch_size(regularizer: Regularizer, tmp_path: Path) -> None:
+def test_validation_same_for_any_batch_size(regularizer: Regularizer, tmp_path: Path) -> None:
     pairs = random_pairs(11, seed=4)
 
     def with_batches_of(size: int) -> dict[str, float]:
@@ -403,7 +402,7 @@ def record_rows(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
 
 
-def test_training_metrics_are_the_same_for_any_micro_batch_and_cover_the_interval(tmp_path: Path) -> None:
+def test_training_metrics_same_for_any_micro_batch_and_cover_interval(tmp_path: Path) -> None:
     def logged(micro: int | None, every: int) -> list[dict[str, Any]]:
         path = tmp_path / f"{micro}_{every}.jsonl"
         module = make_module(
@@ -489,7 +488,7 @@ def resumable(
 
 
 @pytest.mark.parametrize(("dropout", "workers"), [(0.0, 0), (0.3, 0), (0.3, 2)])
-def test_a_resumed_run_is_the_unbroken_one_bit_by_bit(dropout: float, workers: int, tmp_path: Path) -> None:
+def test_resumed_run_is_bit_identical(dropout: float, workers: int, tmp_path: Path) -> None:
     """Interrupted at step 8, resumed from the checkpoint of step 6: between two log steps and two drawings."""
     (tmp_path / "straight").mkdir()
     (tmp_path / "broken").mkdir()
@@ -512,7 +511,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_by_bit(dropout: float, workers: i
     assert {"train/loss", "val/loss"} <= rows[-1].keys()
 
 
-def test_what_a_step_waits_for_its_pairs_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_wait_per_step_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*args: Any) -> PreferenceBatch:
         sleep(0.02)
         return collate(*args)
@@ -562,14 +561,14 @@ def no_host_syncs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo_local", "spo_global"])
-def test_no_step_waits_for_the_device(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_never_waits_for_device(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loss, regularizer = COMPOSITIONS[name]
     waited: list[str] = []
 
     class Watched(Spied):
         def training_step(self, window: Any, batch_idx: int) -> None:
             if self.buffer is not None:
-                self._filled_buffer(self.global_step)  # drawing samples has to wait
+                self.regularization.fill(self.global_step)  # drawing samples has to wait
             with no_host_syncs(monkeypatch) as places:
                 super(Spied, self).training_step(window, batch_idx)
             # the buffer's samples and their lengths are on the host, where nothing waits
@@ -591,7 +590,7 @@ def test_no_step_waits_for_the_device(name: str, tmp_path: Path, monkeypatch: py
     assert waited == []
 
 
-def test_the_search_for_host_syncs_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_sync_detector_finds_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
     with no_host_syncs(monkeypatch) as places:
         collate(random_pairs(2, seed=0), [0, 1], PAD).sequences.rows(slice(0, 1))
     assert len(places) > 1
@@ -617,7 +616,7 @@ def distributed_data() -> PreferenceDataModule:
 
 
 @pytest.mark.slow
-def test_two_processes_step_as_one(tmp_path: Path) -> None:
+def test_two_processes_step_like_one(tmp_path: Path) -> None:
     alone = fit(tmp_path, distributed_module(), distributed_data(), val_check_interval=1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -650,7 +649,7 @@ if __name__ == "__main__":
         torch.save({"gradients": both.gradients, "metrics": logged}, out)
 
 
-def test_a_run_without_any_reference_trains(tmp_path: Path) -> None:
+def test_run_without_reference_trains(tmp_path: Path) -> None:
     module = make_module(tiny_llama(), reference=NoReference(), probe=ProbeSettings(2, 4))
     fit(tmp_path, module, make_data(random_pairs(4, seed=0)))
     metrics = module.trainer.callback_metrics
@@ -658,11 +657,11 @@ def test_a_run_without_any_reference_trains(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("alpha", "warned"), [(1e-6, "it is small"), (0.1, None), (1e6, "it is large")])
-def test_a_start_far_from_order_one_is_a_warning(
+def test_loss_scale_far_from_one_warns(
     alpha: float, warned: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     module = make_module(tiny_llama(0), loss=SPOLoss(), alpha=alpha)
-    with caplog.at_level("WARNING", logger="spo.module"):
+    with caplog.at_level("WARNING", logger="spo.watch"):
         validated(tmp_path, module, make_data(random_pairs(8, seed=0), random_pairs(8, seed=1)))
     said = [record.getMessage() for record in caplog.records if "far from order one" in record.getMessage()]
     assert len(said) == (0 if warned is None else 1)

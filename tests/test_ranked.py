@@ -263,8 +263,9 @@ def test_a_sequence_that_pairs_share_is_forwarded_once_and_nothing_else_changes(
             reference=FrozenReference(),
             reference_model=reference,
         )
-        logps, divergence, _ = module.score(batch)
-        losses, metrics = module.preference_terms(logps, 0)
+        scored = module.pairs.score(batch)
+        losses, metrics = module.pairs.losses(scored.inputs_of(loss), 0)
+        divergence = module.regularization.on_pairs(scored)
         assert divergence is not None
         (losses.sum() + 0.5 * divergence.sum()).backward()
         gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
@@ -449,7 +450,7 @@ def test_supervised_learning_sees_the_best_completion_alone() -> None:
     lists = [a_list((BOS, 10), A, B, C), a_list((BOS, 11), C, A)]
     policy = tiny_llama(0)
     batch = collate(lists, range(2), PAD)
-    logps, *_ = make_module(policy, loss=SFTLoss()).score(batch)
+    logps = make_module(policy, loss=SFTLoss()).pairs.score(batch).inputs_of(SFTLoss())
     losses = SFTLoss()(logps, alpha=1.0, beta=1.0)  # type: ignore[arg-type]
     best = sequences([((BOS, 10), A), ((BOS, 11), C)])
     torch.testing.assert_close(losses, -completion_logps(policy, best))
@@ -471,7 +472,7 @@ def test_a_list_reaches_the_loss_of_a_training_step() -> None:
     lists = [replace(pair, worse_ids=((9, EOS), (8, EOS))) if i % 2 else pair for i, pair in enumerate(pairs)]
     policy = tiny_llama(0)
     batch = collate(lists, range(6), PAD)
-    logps, *_ = make_module(policy, loss=SPORankedLoss()).score(batch)  # type: ignore[arg-type]
+    logps = make_module(policy, loss=SPORankedLoss()).pairs.score(batch).inputs_of(SPORankedLoss())  # type: ignore[arg-type]
     got = loss_of(SPORankedLoss(), logps)  # type: ignore[arg-type]
     for i, one in enumerate(lists):
         alone = completion_logps(policy, sequences([(one.prompt_ids, c) for c in one.completions]))

@@ -89,9 +89,7 @@ def fit(module: Spied, folder: Path, steps: int, **changes: Any) -> Spied:
 
 
 @pytest.mark.parametrize("kind", ["fresh", "given"])
-def test_adapter_off_is_the_initial_state_and_stays_there(
-    kind: str, folder: Path, given_adapter: str, tmp_path: Path
-) -> None:
+def test_adapter_off_reference_stays_initial_state(kind: str, folder: Path, given_adapter: str, tmp_path: Path) -> None:
     spec = spec_of(kind, given_adapter)
     module = adapted(spec, folder)
     start = completion_logps(spec.start(folder), BATCH)
@@ -109,10 +107,12 @@ def test_adapter_off_is_the_initial_state_and_stays_there(
 
 
 @pytest.mark.parametrize("kind", ["fresh", "given"])
-def test_the_reference_is_used_inside_the_step(kind: str, folder: Path, given_adapter: str, tmp_path: Path) -> None:
+def test_reference_used_inside_step_keeps_policy_gradient(
+    kind: str, folder: Path, given_adapter: str, tmp_path: Path
+) -> None:
     module = adapted(spec_of(kind, given_adapter), folder)
     module.trainer = None  # type: ignore[assignment]
-    pair, *_ = module.score(collate(PAIRS, range(8), PAD))
+    pair = module.pairs.score(collate(PAIRS, range(8), PAD)).inputs_of(module.loss)
     assert pair.reference_chosen is not None and pair.reference_rejected is not None
     assert torch.equal(pair.reference_chosen, pair.policy_chosen.detach())
     assert pair.policy_chosen.requires_grad and not pair.reference_chosen.requires_grad
@@ -124,7 +124,7 @@ def test_the_reference_is_used_inside_the_step(kind: str, folder: Path, given_ad
 
 
 @pytest.mark.parametrize("kind", ["fresh", "given"])
-def test_there_is_no_second_copy_of_the_model(kind: str, folder: Path, given_adapter: str, tmp_path: Path) -> None:
+def test_adapter_off_holds_no_second_model(kind: str, folder: Path, given_adapter: str, tmp_path: Path) -> None:
     module = adapted(spec_of(kind, given_adapter), folder)
     base = {p.shape for p in model_spec().base(folder).parameters()}
     named = dict(module.policy.named_parameters())
@@ -140,7 +140,7 @@ def test_there_is_no_second_copy_of_the_model(kind: str, folder: Path, given_ada
 
 
 @pytest.mark.parametrize("kind", ["fresh", "given"])
-def test_only_the_adapter_is_trained(kind: str, folder: Path, given_adapter: str, tmp_path: Path) -> None:
+def test_only_adapter_is_trained(kind: str, folder: Path, given_adapter: str, tmp_path: Path) -> None:
     module = adapted(spec_of(kind, given_adapter), folder)
     before = {name: p.clone() for name, p in module.policy.named_parameters()}
     fit(module, tmp_path, steps=2)
@@ -148,7 +148,7 @@ def test_only_the_adapter_is_trained(kind: str, folder: Path, given_adapter: str
     assert changed and all("lora_" in name and ".default." in name for name in changed)
 
 
-def test_dropout_of_the_adapter_does_not_reach_the_reference(folder: Path, given_adapter: str) -> None:
+def test_adapter_dropout_does_not_reach_reference(folder: Path, given_adapter: str) -> None:
     lora = LoraSettings(r=2, alpha=4.0, dropout=0.9, target_modules="all-linear")
     for adapter in (None, given_adapter):
         module = adapted(model_spec(lora=lora, adapter_path=adapter, dropout=0.5), folder)
@@ -157,7 +157,7 @@ def test_dropout_of_the_adapter_does_not_reach_the_reference(folder: Path, given
         assert all(m.training for m in module.policy.modules())
 
 
-def test_the_policy_is_itself_again_after_an_error(folder: Path, given_adapter: str) -> None:
+def test_policy_restored_after_error_in_reference(folder: Path, given_adapter: str) -> None:
     for kind in ("fresh", "given"):
         module = adapted(spec_of(kind, given_adapter), folder)
         randomise(module.policy, seed=5)
@@ -169,9 +169,7 @@ def test_the_policy_is_itself_again_after_an_error(folder: Path, given_adapter: 
 
 
 @pytest.mark.parametrize("kind", ["fresh", "given"])
-def test_a_checkpoint_holds_the_adapter_alone_and_resumes(
-    kind: str, folder: Path, given_adapter: str, tmp_path: Path
-) -> None:
+def test_checkpoint_holds_only_adapter_and_resumes(kind: str, folder: Path, given_adapter: str, tmp_path: Path) -> None:
     spec, checkpoints = spec_of(kind, given_adapter), tmp_path / "checkpoints"
 
     def run(steps: int, ckpt_path: str | None = None, **changes: Any) -> Spied:
@@ -195,7 +193,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_resumes(
 # ----------------------------------------------------------------------------------------------- other references
 
 
-def test_the_frozen_reference_is_in_eval_mode_without_dropout_or_gradients(folder: Path) -> None:
+def test_frozen_reference_has_no_dropout_and_no_gradients(folder: Path) -> None:
     import json
 
     config = json.loads((folder / "config.json").read_text())
@@ -211,7 +209,7 @@ def test_the_frozen_reference_is_in_eval_mode_without_dropout_or_gradients(folde
     assert torch.is_grad_enabled()
 
 
-def test_references_without_a_model_say_so() -> None:
+def test_references_without_model_raise() -> None:
     for reference in (NoReference(), PrecomputedReference("cache", 8), FrozenReference(), CachedReference("cache")):
         without_model = pytest.raises(RuntimeError, match=r"has no model to score with|not attached")
         with without_model, reference.active(nn.Linear(1, 1)):
@@ -233,7 +231,7 @@ def test_references_without_a_model_say_so() -> None:
         ("LlamaConfig", ["attention_dropout"]),
     ],
 )
-def test_every_dropout_of_a_config_is_set(config: str, fields: list[str]) -> None:
+def test_every_dropout_field_of_config_is_set(config: str, fields: list[str]) -> None:
     import transformers
 
     from spo.models.policy import set_dropout
@@ -243,7 +241,7 @@ def test_every_dropout_of_a_config_is_set(config: str, fields: list[str]) -> Non
     assert [getattr(made, field) for field in fields] == [0.0] * len(fields)
 
 
-def test_the_adapter_s_initialisation_follows_the_seed_and_leaves_the_global_state(folder: Path) -> None:
+def test_adapter_initialization_follows_seed_and_keeps_global_rng(folder: Path) -> None:
     state = torch.get_rng_state()
     first, again, other = (model_spec(lora=LORA).policy(folder, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
@@ -254,7 +252,7 @@ def test_the_adapter_s_initialisation_follows_the_seed_and_leaves_the_global_sta
 
 
 @pytest.mark.parametrize("kind", ["full", "fresh", "given"])
-def test_a_saved_policy_loads_as_a_plain_model_with_the_same_logits(
+def test_saved_policy_loads_as_plain_model_with_same_logits(
     kind: str, folder: Path, given_adapter: str, tmp_path: Path
 ) -> None:
     spec = model_spec() if kind == "full" else spec_of(kind, given_adapter)
@@ -280,7 +278,7 @@ def test_a_saved_policy_loads_as_a_plain_model_with_the_same_logits(
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists() == (kind != "full")
 
 
-def test_merged_logits_agree_with_the_adapter_s(folder: Path, tmp_path: Path) -> None:
+def test_merged_logits_agree_with_adapter(folder: Path, tmp_path: Path) -> None:
     policy: Any = model_spec(lora=LORA).policy(folder, seed=0).eval()
     randomise(policy)
     with torch.no_grad():
@@ -290,13 +288,13 @@ def test_merged_logits_agree_with_the_adapter_s(folder: Path, tmp_path: Path) ->
     torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_policy_saves_whatever_its_folder_s_generation_config_says(folder: Path, tmp_path: Path) -> None:
+def test_policy_saves_with_any_generation_config(folder: Path, tmp_path: Path) -> None:
     (folder / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}')
     save_policy(model_spec().policy(folder, seed=0), tiny_tokenizer(), tmp_path / "policy")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "policy").config.vocab_size == 23
 
 
-def test_the_digest_of_a_folder_sees_weights_config_and_tokenizer(folder: Path, tmp_path: Path) -> None:
+def test_folder_digest_covers_weights_config_and_tokenizer(folder: Path, tmp_path: Path) -> None:
     first = model_digest(folder)
     assert first == model_digest(str(folder))
     seen = {first}

@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from spo.config.checks import problems
+from spo.config.compose import compose
+from spo.data.collate import collate
 from spo.forward.head import completion_logits, completion_logps
-from spo.regularizers import GlobalKL, LocalKL, NoRegularizer, Regularizer
-from spo.types import Sequences
-from tests.helpers import every_completion, frozen, random_rows, sequences, tiny_llama
+from spo.models import FrozenReference
+from spo.objective import Divergence, Run, Term
+from spo.ops import KL_ESTIMATORS
+from spo.regularizers import (
+    EnumeratedKL,
+    GlobalKL,
+    LocalKL,
+    NoRegularizer,
+    PairRegularizer,
+    Regularizer,
+    SampleRegularizer,
+)
+from spo.types import Sequences, Window
+from tests.helpers import (
+    PAD,
+    Spied,
+    every_completion,
+    frozen,
+    make_data,
+    make_module,
+    make_trainer,
+    random_pairs,
+    random_rows,
+    sequences,
+    tiny_llama,
+)
 
 TOKENS, LENGTH = 3, 3
 
@@ -41,7 +69,7 @@ def gradient(value: Tensor, model: nn.Module) -> Tensor:
     return torch.cat([g.flatten() for g in filled])
 
 
-def test_expectation_over_all_sequences_is_the_exact_sequence_kl() -> None:
+def test_tokenwise_expectation_equals_exact_sequence_kl() -> None:
     policy, reference, everything = three_token_models()
     log_p, log_q = completion_logps(policy, everything), completion_logps(reference, everything)
     probability = log_p.exp()
@@ -54,7 +82,7 @@ def test_expectation_over_all_sequences_is_the_exact_sequence_kl() -> None:
     assert (token_wise - (log_p - log_q)).abs().max() > 0.1
 
 
-def test_the_gradient_is_that_of_the_conditionals_with_the_prefixes_given() -> None:
+def test_tokenwise_gradient_holds_prefixes_fixed() -> None:
     """What the estimator leaves out of the exact gradient is the prefixes' own dependence on the policy."""
     policy, reference, everything = three_token_models()
     log_p = completion_logps(policy, everything)
@@ -68,14 +96,14 @@ def test_the_gradient_is_that_of_the_conditionals_with_the_prefixes_given() -> N
     assert (ours - exact).norm() > 0.01 * exact.norm()
 
 
-def test_zero_value_and_gradient_where_policy_is_reference() -> None:
+def test_divergence_and_gradient_zero_if_policy_is_reference() -> None:
     policy, reference = tiny_llama(3), frozen(tiny_llama(3))
     values = divergences(policy, reference, sequences(random_rows(5, seed=0)))
     assert values.tolist() == [0.0] * 5
     assert gradient(values.sum(), policy).abs().max() < 1e-13
 
 
-def test_never_negative_and_without_gradient_to_the_reference() -> None:
+def test_divergence_never_negative_and_reference_without_gradient() -> None:
     batch = sequences(random_rows(20, seed=0))
     policy, reference = tiny_llama(0), frozen(tiny_llama(1))
     values = divergences(policy, reference, batch)
@@ -85,14 +113,13 @@ def test_never_negative_and_without_gradient_to_the_reference() -> None:
     assert all(p.grad is None for p in reference.parameters())
 
 
-def test_local_and_global_are_the_same_function_of_other_sequences() -> None:
+def test_local_and_global_kl_are_same_function_of_sequences() -> None:
     batch = sequences(random_rows(4, seed=0))
     p, q = (completion_logits(tiny_llama(seed), batch).detach() for seed in (0, 1))
     assert torch.equal(LocalKL("beta")(p, q, batch), global_kl()(p, q, batch))
-    assert (LocalKL.source, GlobalKL.source, NoRegularizer.source) == ("dataset", "policy", None)
 
 
-def test_a_large_weight_drives_a_tabular_policy_to_the_reference() -> None:
+def test_large_weight_drives_policy_to_reference() -> None:
     """A tabular policy over one token: minimises L_pref + beta KL; the optimum nears the reference as beta grows."""
     reference = torch.tensor([[2.0, 0.0, -1.0, 0.5]], dtype=torch.float64).log_softmax(-1)
     one = Sequences(torch.tensor([[1, 0]]), torch.tensor([1]), torch.tensor([2]))
@@ -124,19 +151,123 @@ def test_weight_follows_beta_or_is_a_number() -> None:
 
 
 @pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf, "alpha", None, True])
-def test_weights_that_are_refused(weight: Any) -> None:
+def test_invalid_weights_raise(weight: Any) -> None:
     for make in (lambda: LocalKL(weight), lambda: global_kl(weight=weight)):
         with pytest.raises(ValueError, match=r"regularizer\.weight must be"):
             make()
 
 
 @pytest.mark.parametrize("name", ["refresh_every", "num_samples", "batch_size", "max_new_tokens"])
-def test_counts_that_are_refused(name: str) -> None:
+def test_invalid_counts_raise(name: str) -> None:
     with pytest.raises(ValueError, match=rf"regularizer\.{name} must be at least 1, got 0"):
         global_kl(**{name: 0})
 
 
-def test_a_step_cannot_use_more_samples_than_there_are() -> None:
+def test_batch_larger_than_buffer_raises() -> None:
     with pytest.raises(ValueError, match=r"batch_size \(9\) exceeds regularizer\.num_samples \(8\)"):
         global_kl(batch_size=9)
     assert isinstance(global_kl(batch_size=8), Regularizer)
+
+
+# --- declarations, and regularizers from outside the package -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "declared"),
+    [
+        (NoRegularizer(), (False, False, False, False, None, 0.0)),
+        (LocalKL("beta"), (True, True, True, False, None, None)),
+        (global_kl(), (True, True, False, False, "kl", 0.3)),
+        (EnumeratedKL("beta"), (True, True, False, True, None, 0.3)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_declarations_of_each_shipped_regularizer(regularizer: Regularizer, declared: tuple[Any, ...]) -> None:
+    found = (
+        regularizer.adds_term,
+        regularizer.needs_reference,
+        regularizer.needs_reference_logits,
+        regularizer.needs_enumeration,
+        regularizer.probe_metric,
+        regularizer.kl_weight(0.3),
+    )
+    assert found == declared
+    assert regularizer.follows_beta == regularizer.adds_term
+
+
+class SquaredOnSamples(SampleRegularizer):
+    def __call__(self, policy_logits: Any, reference_logits: Any, sequences: Sequences) -> Tensor:
+        return KL_ESTIMATORS["tokenwise"](policy_logits, reference_logits, sequences) ** 2
+
+
+class SquaredOnPairs(PairRegularizer):
+    def __call__(self, policy_logits: Any, reference_logits: Any, sequences: Sequences) -> Tensor:
+        return KL_ESTIMATORS["tokenwise"](policy_logits, reference_logits, sequences) ** 2
+
+
+class Decay(Regularizer):
+    """Half the squared norm of the weights: a part of its own, without a reference, that counts its steps."""
+
+    needs_reference: ClassVar[bool] = False
+
+    def part(self, run: Run) -> Divergence:
+        return DecayPart(run, self.weight_at)
+
+
+class DecayPart(Divergence):
+    steps = 0
+
+    def terms(self, window: Window, step: int) -> Iterator[Term]:
+        self.steps += 1
+        yield lambda: self.weight(step) * sum((p**2).sum() for p in self.run.policy.parameters()) / 2
+
+    def validation_value(self, means: Mapping[str, float]) -> float:
+        return 7.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
+def gradients_of(folder: Path, regularizer: Regularizer, **changes: Any) -> tuple[Spied, dict[str, Tensor]]:
+    settings = {"reference": FrozenReference(), "reference_model": tiny_llama(1, scale=0.1)} | changes
+    module = make_module(tiny_llama(0, scale=0.1), regularizer=regularizer, micro_batch_size=2, **settings)
+    make_trainer(folder).fit(module, datamodule=make_data(random_pairs(4, seed=1), micro_batch_size=2))
+    return module, module.gradients[0]
+
+
+def test_plugin_divergences_reach_the_gradient(tmp_path: Path) -> None:
+    _, without = gradients_of(tmp_path, NoRegularizer())
+    pairs = collate(random_pairs(4, seed=1), range(4), PAD).sequences
+    for regularizer in (SquaredOnSamples(0.3, 1, 5, 5, 6), SquaredOnPairs(0.3)):
+        module, with_it = gradients_of(tmp_path, regularizer)
+        batch = module.buffer.rows(0) if module.buffer is not None else pairs
+        policy, reference = tiny_llama(0, scale=0.1), frozen(tiny_llama(1, scale=0.1))
+        p, q = (completion_logits(model, batch) for model in (policy, reference))
+        (0.3 * (KL_ESTIMATORS["tokenwise"](p, q, batch) ** 2).mean()).backward()
+        for name, parameter in policy.named_parameters():
+            assert parameter.grad is not None
+            torch.testing.assert_close(with_it[name] - without[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_plugin_part_needs_no_reference_and_keeps_its_state(tmp_path: Path) -> None:
+    _, without = gradients_of(tmp_path, NoRegularizer(), reference=None, reference_model=None)
+    module, with_it = gradients_of(tmp_path, Decay(0.5), reference=None, reference_model=None)
+    for name, parameter in tiny_llama(0, scale=0.1).named_parameters():
+        torch.testing.assert_close(with_it[name] - without[name], 0.5 * parameter.detach(), rtol=1e-5, atol=1e-6)
+    checkpoint: dict[str, Any] = {"state_dict": {}}
+    module.on_save_checkpoint(checkpoint)
+    resumed = make_module(tiny_llama(0), regularizer=Decay("beta"), beta=0.2)
+    resumed.on_load_checkpoint(checkpoint)
+    assert isinstance(resumed.regularization, DecayPart) and resumed.regularization.steps == 1
+    assert resumed.reads_beta and not resumed.needs_reference_model
+    pairs = random_pairs(4, seed=1)
+    make_trainer(tmp_path).validate(resumed, datamodule=make_data(pairs, pairs), verbose=False)
+    assert resumed.validated["loss"] == pytest.approx(resumed.validated["loss/preference"] + 0.2 * 7.0)
+
+
+def test_configuration_rejects_classes_not_derived_from_regularizer() -> None:
+    [problem] = problems(compose(["regularizer._target_=collections.Counter", "regularizer=none"]))
+    assert problem == "regularizer: derive Counter from spo.regularizers.Regularizer"

@@ -106,8 +106,8 @@ def assert_parity(
     module = make_module(
         model, loss=LOSSES[loss_type], reference=FrozenReference(), reference_model=reference, beta=BETA
     )
-    pair, *_ = module.score(collate(pairs, range(len(pairs)), pad))
-    losses, metrics = module.preference_terms(pair, 0)
+    pair = module.pairs.score(collate(pairs, range(len(pairs)), pad)).inputs_of(module.loss)
+    losses, metrics = module.pairs.losses(pair, 0)
     losses.mean().backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}  # type: ignore[union-attr]
     model.zero_grad()

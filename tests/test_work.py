@@ -16,9 +16,9 @@ from spo.forward.packing import MAX_MASKED_TOKENS, _calls
 from spo.forward.speed import Speed
 from spo.losses import DPOLoss, PreferenceLoss, SPOLoss
 from spo.models import FrozenReference
-from spo.module import ProbeSettings
 from spo.regularizers import GlobalKL, NoRegularizer, Regularizer
 from spo.types import Group, Groups
+from spo.watch import ProbeSettings
 from tests.helpers import BOS, EOS, FAST, PLAIN, VOCAB, Spied, make_data, make_module, make_trainer, tiny_llama
 
 PROMPT, CHOSEN, REJECTED, PAIRS, STEPS = 20, 6, 3, 4, 3
@@ -89,7 +89,7 @@ def counted(folder: Path, loss: PreferenceLoss, regularizer: Regularizer, speed:
     return module.steps  # type: ignore[return-value]
 
 
-def test_a_dpo_step_computes_each_prompt_once_and_logits_for_completions_alone(tmp_path: Path) -> None:
+def test_dpo_step_computes_prompts_once_and_logits_of_completions_only(tmp_path: Path) -> None:
     tokens, completions = PAIRS * (PROMPT + CHOSEN + REJECTED), PAIRS * (CHOSEN + REJECTED)
     once = tokens * weights_of("blocks") + completions * weights_of("head")
     for step in counted(tmp_path, DPOLoss(), NoRegularizer(), ROOMY):
@@ -98,7 +98,7 @@ def test_a_dpo_step_computes_each_prompt_once_and_logits_for_completions_alone(t
         assert step["products"] == 4 * once
 
 
-def test_what_a_plain_step_computes(tmp_path: Path) -> None:
+def test_work_of_plain_step(tmp_path: Path) -> None:
     """Padded to the longest, prompts twice, logits everywhere: what the speed-ups save is counted against this."""
     padded = 2 * PAIRS * (PROMPT + CHOSEN)
     for step in counted(tmp_path, DPOLoss(), NoRegularizer(), PLAIN):
@@ -106,13 +106,13 @@ def test_what_a_plain_step_computes(tmp_path: Path) -> None:
         assert step["products"] == 4 * padded * weights_of("blocks", "head")
 
 
-def test_stored_log_probs_spare_the_reference(tmp_path: Path) -> None:
+def test_stored_log_probs_avoid_reference_forward(tmp_path: Path) -> None:
     logps = {"train": torch.zeros(PAIRS, 2)}
     for step in counted(tmp_path, DPOLoss(), NoRegularizer(), FAST, reference_logps=logps):
         assert step["reference"] == []
 
 
-def test_spo_runs_the_reference_on_no_pair_and_once_for_each_drawing(tmp_path: Path) -> None:
+def test_spo_runs_reference_once_per_drawing_and_on_no_pair(tmp_path: Path) -> None:
     drawn, used, length = SAMPLES, 2, 4
     regularizer = GlobalKL(0.1, 2, drawn, used, length, "tokenwise")
     pairs = PAIRS * (PROMPT + CHOSEN + REJECTED)
@@ -127,13 +127,13 @@ def test_spo_runs_the_reference_on_no_pair_and_once_for_each_drawing(tmp_path: P
     assert steps[1]["products"] == 3 * (once + samples)
 
 
-def test_without_the_reference_kept_it_runs_in_every_step(tmp_path: Path) -> None:
+def test_reference_runs_every_step_if_not_kept(tmp_path: Path) -> None:
     regularizer = GlobalKL(0.1, 2, SAMPLES, 2, 4, "tokenwise")
     for step in counted(tmp_path, SPOLoss(), regularizer, PLAIN):
         assert step["reference"] == [2 * (PROMPT + 4)]
 
 
-def test_the_probe_costs_nothing_between_log_intervals(tmp_path: Path) -> None:
+def test_probe_runs_only_at_log_steps(tmp_path: Path) -> None:
     calls: list[int] = []
     module = make_module(
         tiny_llama(0, dtype=torch.float32).train(),
@@ -151,7 +151,7 @@ def test_the_probe_costs_nothing_between_log_intervals(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("max_logits", [VOCAB * 8, None])
-def test_logits_that_exist_at_one_time_are_bounded(max_logits: int | None, tmp_path: Path) -> None:
+def test_logits_in_memory_are_bounded(max_logits: int | None, tmp_path: Path) -> None:
     """Which costs the head's product once more, in backward."""
     bounded = counted(tmp_path, DPOLoss(), NoRegularizer(), replace(FAST, max_logits=max_logits))
     whole = counted(tmp_path, DPOLoss(), NoRegularizer(), ROOMY)
@@ -168,7 +168,7 @@ def attended(*groups: Group) -> int:
 
 
 @pytest.mark.parametrize("completions", [(300, 200), (40, 30), (300,) * 9, (20,) * 9])
-def test_attention_on_a_long_group_is_the_prompt_with_itself_and_completions_with_the_group(
+def test_attention_on_long_group_is_near_minimum(
     completions: tuple[int, ...],
 ) -> None:
     prompt = 500
@@ -181,7 +181,7 @@ def test_attention_on_a_long_group_is_the_prompt_with_itself_and_completions_wit
         assert found == exact
 
 
-def test_attention_on_many_groups_grows_with_their_number() -> None:
+def test_attention_grows_linearly_with_groups() -> None:
     alone, tiny, n = Group(500, (100,)), Group(9, (3, 4)), 200
     assert attended(*[alone] * 5) == 5 * 600**2  # one causal call each, which skips half of it
     most = n * tiny.length * MAX_MASKED_TOKENS

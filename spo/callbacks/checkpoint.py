@@ -1,4 +1,4 @@
-"""What is kept of a run's state: the last step, to resume from, and the best one."""
+"""Checkpoints of a run: the last step, to resume from, and the best one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Checkpoint(ModelCheckpoint):
     """``last.ckpt`` and ``best.ckpt``, written at every validation; ``last.ckpt`` at the end of training too.
 
     Args:
-        dirpath: folder of the checkpoints.
-        monitor: logged metric that decides the best.
-        mode: ``"min"`` or ``"max"``.
+        dirpath: Folder of the checkpoints.
+        monitor: Logged metric that decides the best.
+        mode: Whether the best is the lowest (``"min"``) or the highest (``"max"``).
     """
 
     def __init__(self, dirpath: str, monitor: str, mode: Literal["min", "max"]) -> None:
@@ -32,13 +32,13 @@ class Checkpoint(ModelCheckpoint):
         )
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        # What is resumed from a checkpoint never logs its step again, so the rows up to it have to be safe before.
+        # A run resumed from a checkpoint does not log that step again, so the rows up to it must be on disk first.
         for logger in trainer.loggers:
             logger.save()
         super()._save_checkpoint(trainer, filepath)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the final state where the last step was not one that validated."""
+        """Save the final state if the last step did not validate."""
         super().on_train_end(trainer, pl_module)
         if trainer.global_step > self._last_global_step_saved:
             trainer.save_checkpoint(f"{self.dirpath}/{filenames.LAST_CHECKPOINT}")

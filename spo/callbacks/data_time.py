@@ -1,4 +1,4 @@
-"""How long training waits for its data."""
+"""The time that training waits for its data."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from spo.module import AlignmentModule
 
 
 class DataTime(Callback):
-    """Records ``time/data_s``: seconds per step that the first process waited for its pairs, a mean since the last row.
+    """Log ``time/data_s``: seconds per step that the first process waited for its pairs, averaged since the last row.
 
-    Where ``data.num_workers`` is 0, that is the time it takes to collate them.
+    If ``data.num_workers`` is 0, that is the time to collate them.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins to count."""
+        """Start to count."""
         self._step, self._waited = trainer.global_step, _waited(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Adds to the row of the record, where there is one."""
+        """Add the mean to the row of ``history.jsonl``, if this step has one."""
         assert isinstance(pl_module, AlignmentModule)
         if not pl_module.is_log_step:
             return

@@ -1,4 +1,4 @@
-"""Alarms for a policy that is falling apart: what the losses do not show until it is too late."""
+"""Alarms for a collapsing policy, which losses show only when it is too late."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Numbers = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Check:
-    """What a limit is compared with.
+    """A quantity that a limit is compared with.
 
     Attributes:
-        value: from the validation at hand and the first one.
-        crossed: whether a value is beyond a limit.
-        words: of a value ``{value}``, as a sentence that names the trouble.
+        value: Function of this validation's metrics and the first one's.
+        crossed: Predicate of a value and a limit, true if the value is beyond the limit.
+        words: Sentence that names the trouble, with a place for ``{value}``.
     """
 
     value: Callable[[Numbers, Numbers], float]
@@ -43,11 +43,11 @@ def _share(key: str) -> Callable[[Numbers, Numbers], float]:
 
 
 def _above(value: float, limit: float) -> bool:
-    return not value <= limit  # what is no number any more is beyond every limit
+    return not value <= limit  # NaN is beyond every limit.
 
 
 def _below(value: float, limit: float) -> bool:
-    return not value >= limit
+    return not value >= limit  # NaN is beyond every limit.
 
 
 CHECKS: Mapping[str, Check] = {
@@ -73,7 +73,15 @@ CHECKS: Mapping[str, Check] = {
 
 @dataclass(frozen=True)
 class Alarm:
-    """A limit that was crossed, with the step at which that was first seen."""
+    """A limit that was crossed.
+
+    Attributes:
+        step: Optimizer step of the validation that first saw it.
+        check: Name of the limit.
+        value: Value at that step.
+        limit: Limit that it crossed.
+        words: Message for people.
+    """
 
     step: int
     check: str
@@ -83,21 +91,21 @@ class Alarm:
 
 
 class Health(Callback):
-    """Compares each validation with the first one, and says once when a limit is crossed.
+    """Compare each validation with the first one, and warn once for each limit that is crossed.
 
     Logs ``val/health/logp_drift_chosen`` and ``val/health/logp_drift_rejected`` (nats per token since the start) and
     ``val/health/alarms``, the number of limits that the policy is beyond at that step. Alarms are written to
     ``health.json``, which the report shows. A limit that is ``None`` is not checked.
 
     Args:
-        path: of ``health.json``.
-        chosen_fall: nats per token that the log-prob of chosen completions may lose.
-        rejected_fall: the same of rejected ones, which every method wants to fall somewhat.
-        p_eos: least P(EOS) where a chosen completion ends, as a share of that at the start.
-        repetition: largest share of 4-grams that are repetitions within their sample.
-        longer: largest mean length of samples, as a multiple of that at the start.
-        shorter: least mean length of samples, likewise.
-        entropy: least entropy per token, as a share of that at the start.
+        path: File of the alarms, ``health.json``.
+        chosen_fall: Nats per token that the log-prob of chosen completions may lose.
+        rejected_fall: Nats per token that the log-prob of rejected completions may lose. Every method lowers it some.
+        p_eos: Least P(EOS) where a chosen completion ends, as a share of that at the start.
+        repetition: Largest share of 4-grams that are repetitions within their sample.
+        longer: Largest mean length of samples, as a multiple of that at the start.
+        shorter: Least mean length of samples, as a multiple of that at the start.
+        entropy: Least entropy per token, as a share of that at the start.
     """
 
     def __init__(
@@ -126,12 +134,12 @@ class Health(Callback):
         self.alarms: list[Alarm] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Brings the file to what the checkpoint knows: alarms of later steps belong to steps that are done again."""
+        """Restore the file to the state of the checkpoint: steps after it are repeated, and their alarms with them."""
         if trainer.is_global_zero:
             self._write()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks what was just measured."""
+        """Check the metrics of the validation that just ended."""
         assert isinstance(pl_module, AlignmentModule)
         now = pl_module.validated
         self.start = self.start or dict(now)
@@ -153,7 +161,7 @@ class Health(Callback):
             self._write()
 
     def beyond(self, now: Numbers, step: int) -> list[Alarm]:
-        """The limits that a validation is beyond; what was not measured is not checked."""
+        """Return an alarm for each limit that a validation is beyond. Metrics that are absent are not checked."""
         found = []
         for name, limit in self.limits.items():
             check = CHECKS[name]
@@ -173,10 +181,10 @@ class Health(Callback):
             self.path.unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The start and the alarms, so that a resumed run compares with the same and says nothing twice."""
+        """Return the first validation and the alarms, so that a resumed run compares with it and repeats no warning."""
         return {"start": self.start, "alarms": [asdict(alarm) for alarm in self.alarms]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up what :meth:`state_dict` kept."""
+        """Restore what :meth:`state_dict` returned."""
         self.start = state_dict["start"]
         self.alarms = [Alarm(**alarm) for alarm in state_dict["alarms"]]

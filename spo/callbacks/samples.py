@@ -1,4 +1,4 @@
-"""Win rate and samples while training, for those who want to look at every validation."""
+"""Win rate and samples at every validation."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ LOGGED = ("win_rate", "win_rate_ci_low", "win_rate_ci_high", "reward")
 
 
 class ValidationSamples(Callback):
-    """At every validation draws completions of a few selection prompts, the same random numbers each time.
+    """Sample completions of a few selection prompts at every validation, with the same random numbers each time.
 
-    Logs ``val/samples/reward`` and ``val/samples/win_rate`` with its interval, of few prompts and thus rough, and keeps
-    the samples in ``samples.validation.jsonl``: rows as in ``samples.jsonl``, with their ``step``. A judge that fails
-    leaves out its verdicts, not the training.
+    Logs ``val/samples/reward`` and ``val/samples/win_rate`` with its interval, which is wide for few prompts. Writes
+    the samples to ``samples.validation.jsonl``: rows as in ``samples.jsonl``, with their ``step``. If the judge fails,
+    its verdicts are left out and training continues.
 
     Args:
-        path: of that file.
-        num_prompts: prompts of the selection split.
+        path: File of the samples.
+        num_prompts: Number of prompts of the selection split.
     """
 
     def __init__(self, path: str, num_prompts: PositiveInt) -> None:
@@ -53,13 +53,21 @@ class ValidationSamples(Callback):
         tokenizer: PreTrainedTokenizerBase,
         decode: Callable[[Sequence[int]], str],
     ) -> None:
-        """Takes what the run's final evaluation takes, but for the number of prompts and the opponents."""
+        """Take what the final evaluation of the run takes, except for the number of prompts and the opponents.
+
+        Args:
+            prompts: Prompts of the selection split, of which the first ``num_prompts`` are used.
+            settings: Settings of the final evaluation.
+            judge: Judge of the final evaluation, or ``None``.
+            tokenizer: Tokenizer of the policy.
+            decode: Function from token ids of a completion to its text.
+        """
         self.prompts = prompts[: self.num_prompts]
         self.settings = replace(settings, against=["reference"])
         self.judge, self.tokenizer, self.decode = judge, tokenizer, decode
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws on every process, as a sharded policy needs; judges and writes on the first."""
+        """Sample on every process, as a sharded policy needs; judge and write on the first."""
         assert isinstance(pl_module, AlignmentModule)
         if not self.prompts:
             return
@@ -84,7 +92,7 @@ class ValidationSamples(Callback):
             return assess(self.prompts, ours, self._reference, self.settings, self.judge)
         except JudgeError as error:
             if not self._warned:
-                log.warning("no verdicts on the samples of this validation, the training goes on: %s", error)
+                log.warning("the samples of this validation have no verdicts, training continues: %s", error)
             self._warned = True
             return assess(self.prompts, ours, self._reference, self.settings, None)
 
@@ -92,7 +100,7 @@ class ValidationSamples(Callback):
         return draw(model, stage, self.prompts, self.settings, speed.resolve_for(model), self.tokenizer, self.decode)
 
     def _write(self, samples: Sequence[dict[str, Any]], step: int) -> None:
-        """Adds the rows of a step; those of a run that was interrupted after it are written again."""
+        """Add the rows of a step, in place of those that an interrupted run wrote at this step or later."""
         rows = read_jsonl(self.path) if self.path.exists() else []
         rows = [row for row in rows if row["step"] < step] + [{"step": step, **row} for row in samples]
         write_jsonl(self.path, rows)

@@ -37,5 +37,5 @@ def _unused(nodes: str) -> tuple[str, ...]:
     parts: Mapping[str, Any] = json.loads(nodes)
     loss = as_loss(instantiate(parts["loss"], _convert_="all"))
     regularizer = instantiate(parts["regularizer"], _convert_="all")
-    reads = (loss.uses_alpha, loss.uses_beta or getattr(regularizer, "weight", None) == "beta")
+    reads = (loss.uses_alpha, loss.uses_beta or regularizer.follows_beta)
     return tuple(name for name, is_read in zip(COEFFICIENTS, reads, strict=True) if not is_read)

@@ -1,4 +1,4 @@
-"""Exact statements about a run on an enumerable language: the optimum of its objective, and the distance to it."""
+"""Exact results for runs on an enumerable language: the optimum of the objective, and the distance to it."""
 
 from spo.exact.metrics import ExactMetrics
 from spo.exact.optimum import Objective, Optimum, entropy, find_optimum

@@ -1,4 +1,4 @@
-"""The exact distance of a policy to the optimum of what it is trained on, logged while it trains."""
+"""The exact distance of a policy to the optimum of its objective, logged during training."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from spo.module import AlignmentModule
 
 
 class ExactMetrics(Callback):
-    """Logs ``exact/...`` at step 0 and wherever the run logs a row, by enumeration in float64, means over the prompts.
+    """Log ``exact/...`` at step 0 and at every log step: means over prompts, by enumeration in float64.
 
     ``exact/entropy`` (nats per response), ``exact/kl_reference`` (KL(policy || reference), nats) and
     ``exact/mass_outside`` (probability of responses that never appear in the data). Where the objective has a single
     minimum also ``exact/tv`` and ``exact/kl_optimum`` (total variation to it, KL(policy || optimum)) and
-    ``exact/entropy_optimum``. With a schedule the optimum is that of the coefficients in force at the step. Of a KL on
-    the data set's responses no optimum is computed.
+    ``exact/entropy_optimum``. With a schedule the optimum is that of the coefficients in force at the step. There is
+    no optimum if the regularizer is another divergence than KL(policy || reference) over all responses.
 
     Args:
-        world: language and rows.
+        world: Language and rows.
         reference: ``(P, R)`` log pi_ref.
-        uniform: whether the rows stand for uniform draws from all responses.
+        uniform: Whether the rows stand for uniform draws from all responses.
     """
 
     def __init__(self, world: World, reference: Tensor, uniform: bool) -> None:
@@ -33,12 +33,12 @@ class ExactMetrics(Callback):
         self._optima: dict[tuple[float, float, float], Optimum | None] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The row of step 0, which no optimiser step precedes."""
+        """Log the row of step 0, which no optimizer step precedes."""
         if trainer.sanity_checking:
             self._log(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """A row wherever the module logs one."""
+        """Log a row whenever the module logs one."""
         assert isinstance(pl_module, AlignmentModule)
         if pl_module.is_log_step:
             self._log(trainer, pl_module)
@@ -50,7 +50,7 @@ class ExactMetrics(Callback):
             logger.log_metrics(row, step=trainer.global_step)
 
     def measure(self, module: AlignmentModule) -> dict[str, float]:
-        """The metrics of the policy as it is."""
+        """Return the metrics of the policy as it is."""
         policy = self.world.logps(module.policy)
         found = {
             "entropy": entropy(policy),
@@ -67,12 +67,12 @@ class ExactMetrics(Callback):
         return {name: float(value.mean()) for name, value in found.items()}
 
     def optimum(self, module: AlignmentModule) -> Optimum | None:
-        """Where the module's objective is least at its present step."""
-        regularizer, step = module.regularizer, module.global_step
-        if regularizer.source == "dataset":
+        """Return where the module's objective is least at its present step, or ``None`` if that is unknown."""
+        alpha, beta = module.alpha(module.global_step), module.beta(module.global_step)
+        kl_weight = module.regularizer.kl_weight(beta)
+        if kl_weight is None:
             return None
-        alpha, beta = module.alpha(step), module.beta(step)
-        key = (alpha, beta, regularizer.weight_at(beta))
+        key = (alpha, beta, kl_weight)
         if key not in self._optima:
             self._optima[key] = find_optimum(
                 Objective(module.loss, self.world, self.reference, *key, uniform=self.uniform)

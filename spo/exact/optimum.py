@@ -1,4 +1,4 @@
-"""The policy at which an objective is least: in closed form where the loss states one, by Newton's method elsewhere."""
+"""The policy that minimizes an objective: in closed form if the loss states one, else by Newton's method."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 from spo.exact.world import World
 from spo.losses import Loss
 
-MAX_NEWTON = 1000
-"""Responses of all prompts up to which second derivatives are taken."""
-TOLERANCE = 1e-9
-"""Largest derivative, per unit of log-probability, of what counts as a minimum."""
+MAX_NEWTON_RESPONSES = 1000
+"""Most responses, of all prompts together, for which second derivatives are computed."""
+GRADIENT_TOLERANCE = 1e-9
+"""Largest derivative of the objective, per nat of log-probability, that counts as a minimum."""
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """Where an objective is least.
+    """The minimum of an objective.
 
     Attributes:
-        logps: ``(P, R)`` float64, log-probabilities.
-        found: how.
+        logps: ``(P, R)`` float64 log-probabilities.
+        found: Method that found them.
     """
 
     logps: Tensor
@@ -33,17 +33,16 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a run minimises, as a function of the probabilities of all responses.
+    """The objective of a run as a function of the probabilities of all responses.
 
     Attributes:
-        loss: the method.
-        world: language and rows. Their labels count as exact: the probabilities of Bradley and Terry.
-        reference: ``(P, R)`` log pi_ref, float64.
-        alpha: softness.
-        beta: temperature of the method.
-        kl_weight: coefficient of KL(policy || reference), the mean over prompts.
-        uniform: whether the rows stand for independent uniform draws from all responses, which is what closed forms
-            are for.
+        loss: Loss of the method.
+        world: Language and rows. Their labels count as exact Bradley-Terry probabilities.
+        reference: ``(P, R)`` float64 log pi_ref.
+        alpha: Softness.
+        beta: Temperature of the method.
+        kl_weight: Coefficient of KL(policy || reference), a mean over prompts.
+        uniform: Whether the rows stand for independent uniform draws from all responses, which closed forms assume.
     """
 
     loss: Loss[Any]
@@ -55,14 +54,14 @@ class Objective:
     uniform: bool
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """The objective at the policy ``softmax(logits)``, ``(P, R)``."""
+        """Return the objective of the policy ``softmax(logits)``, from ``(P, R)`` logits."""
         policy = logits.log_softmax(-1)
         rows = self.world.rows(self.loss, policy, self.reference)
         losses = self.loss(rows, alpha=self.alpha, beta=self.beta)
         return losses.mean() + self.kl_weight * kl(policy, self.reference).mean()
 
     def closed_form(self) -> Tensor | None:
-        """``(P, R)`` log-probabilities as the loss states them; ``None`` where they are for another objective."""
+        """Return ``(P, R)`` log-probabilities as the loss states them, or ``None`` if the objective is another one."""
         if self.kl_weight > 0 or not self.uniform:
             return None
         known = {"lengths": self.world.lengths} if "lengths" in inspect.signature(self.loss.optimum).parameters else {}
@@ -74,9 +73,10 @@ class Objective:
         return (stated.log() if (stated >= 0).all() else stated).log_softmax(-1)
 
     def is_determined(self) -> bool:
-        """Whether the rows say how any two responses to a prompt compare, or a KL does."""
+        """Return whether the objective has a single minimum: rows or a KL compare any two responses to a prompt."""
         if self.kl_weight > 0:
             return True
+        # Connected components: each response takes the least index of those that it is compared with.
         group = torch.arange(self.world.rewards.numel())
         while True:
             least = group[self.world.completions].amin(0).expand_as(self.world.completions)
@@ -88,25 +88,26 @@ class Objective:
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) in nats over the last dimension, from log-probabilities."""
+    """Return KL(p || q) in nats over the last dimension, from log-probabilities."""
     return (p.exp() * (p - q)).sum(-1)
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Entropy in nats over the last dimension, from log-probabilities."""
+    """Return the entropy in nats over the last dimension, from log-probabilities."""
     return -(p.exp() * p).sum(-1)
 
 
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
-    """Half the sum of absolute differences over the last dimension, from log-probabilities."""
+    """Return half the sum of absolute differences of probabilities over the last dimension, from log-probabilities."""
     return (p.exp() - q.exp()).abs().sum(-1) / 2
 
 
 def find_optimum(objective: Objective) -> Optimum | None:
-    """The minimum of an objective.
+    """Find the minimum of an objective.
 
     Returns:
-        ``None`` where there is no single one: the rows leave some response open, or the objective has no minimum.
+        The minimum, or ``None`` if there is no single one: the rows compare some responses with no other, or the
+        objective has no minimum.
     """
     stated = objective.closed_form()
     if stated is not None:
@@ -114,11 +115,11 @@ def find_optimum(objective: Objective) -> Optimum | None:
     if not objective.is_determined():
         return None
     logits = _descend(objective, objective.reference.clone())
-    if logits.numel() <= MAX_NEWTON:
+    if logits.numel() <= MAX_NEWTON_RESPONSES:
         logits = _newton(objective, logits)
     gradient = torch.func.grad(objective)(logits)
-    # Below the tolerance a step along the gradient changes no probability that anyone could tell.
-    if not (gradient.isfinite().all() and gradient.abs().max() <= TOLERANCE * max(1.0, objective.beta)):
+    # The slope of a loss grows with its temperature, and so does what counts as zero.
+    if not (gradient.isfinite().all() and gradient.abs().max() <= GRADIENT_TOLERANCE * max(1.0, objective.beta)):
         return None
     return Optimum(logits.log_softmax(-1), "numerical")
 
@@ -126,7 +127,11 @@ def find_optimum(objective: Objective) -> Optimum | None:
 def _descend(objective: Objective, logits: Tensor) -> Tensor:
     logits = logits.requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [logits], max_iter=2000, tolerance_grad=TOLERANCE / 10, tolerance_change=0, line_search_fn="strong_wolfe"
+        [logits],
+        max_iter=2000,
+        tolerance_grad=GRADIENT_TOLERANCE / 10,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
     )
 
     def value() -> Tensor:
@@ -140,19 +145,20 @@ def _descend(objective: Objective, logits: Tensor) -> Tensor:
 
 
 def _newton(objective: Objective, logits: Tensor, steps: int = 500) -> Tensor:
-    """Newton's method on the gradient, each step halved until it leads nearer to zero.
+    """Run Newton's method on the gradient, halving each step until the gradient shrinks.
 
-    Where a loss holds weights constant in its gradient there is no function to descend, but there is a gradient.
+    A loss that holds weights constant in its gradient is the gradient of no function, so there is nothing to descend,
+    but there is a root to find.
     """
     gradient_at = torch.func.grad(objective)
     shape, size = logits.shape, logits.numel()
-    # A constant added to all logits of a prompt changes nothing: these directions are pinned instead of singular.
+    # A constant added to all logits of a prompt changes nothing, so the Hessian is singular without this term.
     prompt = torch.arange(shape[0]).repeat_interleave(shape[1])
     pin = (prompt[:, None] == prompt[None, :]).double()
     gradient = gradient_at(logits)
     for _ in range(steps):
         size_before = gradient.abs().max()
-        if not gradient.isfinite().all() or size_before < TOLERANCE / 100:
+        if not gradient.isfinite().all() or size_before < GRADIENT_TOLERANCE / 100:
             break
         hessian = torch.func.hessian(objective)(logits).reshape(size, size)
         step = torch.linalg.lstsq(hessian + pin, gradient.flatten()).solution.view(shape)

@@ -1,4 +1,4 @@
-"""Every response to every prompt, as tensors: what an expectation over an enumerable language is taken over."""
+"""Every response to every prompt as tensors, for exact expectations over an enumerable language."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spo.ops import completion_targets, sum_per_sequence, token_logps
 from spo.sampling import eval_mode
 from spo.types import ListLogps, PairLogps, Sequences
 
-SEQUENCES_PER_FORWARD = 4096
+MAX_SEQUENCES_PER_FORWARD = 4096
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class World:
 
     Attributes:
         sequences: ``P * R`` sequences, all responses of the first prompt first.
-        rewards: ``(P, R)`` float64.
-        lengths: ``(P, R)`` tokens of the responses, float64.
-        support: ``(P, R)`` true where a response can appear in the data.
+        rewards: ``(P, R)`` float64 rewards.
+        lengths: ``(P, R)`` float64 numbers of tokens of the responses.
+        support: ``(P, R)`` mask of responses that can appear in the data.
         completions: ``(n, K)`` positions in ``sequences`` of each row's completions, best first.
-        preference: ``(K,)`` probability that the first of two completions is the better one, under Bradley and Terry
-            with the rewards, whatever label the row has; ``None`` for rows of more than two.
-        weight: ``(K,)``.
+        preference: ``(K,)`` Bradley-Terry probability, by the rewards and whatever label the row has, that the first
+            of two completions is the better one; ``None`` for rows of more than two.
+        weight: ``(K,)`` weights of the rows.
     """
 
     sequences: Sequences
@@ -46,7 +46,7 @@ class World:
 
     @classmethod
     def of(cls, language: Language, renderer: Renderer, rows: Sequence[TokenizedPair]) -> World:
-        """Lays the language out in tokens, and finds each row's completions in it."""
+        """Tokenize the language, and find each row's completions in it."""
         texts = [Row(prompt, response) for prompt in language.prompts for response in language.responses]
         leaves = [leaf for leaf in map(renderer.render, texts) if isinstance(leaf, TokenizedPair)]
         assert len(leaves) == len(texts), "a response of the language cannot be written in tokens"
@@ -70,18 +70,18 @@ class World:
 
     @torch.no_grad()
     def logps(self, model: nn.Module) -> Tensor:
-        """``(P, R)`` log pi(y|x) in nats, the logits widened to float64 before anything is summed."""
+        """Return ``(P, R)`` log pi(y|x) in nats; logits are widened to float64 before anything is summed."""
         device = next(model.parameters()).device
         parts = []
         with eval_mode(model):
-            for first in range(0, len(self.sequences), SEQUENCES_PER_FORWARD):
-                part = self.sequences.rows(slice(first, first + SEQUENCES_PER_FORWARD)).to(device)
+            for first in range(0, len(self.sequences), MAX_SEQUENCES_PER_FORWARD):
+                part = self.sequences.rows(slice(first, first + MAX_SEQUENCES_PER_FORWARD)).to(device)
                 logits = completion_logits(model, part).double()
                 parts.append(sum_per_sequence(token_logps(logits, completion_targets(part)), part))
         return torch.cat(parts).cpu().view_as(self.rewards)
 
     def rows(self, loss: Loss[Any], policy: Tensor, reference: Tensor) -> PairLogps | ListLogps:
-        """What ``loss`` sees of the rows, from ``(P, R)`` log-probs of policy and reference."""
+        """Return the rows in the shape that ``loss`` reads, from ``(P, R)`` log-probs of policy and reference."""
         return self._lists(policy, reference) if loss.uses_lists else self._pairs(policy, reference)
 
     def _pairs(self, policy: Tensor, reference: Tensor) -> PairLogps:

@@ -1,9 +1,10 @@
-"""Ways to have a reference: a frozen copy, its stored log-probs, both, the policy's initial adapter, none."""
+"""Kinds of reference: a frozen copy, its stored log-probs, both, the policy's initial adapter, none."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -18,15 +19,15 @@ if TYPE_CHECKING:
 
 
 class Reference:
-    """Where reference log-probabilities come from.
+    """A source of reference log-probabilities.
 
-    It is no ``nn.Module``, so the reference reaches neither an optimizer, nor a checkpoint, nor a sharding strategy.
+    It is not an ``nn.Module``, so the reference reaches no optimizer, no checkpoint and no sharding strategy.
 
     Attributes:
-        scores_pairs: can score the pairs of the data set.
-        scores_samples: can score any sequence, such as a sample of the policy.
-        stores_logps: Stores log-probabilities of pairs while training, so something has to read them.
-        needs_adapter: Works only with a policy that has an adapter.
+        scores_pairs: Whether it can score the pairs of the data set.
+        scores_samples: Whether it can score any sequence, such as a sample of the policy.
+        stores_logps: Whether it stores log-probs of pairs, which is of use only if the loss reads them from there.
+        needs_adapter: Whether it needs a policy with an adapter.
     """
 
     scores_pairs: ClassVar[bool] = True
@@ -35,19 +36,46 @@ class Reference:
     needs_adapter: ClassVar[bool] = False
 
     def attach(self, load: Callable[[], nn.Module]) -> None:
-        """Gets ready for training; ``load`` builds the model that training starts from, where one is needed."""
+        """Prepare for training.
+
+        Args:
+            load: Function that builds the model that training starts from; called only if the model is needed.
+        """
+
+    def use_store(self, open_store: Callable[[str, Speed, torch.device], LogpsStore]) -> None:
+        """Take the function that opens stored log-probs, if this reference stores them during training.
+
+        Args:
+            open_store: Function from a folder, the layout of forward passes and their device to the store.
+        """
+
+    def precompute(self, score: Callable[[PrecomputedReference], dict[str, Tensor]]) -> dict[str, Tensor] | None:
+        """Score all pairs before training, if that is what this reference does.
+
+        Args:
+            score: Function to ``(P, n)`` log-probs of the ``P`` pairs or lists of each split.
+        """
+        return None
+
+    def describe(self) -> str:
+        """Return a few words for the start panel."""
+        return type(self).__name__.removesuffix("Reference").lower()
 
     def to(self, device: torch.device) -> None:
-        """Moves what it holds to the device of the policy."""
+        """Move the model to the device of the policy."""
 
     @contextmanager
     def active(self, policy: nn.Module) -> Iterator[nn.Module]:
-        """A context in which the yielded model is the reference; gradients are off."""
+        """Make a context in which the yielded model is the reference; gradients are off.
+
+        Raises:
+            RuntimeError: There is no model.
+        """
         raise RuntimeError(f"{type(self).__name__} has no model to score with")
         yield policy
 
     def pair_logps(self, batch: PreferenceBatch, policy: nn.Module, speed: Speed) -> Tensor:
-        """``(N,)`` summed log-probs of the sequences of a batch: those that came with it, else computed now."""
+        """Return ``(N,)`` summed log-probs of a batch's sequences: those that came with it, else computed now."""
         if batch.reference_logps is not None:
             return batch.reference_logps
         with self.active(policy) as reference:
@@ -63,6 +91,9 @@ class FrozenReference(Reference):
     def attach(self, load: Callable[[], nn.Module]) -> None:
         self.model = load()
 
+    def describe(self) -> str:
+        return "frozen copy"
+
     def to(self, device: torch.device) -> None:
         if self.model is not None:
             self.model.to(device)
@@ -76,20 +107,20 @@ class FrozenReference(Reference):
 
 
 class CachedReference(FrozenReference):
-    """A frozen copy whose log-probs of the pairs are kept on disk as they come, so that none is computed twice.
+    """A frozen copy whose log-probs of the pairs are stored on disk during training, so that none is computed twice.
 
-    Training starts at once, and only pairs that are used are scored: later epochs, resumed runs, and other jobs with
-    the same reference find them.
+    Training starts at once, and only pairs that are used are scored. Later epochs, resumed runs, and other jobs with
+    the same reference read the stored log-probs.
 
-    A step in which something is scored waits for the device once, to write it down before the step is over.
+    A step that scores a pair waits for the device once, to write the log-probs before the step ends.
 
     Args:
-        cache_dir: folder of the stored log-probs.
+        cache_dir: Folder of the stored log-probs.
 
     Attributes:
-        store: where they are kept; without one it is a :class:`FrozenReference`.
-        open_store: finds it for the layout and the device that log-probs are computed with, when they are first asked
-            for: what the models take is known no earlier.
+        store: Stored log-probs. Without a store this is a :class:`FrozenReference`.
+        open_store: Function from layout and device to the store. It is called when log-probs are first needed, since
+            the layout that the models support is not known earlier.
     """
 
     stores_logps: ClassVar[bool] = True
@@ -99,6 +130,12 @@ class CachedReference(FrozenReference):
         self.cache_dir = cache_dir
         self.store: LogpsStore | None = None
         self.open_store: Callable[[Speed, torch.device], LogpsStore] | None = None
+
+    def use_store(self, open_store: Callable[[str, Speed, torch.device], LogpsStore]) -> None:
+        self.open_store = partial(open_store, self.cache_dir)
+
+    def describe(self) -> str:
+        return "frozen copy, its log-probs of the pairs stored"
 
     def pair_logps(self, batch: PreferenceBatch, policy: nn.Module, speed: Speed) -> Tensor:
         device = batch.index.device
@@ -119,22 +156,29 @@ class CachedReference(FrozenReference):
 
 
 class PrecomputedReference(Reference):
-    """Log-probs of the data set's pairs, computed before training and kept on disk; no reference model stays in memory.
+    """Log-probs of all pairs, computed before training and stored on disk; no reference model stays in memory.
 
     Args:
-        cache_dir: folder of the stored log-probs.
-        batch_tokens: tokens of a forward pass while computing, at most.
+        cache_dir: Folder of the stored log-probs.
+        batch_tokens: Most tokens per forward pass while computing.
 
     Attributes:
-        found: sequences of the data set whose log-probs were there.
-        computed: sequences for which they were computed.
+        found: Number of sequences whose log-probs were stored before.
+        computed: Number of sequences whose log-probs were computed by this run.
     """
 
     scores_samples: ClassVar[bool] = False
+    stores_logps: ClassVar[bool] = True
 
     def __init__(self, cache_dir: str, batch_tokens: PositiveInt) -> None:
         self.cache_dir, self.batch_tokens = cache_dir, batch_tokens
         self.found = self.computed = 0
+
+    def precompute(self, score: Callable[[PrecomputedReference], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return score(self)
+
+    def describe(self) -> str:
+        return f"stored log-probs of {self.found + self.computed} sequences, {self.computed} of them new"
 
 
 class AdapterOffReference(Reference):
@@ -146,10 +190,13 @@ class AdapterOffReference(Reference):
 
     needs_adapter: ClassVar[bool] = True
 
+    def describe(self) -> str:
+        return "initial state of the adapter"
+
     @contextmanager
     def active(self, policy: nn.Module) -> Iterator[nn.Module]:
         modes = {module: module.training for module in policy.modules()}
-        policy.eval()  # adapter dropout must not reach the reference
+        policy.eval()  # Adapter dropout must not reach the reference.
         try:
             with torch.no_grad():
                 if "reference" in policy.peft_config:  # type: ignore[operator]
@@ -167,7 +214,7 @@ class AdapterOffReference(Reference):
 
 
 class NoReference(Reference):
-    """No reference, for compositions in which no part needs one."""
+    """The absence of a reference, for compositions in which no part needs one."""
 
     scores_pairs: ClassVar[bool] = False
     scores_samples: ClassVar[bool] = False

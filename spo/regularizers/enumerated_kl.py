@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
+from spo.objective import EnumeratedDivergence, Run
 from spo.regularizers.base import Regularizer
 
 
@@ -16,11 +17,25 @@ class EnumeratedKL(Regularizer):
     needs a data set whose responses can be enumerated.
 
     Args:
-        weight: coefficient of the KL, or ``"beta"`` to follow the beta schedule.
+        weight: Coefficient of the KL, or ``"beta"`` to follow the beta schedule.
     """
 
-    source: ClassVar[Literal["enumeration"]] = "enumeration"
+    needs_enumeration: ClassVar[bool] = True
 
-    def exact(self, policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
-        """``(P,)`` nats from ``(P, R)`` log-probabilities of all ``R`` responses to ``P`` prompts."""
+    def __call__(self, policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
+        """Return ``(P,)`` nats from ``(P, R)`` log-probabilities of all ``R`` responses to ``P`` prompts."""
         return (policy_logps.exp() * (policy_logps - reference_logps)).sum(-1)
+
+    def part(self, run: Run) -> EnumeratedDivergence:
+        """Build the part that holds every response.
+
+        Raises:
+            ValueError: The data set of the run cannot be enumerated.
+        """
+        if run.enumeration is None:
+            raise ValueError("EnumeratedKL sums over every response, but the data set cannot be enumerated")
+        return EnumeratedDivergence(run, self.weight_at, self, run.enumeration)
+
+    def kl_weight(self, beta: float) -> float:
+        """Return the coefficient of the KL: R is that KL."""
+        return self.weight_at(beta)

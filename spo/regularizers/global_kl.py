@@ -2,50 +2,53 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
+
+from torch import Tensor
 
 from spo.bounds import PositiveInt
-from spo.ops import KL_ESTIMATORS, KLEstimator
-from spo.regularizers.base import Regularizer, Weight
+from spo.ops import KL_ESTIMATORS, KLEstimator, Logits
+from spo.regularizers.base import SampleRegularizer, Weight
+from spo.types import Sequences
 
 
-class GlobalKL(Regularizer):
+class GlobalKL(SampleRegularizer):
     r"""KL(policy || reference) on samples of the policy, arXiv:2405.00747.
 
     .. math:: R = E_x E_{y\sim\pi(\cdot|x)} \sum_t KL(\pi(\cdot|x,y_{<t}) \,\|\, \pi_{ref}(\cdot|x,y_{<t}))
 
-    How R is estimated on a sample y is ``estimator``; value and gradient have separate properties, proved by
-    enumeration in ``tests/test_kl_estimators.py`` and tabled in ``docs/explanation/kl-estimators.md``:
+    ``estimator`` says how R is estimated on a sample y. Value and gradient have separate properties, proved by
+    enumeration in ``tests/test_kl_estimators.py`` and tabulated in ``docs/explanation/kl-estimators.md``:
 
     ============= =============================== ==========================================================
     estimator     value                           gradient in expectation
     ============= =============================== ==========================================================
     ``tokenwise`` unbiased, never negative        without the prefixes' own dependence (formula above, y given)
     ``unbiased``  that of ``tokenwise``           of KL(policy || reference)
-    ``k1``        unbiased, either sign           zero: it measures and does not regularise
+    ``k1``        unbiased, either sign           zero: it measures and does not regularize
     ``k2``        biased                          of KL(policy || reference)
     ``k3``        unbiased, never negative        of KL(reference || policy)
     ============= =============================== ==========================================================
 
     All this holds for samples of the *current* policy at temperature 1. Samples are drawn every ``refresh_every``
-    optimiser steps and reused, which makes both value and gradient of any estimator stale by up to that many steps.
-    A sample cut at ``max_new_tokens`` counts as a prefix: R is the KL of responses cut there, a lower bound of the
-    KL of whole ones. The baseline of ``unbiased`` is taken over the samples that are forwarded together, so
-    micro-batches and devices change its variance, and not its expectation.
+    optimizer steps and reused, so value and gradient of every estimator are stale by up to that many steps. A sample
+    cut at ``max_new_tokens`` counts as a prefix: R is then the KL of responses cut there, a lower bound of the KL of
+    whole ones. The baseline of ``unbiased`` is taken over the samples of one forward pass, so micro-batches and devices
+    change its variance, and not its expectation.
 
     Args:
-        weight: coefficient of R, or ``"beta"`` to follow the beta schedule.
-        refresh_every: optimiser steps between two drawings of samples.
-        num_samples: sequences in the buffer, one per training prompt drawn, over all ranks.
-        batch_size: buffered sequences used in each optimiser step, over all ranks.
-        max_new_tokens: length limit of a sample, in tokens.
-        estimator: a name of the table above.
+        weight: Coefficient of R, or ``"beta"`` to follow the beta schedule.
+        refresh_every: Optimizer steps between two drawings of samples.
+        num_samples: Sequences in the buffer, one per training prompt drawn, over all processes.
+        batch_size: Buffered sequences used in each optimizer step, over all processes.
+        max_new_tokens: Length limit of a sample, in tokens.
+        estimator: Name in the table above.
 
     Raises:
-        ValueError: a count is not positive, ``batch_size`` exceeds ``num_samples``, or there is no such estimator.
+        ValueError: A count is not positive, ``batch_size`` exceeds ``num_samples``, or the estimator is unknown.
     """
 
-    source: ClassVar[Literal["policy"]] = "policy"
+    probe_metric: ClassVar[str] = "kl"
 
     def __init__(
         self,
@@ -56,25 +59,15 @@ class GlobalKL(Regularizer):
         max_new_tokens: PositiveInt,
         estimator: KLEstimator,
     ) -> None:
-        super().__init__(weight)
-        counts = {
-            "refresh_every": refresh_every,
-            "num_samples": num_samples,
-            "batch_size": batch_size,
-            "max_new_tokens": max_new_tokens,
-        }
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"regularizer.{name} must be at least 1, got {value}")
-        if batch_size > num_samples:
-            raise ValueError(
-                f"regularizer.batch_size ({batch_size}) exceeds regularizer.num_samples ({num_samples}): "
-                "a step cannot use more buffered samples than there are"
-            )
+        super().__init__(weight, refresh_every, num_samples, batch_size, max_new_tokens)
         if estimator not in KL_ESTIMATORS:
             raise ValueError(f"regularizer.estimator={estimator}: choose one of {', '.join(KL_ESTIMATORS)}")
-        self.refresh_every = refresh_every
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.max_new_tokens = max_new_tokens
         self.estimator = estimator
+
+    def __call__(self, policy_logits: Logits, reference_logits: Logits, sequences: Sequences) -> Tensor:
+        """Return ``(N,)`` nats, see :class:`SampleRegularizer`."""
+        return KL_ESTIMATORS[self.estimator](policy_logits, reference_logits, sequences)
+
+    def kl_weight(self, beta: float) -> float:
+        """Return the coefficient of the KL, which every estimator is meant for."""
+        return self.weight_at(beta)

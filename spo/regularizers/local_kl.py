@@ -1,21 +1,25 @@
-"""The regularizer SPO argues against, for ablation: the KL on the data set's own responses."""
+"""The regularizer that SPO argues against, for ablation: the KL on the data set's own responses."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from torch import Tensor
 
-from spo.regularizers.base import Regularizer
+from spo.ops import KL_ESTIMATORS, Logits
+from spo.regularizers.base import PairRegularizer
+from spo.types import Sequences
 
 
-class LocalKL(Regularizer):
+class LocalKL(PairRegularizer):
     """Token-wise KL(policy || reference) along the responses of the batch (chosen and rejected).
 
-    What the policy does outside the data set's responses is not seen by it. The responses are given, not drawn from
-    the policy: there is no dependence of the prefixes on the parameters for a score term to account for, and the
-    log-ratio estimators are about samples of the policy. So there is one estimator, the token-wise one.
+    It does not see what the policy does outside the data set's responses. These are given, not drawn from the policy:
+    their prefixes do not depend on the parameters, so there is no score term to account for, and the log-ratio
+    estimators are about samples of the policy. So there is one estimator, the token-wise one.
 
     Args:
-        weight: coefficient of R, or ``"beta"`` to follow the beta schedule.
+        weight: Coefficient of R, or ``"beta"`` to follow the beta schedule.
     """
 
-    source: ClassVar[Literal["dataset"]] = "dataset"
+    def __call__(self, policy_logits: Logits, reference_logits: Logits, sequences: Sequences) -> Tensor:
+        """Return ``(N,)`` nats, see :class:`PairRegularizer`."""
+        return KL_ESTIMATORS["tokenwise"](policy_logits, reference_logits, sequences)

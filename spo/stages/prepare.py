@@ -40,7 +40,8 @@ from spo.forward.speed import Speed
 from spo.losses import SFTLoss
 from spo.models import ModelSpec, NoReference
 from spo.models.policy import save_policy
-from spo.module import AlignmentModule, Prompts
+from spo.module import AlignmentModule
+from spo.objective import Prompts
 from spo.records.cache import cached
 from spo.records.digests import code_version, model_digest, path_digest
 from spo.records.files import read_json, read_jsonl, write_json, write_jsonl
@@ -60,6 +61,8 @@ CODE_DEPENDENCIES = (
     "seeds.py",
     "forward",
     "module.py",
+    "objective",
+    "regularizers/base.py",
     "losses/sft.py",
     "stages/prepare.py",
 )

@@ -30,9 +30,10 @@ from spo.exact import ExactMetrics, World, entropy
 from spo.forward.speed import Speed
 from spo.losses import as_loss
 from spo.metrics.catalogue import UNITS
-from spo.models import CachedReference, PrecomputedReference, Reference
+from spo.models import Reference
 from spo.models.policy import save_policy, whole_state_dict
-from spo.module import AlignmentModule, Enumeration, ProbeSettings, Prompts
+from spo.module import AlignmentModule
+from spo.objective import Enumeration, Prompts
 from spo.pages.panels import result_panel, start_panel
 from spo.pages.rows import show_rows
 from spo.pages.run_page import render_report
@@ -50,6 +51,7 @@ from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
 from spo.stages.reference_logps import logps_store, precomputed_logps
 from spo.tracking import RunDescription, Tracker
+from spo.watch import ProbeSettings
 
 log = logging.getLogger(__name__)
 COUNTS = ("read", "used", "dropped", "truncated")
@@ -172,8 +174,7 @@ def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
     sampled = _attach_samples(cfg, prepared, trainer)
     if module.needs_reference_model or (sampled and reference.scores_samples):
         reference.attach(lambda: prepared.spec.start(prepared.base))
-    if isinstance(reference, CachedReference):
-        reference.open_store = partial(logps_store, cfg, prepared, reference.cache_dir)
+    reference.use_store(partial(logps_store, cfg, prepared))
     data = build_data(cfg, reference, module, prepared)
     return Parts(module, data, trainer, exact)
 
@@ -229,9 +230,7 @@ def build_data(
     cfg: DictConfig, reference: Reference, module: AlignmentModule, prepared: Prepared
 ) -> PreferenceDataModule:
     """The data module, with the reference log-probs of its pairs where the reference is precomputed and read."""
-    logps = None
-    if isinstance(reference, PrecomputedReference) and module.loss.uses_reference:
-        logps = precomputed_logps(cfg, prepared, reference)
+    logps = reference.precompute(partial(precomputed_logps, cfg, prepared)) if module.loss.uses_reference else None
     return PreferenceDataModule(
         prepared.pairs.train,
         prepared.pairs.selection,
@@ -321,7 +320,7 @@ def facts(
     size = min(cfg.data.batch_size, len(train_pairs))
     return {
         "policy": f"{total:,} parameters" + ("" if trainable == total else f", {trainable:,} of them trained"),
-        "reference": _reference_words(module),
+        "reference": module.reference.describe(),
         "pairs": ", ".join(f"{counts[key]} {key}" for key in COUNTS),
         "splits": f"{counts['train']} train, {counts['selection']} selection, {counts['test']} test pairs",
         "a step": f"{size} pairs, about {tokens * size // len(train_pairs):,} tokens",
@@ -341,25 +340,12 @@ def _optimum_words(module: AlignmentModule, exact: ExactMetrics) -> str:
     return f"{stated}, entropy {float(entropy(optimum.logps).mean()):.4g} nats per response"
 
 
-def _reference_words(module: AlignmentModule) -> str:
-    reference = module.reference
-    if isinstance(reference, PrecomputedReference):
-        return f"stored log-probs of {reference.found + reference.computed} sequences, {reference.computed} of them new"
-    kind = type(reference).__name__.removesuffix("Reference")
-    words = {
-        "Frozen": "frozen copy",
-        "Cached": "frozen copy, its log-probs of the pairs stored",
-        "AdapterOff": "initial state of the adapter",
-    }
-    return words.get(kind, kind.lower()) if reference.scores_pairs else "none"
-
-
 def _beta_words(module: AlignmentModule) -> str:
     regularizer, words = module.regularizer, _schedule_words(module.beta)
     if module.loss.uses_beta:
-        extra = "" if regularizer.source is None else f"; regularizer.weight {regularizer.weight:g}"
+        extra = f"; regularizer.weight {regularizer.weight:g}" if regularizer.adds_term else ""
         return f"{words}, of the loss{extra}"
-    return f"{words}, weight of the regularizer" if regularizer.weight == "beta" else "not read"
+    return f"{words}, weight of the regularizer" if regularizer.follows_beta else "not read"
 
 
 def _schedule_words(schedule: Schedule) -> str:

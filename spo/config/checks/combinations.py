@@ -15,6 +15,7 @@ from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.nodes import first_line, listed, locate, select
 from spo.data.source import Source
 from spo.errors import JudgeError
+from spo.regularizers import Regularizer
 from spo.resources import conf_dir
 
 
@@ -40,33 +41,38 @@ def _objective(cfg: DictConfig, parts: Parts) -> Iterator[str]:
     method, member = select(cfg, "method.name"), member_name("reference", reference)
     regularizer_name = member_name("regularizer", type(regularizer))
     scores_pairs, scores_samples = (getattr(reference, name, True) for name in ("scores_pairs", "scores_samples"))
-    source, reads_pairs = getattr(regularizer, "source", None), declares(loss, "uses_reference")
-    if source == "enumeration" and getattr(parts.source, "language", None) is None:
+    if not isinstance(regularizer, Regularizer):
+        name = type(regularizer).__name__
+        yield f"regularizer: {name} is not a regularizer: derive it from spo.regularizers.Regularizer"
+        return
+    uses_reference = declares(loss, "uses_reference")
+    reads_stored = uses_reference and not regularizer.needs_reference_logits
+    if regularizer.needs_enumeration and getattr(parts.source, "language", None) is None:
         yield (
             f"regularizer={regularizer_name} sums over every response, which takes a data set "
             "that can be enumerated: choose data=enumerable, or regularizer=global_kl"
         )
     if declares(loss, "uses_lists") and not hasattr(loss, "of_ranking"):
         yield f"method.loss: {type(loss).__name__} declares uses_lists: derive it from spo.losses.ListLoss"
-    if reads_pairs and not scores_pairs:
+    if uses_reference and not scores_pairs:
         yield (
             f"method={method} needs a reference model, but reference={member} provides none: choose reference=frozen"
         )
-    if source is not None and not scores_samples:
+    if regularizer.needs_reference and not scores_samples:
         yield (
             f"regularizer={regularizer_name} scores sequences with a reference model, but reference={member} "
             "provides none for them: choose reference=frozen (or adapter_off with model=hf_lora)"
         )
-    if scores_pairs and not scores_samples and source is None and not reads_pairs:
+    if scores_pairs and not scores_samples and not regularizer.needs_reference and not reads_stored:
         yield f"reference={member}: nothing reads the log-probabilities it would compute; choose reference=none"
-    if getattr(reference, "stores_logps", False) and (source == "dataset" or not reads_pairs):
+    if getattr(reference, "stores_logps", False) and scores_samples and not reads_stored:
         yield (
             f"reference={member}: method={method} with regularizer={regularizer_name} does not "
             "read the log-probabilities it would store; choose reference=frozen"
         )
     if getattr(reference, "needs_adapter", False) and select(cfg, "model.lora") is None:
         yield f"reference={member} needs an adapter to switch off, but model.lora is null: choose model=hf_lora"
-    if source is not None and getattr(regularizer, "weight", None) == "beta" and declares(loss, "uses_beta"):
+    if regularizer.follows_beta and declares(loss, "uses_beta"):
         yield (
             f"regularizer.weight=beta: {method} reads beta itself, so the regularizer needs a number of its own, "
             "such as regularizer.weight=0.01"

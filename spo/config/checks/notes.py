@@ -24,7 +24,7 @@ def warnings(cfg: DictConfig) -> list[str]:
         every, steps = select(cfg, f"{key}.every"), select(cfg, "trainer.max_steps")
         if every is not None and every > steps:
             notes.append(f"{key}.every={every} is more than trainer.max_steps={steps}: {key} is never adjusted")
-    if getattr(regularizer, "source", None) == "policy" and select(cfg, "probe.num_prompts") == 0:
+    if getattr(regularizer, "probe_metric", None) is not None and select(cfg, "probe.num_prompts") == 0:
         notes.append(
             "probe.num_prompts=0 leaves the regularizer out of val/loss: it is measured on the probe's samples"
         )

@@ -1,0 +1,22 @@
+"""The parts that the objective of a step is the sum of: the pairs, and what a regularizer adds."""
+
+from spo.objective.base import Divergence, Part, Prompts, Run, Term
+from spo.objective.enumerated import EnumeratedDivergence, Enumeration
+from spo.objective.pairs import PairDivergence, Pairs
+from spo.objective.samples import SampleDivergence, SampleSettings
+from spo.objective.scored import ScoredBatch
+
+__all__ = [
+    "Divergence",
+    "EnumeratedDivergence",
+    "Enumeration",
+    "PairDivergence",
+    "Pairs",
+    "Part",
+    "Prompts",
+    "Run",
+    "SampleDivergence",
+    "SampleSettings",
+    "ScoredBatch",
+    "Term",
+]

@@ -1,0 +1,138 @@
+"""What a part of the objective is, and what it uses of the run that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spo.types import Window
+
+if TYPE_CHECKING:
+    from spo.forward.speed import Speed
+    from spo.metrics.sums import SumsAndCounts
+    from spo.models.reference import Reference
+    from spo.objective.enumerated import Enumeration
+    from spo.objective.scored import ScoredBatch
+    from spo.schedules import Schedule
+
+Term = Callable[[], Tensor]
+"""Compute a differentiable scalar. The step differentiates the terms one after the other and adds the gradients up."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts that the policy is sampled from during training.
+
+    Attributes:
+        train: Token ids of the prompts of the training split.
+        selection: Token ids of the prompts of the selection split.
+        eos_token_id: Token that ends a completion.
+        pad_token_id: Token that fills rows up.
+    """
+
+    train: Sequence[Sequence[int]]
+    selection: Sequence[Sequence[int]]
+    eos_token_id: int
+    pad_token_id: int
+
+
+class Run(Protocol):
+    """The run that a part belongs to. The alignment module is one.
+
+    Parts read these attributes when they need them, since some change: ``speed`` is resolved, and ``device`` is known,
+    only when training starts.
+
+    Attributes:
+        policy: Model in training.
+        reference: Source of reference log-probabilities.
+        speed: Switches of how models are run.
+        alpha: Schedule of the softness.
+        beta: Schedule of the method's temperature, or of the regularizer's weight.
+        prompts: Prompts to sample from.
+        enumeration: Every response to every prompt, or ``None`` if the data set cannot be enumerated.
+        micro_batch_size: Most pairs per forward pass, or ``None`` for no limit.
+        micro_batch_tokens: Most tokens per forward pass, or ``None`` for no limit.
+        seed: Random seed of the run.
+        train_metrics: Accumulator of what a step measures.
+    """
+
+    policy: nn.Module
+    reference: Reference
+    speed: Speed
+    alpha: Schedule
+    beta: Schedule
+    prompts: Prompts
+    enumeration: Enumeration | None
+    micro_batch_size: int | None
+    micro_batch_tokens: int | None
+    seed: int
+    train_metrics: SumsAndCounts
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the policy."""
+
+    @property
+    def global_rank(self) -> int:
+        """Return the index of this process."""
+
+    @property
+    def world_size(self) -> int:
+        """Return the number of processes."""
+
+
+class Part:
+    """A part of the objective. A step minimizes the sum of the terms of all parts, averaged over processes."""
+
+    def terms(self, window: Window, step: int) -> Iterable[Term]:
+        """Prepare the terms of one optimizer step.
+
+        Work that comes before any forward pass with gradient, such as drawing samples, is done here and not in a term.
+
+        Args:
+            window: Pairs of the step.
+            step: Optimizer steps taken so far.
+        """
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what an exact resume needs."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+
+
+class Divergence(Part):
+    """The part ``weight * R`` that a regularizer adds; this base adds nothing.
+
+    R has one home: its own sequences (:meth:`terms`), or the sequences of the pairs (:meth:`on_pairs`), which then
+    shares their forward passes.
+
+    Args:
+        run: Run that the part belongs to.
+        weight_at: Function from the value of beta to the coefficient of R.
+    """
+
+    def __init__(self, run: Run, weight_at: Callable[[float], float]) -> None:
+        self.run, self.weight_at = run, weight_at
+
+    def weight(self, step: int) -> float:
+        """Return the coefficient of R at an optimizer step."""
+        return self.weight_at(self.run.beta(step))
+
+    def on_pairs(self, scored: ScoredBatch) -> Tensor | None:
+        """Return ``(B,)`` R on the responses of each pair or list, or ``None`` if R is not taken on them."""
+        return None
+
+    def validation_value(self, means: Mapping[str, float]) -> float | None:
+        """Return R at a validation, or ``None`` if it is unknown or already among ``means``.
+
+        Args:
+            means: Metrics of this validation, those of the probe included.
+        """
+        return None
