@@ -21,11 +21,11 @@ from spo.comparison.compare import Comparison, Method, better, compare, describe
 from spo.comparison.refusals import find_problems
 from spo.comparison.runs import CannotCompare, find_runs
 from spo.comparison.scores import against, of_prompts
-from spo.comparison.statistics import Bootstrap
 from spo.evaluation.winrate import win_rates
 from spo.pages.comparison_files import to_csv, to_dict, to_markdown
 from spo.pages.comparison_table import show
 from spo.resources import conf_dir
+from spo.stats import Bootstrap
 from tests.commands import TINY, spo
 from tests.comparison_runs import write_run, write_sweep
 
@@ -136,9 +136,7 @@ def test_the_interval_at_equal_length_agrees_with_the_bootstrap_of_the_evaluatio
         [row["verdict"] for row in rows],
         [row["tokens"] - row["reference_tokens"] for row in rows],
         [row["prompt_id"] for row in rows],
-        confidence=0.95,
-        samples=1000,
-        seed=0,
+        Bootstrap(draws=1000),
     )
     rewrite(folder / "metrics.json", lambda metrics: metrics.update({f"eval/{key}": v for key, v in rates.items()}))
     one = compared(folder).methods[0].estimates["win_rate_length_controlled"]

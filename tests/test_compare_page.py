@@ -16,11 +16,11 @@ import pytest
 
 from spo.comparison.compare import Comparison, compare
 from spo.comparison.runs import find_runs
-from spo.comparison.statistics import Bootstrap
 from spo.pages.charts import Cloud, Point, Series, Whisker, line_chart, marker, scatter, whiskers
 from spo.pages.charts import Panel as ChartPanel
 from spo.pages.comparison_figures import frontier, hues, settings_chart, win_matrix
 from spo.pages.comparison_page import write_page
+from spo.stats import Bootstrap
 from tests.comparison_runs import write_run, write_sweep
 from tests.test_reports import HOSTILE, Page
 

@@ -15,7 +15,6 @@ from torch import nn
 
 from spo.data import EvalPrompt, Reward
 from spo.evaluation import (
-    Bootstrap,
     EvaluationSettings,
     completions,
     distinct_n,
@@ -28,6 +27,7 @@ from spo.evaluation.completions import Draws
 from spo.evaluation.judges import Comparison, Judge, RewardJudge, reward_judge
 from spo.forward.head import completion_logps
 from spo.forward.speed import Speed
+from spo.stats import Bootstrap
 from tests.helpers import BOS, FAST, PLAIN, VOCAB, every_completion, sequences, tiny_llama, tiny_tokenizer
 
 FAVOURITE = 9
@@ -122,7 +122,7 @@ def test_self_bleu_by_hand() -> None:
 
 
 def interval(values: Sequence[float], confidence: float, samples: int, seed: int) -> tuple[float, float]:
-    found = Bootstrap(range(len(values)), confidence=confidence, samples=samples, seed=seed).mean(values)
+    found = Bootstrap(confidence=confidence, draws=samples, seed=seed).resample(range(len(values))).mean(values)
     return found.low, found.high
 
 

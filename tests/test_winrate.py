@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from spo.evaluation import Bootstrap, at_equal_length, win_rates
+from spo.evaluation import at_equal_length, win_rates
+from spo.stats import Bootstrap
 
-SETTINGS: dict[str, Any] = {"confidence": 0.95, "samples": 400, "seed": 0}
+BOOTSTRAP = Bootstrap(confidence=0.95, draws=400, seed=0)
 
 
 def rates(verdicts: Any, longer: Any, units: Any = None, **changes: Any) -> dict[str, float]:
     units = range(len(verdicts)) if units is None else units
-    return win_rates(list(verdicts), list(longer), list(units), **SETTINGS | changes)
+    return win_rates(list(verdicts), list(longer), list(units), replace(BOOTSTRAP, **changes))
 
 
 def controlled(verdicts: Any, longer: Any) -> float:
@@ -68,7 +70,7 @@ def test_recovers_what_made_the_verdicts() -> None:
 def test_agrees_with_an_independent_fit_in_every_resample() -> None:
     rng = np.random.default_rng(2)
     verdicts, longer = rng.choice([0, 0.5, 1, 0.8], size=50), rng.normal(5, 20, size=50)
-    weights = Bootstrap(range(50), confidence=0.95, samples=6, seed=3).weights
+    weights = Bootstrap(draws=6, seed=3).resample(range(50)).weights
     found = at_equal_length(verdicts, longer, weights)
     x, v = torch.tensor(np.tanh(longer / longer.std())), torch.tensor(verdicts)
     for row, value in zip(torch.tensor(weights), found, strict=True):
@@ -111,32 +113,32 @@ def test_the_interval_at_equal_length_covers_as_often_as_it_says() -> None:
         longer = rng.normal(10, 20, size=150)
         log_odds = 0.5 + np.tanh(longer / longer.std())
         verdicts = (rng.random(150) < 1 / (1 + np.exp(-log_odds))).astype(float)
-        found = rates(verdicts, longer, confidence=0.9, samples=200, seed=trial)
+        found = rates(verdicts, longer, confidence=0.9, draws=200, seed=trial)
         covered += found["win_rate_length_controlled_ci_low"] <= truth <= found["win_rate_length_controlled_ci_high"]
     assert 0.82 <= covered / 120 <= 0.96
 
 
 def test_samples_of_a_prompt_are_resampled_together() -> None:
     values = np.repeat(np.random.default_rng(6).normal(size=30), 4)
-    by_prompt = Bootstrap(np.repeat(np.arange(30), 4).tolist(), **SETTINGS).mean(values.tolist())
-    as_if_independent = Bootstrap(range(120), **SETTINGS).mean(values.tolist())
+    by_prompt = BOOTSTRAP.resample(np.repeat(np.arange(30), 4).tolist()).mean(values.tolist())
+    as_if_independent = BOOTSTRAP.resample(range(120)).mean(values.tolist())
     assert by_prompt.value == pytest.approx(as_if_independent.value)
     ratio = (by_prompt.high - by_prompt.low) / (as_if_independent.high - as_if_independent.low)
     assert 1.5 < ratio < 2.6  # four copies say no more than one: twice the width
 
 
 def test_a_ratio_of_sums() -> None:
-    bootstrap = Bootstrap(range(6), **SETTINGS)
-    found = bootstrap.mean([1.0, 4.0, 9.0] * 2, per=[1, 2, 3] * 2)
+    resamples = BOOTSTRAP.resample(range(6))
+    found = resamples.mean([1.0, 4.0, 9.0] * 2, per=[1, 2, 3] * 2)
     assert found.value == 14 / 6 and 1.0 <= found.low < found.value < found.high <= 3.0
-    assert found.under("entropy").keys() == {"entropy", "entropy_ci_low", "entropy_ci_high"}
+    assert found.as_metrics("entropy").keys() == {"entropy", "entropy_ci_low", "entropy_ci_high"}
 
 
 @pytest.mark.parametrize("prompts", [6, 8, 16, 64])
 def test_intervals_of_few_prompts_hold_the_mean_as_often_as_they_say(prompts: int) -> None:
     rng, covered = np.random.default_rng(prompts), 0
     for trial in range(500):
-        found = Bootstrap(range(prompts), **SETTINGS | {"seed": trial}).mean(rng.standard_normal(prompts).tolist())
+        found = replace(BOOTSTRAP, seed=trial).resample(range(prompts)).mean(rng.standard_normal(prompts).tolist())
         covered += found.low <= 0 <= found.high
     assert 0.92 <= covered / 500 <= 0.98  # as they were resampled, six prompts gave 0.86
 
@@ -145,4 +147,4 @@ def test_a_few_prompts_have_their_range_and_a_single_one_has_no_interval() -> No
     found = rates([1.0, 0.5, 1.0], [3, 0, -2], [0, 1, 2])
     assert (found["win_rate_ci_low"], found["win_rate_ci_high"]) == (0.5, 1.0)
     # Many samples of one prompt say nothing of others.
-    assert Bootstrap([0] * 100, **SETTINGS).mean(range(100)).under("kl") == {"kl": 49.5}
+    assert BOOTSTRAP.resample([0] * 100).mean(range(100)).as_metrics("kl") == {"kl": 49.5}

@@ -13,8 +13,8 @@ import numpy as np
 from spo.comparison.refusals import Problem, find_problems
 from spo.comparison.runs import CannotCompare, Found, Run
 from spo.comparison.scores import against, prompts_of, table
-from spo.comparison.statistics import Bootstrap, Estimate, holm
 from spo.metrics.catalogue import INTERVAL, label
+from spo.stats import Bootstrap, Estimate, holm
 from spo.wording import number
 
 COLUMNS = (

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from spo.comparison.runs import Run, on_test_split
-from spo.comparison.statistics import Scores
 from spo.evaluation.winrate import at_equal_length, verdict_of_rewards
+from spo.stats import Array
 from spo.wording import finite
 
 Row = Mapping[str, Any]
@@ -49,7 +49,7 @@ OF_A_ROW: dict[str, Callable[[Row], float | None]] = {
 
 
 def of_prompts(run: Run, metric: str) -> dict[str, float]:
-    """Scores of a run by prompt, whose mean is the number that the run recorded.
+    """Array of a run by prompt, whose mean is the number that the run recorded.
 
     The KL and the entropy that a run records come from whole distributions; what its samples say about them, by their
     log-probabilities, serves for how they vary over prompts, and is moved to the recorded mean.
@@ -141,8 +141,8 @@ def prompts_of(runs: Sequence[Run], metric: str) -> list[str]:
     return [prompt for prompt in known[0] if all(prompt in one for one in known)] if known else []
 
 
-def table(runs: Sequence[Run], metric: str, prompts: Sequence[str]) -> Scores | None:
-    """Scores of several seeds on the same prompts.
+def table(runs: Sequence[Run], metric: str, prompts: Sequence[str]) -> Array | None:
+    """Array of several seeds on the same prompts.
 
     Args:
         runs: One per seed.

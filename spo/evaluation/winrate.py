@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from spo.evaluation.intervals import Array, Bootstrap
+from spo.stats import Array, Bootstrap
 
 RIDGE = 0.001
 """Keeps the slope finite where length alone decides; in units of samples, so that it is nothing beside the data."""
@@ -23,10 +23,7 @@ def win_rates(
     verdicts: Sequence[float | None],
     length_differences: Sequence[float],
     units: Sequence[Hashable],
-    *,
-    confidence: float,
-    samples: int,
-    seed: int,
+    bootstrap: Bootstrap,
 ) -> dict[str, float]:
     """The share of comparisons won, ties as half, and the same at equal length.
 
@@ -34,10 +31,8 @@ def win_rates(
         verdicts: 1 for a win of the policy, 0 for a loss, 0.5 for a tie or anything between; ``None`` where the judge
             gave no answer: such a comparison is left out.
         length_differences: tokens of the policy's completion minus those of the other one.
-        units: the prompt of each comparison; prompts weigh alike, and are what the bootstrap resamples.
-        confidence: of the intervals.
-        samples: bootstrap resamples.
-        seed: of the resampling.
+        units: Prompt of each comparison; all prompts have the same weight, and are what the bootstrap resamples.
+        bootstrap: Settings of the intervals.
 
     Returns:
         ``win_rate`` and ``win_rate_length_controlled``, each with ``_ci_low`` and ``_ci_high``; empty without answers.
@@ -47,9 +42,9 @@ def win_rates(
         return {}
     won = np.array([verdicts[i] for i in answered], dtype=np.float64)
     longer = np.array([length_differences[i] for i in answered], dtype=np.float64)
-    bootstrap = Bootstrap([units[i] for i in answered], confidence=confidence, samples=samples, seed=seed)
-    controlled = bootstrap.estimate(lambda weights: at_equal_length(won, longer, weights))
-    return bootstrap.mean(won.tolist()).under("win_rate") | controlled.under("win_rate_length_controlled")
+    resamples = bootstrap.resample([units[i] for i in answered])
+    controlled = resamples.estimate(lambda weights: at_equal_length(won, longer, weights))
+    return resamples.mean(won.tolist()).as_metrics("win_rate") | controlled.as_metrics("win_rate_length_controlled")
 
 
 def at_equal_length(verdicts: Array, length_differences: Array, weights: Array) -> Array:

@@ -11,10 +11,10 @@ from markupsafe import Markup
 
 from spo.comparison.compare import Comparison, Method, Setting, better
 from spo.comparison.runs import Run
-from spo.comparison.statistics import pareto
 from spo.metrics.catalogue import label, unit
 from spo.pages.charts import Cloud, Panel, Point, Series, Tile, Whisker, line_chart, scatter, tiles, whiskers
 from spo.pages.dashboard import Dashboard, unit_of
+from spo.stats import pareto
 from spo.wording import clean, number
 
 HUES = 8

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from spo.comparison.compare import COLUMNS, Comparison, Difference, Method, describe_difference
-from spo.comparison.statistics import Estimate
 from spo.metrics.catalogue import label
+from spo.stats import Estimate
 from spo.wording import number
 
 JSON, CSV, MARKDOWN, PAGE = "comparison.json", "table.csv", "comparison.md", "comparison.html"

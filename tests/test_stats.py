@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from spo.comparison.statistics import Bootstrap, Scores, holm, pareto, seed_variance
+from spo.stats import Array, Bootstrap, holm, pareto, seed_variance
 
 FAST = Bootstrap(draws=600)
 
 
 def tables(
     count: int, *, seeds: int, prompts: int, of_seed: float, of_prompt: float = 0.3, rest: float = 0.35, start: int = 0
-) -> Iterator[Scores]:
+) -> Iterator[Array]:
     """Tables of scores around zero with a known share of luck of seeds, of prompts, and of both."""
     generator = np.random.default_rng(start)
     for _ in range(count):
@@ -26,7 +26,7 @@ def tables(
         )
 
 
-def wins(generator: np.random.Generator, quality: float, seeds: int, prompts: Scores, of_seed: float) -> Scores:
+def wins(generator: np.random.Generator, quality: float, seeds: int, prompts: Array, of_seed: float) -> Array:
     """Verdicts of 0 or 1 whose probability has an effect of the prompt and of the seed."""
     lift = quality + of_seed * generator.standard_normal((seeds, 1)) + prompts
     return (generator.random((seeds, prompts.shape[1])) < 1 / (1 + np.exp(-lift))).astype(float)
