@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from spo.data import EvalPrompt
 from spo.evaluation.completions import Draws, draw
 from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
-from spo.evaluation.judges import Comparison, Judge
+from spo.evaluation.judges import Judge, JudgedPair
 from spo.evaluation.settings import REFERENCE, EvaluationSettings
 from spo.evaluation.winrate import verdict_of_rewards, win_rates
 from spo.forward.speed import Speed
@@ -234,7 +234,7 @@ def _compare(judge: Judge, replies: Sequence[_Reply]) -> None:
         for one in replies:
             one.verdict = verdict_of_rewards(one.row["reward"], one.reward)  # type: ignore[arg-type]
         return
-    asked = [Comparison(one.row["prompt"], one.row["completion"], one.completion) for one in replies]
+    asked = [JudgedPair(one.row["prompt"], one.row["completion"], one.completion) for one in replies]
     for one, verdict in zip(replies, judge.verdicts(asked), strict=True):
         one.verdict = verdict
 
