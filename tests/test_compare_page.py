@@ -16,8 +16,7 @@ import pytest
 
 from spo.comparison.compare import Comparison, compare
 from spo.comparison.runs import find_runs
-from spo.pages.charts import Cloud, Point, Series, Whisker, line_chart, marker, scatter, whiskers
-from spo.pages.charts import Panel as ChartPanel
+from spo.pages.charts import Cloud, LineChart, Point, Series, Whisker, line_chart, marker, scatter, whiskers
 from spo.pages.comparison_figures import frontier, hues, settings_chart, win_matrix
 from spo.pages.comparison_page import write_page
 from spo.stats import Bootstrap
@@ -190,7 +189,7 @@ def test_a_band_lies_around_its_line() -> None:
     series = Series(
         "a", [0, 1, 2], [1.0, float("nan"), 3.0], low=[0.0, float("nan"), 2.0], high=[2.0, float("nan"), 4.0]
     )
-    drawn = str(line_chart(ChartPanel("k", "t", "", [series]), (0, 2))[0])
+    drawn = str(line_chart(LineChart("k", "t", "", [series]), (0, 2))[0])
     [edge] = re.findall('<polygon class="band hue-1" points="([^"]*)"', drawn)
     corners = [tuple(map(float, corner.split(","))) for corner in edge.split()]
     line = [tuple(map(float, at)) for at in re.findall(r'circle class="dot hue-1" cx="([\d.]+)" cy="([\d.]+)"', drawn)]

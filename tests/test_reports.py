@@ -17,19 +17,8 @@ from typing import Any
 
 import pytest
 
-from spo.pages.charts import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    MAX_POINTS,
-    RIGHT,
-    TOP,
-    WIDTH,
-    bin_edges,
-    nice_ticks,
-    thin,
-    tick_text,
-)
+from spo.pages.charts import MAX_POINTS, bin_edges, nice_ticks, thin, tick_text
+from spo.pages.charts.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 from spo.pages.panels import result_panel, start_panel
 from spo.pages.run_page import render_report
 from spo.wording import clean, duration, finite, number, shorten

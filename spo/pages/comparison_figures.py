@@ -12,7 +12,7 @@ from markupsafe import Markup
 from spo.comparison.compare import Comparison, Method, Setting, better
 from spo.comparison.runs import Run
 from spo.metrics.catalogue import label, unit
-from spo.pages.charts import Cloud, Panel, Point, Series, Tile, Whisker, line_chart, scatter, tiles, whiskers
+from spo.pages.charts import Cloud, LineChart, Point, Series, Tile, Whisker, line_chart, scatter, tiles, whiskers
 from spo.pages.dashboard import Dashboard, unit_of
 from spo.stats import pareto
 from spo.wording import clean, number
@@ -242,7 +242,7 @@ def curves(comparison: Comparison, dashboard: Dashboard) -> tuple[list[dict[str,
     return groups, data
 
 
-def _panels(comparison: Comparison, spec: Any) -> list[Panel]:
+def _panels(comparison: Comparison, spec: Any) -> list[LineChart]:
     """One panel per metric: methods share axes here, where metrics do in the report of a run."""
     panels = []
     for metric in spec.metrics:
@@ -258,7 +258,7 @@ def _panels(comparison: Comparison, spec: Any) -> list[Panel]:
                 known = label(metric) != metric
                 title = label(metric)[0].upper() + label(metric)[1:] if known else f"{title}: {metric}"
             words = ", ".join(part for part in (unit_of(key), key.partition("/")[0]) if part)
-            panels.append(Panel(clean(key), clean(title), words, series, spec.bounds, spec.baseline))
+            panels.append(LineChart(clean(key), clean(title), words, series, spec.bounds, spec.baseline))
             break
     return panels
 

@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from spo.metrics.catalogue import INTERVAL, UNITS, label, unit
-from spo.pages.charts import Panel, Series, histogram, interval_bar, line_chart
+from spo.pages.charts import LineChart, Series, histogram, interval_bar, line_chart
 from spo.pages.dashboard import Curves, Dashboard, load_spec, unit_of
 from spo.pages.selfcontained import write_selfcontained
 from spo.records import filenames
@@ -241,7 +241,7 @@ def _curves(run: RunRecord, dashboard: Dashboard) -> tuple[list[dict[str, Any]],
     return groups, data
 
 
-def _panels(run: RunRecord, dashboard: Dashboard) -> Iterable[tuple[str, list[Panel]]]:
+def _panels(run: RunRecord, dashboard: Dashboard) -> Iterable[tuple[str, list[LineChart]]]:
     """Returns the dashboard's sections as far as the run fills them, and what else was logged of its splits."""
     for section in dashboard.sections:
         panels = [_panel(run, curves) for curves in section.curves]
@@ -253,7 +253,7 @@ def _panels(run: RunRecord, dashboard: Dashboard) -> Iterable[tuple[str, list[Pa
     yield "Further curves", [panel for panel in panels if panel.series]
 
 
-def _panel(run: RunRecord, curves: Curves) -> Panel:
+def _panel(run: RunRecord, curves: Curves) -> LineChart:
     series = []
     for place, metric in enumerate(curves.metrics):
         for split in curves.splits:
@@ -266,7 +266,7 @@ def _panel(run: RunRecord, curves: Curves) -> Panel:
             hue = place + 1 if len(curves.metrics) > 1 else 1 + validation
             series.append(Series(name, steps, values, hue=hue, dashed=validation))
     key, title = clean("-".join(curves.metrics)), clean(curves.title)
-    return Panel(key, title, unit_of(curves.keys[0]), series, curves.bounds, curves.baseline)
+    return LineChart(key, title, unit_of(curves.keys[0]), series, curves.bounds, curves.baseline)
 
 
 def _evaluated(run: RunRecord) -> list[dict[str, Any]]:
