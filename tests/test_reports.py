@@ -285,7 +285,7 @@ def test_without_a_reward_nothing_is_made_up(tmp_path: Path) -> None:
     assert "interval-bar" not in [a.get("class") for _, a in page.elements]
     assert "histogram" not in [a.get("class") for _, a in page.elements]
     assert not any("data-verdict" in a or "data-delta" in a for _, a in page.elements)
-    assert "mean reward" not in page.text and "wins" not in page.text
+    assert "reward" not in page.data["dt"] and "wins" not in page.text
     assert "policy text 3" in page.text and "entropy 1.400 0.900" in page.text
 
 

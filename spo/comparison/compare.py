@@ -13,26 +13,12 @@ import numpy as np
 from spo.comparison.refusals import Problem, find_problems
 from spo.comparison.runs import CannotCompare, Found, Run
 from spo.comparison.scores import against, prompts_of, table
-from spo.metrics.catalogue import INTERVAL, label
+from spo.metrics.catalogue import INTERVAL, find, find_logged, label, shown_in
 from spo.stats import Bootstrap, Estimate, holm
 from spo.wording import number
 
-COLUMNS = (
-    "win_rate",
-    "win_rate_length_controlled",
-    "reward",
-    "kl",
-    "entropy",
-    "distinct_2",
-    "self_bleu",
-    "length",
-)
 SELECTORS = ("val/win_rate", "val/reward", "val/rewards/accuracies")
 LEVEL = 0.05  # of the tests, after correction
-_LOWER_IS_BETTER = ("loss", "kl", "self_bleu", "repetition", "logps/rejected")
-_HIGHER_IS_BETTER = ("win_rate", "reward", "rewards/accuracies")
-_SHARES, _POSITIVE = ("win_rate", "distinct_", "self_bleu", "rewards/accuracies"), ("kl", "entropy", "length")
-_COUNTS = ("reference/", "judge/", "prompts/")  # what is no measure of a policy
 _COEFFICIENTS = ("alpha.value", "beta.value")
 
 
@@ -218,10 +204,8 @@ def compare(
 
 def better(key: str) -> bool | None:
     """Whether more of a metric is better (True), less (False), or neither is (None)."""
-    name = key.partition("/")[2]
-    if name.startswith(_HIGHER_IS_BETTER) and name != "rewards/rejected":
-        return True
-    return False if name in _LOWER_IS_BETTER or name.startswith(("loss", "calibration/")) else None
+    entry = find_logged(key)
+    return None if entry is None or entry.better is None else entry.better == "higher"
 
 
 def _lost(runs: Iterable[Run], names: Sequence[str]) -> list[str]:
@@ -229,7 +213,7 @@ def _lost(runs: Iterable[Run], names: Sequence[str]) -> list[str]:
 
 
 def _metric(runs: Sequence[Run], wanted: str | None, notes: list[str]) -> str:
-    keys = (key for key in runs[0].record.metrics or {} if key.startswith("eval/") and "/reference/" not in key)
+    keys = (key for key in runs[0].record.metrics or {} if key.startswith("eval/") and _describes_policy(key[5:]))
     known = sorted(key for key in keys if all(run.record.metric(key) is not None for run in runs))
     if wanted is not None:
         if wanted in known:
@@ -323,13 +307,18 @@ def _value(method: Method, metric: str) -> float:
     return method.estimates[metric].value
 
 
+def _describes_policy(name: str) -> bool:
+    """Return whether a metric is a number of the policy, not one of the reference, an interval or a count."""
+    entry = find(name)
+    return not name.startswith("reference/") and not name.endswith(INTERVAL) and (entry is None or entry.of_policy)
+
+
 def _estimates(setting: Setting, bootstrap: Bootstrap) -> dict[str, Estimate]:
     shared = set.intersection(*(set(run.record.metrics or {}) for run in setting.runs))
     names = [key.removeprefix("eval/") for key in sorted(shared) if key.startswith("eval/")]
     found = {}
     for name in names:
-        counts = name.startswith(_COUNTS) or name.endswith(INTERVAL)
-        scores = None if counts else table(setting.runs, name, prompts_of(setting.runs, name))
+        scores = table(setting.runs, name, prompts_of(setting.runs, name)) if _describes_policy(name) else None
         if scores is not None:
             found[name] = _bounded(bootstrap.mean(scores), name)
     return found
@@ -379,11 +368,10 @@ def _moved(end: float | None, by: float) -> float | None:
 
 def _bounded(estimate: Estimate, metric: str) -> Estimate:
     """Cuts an interval where the metric cannot be: few seeds make wide ones."""
-    lowest, highest = (
-        (0.0, 1.0) if metric.startswith(_SHARES) else (0.0, np.inf) if metric in _POSITIVE else (None, None)
-    )
-    if estimate.low is None or estimate.high is None or lowest is None or highest is None:
+    entry = find(metric)
+    if estimate.low is None or estimate.high is None or entry is None or entry.bounds is None:
         return estimate
+    lowest, highest = entry.bounds
     return replace(estimate, low=max(estimate.low, lowest), high=min(estimate.high, highest))
 
 
@@ -394,8 +382,9 @@ def _mean(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _reference(methods: Sequence[Method]) -> dict[str, float]:
     runs = [run for method in methods for run in method.best.runs]
-    found = {"win_rate": 0.5, "kl": 0.0}
-    for name in COLUMNS:
+    shown = shown_in("comparison")
+    found = {name: entry.neutral for name in shown if (entry := find(name)) and entry.neutral is not None}
+    for name in shown:
         numbers = [run.record.metric(f"eval/reference/{name}") for run in runs]
         known = [one for one in numbers if one is not None]
         if known:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from spo.comparison.compare import Comparison, Method, Setting, better
 from spo.comparison.runs import Run
-from spo.metrics.catalogue import label, unit
+from spo.metrics.catalogue import SHARE, find, label, title, unit
 from spo.pages.charts import Cloud, LineChart, Point, Series, Tile, Whisker, line_chart, scatter, tiles, whiskers
 from spo.pages.dashboard import Dashboard, unit_of
 from spo.stats import pareto
@@ -41,10 +41,16 @@ def headline(comparison: Comparison) -> Markup:
             said += f"\n{comparison.bootstrap.confidence:.0%} interval {number(one.low)} to {number(one.high)}"
         mark = " (!)" if method.problems else ""
         rows.append(Whisker(method.name + mark, hue[method.name], one.value, one.low, one.high, said))
-    share = metric.startswith("win_rate")
-    start = 0.5 if share else comparison.reference.get(metric)
-    axis = _axis(metric)
-    return whiskers(rows, axis, (0.0, 1.0) if share else None, start)
+    even = _even_share(metric)
+    if even is not None:
+        return whiskers(rows, _axis(metric), SHARE, even)
+    return whiskers(rows, _axis(metric), None, comparison.reference.get(metric))
+
+
+def _even_share(metric: str) -> float | None:
+    """Return the share at which neither side is ahead, for a metric that is such a share."""
+    entry = find(metric)
+    return entry.neutral if entry is not None and entry.bounds == SHARE else None
 
 
 def _axis(metric: str) -> str:
@@ -91,7 +97,7 @@ def frontier(comparison: Comparison, cost: str) -> Markup | None:
         return None
     reference = comparison.reference
     start = (reference[cost], reference[metric]) if cost in reference and metric in reference else None
-    return scatter(clouds, _axis(cost), _axis(metric), start, 0.5 if metric.startswith("win_rate") else None)
+    return scatter(clouds, _axis(cost), _axis(metric), start, _even_share(metric))
 
 
 def _eval(run: Run, metric: str) -> float | None:
@@ -253,12 +259,12 @@ def _panels(comparison: Comparison, spec: Any) -> list[LineChart]:
                 continue
             if spec.varying and all(len(set(one.values)) == 1 for one in series):
                 continue
-            title = spec.title
+            heading = spec.title
             if len(spec.metrics) > 1:
                 known = label(metric) != metric
-                title = label(metric)[0].upper() + label(metric)[1:] if known else f"{title}: {metric}"
+                heading = title(metric) if known else f"{heading}: {metric}"
             words = ", ".join(part for part in (unit_of(key), key.partition("/")[0]) if part)
-            panels.append(LineChart(clean(key), clean(title), words, series, spec.bounds, spec.baseline))
+            panels.append(LineChart(clean(key), clean(heading), words, series, spec.bounds, spec.baseline))
             break
     return panels
 

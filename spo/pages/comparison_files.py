@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from spo.comparison.compare import COLUMNS, Comparison, Difference, Method, describe_difference
-from spo.metrics.catalogue import label
+from spo.comparison.compare import Comparison, Difference, Method, describe_difference
+from spo.metrics.catalogue import label, shown_in
 from spo.stats import Estimate
 from spo.wording import number
 
@@ -20,7 +20,7 @@ JSON, CSV, MARKDOWN, PAGE = "comparison.json", "table.csv", "comparison.md", "co
 
 def columns(comparison: Comparison) -> list[str]:
     """Metrics that some method has, the main one first."""
-    order = dict.fromkeys((comparison.metric_name, *COLUMNS))
+    order = dict.fromkeys((comparison.metric_name, *shown_in("comparison")))
     return [name for name in order if any(name in method.estimates for method in comparison.methods)]
 
 

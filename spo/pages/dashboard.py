@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag, TypeAdapter, ValidationError
 
 from spo.errors import UserError
-from spo.metrics.catalogue import UNITS, unit
+from spo.metrics.catalogue import SHARE, Place, find, find_logged, shown_in, title
 from spo.resources import conf_dir
 
 DEFAULT = "alignment"
@@ -109,8 +110,33 @@ class Scatter(_Node):
         return self.x, self.y
 
 
-# What a panel of each kind has in the file, and no other has.
-KINDS = {"curves": "metrics", "bars": "final", "scatter": "x"}
+@dataclass(frozen=True)
+class EachMetric(_Node):
+    """One panel of final numbers for each metric that a place shows, by the catalogue of metrics.
+
+    Attributes:
+        each: Place of the catalogue, such as ``comparison``.
+    """
+
+    each: Place
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return the keys of ``metrics.json`` and of W&B's summary."""
+        return tuple(f"eval/{key}" for key in shown_in(self.each))
+
+    def bars(self) -> Iterator[Bars]:
+        """Make the panels, with names and ranges from the catalogue."""
+        for key in shown_in(self.each):
+            metric = find(key)
+            bounds = metric.bounds if metric is not None and metric.bounds == SHARE else None
+            # A neutral value of zero is where bars start anyway.
+            baseline = (metric.neutral if metric is not None else None) or None
+            yield Bars(title(key), (f"eval/{key}",), bounds, baseline)
+
+
+# The key that only a panel of this kind has in the file.
+KINDS = {"curves": "metrics", "bars": "final", "scatter": "x", "each": "each"}
 
 
 def _kind(node: Any) -> str | None:
@@ -119,21 +145,33 @@ def _kind(node: Any) -> str | None:
 
 
 Panel = Annotated[
-    Annotated[Curves, Tag("curves")] | Annotated[Bars, Tag("bars")] | Annotated[Scatter, Tag("scatter")],
+    Annotated[Curves, Tag("curves")]
+    | Annotated[Bars, Tag("bars")]
+    | Annotated[Scatter, Tag("scatter")]
+    | Annotated[EachMetric, Tag("each")],
     Discriminator(
         _kind,
         custom_error_type="panel",
-        custom_error_message="a panel has either `metrics`, or `final`, or `x` and `y`",
+        custom_error_message="a panel has either `metrics`, or `final`, or `x` and `y`, or `each`",
     ),
 ]
 
 
+def _expanded(panels: tuple[Panel, ...]) -> tuple[Panel, ...]:
+    return tuple(one for panel in panels for one in (panel.bars() if isinstance(panel, EachMetric) else [panel]))
+
+
 @dataclass(frozen=True)
 class Section(_Node):
-    """Panels under one heading."""
+    """Panels under one heading.
+
+    Attributes:
+        title: Heading of the section.
+        panels: Panels of the section; those for each metric of a place are written out.
+    """
 
     title: Text
-    panels: Annotated[tuple[Panel, ...], AfterValidator(_some)]
+    panels: Annotated[tuple[Panel, ...], AfterValidator(_some), AfterValidator(_expanded)]
 
     @property
     def curves(self) -> tuple[Curves, ...]:
@@ -156,7 +194,8 @@ class Dashboard(_Node):
 
 def unit_of(key: str) -> str:
     """Unit of a metric with its split, such as ``eval/kl``; empty for a pure number."""
-    return UNITS.get(key) or unit(key.partition("/")[2])
+    entry = find_logged(key)
+    return "" if entry is None else entry.unit
 
 
 def load_spec(spec: str | Path | None = None) -> Dashboard:

@@ -11,22 +11,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from spo.metrics.catalogue import INTERVAL, label, unit
+from spo.metrics.catalogue import INTERVAL, find, label, rank, unit
 from spo.records import filenames
 from spo.records.run import read_alarms
 from spo.wording import clean, finite, number, shorten, verdict_word, win_rate_in_words
 
-_MAIN = (
-    "reward",
-    "kl",
-    "entropy",
-    "distinct_2",
-    "distinct_samples",
-    "self_bleu",
-    "length",
-    "rewards/accuracies",
-    "calibration/ece",
-)
 _CONTROLLED = "_length_controlled"
 _SIDE_BY_SIDE = 70  # narrower than this, reference and policy stand below each other
 _SAMPLE_CHARACTERS = 280
@@ -113,20 +102,16 @@ def _scale(console: Console, value: float, low: float | None, high: float | None
 
 
 def _before_after(console: Console, metrics: Mapping[str, float]) -> Table:
-    components = sorted(key.removeprefix("eval/") for key in metrics if key.startswith("eval/reward/"))
+    names = (key.removeprefix("eval/") for key in metrics if key.startswith("eval/"))
+    shown = [name for name in names if (entry := find(name)) is not None and "terminal" in entry.places]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name, justify in (("metric", "left"), ("reference", "right"), ("policy", "right"), ("unit", "left")):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for key in (_MAIN[0], *components, *_MAIN[1:]):
-        if f"eval/{key}" in metrics:
-            reference = metrics.get(f"eval/reference/{key}")
-            cells = (
-                label(key),
-                "-" if reference is None else number(reference),
-                number(metrics[f"eval/{key}"]),
-                unit(key),
-            )
-            table.add_row(*(_text(console, cell) for cell in cells))
+    for key in sorted(shown, key=rank):
+        reference = metrics.get(f"eval/reference/{key}")
+        before = "-" if reference is None else number(reference)
+        cells = (label(key), before, number(metrics[f"eval/{key}"]), unit(key))
+        table.add_row(*(_text(console, cell) for cell in cells))
     if not table.row_count:
         table.add_row(_text(console, "no final evaluation was recorded"))
     return table

@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from spo.metrics.catalogue import INTERVAL, UNITS, label, unit
+from spo.metrics.catalogue import INTERVAL, label, rank, shown_in, unit
 from spo.pages.charts import LineChart, Series, histogram, interval_bar, line_chart
 from spo.pages.dashboard import Curves, Dashboard, load_spec, unit_of
 from spo.pages.selfcontained import write_selfcontained
@@ -162,15 +162,15 @@ def _win_rate(run: RunRecord) -> dict[str, Any] | None:
 def _cards(run: RunRecord) -> list[dict[str, Any]]:
     """Returns the main numbers; one that was not recorded is left out."""
     cards = []
-    for key in ("reward", "kl", "entropy", "distinct_2", "length"):
+    for key in shown_in("card"):
         policy, reference = run.metric(f"eval/{key}"), run.metric(f"eval/reference/{key}")
         if policy is not None:
             cards.append(
                 {
-                    "label": "mean reward" if key == "reward" else label(key),
+                    "label": label(key),
                     "policy": number(policy),
                     "reference": None if reference is None else number(reference),
-                    "unit": UNITS.get(key, ""),
+                    "unit": unit(key),
                 }
             )
     return cards
@@ -184,7 +184,7 @@ def _table(run: RunRecord) -> list[dict[str, str]]:
     )
     folded = {f"{name}{end}" for name in names for end in INTERVAL if all(f"{name}{e}" in names for e in INTERVAL)}
     rows = []
-    for name in sorted(names.keys() - folded, key=lambda n: (_rank(n), n)):
+    for name in sorted(names.keys() - folded, key=rank):
         cells = {}
         for who, prefix in (("policy", "eval/"), ("reference", "eval/reference/")):
             cells[who] = number(metrics.get(prefix + name))
@@ -194,15 +194,6 @@ def _table(run: RunRecord) -> list[dict[str, str]]:
         change = "–" if policy is None or reference is None else number(float(policy - reference), signed=True)
         rows.append({"name": label(name), "key": name, "unit": unit(name), "change": change, **cells})
     return rows
-
-
-def _rank(name: str) -> int:
-    order: tuple[str, ...] = ("win_rate", "win_rate_length_controlled", "win_rate/", "reward", "kl", "entropy")
-    order += ("entropy_sequence", "distinct_2", "distinct_samples", "self_bleu", "length")
-    if name.startswith("reward/"):
-        return order.index("reward")
-    name = "win_rate/" if name.startswith("win_rate/") else name
-    return order.index(name) if name in order else len(order)
 
 
 def _under(run: RunRecord, prefix: str, write: Any) -> list[tuple[str, str]]:

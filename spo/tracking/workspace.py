@@ -7,7 +7,7 @@ import wandb_workspaces.workspaces as ws
 from wandb_workspaces import expr
 
 from spo.errors import UserError
-from spo.pages.dashboard import Bars, Curves, Dashboard, Panel, unit_of
+from spo.pages.dashboard import Bars, Curves, Dashboard, Panel, Scatter, unit_of
 from spo.tracking.login import has_api_key
 
 STEP = "Step"  # W&B's own, which the tracker sets to the optimiser step
@@ -83,6 +83,7 @@ def _panel(panel: Panel, place: int = 0) -> wr.interface.PanelTypes:
             title_x=_axis(panel),
             layout=layout,
         )
+    assert isinstance(panel, Scatter), "a panel for each metric is written out when the file is read"
     return wr.ScatterPlot(title=panel.title, x=wr.SummaryMetric(panel.x), y=wr.SummaryMetric(panel.y), layout=layout)
 
 
