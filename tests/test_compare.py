@@ -17,13 +17,15 @@ import pytest
 import yaml
 
 from spo import cli
-from spo.comparison.compare import Comparison, Method, better, compare, describe_difference
+from spo.comparison.choice import better
+from spo.comparison.compare import Comparison, Method, compare
 from spo.comparison.refusals import find_problems
 from spo.comparison.runs import CannotCompare, find_runs
 from spo.comparison.scores import against, of_prompts
 from spo.evaluation.winrate import win_rates
 from spo.pages.comparison_files import to_csv, to_dict, to_markdown
 from spo.pages.comparison_table import show
+from spo.pages.comparison_words import describe_difference
 from spo.resources import conf_dir
 from spo.stats import Bootstrap
 from tests.commands import TINY, spo
@@ -101,7 +103,7 @@ def test_selection_falls_back_and_says_so(tmp_path: Path) -> None:
     assert comparison.select == "val/rewards/accuracies"
     assert any("not all runs have val/win_rate" in note for note in comparison.notes)
     assert any("one seed" in note for note in comparison.notes)
-    with pytest.raises(CannotCompare, match="favours the luckiest setting"):
+    with pytest.raises(CannotCompare, match="favors the luckiest setting"):
         compared(tmp_path, select="eval/win_rate")
     with pytest.raises(CannotCompare, match="not all runs have it") as error:
         compared(tmp_path, select="val/win_rate")

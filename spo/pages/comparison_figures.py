@@ -9,7 +9,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from spo.comparison.compare import Comparison, Method, Setting, better
+from spo.comparison.choice import Setting, better, short_key, value_order
+from spo.comparison.compare import Comparison, Method
 from spo.comparison.runs import Run
 from spo.metrics.catalogue import SHARE, find, label, title, unit
 from spo.pages.charts import Cloud, LineChart, Point, Series, Tile, Whisker, line_chart, scatter, tiles, whiskers
@@ -155,15 +156,6 @@ def settings_chart(comparison: Comparison, method: Method) -> Markup | None:
     return _map(comparison, method, keys) if len(keys) == 2 else None
 
 
-def _name(key: str) -> str:
-    return key.removesuffix(".value").removesuffix("._target_")
-
-
-def _order(value: Any) -> tuple[bool, float, str]:
-    plain = isinstance(value, int | float)
-    return not plain, float(value) if plain else 0.0, str(value)
-
-
 def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).rpartition(".")[2] or str(value)
 
@@ -171,7 +163,7 @@ def _text(value: Any) -> str:
 def _map(comparison: Comparison, method: Method, keys: Sequence[str]) -> Markup:
     across, down = keys
     columns, rows = (
-        sorted({setting.values.get(key) for setting in method.settings}, key=_order) for key in (across, down)
+        sorted({setting.values.get(key) for setting in method.settings}, key=value_order) for key in (across, down)
     )
     at = {(setting.values.get(down), setting.values.get(across)): setting for setting in method.settings}
     known = [setting.selection for setting in method.settings if setting.selection is not None]
@@ -195,16 +187,16 @@ def _map(comparison: Comparison, method: Method, keys: Sequence[str]) -> Markup:
                     ring=setting is method.best,
                 )
             )
-    return tiles([_text(v) for v in rows], [_text(v) for v in columns], cells, _name(down), _name(across))
+    return tiles([_text(v) for v in rows], [_text(v) for v in columns], cells, short_key(down), short_key(across))
 
 
 def _list(comparison: Comparison, method: Method, key: str) -> Markup:
     rows = []
-    for setting in sorted(method.settings, key=lambda one: _order(one.values.get(key))):
+    for setting in sorted(method.settings, key=lambda one: value_order(one.values.get(key))):
         if setting.selection is None:
             continue
         of_seeds = [value for run in setting.runs if (value := run.number(comparison.select or "")) is not None]
-        name = f"{_name(key)} {_text(setting.values.get(key))}" + (" ✓" if setting is method.best else "")
+        name = f"{short_key(key)} {_text(setting.values.get(key))}" + (" ✓" if setting is method.best else "")
         said, hue = _tried(comparison, method, setting), hues(comparison)[method.name]
         rows.append(Whisker(name, hue, setting.selection, min(of_seeds), max(of_seeds), said))
     return whiskers(rows, f"{comparison.select}, from the lowest seed to the highest", None, None, compact=True)
