@@ -46,7 +46,7 @@ OLD_NAMES: dict[str, str] = {
     "spo.reports.wording.shorten": "spo.wording.shorten",
     "spo.reports.wording.unit": "spo.metrics.catalogue.unit",
     "spo.reports.wording.verdict_word": "spo.wording.verdict_word",
-    "spo.reports.wording.win_rate_in_words": "spo.wording.win_rate_in_words",
+    "spo.reports.wording.win_rate_in_words": "spo.wording.describe_win_rate",
     "spo.runtime.cache.cached": "spo.records.cache.cached",
     "spo.runtime.cache.digest": "spo.records.digests.digest",
     "spo.runtime.cache.path_digest": "spo.records.digests.path_digest",

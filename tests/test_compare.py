@@ -303,7 +303,7 @@ def test_the_same_run_counts_once(tmp_path: Path) -> None:
     (sweep / "comparison").mkdir()
     found = find_runs([sweep, first, tmp_path / "elsewhere"])
     assert len(found.runs) == 6
-    assert [note for note in found.notes if "are the same run, and count once" in note]
+    assert [note for note in found.notes if "are the same run, which counts once" in note]
     assert all(len(one.best.runs) == 2 for one in compare(found, bootstrap=QUICK).methods)
 
 
@@ -395,13 +395,13 @@ def spoil_job(sweep: Path) -> None:
         (lambda sweep: shutil.rmtree(next(sweep.glob("method-dpo*seed-2"))), "dpo: it lacks seed 2"),
         (spoil_digest, "the preference pairs are not the same for all runs (cdcdcdcd: "),
         (spoil_config("data.seed", 1), "the data differs between runs: data.seed (0 or 1)"),
-        (spoil_config("sft.max_steps", 1), "the start differs between runs: sft.max_steps (1 or 300)"),
-        (spoil_config("judge._target_", "x"), "how it is judged differs between runs: judge._target_ ("),
+        (spoil_config("sft.max_steps", 1), "the initial model differs between runs: sft.max_steps (1 or 300)"),
+        (spoil_config("judge._target_", "x"), "the evaluation differs between runs: judge._target_ ("),
         (spoil_config("trainer.max_steps", 9), "the methods were trained for different lengths: "),
         (spoil_prompts, "the test prompts are not the same for all runs (48 samples: "),
         (spoil_run(), "seed-1 is unfinished, at step 30"),
         (spoil_run(error="the loss is not finite"), "seed-1 is failed: the loss is not finite"),
-        (spoil_code, "have one setting and seed and are different runs (the code of spo differ)"),
+        (spoil_code, "have the same setting and seed but are different runs (the code of spo differ)"),
         (spoil_job, "the job method=kto seed=1 is failed: no such loss"),
     ],
 )

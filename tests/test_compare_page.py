@@ -125,12 +125,12 @@ def test_what_is_absent_is_said(tmp_path: Path) -> None:
     for run in tmp_path.glob("method-*"):
         (run / "history.jsonl").write_text("")
     page = page_of(tmp_path, metric="eval/kl")
-    assert "Nobody has judged the methods against each other" in page.text
+    assert "The methods were not judged against each other" in page.text
     assert 'spo evaluate RUN judge=JUDGE "evaluation.against=[OTHER_RUN]"' in page.text
     assert "No step was logged, so there are no curves." in page.text and not page.charts
     for run in tmp_path.glob("method-*"):
         (run / "samples.jsonl").unlink()
-    assert "The runs have no samples for the same prompts." in page_of(tmp_path, metric="eval/kl").text
+    assert "The runs do not have samples for the same prompts." in page_of(tmp_path, metric="eval/kl").text
 
 
 def test_one_method_is_a_sweep_without_differences(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_one_method_is_a_sweep_without_differences(tmp_path: Path) -> None:
         write_run(tmp_path, method="dpo", beta=beta)
     page = page_of(tmp_path)
     assert (
-        "Differences" not in page.text and "Head to head" not in page.text and "Settings that were tried" in page.text
+        "Differences" not in page.text and "Head to head" not in page.text and "Settings tried" in page.text
     )
 
 

@@ -64,7 +64,7 @@ def test_every_mistake_is_named_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_spec(str(tmp_path / "mine.yaml"))
     lines = str(caught.value).splitlines()
-    assert lines[0].endswith("mine.yaml is no dashboard:")
+    assert lines[0].endswith("mine.yaml is not a dashboard:")
     places = [line.removeprefix("  - ").partition(":")[0] for line in lines[1:]]
     panels = [f"sections[0].panels[{place}]" for place in ("0].metrics", "0].zap", "1].bounds", "1].baseline")]
     assert {place.rstrip("]") for place in places} == {
@@ -75,7 +75,7 @@ def test_every_mistake_is_named_with_its_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("a: [1", "is no yaml"), ("", "is no dashboard"), ("- 1", "is no dashboard")]
+    ("text", "words"), [("a: [1", "is not valid YAML"), ("", "is not a dashboard"), ("- 1", "is not a dashboard")]
 )
 def test_a_file_that_is_no_dashboard(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "mine.yaml").write_text(text)
@@ -212,7 +212,7 @@ def test_saving_needs_a_key(
     for words in (["spo"], ["someone/"], ["a/b/c"], []):
         assert cli.main(["dashboard", *words]) == 2
     assert cli.main(["dashboard", "someone/spo", "--spec", "nothing"]) == 1
-    assert "there is no dashboard nothing" in capsys.readouterr().err
+    assert "there is not a dashboard nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [(), ("--report",)])
@@ -235,7 +235,7 @@ def test_the_command_saves_what_was_asked_for(
 
     monkeypatch.setattr(wr.Report if kind else ws.Workspace, "save", refuse)
     assert cli.main(["dashboard", "someone/spo", *kind]) == 1
-    assert "W&B did not take the dashboard for someone/spo: project not found" in capsys.readouterr().err
+    assert "W&B rejected the dashboard for someone/spo: project not found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("host", ["api.wandb.ai", "wandb.example.com", urlsplit(wandb.Settings().base_url).netloc])

@@ -17,23 +17,23 @@ from spo.wording import finite
 
 
 def unit_of(run: Run, row: Row) -> str:
-    """The prompt of a row, whose samples stand together; the sample itself where there are no other prompts at all."""
+    """Return what is independent in a row: its prompt, or the sample where the prompts are all there are."""
     prompt = str(row.get("prompt_id"))
     return f"{prompt} {row.get('sample_index')}" if run.has_all_prompts else prompt
 
 
 def of_prompts(run: Run, metric: str) -> dict[str, float]:
-    """Array of a run by prompt, whose mean is the number that the run recorded.
+    """Return the scores of a run by prompt, with the recorded number as their mean.
 
-    The KL and the entropy that a run records come from whole distributions; what its samples say about them, by their
-    log-probabilities, serves for how they vary over prompts, and is moved to the recorded mean.
+    The KL and the entropy that a run records come from whole distributions. The log-probs of its samples estimate how
+    they vary over prompts; these estimates are shifted to the recorded mean.
 
     Args:
-        run: The run.
-        metric: Without ``eval/``.
+        run: Run to read.
+        metric: Key without ``eval/``.
 
     Returns:
-        Empty where samples do not say anything about the metric, as for distinct-n, or none were recorded.
+        Scores by prompt; empty where single samples do not have a value, as for distinct-n, or none were recorded.
     """
     if metric not in run.scores:
         run.scores[metric] = _of_prompts(run, metric)
@@ -103,21 +103,21 @@ def _at_zero(
 
 
 def prompts_of(runs: Sequence[Run], metric: str) -> list[str]:
-    """The prompts for which all of the runs have a score."""
+    """Return the prompts for which all runs have a score."""
     known = [of_prompts(run, metric) for run in runs]
     return [prompt for prompt in known[0] if all(prompt in one for one in known)] if known else []
 
 
 def table(runs: Sequence[Run], metric: str, prompts: Sequence[str]) -> Array | None:
-    """Array of several seeds on the same prompts.
+    """Return the scores of several seeds on the same prompts.
 
     Args:
-        runs: One per seed.
-        metric: Without ``eval/``.
-        prompts: Those that all have; without any, each seed has its recorded number alone.
+        runs: Runs of one setting, one per seed.
+        metric: Key without ``eval/``.
+        prompts: Prompts that all runs have; if empty, the recorded numbers are the scores.
 
     Returns:
-        ``(S, P)``, or ``(S, 1)`` without prompts; ``None`` where a run has not recorded the metric.
+        ``(S, P)``, or ``(S, 1)`` without prompts; ``None`` where a run did not record the metric.
     """
     recorded = [run.record.metric(f"eval/{metric}") for run in runs]
     if any(number is None for number in recorded):
@@ -129,13 +129,17 @@ def table(runs: Sequence[Run], metric: str, prompts: Sequence[str]) -> Array | N
 
 
 def against(run: Run, other: Run) -> dict[str, float]:
-    """How often a run beats another on each prompt: by their rewards, or as a judge has said of them.
+    """Return how often a run beats another on each prompt, by their rewards or by the verdicts of a judge.
 
-    Every sample of the one meets every sample of the other. A judge that only compares has said so where one of the
-    two was evaluated against the other, as it was the first time: ``spo evaluate RUN evaluation.against=[OTHER]``.
+    With rewards, every sample of one run is compared with every sample of the other. Verdicts exist where one of the
+    two was evaluated against the other with the same settings: ``spo evaluate RUN evaluation.against=[OTHER]``.
+
+    Args:
+        run: Run whose wins count.
+        other: Run to compare with.
 
     Returns:
-        Shares of the first by prompt; empty where nothing is known.
+        Share of wins by prompt; empty where the two were not compared.
     """
     ours, theirs = _rewards(run), _rewards(other)
     if ours and theirs:
@@ -144,8 +148,8 @@ def against(run: Run, other: Run) -> dict[str, float]:
             for prompt in ours
             if prompt in theirs
         }
-    said = _judged(run, other)
-    return said or {prompt: 1 - share for prompt, share in _judged(other, run).items()}
+    verdicts = _judged(run, other)
+    return verdicts or {prompt: 1 - share for prompt, share in _judged(other, run).items()}
 
 
 def _rewards(run: Run) -> dict[str, list[float]]:
@@ -158,11 +162,11 @@ def _rewards(run: Run) -> dict[str, list[float]]:
 
 
 def _judged(run: Run, other: Run) -> dict[str, float]:
-    """What the judge of the run said in those evaluations that name the directory of the other as an opponent."""
+    """Return the verdicts of the evaluations that name the directory of the other run as an opponent."""
     found: dict[str, list[float]] = {}
     directory = other.path.resolve()
     for evaluation in run.evaluations:
-        # Directories in different sweeps share their names, which are all that the rows have.
+        # Rows hold the name of a directory only, which directories of different sweeps share.
         if directory not in [
             Path(str(name)).expanduser().resolve() for name in evaluation.get("evaluation.against") or ()
         ]:

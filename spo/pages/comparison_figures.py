@@ -1,4 +1,4 @@
-"""What the figures of a comparison show: the frontier, head to head, the settings that were tried, the curves."""
+"""Figures of a comparison: the main metric, frontiers, head to head, the settings that were tried, and curves."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from spo.stats import pareto
 from spo.wording import clean, number
 
 HUES = 8
-_CURVE_STEPS = 3  # a validation curve of fewer steps gives way to the training one
+# With fewer steps than this a validation curve is replaced by the training curve.
+_CURVE_STEPS = 3
 
 
 def hues(comparison: Comparison) -> dict[str, int]:
-    """A colour and a shape for each method, which do not depend on how it fared."""
+    """Assign each method a color and a shape that do not depend on its results."""
     names = sorted((method.name for method in comparison.methods), key=lambda name: (name != "spo", name))
     return {name: 1 + place % HUES for place, name in enumerate(names)}
 
@@ -32,16 +33,16 @@ def hues(comparison: Comparison) -> dict[str, int]:
 
 
 def headline(comparison: Comparison) -> Markup:
-    """Draws the main metric of each method with its interval."""
+    """Draw the main metric of each method with its interval."""
     metric, hue = comparison.metric_name, hues(comparison)
     rows = []
     for method in comparison.methods:
         one = method.estimates[metric]
-        said = f"{method.name}\n{label(metric)} {number(one.value)}"
+        description = f"{method.name}\n{label(metric)} {number(one.value)}"
         if one.low is not None and one.high is not None:
-            said += f"\n{comparison.bootstrap.confidence:.0%} interval {number(one.low)} to {number(one.high)}"
+            description += f"\n{comparison.bootstrap.confidence:.0%} interval {number(one.low)} to {number(one.high)}"
         mark = " (!)" if method.problems else ""
-        rows.append(Whisker(method.name + mark, hue[method.name], one.value, one.low, one.high, said))
+        rows.append(Whisker(method.name + mark, hue[method.name], one.value, one.low, one.high, description))
     even = _even_share(metric)
     if even is not None:
         return whiskers(rows, _axis(metric), SHARE, even)
@@ -62,14 +63,14 @@ def _axis(metric: str) -> str:
 
 
 def frontier(comparison: Comparison, cost: str) -> Markup | None:
-    """Draws every run by the main metric and what it cost; a method's line joins its settings that no other one beats.
+    """Draw every run by the main metric and its cost, with a line through the best settings of each method.
 
     Args:
-        comparison: The comparison.
-        cost: ``kl`` or ``entropy``; less KL and more entropy are the better.
+        comparison: Comparison to show.
+        cost: Metric on the horizontal axis, ``kl`` or ``entropy``; less KL and more entropy are better.
 
     Returns:
-        ``None`` where no run has both, or both are the same.
+        The chart; ``None`` if no run has both metrics, or the two are the same.
     """
     metric, hue = comparison.metric_name, hues(comparison)
     if metric == cost:
@@ -85,12 +86,14 @@ def frontier(comparison: Comparison, cost: str) -> Markup | None:
                 x, y = _eval(run, cost), _eval(run, metric)
                 if x is not None and y is not None:
                     at.append((x, y))
-                    points.append(Point(x, y, _said(method, setting, f"seed {run.seed}", {metric: y, cost: x})))
+                    points.append(Point(x, y, _describe(method, setting, f"seed {run.seed}", {metric: y, cost: x})))
             if at:
                 x, y = (fmean(values) for values in zip(*at, strict=True))
                 seeds = f"mean of {len(at)} seeds" if len(at) > 1 else "one seed"
-                said = _said(method, setting, seeds, {metric: y, cost: x})
-                means.append(Point(x, y, said, large=True, ring=setting is method.best and len(method.settings) > 1))
+                description = _describe(method, setting, seeds, {metric: y, cost: x})
+                means.append(
+                    Point(x, y, description, large=True, ring=setting is method.best and len(method.settings) > 1)
+                )
         front = [means[i] for i in pareto([(sign * p.x, gain * p.y) for p in means])]
         corners = [(p.x, p.y) for p in front] if len(front) > 1 else []
         clouds.append(Cloud(method.name, hue[method.name], [*points, *means], corners))
@@ -105,7 +108,7 @@ def _eval(run: Run, metric: str) -> float | None:
     return run.record.metric(f"eval/{metric}")
 
 
-def _said(method: Method, setting: Setting, seeds: str, numbers: Mapping[str, float]) -> str:
+def _describe(method: Method, setting: Setting, seeds: str, numbers: Mapping[str, float]) -> str:
     words = [f"{label(name)} {number(value)}" for name, value in numbers.items()]
     return "\n".join([method.name, f"{setting.label} · {seeds}", *words])
 
@@ -114,7 +117,7 @@ def _said(method: Method, setting: Setting, seeds: str, numbers: Mapping[str, fl
 
 
 def win_matrix(comparison: Comparison) -> Markup | None:
-    """Draws how often the row's completions beat the column's; ``None`` where nobody has judged any of them."""
+    """Draw how often the row beats the column; ``None`` where no methods were judged against each other."""
     names = [method.name for method in comparison.methods]
     known = {(one.first, one.second): one.estimate for one in comparison.duels}
     if not any(known.values()):
@@ -128,13 +131,15 @@ def win_matrix(comparison: Comparison) -> Markup | None:
                 cells[-1].append(None)
                 continue
             ends = "" if one.low is None or one.high is None else f"{number(one.low)} to {number(one.high)}"
-            said = f"{row} against {column}\nwin rate {number(one.value)}" + (
+            description = f"{row} against {column}\nwin rate {number(one.value)}" + (
                 f"\n{comparison.bootstrap.confidence:.0%} interval {ends}" if ends else ""
             )
             sure = one.low is not None and one.high is not None and not one.low <= 0.5 <= one.high
             shade = min(1.0, abs(one.value - 0.5) / 0.35)
             cells[-1].append(
-                Tile(f"{one.value:.2f}", said, shade, 1 if one.value >= 0.5 else 2, note="" if sure else "unclear")
+                Tile(
+                    f"{one.value:.2f}", description, shade, 1 if one.value >= 0.5 else 2, note="" if sure else "unclear"
+                )
             )
     return tiles(names, names, cells, "wins", "against")
 
@@ -143,24 +148,28 @@ def win_matrix(comparison: Comparison) -> Markup | None:
 
 
 def settings_chart(comparison: Comparison, method: Method) -> Markup | None:
-    """Draws what was tried of a method by what it was selected by: a map of two keys, or a list of one.
+    """Draw the settings of a method by the metric that they were selected by: a map of two keys, or a list of one.
+
+    Args:
+        comparison: Comparison to show.
+        method: Method of the settings.
 
     Returns:
-        ``None`` for one setting, or for keys that no chart can show.
+        The chart; ``None`` for a single setting, or for more than two keys.
     """
     keys = list(dict.fromkeys(key for setting in method.settings for key in setting.values))
     if len(method.settings) < 2 or comparison.select is None:
         return None
     if len(keys) == 1:
-        return _list(comparison, method, keys[0])
-    return _map(comparison, method, keys) if len(keys) == 2 else None
+        return _settings_list(comparison, method, keys[0])
+    return _settings_map(comparison, method, keys) if len(keys) == 2 else None
 
 
 def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).rpartition(".")[2] or str(value)
 
 
-def _map(comparison: Comparison, method: Method, keys: Sequence[str]) -> Markup:
+def _settings_map(comparison: Comparison, method: Method, keys: Sequence[str]) -> Markup:
     across, down = keys
     columns, rows = (
         sorted({setting.values.get(key) for setting in method.settings}, key=value_order) for key in (across, down)
@@ -181,7 +190,7 @@ def _map(comparison: Comparison, method: Method, keys: Sequence[str]) -> Markup:
             cells[-1].append(
                 Tile(
                     number(setting.selection),
-                    _tried(comparison, method, setting),
+                    _describe_setting(comparison, method, setting),
                     share if up else 1 - share,
                     hues(comparison)[method.name],
                     ring=setting is method.best,
@@ -190,19 +199,19 @@ def _map(comparison: Comparison, method: Method, keys: Sequence[str]) -> Markup:
     return tiles([_text(v) for v in rows], [_text(v) for v in columns], cells, short_key(down), short_key(across))
 
 
-def _list(comparison: Comparison, method: Method, key: str) -> Markup:
+def _settings_list(comparison: Comparison, method: Method, key: str) -> Markup:
     rows = []
     for setting in sorted(method.settings, key=lambda one: value_order(one.values.get(key))):
         if setting.selection is None:
             continue
         of_seeds = [value for run in setting.runs if (value := run.number(comparison.select or "")) is not None]
         name = f"{short_key(key)} {_text(setting.values.get(key))}" + (" ✓" if setting is method.best else "")
-        said, hue = _tried(comparison, method, setting), hues(comparison)[method.name]
-        rows.append(Whisker(name, hue, setting.selection, min(of_seeds), max(of_seeds), said))
+        description, hue = _describe_setting(comparison, method, setting), hues(comparison)[method.name]
+        rows.append(Whisker(name, hue, setting.selection, min(of_seeds), max(of_seeds), description))
     return whiskers(rows, f"{comparison.select}, from the lowest seed to the highest", None, None, compact=True)
 
 
-def _tried(comparison: Comparison, method: Method, setting: Setting) -> str:
+def _describe_setting(comparison: Comparison, method: Method, setting: Setting) -> str:
     numbers = {}
     for name in dict.fromkeys((comparison.metric_name, "kl", "entropy")):
         seen = [value for run in setting.runs if (value := _eval(run, name)) is not None]
@@ -218,7 +227,11 @@ def _tried(comparison: Comparison, method: Method, setting: Setting) -> str:
 
 
 def curves(comparison: Comparison, dashboard: Dashboard) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Draws the dashboard's curves of the best settings: the mean over seeds, in a band from the lowest to the highest.
+    """Draw the curves of the best settings: the mean over seeds, in a band from the lowest seed to the highest.
+
+    Args:
+        comparison: Comparison to show.
+        dashboard: Dashboard whose curves are drawn.
 
     Returns:
         Groups of charts, and the points in them for the hover read-out.
@@ -241,7 +254,7 @@ def curves(comparison: Comparison, dashboard: Dashboard) -> tuple[list[dict[str,
 
 
 def _panels(comparison: Comparison, spec: Any) -> list[LineChart]:
-    """One panel per metric: methods share axes here, where metrics do in the report of a run."""
+    """Make one chart per metric: here methods share the axes, while in the report of a run metrics do."""
     panels = []
     for metric in spec.metrics:
         for key in (f"{split}/{metric}" for split in sorted(spec.splits, key=lambda split: split != "val")):

@@ -20,13 +20,13 @@ JSON, CSV, MARKDOWN, PAGE = "comparison.json", "table.csv", "comparison.md", "co
 
 
 def columns(comparison: Comparison) -> list[str]:
-    """Metrics that some method has, the main one first."""
+    """Return the metrics of the table that some method has, the main one first."""
     order = dict.fromkeys((comparison.metric_name, *shown_in("comparison")))
     return [name for name in order if any(name in method.estimates for method in comparison.methods)]
 
 
 def to_dict(comparison: Comparison) -> dict[str, Any]:
-    """Everything that the comparison found, as plain values."""
+    """Return everything that the comparison found as plain values."""
     return {
         "metric": comparison.metric,
         "select": comparison.select,
@@ -87,7 +87,7 @@ def _difference(one: Difference, comparison: Comparison) -> dict[str, Any]:
 
 
 def to_csv(comparison: Comparison) -> str:
-    """The table, one row per method; ends of intervals in columns of their own, empty where nothing was recorded."""
+    """Write the table, one row per method, with the ends of intervals in columns of their own."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = columns(comparison)
@@ -107,7 +107,7 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """The table, the differences and how they were found, for a paper or an issue."""
+    """Write the table, the differences and the procedure, for a paper or an issue."""
     return "\n".join(_markdown(comparison)) + "\n"
 
 
@@ -143,14 +143,14 @@ def _cell(text: str) -> str:
 
 
 def write_files(comparison: Comparison, folder: Path) -> dict[str, Path]:
-    """Writes the files but for the page.
+    """Write all files except the page.
 
     Args:
-        comparison: What to write.
-        folder: Where; it is made.
+        comparison: Comparison to write.
+        folder: Folder of the files; it is created.
 
     Returns:
-        The files by name.
+        The paths of the files by name.
     """
     texts: Mapping[str, str] = {
         JSON: json.dumps(to_dict(comparison), indent=2, ensure_ascii=False) + "\n",

@@ -1,4 +1,4 @@
-"""Writes ``comparison.html``: one self-contained page, the picture of a comparison."""
+"""Write ``comparison.html``: one self-contained page, the picture of a comparison."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _SAMPLES, _TEXT_CHARACTERS = 6, 1200
 
 
 def write_page(comparison: Comparison, folder: Path, dashboard: Dashboard | None = None) -> Path:
-    """Writes the page and replaces one that is there.
+    """Write the page, over an earlier one.
 
     Args:
-        comparison: What to show.
-        folder: Where; it is made.
-        dashboard: Whose curves to draw; ``None`` for the shipped one.
+        comparison: Comparison to show.
+        folder: Folder of the page; it is created.
+        dashboard: Dashboard whose curves are drawn; ``None`` for the shipped one.
 
     Returns:
-        Its path.
+        The path of the page.
     """
     groups, chart_data = curves(comparison, dashboard or load_spec())
     hue = hues(comparison)
@@ -71,7 +71,7 @@ def _title(comparison: Comparison) -> str:
 
 
 def _verdict(comparison: Comparison) -> str:
-    """The one sentence to take away: who is ahead of whom for sure, by the corrected tests."""
+    """State which method is better than which, by the corrected tests."""
     if len(comparison.methods) == 1:
         return ""
     name = label(comparison.metric_name)
@@ -128,7 +128,7 @@ def _row(method: Method, comparison: Comparison) -> dict[str, Any]:
 
 
 def _samples(comparison: Comparison) -> list[dict[str, Any]]:
-    """Completions of all methods for the same prompts: the first, and where the best two differ most either way."""
+    """Choose completions for the same prompts: the first ones, and those where the best two methods differ most."""
     runs = {method.name: method.best.runs[0] for method in comparison.methods}
     rows = {name: _first_samples(run) for name, run in runs.items()}
     first = next(iter(rows.values()))

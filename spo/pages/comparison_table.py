@@ -1,4 +1,4 @@
-"""The comparison in the terminal."""
+"""The table of a comparison in the terminal."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from spo.pages.comparison_files import columns
 from spo.pages.comparison_words import describe_difference, describe_procedure, interval
 from spo.wording import clean, number
 
-_LABELS, _METHOD = 26, 17  # characters for the columns; methods that do not fit go below
+# Characters of the columns; methods that do not fit go into a table below.
+_LABELS, _METHOD = 26, 17
 
 
 def show(comparison: Comparison) -> None:
-    """Prints the table, what differs for sure, and what is unfair about it."""
+    """Print the table, the differences, and the problems of an unfair comparison."""
     console = Console()
     _problems(console, comparison)
     fitting = max(1, (console.width - _LABELS) // _METHOD)

@@ -1,4 +1,4 @@
-"""What dashboards show: one yaml file of sections and panels, whichever program draws it."""
+"""Dashboards: one yaml file of sections and panels, which report.html and W&B both draw."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spo.resources import conf_dir
 DEFAULT = "alignment"
 
 
-def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if not values:
         raise ValueError("there must be at least one")
     return values
@@ -31,13 +31,13 @@ def _increasing(bounds: tuple[float, float]) -> tuple[float, float]:
 
 
 Text = Annotated[str, Field(min_length=1)]
-Names = Annotated[tuple[Text, ...], AfterValidator(_some)]
+Names = Annotated[tuple[Text, ...], AfterValidator(_not_empty)]
 Bounds = Annotated[tuple[FiniteFloat, FiniteFloat], AfterValidator(_increasing)]
 
 
 @dataclass(frozen=True)
 class _Node:
-    """Part of the file, in which an unknown key is a mistake."""
+    """Part of the file, in which an unknown key is an error."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -47,12 +47,12 @@ class Curves(_Node):
     """Lines over the training step.
 
     Attributes:
-        title: its heading.
-        metrics: keys that share the axes, without their split.
-        splits: what is put before each of them: ``train``, ``val``, ``exact`` or ``time``.
-        bounds: fixed range of the vertical axis.
-        baseline: height of a line to compare with.
-        varying: whether a curve that never changes is left out.
+        title: Heading of the panel.
+        metrics: Keys of the metrics that share the axes, without their split.
+        splits: First parts of the keys: ``train``, ``val``, ``exact`` or ``time``.
+        bounds: Fixed range of the vertical axis; ``None`` for one that fits.
+        baseline: Height of a line to compare with; ``None`` for no line.
+        varying: Whether to leave out a curve that never changes.
     """
 
     title: Text
@@ -64,7 +64,7 @@ class Curves(_Node):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of ``history.jsonl`` and of W&B, such as ``train/loss``."""
+        """Return the keys of ``history.jsonl`` and of W&B, such as ``train/loss``."""
         return tuple(f"{split}/{metric}" for metric in self.metrics for split in self.splits)
 
 
@@ -73,10 +73,10 @@ class Bars(_Node):
     """Final numbers, one bar per run.
 
     Attributes:
-        title: its heading.
-        final: keys of ``metrics.json``.
-        bounds: fixed range of the axis.
-        baseline: value to compare with.
+        title: Heading of the panel.
+        final: Keys of ``metrics.json``.
+        bounds: Fixed range of the axis; ``None`` for one that fits.
+        baseline: Value to compare with; ``None`` for no value.
     """
 
     title: Text
@@ -86,7 +86,7 @@ class Bars(_Node):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of ``metrics.json`` and of W&B's summary."""
+        """Return the keys of ``metrics.json`` and of W&B's summary."""
         return self.final
 
 
@@ -95,9 +95,9 @@ class Scatter(_Node):
     """Two final numbers against each other, one point per run.
 
     Attributes:
-        title: its heading.
-        x: key of ``metrics.json`` on the horizontal axis.
-        y: key of ``metrics.json`` on the vertical axis.
+        title: Heading of the panel.
+        x: Key of ``metrics.json`` on the horizontal axis.
+        y: Key of ``metrics.json`` on the vertical axis.
     """
 
     title: Text
@@ -106,7 +106,7 @@ class Scatter(_Node):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of ``metrics.json`` and of W&B's summary."""
+        """Return the keys of ``metrics.json`` and of W&B's summary."""
         return self.x, self.y
 
 
@@ -171,50 +171,55 @@ class Section(_Node):
     """
 
     title: Text
-    panels: Annotated[tuple[Panel, ...], AfterValidator(_some), AfterValidator(_expanded)]
+    panels: Annotated[tuple[Panel, ...], AfterValidator(_not_empty), AfterValidator(_expanded)]
 
     @property
     def curves(self) -> tuple[Curves, ...]:
-        """Those of its panels that a single run fills."""
+        """Return the panels that a single run fills."""
         return tuple(panel for panel in self.panels if isinstance(panel, Curves))
 
 
 @dataclass(frozen=True)
 class Dashboard(_Node):
-    """A dashboard as it is written in its file."""
+    """A dashboard.
+
+    Attributes:
+        title: Title of the dashboard.
+        sections: Sections from top to bottom.
+    """
 
     title: Text
-    sections: Annotated[tuple[Section, ...], AfterValidator(_some)]
+    sections: Annotated[tuple[Section, ...], AfterValidator(_not_empty)]
 
     @cached_property
     def keys(self) -> frozenset[str]:
-        """Every metric that some panel shows."""
+        """Return the keys of every metric that some panel shows."""
         return frozenset(key for section in self.sections for panel in section.panels for key in panel.keys)
 
 
 def unit_of(key: str) -> str:
-    """Unit of a metric with its split, such as ``eval/kl``; empty for a pure number."""
+    """Return the unit of a metric with its split, such as ``eval/kl``; empty for a pure number."""
     entry = find_logged(key)
     return "" if entry is None else entry.unit
 
 
 def load_spec(spec: str | Path | None = None) -> Dashboard:
-    """Reads a dashboard.
+    """Read a dashboard.
 
     Args:
-        spec: name of a shipped one (``conf/dashboard/NAME.yaml``), or a file of your own; ``None`` for the default.
+        spec: Name of a shipped dashboard (``conf/dashboard/NAME.yaml``), or a file; ``None`` for the default.
 
     Raises:
-        UserError: there is no such file, or it holds what is no dashboard; every problem is named.
+        UserError: If there is no such file, or it is not a dashboard; every problem is named.
     """
     file = _file(spec or DEFAULT)
     try:
         return TypeAdapter(Dashboard).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is no yaml: {error}") from error
+        raise UserError(f"{file} is not valid YAML: {error}") from error
     except ValidationError as error:
         lines = [f"  - {_place(one['loc'])}: {one['msg'].removeprefix('Value error, ')}" for one in error.errors()]
-        raise UserError("\n".join([f"{file} is no dashboard:", *lines])) from error
+        raise UserError("\n".join([f"{file} is not a dashboard:", *lines])) from error
 
 
 def _file(spec: str | Path) -> Path:
@@ -227,6 +232,7 @@ def _file(spec: str | Path) -> Path:
 
 
 def _place(parts: tuple[int | str, ...]) -> str:
-    """Where in the file, such as ``sections[0].panels[2].title``; the kind of a panel is not written there."""
+    """Write a position in the file, such as ``sections[0].panels[2].title``."""
+    # Pydantic adds the kind of a panel, which is not written in the file.
     words = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts if part not in KINDS)
     return words.lstrip(".") or "the file"

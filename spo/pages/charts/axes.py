@@ -15,7 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 36
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Returns about ``count`` round numbers that lie in [low, high], in steps of 1, 2 or 5 times a power of ten."""
+    """Return about ``count`` round numbers in [low, high], in steps of 1, 2 or 5 times a power of ten."""
     if not high > low:
         return [low]
     raw = (high - low) / max(count - 1, 1)
@@ -26,7 +26,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def tick_text(value: float, step: float) -> str:
-    """Writes a tick with as many decimals as the distance between ticks asks for, and thousands as k and M."""
+    """Write a tick with as many decimals as the distance between ticks needs, and thousands as k and M."""
     if value == 0:
         return "0"
     sizes = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"), (0.0, 1.0, ""))
@@ -42,7 +42,7 @@ def tick_text(value: float, step: float) -> str:
 
 def padded(low: float, high: float) -> tuple[float, float]:
     room = (high - low) * 0.06
-    if room <= 1e-9 * max(abs(low), abs(high)):  # a flat line, drawn in the middle
+    if room <= 1e-9 * max(abs(low), abs(high)):  # A flat line is drawn in the middle.
         room = abs(low) * 0.1 or 0.5
     return low - room, high + room
 

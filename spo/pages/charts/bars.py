@@ -14,7 +14,7 @@ from spo.wording import number
 
 
 def histogram(policy: Sequence[float], reference: Sequence[float], axis: str) -> Markup:
-    """Draws two distributions over the same bins: the policy's filled, the reference's as an outline.
+    """Draw two distributions over the same bins: the policy filled, the reference as an outline.
 
     Args:
         policy: Values of the policy, at least one.
@@ -60,7 +60,7 @@ def histogram(policy: Sequence[float], reference: Sequence[float], axis: str) ->
 
 
 def bin_edges(values: Sequence[float]) -> list[float]:
-    """Returns the edges of 6 to 32 equal bins over all values, by the Freedman-Diaconis rule."""
+    """Return the edges of 6 to 32 equal bins over all values, by the Freedman-Diaconis rule."""
     ordered = sorted(values)
     low, high = ordered[0], ordered[-1]
     if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
@@ -81,7 +81,7 @@ def _shares(values: Sequence[float], edges: Sequence[float]) -> list[float]:
 
 
 def interval_bar(value: float, low: float | None, high: float | None) -> Markup:
-    """Draws a share in [0, 1] with its interval against the line of no difference at 0.5."""
+    """Draw a share in [0, 1] with its interval, and a line at 0.5, where neither side is better."""
     width, height, middle = 560, 76, 26
 
     def x(share: float) -> float:
@@ -102,10 +102,10 @@ def interval_bar(value: float, low: float | None, high: float | None) -> Markup:
     parts.append(f'<circle class="dot point hue-1" cx="{x(value):.1f}" cy="{middle}" r="5.5"/>')
     parts.append(f'<text class="tick" x="{x(0)}" y="{height - 2}">reference better</text>')
     parts.append(f'<text class="tick" text-anchor="end" x="{x(1)}" y="{height - 2}">policy better</text>')
-    said = f"win rate {number(value)}" + (
+    description = f"win rate {number(value)}" + (
         "" if low is None or high is None else f", 95% {number(low)} to {number(high)}"
     )
-    return svg(parts, said, 'class="interval-bar"', width, height)
+    return svg(parts, description, 'class="interval-bar"', width, height)
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ class Whisker:
     """A value with its interval.
 
     Attributes:
-        name: What it is of.
-        hue: Number of its colour and shape.
-        value: The value.
+        name: Label of the row.
+        hue: Number of its color and shape.
+        value: Value to mark.
         low: Lower end of its interval, if there is one.
-        high: Upper end.
-        said: What it says, in words.
+        high: Upper end of its interval.
+        description: Text under the pointer.
     """
 
     name: str
@@ -126,7 +126,7 @@ class Whisker:
     value: float
     low: float | None
     high: float | None
-    said: str
+    description: str
 
 
 def whiskers(
@@ -137,14 +137,14 @@ def whiskers(
     *,
     compact: bool = False,
 ) -> Markup:
-    """Draws values with their intervals below each other.
+    """Draw values with their intervals below each other.
 
     Args:
-        rows: From top to bottom, at least one.
+        rows: Values from top to bottom, at least one.
         axis: Name of the horizontal axis.
-        bounds: Its range; ``None`` for one that fits.
-        baseline: Where a thin line is drawn to compare with.
-        compact: Whether there are many rows of one colour.
+        bounds: Range of the axis; ``None`` for one that fits.
+        baseline: Position of a thin line to compare with.
+        compact: Whether rows are drawn small, for many rows of one color.
     """
     width, row, names = (400, 27, 112) if compact else (560, 54, 120)
     height = row * len(rows) + BOTTOM + 4
@@ -177,9 +177,9 @@ def whiskers(
         inner += marker(one.hue, x(one.value), y, 6, "point")
         inner += f'<text class="row-value" text-anchor="end" x="{width}" y="{y + 6:.1f}">{number(one.value)}</text>'
         hit = f'<rect class="hit" x="0" y="{row * place}" width="{width}" height="{row}"/>'
-        parts.append(f'<g class="said">{hit}{inner}<title>{escape(one.said)}</title></g>')
+        parts.append(f'<g class="described">{hit}{inner}<title>{escape(one.description)}</title></g>')
     middle = (names + width - 58) / 2
     parts.append(
         f'<text class="axis-name" text-anchor="middle" x="{middle:.0f}" y="{height - 4}">{escape(axis)}</text>'
     )
-    return svg(parts, "; ".join(one.said for one in rows), 'class="whiskers"', width, height)
+    return svg(parts, "; ".join(one.description for one in rows), 'class="whiskers"', width, height)

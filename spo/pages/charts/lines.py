@@ -35,13 +35,13 @@ class Series:
     """One line of a chart.
 
     Attributes:
-        name: What the legend calls it.
+        name: Name in the legend.
         steps: Increasing positions on the horizontal axis.
         values: One value for each step; NaN leaves a gap.
-        hue: Number of its colour, from 1.
+        hue: Number of its color, from 1.
         dashed: Whether it is drawn dashed and dotted, as validation is.
-        low: Lower ends of a band around it, one for each step; none where it has no band.
-        high: Upper ends.
+        low: Lower ends of a band around it, one for each step; empty without a band.
+        high: Upper ends of the band.
     """
 
     name: str
@@ -58,11 +58,11 @@ class LineChart:
     """A line chart of a few series over the training step.
 
     Attributes:
-        key: The metrics it shows.
-        title: Its heading.
+        key: Keys of the metrics in the chart.
+        title: Heading of the chart.
         unit: Unit of the vertical axis, empty for a pure number.
-        series: The lines.
-        bounds: Fixed range of the vertical axis where it has one, such as (0, 1) for a share.
+        series: Lines of the chart.
+        bounds: Fixed range of the vertical axis, such as (0, 1) for a share; ``None`` for one that fits.
         baseline: Height of a thin line to compare with, such as 0.5 for an accuracy.
     """
 
@@ -75,9 +75,9 @@ class LineChart:
 
 
 def thin(steps: Sequence[float], values: Sequence[float], limit: int = MAX_POINTS) -> tuple[list[float], list[float]]:
-    """Keeps at most ``limit`` of the points: the first, the last, and the lowest and highest of equal stretches.
+    """Keep at most ``limit`` points: the first, the last, and the lowest and highest of equal stretches.
 
-    Every kept point is one of the given points, so a spike survives and nothing is averaged.
+    Every point that is left is one of the given points, so spikes survive and nothing is averaged.
     """
     if len(steps) <= limit:
         return list(steps), list(values)
@@ -93,20 +93,20 @@ def thin(steps: Sequence[float], values: Sequence[float], limit: int = MAX_POINT
     return [steps[i] for i in order], [values[i] for i in order]
 
 
-def line_chart(panel: LineChart, span: tuple[float, float]) -> tuple[Markup, dict[str, Any]]:
-    """Draws a panel.
+def line_chart(chart: LineChart, span: tuple[float, float]) -> tuple[Markup, dict[str, Any]]:
+    """Draw a line chart.
 
     Args:
-        panel: What to draw; each series is thinned to at most ``MAX_POINTS`` points.
+        chart: Chart to draw; each series is thinned to at most ``MAX_POINTS`` points.
         span: First and last step, the same for all charts of a page so that they can be read side by side.
 
     Returns:
-        The SVG, and what the hover read-out needs: plot area, span and the points drawn.
+        The SVG, and the data of the hover read-out: plot area, span and the points drawn.
     """
-    series = [(one, *thin(one.steps, one.values)) for one in panel.series]
-    bands = [v for one in panel.series for v in (*one.low, *one.high)]
+    series = [(one, *thin(one.steps, one.values)) for one in chart.series]
+    bands = [v for one in chart.series for v in (*one.low, *one.high)]
     numbers = [v for v in (*bands, *(v for _, _, values in series for v in values)) if not math.isnan(v)]
-    low, high = panel.bounds or padded(min(numbers, default=0.0), max(numbers, default=1.0))
+    low, high = chart.bounds or padded(min(numbers, default=0.0), max(numbers, default=1.0))
     x0, x1 = span if span[1] > span[0] else (span[0] - 0.5, span[0] + 0.5)
 
     def x(step: float) -> float:
@@ -117,10 +117,10 @@ def line_chart(panel: LineChart, span: tuple[float, float]) -> tuple[Markup, dic
 
     steps = [s for s in nice_ticks(*span, 6) if s.is_integer()] or [span[0]]
     parts = [draw_y_axis(nice_ticks(low, high), y), draw_x_axis(steps, x, "step")]
-    if panel.baseline is not None and low < panel.baseline < high:
-        height = y(panel.baseline)
+    if chart.baseline is not None and low < chart.baseline < high:
+        height = y(chart.baseline)
         parts.append(f'<line class="baseline" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
-    parts += [_band(one, x, y) for one in panel.series if one.low]
+    parts += [_band(one, x, y) for one in chart.series if one.low]
     for one, at, values in series:
         look = " dashed" if one.dashed else " noisy" if len(at) > _MAX_DOTS else ""
         parts.append(f'<path class="curve hue-{one.hue}{look}" d="{_path(at, values, x, y)}"/>')
@@ -132,7 +132,7 @@ def line_chart(panel: LineChart, span: tuple[float, float]) -> tuple[Markup, dic
         parts += [f'<circle class="dot hue-{one.hue}" cx="{x(s):.1f}" cy="{y(v):.1f}" r="2.4"/>' for s, v in dots]
     parts.append(f'<line class="crosshair" x1="0" x2="0" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/>')
     data = {
-        "key": panel.key,
+        "key": chart.key,
         "span": [x0, x1],
         "left": LEFT,
         "right": WIDTH - RIGHT,
@@ -142,8 +142,8 @@ def line_chart(panel: LineChart, span: tuple[float, float]) -> tuple[Markup, dic
             for one, at, values in series
         ],
     }
-    said = "; ".join(_said(one) for one in panel.series)
-    return svg(parts, f"{panel.title}: {said}", f'class="chart" data-chart="{escape(panel.key)}"'), data
+    description = "; ".join(_description(one) for one in chart.series)
+    return svg(parts, f"{chart.title}: {description}", f'class="chart" data-chart="{escape(chart.key)}"'), data
 
 
 def _path(steps: Sequence[float], values: Sequence[float], x: Scale, y: Scale) -> str:
@@ -175,7 +175,7 @@ def _alone(values: Sequence[float]) -> list[bool]:
     return [before and after for before, after in zip(gap, gap[2:], strict=False)]
 
 
-def _said(series: Series) -> str:
+def _description(series: Series) -> str:
     numbers = [v for v in series.values if not math.isnan(v)]
     if not numbers:
         return f"{series.name}: no finite value"

@@ -16,29 +16,29 @@ class Point:
     """A point of a scatter chart.
 
     Attributes:
-        x: Where it lies.
-        y: Where it lies.
-        said: What it is, in words.
-        large: Whether it stands for others, as a mean does.
-        ring: Whether it is marked as the chosen one.
+        x: Position on the horizontal axis.
+        y: Position on the vertical axis.
+        description: Text under the pointer.
+        large: Whether it summarizes other points, as a mean does.
+        ring: Whether a ring marks it as selected.
     """
 
     x: float
     y: float
-    said: str
+    description: str
     large: bool = False
     ring: bool = False
 
 
 @dataclass(frozen=True)
 class Cloud:
-    """Points of one colour and shape, and a line through some.
+    """Points of one color and shape, and a line through some of them.
 
     Attributes:
-        name: What the legend calls them.
-        hue: Number of their colour and shape, from 1.
-        points: The points.
-        line: Corners of the line.
+        name: Name in the legend.
+        hue: Number of the color and shape, from 1.
+        points: Points of the cloud.
+        line: Corners of the line; empty without a line.
     """
 
     name: str
@@ -54,13 +54,13 @@ def scatter(
     start: tuple[float, float] | None = None,
     baseline: float | None = None,
 ) -> Markup:
-    """Draws points, and a line through those that were chosen for it.
+    """Draw points, and a line through some points of each cloud.
 
     Args:
-        clouds: What to draw, at least one point in all.
+        clouds: Clouds to draw, with at least one point in all.
         x_axis: Name of the horizontal axis.
         y_axis: Name of the vertical axis.
-        start: Where everything started from, drawn as a cross.
+        start: Position of the reference model, drawn as a cross.
         baseline: Height of a thin line to compare with.
     """
     width, height = 520, 340
@@ -94,4 +94,4 @@ def scatter(
 def _point(hue: int, point: Point, x: float, y: float) -> str:
     mark = marker(hue, x, y, 5.2 if point.large else 3.2, "" if point.large else "faint")
     ring = f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="10"/>' if point.ring else ""
-    return f'<g class="said">{ring}{mark}<title>{escape(point.said)}</title></g>'
+    return f'<g class="described">{ring}{mark}<title>{escape(point.description)}</title></g>'

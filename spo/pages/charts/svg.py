@@ -8,12 +8,12 @@ from spo.pages.charts.axes import HEIGHT, WIDTH
 
 
 def marker(hue: int, x: float, y: float, size: float, look: str = "") -> str:
-    """Draws a mark whose shape belongs to its colour, so that neither is needed to tell marks apart.
+    """Draw a mark. Each color has its own shape, so that marks can be told apart by either.
 
     Args:
-        hue: Number of its colour and shape, from 1.
-        x: Its middle.
-        y: Its middle.
+        hue: Number of its color and shape, from 1.
+        x: Horizontal position of its center.
+        y: Vertical position of its center.
         size: Half of its height.
         look: Further class names.
     """
@@ -33,14 +33,23 @@ def marker(hue: int, x: float, y: float, size: float, look: str = "") -> str:
 
 def svg(
     parts: list[str],
-    said: str,
+    description: str,
     attributes: str,
     width: int = WIDTH,
     height: int = HEIGHT,
     *,
     natural: bool = False,
 ) -> Markup:
-    """Puts a drawing together; ``natural`` keeps it from growing beyond its own size."""
+    """Wrap parts of a drawing into an SVG element.
+
+    Args:
+        parts: SVG elements of the drawing.
+        description: Text for screen readers.
+        attributes: Attributes of the element.
+        width: Width of the view box.
+        height: Height of the view box.
+        natural: Whether the drawing does not grow beyond its own size.
+    """
     size = f' style="max-width:{width}px"' if natural else ""
-    head = f'<svg {attributes}{size} viewBox="0 0 {width} {height}" role="img" aria-label="{escape(said)}">'
+    head = f'<svg {attributes}{size} viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}">'
     return Markup(head + "".join(parts) + "</svg>")

@@ -15,16 +15,16 @@ class Tile:
     """A cell of a map.
 
     Attributes:
-        text: What is written on it.
-        said: What it says, in words.
-        shade: How strong its colour is, from 0 to 1.
-        hue: Number of its colour.
-        ring: Whether it is marked as the chosen one.
-        note: A second, smaller line.
+        text: Text on the cell.
+        description: Text under the pointer.
+        shade: Strength of its color, from 0 to 1.
+        hue: Number of its color.
+        ring: Whether an edge marks it as selected.
+        note: Second, smaller line of text.
     """
 
     text: str
-    said: str
+    description: str
     shade: float
     hue: int = 1
     ring: bool = False
@@ -34,14 +34,14 @@ class Tile:
 def tiles(
     rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[Tile | None]], row_axis: str, column_axis: str
 ) -> Markup:
-    """Draws a map of cells, coloured by what they are worth.
+    """Draw a map of cells with shaded colors.
 
     Args:
         rows: Names of the rows.
         columns: Names of the columns.
-        cells: One sequence per row; ``None`` leaves a hole.
-        row_axis: What the rows are.
-        column_axis: What the columns are.
+        cells: Cells, one sequence per row; ``None`` leaves a hole.
+        row_axis: Name of the vertical axis.
+        column_axis: Name of the horizontal axis.
     """
     side, tall, top = 78, 50, 44
     left = 34 + max(7.2 * max(map(len, rows)), 12)
@@ -68,8 +68,8 @@ def _tile(cell: Tile, x: float, y: float, width: float, height: float) -> str:
     shade = 0.06 + 0.6 * min(max(cell.shade, 0.0), 1.0)
     note = f'<text class="tick" text-anchor="middle" x="{middle:.1f}" y="{center + 15}">{escape(cell.note)}</text>'
     return (
-        f'<g class="said"><rect class="tile hue-{cell.hue}" fill-opacity="{shade:.2f}" {box}/>'
+        f'<g class="described"><rect class="tile hue-{cell.hue}" fill-opacity="{shade:.2f}" {box}/>'
         + (f'<rect class="tile-edge{ring}" {box}/>' if ring else "")
         + f'<text class="tile-text" text-anchor="middle" x="{middle:.1f}" y="{center + (0 if cell.note else 5)}">'
-        f"{escape(cell.text)}</text>{note if cell.note else ''}<title>{escape(cell.said)}</title></g>"
+        f"{escape(cell.text)}</text>{note if cell.note else ''}<title>{escape(cell.description)}</title></g>"
     )
