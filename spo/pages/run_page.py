@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from spo.metrics.catalogue import INTERVAL, label, rank, shown_in, unit
+from spo.metrics.catalogue import INTERVAL, find, label, rank, shown_in, unit
 from spo.pages.charts import LineChart, Series, histogram, interval_bar, line_chart
 from spo.pages.dashboard import Curves, Dashboard, load_spec, unit_of
 from spo.pages.selfcontained import write_selfcontained
@@ -187,13 +187,20 @@ def _table(run: RunRecord) -> list[dict[str, str]]:
     for name in sorted(names.keys() - folded, key=rank):
         cells = {}
         for who, prefix in (("policy", "eval/"), ("reference", "eval/reference/")):
-            cells[who] = number(metrics.get(prefix + name))
+            cells[who] = _number(name, metrics.get(prefix + name))
             ends = [metrics.get(f"{prefix}{name}{end}") for end in INTERVAL]
             cells[who + "_interval"] = "" if None in ends else f"{number(ends[0])} – {number(ends[1])}"
         policy, reference = run.metric(f"eval/{name}"), run.metric(f"eval/reference/{name}")
         change = "–" if policy is None or reference is None else number(float(policy - reference), signed=True)
         rows.append({"name": label(name), "key": name, "unit": unit(name), "change": change, **cells})
     return rows
+
+
+def _number(name: str, value: Any) -> str:
+    """Write the value of a metric; counts, which are stored as floats, without decimals."""
+    entry = find(name)
+    is_count = entry is not None and not entry.of_policy and isinstance(value, float) and value.is_integer()
+    return number(int(value) if is_count else value)
 
 
 def _under(run: RunRecord, prefix: str, write: Any) -> list[tuple[str, str]]:
