@@ -1,4 +1,4 @@
-"""The catalogue of metrics, and that one entry brings a new metric everywhere."""
+"""The catalogue of metrics: one entry shows a new metric everywhere."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_one_entry_shows_a_new_metric_everywhere(
     assert Bars("Rhyming lines", ("eval/rhymes",), SHARE) in panels
 
 
-def test_a_family_stands_for_its_members() -> None:
+def test_family_entry_matches_its_members() -> None:
     assert label("reward/good_end") == "reward: good end"
     assert label("win_rate/chosen") == "win rate against chosen"
     assert label("win_rate/run_2_length_controlled") == "win rate against run_2, at equal length"
@@ -76,13 +76,13 @@ def test_a_family_stands_for_its_members() -> None:
     assert find("rewards/unheard_of") is None and label("rewards/unheard_of") == "rewards/unheard_of"
 
 
-def test_a_logged_key_has_the_entry_of_its_own_split_where_there_is_one() -> None:
+def test_logged_key_prefers_the_entry_with_its_prefix() -> None:
     assert [find_logged(key).key for key in ("eval/kl", "train/kl", "exact/entropy")] == ["kl", "kl", "exact/entropy"]  # type: ignore[union-attr]
     assert find_logged("eval/reward/plot").key == "reward/NAME"  # type: ignore[union-attr]
     assert find_logged("time/total_s") is None
 
 
-def test_tables_keep_families_together_and_unknown_metrics_last() -> None:
+def test_rank_keeps_families_together_and_unknown_metrics_last() -> None:
     ordered = [
         "win_rate",
         "win_rate_length_controlled",
@@ -106,7 +106,7 @@ def test_keys_are_unique_and_ranges_increase() -> None:
     assert all(entry.bounds is None or entry.bounds[0] < entry.bounds[1] for entry in catalogue.CATALOGUE)
 
 
-def test_the_catalogue_needs_neither_torch_nor_hydra() -> None:
+def test_catalogue_imports_neither_torch_nor_hydra() -> None:
     code = "import sys, spo.metrics.catalogue; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "hydra", "numpy", "omegaconf"} & set(done.stdout.split())

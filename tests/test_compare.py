@@ -1,4 +1,4 @@
-"""What `spo compare` says follows from the files, and what would be unfair is refused."""
+"""`spo compare`: its numbers follow from the files, and unfair comparisons are rejected."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 def rewrite(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Changes each row of a file of lines, or the one value of another."""
+    """Change each row of a JSON lines file, or the value of a JSON file."""
     if file.suffix == ".jsonl":
         rows = lines(file)
         for row in rows:
@@ -62,7 +62,7 @@ def rewrite(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 # --- what it says --------------------------------------------------------------------------------------------------
 
 
-def test_numbers_are_means_over_seeds_and_prompts(tmp_path: Path) -> None:
+def test_estimates_are_means_over_seeds_and_prompts(tmp_path: Path) -> None:
     comparison = compared(write_sweep(tmp_path, prompts=40, samples=2))
     assert [len(one.settings) for one in comparison.methods] == [1, 1, 1]
     assert comparison.prompts == 40 and list(comparison.seeds) == [1, 2, 3] and comparison.select is None
@@ -80,7 +80,7 @@ def test_numbers_are_means_over_seeds_and_prompts(tmp_path: Path) -> None:
     assert values == sorted(values, reverse=True)
 
 
-def test_the_best_setting_is_selected_without_a_look_at_the_test_split(tmp_path: Path) -> None:
+def test_best_setting_is_selected_without_the_test_split(tmp_path: Path) -> None:
     for beta, val, test in ((0.1, 0.7, 0.2), (0.2, 0.6, 0.9), (0.3, 0.65, 0.5)):
         for seed in (1, 2):
             run = write_run(tmp_path, method="dpo", seed=seed, beta=beta)
@@ -96,7 +96,7 @@ def test_the_best_setting_is_selected_without_a_look_at_the_test_split(tmp_path:
     assert by_length.best.label == "beta 0.1"
 
 
-def test_selection_falls_back_and_says_so(tmp_path: Path) -> None:
+def test_selection_falls_back_with_a_note(tmp_path: Path) -> None:
     for beta in (0.1, 0.2):
         write_run(tmp_path, method="dpo", beta=beta, without=["val/win_rate", "val/reward"])
     comparison = compared(tmp_path)
@@ -110,7 +110,7 @@ def test_selection_falls_back_and_says_so(tmp_path: Path) -> None:
     assert "val/rewards/accuracies" in str(error.value)
 
 
-def test_labels_show_what_varies_and_not_what_follows_from_it(tmp_path: Path) -> None:
+def test_setting_labels_show_varying_keys_without_derived_ones(tmp_path: Path) -> None:
     for steps in (60, 120):
         changes = {"trainer.max_steps": steps, "scheduler.num_training_steps": steps}
         write_run(tmp_path / str(steps), alpha=0.1, changes=changes)
@@ -120,7 +120,7 @@ def test_labels_show_what_varies_and_not_what_follows_from_it(tmp_path: Path) ->
     assert alone.best.label == "alpha 0.1, beta 0.1"
 
 
-def test_kl_and_entropy_vary_as_the_samples_and_lie_where_they_were_recorded(tmp_path: Path) -> None:
+def test_kl_and_entropy_scores_vary_as_samples_around_the_recorded_mean(tmp_path: Path) -> None:
     [run] = find_runs([write_run(tmp_path)]).runs
     for name in ("kl", "entropy", "win_rate_length_controlled"):
         scores = of_prompts(run, name)
@@ -131,7 +131,7 @@ def test_kl_and_entropy_vary_as_the_samples_and_lie_where_they_were_recorded(tmp
     assert of_prompts(run, "distinct_2") == {} and of_prompts(run, "unheard_of") == {}
 
 
-def test_the_interval_at_equal_length_agrees_with_the_bootstrap_of_the_evaluation(tmp_path: Path) -> None:
+def test_equal_length_interval_agrees_with_the_evaluation(tmp_path: Path) -> None:
     folder = write_run(tmp_path, prompts=200)
     rows = lines(folder / "samples.jsonl")
     rates = win_rates(
@@ -147,7 +147,7 @@ def test_the_interval_at_equal_length_agrees_with_the_bootstrap_of_the_evaluatio
     assert one.high == pytest.approx(rates["win_rate_length_controlled_ci_high"], abs=0.012)
 
 
-def test_unanswered_verdicts_are_left_out(tmp_path: Path) -> None:
+def test_unanswered_verdicts_are_skipped(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     rewrite(folder / "samples.jsonl", lambda row: row.update(verdict=None) if row["prompt_id"].endswith("0") else None)
     [run] = find_runs([folder]).runs
@@ -155,7 +155,7 @@ def test_unanswered_verdicts_are_left_out(tmp_path: Path) -> None:
     assert compared(folder).methods[0].estimates["win_rate"].low is not None
 
 
-def test_prompts_that_are_all_there_are_no_sample(tmp_path: Path) -> None:
+def test_samples_are_resampled_where_prompts_are_exhaustive(tmp_path: Path) -> None:
     source = {"data.source._target_": "spo.data.enumerable.EnumerableSource"}
     [run] = find_runs([write_run(tmp_path, prompts=2, samples=30, changes=source)]).runs
     assert len(of_prompts(run, "win_rate")) == 60
@@ -164,7 +164,7 @@ def test_prompts_that_are_all_there_are_no_sample(tmp_path: Path) -> None:
 # --- differences ---------------------------------------------------------------------------------------------------
 
 
-def test_one_loss_under_two_names_is_no_difference(tmp_path: Path) -> None:
+def test_same_loss_under_two_names_shows_no_difference(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         for name in ("dpo", "renamed"):
             write_run(tmp_path, method=name, seed=seed, luck=0)
@@ -175,7 +175,7 @@ def test_one_loss_under_two_names_is_no_difference(tmp_path: Path) -> None:
     assert all(duel.estimate is not None and duel.estimate.value == 0.5 for duel in comparison.duels)
 
 
-def test_one_loss_with_other_luck_is_no_difference(tmp_path: Path) -> None:
+def test_same_loss_with_other_random_numbers_shows_no_difference(tmp_path: Path) -> None:
     found = []
     for trial in range(8):
         for seed in (1, 2, 3):
@@ -185,7 +185,7 @@ def test_one_loss_with_other_luck_is_no_difference(tmp_path: Path) -> None:
     assert sum(found) <= 1
 
 
-def test_differences_are_of_all_pairs_or_to_the_baseline(tmp_path: Path) -> None:
+def test_differences_cover_all_pairs_or_the_baseline(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         for name, lift in (("good", 2.5), ("fair", 0.6), ("poor", -0.8)):
             write_run(tmp_path, method=name, seed=seed, lift=lift, prompts=80)
@@ -212,7 +212,7 @@ def test_differences_are_of_all_pairs_or_to_the_baseline(tmp_path: Path) -> None
         compared(tmp_path, metric="eval/charm")
 
 
-def test_a_number_that_is_not_finite_is_none(tmp_path: Path) -> None:
+def test_non_finite_numbers_are_none(tmp_path: Path) -> None:
     paths = [write_run(tmp_path, method=name) for name in ("one", "two")]
     rewrite(paths[1] / "metrics.json", lambda metrics: metrics.update({"eval/win_rate": math.nan, "eval/kl": math.inf}))
     comparison = compared(tmp_path)
@@ -221,14 +221,14 @@ def test_a_number_that_is_not_finite_is_none(tmp_path: Path) -> None:
     assert "nan" not in to_csv(comparison).lower()
 
 
-def test_better_is_known_where_it_is_agreed() -> None:
+def test_better_direction_comes_from_the_catalogue() -> None:
     assert better("eval/win_rate") and better("val/reward") and better("val/rewards/accuracies")
     assert better("val/loss") is False and better("eval/kl") is False and better("eval/self_bleu") is False
     assert better("eval/calibration/ece") is False and better("eval/calibration/log_loss") is False
     assert better("eval/length") is None and better("eval/entropy") is None
 
 
-def test_methods_meet_each_other_by_their_rewards(tmp_path: Path) -> None:
+def test_duels_compare_rewards(tmp_path: Path) -> None:
     paths = [write_run(tmp_path, method=name, prompts=3, samples=2) for name in ("one", "two")]
     for path, rewards in zip(paths, ([1, 5, 2, 2, 9, 9], [3, 3, 2, 2, 1, 1]), strict=True):
         of_rows = iter(rewards)
@@ -242,7 +242,7 @@ def test_methods_meet_each_other_by_their_rewards(tmp_path: Path) -> None:
 
 
 def evaluate_against(run: Path, opponent: Path, shares: list[float | None], **changes: Any) -> None:
-    """Writes what `spo evaluate RUN evaluation.against=[OPPONENT]` leaves, with changes to the configuration."""
+    """Write the files of `spo evaluate RUN evaluation.against=[OPPONENT]`, with changes to the configuration."""
     folder = run / "evaluations" / f"{len(list(run.glob('evaluations/*')))}"
     folder.mkdir(parents=True)
     shutil.copy(run / "samples.jsonl", folder)
@@ -255,7 +255,7 @@ def evaluate_against(run: Path, opponent: Path, shares: list[float | None], **ch
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
 
-def test_methods_meet_each_other_as_a_judge_has_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duels_use_the_verdicts_of_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [write_run(tmp_path, method=name, prompts=4, judge=False) for name in ("one", "two")]
     with pytest.raises(CannotCompare, match="neither eval/win_rate nor eval/reward"):
         compared(tmp_path)
@@ -272,7 +272,7 @@ def test_methods_meet_each_other_as_a_judge_has_said(tmp_path: Path, monkeypatch
     [{"judge": {"model": "another"}}, {"evaluation": {"temperature": 0.5}}, {"data": {"path": "others.jsonl"}}],
     ids=["judge", "evaluation", "data"],
 )
-def test_what_was_judged_in_another_way_does_not_count(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_duels_ignore_verdicts_of_other_settings(tmp_path: Path, changes: dict[str, Any]) -> None:
     paths = [write_run(tmp_path, method=name, prompts=4, judge=False) for name in ("one", "two")]
     evaluate_against(*paths, [1.0, 1.0, 1.0, 1.0], **changes)
     one, two = find_runs(paths).runs
@@ -282,7 +282,7 @@ def test_what_was_judged_in_another_way_does_not_count(tmp_path: Path, changes: 
     assert set(against(one, two).values()) == {0.0} and set(against(two, one).values()) == {1.0}
 
 
-def test_an_opponent_of_the_same_name_in_another_sweep_is_another(tmp_path: Path) -> None:
+def test_duels_tell_opponents_of_equal_names_apart(tmp_path: Path) -> None:
     one = write_run(tmp_path / "first", method="one", prompts=4, judge=False)
     two = write_run(tmp_path / "first", method="two", prompts=4, judge=False)
     namesake = write_run(tmp_path / "second", method="two", prompts=4, judge=False, changes={"optimizer.lr": 0.1})
@@ -295,7 +295,7 @@ def test_an_opponent_of_the_same_name_in_another_sweep_is_another(tmp_path: Path
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_run_counts_once(tmp_path: Path) -> None:
+def test_same_run_counts_once(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", seeds=(1, 2))
     first = next(sweep.glob("method-spo*"))
     shutil.copytree(first, tmp_path / "elsewhere" / "copy")
@@ -307,7 +307,7 @@ def test_the_same_run_counts_once(tmp_path: Path) -> None:
     assert all(len(one.best.runs) == 2 for one in compare(found, bootstrap=QUICK).methods)
 
 
-def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+def test_paths_without_a_run_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CannotCompare) as error:
         find_runs([tmp_path / "empty", tmp_path / "absent"])
@@ -321,7 +321,7 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
 # --- refusing ------------------------------------------------------------------------------------------------------
 
 
-def test_a_fair_comparison_has_no_problem(tmp_path: Path) -> None:
+def test_fair_comparison_has_no_problem(tmp_path: Path) -> None:
     assert not compared(write_sweep(tmp_path, grid=True, seeds=(1, 2), prompts=12)).problems
 
 
@@ -335,7 +335,7 @@ def test_a_fair_comparison_has_no_problem(tmp_path: Path) -> None:
         *((f"judge.{name}", 1) for name in ("batch_size", "device", "input_price", "output_price")),
     ],
 )
-def test_what_changes_no_number_makes_no_other_setting(tmp_path: Path, key: str, value: Any) -> None:
+def test_operational_keys_do_not_make_another_setting(tmp_path: Path, key: str, value: Any) -> None:
     sweep = write_sweep(tmp_path, seeds=(1, 2))
     spoil_config(key, value)(sweep)
     assert not find_problems(find_runs([sweep]))
@@ -405,7 +405,7 @@ def spoil_job(sweep: Path) -> None:
         (spoil_job, "the job method=kto seed=1 is failed: no such loss"),
     ],
 )
-def test_what_is_unfair_is_refused_or_marked(
+def test_unfair_comparison_is_rejected_or_marked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None], words: str
 ) -> None:
     sweep = write_sweep(tmp_path, seeds=(1, 2))
@@ -421,7 +421,7 @@ def test_what_is_unfair_is_refused_or_marked(
         assert words.replace('"', '\\"')[:40] in text
 
 
-def test_all_problems_are_named_at_once_and_end_with_status_1(
+def test_all_problems_are_reported_with_exit_status_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = write_sweep(tmp_path, seeds=(1, 2))
@@ -448,7 +448,7 @@ def test_methods_without_a_finished_run_are_named(tmp_path: Path) -> None:
 # --- outputs -------------------------------------------------------------------------------------------------------
 
 
-def test_csv_json_and_markdown_hold_the_same_numbers(tmp_path: Path) -> None:
+def test_csv_json_and_markdown_contain_the_same_numbers(tmp_path: Path) -> None:
     comparison = compared(write_sweep(tmp_path, grid=True, seeds=(1, 2), prompts=20))
     plain = json.loads(json.dumps(to_dict(comparison)))
     table = list(csv.DictReader(io.StringIO(to_csv(comparison))))
@@ -467,7 +467,7 @@ def test_csv_json_and_markdown_hold_the_same_numbers(tmp_path: Path) -> None:
     assert all(one["words"] in markdown for one in plain["differences"])
 
 
-def test_the_command_writes_beside_the_runs_or_where_it_is_told(
+def test_compare_writes_beside_the_runs_or_into_the_given_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -488,7 +488,7 @@ def test_the_command_writes_beside_the_runs_or_where_it_is_told(
 
 
 @pytest.mark.slow
-def test_a_sweep_of_one_loss_under_two_names_from_end_to_end(tmp_path: Path, cache_dir: Path) -> None:
+def test_sweep_of_one_loss_under_two_names_end_to_end(tmp_path: Path, cache_dir: Path) -> None:
     twin = tmp_path / "conf" / "method" / "twin.yaml"
     twin.parent.mkdir(parents=True)
     twin.write_text((conf_dir() / "method" / "dpo.yaml").read_text().replace("name: dpo", "name: twin"))
