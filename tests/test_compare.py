@@ -421,9 +421,7 @@ def test_unfair_comparison_is_rejected_or_marked(
         assert words.replace('"', '\\"')[:40] in text
 
 
-def test_all_problems_are_reported_with_exit_status_1(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_problems_are_reported_with_exit_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = write_sweep(tmp_path, seeds=(1, 2))
     for spoil in (spoil_budget, spoil_prompts, spoil_job):
         spoil(sweep)

@@ -137,9 +137,7 @@ def test_comparison_of_one_method_has_no_differences(tmp_path: Path) -> None:
     for beta in (0.1, 0.2):
         write_run(tmp_path, method="dpo", beta=beta)
     page = page_of(tmp_path)
-    assert (
-        "Differences" not in page.text and "Head to head" not in page.text and "Settings tried" in page.text
-    )
+    assert "Differences" not in page.text and "Head to head" not in page.text and "Settings tried" in page.text
 
 
 def test_comparison_page_escapes_hostile_texts(tmp_path: Path) -> None:
