@@ -21,7 +21,7 @@ from spo.comparison.choice import better
 from spo.comparison.compare import Comparison, Method, compare
 from spo.comparison.refusals import find_problems
 from spo.comparison.runs import CannotCompare, find_runs
-from spo.comparison.scores import against, of_prompts
+from spo.comparison.scores import scores_by_prompt, win_shares
 from spo.evaluation.winrate import win_rates
 from spo.pages.comparison_files import to_csv, to_dict, to_markdown
 from spo.pages.comparison_table import show
@@ -123,12 +123,12 @@ def test_setting_labels_show_varying_keys_without_derived_ones(tmp_path: Path) -
 def test_kl_and_entropy_scores_vary_as_samples_around_the_recorded_mean(tmp_path: Path) -> None:
     [run] = find_runs([write_run(tmp_path)]).runs
     for name in ("kl", "entropy", "win_rate_length_controlled"):
-        scores = of_prompts(run, name)
+        scores = scores_by_prompt(run, name)
         assert len(scores) == 48
         assert math.isclose(fmean(scores.values()), run.record.metric(f"eval/{name}") or 0.0)
     ratio = [row["logp_policy"] - row["logp_reference"] for row in run.samples]
-    assert np.allclose(np.diff(list(of_prompts(run, "kl").values())), np.diff(ratio))
-    assert of_prompts(run, "distinct_2") == {} and of_prompts(run, "unheard_of") == {}
+    assert np.allclose(np.diff(list(scores_by_prompt(run, "kl").values())), np.diff(ratio))
+    assert scores_by_prompt(run, "distinct_2") == {} and scores_by_prompt(run, "unheard_of") == {}
 
 
 def test_equal_length_interval_agrees_with_the_evaluation(tmp_path: Path) -> None:
@@ -151,14 +151,14 @@ def test_unanswered_verdicts_are_skipped(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     rewrite(folder / "samples.jsonl", lambda row: row.update(verdict=None) if row["prompt_id"].endswith("0") else None)
     [run] = find_runs([folder]).runs
-    assert len(of_prompts(run, "win_rate")) == 45
+    assert len(scores_by_prompt(run, "win_rate")) == 45
     assert compared(folder).methods[0].estimates["win_rate"].low is not None
 
 
 def test_samples_are_resampled_where_prompts_are_exhaustive(tmp_path: Path) -> None:
     source = {"data.source._target_": "spo.data.enumerable.EnumerableSource"}
     [run] = find_runs([write_run(tmp_path, prompts=2, samples=30, changes=source)]).runs
-    assert len(of_prompts(run, "win_rate")) == 60
+    assert len(scores_by_prompt(run, "win_rate")) == 60
 
 
 # --- differences ---------------------------------------------------------------------------------------------------
@@ -234,8 +234,8 @@ def test_duels_compare_rewards(tmp_path: Path) -> None:
         of_rows = iter(rewards)
         rewrite(path / "samples.jsonl", lambda row, of_rows=of_rows: row.update(reward=next(of_rows)))
     one, two = find_runs(paths).runs
-    assert list(against(one, two).values()) == [0.5, 0.5, 1.0]
-    assert list(against(two, one).values()) == [0.5, 0.5, 0.0]
+    assert list(win_shares(one, two).values()) == [0.5, 0.5, 1.0]
+    assert list(win_shares(two, one).values()) == [0.5, 0.5, 0.0]
     duels = {(duel.first, duel.second): duel.estimate for duel in compared(tmp_path).duels}
     assert duels["one", "two"] is not None and math.isclose(duels["one", "two"].value, 2 / 3)
     assert duels["two", "one"] is not None and math.isclose(duels["two", "one"].value, 1 / 3)
@@ -263,8 +263,8 @@ def test_duels_use_the_verdicts_of_a_judge(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     evaluate_against(paths[0], paths[1].relative_to(tmp_path), [1.0, 0.5, None, 0.0], judge={"cache": "elsewhere"})
     one, two = find_runs(paths).runs
-    assert list(against(one, two).values()) == [1.0, 0.5, 0.0]
-    assert list(against(two, one).values()) == [0.0, 0.5, 1.0]
+    assert list(win_shares(one, two).values()) == [1.0, 0.5, 0.0]
+    assert list(win_shares(two, one).values()) == [0.0, 0.5, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -276,10 +276,10 @@ def test_duels_ignore_verdicts_of_other_settings(tmp_path: Path, changes: dict[s
     paths = [write_run(tmp_path, method=name, prompts=4, judge=False) for name in ("one", "two")]
     evaluate_against(*paths, [1.0, 1.0, 1.0, 1.0], **changes)
     one, two = find_runs(paths).runs
-    assert against(one, two) == {} and against(two, one) == {}
+    assert win_shares(one, two) == {} and win_shares(two, one) == {}
     evaluate_against(*paths, [0.0, 0.0, 0.0, 0.0])
     one, two = find_runs(paths).runs
-    assert set(against(one, two).values()) == {0.0} and set(against(two, one).values()) == {1.0}
+    assert set(win_shares(one, two).values()) == {0.0} and set(win_shares(two, one).values()) == {1.0}
 
 
 def test_duels_tell_opponents_of_equal_names_apart(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_duels_tell_opponents_of_equal_names_apart(tmp_path: Path) -> None:
     assert two.name == namesake.name
     evaluate_against(one, namesake, [1.0, 1.0, 1.0, 1.0])
     found = find_runs([one, two, namesake]).runs
-    assert against(found[0], found[1]) == {} and len(against(found[0], found[2])) == 4
+    assert win_shares(found[0], found[1]) == {} and len(win_shares(found[0], found[2])) == 4
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -401,7 +401,7 @@ def spoil_job(sweep: Path) -> None:
         (spoil_prompts, "the test prompts are not the same for all runs (48 samples: "),
         (spoil_run(), "seed-1 is unfinished, at step 30"),
         (spoil_run(error="the loss is not finite"), "seed-1 is failed: the loss is not finite"),
-        (spoil_code, "have the same setting and seed but are different runs (the code of spo differ)"),
+        (spoil_code, "have the same setting and seed but are different runs (the code of spo differs)"),
         (spoil_job, "the job method=kto seed=1 is failed: no such loss"),
     ],
 )

@@ -20,7 +20,7 @@ from spo.comparison.choice import (
 )
 from spo.comparison.refusals import Problem, find_problems
 from spo.comparison.runs import CannotCompare, Found, Run
-from spo.comparison.scores import against, prompts_of, table
+from spo.comparison.scores import score_table, shared_prompts, win_shares
 from spo.metrics.catalogue import find, shown_in
 from spo.stats import Bootstrap, Estimate, holm
 
@@ -215,7 +215,7 @@ def _estimates(setting: Setting, bootstrap: Bootstrap) -> dict[str, Estimate]:
     shared = set.intersection(*(set(run.record.metrics or {}) for run in setting.runs))
     found = {}
     for name in [key.removeprefix("eval/") for key in sorted(shared) if key.startswith("eval/")]:
-        scores = table(setting.runs, name, prompts_of(setting.runs, name)) if describes_policy(name) else None
+        scores = score_table(setting.runs, name, shared_prompts(setting.runs, name)) if describes_policy(name) else None
         if scores is not None:
             found[name] = _bounded(bootstrap.mean(scores), name)
     return found
@@ -231,8 +231,8 @@ def _differences(
     ]
     found = []
     for one, two in pairs:
-        prompts = prompts_of([*one.best.runs, *two.best.runs], metric)
-        first, second = (table(method.best.runs, metric, prompts) for method in (one, two))
+        prompts = shared_prompts([*one.best.runs, *two.best.runs], metric)
+        first, second = (score_table(method.best.runs, metric, prompts) for method in (one, two))
         assert first is not None and second is not None, "the metric is one that all runs have"
         paired = one.best.seeds == two.best.seeds
         found.append((one.name, two.name, bootstrap.difference(first, second, paired=paired), paired))
@@ -248,7 +248,7 @@ def _differences(
 def _duel(one: Method, two: Method, bootstrap: Bootstrap) -> Duel:
     paired = one.best.seeds == two.best.seeds
     rows = [
-        _mean([against(run, other) for other in ([two.best.runs[place]] if paired else two.best.runs)])
+        _mean([win_shares(run, other) for other in ([two.best.runs[place]] if paired else two.best.runs)])
         for place, run in enumerate(one.best.runs)
     ]
     prompts = [prompt for prompt in rows[0] if all(prompt in row for row in rows)]

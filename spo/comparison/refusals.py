@@ -54,10 +54,6 @@ def _names(items: Sequence[Any]) -> str:
     return f"{shown} and {len(items) - _MAX_NAMES} more" if len(items) > _MAX_NAMES else shown
 
 
-def _methods(runs: Iterable[Run]) -> list[str]:
-    return list(dict.fromkeys(run.method for run in runs))
-
-
 def _duplicates(runs: Sequence[Run]) -> list[Problem]:
     """Find runs of the same setting and seed that differ in their code or in the files that they read."""
     return [
@@ -72,9 +68,15 @@ def _duplicates(runs: Sequence[Run]) -> list[Problem]:
 
 
 def _reason(runs: Sequence[Run]) -> str:
-    words = {"code": "the code of spo", "data": "the bytes of the data", "weights": "the model", "adapter": "adapter"}
-    differing = [text for key, text in words.items() if len({run.identity.get(key) for run in runs}) > 1]
-    return f"{' and '.join(differing)} differ" if differing else "their configurations differ"
+    parts = {
+        "code": "the code of spo",
+        "data": "the data files",
+        "weights": "the model",
+        "adapter": "the adapter",
+    }
+    differing = [text for key, text in parts.items() if len({run.identity.get(key) for run in runs}) > 1]
+    verb = "differs" if len(differing) == 1 else "differ"
+    return f"{' and '.join(differing)} {verb}" if differing else "their configurations differ"
 
 
 def _budgets(runs: Sequence[Run]) -> list[Problem]:

@@ -10,19 +10,18 @@ import numpy as np
 
 from spo.comparison.runs import Run, on_test_split
 from spo.evaluation.winrate import at_equal_length, verdict_of_rewards
-from spo.metrics.catalogue import PerSample, Row, find
-from spo.metrics.catalogue import against as with_opponent
+from spo.metrics.catalogue import PerSample, Row, find, with_opponent
 from spo.stats import Array
 from spo.wording import finite
 
 
-def unit_of(run: Run, row: Row) -> str:
+def resampling_unit(run: Run, row: Row) -> str:
     """Return what is independent in a row: its prompt, or the sample where the prompts are all there are."""
     prompt = str(row.get("prompt_id"))
     return f"{prompt} {row.get('sample_index')}" if run.has_all_prompts else prompt
 
 
-def of_prompts(run: Run, metric: str) -> dict[str, float]:
+def scores_by_prompt(run: Run, metric: str) -> dict[str, float]:
     """Return the scores of a run by prompt, with the recorded number as their mean.
 
     The KL and the entropy that a run records come from whole distributions. The log-probs of its samples estimate how
@@ -36,15 +35,15 @@ def of_prompts(run: Run, metric: str) -> dict[str, float]:
         Scores by prompt; empty where single samples do not have a value, as for distinct-n, or none were recorded.
     """
     if metric not in run.scores:
-        run.scores[metric] = _of_prompts(run, metric)
+        run.scores[metric] = _scores_by_prompt(run, metric)
     return run.scores[metric]
 
 
-def _of_prompts(run: Run, metric: str) -> dict[str, float]:
+def _scores_by_prompt(run: Run, metric: str) -> dict[str, float]:
     entry, recorded = find(metric), run.record.metric(f"eval/{metric}")
     if entry is None or entry.per_sample is None:
         return {}
-    units = [unit_of(run, row) for row in run.samples]
+    units = [resampling_unit(run, row) for row in run.samples]
     rows: Sequence[Row] = run.samples
     if entry.parameter == "OPPONENT":
         opponent = entry.argument(metric) or ""
@@ -102,13 +101,13 @@ def _at_zero(
     return dict(zip(prompts, values.tolist(), strict=True))
 
 
-def prompts_of(runs: Sequence[Run], metric: str) -> list[str]:
+def shared_prompts(runs: Sequence[Run], metric: str) -> list[str]:
     """Return the prompts for which all runs have a score."""
-    known = [of_prompts(run, metric) for run in runs]
+    known = [scores_by_prompt(run, metric) for run in runs]
     return [prompt for prompt in known[0] if all(prompt in one for one in known)] if known else []
 
 
-def table(runs: Sequence[Run], metric: str, prompts: Sequence[str]) -> Array | None:
+def score_table(runs: Sequence[Run], metric: str, prompts: Sequence[str]) -> Array | None:
     """Return the scores of several seeds on the same prompts.
 
     Args:
@@ -124,11 +123,11 @@ def table(runs: Sequence[Run], metric: str, prompts: Sequence[str]) -> Array | N
         return None
     if not prompts:
         return np.array(recorded, dtype=np.float64)[:, None]
-    rows = [of_prompts(run, metric) for run in runs]
+    rows = [scores_by_prompt(run, metric) for run in runs]
     return np.array([[row[prompt] for prompt in prompts] for row in rows], dtype=np.float64)
 
 
-def against(run: Run, other: Run) -> dict[str, float]:
+def win_shares(run: Run, other: Run) -> dict[str, float]:
     """Return how often a run beats another on each prompt, by their rewards or by the verdicts of a judge.
 
     With rewards, every sample of one run is compared with every sample of the other. Verdicts exist where one of the
@@ -157,7 +156,7 @@ def _rewards(run: Run) -> dict[str, list[float]]:
     for row in run.samples:
         reward = finite(row.get("reward"))
         if reward is not None:
-            found.setdefault(unit_of(run, row), []).append(reward)
+            found.setdefault(resampling_unit(run, row), []).append(reward)
     return found
 
 
@@ -174,5 +173,5 @@ def _judged(run: Run, other: Run) -> dict[str, float]:
         for row in on_test_split(evaluation):
             verdict = finite(((row.get("opponents") or {}).get(directory.name) or {}).get("verdict"))
             if verdict is not None:
-                found.setdefault(unit_of(run, row), []).append(verdict)
+                found.setdefault(resampling_unit(run, row), []).append(verdict)
     return {prompt: fmean(verdicts) for prompt, verdicts in found.items()}

@@ -115,7 +115,7 @@ def _length_difference(row: Row) -> float | None:
     return None if ours is None or theirs is None else ours - theirs
 
 
-def against(row: Row, opponent: str) -> Row:
+def with_opponent(row: Row, opponent: str) -> Row:
     """Return a row in which a named opponent takes the place of the reference."""
     answer = (row.get("opponents") or {}).get(opponent) or {}
     return {**row, "verdict": answer.get("verdict"), "reference_tokens": answer.get("tokens")}
