@@ -1,7 +1,8 @@
 """Hooks of the documentation site: they generate the reference pages, so that no copy of a default is written by hand.
 
-Nothing here imports the package. The configuration reference is read from the yaml files of ``conf/`` with their
-comments; the API pages name the modules of ``spo/``, whose docstrings mkdocstrings reads from the sources.
+The configuration reference is read from the yaml files of ``conf/`` with their comments. The API pages name the modules
+of ``spo/``, whose docstrings mkdocstrings reads from the sources. The catalogue of metrics is the only part of the
+package that is imported; it needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from spo.metrics.catalogue import markdown_table
+
 if TYPE_CHECKING:  # the tests read the pages without mkdocs
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
@@ -22,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGURATION = "reference/configuration/"
 API = "reference/api/"
 DECISIONS = "decisions/"
+CATALOGUE_MARKER = "<!-- catalogue of metrics -->"
 NOT_CONFIGURED = ("dashboard",)
 """Folders of ``conf/`` that hold something else than members of a config group."""
 
@@ -51,6 +55,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Remove the tags that the tests read, serve linked files from outside ``docs/``, and list generated pages."""
     markdown = re.sub(r"^(\s*(?:```|~~~)\w+) [\w-]+$", r"\1", markdown, flags=re.MULTILINE)
     markdown = re.sub(r"(?<=\]\()\.\./[^)#\s]+", lambda match: _served(match[0], page, config, files), markdown)
+    markdown = markdown.replace(CATALOGUE_MARKER, markdown_table())
     for folder in (CONFIGURATION, API):
         if page.file.src_uri == f"{folder}index.md":
             pages = [file for file in files.documentation_pages() if file.src_uri.startswith(folder)]

@@ -1,4 +1,4 @@
-"""How numbers and texts are put into words: digits, durations, and text made safe to show."""
+"""Numbers and texts for people: digits, durations, and text that is safe to show."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def finite(value: Any) -> float | None:
-    """Returns ``value`` as a float, or ``None`` where it is absent, no number, or not finite."""
+    """Return ``value`` as a float, or ``None`` if it is absent, not a number, or not finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -18,11 +18,11 @@ def finite(value: Any) -> float | None:
 
 
 def number(value: Any, *, signed: bool = False) -> str:
-    """Writes a number with three or four significant digits, so that columns of unlike sizes can still be read.
+    """Write a number with three or four significant digits, so that columns of different sizes stay readable.
 
     Args:
-        value: A number, or anything else: absent (``None``) is a dash, NaN and infinities are said in words.
-        signed: Whether a positive number gets its plus sign, as differences do.
+        value: Number or anything else; ``None`` becomes a dash, NaN and infinities become words.
+        signed: Whether positive numbers get a plus sign, as differences do.
     """
     if value is None:
         return "–"
@@ -42,7 +42,12 @@ def number(value: Any, *, signed: bool = False) -> str:
 
 
 def duration(name: str, value: Any) -> tuple[str, str]:
-    """Moves the seconds from the name of a ``time/`` metric to its value; a speed keeps its name."""
+    """Move the unit of seconds from the name of a ``time/`` metric to its value; a speed keeps its name.
+
+    Args:
+        name: Key without ``time/``.
+        value: Value of the metric.
+    """
     stem = next((name.removesuffix(end) for end in ("_seconds", "_sec", "_s") if name.endswith(end)), name)
     if finite(value) is None or "_per_" in name or stem == name:
         return name, number(value)
@@ -50,28 +55,28 @@ def duration(name: str, value: Any) -> tuple[str, str]:
 
 
 def verdict_word(verdict: float) -> str:
-    """Returns who won a comparison, seen from the policy; a judge may give shares between 0 and 1."""
+    """Return win, tie or loss of the policy; a judge may give shares between 0 and 1."""
     return "tie" if verdict == 0.5 else "win" if verdict > 0.5 else "loss"
 
 
-def win_rate_in_words(low: float | None, high: float | None) -> str:
-    """Says what an interval of the win rate shows, and no more than that."""
+def describe_win_rate(low: float | None, high: float | None) -> str:
+    """State what an interval of the win rate shows."""
     if low is None or high is None:
         return "No interval was recorded."
     if low > 0.5:
         return "The interval lies above 0.5: the policy beats the reference."
     if high < 0.5:
         return "The interval lies below 0.5: the policy loses to the reference."
-    return "The interval holds 0.5: no difference to the reference is shown."
+    return "The interval contains 0.5: no difference to the reference is shown."
 
 
 def clean(text: str) -> str:
-    """Makes a sampled text safe to show: control characters become visible, lone surrogates a question mark."""
+    """Make a sampled text safe to show: control characters become visible, lone surrogates become question marks."""
     pictures = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
     pictures |= {code: 0xFFFD for code in range(0x80, 0xA0)}
     return text.replace("\r\n", "\n").translate(pictures).encode("utf-8", "replace").decode("utf-8")
 
 
 def shorten(text: str, limit: int) -> str:
-    """Cuts a text to ``limit`` characters and says how many were left out."""
+    """Cut a text to ``limit`` characters and state how many were left out."""
     return text if len(text) <= limit else f"{text[:limit].rstrip()} … ({len(text) - limit:,} characters more)"

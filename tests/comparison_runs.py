@@ -1,4 +1,4 @@
-"""Run directories with the files that training leaves, written in a moment and with a known truth."""
+"""Synthetic run directories with the files of a training run and known effects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TITLES = {
     "dpo": "Direct Preference Optimization",
     "ipo": "Identity Preference Optimization",
 }
-# What each method's policy is like at alpha = beta = 0.1: lift of the reward over the reference, KL, entropy.
+# Lift of the reward over the reference, KL and entropy of each method at alpha = beta = 0.1.
 CHARACTER = {"spo": (1.1, 24.0, 0.95), "dpo": (0.85, 17.0, 0.78), "ipo": (0.55, 9.0, 0.88)}
 
 
@@ -43,24 +43,24 @@ def write_run(
     error: str | None = None,
     without: Iterable[str] = (),
 ) -> Path:
-    """Writes a run directory.
+    """Write a run directory.
 
     Args:
-        folder: of the sweep; the run's own is named as jobs are.
-        method: its name.
-        seed: of the run.
-        alpha: ``None`` for a method that does not read it.
-        beta: the other coefficient.
-        prompts: of the test split.
-        samples: per prompt.
-        lift: of the policy's rewards over the reference's; ``None`` for what method and coefficients make of it.
-        luck: seed of the samples; ``None`` for one of this run.
-        changes: of the flat configuration.
-        provenance: of its ``inputs``.
-        judge: whether there are rewards and verdicts.
-        finished: whether there are final numbers.
-        error: why its last attempt failed.
-        without: keys that are left out of ``metrics.json``.
+        folder: Folder of the sweep, in which the run directory is named as jobs are.
+        method: Name of the method.
+        seed: Random seed of the run.
+        alpha: Coefficient alpha; ``None`` for a method that does not read it.
+        beta: Coefficient beta.
+        prompts: Number of prompts of the test split.
+        samples: Number of samples per prompt.
+        lift: Reward of the policy over the reference; ``None`` for a value that follows from the coefficients.
+        luck: Seed of the samples; ``None`` for one of this run.
+        changes: Changes of the flat configuration.
+        provenance: Changes of ``inputs`` in the provenance.
+        judge: Whether there are rewards and verdicts.
+        finished: Whether there are final numbers.
+        error: Reason why the last attempt failed; ``None`` for no failure.
+        without: Keys that are left out of ``metrics.json``.
     """
     config = _config(method, seed, alpha, beta, prompts, samples) | dict(changes or {})
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
@@ -69,7 +69,7 @@ def write_run(
     run_dir.mkdir(parents=True)
     made, kl, entropy = _truth(method, alpha, beta)
     generator = random.Random(f"{digest if luck is None else luck} {seed if luck is not None else ''}")
-    # What an update of this seed happens to do to all its samples.
+    # A seed shifts the rewards of all its samples.
     shift = generator.gauss(0, 0.05)
     rows = _samples(generator, seed, prompts, samples, (made if lift is None else lift) + shift, kl, entropy, judge)
     config = dict(sorted(config.items()))
@@ -93,7 +93,7 @@ def write_run(
 
 
 def write_sweep(folder: Path, *, seeds: Iterable[int] = (1, 2, 3), grid: bool = False, **settings: Any) -> Path:
-    """SPO, DPO and IPO, with one setting or nine each."""
+    """Write runs of SPO, DPO and IPO, with one setting or nine each."""
     for seed in seeds:
         alphas, betas = ((0.03, 0.1, 0.3), (0.03, 0.1, 0.3)) if grid else ((0.1,), (0.1,))
         for alpha in alphas:
@@ -107,7 +107,7 @@ def write_sweep(folder: Path, *, seeds: Iterable[int] = (1, 2, 3), grid: bool = 
 
 
 def _truth(method: str, alpha: float | None, beta: float) -> tuple[float, float, float]:
-    """A policy that gains with the KL it spends, up to a point."""
+    """Return lift, KL and entropy of a policy whose reward grows with its KL, up to a point."""
     gain, kl, entropy = CHARACTER.get(method, CHARACTER["dpo"])
     away = 0.5 * math.log10(beta / 0.1) + (0.4 * math.log10((alpha or 0.1) / 0.1))
     kl *= 10 ** (-0.8 * away)

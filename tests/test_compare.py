@@ -1,4 +1,4 @@
-"""What `spo compare` says follows from the files, and what would be unfair is refused."""
+"""`spo compare`: its numbers follow from the files, and unfair comparisons are rejected."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ import pytest
 import yaml
 
 from spo import cli
-from spo.comparison.compare import Comparison, Method, better, compare, describe_difference
+from spo.comparison.choice import better
+from spo.comparison.compare import Comparison, Method, compare
 from spo.comparison.refusals import find_problems
 from spo.comparison.runs import CannotCompare, find_runs
-from spo.comparison.scores import against, of_prompts
-from spo.comparison.statistics import Bootstrap
+from spo.comparison.scores import scores_by_prompt, win_shares
 from spo.evaluation.winrate import win_rates
 from spo.pages.comparison_files import to_csv, to_dict, to_markdown
 from spo.pages.comparison_table import show
+from spo.pages.comparison_words import describe_difference
 from spo.resources import conf_dir
+from spo.stats import Bootstrap
 from tests.commands import TINY, spo
 from tests.comparison_runs import write_run, write_sweep
 
@@ -45,7 +47,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 def rewrite(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Changes each row of a file of lines, or the one value of another."""
+    """Change each row of a JSON lines file, or the value of a JSON file."""
     if file.suffix == ".jsonl":
         rows = lines(file)
         for row in rows:
@@ -60,7 +62,7 @@ def rewrite(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 # --- what it says --------------------------------------------------------------------------------------------------
 
 
-def test_numbers_are_means_over_seeds_and_prompts(tmp_path: Path) -> None:
+def test_estimates_are_means_over_seeds_and_prompts(tmp_path: Path) -> None:
     comparison = compared(write_sweep(tmp_path, prompts=40, samples=2))
     assert [len(one.settings) for one in comparison.methods] == [1, 1, 1]
     assert comparison.prompts == 40 and list(comparison.seeds) == [1, 2, 3] and comparison.select is None
@@ -78,7 +80,7 @@ def test_numbers_are_means_over_seeds_and_prompts(tmp_path: Path) -> None:
     assert values == sorted(values, reverse=True)
 
 
-def test_the_best_setting_is_selected_without_a_look_at_the_test_split(tmp_path: Path) -> None:
+def test_best_setting_is_selected_without_the_test_split(tmp_path: Path) -> None:
     for beta, val, test in ((0.1, 0.7, 0.2), (0.2, 0.6, 0.9), (0.3, 0.65, 0.5)):
         for seed in (1, 2):
             run = write_run(tmp_path, method="dpo", seed=seed, beta=beta)
@@ -94,21 +96,21 @@ def test_the_best_setting_is_selected_without_a_look_at_the_test_split(tmp_path:
     assert by_length.best.label == "beta 0.1"
 
 
-def test_selection_falls_back_and_says_so(tmp_path: Path) -> None:
+def test_selection_falls_back_with_a_note(tmp_path: Path) -> None:
     for beta in (0.1, 0.2):
         write_run(tmp_path, method="dpo", beta=beta, without=["val/win_rate", "val/reward"])
     comparison = compared(tmp_path)
     assert comparison.select == "val/rewards/accuracies"
     assert any("not all runs have val/win_rate" in note for note in comparison.notes)
     assert any("one seed" in note for note in comparison.notes)
-    with pytest.raises(CannotCompare, match="favours the luckiest setting"):
+    with pytest.raises(CannotCompare, match="favors the luckiest setting"):
         compared(tmp_path, select="eval/win_rate")
     with pytest.raises(CannotCompare, match="not all runs have it") as error:
         compared(tmp_path, select="val/win_rate")
     assert "val/rewards/accuracies" in str(error.value)
 
 
-def test_labels_show_what_varies_and_not_what_follows_from_it(tmp_path: Path) -> None:
+def test_setting_labels_show_varying_keys_without_derived_ones(tmp_path: Path) -> None:
     for steps in (60, 120):
         changes = {"trainer.max_steps": steps, "scheduler.num_training_steps": steps}
         write_run(tmp_path / str(steps), alpha=0.1, changes=changes)
@@ -118,27 +120,25 @@ def test_labels_show_what_varies_and_not_what_follows_from_it(tmp_path: Path) ->
     assert alone.best.label == "alpha 0.1, beta 0.1"
 
 
-def test_kl_and_entropy_vary_as_the_samples_and_lie_where_they_were_recorded(tmp_path: Path) -> None:
+def test_kl_and_entropy_scores_vary_as_samples_around_the_recorded_mean(tmp_path: Path) -> None:
     [run] = find_runs([write_run(tmp_path)]).runs
     for name in ("kl", "entropy", "win_rate_length_controlled"):
-        scores = of_prompts(run, name)
+        scores = scores_by_prompt(run, name)
         assert len(scores) == 48
         assert math.isclose(fmean(scores.values()), run.record.metric(f"eval/{name}") or 0.0)
     ratio = [row["logp_policy"] - row["logp_reference"] for row in run.samples]
-    assert np.allclose(np.diff(list(of_prompts(run, "kl").values())), np.diff(ratio))
-    assert of_prompts(run, "distinct_2") == {} and of_prompts(run, "unheard_of") == {}
+    assert np.allclose(np.diff(list(scores_by_prompt(run, "kl").values())), np.diff(ratio))
+    assert scores_by_prompt(run, "distinct_2") == {} and scores_by_prompt(run, "unheard_of") == {}
 
 
-def test_the_interval_at_equal_length_agrees_with_the_bootstrap_of_the_evaluation(tmp_path: Path) -> None:
+def test_equal_length_interval_agrees_with_the_evaluation(tmp_path: Path) -> None:
     folder = write_run(tmp_path, prompts=200)
     rows = lines(folder / "samples.jsonl")
     rates = win_rates(
         [row["verdict"] for row in rows],
         [row["tokens"] - row["reference_tokens"] for row in rows],
         [row["prompt_id"] for row in rows],
-        confidence=0.95,
-        samples=1000,
-        seed=0,
+        Bootstrap(draws=1000),
     )
     rewrite(folder / "metrics.json", lambda metrics: metrics.update({f"eval/{key}": v for key, v in rates.items()}))
     one = compared(folder).methods[0].estimates["win_rate_length_controlled"]
@@ -147,24 +147,24 @@ def test_the_interval_at_equal_length_agrees_with_the_bootstrap_of_the_evaluatio
     assert one.high == pytest.approx(rates["win_rate_length_controlled_ci_high"], abs=0.012)
 
 
-def test_unanswered_verdicts_are_left_out(tmp_path: Path) -> None:
+def test_unanswered_verdicts_are_skipped(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     rewrite(folder / "samples.jsonl", lambda row: row.update(verdict=None) if row["prompt_id"].endswith("0") else None)
     [run] = find_runs([folder]).runs
-    assert len(of_prompts(run, "win_rate")) == 45
+    assert len(scores_by_prompt(run, "win_rate")) == 45
     assert compared(folder).methods[0].estimates["win_rate"].low is not None
 
 
-def test_prompts_that_are_all_there_are_no_sample(tmp_path: Path) -> None:
+def test_samples_are_resampled_where_prompts_are_exhaustive(tmp_path: Path) -> None:
     source = {"data.source._target_": "spo.data.enumerable.EnumerableSource"}
     [run] = find_runs([write_run(tmp_path, prompts=2, samples=30, changes=source)]).runs
-    assert len(of_prompts(run, "win_rate")) == 60
+    assert len(scores_by_prompt(run, "win_rate")) == 60
 
 
 # --- differences ---------------------------------------------------------------------------------------------------
 
 
-def test_one_loss_under_two_names_is_no_difference(tmp_path: Path) -> None:
+def test_same_loss_under_two_names_shows_no_difference(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         for name in ("dpo", "renamed"):
             write_run(tmp_path, method=name, seed=seed, luck=0)
@@ -175,7 +175,7 @@ def test_one_loss_under_two_names_is_no_difference(tmp_path: Path) -> None:
     assert all(duel.estimate is not None and duel.estimate.value == 0.5 for duel in comparison.duels)
 
 
-def test_one_loss_with_other_luck_is_no_difference(tmp_path: Path) -> None:
+def test_same_loss_with_other_random_numbers_shows_no_difference(tmp_path: Path) -> None:
     found = []
     for trial in range(8):
         for seed in (1, 2, 3):
@@ -185,7 +185,7 @@ def test_one_loss_with_other_luck_is_no_difference(tmp_path: Path) -> None:
     assert sum(found) <= 1
 
 
-def test_differences_are_of_all_pairs_or_to_the_baseline(tmp_path: Path) -> None:
+def test_differences_cover_all_pairs_or_the_baseline(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         for name, lift in (("good", 2.5), ("fair", 0.6), ("poor", -0.8)):
             write_run(tmp_path, method=name, seed=seed, lift=lift, prompts=80)
@@ -212,7 +212,7 @@ def test_differences_are_of_all_pairs_or_to_the_baseline(tmp_path: Path) -> None
         compared(tmp_path, metric="eval/charm")
 
 
-def test_a_number_that_is_not_finite_is_none(tmp_path: Path) -> None:
+def test_non_finite_numbers_are_none(tmp_path: Path) -> None:
     paths = [write_run(tmp_path, method=name) for name in ("one", "two")]
     rewrite(paths[1] / "metrics.json", lambda metrics: metrics.update({"eval/win_rate": math.nan, "eval/kl": math.inf}))
     comparison = compared(tmp_path)
@@ -221,28 +221,28 @@ def test_a_number_that_is_not_finite_is_none(tmp_path: Path) -> None:
     assert "nan" not in to_csv(comparison).lower()
 
 
-def test_better_is_known_where_it_is_agreed() -> None:
+def test_better_direction_comes_from_the_catalogue() -> None:
     assert better("eval/win_rate") and better("val/reward") and better("val/rewards/accuracies")
     assert better("val/loss") is False and better("eval/kl") is False and better("eval/self_bleu") is False
     assert better("eval/calibration/ece") is False and better("eval/calibration/log_loss") is False
     assert better("eval/length") is None and better("eval/entropy") is None
 
 
-def test_methods_meet_each_other_by_their_rewards(tmp_path: Path) -> None:
+def test_duels_compare_rewards(tmp_path: Path) -> None:
     paths = [write_run(tmp_path, method=name, prompts=3, samples=2) for name in ("one", "two")]
     for path, rewards in zip(paths, ([1, 5, 2, 2, 9, 9], [3, 3, 2, 2, 1, 1]), strict=True):
         of_rows = iter(rewards)
         rewrite(path / "samples.jsonl", lambda row, of_rows=of_rows: row.update(reward=next(of_rows)))
     one, two = find_runs(paths).runs
-    assert list(against(one, two).values()) == [0.5, 0.5, 1.0]
-    assert list(against(two, one).values()) == [0.5, 0.5, 0.0]
+    assert list(win_shares(one, two).values()) == [0.5, 0.5, 1.0]
+    assert list(win_shares(two, one).values()) == [0.5, 0.5, 0.0]
     duels = {(duel.first, duel.second): duel.estimate for duel in compared(tmp_path).duels}
     assert duels["one", "two"] is not None and math.isclose(duels["one", "two"].value, 2 / 3)
     assert duels["two", "one"] is not None and math.isclose(duels["two", "one"].value, 1 / 3)
 
 
 def evaluate_against(run: Path, opponent: Path, shares: list[float | None], **changes: Any) -> None:
-    """Writes what `spo evaluate RUN evaluation.against=[OPPONENT]` leaves, with changes to the configuration."""
+    """Write the files of `spo evaluate RUN evaluation.against=[OPPONENT]`, with changes to the configuration."""
     folder = run / "evaluations" / f"{len(list(run.glob('evaluations/*')))}"
     folder.mkdir(parents=True)
     shutil.copy(run / "samples.jsonl", folder)
@@ -255,7 +255,7 @@ def evaluate_against(run: Path, opponent: Path, shares: list[float | None], **ch
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
 
-def test_methods_meet_each_other_as_a_judge_has_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duels_use_the_verdicts_of_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [write_run(tmp_path, method=name, prompts=4, judge=False) for name in ("one", "two")]
     with pytest.raises(CannotCompare, match="neither eval/win_rate nor eval/reward"):
         compared(tmp_path)
@@ -263,8 +263,8 @@ def test_methods_meet_each_other_as_a_judge_has_said(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     evaluate_against(paths[0], paths[1].relative_to(tmp_path), [1.0, 0.5, None, 0.0], judge={"cache": "elsewhere"})
     one, two = find_runs(paths).runs
-    assert list(against(one, two).values()) == [1.0, 0.5, 0.0]
-    assert list(against(two, one).values()) == [0.0, 0.5, 1.0]
+    assert list(win_shares(one, two).values()) == [1.0, 0.5, 0.0]
+    assert list(win_shares(two, one).values()) == [0.0, 0.5, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -272,30 +272,30 @@ def test_methods_meet_each_other_as_a_judge_has_said(tmp_path: Path, monkeypatch
     [{"judge": {"model": "another"}}, {"evaluation": {"temperature": 0.5}}, {"data": {"path": "others.jsonl"}}],
     ids=["judge", "evaluation", "data"],
 )
-def test_what_was_judged_in_another_way_does_not_count(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_duels_ignore_verdicts_of_other_settings(tmp_path: Path, changes: dict[str, Any]) -> None:
     paths = [write_run(tmp_path, method=name, prompts=4, judge=False) for name in ("one", "two")]
     evaluate_against(*paths, [1.0, 1.0, 1.0, 1.0], **changes)
     one, two = find_runs(paths).runs
-    assert against(one, two) == {} and against(two, one) == {}
+    assert win_shares(one, two) == {} and win_shares(two, one) == {}
     evaluate_against(*paths, [0.0, 0.0, 0.0, 0.0])
     one, two = find_runs(paths).runs
-    assert set(against(one, two).values()) == {0.0} and set(against(two, one).values()) == {1.0}
+    assert set(win_shares(one, two).values()) == {0.0} and set(win_shares(two, one).values()) == {1.0}
 
 
-def test_an_opponent_of_the_same_name_in_another_sweep_is_another(tmp_path: Path) -> None:
+def test_duels_tell_opponents_of_equal_names_apart(tmp_path: Path) -> None:
     one = write_run(tmp_path / "first", method="one", prompts=4, judge=False)
     two = write_run(tmp_path / "first", method="two", prompts=4, judge=False)
     namesake = write_run(tmp_path / "second", method="two", prompts=4, judge=False, changes={"optimizer.lr": 0.1})
     assert two.name == namesake.name
     evaluate_against(one, namesake, [1.0, 1.0, 1.0, 1.0])
     found = find_runs([one, two, namesake]).runs
-    assert against(found[0], found[1]) == {} and len(against(found[0], found[2])) == 4
+    assert win_shares(found[0], found[1]) == {} and len(win_shares(found[0], found[2])) == 4
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_run_counts_once(tmp_path: Path) -> None:
+def test_same_run_counts_once(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", seeds=(1, 2))
     first = next(sweep.glob("method-spo*"))
     shutil.copytree(first, tmp_path / "elsewhere" / "copy")
@@ -303,11 +303,11 @@ def test_the_same_run_counts_once(tmp_path: Path) -> None:
     (sweep / "comparison").mkdir()
     found = find_runs([sweep, first, tmp_path / "elsewhere"])
     assert len(found.runs) == 6
-    assert [note for note in found.notes if "are the same run, and count once" in note]
+    assert [note for note in found.notes if "are the same run, which counts once" in note]
     assert all(len(one.best.runs) == 2 for one in compare(found, bootstrap=QUICK).methods)
 
 
-def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+def test_paths_without_a_run_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CannotCompare) as error:
         find_runs([tmp_path / "empty", tmp_path / "absent"])
@@ -321,7 +321,7 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
 # --- refusing ------------------------------------------------------------------------------------------------------
 
 
-def test_a_fair_comparison_has_no_problem(tmp_path: Path) -> None:
+def test_fair_comparison_has_no_problem(tmp_path: Path) -> None:
     assert not compared(write_sweep(tmp_path, grid=True, seeds=(1, 2), prompts=12)).problems
 
 
@@ -335,7 +335,7 @@ def test_a_fair_comparison_has_no_problem(tmp_path: Path) -> None:
         *((f"judge.{name}", 1) for name in ("batch_size", "device", "input_price", "output_price")),
     ],
 )
-def test_what_changes_no_number_makes_no_other_setting(tmp_path: Path, key: str, value: Any) -> None:
+def test_operational_keys_do_not_make_another_setting(tmp_path: Path, key: str, value: Any) -> None:
     sweep = write_sweep(tmp_path, seeds=(1, 2))
     spoil_config(key, value)(sweep)
     assert not find_problems(find_runs([sweep]))
@@ -395,17 +395,17 @@ def spoil_job(sweep: Path) -> None:
         (lambda sweep: shutil.rmtree(next(sweep.glob("method-dpo*seed-2"))), "dpo: it lacks seed 2"),
         (spoil_digest, "the preference pairs are not the same for all runs (cdcdcdcd: "),
         (spoil_config("data.seed", 1), "the data differs between runs: data.seed (0 or 1)"),
-        (spoil_config("sft.max_steps", 1), "the start differs between runs: sft.max_steps (1 or 300)"),
-        (spoil_config("judge._target_", "x"), "how it is judged differs between runs: judge._target_ ("),
+        (spoil_config("sft.max_steps", 1), "the initial model differs between runs: sft.max_steps (1 or 300)"),
+        (spoil_config("judge._target_", "x"), "the evaluation differs between runs: judge._target_ ("),
         (spoil_config("trainer.max_steps", 9), "the methods were trained for different lengths: "),
         (spoil_prompts, "the test prompts are not the same for all runs (48 samples: "),
         (spoil_run(), "seed-1 is unfinished, at step 30"),
         (spoil_run(error="the loss is not finite"), "seed-1 is failed: the loss is not finite"),
-        (spoil_code, "have one setting and seed and are different runs (the code of spo differ)"),
+        (spoil_code, "have the same setting and seed but are different runs (the code of spo differs)"),
         (spoil_job, "the job method=kto seed=1 is failed: no such loss"),
     ],
 )
-def test_what_is_unfair_is_refused_or_marked(
+def test_unfair_comparison_is_rejected_or_marked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None], words: str
 ) -> None:
     sweep = write_sweep(tmp_path, seeds=(1, 2))
@@ -421,9 +421,7 @@ def test_what_is_unfair_is_refused_or_marked(
         assert words.replace('"', '\\"')[:40] in text
 
 
-def test_all_problems_are_named_at_once_and_end_with_status_1(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_problems_are_reported_with_exit_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = write_sweep(tmp_path, seeds=(1, 2))
     for spoil in (spoil_budget, spoil_prompts, spoil_job):
         spoil(sweep)
@@ -448,7 +446,7 @@ def test_methods_without_a_finished_run_are_named(tmp_path: Path) -> None:
 # --- outputs -------------------------------------------------------------------------------------------------------
 
 
-def test_csv_json_and_markdown_hold_the_same_numbers(tmp_path: Path) -> None:
+def test_csv_json_and_markdown_contain_the_same_numbers(tmp_path: Path) -> None:
     comparison = compared(write_sweep(tmp_path, grid=True, seeds=(1, 2), prompts=20))
     plain = json.loads(json.dumps(to_dict(comparison)))
     table = list(csv.DictReader(io.StringIO(to_csv(comparison))))
@@ -467,7 +465,7 @@ def test_csv_json_and_markdown_hold_the_same_numbers(tmp_path: Path) -> None:
     assert all(one["words"] in markdown for one in plain["differences"])
 
 
-def test_the_command_writes_beside_the_runs_or_where_it_is_told(
+def test_compare_writes_beside_the_runs_or_into_the_given_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -488,7 +486,7 @@ def test_the_command_writes_beside_the_runs_or_where_it_is_told(
 
 
 @pytest.mark.slow
-def test_a_sweep_of_one_loss_under_two_names_from_end_to_end(tmp_path: Path, cache_dir: Path) -> None:
+def test_sweep_of_one_loss_under_two_names_end_to_end(tmp_path: Path, cache_dir: Path) -> None:
     twin = tmp_path / "conf" / "method" / "twin.yaml"
     twin.parent.mkdir(parents=True)
     twin.write_text((conf_dir() / "method" / "dpo.yaml").read_text().replace("name: dpo", "name: twin"))

@@ -1,4 +1,4 @@
-"""The comparison's page: one file, what it draws is what was found, and a browser shows it."""
+"""The comparison page: one file that draws the results, in Python and in a browser."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ import pytest
 
 from spo.comparison.compare import Comparison, compare
 from spo.comparison.runs import find_runs
-from spo.comparison.statistics import Bootstrap
-from spo.pages.charts import Cloud, Point, Series, Whisker, line_chart, marker, scatter, whiskers
-from spo.pages.charts import Panel as ChartPanel
+from spo.pages.charts import Cloud, LineChart, Point, Series, Whisker, line_chart, marker, scatter, whiskers
 from spo.pages.comparison_figures import frontier, hues, settings_chart, win_matrix
 from spo.pages.comparison_page import write_page
+from spo.stats import Bootstrap
 from tests.comparison_runs import write_run, write_sweep
 from tests.test_reports import HOSTILE, Page
 
@@ -41,7 +40,7 @@ def page_of(folder: Path, **options: Any) -> Page:
     return Page(write_page(compare(find_runs([folder]), bootstrap=QUICK, **options), folder / "comparison"))
 
 
-def test_the_page_is_one_file_in_which_only_its_own_script_runs(grid: tuple[Comparison, Path]) -> None:
+def test_comparison_page_is_one_file_that_runs_only_its_own_script(grid: tuple[Comparison, Path]) -> None:
     page = Page(grid[1])
     for tag, attributes in page.elements:
         assert not {"src", "href", "srcset", "xlink:href"} & set(attributes), (tag, attributes)
@@ -55,7 +54,7 @@ def test_the_page_is_one_file_in_which_only_its_own_script_runs(grid: tuple[Comp
     assert "prefers-color-scheme: dark" in page.source and "@media print" in page.source
 
 
-def test_the_page_says_what_was_found(grid: tuple[Comparison, Path]) -> None:
+def test_comparison_page_shows_the_results(grid: tuple[Comparison, Path]) -> None:
     comparison, path = grid
     page = Page(path)
     assert "27 settings · 2 seeds · 24 test prompts · selected by val/win_rate" in page.text
@@ -70,7 +69,7 @@ def test_the_page_says_what_was_found(grid: tuple[Comparison, Path]) -> None:
     assert page.text.count("But it was lost.") == 6 * 4  # six prompts, three methods and the reference
 
 
-def test_every_run_is_a_point_and_every_frontier_a_line(grid: tuple[Comparison, Path]) -> None:
+def test_frontier_draws_a_point_per_run_and_a_line_per_method(grid: tuple[Comparison, Path]) -> None:
     comparison, path = grid
     for cost in ("kl", "entropy"):
         drawn = str(frontier(comparison, cost))
@@ -86,7 +85,7 @@ def test_every_run_is_a_point_and_every_frontier_a_line(grid: tuple[Comparison, 
         assert drawn in path.read_text(encoding="utf-8")
 
 
-def test_settings_are_a_map_of_two_keys_or_a_list_of_one(grid: tuple[Comparison, Path]) -> None:
+def test_settings_chart_is_a_map_of_two_keys_or_a_list_of_one(grid: tuple[Comparison, Path]) -> None:
     comparison, _ = grid
     charts = {method.name: str(settings_chart(comparison, method)) for method in comparison.methods}
     assert charts["spo"].count('<rect class="tile hue-1"') == 9 and charts["spo"].count("tile-edge") == 1
@@ -96,7 +95,7 @@ def test_settings_are_a_map_of_two_keys_or_a_list_of_one(grid: tuple[Comparison,
         assert len(re.findall("beta [0-9.]+( ✓)?</text>", charts[name])) == 9 and charts[name].count("✓") == 1
 
 
-def test_the_win_matrix_has_a_cell_for_every_pair(grid: tuple[Comparison, Path]) -> None:
+def test_win_matrix_has_a_cell_for_every_pair(grid: tuple[Comparison, Path]) -> None:
     comparison, _ = grid
     drawn = str(win_matrix(comparison))
     assert len(re.findall('<rect class="tile hue-[12]"', drawn)) == 6 and drawn.count("95% interval") == 6
@@ -105,7 +104,7 @@ def test_the_win_matrix_has_a_cell_for_every_pair(grid: tuple[Comparison, Path])
         assert f"{duel.first} against {duel.second}\nwin rate" in drawn
 
 
-def test_curves_are_means_in_bands_from_the_dashboard(grid: tuple[Comparison, Path]) -> None:
+def test_curves_of_the_dashboard_are_means_in_bands(grid: tuple[Comparison, Path]) -> None:
     comparison, path = grid
     charts = Page(path).charts
     assert {"val/loss", "val/kl", "val/entropy", "train/grad_norm", "val/rewards/accuracies"} <= set(charts)
@@ -120,30 +119,28 @@ def test_curves_are_means_in_bands_from_the_dashboard(grid: tuple[Comparison, Pa
     assert path.read_text().count('<polygon class="band') == 3 * len(charts)
 
 
-def test_what_is_absent_is_said(tmp_path: Path) -> None:
+def test_comparison_page_states_what_is_absent(tmp_path: Path) -> None:
     write_run(tmp_path, method="dpo", judge=False)
     write_run(tmp_path, method="ipo", judge=False)
     for run in tmp_path.glob("method-*"):
         (run / "history.jsonl").write_text("")
     page = page_of(tmp_path, metric="eval/kl")
-    assert "Nobody has judged the methods against each other" in page.text
+    assert "The methods were not judged against each other" in page.text
     assert 'spo evaluate RUN judge=JUDGE "evaluation.against=[OTHER_RUN]"' in page.text
     assert "No step was logged, so there are no curves." in page.text and not page.charts
     for run in tmp_path.glob("method-*"):
         (run / "samples.jsonl").unlink()
-    assert "The runs have no samples for the same prompts." in page_of(tmp_path, metric="eval/kl").text
+    assert "The runs do not have samples for the same prompts." in page_of(tmp_path, metric="eval/kl").text
 
 
-def test_one_method_is_a_sweep_without_differences(tmp_path: Path) -> None:
+def test_comparison_of_one_method_has_no_differences(tmp_path: Path) -> None:
     for beta in (0.1, 0.2):
         write_run(tmp_path, method="dpo", beta=beta)
     page = page_of(tmp_path)
-    assert (
-        "Differences" not in page.text and "Head to head" not in page.text and "Settings that were tried" in page.text
-    )
+    assert "Differences" not in page.text and "Head to head" not in page.text and "Settings tried" in page.text
 
 
-def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
+def test_comparison_page_escapes_hostile_texts(tmp_path: Path) -> None:
     for name in ("dpo", "<b>x</b>"):
         run = write_run(tmp_path, method="other" if name != "dpo" else name, changes={"method.title": HOSTILE})
         identity = json.loads((run / "identity.json").read_text())
@@ -161,12 +158,12 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
 # --- drawing -------------------------------------------------------------------------------------------------------
 
 
-def test_shapes_tell_colours_apart() -> None:
+def test_marks_of_different_colors_have_different_shapes() -> None:
     shapes = {marker(hue, 0, 0, 1).partition(' d="')[2] for hue in range(1, 9)}
     assert len(shapes) == 8
 
 
-def test_points_lie_where_their_numbers_say() -> None:
+def test_scatter_places_points_by_their_numbers() -> None:
     points = [Point(0.0, 0.0, "low"), Point(10.0, 1.0, "high"), Point(5.0, 0.5, "middle")]
     drawn = str(scatter([Cloud("a", 1, points, [(0.0, 0.0), (10.0, 1.0)])], "cost", "gain"))
     at = [tuple(map(float, pair)) for pair in re.findall(r"translate\(([\d.]+) ([\d.]+)\)", drawn)]
@@ -186,11 +183,11 @@ def test_whiskers_reach_from_low_to_high() -> None:
     assert float(x) + float(width) == pytest.approx(ticks[0.75], abs=0.11)
 
 
-def test_a_band_lies_around_its_line() -> None:
+def test_band_lies_around_its_line() -> None:
     series = Series(
         "a", [0, 1, 2], [1.0, float("nan"), 3.0], low=[0.0, float("nan"), 2.0], high=[2.0, float("nan"), 4.0]
     )
-    drawn = str(line_chart(ChartPanel("k", "t", "", [series]), (0, 2))[0])
+    drawn = str(line_chart(LineChart("k", "t", "", [series]), (0, 2))[0])
     [edge] = re.findall('<polygon class="band hue-1" points="([^"]*)"', drawn)
     corners = [tuple(map(float, corner.split(","))) for corner in edge.split()]
     line = [tuple(map(float, at)) for at in re.findall(r'circle class="dot hue-1" cx="([\d.]+)" cy="([\d.]+)"', drawn)]
@@ -217,7 +214,9 @@ def browser() -> Iterator[Browser]:
 
 @pytest.mark.browser
 @pytest.mark.parametrize("look", ["light", "dark", "narrow", "print"])
-def test_a_browser_shows_the_page(grid: tuple[Comparison, Path], browser: Browser, tmp_path: Path, look: str) -> None:
+def test_browser_shows_the_comparison_page(
+    grid: tuple[Comparison, Path], browser: Browser, tmp_path: Path, look: str
+) -> None:
     width = {"narrow": 400, "print": 720}.get(look, 1280)  # a sheet of A4 has 720 pixels between its margins
     page = browser.new_page(
         viewport={"width": width, "height": 900}, color_scheme="dark" if look == "dark" else "light"
@@ -240,7 +239,7 @@ def test_a_browser_shows_the_page(grid: tuple[Comparison, Path], browser: Browse
 
 
 @pytest.mark.browser
-def test_the_table_sorts_and_figures_answer(grid: tuple[Comparison, Path], browser: Browser) -> None:
+def test_table_sorts_and_figures_respond_to_the_pointer(grid: tuple[Comparison, Path], browser: Browser) -> None:
     comparison, path = grid
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(path.as_uri())

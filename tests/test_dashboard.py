@@ -1,4 +1,4 @@
-"""The dashboard's file: what it may hold, and that it is what pages draw."""
+"""Dashboard files: their format, and the pages and workspaces that are drawn from them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ sections:
 """
 
 
-def test_a_file_is_read_as_it_is_written(tmp_path: Path) -> None:
+def test_dashboard_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(OWN)
     loss = Curves("Loss of validation", ("loss",), ("val",), (0, 1.5), 0.7)
     first = Section(
@@ -59,12 +59,12 @@ def test_a_file_is_read_as_it_is_written(tmp_path: Path) -> None:
     assert dashboard.keys == {"val/loss", "eval/kl", "eval/win_rate", "train/absent", "val/absent"}
 
 
-def test_every_mistake_is_named_with_its_place(tmp_path: Path) -> None:
+def test_every_error_is_reported_with_its_position(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(BROKEN)
     with pytest.raises(UserError) as caught:
         load_spec(str(tmp_path / "mine.yaml"))
     lines = str(caught.value).splitlines()
-    assert lines[0].endswith("mine.yaml is no dashboard:")
+    assert lines[0].endswith("mine.yaml is not a dashboard:")
     places = [line.removeprefix("  - ").partition(":")[0] for line in lines[1:]]
     panels = [f"sections[0].panels[{place}]" for place in ("0].metrics", "0].zap", "1].bounds", "1].baseline")]
     assert {place.rstrip("]") for place in places} == {
@@ -75,25 +75,25 @@ def test_every_mistake_is_named_with_its_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("a: [1", "is no yaml"), ("", "is no dashboard"), ("- 1", "is no dashboard")]
+    ("text", "words"), [("a: [1", "is not valid YAML"), ("", "is not a dashboard"), ("- 1", "is not a dashboard")]
 )
-def test_a_file_that_is_no_dashboard(tmp_path: Path, text: str, words: str) -> None:
+def test_file_that_is_not_a_dashboard_is_rejected(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UserError, match=words):
         load_spec(tmp_path / "mine.yaml")
 
 
-def test_a_name_that_is_not_shipped_is_answered_with_those_that_are() -> None:
+def test_unknown_name_lists_the_shipped_dashboards() -> None:
     with pytest.raises(UserError, match="no dashboard nothing: give a yaml file, or one of alignment"):
         load_spec("nothing")
 
 
-def test_units_are_those_of_the_split_where_it_has_its_own() -> None:
+def test_units_of_exact_metrics_differ_from_other_splits() -> None:
     units = [unit_of(key) for key in ("eval/kl", "train/entropy", "exact/entropy", "exact/tv")]
     assert units == ["nats per sequence", "nats per token", "nats per response", ""]
 
 
-def test_the_report_draws_the_dashboard_it_is_given(tmp_path: Path) -> None:
+def test_run_page_draws_the_given_dashboard(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(OWN)
     page = Page(render_report(write_run(tmp_path / "run"), load_spec(tmp_path / "mine.yaml")))
     first, *further = page.charts.values()
@@ -104,8 +104,8 @@ def test_the_report_draws_the_dashboard_it_is_given(tmp_path: Path) -> None:
     assert "Further curves" in page.text
 
 
-def test_one_panel_may_show_the_metrics_of_another(tmp_path: Path) -> None:
-    """The read-out under the pointer finds a chart by its place on the page, as its key may come twice."""
+def test_two_panels_may_show_the_same_metric(tmp_path: Path) -> None:
+    """Check that charts are found by position on the page: their keys may occur twice."""
     panels = (Curves("Training", ("loss",), ("train",)), Curves("Validation", ("loss",), ("val",)))
     page = Page(render_report(write_run(tmp_path), Dashboard("Twice", (Section("Loss", panels),))))
     keys = [attributes["data-chart"] for tag, attributes in page.elements if "data-chart" in attributes]
@@ -117,7 +117,7 @@ def test_one_panel_may_show_the_metrics_of_another(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Runs of shipped compositions that log, between them, all there is."""
+    """Train shipped compositions that together log every metric."""
     folder, cache = tmp_path_factory.mktemp("logged"), shared_cache(tmp_path_factory)
     few = ("trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.log_every_n_steps=2")
     compositions = {
@@ -129,7 +129,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / name for name in compositions]
 
 
-def test_every_metric_of_a_panel_is_logged(runs: list[Path]) -> None:
+def test_every_metric_of_the_shipped_dashboard_is_logged(runs: list[Path]) -> None:
     logged = {key for run in runs for row in rows(run / "history.jsonl") for key in row if row[key] is not None}
     final = {key for run in runs for key in numbers(run)}
     for section in load_spec().sections:
@@ -147,8 +147,8 @@ def test_every_curve_is_drawn_under_its_section(runs: list[Path]) -> None:
             assert ("h4", curves.title) in shown, curves.title
 
 
-def test_a_run_has_few_curves_that_no_section_shows(runs: list[Path]) -> None:
-    """Whoever logs something new finds it among the further curves, and a place for it in the dashboard's file."""
+def test_shipped_dashboard_shows_almost_every_logged_metric(runs: list[Path]) -> None:
+    """Check that a new metric gets a place in the dashboard file, instead of among the further curves."""
     known = load_spec().keys
     logged = {key for row in rows(runs[0] / "history.jsonl") for key in row if key.startswith(("train/", "val/"))}
     assert len(logged - known) < 12, sorted(logged - known)
@@ -157,7 +157,7 @@ def test_a_run_has_few_curves_that_no_section_shows(runs: list[Path]) -> None:
 # --- W&B -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_workspace_has_every_section_and_panel() -> None:
+def test_workspace_has_every_section_and_panel() -> None:
     dashboard = load_spec()
     view = workspace(dashboard, "someone", "spo", group_by="method.name")
     assert (view.name, view.entity, view.project) == (dashboard.title, "someone", "spo")
@@ -179,7 +179,7 @@ def test_a_workspace_has_every_section_and_panel() -> None:
     assert workspace(dashboard, "someone", "spo")._to_model().spec.section.run_sets[0].grouping == []
 
 
-def test_axes_say_the_unit_and_what_to_compare_with() -> None:
+def test_axis_titles_show_unit_and_baseline() -> None:
     panels = (
         Curves("a", ("kl",)),
         Curves("b", ("tv",), ("exact",)),
@@ -190,7 +190,7 @@ def test_axes_say_the_unit_and_what_to_compare_with() -> None:
     assert section.panels[2].title_x == "share of prompts, compare with 0.5"
 
 
-def test_a_report_holds_the_same_panels_side_by_side() -> None:
+def test_report_has_the_same_panels_side_by_side() -> None:
     dashboard = load_spec()
     found = report(dashboard, "someone", "spo", group_by="method.name")
     grids = [block for block in found.blocks if isinstance(block, wr.PanelGrid)]
@@ -202,7 +202,7 @@ def test_a_report_holds_the_same_panels_side_by_side() -> None:
         assert (grid.runsets[0].project, grid.runsets[0].groupby) == ("spo", ["config.method.name"])
 
 
-def test_saving_needs_a_key(
+def test_saving_needs_an_api_key(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -212,11 +212,11 @@ def test_saving_needs_a_key(
     for words in (["spo"], ["someone/"], ["a/b/c"], []):
         assert cli.main(["dashboard", *words]) == 2
     assert cli.main(["dashboard", "someone/spo", "--spec", "nothing"]) == 1
-    assert "there is no dashboard nothing" in capsys.readouterr().err
+    assert "there is not a dashboard nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [(), ("--report",)])
-def test_the_command_saves_what_was_asked_for(
+def test_dashboard_command_saves_a_workspace_or_a_report(
     kind: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     saved: list[Any] = []
@@ -235,11 +235,11 @@ def test_the_command_saves_what_was_asked_for(
 
     monkeypatch.setattr(wr.Report if kind else ws.Workspace, "save", refuse)
     assert cli.main(["dashboard", "someone/spo", *kind]) == 1
-    assert "W&B did not take the dashboard for someone/spo: project not found" in capsys.readouterr().err
+    assert "W&B rejected the dashboard for someone/spo: project not found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("host", ["api.wandb.ai", "wandb.example.com", urlsplit(wandb.Settings().base_url).netloc])
-def test_a_key_of_the_server_is_found(host: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_api_key_of_the_server_is_found(host: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     (tmp_path / "netrc").write_text("machine github.com\n  login user\n  password key\n")
@@ -248,7 +248,7 @@ def test_a_key_of_the_server_is_found(host: str, monkeypatch: pytest.MonkeyPatch
     assert has_api_key()
 
 
-def test_the_report_of_a_run_takes_a_dashboard_of_its_own(
+def test_report_command_accepts_a_dashboard_file(
     runs: list[Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "mine.yaml").write_text(OWN)

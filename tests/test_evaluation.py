@@ -15,7 +15,6 @@ from torch import nn
 
 from spo.data import EvalPrompt, Reward
 from spo.evaluation import (
-    Bootstrap,
     EvaluationSettings,
     completions,
     distinct_n,
@@ -25,9 +24,10 @@ from spo.evaluation import (
 )
 from spo.evaluation.assess import Evaluation, Opponent, draw_both, evaluate_policy
 from spo.evaluation.completions import Draws
-from spo.evaluation.judges import Comparison, Judge, RewardJudge, reward_judge
+from spo.evaluation.judges import Judge, JudgedPair, RewardJudge, reward_judge
 from spo.forward.head import completion_logps
 from spo.forward.speed import Speed
+from spo.stats import Bootstrap
 from tests.helpers import BOS, FAST, PLAIN, VOCAB, every_completion, sequences, tiny_llama, tiny_tokenizer
 
 FAVOURITE = 9
@@ -122,7 +122,7 @@ def test_self_bleu_by_hand() -> None:
 
 
 def interval(values: Sequence[float], confidence: float, samples: int, seed: int) -> tuple[float, float]:
-    found = Bootstrap(range(len(values)), confidence=confidence, samples=samples, seed=seed).mean(values)
+    found = Bootstrap(confidence=confidence, draws=samples, seed=seed).resample(range(len(values))).mean(values)
     return found.low, found.high
 
 
@@ -317,17 +317,17 @@ class Favourable:
 
     def __init__(self, silent: Sequence[str] = ()) -> None:
         self.silent = silent
-        self.asked: list[Comparison] = []
+        self.asked: list[JudgedPair] = []
 
     def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> None:
         return None
 
-    def verdicts(self, comparisons: Sequence[Comparison]) -> list[float | None]:
+    def verdicts(self, comparisons: Sequence[JudgedPair]) -> list[float | None]:
         self.asked += comparisons
         return [None if one.prompt in self.silent else self.verdict(one) for one in comparisons]
 
     @staticmethod
-    def verdict(one: Comparison) -> float:
+    def verdict(one: JudgedPair) -> float:
         first, second = count_reward(["", ""], [one.first, one.second])["reward"]
         return verdict_of_rewards(first, second)
 

@@ -1,4 +1,4 @@
-"""The figures of docs/explanation/theory.md: their numbers on made-up records, and their files from a real sweep."""
+"""The figures of docs/explanation/theory.md: their numbers on synthetic records, and their files from a real sweep."""
 
 from __future__ import annotations
 

@@ -37,9 +37,9 @@ from spo import cli
 from spo.config.checks import problems
 from spo.config.compose import compose
 from spo.evaluation.judges import (
-    Comparison,
     HTTPJudge,
     Judge,
+    JudgedPair,
     JudgeError,
     LanguageModelJudge,
     PairwiseJudge,
@@ -57,11 +57,11 @@ from tests.helpers import BOS, EOS, PAD, VOCAB, tiny_llama, tiny_tokenizer
 TEMPLATE = "{prompt} | {first} | {second}"
 
 
-def comparisons(n: int) -> list[Comparison]:
-    return [Comparison(f"prompt {i}", f"one {i}", f"other {i}") for i in range(n)]
+def comparisons(n: int) -> list[JudgedPair]:
+    return [JudgedPair(f"prompt {i}", f"one {i}", f"other {i}") for i in range(n)]
 
 
-def swapped(these: Sequence[Comparison]) -> list[Comparison]:
+def swapped(these: Sequence[JudgedPair]) -> list[JudgedPair]:
     return [comparison.swapped for comparison in these]
 
 
@@ -71,19 +71,19 @@ class Fake(PairwiseJudge):
     def __init__(
         self,
         cache: Path,
-        answer: Callable[[Comparison], float | str],
+        answer: Callable[[JudgedPair], float | str],
         max_unanswered: float = 0.0,
         name: str = "fake",
     ) -> None:
         super().__init__(cache / "verdicts.sqlite", max_unanswered)
         self.answer, self.name = answer, name
-        self.asked: list[Comparison] = []
+        self.asked: list[JudgedPair] = []
 
     @property
     def identity(self) -> dict[str, Any]:
         return {"judge": self.name}
 
-    def ask(self, comparisons: Sequence[Comparison]) -> Generator[Mapping[Comparison, float | str], None, None]:
+    def ask(self, comparisons: Sequence[JudgedPair]) -> Generator[Mapping[JudgedPair, float | str], None, None]:
         for comparison in comparisons:
             self.asked.append(comparison)
             self.spend(calls=1)
@@ -108,7 +108,7 @@ class LongIsGood:
 def test_a_reward_function_judges() -> None:
     judge = RewardJudge(long_is_good)
     assert isinstance(judge, Judge)
-    these = [Comparison("p", "long", "no"), Comparison("p", "no", "long"), Comparison("p", "ab", "cd")]
+    these = [JudgedPair("p", "long", "no"), JudgedPair("p", "no", "long"), JudgedPair("p", "ab", "cd")]
     assert judge.verdicts(these) == [1.0, 0.0, 0.5]
     assert judge.scores(["p", "p"], ["a b", ""]) == {"reward": [3.0, 0.0], "spaces": [1.0, 0.0]}
     assert judge.usage() == {} and judge.identity["reward"] == f"{__name__}.long_is_good"
@@ -163,9 +163,9 @@ def test_a_judge_that_goes_by_the_position_gives_exactly_half(tmp_path: Path, al
 
 def test_swapping_the_completions_mirrors_the_verdict_whatever_the_judge_says(tmp_path: Path) -> None:
     rng = random.Random(0)
-    answers: dict[Comparison, float] = {}
+    answers: dict[JudgedPair, float] = {}
 
-    def anything(shown: Comparison) -> float:
+    def anything(shown: JudgedPair) -> float:
         return answers.setdefault(shown, rng.choice([0.0, 0.5, 1.0]))
 
     there = Fake(tmp_path / "a", anything).verdicts(comparisons(50))
@@ -178,15 +178,15 @@ def test_swapping_the_completions_mirrors_the_verdict_whatever_the_judge_says(tm
 
 def test_equal_completions_are_a_tie_and_equal_questions_are_asked_once(tmp_path: Path) -> None:
     judge = Fake(tmp_path, lambda shown: float(shown.first > shown.second))
-    same = Comparison("p", "x", "x")
+    same = JudgedPair("p", "x", "x")
     assert judge.verdicts([same, same]) == [0.5, 0.5] and judge.asked == [] and judge.verdicts([]) == []
-    one = Comparison("p", "x", "y")
+    one = JudgedPair("p", "x", "y")
     assert judge.verdicts([one, one, one.swapped, same]) == [0.0, 0.0, 1.0, 0.5]
     assert Counter(judge.asked) == {one: 1, one.swapped: 1}
 
 
 def test_the_question_takes_completions_literally() -> None:
-    shown = Comparison("{second}", "{first} {x} \\1", "}{")
+    shown = JudgedPair("{second}", "{first} {x} \\1", "}{")
     assert question("{prompt}|{first}|{second}|{{x}}", shown) == "{second}|{first} {x} \\1|}{|{{x}}"
 
 
@@ -207,9 +207,9 @@ def test_a_judge_is_asked_once_and_another_judge_anew(tmp_path: Path) -> None:
 
 
 def test_every_part_of_a_question_counts(tmp_path: Path) -> None:
-    Fake(tmp_path, lambda _: 1.0).verdicts([Comparison("a", "b", "c")])
+    Fake(tmp_path, lambda _: 1.0).verdicts([JudgedPair("a", "b", "c")])
     judge = Fake(tmp_path, lambda _: 1.0)
-    judge.verdicts([Comparison("ab", "", "c"), Comparison("a", "bc", ""), Comparison("a", "b", "c ")])
+    judge.verdicts([JudgedPair("ab", "", "c"), JudgedPair("a", "bc", ""), JudgedPair("a", "b", "c ")])
     assert len(judge.asked) == 6
 
 
@@ -222,7 +222,7 @@ def in_another_process(work: Callable[..., object], *given: Any) -> BaseProcess:
 def judge_with_a_log(folder: Path, log: Path, most: int) -> None:
     """Judges eight comparisons and writes down every question; dies when asked one more than ``most``."""
 
-    def answer(shown: Comparison) -> float:
+    def answer(shown: JudgedPair) -> float:
         with log.open("a+") as file:
             file.seek(0)
             if len(file.readlines()) == most:
@@ -379,7 +379,7 @@ def test_what_goes_wrong_once_is_tried_again(endpoint: Endpoint, tmp_path: Path,
         trouble if times == 0 else Reply(says="A" if "| one |" in question else "B")
     )
     judge = http_judge(endpoint, tmp_path, timeout_s=2 if trouble.after_s else 20)
-    assert judge.verdicts([Comparison("p", "one", "x"), Comparison("p", "y", "one")]) == [1.0, 0.0]
+    assert judge.verdicts([JudgedPair("p", "one", "x"), JudgedPair("p", "y", "one")]) == [1.0, 0.0]
     assert set(Counter(endpoint.questions).values()) == {2} and judge.usage()["calls"] == 8
 
 
@@ -568,7 +568,7 @@ def test_a_reward_model_scores_as_its_own_forward_pass_does(tmp_path: Path, padd
         found = reward_model(folder, batch_size=size).scores(PROMPTS, COMPLETIONS)["reward"]
         assert found == pytest.approx(expected, abs=1e-5)
     judge, better = reward_model(folder), directly(folder, [3, 4, 9, 8, EOS]) > directly(folder, [3, 4, 7, 7, EOS])
-    assert judge.verdicts([Comparison("w3 w4", " w9 w8", " w7 w7")]) == [float(better)]
+    assert judge.verdicts([JudgedPair("w3 w4", " w9 w8", " w7 w7")]) == [float(better)]
     assert judge.usage() == {"truncated": 0.0}
 
 
@@ -681,10 +681,10 @@ def language_model(folder: Path, cache: Path, **changes: Any) -> LanguageModelJu
 
 
 QUESTIONS = [
-    Comparison("w8 w9", " w10", "w11 w12"),
-    Comparison("w13", "w14 w15 w16 w17", "w18"),
-    Comparison("w19 w20", "w21", "w22 w8"),
-    Comparison("w11", "w12 w13", "w14"),
+    JudgedPair("w8 w9", " w10", "w11 w12"),
+    JudgedPair("w13", "w14 w15 w16 w17", "w18"),
+    JudgedPair("w19 w20", "w21", "w22 w8"),
+    JudgedPair("w11", "w12 w13", "w14"),
 ]
 
 
@@ -695,7 +695,7 @@ def difference(seed: int, ids: Sequence[int]) -> float:
     return float(logps[3] - logps[4])
 
 
-def asked_of(shown: Comparison) -> list[int]:
+def asked_of(shown: JudgedPair) -> list[int]:
     words = {"|": 6, "?": 5}
     return [words.get(word) or int(word[1:]) for word in f"{question(TEMPLATE, shown)} ?".split()]
 
@@ -704,7 +704,7 @@ def asked_of(shown: Comparison) -> list[int]:
 def test_a_language_model_s_verdict_is_that_of_its_forward_pass(tmp_path: Path, chat: bool, seed: int) -> None:
     folder = save_language_model(tmp_path / "model", seed=seed, chat=chat)
 
-    def prefers_first(shown: Comparison) -> float:
+    def prefers_first(shown: JudgedPair) -> float:
         ids = asked_of(shown)
         return float(difference(seed, [BOS, 8, *ids, 9, 10] if chat else [BOS, *ids]) > 0)
 
@@ -757,7 +757,7 @@ def test_answers_from_the_cache_need_no_model(tmp_path: Path, monkeypatch: pytes
 
 def test_a_question_beyond_the_context_stays_unanswered(tmp_path: Path) -> None:
     folder = save_language_model(tmp_path / "model", max_position_embeddings=16)
-    long = Comparison("w8", " ".join(["w9"] * 12), "w10")
+    long = JudgedPair("w8", " ".join(["w9"] * 12), "w10")
     judge = language_model(folder, tmp_path, max_unanswered=0.5)
     assert judge.verdicts([long, QUESTIONS[0]])[0] is None and judge.usage()["unanswered"] == 2
     with pytest.raises(JudgeError, match="a question of 18 tokens exceeds the judge's context of 16"):

@@ -1,4 +1,4 @@
-"""Metrics are means over elements, however the elements were grouped."""
+"""Metrics are means over elements for any grouping of the elements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spo.metrics.repetition import repetition
 from spo.metrics.sums import SumsAndCounts
 
 
-def test_every_element_counts_once_however_they_are_batched() -> None:
+def test_every_element_counts_once_for_any_batching() -> None:
     values = torch.randn(11, dtype=torch.float64)
     for size in (1, 4, 7, 11):
         metric = SumsAndCounts(("a", "b"))
@@ -23,7 +23,7 @@ def test_every_element_counts_once_however_they_are_batched() -> None:
         assert metric.compute() == {"a": pytest.approx(values.mean().item(), rel=1e-14)}
 
 
-def test_each_quantity_has_its_own_count_and_an_unseen_one_is_absent() -> None:
+def test_quantities_have_separate_counts_and_unseen_ones_are_absent() -> None:
     metric = SumsAndCounts(("a", "b", "never"))
     metric.update({"a": torch.tensor([[1.0, 2.0], [3.0, 6.0]]), "b": 10.0})
     metric.update({"b": torch.tensor(20.0), "a": torch.zeros(0)})
@@ -33,7 +33,7 @@ def test_each_quantity_has_its_own_count_and_an_unseen_one_is_absent() -> None:
     assert metric.compute() == {"b": 1.0}
 
 
-def test_sums_are_wider_than_their_elements_and_detached() -> None:
+def test_sums_are_float64_and_detached() -> None:
     metric = SumsAndCounts(("a",))
     metric.update({"a": torch.full((4,), 2.0**24, requires_grad=True)})
     metric.update({"a": torch.ones(1)})
@@ -41,7 +41,7 @@ def test_sums_are_wider_than_their_elements_and_detached() -> None:
     assert not metric.sums.requires_grad
 
 
-def test_what_was_given_is_in_what_is_saved() -> None:
+def test_state_dict_contains_stored_values() -> None:
     metric, restored = SumsAndCounts(("a", "b")), SumsAndCounts(("a", "b"))
     metric.update({"a": torch.tensor([1.0, 5.0])})
     metric.update({"b": 2})
@@ -51,7 +51,7 @@ def test_what_was_given_is_in_what_is_saved() -> None:
     assert metric.compute() == {"a": 4.0, "b": 2.0}
 
 
-def test_an_unknown_quantity_is_an_error() -> None:
+def test_unknown_quantity_is_an_error() -> None:
     with pytest.raises(ValueError):
         SumsAndCounts(("a",)).update({"typo": 1.0})
 
@@ -78,7 +78,7 @@ def calibrated(margin: torch.Tensor, preference: torch.Tensor | None = None, siz
 def test_calibration_by_hand() -> None:
     confident, unsure = math.log(0.9 / 0.1), math.log(0.6 / 0.4)
     found = calibrated(torch.tensor([confident, -confident, unsure], dtype=torch.float64))
-    # bin of 0.9: right once of two; bin of 0.6: right
+    # The bin of 0.9 is right once of two, the bin of 0.6 once of one.
     assert found["ece"] == pytest.approx((abs(2 * 0.9 - 1) + abs(0.6 - 1)) / 3)
     assert found["brier"] == pytest.approx((0.1**2 + 0.9**2 + 0.4**2) / 3)
     assert found["log_loss"] == pytest.approx(-(math.log(0.9) + math.log(0.1) + math.log(0.6)) / 3)
@@ -89,10 +89,10 @@ def test_calibration_by_hand() -> None:
         assert calibrated(torch.zeros(0)) == {}
 
 
-def test_calibration_is_that_of_torchmetrics_for_hard_labels() -> None:
+def test_calibration_equals_torchmetrics_for_hard_labels() -> None:
     generator = torch.Generator().manual_seed(0)
     margin = torch.randn(500, generator=generator, dtype=torch.float64) * 2
-    # the same pairs in a random order of their two sides, which is what a binary classifier is shown
+    # A binary classifier sees the same pairs in a random order of their two sides.
     flipped = torch.rand(500, generator=generator) < 0.5
     confidence, right = margin.abs().sigmoid(), (margin > 0).long()
     expected = binary_calibration_error(confidence, right, n_bins=20, norm="l1")  # of which ten lie above 0.5
@@ -100,7 +100,7 @@ def test_calibration_is_that_of_torchmetrics_for_hard_labels() -> None:
     assert calibrated(margin.where(~flipped, -margin), (~flipped).double()) == pytest.approx(calibrated(margin))
 
 
-def test_a_reward_that_says_the_preferences_is_calibrated() -> None:
+def test_reward_that_matches_the_preferences_is_calibrated() -> None:
     margin = torch.linspace(-4, 4, 2001, dtype=torch.float64)
     soft = margin.sigmoid()
     assert calibrated(margin, soft)["ece"] == pytest.approx(0, abs=1e-12)

@@ -1,4 +1,4 @@
-"""The report page and the terminal panels: what they say equals the files, and nothing that is absent is made up."""
+"""The run page and the terminal panels: they show the content of the files and do not invent absent numbers."""
 
 from __future__ import annotations
 
@@ -17,19 +17,8 @@ from typing import Any
 
 import pytest
 
-from spo.pages.charts import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    MAX_POINTS,
-    RIGHT,
-    TOP,
-    WIDTH,
-    bin_edges,
-    nice_ticks,
-    thin,
-    tick_text,
-)
+from spo.pages.charts import MAX_POINTS, bin_edges, nice_ticks, thin, tick_text
+from spo.pages.charts.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 from spo.pages.panels import result_panel, start_panel
 from spo.pages.run_page import render_report
 from spo.wording import clean, duration, finite, number, shorten
@@ -112,7 +101,7 @@ def samples(count: int = 40) -> list[dict[str, Any]]:
 
 
 def write_run(path: Path, **files: Any) -> Path:
-    """Writes a run directory; a file given as ``None`` is left out, one given as a string is written as it is."""
+    """Write a run directory; a file given as ``None`` is left out, a string is written as it is."""
     everything: dict[str, Any] = {
         "config.yaml": CONFIG,
         "metrics.json": METRICS,
@@ -182,7 +171,7 @@ def report(path: Path, **files: Any) -> Page:
     return Page(render_report(write_run(path, **files)))
 
 
-def test_the_page_says_what_the_files_say(tmp_path: Path) -> None:
+def test_run_page_shows_the_content_of_the_files(tmp_path: Path) -> None:
     page = report(tmp_path / "run-a")
     for words in (
         "SPO alpha 0.05 beta 0.02 seed 7",
@@ -207,7 +196,7 @@ def test_the_page_says_what_the_files_say(tmp_path: Path) -> None:
     assert f"{wins} wins, 0 ties, {40 - wins} losses" in page.text
 
 
-def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
+def test_run_page_is_self_contained(tmp_path: Path) -> None:
     page = report(tmp_path)
     assert not re.search(r"https?://|//cdn|@import|url\(", page.source)
     for tag, attributes in page.elements:
@@ -218,7 +207,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     assert policy is not None and policy.startswith("default-src 'none'") and "script-src 'sha256-" in policy
 
 
-def test_hostile_text_stays_text(tmp_path: Path) -> None:
+def test_run_page_escapes_hostile_text(tmp_path: Path) -> None:
     rows = samples(4)
     for key in ("prompt_id", "prompt", "completion", "reference_completion"):
         rows[0][key] = HOSTILE
@@ -243,7 +232,7 @@ def points(path: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in re.findall(r"[ML]([-\d.]+),([-\d.]+)", path)]
 
 
-def test_charts_hold_the_numbers_of_the_history(tmp_path: Path) -> None:
+def test_charts_contain_the_numbers_of_the_history(tmp_path: Path) -> None:
     page, rows = report(tmp_path), history()
     for key, names in {
         "loss": {"train": "train/loss", "val": "val/loss"},
@@ -263,7 +252,7 @@ def test_charts_hold_the_numbers_of_the_history(tmp_path: Path) -> None:
             assert drawn[name]["values"] == pytest.approx(list(expected.values()), rel=1e-6)
     assert "alpha" not in page.charts and "beta" not in page.charts  # constant: in the title, no curve
 
-    # The drawn line is the same numbers: pixels are an affine map of steps and values, the same one for both lines.
+    # Pixels are an affine map of steps and values, which is the same for both lines.
     (svg,) = re.findall(r'<svg class="chart" data-chart="kl".*?</svg>', page.source)
     lines = [points(path) for path in re.findall(r'<path class="curve[^"]*" d="([^"]*)"', svg)]
     values = [[row[key] for row in rows if key in row] for key in ("train/kl", "val/kl")]
@@ -277,7 +266,7 @@ def test_charts_hold_the_numbers_of_the_history(tmp_path: Path) -> None:
             assert TOP <= y <= HEIGHT - BOTTOM
 
 
-def test_a_varying_schedule_is_drawn_and_one_that_is_not_read_is_left_out(tmp_path: Path) -> None:
+def test_schedules_are_drawn_if_they_vary_and_the_method_uses_them(tmp_path: Path) -> None:
     rows = [{"step": s, "train/loss": 1.0, "train/alpha": 0.1 / s} for s in range(1, 5)]
     config = CONFIG.replace("Constant, value: 0.05", "Cosine, start: 0.1, end: 0.025")
     page = report(tmp_path, history__jsonl=rows, config__yaml=config)
@@ -285,7 +274,7 @@ def test_a_varying_schedule_is_drawn_and_one_that_is_not_read_is_left_out(tmp_pa
     assert "SPO alpha 0.1 → 0.025 (cosine) seed 7" in page.text
 
 
-def test_without_a_reward_nothing_is_made_up(tmp_path: Path) -> None:
+def test_run_page_omits_reward_and_win_rate_without_a_reward(tmp_path: Path) -> None:
     hidden = ("reward", "reference_reward", "verdict")
     page = report(
         tmp_path,
@@ -296,11 +285,11 @@ def test_without_a_reward_nothing_is_made_up(tmp_path: Path) -> None:
     assert "interval-bar" not in [a.get("class") for _, a in page.elements]
     assert "histogram" not in [a.get("class") for _, a in page.elements]
     assert not any("data-verdict" in a or "data-delta" in a for _, a in page.elements)
-    assert "mean reward" not in page.text and "wins" not in page.text
+    assert "reward" not in page.data["dt"] and "wins" not in page.text
     assert "policy text 3" in page.text and "entropy 1.400 0.900" in page.text
 
 
-def test_an_unfinished_run_is_said_in_words(tmp_path: Path) -> None:
+def test_run_page_states_that_a_run_is_unfinished(tmp_path: Path) -> None:
     page = report(tmp_path, metrics__json=None, samples__jsonl=None, provenance__json=None)
     assert "This run has not finished: it was logged up to step 60 of 60." in page.text
     assert "metrics.json is missing" in page.text and "No samples were recorded." in page.text
@@ -308,13 +297,13 @@ def test_an_unfinished_run_is_said_in_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "", "\n\n"])
-def test_an_empty_history_is_said_in_words(tmp_path: Path, text: str | None) -> None:
+def test_run_page_states_that_the_history_is_empty(tmp_path: Path, text: str | None) -> None:
     page = report(tmp_path, history__jsonl=text, metrics__json=None)
     assert "no step has been logged yet" in page.text
     assert "there are no curves" in page.text and page.charts == {}
 
 
-def test_a_cut_last_line_is_left_out_and_said(tmp_path: Path) -> None:
+def test_damaged_lines_are_skipped_and_reported(tmp_path: Path) -> None:
     whole = "".join(json.dumps(row) + "\n" for row in history())
     page = report(tmp_path, history__jsonl=whole + '{"step": 61, "train/loss": 0.')
     assert "The last line of history.jsonl (line 64) is cut off" in page.text
@@ -323,7 +312,7 @@ def test_a_cut_last_line_is_left_out_and_said(tmp_path: Path) -> None:
     assert "Damaged lines of history.jsonl were skipped: 1 (line 1)." in middle.text
 
 
-def test_a_cut_multibyte_character_and_damaged_files_do_not_stop_the_page(tmp_path: Path) -> None:
+def test_run_page_is_written_despite_damaged_files(tmp_path: Path) -> None:
     write_run(tmp_path, metrics__json='{"eval/win_rate": 0.', config__yaml="a: [1\n", provenance__json="[1]")
     (tmp_path / "samples.jsonl").write_bytes('{"prompt": "é"}\n{"prompt": "é'.encode()[:-1])
     page = Page(render_report(tmp_path))
@@ -332,7 +321,7 @@ def test_a_cut_multibyte_character_and_damaged_files_do_not_stop_the_page(tmp_pa
     assert "not recorded" in page.text
 
 
-def test_values_that_are_not_finite_are_gaps_and_words(tmp_path: Path) -> None:
+def test_non_finite_values_become_gaps_and_words(tmp_path: Path) -> None:
     rows = [{"step": s, "train/loss": math.nan if s in (3, 4) else float(s)} for s in range(1, 8)]
     rows[6]["train/loss"] = math.inf
     page = report(
@@ -350,14 +339,14 @@ def test_values_that_are_not_finite_are_gaps_and_words(tmp_path: Path) -> None:
     assert not re.search(r"\bnan\b|\binf\b", page.text + svg, re.I)
 
 
-def test_a_resumed_step_keeps_its_last_value(tmp_path: Path) -> None:
+def test_step_logged_twice_keeps_its_last_value(tmp_path: Path) -> None:
     rows = [{"step": 1, "train/loss": 5.0}, {"step": 2, "train/loss": 4.0}, {"step": 2, "train/loss": 3.0}]
     page = report(tmp_path, history__jsonl=[*rows, {"train/loss": 9.0}])
     assert page.charts["loss"]["series"][0]["values"] == [5.0, 3.0]
     assert "1 rows of history.jsonl do not have a step" in page.text
 
 
-def test_a_rebuild_has_the_same_bytes_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_rendering_again_gives_the_same_bytes_and_no_other_file(tmp_path: Path) -> None:
     write_run(tmp_path)
     before = {path.name for path in tmp_path.iterdir()}
     first = render_report(tmp_path).read_bytes()
@@ -365,7 +354,7 @@ def test_a_rebuild_has_the_same_bytes_and_leaves_nothing_else(tmp_path: Path) ->
     assert {path.name for path in tmp_path.iterdir()} == before | {"report.html"}
 
 
-def test_a_large_run_stays_below_a_megabyte(tmp_path: Path) -> None:
+def test_run_page_of_a_large_run_stays_below_a_megabyte(tmp_path: Path) -> None:
     rows = samples(600)
     for row in rows:
         row["completion"] = row["reference_completion"] = "<&é" * 3000
@@ -378,7 +367,7 @@ def test_a_large_run_stays_below_a_megabyte(tmp_path: Path) -> None:
     assert "characters more)" in page.text
 
 
-def test_samples_on_the_page_hold_the_extremes(tmp_path: Path) -> None:
+def test_samples_on_the_page_include_the_extremes(tmp_path: Path) -> None:
     rows = samples(300)
     page = report(tmp_path, samples__jsonl=rows)
     deltas = [row["reward"] - row["reference_reward"] for row in rows]
@@ -387,7 +376,7 @@ def test_samples_on_the_page_hold_the_extremes(tmp_path: Path) -> None:
     assert all(shown[place] == deltas[place] for place in shown) and list(shown) == sorted(shown)
 
 
-def test_not_a_run_directory_is_an_error_in_words(tmp_path: Path) -> None:
+def test_directory_without_a_run_gives_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a run directory"):
         render_report(tmp_path)
     with pytest.raises(FileNotFoundError, match="is not a directory"):
@@ -395,7 +384,7 @@ def test_not_a_run_directory_is_an_error_in_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 7.9), (1e-7, 3e-7), (1234.5, 1236.0), (0, 5e6), (-1e-3, 0)])
-def test_ticks_are_round_inside_and_evenly_spaced(low: float, high: float) -> None:
+def test_ticks_are_round_in_range_and_evenly_spaced(low: float, high: float) -> None:
     ticks = nice_ticks(low, high)
     assert 3 <= len(ticks) <= 8 and low <= ticks[0] + 1e-12 and ticks[-1] <= high + 1e-12
     step = ticks[1] - ticks[0]
@@ -406,7 +395,7 @@ def test_ticks_are_round_inside_and_evenly_spaced(low: float, high: float) -> No
     assert len(set(texts)) == len(texts) and max(map(len, texts)) <= 7
 
 
-def test_thinning_keeps_ends_and_spikes_and_invents_nothing() -> None:
+def test_thinning_keeps_ends_and_spikes_and_adds_no_point() -> None:
     values = [math.sin(i / 500) for i in range(20_000)]
     values[12_345], values[777] = 50.0, -50.0
     steps, kept = thin(range(20_000), values)
@@ -452,11 +441,11 @@ def test_histogram_shares_add_up(tmp_path: Path) -> None:
         (True, "True"),
     ],
 )
-def test_numbers_in_words(value: Any, text: str) -> None:
+def test_number_writes_each_kind_of_value(value: Any, text: str) -> None:
     assert number(value) == text
 
 
-def test_words() -> None:
+def test_wording_helpers() -> None:
     assert number(0.25, signed=True) == "+0.250" and number(-0.25, signed=True) == "-0.250"
     assert duration("sft_seconds", 3.21) == ("sft", "3.2 s")
     assert duration("tokens_per_second", 900.0) == ("tokens_per_second", "900.0")
@@ -467,7 +456,7 @@ def test_words() -> None:
 
 
 @pytest.mark.parametrize("columns", [30, 80, 160])
-def test_panels_fit_any_width(
+def test_panels_fit_any_terminal_width(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -491,7 +480,7 @@ def test_panels_fit_any_width(
         assert "reward 0.400 0.600" in re.sub(r" +", " ", out)
 
 
-def test_panels_without_a_reward_or_any_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_panels_work_without_a_reward_or_any_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result_panel({}, [{"prompt": "p"}], tmp_path)
     out = capsys.readouterr().out
     assert "No win rate" in out and "no final evaluation was recorded" in out and "(not recorded)" in out
@@ -500,7 +489,7 @@ def test_panels_without_a_reward_or_any_number(tmp_path: Path, capsys: pytest.Ca
     assert "no difference to the reference is shown" in capsys.readouterr().out
 
 
-def test_panels_on_a_terminal_that_knows_ascii_only(tmp_path: Path) -> None:
+def test_panels_work_on_an_ascii_terminal(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path\nfrom spo.pages.panels import result_panel, start_panel\n"
         "start_panel('a \\u00b7 b', {'\\u03b1': '\\u2192'}, ['\\u4e00'])\n"
@@ -515,7 +504,7 @@ def test_panels_on_a_terminal_that_knows_ascii_only(tmp_path: Path) -> None:
 
 
 def browse(page: Path, profile: Path) -> tuple[str, str]:
-    """Loads a page in a headless browser; returns the document after its scripts ran, and the console."""
+    """Load a page in a headless browser; return the document after its scripts ran, and the console."""
     found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
     if not found:
         pytest.skip("no browser")
@@ -528,7 +517,7 @@ def browse(page: Path, profile: Path) -> tuple[str, str]:
 
 
 @pytest.mark.browser
-def test_a_browser_shows_the_page_and_its_controls_work(tmp_path: Path) -> None:
+def test_browser_shows_the_run_page_and_its_controls_work(tmp_path: Path) -> None:
     rows = samples(30)
     rows[0]["completion"] = HOSTILE
     path = render_report(write_run(tmp_path / "run", samples__jsonl=rows))
@@ -538,7 +527,7 @@ def test_a_browser_shows_the_page_and_its_controls_work(tmp_path: Path) -> None:
     assert "owned" not in re.findall("<title>(.*?)</title>", dom)[0]
     assert "6 of 30 shown" in dom
 
-    # A copy that acts as a person would: hover over a chart, sort, filter; then it writes down what it sees.
+    # A copy of the page acts as a person would: it hovers over a chart, sorts and filters, and records what it sees.
     act = """
       const svg = document.querySelector('svg[data-chart="kl"]'), box = svg.getBoundingClientRect();
       const clientX = box.left + box.width * 0.967, clientY = box.top + 9;

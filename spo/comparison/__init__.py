@@ -1,1 +1,1 @@
-"""From run directories to a verdict: which method is better, by how much, and how sure that is."""
+"""Comparison of methods over their runs: what is compared, with which statistics, and what would be unfair."""

@@ -1,4 +1,4 @@
-"""What makes a comparison unfair: every reason is found, not the first."""
+"""Reasons that make a comparison unfair. All of them are reported, not just the first."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 
 from spo.comparison.runs import Found, Run
 
-# Parts of a configuration that have to be the same for all: what is trained on, from where, and how it is judged.
+# Parts of a configuration that must be the same for all runs: the data, the initial model and the evaluation.
 _DATA, _START, _JUDGING = ("data",), ("model", "sft"), ("evaluation", "judge")
 _BUDGET = ("trainer.max_steps", "data.batch_size")
-_SHOWN = 6
+# Names in a message beyond which the rest is counted.
+_MAX_NAMES = 6
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a comparison is not fair.
+    """A reason why a comparison is not fair.
 
     Attributes:
-        text: A sentence.
-        methods: Whose numbers it concerns; none for all.
+        text: Reason as a sentence.
+        methods: Methods whose numbers it affects; empty for all methods.
     """
 
     text: str
@@ -29,15 +30,15 @@ class Problem:
 
 
 def find_problems(found: Found) -> list[Problem]:
-    """Finds everything that is unfair about comparing the methods of some runs."""
+    """Find every reason why comparing the methods of these runs is not fair."""
     runs = found.runs
     finished = [run for run in runs if run.failure is None]
     problems = [Problem(text) for text in found.problems]
     problems += [Problem(f"{run.name} is {run.failure}", frozenset({run.method})) for run in runs if run.failure]
-    problems += [*_twice(finished), *_budgets(runs), *_seeds(runs)]
+    problems += [*_duplicates(finished), *_budgets(runs), *_seeds(runs)]
     problems += _mixed_digests(finished)
-    problems += [*_mixed(finished, "the data", _DATA), *_mixed(finished, "the start", _START)]
-    problems += [*_mixed(finished, "how it is judged", _JUDGING), *_prompts(finished)]
+    problems += [*_mixed(finished, "the data", _DATA), *_mixed(finished, "the initial model", _START)]
+    problems += [*_mixed(finished, "the evaluation", _JUDGING), *_prompts(finished)]
     return problems
 
 
@@ -49,20 +50,16 @@ def _by(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
 
 
 def _names(items: Sequence[Any]) -> str:
-    shown = ", ".join(map(str, items[:_SHOWN]))
-    return f"{shown} and {len(items) - _SHOWN} more" if len(items) > _SHOWN else shown
+    shown = ", ".join(map(str, items[:_MAX_NAMES]))
+    return f"{shown} and {len(items) - _MAX_NAMES} more" if len(items) > _MAX_NAMES else shown
 
 
-def _methods(runs: Iterable[Run]) -> list[str]:
-    return list(dict.fromkeys(run.method for run in runs))
-
-
-def _twice(runs: Sequence[Run]) -> list[Problem]:
-    """Runs of one setting and seed that are different runs, by their code or the bytes they read."""
+def _duplicates(runs: Sequence[Run]) -> list[Problem]:
+    """Find runs of the same setting and seed that differ in their code or in the files that they read."""
     return [
         Problem(
-            f"{_names([run.name for run in some])} have one setting and seed and are different runs "
-            f"({_why(some)}): leave one out",
+            f"{_names([run.name for run in some])} have the same setting and seed but are different runs "
+            f"({_reason(some)}): leave one out",
             frozenset({some[0].method}),
         )
         for some in _by(runs, lambda run: (run.method, run.key, run.seed)).values()
@@ -70,14 +67,20 @@ def _twice(runs: Sequence[Run]) -> list[Problem]:
     ]
 
 
-def _why(runs: Sequence[Run]) -> str:
-    words = {"code": "the code of spo", "data": "the bytes of the data", "weights": "the model", "adapter": "adapter"}
-    differing = [text for key, text in words.items() if len({run.identity.get(key) for run in runs}) > 1]
-    return f"{' and '.join(differing)} differ" if differing else "their configurations differ"
+def _reason(runs: Sequence[Run]) -> str:
+    parts = {
+        "code": "the code of spo",
+        "data": "the data files",
+        "weights": "the model",
+        "adapter": "the adapter",
+    }
+    differing = [text for key, text in parts.items() if len({run.identity.get(key) for run in runs}) > 1]
+    verb = "differs" if len(differing) == 1 else "differ"
+    return f"{' and '.join(differing)} {verb}" if differing else "their configurations differ"
 
 
 def _budgets(runs: Sequence[Run]) -> list[Problem]:
-    """Methods of which more was tried than of others, or which saw more pairs."""
+    """Find methods with more settings than others, or with longer training."""
     problems = []
     trials = {name: len({run.key for run in some}) for name, some in _by(runs, lambda run: run.method).items()}
     if len(set(trials.values())) > 1:
@@ -85,7 +88,7 @@ def _budgets(runs: Sequence[Run]) -> list[Problem]:
         most = max(trials.values())
         problems.append(
             Problem(
-                f"the numbers of settings tried differ: {counted}; the best of more is better by luck alone",
+                f"the numbers of settings tried differ: {counted}; the best of many settings is better by chance alone",
                 frozenset(name for name, count in trials.items() if count == most),
             )
         )
@@ -94,16 +97,16 @@ def _budgets(runs: Sequence[Run]) -> list[Problem]:
         for name, some in _by(runs, lambda run: run.method).items()
     }
     if len({str(one) for one in spent.values()}) > 1:
-        said = ", ".join(
+        counted = ", ".join(
             f"{name} {' and '.join(f'{steps} steps of {size} pairs' for steps, size in some)}"
             for name, some in spent.items()
         )
-        problems.append(Problem(f"the methods were trained for different lengths: {said}"))
+        problems.append(Problem(f"the methods were trained for different lengths: {counted}"))
     return problems
 
 
 def _seeds(runs: Sequence[Run]) -> list[Problem]:
-    """Settings without a seed that others have."""
+    """Find settings that lack a seed that other settings have."""
     wanted = {run.seed for run in runs}
     problems = []
     for name, some in _by(runs, lambda run: run.method).items():
@@ -125,16 +128,16 @@ def _mixed_digests(runs: Sequence[Run]) -> list[Problem]:
     for key, words in (("pairs_sha256", "the preference pairs"), ("reference_sha256", "the reference models")):
         groups = _by(runs, lambda run: (run.record.provenance.get("inputs") or {}).get(key))  # noqa: B023
         if len(groups) > 1:
-            said = "; ".join(
+            counted = "; ".join(
                 f"{str(digest)[:8] if digest else 'not recorded'}: {_names([run.name for run in some])}"
                 for digest, some in groups.items()
             )
-            problems.append(Problem(f"{words} are not the same for all runs ({said})"))
+            problems.append(Problem(f"{words} are not the same for all runs ({counted})"))
     return problems
 
 
 def _mixed(runs: Sequence[Run], what: str, parts: Sequence[str]) -> list[Problem]:
-    """Keys of parts of the configuration that have to be the same for all."""
+    """Find keys that differ in parts of the configuration that must be the same for all runs."""
     keys = {key for run in runs for key in run.setting if key.partition(".")[0] in parts and key not in _BUDGET}
     values: Mapping[str, set[str]] = {
         key: {json.dumps(run.setting.get(key), sort_keys=True, default=str) for run in runs} for key in sorted(keys)
@@ -147,5 +150,5 @@ def _prompts(runs: Sequence[Run]) -> list[Problem]:
     groups = _by(runs, lambda run: frozenset((row.get("prompt_id"), row.get("sample_index")) for row in run.samples))
     if len(groups) <= 1:
         return []
-    said = "; ".join(f"{len(rows):,} samples: {_names([run.name for run in some])}" for rows, some in groups.items())
-    return [Problem(f"the test prompts are not the same for all runs ({said})")]
+    counted = "; ".join(f"{len(rows):,} samples: {_names([run.name for run in some])}" for rows, some in groups.items())
+    return [Problem(f"the test prompts are not the same for all runs ({counted})")]

@@ -1,4 +1,4 @@
-"""Finds the runs of a comparison in their directories: what each is, with which seed, and whether it can be used."""
+"""The runs of a comparison, read from their directories: method, setting, seed, and whether each is finished."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from spo.records.run import RunRecord, read_run
 from spo.records.sweep import read_jobs
 from spo.wording import finite
 
-_MOVED_ASIDE = re.compile(r"(.+)\.\d+")  # what `rerun=true` makes of an old run's directory
+# `rerun=true` renames the directory of an old run to such a name.
+_MOVED_ASIDE = re.compile(r"(.+)\.\d+")
 
 
 class CannotCompare(UserError):
-    """What was given cannot be compared; the message says why and what to do.
+    """Runs that cannot be compared; the message states why and what to do.
 
     Args:
-        problems: One sentence each.
-        advice: What to do about all of them.
+        problems: Reasons, one sentence each.
+        advice: What to do about all problems.
     """
 
     def __init__(self, problems: Sequence[str], advice: str = "") -> None:
@@ -43,15 +44,15 @@ class Run:
     """A run directory.
 
     Attributes:
-        path: The directory.
-        identity: What makes it this run, as ``identity.json`` has it.
-        record: Its other files.
-        seed: Its ``seed``.
-        setting: Its configuration without the seed, what follows from it, and devices and the like: equal for runs that
-            differ by luck alone.
-        follows: Keys of the setting whose values follow from other keys.
-        failure: Why it cannot be used, in words; ``None`` for a finished run.
-        scores: Scores by prompt of the metrics that were asked for, so that none is worked out twice.
+        path: Run directory.
+        identity: Content of ``identity.json``: configuration, code, and digests of the inputs.
+        record: Other files of the run.
+        seed: Random seed of the run.
+        setting: Configuration without the seed, keys derived from the seed, and operational keys such as devices.
+            Runs with equal settings differ by chance alone.
+        follows: Keys of the setting whose values are interpolations of other keys.
+        failure: Reason why the run cannot be compared; ``None`` for a finished run.
+        scores: Cache of scores by metric and prompt.
     """
 
     path: Path
@@ -65,39 +66,39 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of the directory."""
+        """Return the name of the directory."""
         return self.path.name
 
     @property
     def method(self) -> str:
-        """``method.name`` of its configuration."""
+        """Return ``method.name`` of the configuration."""
         return str(self.identity["config"].get("method.name", "unnamed method"))
 
     @property
     def key(self) -> str:
-        """Equal for the seeds of one setting."""
+        """Return a text that is equal for all seeds of one setting."""
         return json.dumps(self.setting, sort_keys=True, default=str)
 
     @property
     def has_all_prompts(self) -> bool:
-        """Whether its prompts are no sample of others, as those of an enumerable language."""
+        """Return whether the prompts are all there are, as in an enumerable language, and not a sample of others."""
         return str(self.setting.get("data.source._target_")).endswith(".EnumerableSource")
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
-        """Rows of the test split."""
+        """Return the rows of the test split."""
         return on_test_split(self.record)
 
     @cached_property
     def evaluations(self) -> list[RunRecord]:
-        """Its own evaluation, and each ``spo evaluate`` that differs from it in no number but by its opponents."""
+        """Return the run's own evaluation, and each ``spo evaluate`` that differs from it in opponents only."""
         again = [
             read_run(file.parent) for file in sorted(self.path.glob(f"{filenames.EVALUATIONS}/*/{filenames.SAMPLES}"))
         ]
-        return [self.record, *(one for one in again if _measured_with(one) == _measured_with(self.record))]
+        return [self.record, *(one for one in again if _evaluation_config(one) == _evaluation_config(self.record))]
 
     def number(self, key: str) -> float | None:
-        """A final number, or the last one of the history where the final ones do not have it."""
+        """Return a final number; where there is none, the last one of the history."""
         value = self.record.metric(key)
         if value is None and not key.startswith("eval/"):
             known = [number for number in self.record.curve(key)[1] if number == number]
@@ -106,18 +107,18 @@ class Run:
 
 
 def on_test_split(record: RunRecord) -> list[dict[str, Any]]:
-    """The samples of an evaluation that are of the test split."""
+    """Return the samples of an evaluation that belong to the test split."""
     return [row for row in record.samples if row.get("split", "test") == "test"]
 
 
 @dataclass
 class Found:
-    """Runs below the given directories.
+    """Runs that were found below some directories.
 
     Attributes:
-        runs: One per identity, in the order of their paths.
-        problems: Jobs that left no run, in words.
-        notes: What was counted once or left out, in words.
+        runs: Runs, one per identity, in the order of their paths.
+        problems: Sentences about jobs that did not leave a run.
+        notes: Sentences about runs that were counted once or left out.
     """
 
     runs: list[Run] = field(default_factory=list)
@@ -126,13 +127,13 @@ class Found:
 
 
 def find_runs(paths: Sequence[Path]) -> Found:
-    """Reads the runs of run directories and of directories that hold some, at any depth.
+    """Read run directories, and directories that contain them at any depth.
 
     Args:
-        paths: Run directories, sweep directories or folders of those.
+        paths: Run directories, sweep directories, or folders of those.
 
     Raises:
-        CannotCompare: A path is no directory, or holds no run.
+        CannotCompare: If a path is not a directory, or does not contain a run.
     """
     found, problems = Found(), []
     by_digest: dict[str, Run] = {}
@@ -149,7 +150,7 @@ def find_runs(paths: Sequence[Path]) -> Found:
             digest = str(run.identity.get("digest", directory.resolve()))
             known = by_digest.get(digest)
             if known is not None and known.path.resolve() != run.path.resolve():
-                found.notes.append(f"{run.name} and {known.name} are the same run, and count once")
+                found.notes.append(f"{run.name} and {known.name} are the same run, which counts once")
             if known is None or (known.failure is not None and run.failure is None):
                 by_digest[digest] = run
         ledgers = list(_ledger_problems(path, directories))
@@ -178,7 +179,7 @@ def _run_directories(path: Path) -> Iterator[Path]:
 
 
 def _ledger_problems(path: Path, directories: Sequence[Path]) -> Iterator[str]:
-    """Jobs of a sweep that have not become a run."""
+    """Describe the jobs of a sweep that did not leave a run."""
     known = {directory.resolve() for directory in directories}
     for job in read_jobs(path):
         done = job.status == "finished" or job.same_as
@@ -205,8 +206,8 @@ def _read(directory: Path) -> Run | str:
     )
 
 
-def _measured_with(record: RunRecord) -> dict[str, Any]:
-    """What the numbers of an evaluation follow from, beside the policy."""
+def _evaluation_config(record: RunRecord) -> dict[str, Any]:
+    """Return the configuration that the numbers of an evaluation depend on, besides the policy."""
     return {
         key: value
         for key, value in flatten(record.config).items()
@@ -225,7 +226,7 @@ def _failure(directory: Path, record: RunRecord) -> str | None:
 
 
 def _composed(file: Path) -> dict[str, str]:
-    """The configuration with its references left in, flat; empty where it is missing."""
+    """Return the flat configuration with its interpolations; empty where the file is missing."""
     try:
         composed = load_yaml(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):

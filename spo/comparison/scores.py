@@ -2,173 +2,143 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
 from spo.comparison.runs import Run, on_test_split
-from spo.comparison.statistics import Scores
 from spo.evaluation.winrate import at_equal_length, verdict_of_rewards
+from spo.metrics.catalogue import PerSample, Row, find, with_opponent
+from spo.stats import Array
 from spo.wording import finite
 
-Row = Mapping[str, Any]
 
-
-def unit_of(run: Run, row: Row) -> str:
-    """The prompt of a row, whose samples stand together; the sample itself where there are no other prompts at all."""
+def resampling_unit(run: Run, row: Row) -> str:
+    """Return what is independent in a row: its prompt, or the sample where the prompts are all there are."""
     prompt = str(row.get("prompt_id"))
     return f"{prompt} {row.get('sample_index')}" if run.has_all_prompts else prompt
 
 
-def _tokens(row: Row) -> float | None:
-    tokens = row.get("tokens")
-    return float(len(tokens)) if isinstance(tokens, list) else finite(tokens)
+def scores_by_prompt(run: Run, metric: str) -> dict[str, float]:
+    """Return the scores of a run by prompt, with the recorded number as their mean.
 
-
-def _log_ratio(row: Row) -> float | None:
-    policy, reference = finite(row.get("logp_policy")), finite(row.get("logp_reference"))
-    return None if policy is None or reference is None else policy - reference
-
-
-def _surprise(row: Row) -> float | None:
-    policy = finite(row.get("logp_policy"))
-    return None if policy is None else -policy
-
-
-# What a single completion says about a metric: its mean over completions estimates the metric.
-OF_A_ROW: dict[str, Callable[[Row], float | None]] = {
-    "win_rate": lambda row: finite(row.get("verdict")),
-    "reward": lambda row: finite(row.get("reward")),
-    "length": _tokens,
-    "kl": _log_ratio,
-    "entropy_sequence": _surprise,
-}
-
-
-def of_prompts(run: Run, metric: str) -> dict[str, float]:
-    """Scores of a run by prompt, whose mean is the number that the run recorded.
-
-    The KL and the entropy that a run records come from whole distributions; what its samples say about them, by their
-    log-probabilities, serves for how they vary over prompts, and is moved to the recorded mean.
+    The KL and the entropy that a run records come from whole distributions. The log-probs of its samples estimate how
+    they vary over prompts; these estimates are shifted to the recorded mean.
 
     Args:
-        run: The run.
-        metric: Without ``eval/``.
+        run: Run to read.
+        metric: Key without ``eval/``.
 
     Returns:
-        Empty where samples do not say anything about the metric, as for distinct-n, or none were recorded.
+        Scores by prompt; empty where single samples do not have a value, as for distinct-n, or none were recorded.
     """
     if metric not in run.scores:
-        run.scores[metric] = _of_prompts(run, metric)
+        run.scores[metric] = _scores_by_prompt(run, metric)
     return run.scores[metric]
 
 
-def _of_prompts(run: Run, metric: str) -> dict[str, float]:
-    if metric == "entropy":
-        values = _entropy(run)
-    elif metric.endswith("_length_controlled"):
-        values = _at_equal_length(run, _comparison(metric.removesuffix("_length_controlled")))
+def _scores_by_prompt(run: Run, metric: str) -> dict[str, float]:
+    entry, recorded = find(metric), run.record.metric(f"eval/{metric}")
+    if entry is None or entry.per_sample is None:
+        return {}
+    units = [resampling_unit(run, row) for row in run.samples]
+    rows: Sequence[Row] = run.samples
+    if entry.parameter == "OPPONENT":
+        opponent = entry.argument(metric) or ""
+        rows = [with_opponent(row, opponent) for row in rows]
+    if entry.covariate is not None:
+        values = _at_zero(units, rows, entry.per_sample, entry.covariate)
+    elif entry.per is not None:
+        values = _ratio(_by_prompt(units, rows, entry.per_sample), _by_prompt(units, rows, entry.per))
     else:
-        values = _by_prompt(run, _row_value(metric))
-    recorded = run.record.metric(f"eval/{metric}")
+        values = _by_prompt(units, rows, entry.per_sample)
     if not values or recorded is None:
         return {}
     shift = recorded - fmean(values.values())
     return {prompt: value + shift for prompt, value in values.items()}
 
 
-def _row_value(metric: str) -> Callable[[Row], float | None]:
-    if metric.startswith("win_rate/"):
-        of_opponent = _comparison(metric)
-        return lambda row: finite(of_opponent(row).get("verdict"))
-    return OF_A_ROW.get(metric, lambda row: None)
-
-
-def _comparison(metric: str) -> Callable[[Row], Row]:
-    """Where a row holds ``verdict`` and ``tokens`` of the other side: its reference's, or those of a named opponent."""
-    name = metric.partition("/")[2]
-    if not name:
-        return lambda row: {"verdict": row.get("verdict"), "tokens": row.get("reference_tokens")}
-    return lambda row: (row.get("opponents") or {}).get(name) or {}
-
-
-def _by_prompt(run: Run, value: Callable[[Row], float | None]) -> dict[str, float]:
-    """Mean over the samples of each prompt; those without a value, as an unanswered verdict, are left out."""
+def _by_prompt(units: Sequence[str], rows: Sequence[Row], per_sample: PerSample) -> dict[str, float]:
+    """Return the mean over the samples of each prompt, without rows that lack a value, such as unanswered verdicts."""
     found: dict[str, list[float]] = {}
-    for row in run.samples:
-        one = value(row)
-        if one is not None:
-            found.setdefault(unit_of(run, row), []).append(one)
+    for unit, row in zip(units, rows, strict=True):
+        value = per_sample(row)
+        if value is not None:
+            found.setdefault(unit, []).append(value)
     return {prompt: fmean(values) for prompt, values in found.items()}
 
 
-def _entropy(run: Run) -> dict[str, float]:
-    """A ratio of sums, nats over tokens, written as the mean that varies as it does (the delta method)."""
-    nats, tokens = _by_prompt(run, _surprise), _by_prompt(run, _tokens)
-    both = [prompt for prompt in nats if prompt in tokens]
-    if not both or not (length := fmean(tokens[prompt] for prompt in both)):
+def _ratio(above: Mapping[str, float], below: Mapping[str, float]) -> dict[str, float]:
+    """Write a ratio of sums as the mean that varies over prompts as the ratio does (the delta method)."""
+    both = [prompt for prompt in above if prompt in below]
+    if not both or not (size := fmean(below[prompt] for prompt in both)):
         return {}
-    rate = fmean(nats[prompt] for prompt in both) / length
-    return {prompt: (nats[prompt] - rate * tokens[prompt]) / length for prompt in both}
+    rate = fmean(above[prompt] for prompt in both) / size
+    return {prompt: (above[prompt] - rate * below[prompt]) / size for prompt in both}
 
 
-def _at_equal_length(run: Run, of: Callable[[Row], Row]) -> dict[str, float]:
-    """What each prompt contributes to the win rate at equal length: the jackknife's pseudo-values."""
-    rows = []
-    for row in run.samples:
-        verdict, ours, theirs = finite(of(row).get("verdict")), _tokens(row), _tokens(of(row))
-        if verdict is not None and ours is not None and theirs is not None:
-            rows.append((unit_of(run, row), verdict, ours - theirs))
-    prompts = list(dict.fromkeys(prompt for prompt, _, _ in rows))
+def _at_zero(
+    units: Sequence[str], rows: Sequence[Row], per_sample: PerSample, covariate: PerSample
+) -> dict[str, float]:
+    """Return the jackknife pseudo-value of each prompt for the win rate where a covariate is zero."""
+    known = []
+    for unit, row in zip(units, rows, strict=True):
+        value, difference = per_sample(row), covariate(row)
+        if value is not None and difference is not None:
+            known.append((unit, value, difference))
+    prompts = list(dict.fromkeys(prompt for prompt, _, _ in known))
     if len(prompts) < 2:
         return {}
     place = {prompt: index for index, prompt in enumerate(prompts)}
-    of_row = np.array([place[prompt] for prompt, _, _ in rows])
-    alike = 1 / np.bincount(of_row)[of_row]  # prompts weigh alike
-    weights = np.vstack([alike, *(alike * (of_row != index) for index in range(len(prompts)))])
-    verdicts, differences = (np.array(values, dtype=np.float64) for values in list(zip(*rows, strict=True))[1:])
+    of_row = np.array([place[prompt] for prompt, _, _ in known])
+    even = 1 / np.bincount(of_row)[of_row]  # all prompts have the same weight
+    weights = np.vstack([even, *(even * (of_row != index) for index in range(len(prompts)))])
+    verdicts, differences = (np.array(values, dtype=np.float64) for values in list(zip(*known, strict=True))[1:])
     whole, *without = at_equal_length(verdicts, differences, weights)
     values = len(prompts) * whole - (len(prompts) - 1) * np.array(without)
     return dict(zip(prompts, values.tolist(), strict=True))
 
 
-def prompts_of(runs: Sequence[Run], metric: str) -> list[str]:
-    """The prompts for which all of the runs have a score."""
-    known = [of_prompts(run, metric) for run in runs]
+def shared_prompts(runs: Sequence[Run], metric: str) -> list[str]:
+    """Return the prompts for which all runs have a score."""
+    known = [scores_by_prompt(run, metric) for run in runs]
     return [prompt for prompt in known[0] if all(prompt in one for one in known)] if known else []
 
 
-def table(runs: Sequence[Run], metric: str, prompts: Sequence[str]) -> Scores | None:
-    """Scores of several seeds on the same prompts.
+def score_table(runs: Sequence[Run], metric: str, prompts: Sequence[str]) -> Array | None:
+    """Return the scores of several seeds on the same prompts.
 
     Args:
-        runs: One per seed.
-        metric: Without ``eval/``.
-        prompts: Those that all have; without any, each seed has its recorded number alone.
+        runs: Runs of one setting, one per seed.
+        metric: Key without ``eval/``.
+        prompts: Prompts that all runs have; if empty, the recorded numbers are the scores.
 
     Returns:
-        ``(S, P)``, or ``(S, 1)`` without prompts; ``None`` where a run has not recorded the metric.
+        ``(S, P)``, or ``(S, 1)`` without prompts; ``None`` where a run did not record the metric.
     """
     recorded = [run.record.metric(f"eval/{metric}") for run in runs]
     if any(number is None for number in recorded):
         return None
     if not prompts:
         return np.array(recorded, dtype=np.float64)[:, None]
-    rows = [of_prompts(run, metric) for run in runs]
+    rows = [scores_by_prompt(run, metric) for run in runs]
     return np.array([[row[prompt] for prompt in prompts] for row in rows], dtype=np.float64)
 
 
-def against(run: Run, other: Run) -> dict[str, float]:
-    """How often a run beats another on each prompt: by their rewards, or as a judge has said of them.
+def win_shares(run: Run, other: Run) -> dict[str, float]:
+    """Return how often a run beats another on each prompt, by their rewards or by the verdicts of a judge.
 
-    Every sample of the one meets every sample of the other. A judge that only compares has said so where one of the
-    two was evaluated against the other, as it was the first time: ``spo evaluate RUN evaluation.against=[OTHER]``.
+    With rewards, every sample of one run is compared with every sample of the other. Verdicts exist where one of the
+    two was evaluated against the other with the same settings: ``spo evaluate RUN evaluation.against=[OTHER]``.
+
+    Args:
+        run: Run whose wins count.
+        other: Run to compare with.
 
     Returns:
-        Shares of the first by prompt; empty where nothing is known.
+        Share of wins by prompt; empty where the two were not compared.
     """
     ours, theirs = _rewards(run), _rewards(other)
     if ours and theirs:
@@ -177,8 +147,8 @@ def against(run: Run, other: Run) -> dict[str, float]:
             for prompt in ours
             if prompt in theirs
         }
-    said = _judged(run, other)
-    return said or {prompt: 1 - share for prompt, share in _judged(other, run).items()}
+    verdicts = _judged(run, other)
+    return verdicts or {prompt: 1 - share for prompt, share in _judged(other, run).items()}
 
 
 def _rewards(run: Run) -> dict[str, list[float]]:
@@ -186,16 +156,16 @@ def _rewards(run: Run) -> dict[str, list[float]]:
     for row in run.samples:
         reward = finite(row.get("reward"))
         if reward is not None:
-            found.setdefault(unit_of(run, row), []).append(reward)
+            found.setdefault(resampling_unit(run, row), []).append(reward)
     return found
 
 
 def _judged(run: Run, other: Run) -> dict[str, float]:
-    """What the judge of the run said in those evaluations that name the directory of the other as an opponent."""
+    """Return the verdicts of the evaluations that name the directory of the other run as an opponent."""
     found: dict[str, list[float]] = {}
     directory = other.path.resolve()
     for evaluation in run.evaluations:
-        # Directories in different sweeps share their names, which are all that the rows have.
+        # Rows hold the name of a directory only, which directories of different sweeps share.
         if directory not in [
             Path(str(name)).expanduser().resolve() for name in evaluation.get("evaluation.against") or ()
         ]:
@@ -203,5 +173,5 @@ def _judged(run: Run, other: Run) -> dict[str, float]:
         for row in on_test_split(evaluation):
             verdict = finite(((row.get("opponents") or {}).get(directory.name) or {}).get("verdict"))
             if verdict is not None:
-                found.setdefault(unit_of(run, row), []).append(verdict)
+                found.setdefault(resampling_unit(run, row), []).append(verdict)
     return {prompt: fmean(verdicts) for prompt, verdicts in found.items()}

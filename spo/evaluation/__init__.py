@@ -4,13 +4,10 @@ What needs torch is imported from its own module (`spo.evaluation.completions`, 
 """
 
 from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
-from spo.evaluation.intervals import Bootstrap, Estimate
 from spo.evaluation.settings import EvaluationSettings
 from spo.evaluation.winrate import at_equal_length, verdict_of_rewards, win_rates
 
 __all__ = [
-    "Bootstrap",
-    "Estimate",
     "EvaluationSettings",
     "at_equal_length",
     "distinct_n",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, TypedDict
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from spo.data import EvalPrompt
 from spo.evaluation.completions import Draws, draw
 from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
-from spo.evaluation.intervals import Bootstrap
-from spo.evaluation.judges import Comparison, Judge
+from spo.evaluation.judges import Judge, JudgedPair
 from spo.evaluation.settings import REFERENCE, EvaluationSettings
 from spo.evaluation.winrate import verdict_of_rewards, win_rates
 from spo.forward.speed import Speed
 from spo.sampling import derive_seed, eval_mode
+from spo.stats import Bootstrap, Resamples
 
 Kept = Callable[[str, Callable[[], Draws]], Draws]
 """``kept(stage, draw)``: the completions of a stage, ``"policy"`` or ``"reference"``, from where they were kept."""
@@ -127,13 +127,13 @@ def assess(
         columns |= {"reference_completion": theirs.texts, "reference_tokens": theirs.tokens}
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     units = range(len(rows)) if all_prompts else [row["prompt_id"] for row in rows]
-    resampling: _Resampling = {
-        "confidence": settings.confidence,
-        "samples": settings.bootstrap_samples,
-        "seed": derive_seed("bootstrap", settings.seed),
-    }
-    bootstrap = Bootstrap(units, **resampling)
-    metrics = _summary(ours, settings, bootstrap)
+    bootstrap = Bootstrap(
+        confidence=settings.confidence,
+        draws=settings.bootstrap_samples,
+        seed=derive_seed("bootstrap", settings.seed),
+    )
+    resamples = bootstrap.resample(units)
+    metrics = _summary(ours, settings, resamples)
     if theirs is not None:
         metrics |= {f"reference/{key}": value for key, value in _summary(theirs, settings).items()}
     if judge is not None:
@@ -146,12 +146,12 @@ def assess(
                 for row, unit in zip(rows, units, strict=True)
             )
             against[name] = [_Reply(row, unit, *reply) for row, unit, reply in found if reply is not None]
-        metrics |= _judged(judge, rows, against, REFERENCE in settings.against, resampling, bootstrap)
+        metrics |= _judged(judge, rows, against, REFERENCE in settings.against, bootstrap, resamples)
     return Evaluation({f"eval/{key}": value for key, value in metrics.items()}, rows)
 
 
-def _summary(drawn: Draws, settings: EvaluationSettings, bootstrap: Bootstrap | None = None) -> dict[str, float]:
-    """What is measured without a judge; with its intervals where a bootstrap is given."""
+def _summary(drawn: Draws, settings: EvaluationSettings, resamples: Resamples | None = None) -> dict[str, float]:
+    """What is measured without a judge; with its intervals where resamples are given."""
     means: dict[str, tuple[Sequence[float], Sequence[float] | None]] = {
         "kl": (drawn.kl, None),
         "entropy": (drawn.entropy, drawn.tokens),
@@ -160,8 +160,8 @@ def _summary(drawn: Draws, settings: EvaluationSettings, bootstrap: Bootstrap | 
     }
     summary: dict[str, float] = {}
     for name, (values, per) in means.items():
-        if values and bootstrap is not None:
-            summary |= bootstrap.mean(values, per).under(name)
+        if values and resamples is not None:
+            summary |= resamples.mean(values, per).as_metrics(name)
         elif values:
             summary[name] = sum(values) / (len(values) if per is None else sum(per))
     summary["distinct_2"] = distinct_n(drawn.texts, 2)
@@ -171,12 +171,6 @@ def _summary(drawn: Draws, settings: EvaluationSettings, bootstrap: Bootstrap | 
         groups = [drawn.texts[first : first + each] for first in range(0, len(drawn.texts), each)]
         summary["distinct_samples"] = distinct_samples(groups)
     return summary
-
-
-class _Resampling(TypedDict):
-    confidence: float
-    samples: int
-    seed: int
 
 
 @dataclass
@@ -196,14 +190,14 @@ def _judged(
     rows: Sequence[dict[str, Any]],
     against: Mapping[str, Sequence[_Reply]],
     with_reference: bool,
-    resampling: _Resampling,
     bootstrap: Bootstrap,
+    resamples: Resamples,
 ) -> dict[str, float]:
     """Asks the judge, writes what it says into the rows, and sums it up."""
     scores = judge.scores([row["prompt"] for row in rows], [row["completion"] for row in rows]) or {}
     metrics = {_reward(name): fmean(values) for name, values in scores.items()}
     if scores:
-        metrics |= bootstrap.mean(scores["reward"]).under("reward")
+        metrics |= resamples.mean(scores["reward"]).as_metrics("reward")
     for row, reward in zip(rows, scores.get("reward", ()), strict=False):
         row["reward"] = reward
     for opponent, replies in against.items():
@@ -218,7 +212,7 @@ def _judged(
         if not is_reference or with_reference:
             _compare(judge, replies)
             longer = [one.row["tokens"] - one.tokens for one in replies]
-            rates = win_rates([one.verdict for one in replies], longer, [one.unit for one in replies], **resampling)
+            rates = win_rates([one.verdict for one in replies], longer, [one.unit for one in replies], bootstrap)
             under = "win_rate" if is_reference else f"win_rate/{opponent}"
             metrics |= {key.replace("win_rate", under, 1): value for key, value in rates.items()}
         for one in replies:
@@ -240,7 +234,7 @@ def _compare(judge: Judge, replies: Sequence[_Reply]) -> None:
         for one in replies:
             one.verdict = verdict_of_rewards(one.row["reward"], one.reward)  # type: ignore[arg-type]
         return
-    asked = [Comparison(one.row["prompt"], one.row["completion"], one.completion) for one in replies]
+    asked = [JudgedPair(one.row["prompt"], one.row["completion"], one.completion) for one in replies]
     for one, verdict in zip(replies, judge.verdicts(asked), strict=True):
         one.verdict = verdict
 

@@ -1,4 +1,4 @@
-"""Win rates with intervals, as they are and at equal length."""
+"""Win rates with intervals, plain and at equal length."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from spo.evaluation.intervals import Array, Bootstrap
+from spo.stats import Array, Bootstrap
 
+# Keeps the slope finite where length alone decides. In units of samples, so that it is negligible beside the data.
 RIDGE = 0.001
-"""Keeps the slope finite where length alone decides; in units of samples, so that it is nothing beside the data."""
 _ITERATIONS, _LARGEST_STEP, _LARGEST_LOGIT = 60, 2.0, 30.0
 _NUMBERS_AT_ONCE = 4_000_000
 
 
 def verdict_of_rewards(first: float, second: float) -> float:
-    """1 where the first reward is higher, 0 where it is lower, 0.5 where they are equal."""
+    """Return 1 if the first reward is higher, 0 if it is lower, 0.5 if they are equal."""
     return 0.5 + 0.5 * ((first > second) - (first < second))
 
 
@@ -23,21 +23,16 @@ def win_rates(
     verdicts: Sequence[float | None],
     length_differences: Sequence[float],
     units: Sequence[Hashable],
-    *,
-    confidence: float,
-    samples: int,
-    seed: int,
+    bootstrap: Bootstrap,
 ) -> dict[str, float]:
-    """The share of comparisons won, ties as half, and the same at equal length.
+    """Compute the share of comparisons won, with ties as half, and the same at equal length.
 
     Args:
-        verdicts: 1 for a win of the policy, 0 for a loss, 0.5 for a tie or anything between; ``None`` where the judge
-            gave no answer: such a comparison is left out.
-        length_differences: tokens of the policy's completion minus those of the other one.
-        units: the prompt of each comparison; prompts weigh alike, and are what the bootstrap resamples.
-        confidence: of the intervals.
-        samples: bootstrap resamples.
-        seed: of the resampling.
+        verdicts: Verdict of each comparison: 1 for a win of the policy, 0 for a loss, 0.5 for a tie, or anything
+            between. ``None`` where the judge did not answer: such a comparison is left out.
+        length_differences: Tokens of the policy's completion minus those of the other one.
+        units: Prompt of each comparison; all prompts have the same weight, and are what the bootstrap resamples.
+        bootstrap: Settings of the intervals.
 
     Returns:
         ``win_rate`` and ``win_rate_length_controlled``, each with ``_ci_low`` and ``_ci_high``; empty without answers.
@@ -47,25 +42,26 @@ def win_rates(
         return {}
     won = np.array([verdicts[i] for i in answered], dtype=np.float64)
     longer = np.array([length_differences[i] for i in answered], dtype=np.float64)
-    bootstrap = Bootstrap([units[i] for i in answered], confidence=confidence, samples=samples, seed=seed)
-    controlled = bootstrap.estimate(lambda weights: at_equal_length(won, longer, weights))
-    return bootstrap.mean(won.tolist()).under("win_rate") | controlled.under("win_rate_length_controlled")
+    resamples = bootstrap.resample([units[i] for i in answered])
+    controlled = resamples.estimate(lambda weights: at_equal_length(won, longer, weights))
+    return resamples.mean(won.tolist()).as_metrics("win_rate") | controlled.as_metrics("win_rate_length_controlled")
 
 
 def at_equal_length(verdicts: Array, length_differences: Array, weights: Array) -> Array:
-    """Win rates that a logistic regression on the difference in length predicts where there is none.
+    """Predict win rates at equal length, by a logistic regression on the difference in length.
 
     As in AlpacaEval 2 (Dubois et al., arXiv:2404.04475) the log-odds of a win are ``b + s tanh(d / sd(d))``, and the
-    answer is ``sigmoid(b)``. Its term for the difficulty of an instruction needs many models' results and is left out.
-    Verdicts may be shares: the loss is the cross-entropy. If length has no effect, that is the plain win rate.
+    answer is ``sigmoid(b)``. Its term for the difficulty of an instruction needs results of many models and is left
+    out. Verdicts may be shares: the loss is the cross-entropy. If length has no effect, the result is the plain win
+    rate.
 
     Args:
-        verdicts: ``(N,)`` in [0, 1].
-        length_differences: ``(N,)``, in any unit.
-        weights: ``(K, N)`` of the comparisons, for ``K`` regressions at once.
+        verdicts: ``(N,)`` verdicts in [0, 1].
+        length_differences: ``(N,)`` differences, in any unit.
+        weights: ``(K, N)`` weights of the comparisons, for ``K`` regressions at once.
 
     Returns:
-        ``(K,)``.
+        ``(K,)`` win rates.
     """
     spread = length_differences.std()
     x = np.tanh(length_differences / spread) if spread > 0 else np.zeros_like(length_differences)
@@ -78,7 +74,7 @@ def at_equal_length(verdicts: Array, length_differences: Array, weights: Array) 
 
 
 def _fit(verdicts: Array, x: Array, weights: Array, start: Array) -> Array:
-    """``(K, 2)`` intercepts and slopes of ``K`` weighted logistic regressions, by Newton's method in bounded steps."""
+    """Fit ``K`` weighted logistic regressions by Newton's method in bounded steps; ``(K, 2)`` intercepts and slopes."""
     intercept, slope = start.T.copy()
     for _ in range(_ITERATIONS):
         p = _sigmoid(intercept[:, None] + slope[:, None] * x)
@@ -87,7 +83,7 @@ def _fit(verdicts: Array, x: Array, weights: Array, start: Array) -> Array:
         a, b, c = curvature.sum(1) + 1e-12, curvature @ x, curvature @ x**2 + RIDGE
         step = np.stack([c * gradient[0] - b * gradient[1], a * gradient[1] - b * gradient[0]]) / (a * c - b * b)
         step *= np.minimum(1, _LARGEST_STEP / np.maximum(np.abs(step).max(0), 1e-12))
-        # Where every comparison was won the intercept would run away; its sigmoid is 1 long before.
+        # If every comparison was won, the intercept would diverge; its sigmoid is 1 long before.
         intercept = np.clip(intercept + step[0], -_LARGEST_LOGIT, _LARGEST_LOGIT)
         slope = slope + step[1]
         if np.abs(step).max() < 1e-9:

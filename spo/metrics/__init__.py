@@ -1,4 +1,4 @@
-"""Alignment metrics: torchmetrics that are exact for any batch size and number of processes, and their catalogue.
+"""Alignment metrics, exact for any batch size and number of processes, and their catalogue.
 
-The catalogue is read without torch, so nothing is imported here.
+The catalogue is read without torch, so this module does not import anything.
 """

@@ -1,4 +1,4 @@
-"""Whether a method's implicit reward means the preferences that it says."""
+"""Calibration of a method's implicit reward as a probability of preference."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torchmetrics import Metric
 class Calibration(Metric):
     """Calibration of sigmoid(margin) as the probability that chosen is preferred, for hard and soft labels.
 
-    The confidence of a pair is the larger of sigmoid(margin) and sigmoid(-margin), and it is right with the
-    probability that the label gives to that side: so the order in which a pair is written says nothing. Sums over
-    bins are kept in float64 and reduced once.
+    The confidence of a pair is the larger of sigmoid(margin) and sigmoid(-margin). It is right with the probability
+    that the label gives to that side, so the order of a pair does not matter. Sums over bins are kept in float64 and
+    reduced once.
 
     Args:
-        bins: of equal width, over confidences from 0.5 to 1.
-        over_ranks: false where one process computes alone.
+        bins: Number of bins of equal width, over confidences from 0.5 to 1.
+        over_ranks: Whether to reduce over processes; false where one process computes alone.
     """
 
     full_state_update = False
@@ -34,7 +34,7 @@ class Calibration(Metric):
             self.add_state(name, torch.zeros(size, dtype=torch.float64), "sum")
 
     def update(self, margin: Tensor, preference: Tensor | None = None) -> None:
-        """Adds pairs.
+        """Add pairs.
 
         Args:
             margin: ``(B,)`` implicit reward of chosen minus that of rejected.
@@ -52,7 +52,7 @@ class Calibration(Metric):
         self.log_loss += (functional.softplus(-margin) * label + functional.softplus(margin) * (1 - label)).sum()
 
     def compute(self) -> dict[str, float]:
-        """``ece`` (expected calibration error), ``brier`` and ``log_loss`` (nats per pair); empty without pairs."""
+        """Return expected calibration error, Brier score and log loss in nats per pair; empty without pairs."""
         count = float(self.count)
         if count == 0:
             return {}

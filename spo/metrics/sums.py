@@ -1,4 +1,4 @@
-"""Means over pairs, kept as sums and counts so that they are reduced once."""
+"""Means over elements, kept as sums and counts so that they are reduced once."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from torchmetrics import Metric
 
 
 class SumsAndCounts(Metric):
-    """The mean of several named quantities, each over its own number of elements.
+    """Means of several named quantities, each over its own number of elements.
 
-    A mean of batch means is biased by a short last batch; here every element counts once, on whatever rank and in
-    whatever batch it was seen. Sums are float64. An update only keeps what it is given, so that a step pays nothing for
-    it; it is added up when someone looks.
+    A mean of batch means is biased by a short last batch. Here every element counts once, on any rank and in any batch.
+    Sums are float64. An update only stores its values, so that it costs a step nothing; they are summed on demand.
 
     Args:
-        names: the quantities.
-        over_ranks: false where one process computes alone.
+        names: Names of the quantities.
+        over_ranks: Whether to reduce over processes; false where one process computes alone.
     """
 
     full_state_update = False
@@ -29,21 +28,28 @@ class SumsAndCounts(Metric):
     def __init__(self, names: tuple[str, ...], over_ranks: bool = True) -> None:
         super().__init__(sync_on_compute=over_ranks)
         self.names = names
-        self._given: dict[str, list[Tensor | float]] = {}
-        # persistent: a run resumed between two log steps reports the mean over the whole interval
+        self._stored: dict[str, list[Tensor | float]] = {}
+        # Persistent, so that a run resumed between two log steps reports the mean over the whole interval.
         self.add_state("sums", torch.zeros(len(names), dtype=torch.float64), "sum", persistent=True)
         self.add_state("counts", torch.zeros(len(names), dtype=torch.float64), "sum", persistent=True)
 
     def update(self, values: Mapping[str, Tensor | float]) -> None:
-        """Adds the elements of each given quantity: a tensor of any shape, or a number."""
-        if unknown := values.keys() - set(self.names):
-            raise ValueError(f"not among the names of this metric: {', '.join(sorted(unknown))}")
-        for name, value in values.items():
-            self._given.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
+        """Add elements.
 
-    def _add_up(self) -> None:
-        given, self._given = self._given, {}
-        for name, values in given.items():
+        Args:
+            values: Elements by quantity, each a tensor of any shape or a number.
+
+        Raises:
+            ValueError: If a quantity was not named at construction.
+        """
+        if unknown := values.keys() - set(self.names):
+            raise ValueError(f"unknown quantities: {', '.join(sorted(unknown))}")
+        for name, value in values.items():
+            self._stored.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
+
+    def _sum_stored(self) -> None:
+        stored, self._stored = self._stored, {}
+        for name, values in stored.items():
             position = self.names.index(name)
             tensors = [value.double().flatten() for value in values if isinstance(value, Tensor)]
             numbers = [value for value in values if not isinstance(value, Tensor)]
@@ -53,21 +59,21 @@ class SumsAndCounts(Metric):
                 self.sums[position] += torch.cat([tensor.to(self.sums.device) for tensor in tensors]).sum()
 
     def sync_context(self, *args: Any, **kwargs: Any) -> Any:
-        """Adds up what the processes are about to share."""
-        self._add_up()
+        """Sum stored values before processes exchange them."""
+        self._sum_stored()
         return super().sync_context(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Adds up what is about to be saved."""
-        self._add_up()
+        """Sum stored values before they are saved."""
+        self._sum_stored()
         return super().state_dict(*args, **kwargs)
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Clear all sums, counts and stored values."""
         super().reset()
-        self._given = {}
+        self._stored = {}
 
     def compute(self) -> dict[str, float]:
-        """The means of all quantities that were seen at least once."""
+        """Return the means of all quantities with at least one element."""
         sums, counts = self.sums.tolist(), self.counts.tolist()
         return {name: total / count for name, total, count in zip(self.names, sums, counts, strict=True) if count > 0}

@@ -1,1 +1,1 @@
-"""What a person reads of a run: a page (``html``) and two panels in the terminal (``terminal``)."""
+"""Everything that a person looks at: the run page, the comparison page, terminal panels, charts and dashboards."""

@@ -1,4 +1,4 @@
-"""What the figures of a comparison show: the frontier, head to head, the settings that were tried, the curves."""
+"""Figures of a comparison: the main metric, frontiers, head to head, the settings that were tried, and curves."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from typing import Any
 
 from markupsafe import Markup
 
-from spo.comparison.compare import Comparison, Method, Setting, better
+from spo.comparison.choice import Setting, better, short_key, value_order
+from spo.comparison.compare import Comparison, Method
 from spo.comparison.runs import Run
-from spo.comparison.statistics import pareto
-from spo.metrics.catalogue import label, unit
-from spo.pages.charts import Cloud, Panel, Point, Series, Tile, Whisker, line_chart, scatter, tiles, whiskers
+from spo.metrics.catalogue import SHARE, find, label, title, unit
+from spo.pages.charts import Cloud, LineChart, Point, Series, Tile, Whisker, line_chart, scatter, tiles, whiskers
 from spo.pages.dashboard import Dashboard, unit_of
+from spo.stats import pareto
 from spo.wording import clean, number
 
 HUES = 8
-_CURVE_STEPS = 3  # a validation curve of fewer steps gives way to the training one
+# With fewer steps than this a validation curve is replaced by the training curve.
+_CURVE_STEPS = 3
 
 
 def hues(comparison: Comparison) -> dict[str, int]:
-    """A colour and a shape for each method, which do not depend on how it fared."""
+    """Assign each method a color and a shape that do not depend on its results."""
     names = sorted((method.name for method in comparison.methods), key=lambda name: (name != "spo", name))
     return {name: 1 + place % HUES for place, name in enumerate(names)}
 
@@ -31,20 +33,26 @@ def hues(comparison: Comparison) -> dict[str, int]:
 
 
 def headline(comparison: Comparison) -> Markup:
-    """Draws the main metric of each method with its interval."""
+    """Draw the main metric of each method with its interval."""
     metric, hue = comparison.metric_name, hues(comparison)
     rows = []
     for method in comparison.methods:
         one = method.estimates[metric]
-        said = f"{method.name}\n{label(metric)} {number(one.value)}"
+        description = f"{method.name}\n{label(metric)} {number(one.value)}"
         if one.low is not None and one.high is not None:
-            said += f"\n{comparison.bootstrap.confidence:.0%} interval {number(one.low)} to {number(one.high)}"
+            description += f"\n{comparison.bootstrap.confidence:.0%} interval {number(one.low)} to {number(one.high)}"
         mark = " (!)" if method.problems else ""
-        rows.append(Whisker(method.name + mark, hue[method.name], one.value, one.low, one.high, said))
-    share = metric.startswith("win_rate")
-    start = 0.5 if share else comparison.reference.get(metric)
-    axis = _axis(metric)
-    return whiskers(rows, axis, (0.0, 1.0) if share else None, start)
+        rows.append(Whisker(method.name + mark, hue[method.name], one.value, one.low, one.high, description))
+    even = _even_share(metric)
+    if even is not None:
+        return whiskers(rows, _axis(metric), SHARE, even)
+    return whiskers(rows, _axis(metric), None, comparison.reference.get(metric))
+
+
+def _even_share(metric: str) -> float | None:
+    """Return the share at which neither side is ahead, for a metric that is such a share."""
+    entry = find(metric)
+    return entry.neutral if entry is not None and entry.bounds == SHARE else None
 
 
 def _axis(metric: str) -> str:
@@ -55,14 +63,14 @@ def _axis(metric: str) -> str:
 
 
 def frontier(comparison: Comparison, cost: str) -> Markup | None:
-    """Draws every run by the main metric and what it cost; a method's line joins its settings that no other one beats.
+    """Draw every run by the main metric and its cost, with a line through the best settings of each method.
 
     Args:
-        comparison: The comparison.
-        cost: ``kl`` or ``entropy``; less KL and more entropy are the better.
+        comparison: Comparison to show.
+        cost: Metric on the horizontal axis, ``kl`` or ``entropy``; less KL and more entropy are better.
 
     Returns:
-        ``None`` where no run has both, or both are the same.
+        The chart; ``None`` if no run has both metrics, or the two are the same.
     """
     metric, hue = comparison.metric_name, hues(comparison)
     if metric == cost:
@@ -78,12 +86,14 @@ def frontier(comparison: Comparison, cost: str) -> Markup | None:
                 x, y = _eval(run, cost), _eval(run, metric)
                 if x is not None and y is not None:
                     at.append((x, y))
-                    points.append(Point(x, y, _said(method, setting, f"seed {run.seed}", {metric: y, cost: x})))
+                    points.append(Point(x, y, _describe(method, setting, f"seed {run.seed}", {metric: y, cost: x})))
             if at:
                 x, y = (fmean(values) for values in zip(*at, strict=True))
                 seeds = f"mean of {len(at)} seeds" if len(at) > 1 else "one seed"
-                said = _said(method, setting, seeds, {metric: y, cost: x})
-                means.append(Point(x, y, said, large=True, ring=setting is method.best and len(method.settings) > 1))
+                description = _describe(method, setting, seeds, {metric: y, cost: x})
+                means.append(
+                    Point(x, y, description, large=True, ring=setting is method.best and len(method.settings) > 1)
+                )
         front = [means[i] for i in pareto([(sign * p.x, gain * p.y) for p in means])]
         corners = [(p.x, p.y) for p in front] if len(front) > 1 else []
         clouds.append(Cloud(method.name, hue[method.name], [*points, *means], corners))
@@ -91,14 +101,14 @@ def frontier(comparison: Comparison, cost: str) -> Markup | None:
         return None
     reference = comparison.reference
     start = (reference[cost], reference[metric]) if cost in reference and metric in reference else None
-    return scatter(clouds, _axis(cost), _axis(metric), start, 0.5 if metric.startswith("win_rate") else None)
+    return scatter(clouds, _axis(cost), _axis(metric), start, _even_share(metric))
 
 
 def _eval(run: Run, metric: str) -> float | None:
     return run.record.metric(f"eval/{metric}")
 
 
-def _said(method: Method, setting: Setting, seeds: str, numbers: Mapping[str, float]) -> str:
+def _describe(method: Method, setting: Setting, seeds: str, numbers: Mapping[str, float]) -> str:
     words = [f"{label(name)} {number(value)}" for name, value in numbers.items()]
     return "\n".join([method.name, f"{setting.label} · {seeds}", *words])
 
@@ -107,7 +117,7 @@ def _said(method: Method, setting: Setting, seeds: str, numbers: Mapping[str, fl
 
 
 def win_matrix(comparison: Comparison) -> Markup | None:
-    """Draws how often the row's completions beat the column's; ``None`` where nobody has judged any of them."""
+    """Draw how often the row beats the column; ``None`` where no methods were judged against each other."""
     names = [method.name for method in comparison.methods]
     known = {(one.first, one.second): one.estimate for one in comparison.duels}
     if not any(known.values()):
@@ -121,13 +131,15 @@ def win_matrix(comparison: Comparison) -> Markup | None:
                 cells[-1].append(None)
                 continue
             ends = "" if one.low is None or one.high is None else f"{number(one.low)} to {number(one.high)}"
-            said = f"{row} against {column}\nwin rate {number(one.value)}" + (
+            description = f"{row} against {column}\nwin rate {number(one.value)}" + (
                 f"\n{comparison.bootstrap.confidence:.0%} interval {ends}" if ends else ""
             )
             sure = one.low is not None and one.high is not None and not one.low <= 0.5 <= one.high
             shade = min(1.0, abs(one.value - 0.5) / 0.35)
             cells[-1].append(
-                Tile(f"{one.value:.2f}", said, shade, 1 if one.value >= 0.5 else 2, note="" if sure else "unclear")
+                Tile(
+                    f"{one.value:.2f}", description, shade, 1 if one.value >= 0.5 else 2, note="" if sure else "unclear"
+                )
             )
     return tiles(names, names, cells, "wins", "against")
 
@@ -136,36 +148,31 @@ def win_matrix(comparison: Comparison) -> Markup | None:
 
 
 def settings_chart(comparison: Comparison, method: Method) -> Markup | None:
-    """Draws what was tried of a method by what it was selected by: a map of two keys, or a list of one.
+    """Draw the settings of a method by the metric that they were selected by: a map of two keys, or a list of one.
+
+    Args:
+        comparison: Comparison to show.
+        method: Method of the settings.
 
     Returns:
-        ``None`` for one setting, or for keys that no chart can show.
+        The chart; ``None`` for a single setting, or for more than two keys.
     """
     keys = list(dict.fromkeys(key for setting in method.settings for key in setting.values))
     if len(method.settings) < 2 or comparison.select is None:
         return None
     if len(keys) == 1:
-        return _list(comparison, method, keys[0])
-    return _map(comparison, method, keys) if len(keys) == 2 else None
-
-
-def _name(key: str) -> str:
-    return key.removesuffix(".value").removesuffix("._target_")
-
-
-def _order(value: Any) -> tuple[bool, float, str]:
-    plain = isinstance(value, int | float)
-    return not plain, float(value) if plain else 0.0, str(value)
+        return _settings_list(comparison, method, keys[0])
+    return _settings_map(comparison, method, keys) if len(keys) == 2 else None
 
 
 def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).rpartition(".")[2] or str(value)
 
 
-def _map(comparison: Comparison, method: Method, keys: Sequence[str]) -> Markup:
+def _settings_map(comparison: Comparison, method: Method, keys: Sequence[str]) -> Markup:
     across, down = keys
     columns, rows = (
-        sorted({setting.values.get(key) for setting in method.settings}, key=_order) for key in (across, down)
+        sorted({setting.values.get(key) for setting in method.settings}, key=value_order) for key in (across, down)
     )
     at = {(setting.values.get(down), setting.values.get(across)): setting for setting in method.settings}
     known = [setting.selection for setting in method.settings if setting.selection is not None]
@@ -183,28 +190,28 @@ def _map(comparison: Comparison, method: Method, keys: Sequence[str]) -> Markup:
             cells[-1].append(
                 Tile(
                     number(setting.selection),
-                    _tried(comparison, method, setting),
+                    _describe_setting(comparison, method, setting),
                     share if up else 1 - share,
                     hues(comparison)[method.name],
                     ring=setting is method.best,
                 )
             )
-    return tiles([_text(v) for v in rows], [_text(v) for v in columns], cells, _name(down), _name(across))
+    return tiles([_text(v) for v in rows], [_text(v) for v in columns], cells, short_key(down), short_key(across))
 
 
-def _list(comparison: Comparison, method: Method, key: str) -> Markup:
+def _settings_list(comparison: Comparison, method: Method, key: str) -> Markup:
     rows = []
-    for setting in sorted(method.settings, key=lambda one: _order(one.values.get(key))):
+    for setting in sorted(method.settings, key=lambda one: value_order(one.values.get(key))):
         if setting.selection is None:
             continue
         of_seeds = [value for run in setting.runs if (value := run.number(comparison.select or "")) is not None]
-        name = f"{_name(key)} {_text(setting.values.get(key))}" + (" ✓" if setting is method.best else "")
-        said, hue = _tried(comparison, method, setting), hues(comparison)[method.name]
-        rows.append(Whisker(name, hue, setting.selection, min(of_seeds), max(of_seeds), said))
+        name = f"{short_key(key)} {_text(setting.values.get(key))}" + (" ✓" if setting is method.best else "")
+        description, hue = _describe_setting(comparison, method, setting), hues(comparison)[method.name]
+        rows.append(Whisker(name, hue, setting.selection, min(of_seeds), max(of_seeds), description))
     return whiskers(rows, f"{comparison.select}, from the lowest seed to the highest", None, None, compact=True)
 
 
-def _tried(comparison: Comparison, method: Method, setting: Setting) -> str:
+def _describe_setting(comparison: Comparison, method: Method, setting: Setting) -> str:
     numbers = {}
     for name in dict.fromkeys((comparison.metric_name, "kl", "entropy")):
         seen = [value for run in setting.runs if (value := _eval(run, name)) is not None]
@@ -220,7 +227,11 @@ def _tried(comparison: Comparison, method: Method, setting: Setting) -> str:
 
 
 def curves(comparison: Comparison, dashboard: Dashboard) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Draws the dashboard's curves of the best settings: the mean over seeds, in a band from the lowest to the highest.
+    """Draw the curves of the best settings: the mean over seeds, in a band from the lowest seed to the highest.
+
+    Args:
+        comparison: Comparison to show.
+        dashboard: Dashboard whose curves are drawn.
 
     Returns:
         Groups of charts, and the points in them for the hover read-out.
@@ -242,8 +253,8 @@ def curves(comparison: Comparison, dashboard: Dashboard) -> tuple[list[dict[str,
     return groups, data
 
 
-def _panels(comparison: Comparison, spec: Any) -> list[Panel]:
-    """One panel per metric: methods share axes here, where metrics do in the report of a run."""
+def _panels(comparison: Comparison, spec: Any) -> list[LineChart]:
+    """Make one chart per metric: here methods share the axes, while in the report of a run metrics do."""
     panels = []
     for metric in spec.metrics:
         for key in (f"{split}/{metric}" for split in sorted(spec.splits, key=lambda split: split != "val")):
@@ -253,12 +264,12 @@ def _panels(comparison: Comparison, spec: Any) -> list[Panel]:
                 continue
             if spec.varying and all(len(set(one.values)) == 1 for one in series):
                 continue
-            title = spec.title
+            heading = spec.title
             if len(spec.metrics) > 1:
                 known = label(metric) != metric
-                title = label(metric)[0].upper() + label(metric)[1:] if known else f"{title}: {metric}"
+                heading = title(metric) if known else f"{heading}: {metric}"
             words = ", ".join(part for part in (unit_of(key), key.partition("/")[0]) if part)
-            panels.append(Panel(clean(key), clean(title), words, series, spec.bounds, spec.baseline))
+            panels.append(LineChart(clean(key), clean(heading), words, series, spec.bounds, spec.baseline))
             break
     return panels
 

@@ -10,29 +10,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from spo.comparison.compare import COLUMNS, Comparison, Difference, Method, describe_difference
-from spo.comparison.statistics import Estimate
-from spo.metrics.catalogue import label
+from spo.comparison.compare import Comparison, Difference, Method
+from spo.metrics.catalogue import label, shown_in
+from spo.pages.comparison_words import describe_difference, describe_procedure, interval
+from spo.stats import Estimate
 from spo.wording import number
 
 JSON, CSV, MARKDOWN, PAGE = "comparison.json", "table.csv", "comparison.md", "comparison.html"
 
 
 def columns(comparison: Comparison) -> list[str]:
-    """Metrics that some method has, the main one first."""
-    order = dict.fromkeys((comparison.metric_name, *COLUMNS))
+    """Return the metrics of the table that some method has, the main one first."""
+    order = dict.fromkeys((comparison.metric_name, *shown_in("comparison")))
     return [name for name in order if any(name in method.estimates for method in comparison.methods)]
 
 
-def interval(estimate: Estimate | None) -> str:
-    """Writes an interval such as ``[0.61, 0.72]``; empty where there is none."""
-    if estimate is None or estimate.low is None or estimate.high is None:
-        return ""
-    return f"[{number(estimate.low)}, {number(estimate.high)}]"
-
-
 def to_dict(comparison: Comparison) -> dict[str, Any]:
-    """Everything that the comparison found, as plain values."""
+    """Return everything that the comparison found as plain values."""
     return {
         "metric": comparison.metric,
         "select": comparison.select,
@@ -93,7 +87,7 @@ def _difference(one: Difference, comparison: Comparison) -> dict[str, Any]:
 
 
 def to_csv(comparison: Comparison) -> str:
-    """The table, one row per method; ends of intervals in columns of their own, empty where nothing was recorded."""
+    """Write the table, one row per method, with the ends of intervals in columns of their own."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = columns(comparison)
@@ -113,7 +107,7 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """The table, the differences and how they were found, for a paper or an issue."""
+    """Write the table, the differences and the procedure, for a paper or an issue."""
     return "\n".join(_markdown(comparison)) + "\n"
 
 
@@ -136,7 +130,7 @@ def _markdown(comparison: Comparison) -> Iterator[str]:
     yield from (f"- {_cell(describe_difference(one, comparison))}" for one in comparison.differences)
     if comparison.differences:
         yield ""
-    yield " ".join(method_in_words(comparison))
+    yield " ".join(describe_procedure(comparison))
     yield from (f"\n{_cell(note)}" for note in comparison.notes)
 
 
@@ -148,31 +142,15 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
-def method_in_words(comparison: Comparison) -> list[str]:
-    """How the numbers were found, in sentences."""
-    share = f"{comparison.bootstrap.confidence:.0%}"
-    seeds = f"{len(comparison.seeds)} seed{'s' if len(comparison.seeds) != 1 else ''}"
-    words = [f"Means over {seeds} and {comparison.prompts:,} test prompts, with {share} intervals over both."]
-    if comparison.select is not None:
-        words.append(f"The best setting of each method was selected by {comparison.select} on the selection split.")
-    if comparison.differences:
-        tests, name = len(comparison.differences), label(comparison.metric_name)
-        corrected = f", p-values corrected for {tests} tests (Holm)" if tests > 1 else ""
-        words.append(f"Differences in {name}: paired bootstrap of {comparison.bootstrap.draws:,} resamples{corrected}.")
-        if tests > 1:
-            words.append("Their intervals are those of each difference alone.")
-    return words
-
-
 def write_files(comparison: Comparison, folder: Path) -> dict[str, Path]:
-    """Writes the files but for the page.
+    """Write all files except the page.
 
     Args:
-        comparison: What to write.
-        folder: Where; it is made.
+        comparison: Comparison to write.
+        folder: Folder of the files; it is created.
 
     Returns:
-        The files by name.
+        The paths of the files by name.
     """
     texts: Mapping[str, str] = {
         JSON: json.dumps(to_dict(comparison), indent=2, ensure_ascii=False) + "\n",

@@ -1,4 +1,4 @@
-"""Writes ``comparison.html``: one self-contained page, the picture of a comparison."""
+"""Write ``comparison.html``: one self-contained page, the picture of a comparison."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from spo.comparison.compare import Comparison, Difference, Method, describe_difference, describe_p_value
+from spo.comparison.compare import Comparison, Difference, Method
 from spo.comparison.runs import Run
 from spo.metrics.catalogue import label, unit
 from spo.pages.charts import marker
 from spo.pages.comparison_figures import curves, frontier, headline, hues, settings_chart, win_matrix
-from spo.pages.comparison_files import PAGE, columns, interval, method_in_words
+from spo.pages.comparison_files import PAGE, columns
+from spo.pages.comparison_words import describe_difference, describe_p_value, describe_procedure, interval, join_names
 from spo.pages.dashboard import Dashboard, load_spec
 from spo.pages.run_page import TEMPLATES
 from spo.pages.selfcontained import write_selfcontained
@@ -23,15 +24,15 @@ _SAMPLES, _TEXT_CHARACTERS = 6, 1200
 
 
 def write_page(comparison: Comparison, folder: Path, dashboard: Dashboard | None = None) -> Path:
-    """Writes the page and replaces one that is there.
+    """Write the page, over an earlier one.
 
     Args:
-        comparison: What to show.
-        folder: Where; it is made.
-        dashboard: Whose curves to draw; ``None`` for the shipped one.
+        comparison: Comparison to show.
+        folder: Folder of the page; it is created.
+        dashboard: Dashboard whose curves are drawn; ``None`` for the shipped one.
 
     Returns:
-        Its path.
+        The path of the page.
     """
     groups, chart_data = curves(comparison, dashboard or load_spec())
     hue = hues(comparison)
@@ -55,7 +56,7 @@ def write_page(comparison: Comparison, folder: Path, dashboard: Dashboard | None
         charts=[(method, settings_chart(comparison, method)) for method in comparison.methods],
         groups=groups,
         samples=_samples(comparison),
-        how=method_in_words(comparison),
+        how=describe_procedure(comparison),
         label=label,
         number=number,
     )
@@ -66,12 +67,11 @@ def _key(hue: int) -> Markup:
 
 
 def _title(comparison: Comparison) -> str:
-    names = [method.name for method in comparison.methods]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return join_names([method.name for method in comparison.methods])
 
 
 def _verdict(comparison: Comparison) -> str:
-    """The one sentence to take away: who is ahead of whom for sure, by the corrected tests."""
+    """State which method is better than which, by the corrected tests."""
     if len(comparison.methods) == 1:
         return ""
     name = label(comparison.metric_name)
@@ -82,19 +82,15 @@ def _verdict(comparison: Comparison) -> str:
             return f"No difference in {name} to {comparison.baseline} is shown."
         return " ".join(describe_difference(one, comparison) for one in found)
     if not any(one.significant for one in comparison.differences):
-        return f"No difference in {name} between {_and([method.name for method in comparison.methods])} is shown."
+        return f"No difference in {name} between {join_names([method.name for method in comparison.methods])} is shown."
     of_best = [one for one in comparison.differences if best in (one.first, one.second)]
     behind = [one.second if one.first == best else one.first for one in of_best if one.significant]
     level = [one.second if one.first == best else one.first for one in of_best if not one.significant]
     word = "higher" if comparison.higher is None else "better"
     if not behind:
         return f"{best} is not shown to be {word} than any other in {name}."
-    ahead = f"{best} is {word} than {_and(behind)} in {name}"
-    return f"{ahead}; no difference to {_and(level)} is shown." if level else f"{ahead}."
-
-
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    ahead = f"{best} is {word} than {join_names(behind)} in {name}"
+    return f"{ahead}; no difference to {join_names(level)} is shown." if level else f"{ahead}."
 
 
 def _difference(one: Difference, comparison: Comparison) -> dict[str, Any]:
@@ -132,7 +128,7 @@ def _row(method: Method, comparison: Comparison) -> dict[str, Any]:
 
 
 def _samples(comparison: Comparison) -> list[dict[str, Any]]:
-    """Completions of all methods for the same prompts: the first, and where the best two differ most either way."""
+    """Choose completions for the same prompts: the first ones, and those where the best two methods differ most."""
     runs = {method.name: method.best.runs[0] for method in comparison.methods}
     rows = {name: _first_samples(run) for name, run in runs.items()}
     first = next(iter(rows.values()))

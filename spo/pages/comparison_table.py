@@ -1,4 +1,4 @@
-"""The comparison in the terminal."""
+"""The table of a comparison in the terminal."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from spo.comparison.compare import Comparison, Method, describe_difference
+from spo.comparison.compare import Comparison, Method
 from spo.metrics.catalogue import label, unit
-from spo.pages.comparison_files import columns, interval, method_in_words
+from spo.pages.comparison_files import columns
+from spo.pages.comparison_words import describe_difference, describe_procedure, interval
 from spo.wording import clean, number
 
-_LABELS, _METHOD = 26, 17  # characters for the columns; methods that do not fit go below
+# Characters of the columns; methods that do not fit go into a table below.
+_LABELS, _METHOD = 26, 17
 
 
 def show(comparison: Comparison) -> None:
-    """Prints the table, what differs for sure, and what is unfair about it."""
+    """Print the table, the differences, and the problems of an unfair comparison."""
     console = Console()
     _problems(console, comparison)
     fitting = max(1, (console.width - _LABELS) // _METHOD)
@@ -28,7 +30,7 @@ def show(comparison: Comparison) -> None:
     for difference in comparison.differences:
         style = "bold" if difference.significant else ""
         console.print(_text(console, describe_difference(difference, comparison), style))
-    for sentence in (*method_in_words(comparison), *comparison.notes):
+    for sentence in (*describe_procedure(comparison), *comparison.notes):
         console.print(_text(console, sentence, "dim"))
     if comparison.problems:
         console.print(_text(console, "(!) not a fair comparison: see above", "bold red"))

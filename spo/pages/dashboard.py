@@ -1,7 +1,8 @@
-"""What dashboards show: one yaml file of sections and panels, whichever program draws it."""
+"""Dashboards: one yaml file of sections and panels, which report.html and W&B both draw."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +12,13 @@ import yaml
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag, TypeAdapter, ValidationError
 
 from spo.errors import UserError
-from spo.metrics.catalogue import UNITS, unit
+from spo.metrics.catalogue import SHARE, Place, find, find_logged, shown_in, title
 from spo.resources import conf_dir
 
 DEFAULT = "alignment"
 
 
-def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if not values:
         raise ValueError("there must be at least one")
     return values
@@ -30,13 +31,13 @@ def _increasing(bounds: tuple[float, float]) -> tuple[float, float]:
 
 
 Text = Annotated[str, Field(min_length=1)]
-Names = Annotated[tuple[Text, ...], AfterValidator(_some)]
+Names = Annotated[tuple[Text, ...], AfterValidator(_not_empty)]
 Bounds = Annotated[tuple[FiniteFloat, FiniteFloat], AfterValidator(_increasing)]
 
 
 @dataclass(frozen=True)
 class _Node:
-    """Part of the file, in which an unknown key is a mistake."""
+    """Part of the file, in which an unknown key is an error."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -46,12 +47,12 @@ class Curves(_Node):
     """Lines over the training step.
 
     Attributes:
-        title: its heading.
-        metrics: keys that share the axes, without their split.
-        splits: what is put before each of them: ``train``, ``val``, ``exact`` or ``time``.
-        bounds: fixed range of the vertical axis.
-        baseline: height of a line to compare with.
-        varying: whether a curve that never changes is left out.
+        title: Heading of the panel.
+        metrics: Keys of the metrics that share the axes, without their split.
+        splits: First parts of the keys: ``train``, ``val``, ``exact`` or ``time``.
+        bounds: Fixed range of the vertical axis; ``None`` for one that fits.
+        baseline: Height of a line to compare with; ``None`` for no line.
+        varying: Whether to leave out a curve that never changes.
     """
 
     title: Text
@@ -63,7 +64,7 @@ class Curves(_Node):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of ``history.jsonl`` and of W&B, such as ``train/loss``."""
+        """Return the keys of ``history.jsonl`` and of W&B, such as ``train/loss``."""
         return tuple(f"{split}/{metric}" for metric in self.metrics for split in self.splits)
 
 
@@ -72,10 +73,10 @@ class Bars(_Node):
     """Final numbers, one bar per run.
 
     Attributes:
-        title: its heading.
-        final: keys of ``metrics.json``.
-        bounds: fixed range of the axis.
-        baseline: value to compare with.
+        title: Heading of the panel.
+        final: Keys of ``metrics.json``.
+        bounds: Fixed range of the axis; ``None`` for one that fits.
+        baseline: Value to compare with; ``None`` for no value.
     """
 
     title: Text
@@ -85,7 +86,7 @@ class Bars(_Node):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of ``metrics.json`` and of W&B's summary."""
+        """Return the keys of ``metrics.json`` and of W&B's summary."""
         return self.final
 
 
@@ -94,9 +95,9 @@ class Scatter(_Node):
     """Two final numbers against each other, one point per run.
 
     Attributes:
-        title: its heading.
-        x: key of ``metrics.json`` on the horizontal axis.
-        y: key of ``metrics.json`` on the vertical axis.
+        title: Heading of the panel.
+        x: Key of ``metrics.json`` on the horizontal axis.
+        y: Key of ``metrics.json`` on the vertical axis.
     """
 
     title: Text
@@ -105,12 +106,37 @@ class Scatter(_Node):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of ``metrics.json`` and of W&B's summary."""
+        """Return the keys of ``metrics.json`` and of W&B's summary."""
         return self.x, self.y
 
 
-# What a panel of each kind has in the file, and no other has.
-KINDS = {"curves": "metrics", "bars": "final", "scatter": "x"}
+@dataclass(frozen=True)
+class EachMetric(_Node):
+    """One panel of final numbers for each metric that a place shows, by the catalogue of metrics.
+
+    Attributes:
+        each: Place of the catalogue, such as ``comparison``.
+    """
+
+    each: Place
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return the keys of ``metrics.json`` and of W&B's summary."""
+        return tuple(f"eval/{key}" for key in shown_in(self.each))
+
+    def bars(self) -> Iterator[Bars]:
+        """Make the panels, with names and ranges from the catalogue."""
+        for key in shown_in(self.each):
+            metric = find(key)
+            bounds = metric.bounds if metric is not None and metric.bounds == SHARE else None
+            # A neutral value of zero is where bars start anyway.
+            baseline = (metric.neutral if metric is not None else None) or None
+            yield Bars(title(key), (f"eval/{key}",), bounds, baseline)
+
+
+# The key that only a panel of this kind has in the file.
+KINDS = {"curves": "metrics", "bars": "final", "scatter": "x", "each": "each"}
 
 
 def _kind(node: Any) -> str | None:
@@ -119,63 +145,81 @@ def _kind(node: Any) -> str | None:
 
 
 Panel = Annotated[
-    Annotated[Curves, Tag("curves")] | Annotated[Bars, Tag("bars")] | Annotated[Scatter, Tag("scatter")],
+    Annotated[Curves, Tag("curves")]
+    | Annotated[Bars, Tag("bars")]
+    | Annotated[Scatter, Tag("scatter")]
+    | Annotated[EachMetric, Tag("each")],
     Discriminator(
         _kind,
         custom_error_type="panel",
-        custom_error_message="a panel has either `metrics`, or `final`, or `x` and `y`",
+        custom_error_message="a panel has either `metrics`, or `final`, or `x` and `y`, or `each`",
     ),
 ]
 
 
+def _expanded(panels: tuple[Panel, ...]) -> tuple[Panel, ...]:
+    return tuple(one for panel in panels for one in (panel.bars() if isinstance(panel, EachMetric) else [panel]))
+
+
 @dataclass(frozen=True)
 class Section(_Node):
-    """Panels under one heading."""
+    """Panels under one heading.
+
+    Attributes:
+        title: Heading of the section.
+        panels: Panels of the section; those for each metric of a place are written out.
+    """
 
     title: Text
-    panels: Annotated[tuple[Panel, ...], AfterValidator(_some)]
+    panels: Annotated[tuple[Panel, ...], AfterValidator(_not_empty), AfterValidator(_expanded)]
 
     @property
     def curves(self) -> tuple[Curves, ...]:
-        """Those of its panels that a single run fills."""
+        """Return the panels that a single run fills."""
         return tuple(panel for panel in self.panels if isinstance(panel, Curves))
 
 
 @dataclass(frozen=True)
 class Dashboard(_Node):
-    """A dashboard as it is written in its file."""
+    """A dashboard.
+
+    Attributes:
+        title: Title of the dashboard.
+        sections: Sections from top to bottom.
+    """
 
     title: Text
-    sections: Annotated[tuple[Section, ...], AfterValidator(_some)]
+    sections: Annotated[tuple[Section, ...], AfterValidator(_not_empty)]
 
     @cached_property
     def keys(self) -> frozenset[str]:
-        """Every metric that some panel shows."""
+        """Return the keys of every metric that some panel shows."""
         return frozenset(key for section in self.sections for panel in section.panels for key in panel.keys)
 
 
 def unit_of(key: str) -> str:
-    """Unit of a metric with its split, such as ``eval/kl``; empty for a pure number."""
-    return UNITS.get(key) or unit(key.partition("/")[2])
+    """Return the unit of a metric with its split, such as ``eval/kl``; empty for a pure number."""
+    entry = find_logged(key)
+    return "" if entry is None else entry.unit
 
 
 def load_spec(spec: str | Path | None = None) -> Dashboard:
-    """Reads a dashboard.
+    """Read a dashboard.
 
     Args:
-        spec: name of a shipped one (``conf/dashboard/NAME.yaml``), or a file of your own; ``None`` for the default.
+        spec: Name of a shipped dashboard (``conf/dashboard/NAME.yaml``), or a file; ``None`` for the default.
 
     Raises:
-        UserError: there is no such file, or it holds what is no dashboard; every problem is named.
+        UserError: If there is no such file, or it is not a dashboard; every problem is named.
     """
     file = _file(spec or DEFAULT)
     try:
         return TypeAdapter(Dashboard).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is no yaml: {error}") from error
+        raise UserError(f"{file} is not valid YAML: {error}") from error
     except ValidationError as error:
         lines = [f"  - {_place(one['loc'])}: {one['msg'].removeprefix('Value error, ')}" for one in error.errors()]
-        raise UserError("\n".join([f"{file} is no dashboard:", *lines])) from error
+        raise UserError("\n".join([f"{file} is not a dashboard:", *lines])) from error
 
 
 def _file(spec: str | Path) -> Path:
@@ -188,6 +232,7 @@ def _file(spec: str | Path) -> Path:
 
 
 def _place(parts: tuple[int | str, ...]) -> str:
-    """Where in the file, such as ``sections[0].panels[2].title``; the kind of a panel is not written there."""
+    """Write a position in the file, such as ``sections[0].panels[2].title``."""
+    # Pydantic adds the kind of a panel, which is not written in the file.
     words = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts if part not in KINDS)
     return words.lstrip(".") or "the file"

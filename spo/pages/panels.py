@@ -1,4 +1,4 @@
-"""The two panels that a run shows in the terminal: what was derived at its start, and its result at its end."""
+"""Panels in the terminal: derived facts at the start of a run, and its result at the end."""
 
 from __future__ import annotations
 
@@ -11,33 +11,23 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from spo.metrics.catalogue import INTERVAL, label, unit
+from spo.metrics.catalogue import INTERVAL, find, label, rank, unit
 from spo.records import filenames
 from spo.records.run import read_alarms
-from spo.wording import clean, finite, number, shorten, verdict_word, win_rate_in_words
+from spo.wording import clean, describe_win_rate, finite, number, shorten, verdict_word
 
-_MAIN = (
-    "reward",
-    "kl",
-    "entropy",
-    "distinct_2",
-    "distinct_samples",
-    "self_bleu",
-    "length",
-    "rewards/accuracies",
-    "calibration/ece",
-)
 _CONTROLLED = "_length_controlled"
-_SIDE_BY_SIDE = 70  # narrower than this, reference and policy stand below each other
+# In a narrower terminal, reference and policy stand below each other.
+_MIN_WIDTH_SIDE_BY_SIDE = 70
 _SAMPLE_CHARACTERS = 280
 
 
 def start_panel(title: str, facts: dict[str, str], warnings: list[str]) -> None:
-    """Prints the derived facts of a run before it starts.
+    """Print the derived facts of a run before it starts.
 
     Args:
-        title: What is started, such as "spo train · SPO".
-        facts: Names and values, shown in their order.
+        title: Title of the panel, such as "spo train · SPO".
+        facts: Values by name, shown in their order.
         warnings: Sentences for a person, shown below the facts.
     """
     console = Console()
@@ -52,12 +42,12 @@ def start_panel(title: str, facts: dict[str, str], warnings: list[str]) -> None:
 
 
 def result_panel(metrics: dict[str, float], samples: list[dict[str, Any]], run_dir: Path) -> None:
-    """Prints the result of a run: win rate with interval, before and after, a few samples, where the files are.
+    """Print the result of a run: win rate with interval, before and after, a few samples, where the files are.
 
     Args:
-        metrics: The final numbers under their flat keys; what is absent is left out or said in words.
-        samples: Rows of ``samples.jsonl``; the largest win, the middle and the largest loss are shown.
-        run_dir: The run directory.
+        metrics: Final numbers under their flat keys; absent ones are left out or named.
+        samples: Rows of ``samples.jsonl``; the largest gain, the middle and the largest drop are shown.
+        run_dir: Run directory.
     """
     console = Console()
     parts: list[RenderableType] = [*_win_rate(console, metrics), Text(), _before_after(console, metrics)]
@@ -66,7 +56,7 @@ def result_panel(metrics: dict[str, float], samples: list[dict[str, Any]], run_d
         parts += [Text(), _sample(console, name, row)]
     console.print(Panel(Group(*parts), title=Text("result", "bold"), title_align="left", padding=(0, 1)))
     for name, file in (("report", filenames.REPORT), ("policy", filenames.POLICY), ("numbers", filenames.METRICS)):
-        if (run_dir / file).exists():  # printed outside the panel and unwrapped, so that a path can be copied
+        if (run_dir / file).exists():  # Outside the panel and not wrapped, so that a path can be copied.
             console.print(_text(console, f"{name:8s} {run_dir / file}"), soft_wrap=True)
 
 
@@ -77,14 +67,14 @@ def _win_rate(console: Console, metrics: Mapping[str, float]) -> list[Renderable
     )
     shown: list[RenderableType] = [line for key in others for line in _rate(console, metrics, key)]
     if value is None:
-        return shown or [_text(console, "No win rate: the evaluation had no reward and no judge.")]
+        return shown or [_text(console, "No win rate: the evaluation did not have a reward or a judge.")]
     low, high = (finite(metrics.get(f"eval/win_rate{end}")) for end in INTERVAL)
     main = [*_rate(console, metrics, "eval/win_rate"), _scale(console, value, low, high)]
-    return [*main, _text(console, win_rate_in_words(low, high), "dim"), *shown]
+    return [*main, _text(console, describe_win_rate(low, high), "dim"), *shown]
 
 
 def _rate(console: Console, metrics: Mapping[str, float], key: str) -> list[Text]:
-    """One line: the rate with its interval, and the rate at equal length."""
+    """Write a win rate with its interval, and the win rate at equal length."""
     name = label(key.removeprefix("eval/"))
     line = _text(console, f"{name}{'' if '/' in key[5:] else ' against the reference'}  ")
     line.append(number(metrics[key]) if finite(metrics[key]) is None else f"{metrics[key]:.3f}", "bold")
@@ -96,7 +86,7 @@ def _rate(console: Console, metrics: Mapping[str, float], key: str) -> list[Text
 
 
 def _scale(console: Console, value: float, low: float | None, high: float | None) -> Text:
-    """Draws [0, 1] with the interval, the value and the line at 0.5 in one row of characters."""
+    """Draw [0, 1] with the interval, the value and the line at 0.5 in one row of characters."""
     width = max(11, min(console.width - 10, 61))
     ascii_only = not console.encoding.startswith("utf")
     line, mark, half, point = "-=|o" if ascii_only else "─━┼●"
@@ -113,27 +103,23 @@ def _scale(console: Console, value: float, low: float | None, high: float | None
 
 
 def _before_after(console: Console, metrics: Mapping[str, float]) -> Table:
-    components = sorted(key.removeprefix("eval/") for key in metrics if key.startswith("eval/reward/"))
+    names = (key.removeprefix("eval/") for key in metrics if key.startswith("eval/"))
+    shown = [name for name in names if (entry := find(name)) is not None and "terminal" in entry.places]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name, justify in (("metric", "left"), ("reference", "right"), ("policy", "right"), ("unit", "left")):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for key in (_MAIN[0], *components, *_MAIN[1:]):
-        if f"eval/{key}" in metrics:
-            reference = metrics.get(f"eval/reference/{key}")
-            cells = (
-                label(key),
-                "-" if reference is None else number(reference),
-                number(metrics[f"eval/{key}"]),
-                unit(key),
-            )
-            table.add_row(*(_text(console, cell) for cell in cells))
+    for key in sorted(shown, key=rank):
+        reference = metrics.get(f"eval/reference/{key}")
+        before = "-" if reference is None else number(reference)
+        cells = (label(key), before, number(metrics[f"eval/{key}"]), unit(key))
+        table.add_row(*(_text(console, cell) for cell in cells))
     if not table.row_count:
         table.add_row(_text(console, "no final evaluation was recorded"))
     return table
 
 
 def _chosen(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Returns the extremes and the middle by reward difference: no best-of show, and the same on every call."""
+    """Choose the extremes and the middle by reward difference, the same ones on every call."""
     ranked = []
     for row in samples:
         policy, reference = finite(row.get("reward")), finite(row.get("reference_reward"))
@@ -157,7 +143,7 @@ def _sample(console: Console, name: str, row: Mapping[str, Any]) -> RenderableTy
     ):
         title = who + ("" if finite(row.get(reward)) is None else f", reward {number(row[reward])}")
         sides.append((_text(console, title, "dim"), _text(console, _field(row, completion))))
-    if console.width < _SIDE_BY_SIDE:
+    if console.width < _MIN_WIDTH_SIDE_BY_SIDE:
         return Group(head, prompt, *(part for side in sides for part in side))
     table = Table(box=None, padding=(0, 3, 0, 0), expand=True, pad_edge=False)
     for heading, _ in sides:
@@ -171,5 +157,5 @@ def _field(row: Mapping[str, Any], key: str) -> str:
 
 
 def _text(console: Console, text: str, style: str = "") -> Text:
-    """Makes a text safe for this terminal: no markup, no escape sequences, no character it cannot write."""
+    """Make a text safe for this terminal: without markup, escape sequences and characters that it cannot write."""
     return Text(clean(text).encode(console.encoding, "replace").decode(console.encoding), style)

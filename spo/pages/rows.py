@@ -1,4 +1,4 @@
-"""What ``spo inspect`` prints: rows as text, tokens and masks. A pure view."""
+"""The output of ``spo inspect``: pairs as text, tokens and masks."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def show_rows(
     counts: Mapping[str, int],
     console: Console | None = None,
 ) -> None:
-    """Prints the first ``limit`` pairs as the model sees them, and the counts of the whole data.
+    """Print the first ``limit`` pairs as the model sees them, and the counts of the whole data.
 
-    Prompt tokens (not in the loss) are dim, completion tokens (in the loss) bright, BOS and EOS reversed. Where there
-    are no colours, a mask line of ``.`` (prompt) and ``#`` (completion) says the same.
+    Prompt tokens (not in the loss) are dim, completion tokens (in the loss) bright, BOS and EOS reversed. A mask line
+    of ``.`` (prompt) and ``#`` (completion) shows the same without colors.
 
     Args:
-        pairs: the pairs.
-        tokenizer: names the tokens.
-        limit: how many pairs to print.
-        counts: of `spo.data.PreparedPairs`.
-        console: where to print; ``None`` for the terminal.
+        pairs: Pairs of the data.
+        tokenizer: Tokenizer that names the tokens.
+        limit: Number of pairs to print.
+        counts: Counts of pairs, see ``spo.data.PreparedPairs``.
+        console: Console to print to; ``None`` for the terminal.
     """
     console = console or Console()
     for number, pair in enumerate(pairs[:limit], 1):

@@ -1,4 +1,4 @@
-"""Writes ``report.html``: one self-contained page about a run, made from nothing but the run directory's files."""
+"""The page ``report.html`` of a run, made from the files of its directory alone."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any
 
 from markupsafe import Markup
 
-from spo.metrics.catalogue import INTERVAL, UNITS, label, unit
-from spo.pages.charts import Panel, Series, histogram, interval_bar, line_chart
+from spo.metrics.catalogue import INTERVAL, find, label, rank, shown_in, unit
+from spo.pages.charts import LineChart, Series, histogram, interval_bar, line_chart
 from spo.pages.dashboard import Curves, Dashboard, load_spec, unit_of
 from spo.pages.selfcontained import write_selfcontained
 from spo.records import filenames
 from spo.records.run import RunRecord, read_run
-from spo.wording import clean, duration, finite, number, shorten, verdict_word, win_rate_in_words
+from spo.wording import clean, describe_win_rate, duration, finite, number, shorten, verdict_word
 
 TEMPLATES = Path(__file__).parent / "templates"
 SPLITS = ("train", "val")
-# Sizes that keep the page below a megabyte, whatever the run.
+# Limits that keep the page of any run below a megabyte.
 _SAMPLES_PER_ORDER, _SAMPLE_BYTES, _TEXT_CHARACTERS, _FILE_CHARACTERS, _PANELS = 20, 350_000, 3000, 60_000, 30
 
 SCHEDULES = ("alpha", "beta")
 
 
 def render_report(run_dir: Path, dashboard: Dashboard | None = None) -> Path:
-    """Writes ``report.html`` into a run directory, finished or not, and replaces the one that is there.
+    """Write ``report.html`` into the directory of a run, finished or not, over an earlier page.
 
-    The page is a function of the files alone: rendered twice, it has the same bytes.
+    The page depends on the files alone: rendered twice, it has the same bytes.
 
     Args:
-        run_dir: A run directory. Read are ``config.yaml``, ``metrics.json``, ``history.jsonl``, ``samples.jsonl``
-            and ``provenance.json``; each may be missing, cut off or incomplete.
-        dashboard: whose curves to draw; ``None`` for the shipped one.
+        run_dir: Run directory. ``config.yaml``, ``metrics.json``, ``history.jsonl``, ``samples.jsonl`` and
+            ``provenance.json`` are read; each may be missing, cut off or incomplete.
+        dashboard: Dashboard whose curves are drawn; ``None`` for the shipped one.
 
     Returns:
         The path of the page.
@@ -63,7 +63,7 @@ def render_report(run_dir: Path, dashboard: Dashboard | None = None) -> Path:
         rewards=_rewards(run),
         pairs=_under(run, "data/", lambda name, value: (name, number(value))),
         times=_under(run, "time/", duration),
-        others=_others(run),
+        others=_other_numbers(run),
         provenance=[(key, _plain(value)) for key, value in run.provenance.items()],
         config_text=shorten(run.config_text, _FILE_CHARACTERS),
         notes=run.notes,
@@ -82,7 +82,7 @@ def _method(run: RunRecord) -> str | None:
 
 
 def _schedule(run: RunRecord, name: str) -> str | None:
-    """Says alpha or beta; ``None`` where the method does not read it (then no row of the history has it)."""
+    """Write alpha or beta; ``None`` if the method does not read it, so that no row of the history has it."""
     if run.curve("train/loss")[0] and not any(run.curve(f"{split}/{name}")[0] for split in SPLITS):
         return None
     node = run.get(name)
@@ -99,7 +99,7 @@ def _schedule(run: RunRecord, name: str) -> str | None:
 
 
 def _title(run: RunRecord) -> list[tuple[str, str]]:
-    """Returns method, alpha, beta and seed, those that the run has."""
+    """Return those of method, alpha, beta and seed that the run has."""
     seed = run.get("seed")
     parts = [("method", _method(run)), *((name, _schedule(run, name)) for name in SCHEDULES)]
     parts.append(("seed", None if seed is None else _plain(seed)))
@@ -107,7 +107,7 @@ def _title(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def _facts(run: RunRecord) -> list[str]:
-    """Returns model, data, regularizer and length of the run, as far as the config says them."""
+    """Return model, data, regularizer and length of the run, as far as the config has them."""
     facts = []
     for name, paths in (("model", ("model.name", "model.path")), ("data", ("data.name", "data.path"))):
         value = next((run.get(path) for path in paths if isinstance(run.get(path), str)), None)
@@ -124,11 +124,11 @@ def _facts(run: RunRecord) -> list[str]:
 
 
 def _status(run: RunRecord) -> str | None:
-    """Says why there is no win rate, or ``None`` where there is one."""
+    """State why there is no win rate, or ``None`` where there is one."""
     if run.metrics is not None:
         evaluated = any(key.startswith("eval/") for key in run.metrics)
         if not evaluated:
-            return "No final evaluation was recorded (metrics.json has no eval/ numbers)."
+            return "No final evaluation was recorded (metrics.json does not have eval/ numbers)."
         if "eval/win_rate" not in run.metrics:
             return "No win rate: this run was evaluated without a reward or a judge."
         return None if run.metric("eval/win_rate") is not None else "The win rate that was recorded is not finite."
@@ -137,7 +137,7 @@ def _status(run: RunRecord) -> str | None:
         return "This run has not finished, and no step has been logged yet."
     total = finite(run.get("trainer.max_steps"))
     reached = f"step {max(steps):,.0f}" + (f" of {total:,.0f}" if total and total > 0 else "")
-    return f"This run has not finished: it was logged up to {reached}. The final numbers appear when it has."
+    return f"This run has not finished: it was logged up to {reached}. The final numbers appear at its end."
 
 
 def _win_rate(run: RunRecord) -> dict[str, Any] | None:
@@ -154,40 +154,40 @@ def _win_rate(run: RunRecord) -> dict[str, Any] | None:
         "interval": None if low is None or high is None else f"{low:.3f} – {high:.3f}",
         "bar": interval_bar(value, low, high),
         "controlled": run.metric("eval/win_rate_length_controlled"),
-        "meaning": win_rate_in_words(low, high),
+        "meaning": describe_win_rate(low, high),
         "counted": counted if words else None,
     }
 
 
 def _cards(run: RunRecord) -> list[dict[str, Any]]:
-    """Returns the main numbers; one that was not recorded is left out."""
+    """Return the cards of the main metrics that were recorded."""
     cards = []
-    for key in ("reward", "kl", "entropy", "distinct_2", "length"):
+    for key in shown_in("card"):
         policy, reference = run.metric(f"eval/{key}"), run.metric(f"eval/reference/{key}")
         if policy is not None:
             cards.append(
                 {
-                    "label": "mean reward" if key == "reward" else label(key),
+                    "label": label(key),
                     "policy": number(policy),
                     "reference": None if reference is None else number(reference),
-                    "unit": UNITS.get(key, ""),
+                    "unit": unit(key),
                 }
             )
     return cards
 
 
 def _table(run: RunRecord) -> list[dict[str, str]]:
-    """Returns a row for every ``eval/`` metric: policy beside reference, an interval in its metric's row."""
+    """Return a row for every ``eval/`` metric: policy beside reference, with intervals in the row of their metric."""
     metrics = run.metrics or {}
     names = dict.fromkeys(
         key.removeprefix("eval/").removeprefix("reference/") for key in metrics if key.startswith("eval/")
     )
     folded = {f"{name}{end}" for name in names for end in INTERVAL if all(f"{name}{e}" in names for e in INTERVAL)}
     rows = []
-    for name in sorted(names.keys() - folded, key=lambda n: (_rank(n), n)):
+    for name in sorted(names.keys() - folded, key=rank):
         cells = {}
         for who, prefix in (("policy", "eval/"), ("reference", "eval/reference/")):
-            cells[who] = number(metrics.get(prefix + name))
+            cells[who] = _number(name, metrics.get(prefix + name))
             ends = [metrics.get(f"{prefix}{name}{end}") for end in INTERVAL]
             cells[who + "_interval"] = "" if None in ends else f"{number(ends[0])} – {number(ends[1])}"
         policy, reference = run.metric(f"eval/{name}"), run.metric(f"eval/reference/{name}")
@@ -196,13 +196,11 @@ def _table(run: RunRecord) -> list[dict[str, str]]:
     return rows
 
 
-def _rank(name: str) -> int:
-    order: tuple[str, ...] = ("win_rate", "win_rate_length_controlled", "win_rate/", "reward", "kl", "entropy")
-    order += ("entropy_sequence", "distinct_2", "distinct_samples", "self_bleu", "length")
-    if name.startswith("reward/"):
-        return order.index("reward")
-    name = "win_rate/" if name.startswith("win_rate/") else name
-    return order.index(name) if name in order else len(order)
+def _number(name: str, value: Any) -> str:
+    """Write the value of a metric; counts, which are stored as floats, without decimals."""
+    entry = find(name)
+    is_count = entry is not None and not entry.of_policy and isinstance(value, float) and value.is_integer()
+    return number(int(value) if is_count else value)
 
 
 def _under(run: RunRecord, prefix: str, write: Any) -> list[tuple[str, str]]:
@@ -213,13 +211,13 @@ def _under(run: RunRecord, prefix: str, write: Any) -> list[tuple[str, str]]:
     return [write(name, metrics[prefix + name]) for name in order]
 
 
-def _others(run: RunRecord) -> list[tuple[str, str]]:
+def _other_numbers(run: RunRecord) -> list[tuple[str, str]]:
     shown = ("eval/", "data/", "time/")
     return [(key, number(value)) for key, value in sorted((run.metrics or {}).items()) if not key.startswith(shown)]
 
 
 def _curves(run: RunRecord, dashboard: Dashboard) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Returns the groups of drawn charts, and the points in them for the hover read-out."""
+    """Return the groups of drawn charts, and the points in them for the hover read-out."""
     steps = [step for row in run.history if (step := finite(row.get("step"))) is not None]
     if not steps:
         return [], []
@@ -241,8 +239,8 @@ def _curves(run: RunRecord, dashboard: Dashboard) -> tuple[list[dict[str, Any]],
     return groups, data
 
 
-def _panels(run: RunRecord, dashboard: Dashboard) -> Iterable[tuple[str, list[Panel]]]:
-    """Returns the dashboard's sections as far as the run fills them, and what else was logged of its splits."""
+def _panels(run: RunRecord, dashboard: Dashboard) -> Iterable[tuple[str, list[LineChart]]]:
+    """Yield the sections of the dashboard that the run fills, and the other metrics that it logged."""
     for section in dashboard.sections:
         panels = [_panel(run, curves) for curves in section.curves]
         yield section.title, [panel for panel in panels if panel.series]
@@ -253,7 +251,7 @@ def _panels(run: RunRecord, dashboard: Dashboard) -> Iterable[tuple[str, list[Pa
     yield "Further curves", [panel for panel in panels if panel.series]
 
 
-def _panel(run: RunRecord, curves: Curves) -> Panel:
+def _panel(run: RunRecord, curves: Curves) -> LineChart:
     series = []
     for place, metric in enumerate(curves.metrics):
         for split in curves.splits:
@@ -266,11 +264,11 @@ def _panel(run: RunRecord, curves: Curves) -> Panel:
             hue = place + 1 if len(curves.metrics) > 1 else 1 + validation
             series.append(Series(name, steps, values, hue=hue, dashed=validation))
     key, title = clean("-".join(curves.metrics)), clean(curves.title)
-    return Panel(key, title, unit_of(curves.keys[0]), series, curves.bounds, curves.baseline)
+    return LineChart(key, title, unit_of(curves.keys[0]), series, curves.bounds, curves.baseline)
 
 
 def _evaluated(run: RunRecord) -> list[dict[str, Any]]:
-    """Returns the samples behind the final numbers: those of the test split, or all where there is none."""
+    """Return the samples behind the final numbers: those of the test split, or all if there is no test split."""
     return [row for row in run.samples if row.get("split") == "test"] or run.samples
 
 
@@ -288,7 +286,7 @@ def _rewards(run: RunRecord) -> dict[str, Any] | None:
 
 
 def _samples(run: RunRecord) -> dict[str, Any]:
-    """Chooses samples for the page: the first of the file and the largest differences either way, within a budget."""
+    """Choose samples for the page: the first of the file and the largest differences, within a budget of bytes."""
     rows = _evaluated(run)
     deltas = [_difference(row) for row in rows]
     ranked = sorted((i for i, d in enumerate(deltas) if d is not None), key=lambda i: -(deltas[i] or 0.0))
@@ -346,6 +344,6 @@ def _count(tokens: Any) -> str | None:
 
 
 def _plain(value: Any) -> str:
-    """Writes a value of the config or the provenance: text as it is, anything nested as JSON."""
+    """Write a value of the config or the provenance: text as it is, anything nested as JSON."""
     text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False, default=str)
     return shorten(text, _FILE_CHARACTERS // 10)

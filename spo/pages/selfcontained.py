@@ -1,4 +1,4 @@
-"""Writes a page that needs nothing beside it: style, script and data of the charts are inside."""
+"""Self-contained pages: style, script and chart data are inside the file."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from spo.wording import clean
 def write_selfcontained(
     path: Path, template: Path, *, styles: Sequence[Path], scripts: Sequence[Path], chart_data: Any, **values: Any
 ) -> Path:
-    """Renders a template and replaces the page that is there, all at once.
+    """Render a template into a page, atomically.
 
     Args:
-        path: Of the page; its folder is made.
-        template: Of the page, which also takes ``style``, ``script``, ``script_digest`` and ``chart_data``.
+        path: Path of the page; its folder is created.
+        template: Template, which also receives ``style``, ``script``, ``script_digest`` and ``chart_data``.
         styles: Style sheets, joined in this order.
-        scripts: Scripts, likewise.
-        chart_data: What the scripts read, JSON-like.
-        **values: What else the template takes.
+        scripts: Scripts, joined in this order.
+        chart_data: JSON-like data that the scripts read.
+        **values: Further variables of the template.
 
     Returns:
-        The path.
+        The path of the page.
     """
     environment = Environment(
         loader=FileSystemLoader(template.parent),
@@ -44,7 +44,7 @@ def write_selfcontained(
     page = environment.get_template(template.name).render(
         style=Markup(_joined(styles)),
         script=Markup(script),
-        # Only this script may run: a sampled text that got past the escaping would still be inert.
+        # Only this script may run, so a sampled text that escaped the escaping would still do nothing.
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         chart_data=Markup(json.dumps(chart_data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")),
         **values,

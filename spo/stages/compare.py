@@ -1,4 +1,4 @@
-"""``spo compare``: from directories to the terminal and the files."""
+"""The command ``spo compare``: from run directories to the terminal and the files."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def compare_command(
     baseline: str | None = None,
     anyway: bool = False,
 ) -> Comparison:
-    """Compares runs, prints the table and writes the files.
+    """Compare runs, print the table and write the files.
 
     Args:
         paths: Sweep directories and run directories.
         out: Folder of the files; ``None`` for ``comparison`` beside the runs.
-        metric: See :func:`spo.comparison.compare.compare`.
-        select: See there.
-        baseline: See there.
-        anyway: See there.
+        metric: Metric by which methods are ranked, as in :func:`spo.comparison.compare.compare`.
+        select: Metric by which the best settings are selected, as in the same function.
+        baseline: Method that others are compared with, as in the same function.
+        anyway: Whether to continue with an unfair comparison, as in the same function.
 
     Raises:
-        UserError: They cannot be compared, or not fairly.
+        UserError: If the runs cannot be compared, or not fairly.
     """
     found = find_runs(paths)
     comparison = compare(found, metric=metric, select=select, baseline=baseline, anyway=anyway)
@@ -47,6 +47,6 @@ def compare_command(
 
 
 def _beside(paths: Sequence[Path]) -> Path:
-    """``comparison`` in the folder that holds all of the runs."""
+    """Return the folder ``comparison`` inside the folder that contains all of the runs."""
     folders = [path.resolve().parent if (path / filenames.IDENTITY).is_file() else path.resolve() for path in paths]
     return Path(os.path.relpath(os.path.commonpath(folders))) / filenames.COMPARISON

@@ -29,7 +29,7 @@ from spo.evaluation import EvaluationSettings
 from spo.exact import ExactMetrics, World, entropy
 from spo.forward.speed import Speed
 from spo.losses import as_loss
-from spo.metrics.catalogue import UNITS
+from spo.metrics.catalogue import unit
 from spo.models import Reference
 from spo.models.policy import save_policy, whole_state_dict
 from spo.module import AlignmentModule
@@ -351,7 +351,7 @@ def _beta_words(module: AlignmentModule) -> str:
 def _schedule_words(schedule: Schedule) -> str:
     if not isinstance(schedule, Controller):
         return f"{schedule(0):g}"
-    return f"{schedule(0):g}, adjusted to {schedule.watches} {schedule.target:g} {UNITS[schedule.watches]}"
+    return f"{schedule(0):g}, adjusted to {schedule.watches} {schedule.target:g} {unit(schedule.watches)}"
 
 
 # --- files of the run directory ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A dashboard as a W&B workspace, or as a report. Needs the extra ``dashboards``."""
+"""Dashboards as W&B workspaces and reports. This module needs the extra ``dashboards``."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import wandb_workspaces.workspaces as ws
 from wandb_workspaces import expr
 
 from spo.errors import UserError
-from spo.pages.dashboard import Bars, Curves, Dashboard, Panel, unit_of
+from spo.pages.dashboard import Bars, Curves, Dashboard, Panel, Scatter, unit_of
 from spo.tracking.login import has_api_key
 
-STEP = "Step"  # W&B's own, which the tracker sets to the optimiser step
-_COLUMNS, _WIDTH, _HEIGHT = 3, 8, 7  # of panels in a report, whose grid is 24 wide
+# The step of W&B, which the tracker sets to the optimizer step.
+STEP = "Step"
+# Columns and size of panels in a report, whose grid is 24 wide.
+_COLUMNS, _WIDTH, _HEIGHT = 3, 8, 7
 
 
 def workspace(dashboard: Dashboard, entity: str, project: str, group_by: str | None = None) -> ws.Workspace:
-    """The workspace of a dashboard, not saved.
+    """Make the workspace of a dashboard, without saving it.
 
     Args:
-        dashboard: what it shows.
+        dashboard: Dashboard to show.
         entity: W&B entity.
         project: W&B project of the runs.
-        group_by: config key, such as ``method.name``, of whose values each becomes one line: the mean, with a band.
+        group_by: Config key, such as ``method.name``; runs with the same value become one line, the mean with a band.
     """
     return ws.Workspace(
         entity=entity,
@@ -37,7 +39,14 @@ def workspace(dashboard: Dashboard, entity: str, project: str, group_by: str | N
 
 
 def report(dashboard: Dashboard, entity: str, project: str, group_by: str | None = None) -> wr.Report:
-    """The report of a dashboard, not saved: what :func:`workspace` shows, to be written into and shared."""
+    """Make the report of a dashboard, without saving it: the panels of :func:`workspace`, with room for text.
+
+    Args:
+        dashboard: Dashboard to show.
+        entity: W&B entity.
+        project: W&B project of the runs.
+        group_by: Config key by which runs are grouped, as in :func:`workspace`.
+    """
     groups = [f"config.{group_by}"] if group_by else []
     blocks: list[wr.interface.BlockTypes] = [wr.TableOfContents()]
     for section in dashboard.sections:
@@ -48,17 +57,20 @@ def report(dashboard: Dashboard, entity: str, project: str, group_by: str | None
 
 
 def save(view: ws.Workspace | wr.Report) -> str:
-    """Saves a workspace as a new view of its project, or a report, and returns its address.
+    """Save a workspace as a new view of its project, or a report, and return its address.
+
+    Args:
+        view: Workspace or report.
 
     Raises:
-        UserError: there is no API key, or W&B refuses.
+        UserError: If there is no API key, or W&B rejects the dashboard.
     """
     if not has_api_key():
         raise UserError("saving a dashboard needs an account: run `wandb login`, or set WANDB_API_KEY")
     try:
         view.save()
-    except Exception as error:  # of wandb, of its transport, or a message of the server
-        raise UserError(f"W&B did not take the dashboard for {view.entity}/{view.project}: {error}") from error
+    except Exception as error:  # From wandb, from its transport, or a message of the server.
+        raise UserError(f"W&B rejected the dashboard for {view.entity}/{view.project}: {error}") from error
     return str(view.url)
 
 
@@ -83,10 +95,11 @@ def _panel(panel: Panel, place: int = 0) -> wr.interface.PanelTypes:
             title_x=_axis(panel),
             layout=layout,
         )
+    assert isinstance(panel, Scatter), "a panel for each metric is written out when the file is read"
     return wr.ScatterPlot(title=panel.title, x=wr.SummaryMetric(panel.x), y=wr.SummaryMetric(panel.y), layout=layout)
 
 
 def _axis(panel: Curves | Bars) -> str | None:
-    """The unit, and the value to compare with, for which W&B has no line."""
+    """Return the unit and the value to compare with, for which W&B does not have a line."""
     words = [unit_of(panel.keys[0]), "" if panel.baseline is None else f"compare with {panel.baseline:g}"]
     return ", ".join(filter(None, words)) or None

@@ -12,7 +12,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 
 @dataclass(frozen=True)
-class Comparison:
+class JudgedPair:
     """Two completions of one prompt, of which one may be the better."""
 
     prompt: str
@@ -20,9 +20,9 @@ class Comparison:
     second: str
 
     @property
-    def swapped(self) -> Comparison:
+    def swapped(self) -> JudgedPair:
         """The same, shown the other way round."""
-        return Comparison(self.prompt, self.second, self.first)
+        return JudgedPair(self.prompt, self.second, self.first)
 
 
 @runtime_checkable
@@ -36,7 +36,7 @@ class Judge(Protocol):
     def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]] | None:
         """Scores by name, ``reward`` and its components, one number per completion; ``None`` if it only compares."""
 
-    def verdicts(self, comparisons: Sequence[Comparison]) -> list[float | None]:
+    def verdicts(self, comparisons: Sequence[JudgedPair]) -> list[float | None]:
         """1 where the first completion is better, 0 where the second is, 0.5 for a tie; ``None`` for no answer.
 
         Swapping the two completions of a comparison turns a verdict ``v`` into ``1 - v``.

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from spo.bounds import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from spo.errors import JudgeError
-from spo.evaluation.judges.base import Comparison
+from spo.evaluation.judges.base import JudgedPair
 from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, question
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class HTTPJudge(PairwiseJudge):
             "request": self.request,
         }
 
-    def ask(self, comparisons: Sequence[Comparison]) -> Generator[Mapping[Comparison, float | str], None, None]:
+    def ask(self, comparisons: Sequence[JudgedPair]) -> Generator[Mapping[JudgedPair, float | str], None, None]:
         """Asks in ``concurrency`` threads.
 
         Raises:
@@ -117,7 +117,7 @@ class HTTPJudge(PairwiseJudge):
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _answer(self, comparison: Comparison) -> float | str:
+    def _answer(self, comparison: JudgedPair) -> float | str:
         import openai
 
         content, said = question(self.template, comparison), ""

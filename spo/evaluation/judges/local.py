@@ -21,7 +21,7 @@ from transformers import (
 
 from spo.bounds import FloatType, Fraction, NonNegativeFloat, PositiveInt
 from spo.errors import JudgeError
-from spo.evaluation.judges.base import Comparison, progress
+from spo.evaluation.judges.base import JudgedPair, progress
 from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, question
 from spo.evaluation.judges.reward import RewardJudge
 from spo.forward.head import completion_logits
@@ -255,7 +255,7 @@ class LanguageModelJudge(PairwiseJudge):
         }
 
     @torch.no_grad()
-    def ask(self, comparisons: Sequence[Comparison]) -> Generator[Mapping[Comparison, float | str], None, None]:
+    def ask(self, comparisons: Sequence[JudgedPair]) -> Generator[Mapping[JudgedPair, float | str], None, None]:
         """Answers a batch at a time.
 
         Raises:
@@ -288,7 +288,7 @@ class LanguageModelJudge(PairwiseJudge):
         self.spend(calls=len(questions), tokens=int(lengths.sum()))
         return (first - second).tolist()
 
-    def _encode(self, comparison: Comparison) -> tuple[list[int], tuple[int, int]]:
+    def _encode(self, comparison: JudgedPair) -> tuple[list[int], tuple[int, int]]:
         """Tokens of the question, and the token of each answer: the first in which the two differ."""
         tokenizer, text = self._local.tokenizer, question(self.template, comparison).rstrip()
         if tokenizer.chat_template:

@@ -14,7 +14,7 @@ from threading import Lock
 from typing import Any
 
 from spo.errors import JudgeError
-from spo.evaluation.judges.base import Comparison, progress
+from spo.evaluation.judges.base import JudgedPair, progress
 from spo.records.digests import digest
 from spo.records.store import SharedStore
 
@@ -46,7 +46,7 @@ class PairwiseJudge(ABC):
         """JSON-like; whatever the answers follow from."""
 
     @abstractmethod
-    def ask(self, comparisons: Sequence[Comparison]) -> Generator[Mapping[Comparison, float | str], None, None]:
+    def ask(self, comparisons: Sequence[JudgedPair]) -> Generator[Mapping[JudgedPair, float | str], None, None]:
         """Compares in the order shown, and gives the answers as they come.
 
         Yields:
@@ -58,7 +58,7 @@ class PairwiseJudge(ABC):
         """None: it only compares."""
         return None
 
-    def verdicts(self, comparisons: Sequence[Comparison]) -> list[float | None]:
+    def verdicts(self, comparisons: Sequence[JudgedPair]) -> list[float | None]:
         """Verdicts of both orders, from the cache where they are there.
 
         Returns:
@@ -92,8 +92,8 @@ class PairwiseJudge(ABC):
         with self._lock:
             self._spent.update(amounts)
 
-    def _asked(self, questions: list[Comparison], keys: Mapping[Comparison, str]) -> dict[Comparison, float]:
-        verdicts: dict[Comparison, float] = {}
+    def _asked(self, questions: list[JudgedPair], keys: Mapping[JudgedPair, str]) -> dict[JudgedPair, float]:
+        verdicts: dict[JudgedPair, float] = {}
         missing = 0
         with (
             progress("judging", len(keys), len(keys) - len(questions)) as advance,
@@ -116,7 +116,7 @@ class PairwiseJudge(ABC):
         return verdicts
 
 
-def _mean(comparison: Comparison, verdicts: Mapping[Comparison, float]) -> float | None:
+def _mean(comparison: JudgedPair, verdicts: Mapping[JudgedPair, float]) -> float | None:
     if comparison.first == comparison.second:
         return 0.5
     there, back = verdicts.get(comparison), verdicts.get(comparison.swapped)
@@ -173,6 +173,6 @@ def check_template(template: str) -> str:
     return template
 
 
-def question(template: str, comparison: Comparison) -> str:
+def question(template: str, comparison: JudgedPair) -> str:
     """The template with prompt and completions in place; braces of theirs mean nothing."""
     return re.sub(rf"{{({'|'.join(PLACEHOLDERS)})}}", lambda match: getattr(comparison, match[1]), template)

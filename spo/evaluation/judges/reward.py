@@ -10,7 +10,7 @@ from typing import Any
 
 from spo.data import Reward
 from spo.errors import JudgeError
-from spo.evaluation.judges.base import Comparison
+from spo.evaluation.judges.base import JudgedPair
 from spo.evaluation.winrate import verdict_of_rewards
 
 
@@ -47,7 +47,7 @@ class RewardJudge:
                 raise JudgeError(f"{name}: {key} is not a finite number for every completion")
         return found
 
-    def verdicts(self, comparisons: Sequence[Comparison]) -> list[float | None]:
+    def verdicts(self, comparisons: Sequence[JudgedPair]) -> list[float | None]:
         """Verdicts of the rewards; equal ones are a tie."""
         prompts = [comparison.prompt for comparison in comparisons]
         first = self.scores(prompts, [comparison.first for comparison in comparisons])["reward"]

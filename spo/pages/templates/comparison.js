@@ -2,8 +2,8 @@
 (() => {
   const readout = document.getElementById("readout");
 
-  // A drawing's own titles come late and in the browser's type: with a script they become the read-out.
-  document.querySelectorAll(".said").forEach((mark) => {
+  // Browsers show titles of SVG elements late and in their own font, so the read-out shows them instead.
+  document.querySelectorAll(".described").forEach((mark) => {
     const title = mark.querySelector("title");
     const text = title.textContent;
     title.remove();
@@ -27,7 +27,7 @@
         const text = row.cells[column].dataset.sort;
         return text === "" ? NaN : Number.isNaN(Number(text)) ? text : Number(text);
       };
-      // Numbers begin with the largest, names with the first; what was not recorded stays at the end.
+      // Numbers start with the largest, names with the first; missing numbers stay at the end.
       const numbers = [...body.rows].some((row) => typeof key(row) === "number" && !Number.isNaN(key(row)));
       const order = head.getAttribute("aria-sort");
       const up = order === "none" ? !numbers : order === "descending";

@@ -1,4 +1,4 @@
-"""Intervals hold the truth as often as they say, and tests find nothing where there is nothing."""
+"""Intervals cover the truth at their confidence, and tests have their stated level."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from spo.comparison.statistics import Bootstrap, Scores, holm, pareto, seed_variance
+from spo.stats import Array, Bootstrap, holm, pareto, seed_variance
 
 FAST = Bootstrap(draws=600)
 
 
 def tables(
     count: int, *, seeds: int, prompts: int, of_seed: float, of_prompt: float = 0.3, rest: float = 0.35, start: int = 0
-) -> Iterator[Scores]:
-    """Tables of scores around zero with a known share of luck of seeds, of prompts, and of both."""
+) -> Iterator[Array]:
+    """Yield tables of scores around zero with known effects of seeds, prompts and both."""
     generator = np.random.default_rng(start)
     for _ in range(count):
         yield (
@@ -26,29 +26,29 @@ def tables(
         )
 
 
-def wins(generator: np.random.Generator, quality: float, seeds: int, prompts: Scores, of_seed: float) -> Scores:
-    """Verdicts of 0 or 1 whose probability has an effect of the prompt and of the seed."""
+def wins(generator: np.random.Generator, quality: float, seeds: int, prompts: Array, of_seed: float) -> Array:
+    """Draw verdicts of 0 or 1 with an effect of the prompt and of the seed."""
     lift = quality + of_seed * generator.standard_normal((seeds, 1)) + prompts
     return (generator.random((seeds, prompts.shape[1])) < 1 / (1 + np.exp(-lift))).astype(float)
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize("of_seed", [0.0, 0.02, 0.1])
-def test_intervals_hold_the_mean_as_often_as_they_say(seeds: int, of_seed: float) -> None:
+def test_intervals_cover_the_mean_at_their_confidence(seeds: int, of_seed: float) -> None:
     found = [FAST.mean(table) for table in tables(400, seeds=seeds, prompts=96, of_seed=of_seed)]
     covered = np.mean([one.low <= 0 <= one.high for one in found])  # type: ignore[operator]
-    # 400 repetitions have a standard error of 0.011; with two seeds that differ much 0.92 is what two numbers give.
+    # 400 repetitions have a standard error of 0.011; two seeds that differ much give 0.92.
     assert 0.90 <= covered <= 0.98
 
 
-def test_one_seed_says_what_the_prompts_say() -> None:
+def test_intervals_of_one_seed_cover_the_mean() -> None:
     found = [FAST.mean(table) for table in tables(400, seeds=1, prompts=96, of_seed=0.0)]
     assert 0.91 <= np.mean([one.low <= 0 <= one.high for one in found]) <= 0.98  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize("of_seed", [0.0, 0.3])
-def test_equal_methods_are_rarely_told_apart(paired: bool, of_seed: float) -> None:
+def test_tests_of_equal_methods_have_the_stated_level(paired: bool, of_seed: float) -> None:
     generator, false = np.random.default_rng(5), 0
     for _ in range(400):
         prompts = generator.standard_normal((1, 80))
@@ -59,7 +59,7 @@ def test_equal_methods_are_rarely_told_apart(paired: bool, of_seed: float) -> No
 
 @pytest.mark.parametrize("seeds", [1, 3])
 @pytest.mark.parametrize("prompts", [3, 5, 8, 16, 64])
-def test_few_prompts_find_no_more_than_many(prompts: int, seeds: int) -> None:
+def test_tests_on_few_prompts_have_the_stated_level(prompts: int, seeds: int) -> None:
     found = [FAST.mean(table) for table in tables(800, seeds=seeds, prompts=prompts, of_seed=0.0, start=prompts)]
     false = np.mean([one.p <= 0.05 for one in found])  # type: ignore[operator]
     covered = np.mean([one.low <= 0 <= one.high for one in found])  # type: ignore[operator]
@@ -69,7 +69,7 @@ def test_few_prompts_find_no_more_than_many(prompts: int, seeds: int) -> None:
 
 
 @pytest.mark.parametrize("prompts", [2, 3, 5, 8, 16, 64])
-def test_verdicts_on_few_prompts_rarely_tell_equal_methods_apart(prompts: int) -> None:
+def test_tests_of_verdicts_on_few_prompts_have_the_stated_level(prompts: int) -> None:
     generator, false = np.random.default_rng(prompts), 0
     for _ in range(800):
         hardness = generator.standard_normal((1, prompts))
@@ -88,7 +88,7 @@ def test_a_real_difference_is_found() -> None:
     assert found / 60 >= 0.9
 
 
-def test_among_many_equal_methods_none_is_declared_better() -> None:
+def test_holm_controls_the_error_of_many_tests() -> None:
     generator, false = np.random.default_rng(7), 0
     for _ in range(150):
         prompts = generator.standard_normal((1, 60))
@@ -100,7 +100,7 @@ def test_among_many_equal_methods_none_is_declared_better() -> None:
     assert false / 150 <= 0.10
 
 
-def test_pairing_by_prompts_finds_what_the_prompts_hide() -> None:
+def test_pairing_by_prompts_removes_their_variance() -> None:
     generator = np.random.default_rng(8)
     prompts = 3 * generator.standard_normal((1, 60))
     first = prompts + 0.2 * generator.standard_normal((3, 60)) + 0.2
@@ -111,7 +111,7 @@ def test_pairing_by_prompts_finds_what_the_prompts_hide() -> None:
     assert Bootstrap().mean(first).low < 0.2 - 0.3  # type: ignore[operator]
 
 
-def test_the_same_scores_are_no_difference() -> None:
+def test_equal_scores_show_no_difference() -> None:
     scores = next(tables(1, seeds=3, prompts=50, of_seed=0.1))
     one = Bootstrap().difference(scores, scores, paired=True)
     assert (one.value, one.low, one.high, one.p) == (0.0, 0.0, 0.0, 1.0)
@@ -119,25 +119,25 @@ def test_the_same_scores_are_no_difference() -> None:
     assert math.isclose(again.value, 0.1) and again.p == 1 / 10_001
 
 
-def test_the_same_call_gives_the_same_numbers() -> None:
+def test_bootstrap_is_reproducible() -> None:
     scores = next(tables(1, seeds=3, prompts=50, of_seed=0.1))
     assert FAST.mean(scores) == FAST.mean(scores)
     assert FAST.mean(scores) != Bootstrap(draws=600, seed=1).mean(scores)
 
 
-def test_the_variance_of_seeds_by_hand() -> None:
+def test_seed_variance_by_hand() -> None:
     # Seed means 1, 2, 3 (variance 1) and nothing else: P * 1 between, 0 within.
     plain = np.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
     assert math.isclose(seed_variance(plain), 1.0)
     assert math.isclose(seed_variance(plain[:, :1]), 1.0)
     assert seed_variance(plain[:1]) == 0.0
-    # Interaction alone: seeds agree on average, so nothing is theirs.
+    # With interaction alone, seeds agree on average and do not add variance.
     assert seed_variance(np.array([[1.0, -1.0], [-1.0, 1.0]])) == 0.0
     estimates = [seed_variance(table) for table in tables(300, seeds=4, prompts=40, of_seed=0.5)]
     assert 0.21 <= np.mean(estimates) <= 0.29
 
 
-def test_what_cannot_be_known_is_not_said() -> None:
+def test_too_few_scores_give_no_interval() -> None:
     one = FAST.mean(np.array([[0.7]]))
     assert (one.value, one.low, one.high, one.p) == (0.7, None, None, None)
     won_all = np.ones((1, 8))
@@ -148,7 +148,7 @@ def test_what_cannot_be_known_is_not_said() -> None:
         FAST.mean(np.zeros((3, 0)))
 
 
-def test_seeds_alone_make_a_student_interval() -> None:
+def test_seeds_alone_give_a_student_interval() -> None:
     one = Bootstrap(draws=200_000).mean(np.array([[1.0], [2.0], [3.0]]))
     half = 4.303 / math.sqrt(3)  # the 97.5% quantile of Student's t with two degrees of freedom
     assert one.high is not None and abs(one.high - (2 + half)) < 0.06
@@ -160,7 +160,7 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
 
 
-def test_the_frontier_by_hand() -> None:
+def test_pareto_by_hand() -> None:
     points = [(3.0, 0.7), (1.0, 0.6), (2.0, 0.5), (5.0, 0.9), (5.0, 0.8), (4.0, 0.7)]
     assert pareto(points) == [1, 0, 3]
     assert pareto([]) == []

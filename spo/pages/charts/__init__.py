@@ -1,0 +1,33 @@
+"""Charts as inline SVG, drawn in Python so that a page shows them without a script and prints them as they are.
+
+Colors are class names (``hue-1`` ...) that the page's style sheet defines for light and dark mode. No chart is read by
+color alone: a validation series is also dashed and dotted, and each method has a mark of its own shape.
+"""
+
+from spo.pages.charts.axes import nice_ticks, tick_text
+from spo.pages.charts.bars import Whisker, bin_edges, histogram, interval_bar, whiskers
+from spo.pages.charts.lines import MAX_POINTS, LineChart, Series, line_chart, thin
+from spo.pages.charts.points import Cloud, Point, scatter
+from spo.pages.charts.svg import marker
+from spo.pages.charts.tiles import Tile, tiles
+
+__all__ = [
+    "MAX_POINTS",
+    "Cloud",
+    "LineChart",
+    "Point",
+    "Series",
+    "Tile",
+    "Whisker",
+    "bin_edges",
+    "histogram",
+    "interval_bar",
+    "line_chart",
+    "marker",
+    "nice_ticks",
+    "scatter",
+    "thin",
+    "tick_text",
+    "tiles",
+    "whiskers",
+]
