@@ -1,5 +1,29 @@
-"""spo: an experiment framework for aligning language models to preferences."""
+"""spo: an experiment framework for aligning language models to preferences.
+
+The names below are the stable Python interface. They load on first use, so ``import spo`` imports neither torch nor
+Hydra.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from spo import _old_names as _old_names
 
+if TYPE_CHECKING:
+    from spo.api import compare, compose, evaluate, load_run, load_runs, train
+
 __version__ = "0.2.0.dev0"
+__all__ = ["__version__", "compare", "compose", "evaluate", "load_run", "load_runs", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from spo import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'spo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

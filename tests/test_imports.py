@@ -35,7 +35,7 @@ LAYERS = [
     {"tracking", "config"},
     {"runs"},
     {"stages"},
-    {"help"},
+    {"help", "api"},
     {"cli"},
     {"__init__", "__main__"},
 ]
