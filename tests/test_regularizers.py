@@ -270,4 +270,4 @@ def test_plugin_part_needs_no_reference_and_keeps_its_state(tmp_path: Path) -> N
 
 def test_configuration_rejects_classes_not_derived_from_regularizer() -> None:
     [problem] = problems(compose(["regularizer._target_=collections.Counter", "regularizer=none"]))
-    assert problem == "regularizer: derive Counter from spo.regularizers.Regularizer"
+    assert problem == "regularizer: Counter is not a regularizer: derive it from spo.regularizers.Regularizer"
