@@ -280,7 +280,7 @@ def test_a_few_questions_may_stay_unanswered(tmp_path: Path) -> None:
 
 def test_too_many_unanswered_stop_the_evaluation_and_keep_the_rest(tmp_path: Path) -> None:
     judge = Fake(tmp_path, lambda shown: 1.0 if int(shown.prompt[7:]) < 4 else "it is down", max_unanswered=0.1)
-    with pytest.raises(JudgeError, match=r"more than 10% of 20 questions .*it is down\. Run the same command again"):
+    with pytest.raises(JudgeError, match=r"more than 10% of 20 questions .*it is down\. Solve this and run the same command again"):
         judge.verdicts(comparisons(10))
     assert len(judge.asked) == 8 + 3  # three of twenty are more than a tenth: no use in asking on
     later = Fake(tmp_path, lambda _: 1.0)
