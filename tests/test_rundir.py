@@ -359,7 +359,7 @@ def test_moved_run_directory_can_be_claimed(tmp_path: Path) -> None:
 def test_resume_of_a_directory_without_a_run_fails(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         resumed_config(tmp_path / "nowhere", [])
-    with pytest.raises(UserError, match=r"has no composed\.yaml"):
+    with pytest.raises(UserError, match=r"composed\.yaml is missing"):
         resumed_config(tmp_path, [])
 
 

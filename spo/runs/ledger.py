@@ -49,8 +49,8 @@ class Ledger:
         with self._open() as ledger:
             ours = {entry.directory for entry in entries}
             others = [entry for entry in ledger["jobs"] if entry.directory not in ours]
-            kept = [entry for entry in others if (self.directory / entry.directory).is_dir()]
-            ledger["command"], ledger["jobs"] = command, [*kept, *entries]
+            earlier = [entry for entry in others if (self.directory / entry.directory).is_dir()]
+            ledger["command"], ledger["jobs"] = command, [*earlier, *entries]
         return entries
 
     def note(self, overrides: Sequence[str], directory: str, status: JobStatus, error: str | None = None) -> None:
@@ -96,6 +96,7 @@ class Ledger:
                 write_failure(self.directory / entry.directory, DIED)
             self.note(entry.overrides, entry.directory, *(("failed", DIED) if died else ("unfinished",)))
         with self._open() as ledger:
+            # Jobs that are the same run did not start; they end as the one that did.
             first = {entry.directory: entry for entry in ledger["jobs"] if entry.same_as is None}
             for entry in ledger["jobs"]:
                 if entry.same_as in first:

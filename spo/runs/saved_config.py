@@ -56,7 +56,7 @@ def load_config(run_dir: Path) -> DictConfig:
     """
     file = Path(run_dir) / filenames.COMPOSED
     if not file.is_file() or not (Path(run_dir) / filenames.IDENTITY).is_file():
-        found = f"it has no {filenames.COMPOSED}" if Path(run_dir).is_dir() else "there is no such folder"
+        found = f"{filenames.COMPOSED} is missing" if Path(run_dir).is_dir() else "there is no such folder"
         raise UserError(f"{run_dir} is not a run directory of spo: {found}")
     register_resolvers()
     try:

@@ -1,4 +1,4 @@
-"""Judges that compare: each order of two completions is asked once, and the answer kept."""
+"""Judges that compare two completions, asked about both orders, with a store of their verdicts."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ PLACEHOLDERS = ("prompt", "first", "second")
 
 
 class PairwiseJudge(ABC):
-    """Asks about both orders of two completions and takes the mean of the two answers.
+    """Base of judges that compare: the verdict is the mean of the answers about both orders.
 
-    So a judge that prefers what comes first, whatever it says, gives a tie, and swapping the completions of a
-    comparison turns a verdict ``v`` into exactly ``1 - v``. Equal completions are a tie without a question. A subclass
-    answers in the order it is shown.
+    A judge that always prefers the first completion thus gives a tie, and swapping the completions turns a verdict
+    ``v`` into exactly ``1 - v``. Equal completions are a tie without a question. A subclass answers in the order that
+    it is shown.
 
     Args:
-        cache: file of the verdicts, shared by runs and processes. They are written as they come, so that an
-            interrupted evaluation goes on where it stopped.
-        max_unanswered: share of the questions that may stay without an answer.
+        cache: File of the verdicts, shared by runs and processes. Each verdict is written at once, so an interrupted
+            evaluation resumes with the open questions.
+        max_unanswered: Largest share of the questions that may stay without an answer.
     """
 
     def __init__(self, cache: str | Path, max_unanswered: float) -> None:
@@ -43,7 +43,7 @@ class PairwiseJudge(ABC):
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """JSON-like; whatever the answers follow from."""
+        """Return JSON-like values that determine the answers."""
 
     @abstractmethod
     def ask(self, comparisons: Sequence[JudgedPair]) -> Generator[Mapping[JudgedPair, float | str], None, None]:
@@ -83,12 +83,12 @@ class PairwiseJudge(ABC):
         return [_mean(comparison, verdicts) for comparison in comparisons]
 
     def usage(self) -> dict[str, float]:
-        """Questions asked (``calls``), answered by the cache and left unanswered, and what a subclass counts."""
+        """Return counts: questions asked (``calls``), answered by the cache, unanswered, and those of a subclass."""
         with self._lock:
             return {key: float(value) for key, value in self._spent.items()}
 
     def spend(self, **amounts: float) -> None:
-        """Adds to what :meth:`usage` tells; any thread may call it."""
+        """Add to the counts of :meth:`usage`; any thread may call it."""
         with self._lock:
             self._spent.update(amounts)
 
@@ -106,12 +106,12 @@ class PairwiseJudge(ABC):
                 advance(len(some))
                 self.spend(unanswered=len(some) - len(found))
                 missing += len(some) - len(found)
-                if missing > self.max_unanswered * len(keys):  # no use in asking, and paying for, the others
+                if missing > self.max_unanswered * len(keys):  # the other questions would cost time and money in vain
                     reason = next(answer for answer in some.values() if isinstance(answer, str))
                     raise JudgeError(
                         f"the judge left more than {self.max_unanswered:.0%} of {len(keys)} questions unanswered "
-                        f"(judge.max_unanswered); the last one: {reason}. Run the same command again when that is put "
-                        f"right: the answers that it gave are kept in {self._store.file}"
+                        f"(judge.max_unanswered); the last one: {reason}. Solve this and run the same command "
+                        f"again: {self._store.file} has the answers so far"
                     )
         return verdicts
 
@@ -124,7 +124,7 @@ def _mean(comparison: JudgedPair, verdicts: Mapping[JudgedPair, float]) -> float
 
 
 class VerdictStore(SharedStore):
-    """Verdicts by key. They may have cost money, so a damaged file is an error and is not started anew.
+    """Verdicts by key. They may have cost money, so a damaged file is an error and is not replaced.
 
     Args:
         file: SQLite file, created where it is missing.
@@ -163,10 +163,10 @@ class VerdictStore(SharedStore):
 
 
 def check_template(template: str) -> str:
-    """The template of a question, if it holds ``{prompt}``, ``{first}`` and ``{second}``.
+    """Return the template of a question if it contains ``{prompt}``, ``{first}`` and ``{second}``.
 
     Raises:
-        ValueError: one of them is missing.
+        ValueError: One of them is missing.
     """
     if absent := [f"{{{name}}}" for name in PLACEHOLDERS if f"{{{name}}}" not in template]:
         raise ValueError(f"judge.template: {' and '.join(absent)} must occur in it")
