@@ -1,4 +1,4 @@
-"""The command line: help, flags, errors, several jobs, and what is passed on to the commands."""
+"""The command line: help, flags, errors, several jobs, and the arguments that commands receive."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 class Trained(list[tuple[DictConfig, list[str], Path]]):
-    """Stands in for training: remembers what it was called with."""
+    """A stand-in for training that records its calls."""
 
     def __call__(self, cfg: DictConfig, *, checked: bool = False) -> dict[str, float]:
         assert cfg.paths.run == HydraConfig.get().runtime.output_dir
@@ -72,14 +72,14 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
     assert text.startswith(f"usage: spo {command}") and f"  spo {command}" in text.partition("examples:")[2]
 
 
-def test_help_lists_groups_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_groups_of_config_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "method").mkdir()
     (tmp_path / "method/mine.yaml").write_text("{}")
     assert cli.main(["train", "--config-dir", str(tmp_path), "--help"]) == 0
     assert "ipo_sum, mine, sft" in capsys.readouterr().out
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == spo.__version__
 
@@ -105,7 +105,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "method=spo,dpo"], 1, "add -m"),
     ],
 )
-def test_errors_are_words(
+def test_wrong_command_line_ends_in_a_message(
     words: list[str], status: int, part: str, capsys: pytest.CaptureFixture[str], trained: Trained, tmp_path: Path
 ) -> None:
     assert cli.main(words) == status
@@ -114,7 +114,7 @@ def test_errors_are_words(
     assert captured.out == "" and not trained and list(tmp_path.iterdir()) == []
 
 
-def test_errors_of_the_real_command(tmp_path: Path) -> None:
+def test_wrong_command_line_in_a_process_ends_in_a_message(tmp_path: Path) -> None:
     done = run("train", "method=dop", "trainer.max_step=3", folder=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("spo: the configuration has 2 problems:") and "Traceback" not in done.stderr
@@ -128,7 +128,7 @@ def test_errors_of_the_real_command(tmp_path: Path) -> None:
         (ModuleNotFoundError("No 'peft'", name="peft"), "spo: peft is not installed: pip install 'spo[peft]'"),
     ],
 )
-def test_errors_from_a_run(
+def test_error_of_a_run_ends_in_a_message(
     error: Exception, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(cfg: DictConfig, *, checked: bool) -> None:
@@ -143,7 +143,7 @@ def test_errors_from_a_run(
         cli.main(["train"])
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(cfg: DictConfig, *, checked: bool) -> None:
         raise KeyError("a bug")
 
@@ -155,7 +155,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
 # --- what reaches the run ------------------------------------------------------------------------------------------
 
 
-def test_train_runs_with_plain_numbers_and_the_original_command_line(
+def test_train_expands_numbers_and_keeps_the_command_line(
     trained: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     words = ["spo", "train", "alpha=0.5", "method=dpo", "hydra.run.dir=here"]
@@ -168,19 +168,19 @@ def test_train_runs_with_plain_numbers_and_the_original_command_line(
     assert "HYDRA_FULL_ERROR" not in os.environ
 
 
-def test_what_lightning_adds_for_further_ranks_is_understood(trained: Trained) -> None:
+def test_overrides_that_lightning_adds_for_ranks_work(trained: Trained) -> None:
     added = ['hydra.run.dir="there"', "hydra.job.name=train_ddp_process_1", "hydra.output_subdir=null"]
     assert cli.main(["train", "alpha=0.5", "hydra.run.dir=here", *added]) == 0
     assert trained[0][2].name == "there"
 
 
-def test_configuration_is_printed(capsys: pytest.CaptureFixture[str], trained: Trained) -> None:
+def test_cfg_prints_the_configuration(capsys: pytest.CaptureFixture[str], trained: Trained) -> None:
     assert cli.main(["train", "--cfg", "job", "alpha=0.5", "model=hf", "--resolve", "--package", "alpha"]) == 0
     printed = OmegaConf.create(capsys.readouterr().out)
     assert printed == {"_target_": "spo.schedules.Constant", "value": 0.5} and not trained
 
 
-def test_hydras_own_flags_are_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_of_hydra_work(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--info", "defaults", "method=dpo"]) == 0
     assert "method/dpo" in capsys.readouterr().out
     with pytest.raises(SystemExit) as done:
@@ -188,7 +188,7 @@ def test_hydras_own_flags_are_passed_on(capsys: pytest.CaptureFixture[str]) -> N
     assert done.value.code == 0 and "--multirun" in capsys.readouterr().out
 
 
-def test_a_loss_beside_the_user(trained: Trained, tmp_path: Path) -> None:
+def test_loss_in_the_current_folder_is_found(trained: Trained, tmp_path: Path) -> None:
     (tmp_path / "beside_me.py").write_text("class Mine:\n    def __call__(self, pair, *, alpha, beta): ...\n")
     (tmp_path / "own/method").mkdir(parents=True)
     (tmp_path / "own/method/mine.yaml").write_text("name: mine\nloss:\n  _target_: beside_me.Mine\n")
@@ -197,12 +197,12 @@ def test_a_loss_beside_the_user(trained: Trained, tmp_path: Path) -> None:
     assert trained[0][0].method.name == "mine"
 
 
-def test_notes_go_to_stderr_once(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+def test_notes_are_printed_once_to_stderr(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "-m", "method=dpo", "alpha=0.3", "seed=1,2", "trainer=cpu"]) == 0
     assert capsys.readouterr().err.count("note: dpo does not read alpha") == 1
 
 
-def test_resume_evaluate_and_inspect_get_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_evaluate_and_inspect_receive_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr("spo.stages.train.resume", lambda *given: calls.append(given))
     monkeypatch.setattr("spo.stages.train.inspect", lambda cfg, limit: calls.append((cfg.data.seed, limit)))
@@ -216,7 +216,7 @@ def test_resume_evaluate_and_inspect_get_their_arguments(monkeypatch: pytest.Mon
 # --- several jobs --------------------------------------------------------------------------------------------------
 
 
-def test_multirun_names_its_directories(trained: Trained, tmp_path: Path) -> None:
+def test_multirun_directories_are_named_after_jobs(trained: Trained, tmp_path: Path) -> None:
     words = ["train", "method=spo,dpo", "-m", "alpha=0.1,0.2", "hydra.sweep.dir=sweep", "trainer=cpu"]
     assert cli.main(words) == 0
     read = [f"method-spo_alpha-{alpha}_trainer-cpu" for alpha in (0.1, 0.2)]  # dpo does not read alpha
@@ -224,19 +224,19 @@ def test_multirun_names_its_directories(trained: Trained, tmp_path: Path) -> Non
     assert {folder.parent for _, _, folder in trained} == {tmp_path / "sweep"}
 
 
-def test_a_bad_job_stops_a_multirun_before_the_first(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_job_stops_multirun_before_its_first_job(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "-m", "method=spo,dpo", "reference=frozen,none"]) == 1
     text = capsys.readouterr().err
     assert "[job method=spo reference=none]" in text and "[job method=dpo reference=none]" in text and not trained
 
 
-def test_a_failing_job_leaves_the_others_and_is_named(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failing_job_is_named_and_the_others_run(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "-m", "seed=1,13,2", "trainer=cpu"]) == 1
     assert [cfg.seed for cfg, _, _ in trained] == [1, 13, 2]
     assert "the job seed=13 trainer=cpu failed: unlucky" in capsys.readouterr().err
 
 
-def test_jobs_on_several_devices_get_their_own_process(
+def test_job_on_several_devices_gets_its_own_process(
     trained: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     commands: list[list[str]] = []
@@ -261,13 +261,13 @@ def test_jobs_on_several_devices_get_their_own_process(
     ("devices", "nodes", "expected"),
     [(1, 1, 1), ("auto", 1, 1), (2, 1, 2), ("2", 1, 2), ("0,1", 1, 2), ([0, 1, 3], 1, 3), (1, 2, 2), (-1, 1, 1)],
 )
-def test_devices_of(devices: Any, nodes: int, expected: int) -> None:
+def test_count_devices(devices: Any, nodes: int, expected: int) -> None:
     cfg = OmegaConf.create({"trainer": {"devices": devices, "num_nodes": nodes, "accelerator": "cpu"}})
     assert launch.count_devices(cfg) == expected
 
 
 @pytest.mark.slow
-def test_a_multirun_on_two_processes_each(tmp_path: Path) -> None:
+def test_multirun_with_two_processes_per_job(tmp_path: Path) -> None:
     words = ["-m", "seed=1,2", "method=dpo", "+debug=tiny", "logger=record"]
     on_two = ["trainer=cpu", "trainer.devices=2", "strategy=ddp"]
     done = run("train", *words, *on_two, "hydra.sweep.dir=sweep", folder=tmp_path)

@@ -1,4 +1,4 @@
-"""The configuration: every yaml against what it configures, plain numbers, names of jobs, and problems told at once."""
+"""The configuration: yaml files against what they configure, plain numbers, job names, bounds and problems."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DIRECTIVES = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 
 
 def targets(node: Any, prefix: str = "") -> list[tuple[str, DictConfig]]:
-    """Every node with a ``_target_``, with its key."""
+    """Return every node with a ``_target_``, with its key."""
     found = []
     if isinstance(node, DictConfig):
         if "_target_" in node:
@@ -52,7 +52,7 @@ def targets(node: Any, prefix: str = "") -> list[tuple[str, DictConfig]]:
 
 
 def completed(cfg: DictConfig) -> DictConfig:
-    """A configuration with something in place of what a person has to give, and without Hydra's node."""
+    """Return a configuration with the values that a person has to give, and without Hydra's node."""
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]
     cfg.paths.run = "run"
@@ -71,7 +71,7 @@ def completed(cfg: DictConfig) -> DictConfig:
 
 @pytest.fixture(scope="module")
 def every_member() -> dict[tuple[str, str], DictConfig]:
-    """A configuration with each member selected; members of different groups share one where they can."""
+    """Return a configuration for each member; members of different groups share one if they can."""
     presets = {group: GROUPS[group] for group in ("experiment", "hparams_search", "launcher", "debug")}
     plain_groups = {group: members for group, members in GROUPS.items() if group not in presets}
     found: dict[tuple[str, str], DictConfig] = {}
@@ -171,14 +171,14 @@ def test_every_group_is_selected_by_the_main_file() -> None:
         (["model=hf_lora", "model.path=x", "reference=frozen"], {"reference": "FrozenReference"}),
     ],
 )
-def test_a_method_or_model_may_choose_for_another_group_and_the_person_has_the_last_word(
+def test_method_or_model_chooses_for_other_groups_unless_overridden(
     overrides: list[str], expected: dict[str, str]
 ) -> None:
     cfg = compose(overrides)
     assert {group: cfg[group]["_target_"].rpartition(".")[2] for group in expected} == expected
 
 
-def test_defaults_that_depend_on_method_and_data() -> None:
+def test_defaults_follow_method_and_data() -> None:
     cfg = compose(["method=ipo"])
     assert (cfg.alpha.value, cfg.beta.value) == (cfg.data.default_alpha, cfg.method.default_beta)
     assert compose(["method=spo"]).regularizer.weight == "beta"
@@ -196,7 +196,7 @@ def test_compose_sets_the_run_directory(tmp_path: Path) -> None:
 
 
 def test_every_setting_outside_a_target_has_a_type(every_member: dict[tuple[str, str], DictConfig]) -> None:
-    """A number or a switch that no parameter of ours takes is in the schema, and the schema has no other key."""
+    """Check that the schema has every number and switch that no parameter of ours takes, and no other key."""
     settings: set[str] = set()
     for cfg in every_member.values():
         for key, node, name in entries(cfg):
@@ -243,7 +243,7 @@ def test_every_setting_outside_a_target_has_a_type(every_member: dict[tuple[str,
         (None, Any, None),
     ],
 )
-def test_a_value_is_judged_by_its_type_and_bounds(value: object, hint: object, words: str | None) -> None:
+def test_value_violates_type_or_bounds(value: object, hint: object, words: str | None) -> None:
     assert violation(value, hint) == words
 
 
@@ -309,7 +309,7 @@ def test_every_precision_trains(precision: str, tmp_path: Path, monkeypatch: pyt
         ("model.lora.alpha=16", ["model.lora.alpha=16"]),
     ],
 )
-def test_plain_numbers(typed: str, meant: list[str]) -> None:
+def test_plain_numbers_are_expanded(typed: str, meant: list[str]) -> None:
     assert expand_numbers([typed]) == meant
     assert expand_numbers(expand_numbers([typed])) == meant
 
@@ -320,7 +320,7 @@ BAD_NUMBERS += ["0.1,0", "range(0,1,0.5)", "range(2,1)", "interval(0,1)", "choic
 
 @pytest.mark.parametrize("value", BAD_NUMBERS)
 @pytest.mark.parametrize("key", ["alpha", "beta"])
-def test_what_is_no_positive_number_is_refused_in_words(key: str, value: str) -> None:
+def test_number_that_is_not_positive_is_rejected(key: str, value: str) -> None:
     with pytest.raises(UserError, match=f"^{key}=") as caught:
         expand_numbers([f"{key}={value}"])
     assert "Traceback" not in str(caught.value) and len(str(caught.value).splitlines()) == 1
@@ -351,11 +351,11 @@ def test_multiply_is_decimal() -> None:
         (["method=spo_weighted", "beta=constant", "beta.value=1e-3"], "method-spo__weighted_beta-1e-3"),
     ],
 )
-def test_job_names(overrides: list[str], name: str) -> None:
+def test_job_name_shows_its_overrides(overrides: list[str], name: str) -> None:
     assert job_name(overrides) == name
 
 
-def test_a_job_is_not_named_after_the_list_it_comes_from() -> None:
+def test_job_name_leaves_out_the_search_it_comes_from() -> None:
     assert directory(["method=dpo", "alpha=linear", "seed=1", "hparams_search=dpo"], compose(["method=dpo"])) == (
         "method-dpo_seed-1"
     )
@@ -371,11 +371,11 @@ def test_a_job_is_not_named_after_the_list_it_comes_from() -> None:
         (["model.lora.alpha=16", "alpha=linear"], ["alpha"], "model.lora.alpha-16"),
     ],
 )
-def test_job_names_leave_out_what_is_not_read(overrides: list[str], dropped: list[str], name: str) -> None:
+def test_job_name_leaves_out_unused_coefficients(overrides: list[str], dropped: list[str], name: str) -> None:
     assert job_name(overrides, dropped) == name
 
 
-def test_what_a_composition_does_not_read() -> None:
+def test_unused_coefficients_of_compositions() -> None:
     def of(*overrides: str) -> list[str]:
         return unused_coefficients(compose(overrides))
 
@@ -386,7 +386,7 @@ def test_what_a_composition_does_not_read() -> None:
     assert of("regularizer.weight=0.1") == ["beta"]
 
 
-def test_job_name_shows_the_last_part_of_a_path_and_tells_folders_apart() -> None:
+def test_job_name_shows_last_part_of_path_and_distinguishes_folders() -> None:
     one, other = (job_name([f"data.path=/data/{folder}/my pairs.jsonl"]) for folder in ("a", "b"))
     assert re.fullmatch(r"data\.path-my-pairs\.jsonl_[0-9a-f]{8}", one) and one != other
 
@@ -422,21 +422,21 @@ def _written_out(override: str) -> list[str]:
 # --- problems ------------------------------------------------------------------------------------------------------
 
 
-def told(*overrides: str, **kwargs: Any) -> str:
+def problem_text(*overrides: str, **kwargs: Any) -> str:
     with pytest.raises(ConfigProblems) as caught:
         plan(overrides, **kwargs)
     return str(caught.value)
 
 
-def test_the_defaults_are_sound() -> None:
+def test_defaults_pass_all_checks() -> None:
     planned = plan([])
     assert isinstance(planned, Plan) and len(planned.jobs) == 1
     assert warnings(planned.jobs[0].cfg) == []
     check_config(planned.jobs[0].cfg)
 
 
-def test_all_problems_of_the_command_line_are_told_together() -> None:
-    text = told("method=dop", "trainer.max_step=3", "foo", "alpha=0", "max_steps=3", "data=jsonl", "model=hf")
+def test_all_bad_overrides_are_reported_together() -> None:
+    text = problem_text("method=dop", "trainer.max_step=3", "foo", "alpha=0", "max_steps=3", "data=jsonl", "model=hf")
     assert text.startswith("the configuration has 7 problems:")
     for part in (
         "method=dop: no such member of method; did you mean dpo?",
@@ -451,7 +451,7 @@ def test_all_problems_of_the_command_line_are_told_together() -> None:
 
 
 def test_wrong_settings_are_reported_together() -> None:
-    text = told(
+    text = problem_text(
         "trainer.precision=16-mixed",
         "+trainer.accumulate_grad_batches=2",
         "trainer.max_steps=-1",
@@ -492,7 +492,7 @@ def test_wrong_settings_are_reported_together() -> None:
 
 
 def test_wrong_parameters_of_targets_are_reported_together() -> None:
-    text = told(
+    text = problem_text(
         "method=dpo",
         "method.loss.label_smoothing=0.7",
         "+trainer.foo=1",
@@ -525,13 +525,13 @@ def test_wrong_parameters_of_targets_are_reported_together() -> None:
     assert text.startswith("the configuration has 11 problems:")
 
 
-def test_a_wrong_setting_hides_what_only_imports_would_find() -> None:
-    text = told("data.batch_size=0", "method.loss._target_=spo.losses.NoSuchLoss")
+def test_wrong_setting_is_reported_before_targets_are_imported() -> None:
+    text = problem_text("data.batch_size=0", "method.loss._target_=spo.losses.NoSuchLoss")
     assert text == "the configuration has a problem:\n  - data.batch_size=0: must be at least 1"
 
 
-def test_a_reference_to_a_wrong_value_is_not_reported_twice() -> None:
-    text = told("trainer.max_steps=-1")  # scheduler.num_training_steps refers to it
+def test_reference_to_wrong_value_is_not_reported_twice() -> None:
+    text = problem_text("trainer.max_steps=-1")  # scheduler.num_training_steps refers to it
     assert text == "the configuration has a problem:\n  - trainer.max_steps=-1: must be at least 0"
 
 
@@ -579,8 +579,8 @@ def test_a_reference_to_a_wrong_value_is_not_reported_twice() -> None:
         (["method=spo,dpo"], "has several values; add -m"),
     ],
 )
-def test_impossible_combinations(overrides: list[str], part: str) -> None:
-    text = told(*overrides)
+def test_impossible_combination_is_rejected(overrides: list[str], part: str) -> None:
+    text = problem_text(*overrides)
     assert part in text and text.startswith("the configuration has a problem:")
 
 
@@ -603,11 +603,11 @@ def test_impossible_combinations(overrides: list[str], part: str) -> None:
         ["callbacks=none", "evaluation=quick", "scheduler=cosine", "optimizer=sgd"],
     ],
 )
-def test_possible_combinations(overrides: list[str]) -> None:
+def test_possible_combination_passes(overrides: list[str]) -> None:
     assert len(plan(overrides).jobs) == 1
 
 
-def test_warnings_for_what_has_no_effect() -> None:
+def test_settings_without_effect_are_warned_about() -> None:
     def warned(*overrides: str) -> list[str]:
         return warnings(compose(overrides))
 
@@ -623,7 +623,7 @@ def test_warnings_for_what_has_no_effect() -> None:
 # --- several jobs --------------------------------------------------------------------------------------------------
 
 
-def test_a_multirun_is_checked_as_a_whole() -> None:
+def test_multirun_checks_all_jobs_together() -> None:
     planned = plan(["method=spo,dpo", "alpha=0.1,0.2", "seed=1"], multirun=True)
     assert [job.overrides for job in planned.jobs] == [
         [f"method={method}", "alpha=constant", f"alpha.value={alpha}", "seed=1"]
@@ -631,15 +631,15 @@ def test_a_multirun_is_checked_as_a_whole() -> None:
         for alpha in (0.1, 0.2)
     ]
     assert planned.multirun and planned.jobs[1].cfg.alpha.value == 0.2
-    text = told("method=spo,dop,dpo", "reference=none,frozen", "seed=-1,1", multirun=True)
+    text = problem_text("method=spo,dop,dpo", "reference=none,frozen", "seed=-1,1", multirun=True)
     assert "method=dop: no such member of method" in text
     assert "seed=-1: must be at least 0 [job method=spo reference=none seed=-1 and 3 more]" in text
-    text = told("method=spo,dpo", "reference=none,frozen", multirun=True)
+    text = problem_text("method=spo,dpo", "reference=none,frozen", multirun=True)
     assert "method=dpo needs a reference model, but reference=none" in text
     assert "[job method=dpo reference=none]" in text and "frozen [job method=dop" not in text
 
 
-def test_presets_that_sweep_are_expanded() -> None:
+def test_sweep_presets_expand_to_jobs() -> None:
     jobs = plan(["hparams_search=grid", "method=dpo"]).jobs
     assert {(job.cfg.alpha.value, job.cfg.beta.value) for job in jobs} == {
         (a, b) for a in (0.02, 0.05, 0.1) for b in (0.01, 0.03, 0.1)
@@ -656,7 +656,7 @@ class MyLoss:
 """
 
 
-def test_a_loss_from_outside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_from_outside_the_package_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "outside_spo.py").write_text(OUTSIDE_LOSS)
     (tmp_path / "conf/method").mkdir(parents=True)
     yaml = "name: mine\ndefault_beta: 0.2\nloss:\n  _target_: outside_spo.MyLoss\n  scale: 2\n"
@@ -665,8 +665,8 @@ def test_a_loss_from_outside_the_package(tmp_path: Path, monkeypatch: pytest.Mon
     own = tmp_path / "conf"
     (job,) = plan(["method=mine"], config_dir=own).jobs
     assert job.cfg.beta.value == 0.2 and problems(job.cfg) == []
-    assert "method=mine needs a reference" in told("method=mine", "reference=none", config_dir=own)
-    assert "did you mean mine?" in told("method=min", config_dir=own)
+    assert "method=mine needs a reference" in problem_text("method=mine", "reference=none", config_dir=own)
+    assert "did you mean mine?" in problem_text("method=min", config_dir=own)
     with pytest.raises(UserError, match="no such folder"):
         plan([], config_dir=tmp_path / "nowhere")
 
@@ -685,19 +685,19 @@ class Bounded(DPOLoss):
 """
 
 
-def test_the_bounds_of_a_plugin_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_of_a_plugin_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bounded_spo.py").write_text(BOUNDED_LOSS)
     (tmp_path / "method").mkdir()
     loss = "loss:\n  _target_: bounded_spo.Bounded\n  share: 0.5\n  rounds: null\n"
     (tmp_path / "method/bounded.yaml").write_text(f"name: bounded\n{loss}")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert len(plan(["method=bounded"], config_dir=tmp_path).jobs) == 1
-    text = told("method=bounded", "method.loss.share=2", "method.loss.rounds=0.5", config_dir=tmp_path)
+    text = problem_text("method=bounded", "method.loss.share=2", "method.loss.rounds=0.5", config_dir=tmp_path)
     assert "method.loss.share=2: must be at least 0 and at most 1" in text
     assert "method.loss.rounds=0.5: must be a whole number, or null" in text
 
 
-def test_unused_coefficients_make_a_loss_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unused_coefficients_instantiate_a_loss_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "counted_spo.py").write_text(BOUNDED_LOSS)
     monkeypatch.syspath_prepend(str(tmp_path))
     keys = ["method=dpo", "method.loss._target_=counted_spo.Bounded", "+method.loss.share=1"]
@@ -706,17 +706,17 @@ def test_unused_coefficients_make_a_loss_once(tmp_path: Path, monkeypatch: pytes
     assert locate("counted_spo.Bounded").made == 1
 
 
-def test_a_preset_with_a_misspelt_key(tmp_path: Path) -> None:
+def test_misspelt_key_of_a_preset_is_reported(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nsede: 3\ntrainer:\n  max_step: 4\n")
-    text = told("experiment=mine", config_dir=tmp_path)
+    text = problem_text("experiment=mine", config_dir=tmp_path)
     assert "sede: nothing reads this key; did you mean seed?" in text
     (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\ntrainer:\n  max_step: 4\n")
-    text = told("experiment=mine", config_dir=tmp_path)
+    text = problem_text("experiment=mine", config_dir=tmp_path)
     assert "trainer.max_step: Trainer has no such parameter; did you mean max_steps?" in text
 
 
-def test_missing_extras_end_in_one_line() -> None:
+def test_missing_extra_names_its_installation() -> None:
     assert missing_package("hydra_plugins.hydra_joblib_launcher.launcher") == (
         "hydra_joblib_launcher is not installed: pip install 'spo[joblib]'"
     )

@@ -51,7 +51,7 @@ def part_of(file: Path) -> str:
 
 
 def imported(file: Path) -> set[str]:
-    """Modules that a file imports, at the top or inside functions; those for type checkers alone left out."""
+    """Return modules that a file imports, at the top or inside functions, except those for type checkers."""
     tree = ast.parse(file.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -84,7 +84,7 @@ def test_imports_go_down(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
-def test_who_imports_what_from_outside(file: Path) -> None:
+def test_rooms_import_only_allowed_packages(file: Path) -> None:
     outside = {module.partition(".")[0] for module in imported(file)} - {"spo"} - set(sys.stdlib_module_names)
     if part_of(file) in ("types", "ops", "losses", "regularizers", "schedules"):
         assert outside <= {"annotated_types", "torch"}
@@ -94,7 +94,7 @@ def test_who_imports_what_from_outside(file: Path) -> None:
         assert not outside & {"wandb", "wandb_workspaces"}
 
 
-def test_the_layers_have_no_circle() -> None:
+def test_layers_have_no_cycle() -> None:
     edges = {
         (part_of(file), module.split(".")[1])
         for file in FILES
@@ -120,7 +120,7 @@ LIBRARIES = ("datasets", "lightning", "tokenizers", "torch", "torchmetrics", "tr
         ("report nowhere", {*LIBRARIES, "hydra", "numpy", "rich"}),
     ],
 )
-def test_a_command_imports_only_what_it_uses(words: str, unused: set[str], tmp_path: Path) -> None:
+def test_command_imports_only_what_it_uses(words: str, unused: set[str], tmp_path: Path) -> None:
     if "sweep" in words:
         write_sweep(tmp_path / "sweep", seeds=(1, 2))
     status, modules, errors = run_and_list_modules(words, tmp_path)
@@ -141,7 +141,7 @@ def test_a_command_imports_only_what_it_uses(words: str, unused: set[str], tmp_p
         ("hydra.run.dir=used method=dpo beta=3", "beta.value: 0.1 there, 3 now"),
     ],
 )
-def test_a_wrong_command_is_answered_before_torch_is_imported(words: str, message: str, tmp_path: Path) -> None:
+def test_wrong_command_is_answered_without_importing_torch(words: str, message: str, tmp_path: Path) -> None:
     if "used" in words:
         with claim(tmp_path / "used", compose([], run_dir=tmp_path / "used")):
             pass

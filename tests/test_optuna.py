@@ -1,4 +1,4 @@
-"""Searches: what is drawn from which grammar, which trial is best, and what an interruption costs (nothing)."""
+"""Searches: distributions of the override grammar, the best trial, and interruptions, which cost nothing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def here(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("choice(linear,cosine)", CategoricalDistribution(["linear", "cosine"]), ["linear", "cosine"]),
     ],
 )
-def test_hydras_grammar_says_what_is_drawn(value: str, drawn: object, ends: list[str]) -> None:
+def test_override_grammar_defines_distributions(value: str, drawn: object, ends: list[str]) -> None:
     space = Space.of({"beta.value": value}, ["seed=1"], [])
     assert space.distributions() == {"beta.value": drawn}
     assert space.ends("beta.value") == ends
@@ -66,28 +66,26 @@ def test_hydras_grammar_says_what_is_drawn(value: str, drawn: object, ends: list
         assert not any(parse(text).is_sweep_override() for text in job)
 
 
-def test_the_command_line_replaces_what_is_searched() -> None:
+def test_command_line_replaces_searched_keys() -> None:
     params = {"beta.value": "interval(0.1,1.0)", "alpha.value": "interval(0.1,1.0)"}
     space = Space.of(params, ["beta.value=0.3", "optimizer.lr=0.1,0.2", "hydra.sweeper.n_trials=3"], [])
     assert (space.fixed, list(space.varied)) == (["beta.value=0.3"], ["alpha.value", "optimizer.lr"])
 
 
-def test_what_the_method_does_not_read_is_not_searched() -> None:
+def test_unused_coefficients_are_not_searched() -> None:
     params = {"beta.value": "interval(0.1,1.0)", "alpha.value": "interval(0.1,1.0)"}
     assert list(Space.of(params, ["method=dpo"], ["alpha"]).varied) == ["beta.value"]
     assert list(Space.of(params, ["method=spo,dpo"], ["alpha"]).varied) == ["beta.value", "alpha.value", "method"]
 
 
-def test_the_settings_are_those_of_the_sweeper() -> None:
+def test_yaml_keys_match_the_sweeper() -> None:
     with composer() as composed:
         node = composed(["hparams_search=optuna"]).hydra.sweeper
     assert set(node) - {"_target_", "_recursive_"} == set(inspect.signature(OptunaSweeper).parameters)
     assert set(node.sampler) - {"_target_"} <= set(inspect.signature(optuna.samplers.TPESampler).parameters)
 
 
-def test_all_that_is_wrong_with_a_search_is_said_before_it_starts(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_problems_of_a_search_are_reported_before_it_starts(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "hparams_search=optuna", "hydra.sweeper.n_trials=0", "hydra.sweeper.objective.direction=up"]
     words += ["hydra.sweeper.objective.metric=eval/win_rate", "++hydra.sweeper.objective.constraints={eval/kl:1}"]
     assert cli.main([*words, "optimizer.lr=interval(-1.0,1.0)"]) == 1
@@ -105,7 +103,7 @@ def test_all_that_is_wrong_with_a_search_is_said_before_it_starts(
 
 
 class Formula:
-    """A launcher whose jobs come to ``-(log10 lr + 2)^2`` at a kl of ``3 + log10 lr``; fails where it is told to."""
+    """A launcher whose jobs score ``-(log10 lr + 2)^2`` at a kl of ``3 + log10 lr``; chosen jobs fail."""
 
     def __init__(self, directory: Path, fails: Callable[[int], bool] = lambda number: False) -> None:
         self.directory, self.ledger, self.fails = directory, Ledger(directory), fails
@@ -126,11 +124,11 @@ class Formula:
 
 
 class Dies(Exception):
-    """The process is gone."""
+    """The death of the process."""
 
 
 def search(directory: Path, trials: int, jobs: int = 1, fails: Any = lambda number: False, **objective: Any) -> Formula:
-    """Runs a search over the learning rate, or goes on with it."""
+    """Run a search over the learning rate, or resume it."""
     wanted = {"metric": "val/win_rate", "direction": "maximize", "constraints": {}, **objective}
     sweeper = OptunaSweeper(
         trials,
@@ -151,7 +149,7 @@ def result(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "optimization.json").read_text())
 
 
-def test_it_finds_the_optimum(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_search_finds_the_optimum(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     search(tmp_path, 16)
     found = result(tmp_path)
     assert len(found["trials"]) == 16
@@ -161,7 +159,7 @@ def test_it_finds_the_optimum(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert f"best of 16: optimizer.lr={found['best']['params']['optimizer.lr']}" in shown
 
 
-def test_the_best_keeps_within_the_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_best_trial_satisfies_constraints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     search(tmp_path, 16, constraints={"val/kl": 0.5})  # lr of at most 10^-2.5, where the value is -0.25
     found = result(tmp_path)
     best = found["best"]
@@ -170,7 +168,7 @@ def test_the_best_keeps_within_the_bounds(tmp_path: Path, capsys: pytest.Capture
     assert "out of bounds" in capsys.readouterr().out
 
 
-def test_an_interrupted_search_proposes_what_it_would_have(tmp_path: Path) -> None:
+def test_interrupted_search_resumes_with_the_same_proposals(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "broken").mkdir()
     search(tmp_path / "whole", 8)
@@ -191,7 +189,7 @@ def test_an_interrupted_search_proposes_what_it_would_have(tmp_path: Path) -> No
     assert len(search(tmp_path / "broken", 10).launched) == 2
 
 
-def test_a_failed_trial_counts_as_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_trial_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     formula = search(tmp_path, 6, jobs=2, fails=lambda number: number in (1, 4))
     assert len(formula.launched) == 6
     rows = result(tmp_path)["trials"]
@@ -200,14 +198,14 @@ def test_a_failed_trial_counts_as_failed(tmp_path: Path, capsys: pytest.CaptureF
     assert "failed: trial 4: the disc is full" in capsys.readouterr().out
 
 
-def test_a_metric_that_is_not_there_is_a_failure_in_words(tmp_path: Path) -> None:
+def test_missing_metric_fails_the_trial_with_a_message(tmp_path: Path) -> None:
     search(tmp_path, 1, metric="val/reward")
     [row] = result(tmp_path)["trials"]
     assert row["error"] == "its metrics have no finite val/reward; they have val/kl, val/win_rate"
     assert result(tmp_path)["best"] is None and Ledger(tmp_path).entries()[0].status == "failed"
 
 
-def test_another_search_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+def test_another_search_in_the_directory_is_rejected(tmp_path: Path) -> None:
     search(tmp_path, 1)
     with pytest.raises(UserError, match="holds another search"):
         search(tmp_path, 1, direction="minimize")
@@ -226,7 +224,7 @@ SEARCH = (
 )
 
 
-def test_a_search_by_the_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_search_from_the_command_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", *SEARCH, "hydra.sweeper.n_trials=2"]) == 0
     assert "best of 2: beta.value=" in capsys.readouterr().out
     found = result(here / "sweep")
@@ -239,7 +237,7 @@ def test_a_search_by_the_command(here: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
-def test_a_killed_search_side_by_side_runs_every_trial_once(here: Path, cache: Path) -> None:
+def test_killed_parallel_search_runs_every_trial_once(here: Path, cache: Path) -> None:
     words = ["train", *SEARCH, "launcher=joblib", "hydra.sweeper.n_trials=4"]
     process = start(words, here, cache)
     until(lambda: len(list(here.glob("sweep/*/checkpoints/last.ckpt"))) >= 2, process)
@@ -256,7 +254,7 @@ def test_a_killed_search_side_by_side_runs_every_trial_once(here: Path, cache: P
 # --- equal budgets -------------------------------------------------------------------------------------------------
 
 
-def test_the_presets_give_every_method_the_same_number_of_trials() -> None:
+def test_presets_give_every_method_the_same_number_of_trials() -> None:
     settings, seeds = {}, {}
     for method in ("spo", "dpo", "ipo"):
         with composer() as composed:
@@ -269,7 +267,7 @@ def test_the_presets_give_every_method_the_same_number_of_trials() -> None:
 
 
 @pytest.mark.parametrize("method", ["spo", "dpo", "ipo"])
-def test_the_presets_hold_the_default_setting(method: str) -> None:
+def test_presets_include_the_default_setting(method: str) -> None:
     default = compose([f"method={method}"])
     with composer() as composed:
         params = composed([f"hparams_search={method}"]).hydra.sweeper.params

@@ -1,4 +1,4 @@
-"""Jobs through submitit: what is asked of SLURM, and what becomes of the jobs, with a scheduler of a few lines."""
+"""Jobs through submitit: the request to SLURM and the results of the jobs, with a scheduler of a few lines."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of programs named like SLURM's, first on the path."""
+    """Return a folder of programs named like SLURM's, first on the path."""
     folder = tmp_path / "cluster"
     folder.mkdir()
     for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("sacct", SACCT)):
@@ -64,13 +64,13 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("devices", "tasks"), [(1, 1), (4, 4), ("4", 4), ("auto", 1), (-1, 1), ("0,1", 2), ([0, 2, 3], 3)]
 )
-def test_a_task_for_each_device(devices: object, tasks: int) -> None:
+def test_slurm_starts_one_task_per_device(devices: object, tasks: int) -> None:
     assert tasks_per_node(devices) == gpus_per_node(devices, "auto") == tasks
     assert gpus_per_node(devices, "cpu") is None
 
 
 @pytest.mark.slow
-def test_what_is_asked_of_slurm(cluster: Path, cache: Path, tmp_path: Path) -> None:
+def test_slurm_request_follows_the_configuration(cluster: Path, cache: Path, tmp_path: Path) -> None:
     words = ["train", "-m", "launcher=slurm", "method=dpo,ipo", "hydra.launcher.partition=big", "trainer.num_nodes=2"]
     devices = ["trainer.devices=4", "strategy=ddp", "trainer.accelerator=gpu", "hydra.launcher.timeout_min=60"]
     done = spo(*words, *devices, "hydra.sweep.dir=sweep", folder=tmp_path / "here", cache=cache, status=1)
@@ -84,7 +84,7 @@ def test_what_is_asked_of_slurm(cluster: Path, cache: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["slurm", "submitit_local"])
-def test_jobs_through_submitit(launcher: str, cluster: Path, cache: Path, tmp_path: Path) -> None:
+def test_submitit_runs_the_jobs(launcher: str, cluster: Path, cache: Path, tmp_path: Path) -> None:
     (cluster / "run").touch()
     words = ["train", "-m", f"launcher={launcher}", "method=dpo,ipo", *FAST, "hydra.sweep.dir=sweep"]
     done = spo(*words, folder=tmp_path / "here", cache=cache)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from spo.config.checks.combinations import combination_problems
-from spo.config.checks.files import file_problems, looks_like_path
+from spo.config.checks.files import file_problems
 from spo.config.checks.notes import warnings
 from spo.config.checks.settings import missing_and_unresolved, setting_problems
 from spo.config.checks.targets import Parts, target_problems
@@ -18,7 +18,6 @@ from spo.errors import ConfigProblems
 __all__ = [
     "check_config",
     "code_problems",
-    "looks_like_path",
     "missing_and_unresolved",
     "problems",
     "quick_problems",
