@@ -212,7 +212,7 @@ def test_saving_needs_an_api_key(
     for words in (["spo"], ["someone/"], ["a/b/c"], []):
         assert cli.main(["dashboard", *words]) == 2
     assert cli.main(["dashboard", "someone/spo", "--spec", "nothing"]) == 1
-    assert "there is not a dashboard nothing" in capsys.readouterr().err
+    assert "there is no dashboard nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [(), ("--report",)])
