@@ -13,9 +13,7 @@ from spo.config.checks.files import missing_data
 from spo.config.checks.targets import Parts
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.nodes import first_line, listed, locate, select
-from spo.data.source import Source
 from spo.errors import JudgeError
-from spo.regularizers import Regularizer
 from spo.resources import conf_dir
 
 
@@ -41,6 +39,8 @@ def _objective(cfg: DictConfig, parts: Parts) -> Iterator[str]:
     method, member = select(cfg, "method.name"), member_name("reference", reference)
     regularizer_name = member_name("regularizer", type(regularizer))
     scores_pairs, scores_samples = (getattr(reference, name, True) for name in ("scores_pairs", "scores_samples"))
+    from spo.regularizers import Regularizer  # It imports torch.
+
     if not isinstance(regularizer, Regularizer):
         name = type(regularizer).__name__
         yield f"regularizer: {name} is not a regularizer: derive it from spo.regularizers.Regularizer"
@@ -102,6 +102,8 @@ def _data(cfg: DictConfig, parts: Parts) -> Iterator[str]:
     source, loss = parts.source, parts.loss
     if source is None:
         return
+    from spo.data.source import Source
+
     if not isinstance(source, Source):
         yield f"data.source: {type(source).__name__} is not a source: derive it from spo.data.source.Source"
         return
