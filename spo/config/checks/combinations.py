@@ -15,7 +15,6 @@ from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.nodes import first_line, listed, locate, select
 from spo.data.source import Source
 from spo.errors import JudgeError
-from spo.regularizers import Regularizer
 from spo.resources import conf_dir
 
 
@@ -41,6 +40,8 @@ def _objective(cfg: DictConfig, parts: Parts) -> Iterator[str]:
     method, member = select(cfg, "method.name"), member_name("reference", reference)
     regularizer_name = member_name("regularizer", type(regularizer))
     scores_pairs, scores_samples = (getattr(reference, name, True) for name in ("scores_pairs", "scores_samples"))
+    from spo.regularizers import Regularizer  # Imports torch, which a wrong command must not wait for.
+
     if not isinstance(regularizer, Regularizer):
         name = type(regularizer).__name__
         yield f"regularizer: {name} is not a regularizer: derive it from spo.regularizers.Regularizer"
