@@ -39,7 +39,7 @@ def _objective(cfg: DictConfig, parts: Parts) -> Iterator[str]:
     method, member = select(cfg, "method.name"), member_name("reference", reference)
     regularizer_name = member_name("regularizer", type(regularizer))
     scores_pairs, scores_samples = (getattr(reference, name, True) for name in ("scores_pairs", "scores_samples"))
-    from spo.regularizers import Regularizer  # It imports torch.
+    from spo.regularizers import Regularizer  # Imports torch, which a wrong command must not wait for.
 
     if not isinstance(regularizer, Regularizer):
         name = type(regularizer).__name__

@@ -47,25 +47,25 @@ class PairwiseJudge(ABC):
 
     @abstractmethod
     def ask(self, comparisons: Sequence[JudgedPair]) -> Generator[Mapping[JudgedPair, float | str], None, None]:
-        """Compares in the order shown, and gives the answers as they come.
+        """Compare completions in the order shown, and yield the answers as they come.
 
         Yields:
-            Some of the comparisons with the verdict on each (1 first, 0 second, 0.5 tie), or, in words, why there is
-            none.
+            Some of the comparisons, each with its verdict (1 first, 0 second, 0.5 tie), or with a sentence that says
+            why there is none.
         """
 
     def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> None:
-        """None: it only compares."""
+        """Return ``None``: the judge compares and does not score."""
         return None
 
     def verdicts(self, comparisons: Sequence[JudgedPair]) -> list[float | None]:
-        """Verdicts of both orders, from the cache where they are there.
+        """Return a verdict for each comparison, from the store where it has the answers.
 
         Returns:
-            For each comparison the mean of its two answers; ``None`` where one is missing.
+            The mean of the two answers about each comparison, ``None`` where one is missing.
 
         Raises:
-            JudgeError: more than ``max_unanswered`` of the questions have no answer, or nothing can be asked at all.
+            JudgeError: More than ``max_unanswered`` of the questions stay without an answer, or none can be asked.
         """
         own = json.dumps(self.identity, sort_keys=True)
         keys = {
@@ -174,5 +174,5 @@ def check_template(template: str) -> str:
 
 
 def question(template: str, comparison: JudgedPair) -> str:
-    """The template with prompt and completions in place; braces of theirs mean nothing."""
+    """Return the template with prompt and completions filled in; braces inside of those stay as they are."""
     return re.sub(rf"{{({'|'.join(PLACEHOLDERS)})}}", lambda match: getattr(comparison, match[1]), template)
