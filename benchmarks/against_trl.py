@@ -16,8 +16,8 @@ from transformers import PrinterCallback, TrainerCallback
 from benchmarks.workloads import MAX_LENGTH, StepTimes, Workload
 from spo.data import TokenizedPair
 from spo.errors import UserError
-from spo.stages.prepare import eval_device
-from spo.stages.train import Parts
+from spo.stages.assemble import Parts
+from spo.stages.from_config import eval_device
 from spo.types import Window
 
 DEFAULTS = {"bf16": True, "gradient_checkpointing": True}

@@ -27,7 +27,7 @@ from benchmarks.workloads import REFRESH_EVERY, SIZES, SPO, Workload, environmen
 from spo.config.compose import compose
 from spo.errors import UserError
 from spo.forward.packing import BACK_ENDS, back_ends
-from spo.stages.prepare import eval_device
+from spo.stages.from_config import eval_device
 from spo.stages.quiet import quiet_libraries
 from spo.types import Groups, Sequences, pad_sequences
 

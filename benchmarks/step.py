@@ -44,7 +44,7 @@ from benchmarks.workloads import FILES, REFRESH_EVERY, SIZES, Clock, Workload, e
 from benchmarks.workloads import SPO as SPO_OVERRIDES
 from spo.config.compose import compose
 from spo.errors import UserError
-from spo.stages.prepare import eval_device
+from spo.stages.from_config import eval_device
 from spo.stages.quiet import quiet_libraries
 
 WARM_UP_STEPS = 2

@@ -30,8 +30,8 @@ from spo.forward.head import base_model
 from spo.models.tiny import BOS, EOS, PAD
 from spo.records.cache import cached
 from spo.records.digests import path_digest
+from spo.stages.assemble import Parts, assemble
 from spo.stages.prepare import Prepared, prepare_run
-from spo.stages.train import Parts, assemble
 from spo.types import Sequences, Window
 
 PAIRS_PER_STEP = 8

@@ -181,7 +181,7 @@ def _inspect(arguments: list[str]) -> int:
 
     planned = compose_plan(given.overrides, config_dir=given.config_dir)
     check_plan(planned, _note)
-    from spo.stages.train import inspect
+    from spo.stages.inspect import inspect
 
     inspect(planned.jobs[0].cfg, given.limit)
     return 0

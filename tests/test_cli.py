@@ -205,7 +205,7 @@ def test_notes_are_printed_once_to_stderr(trained: Trained, capsys: pytest.Captu
 def test_resume_evaluate_and_inspect_receive_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr("spo.stages.train.resume", lambda *given: calls.append(given))
-    monkeypatch.setattr("spo.stages.train.inspect", lambda cfg, limit: calls.append((cfg.data.seed, limit)))
+    monkeypatch.setattr("spo.stages.inspect.inspect", lambda cfg, limit: calls.append((cfg.data.seed, limit)))
     monkeypatch.setattr("spo.stages.evaluate.evaluate_command", lambda *given: calls.append(given))
     assert cli.main(["train", "trainer.max_steps=9", "--resume", "a/b", "logger=csv"]) == 0
     assert cli.main(["evaluate", "a/b", "seed=1"]) == 0

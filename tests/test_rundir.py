@@ -20,7 +20,7 @@ from spo.runs.provenance import git_state, record_continuation, record_inputs
 from spo.runs.resume import resumed_config
 from spo.runs.saved_config import load_config, resolved
 from spo.runs.secrets import command_line
-from spo.stages.evaluate import _changed
+from spo.stages.evaluation_config import evaluation_config
 
 
 def config(run_dir: Path, *overrides: str) -> DictConfig:
@@ -379,9 +379,9 @@ def test_secret_in_an_override_is_not_written(tmp_path: Path) -> None:
 
 def test_evaluation_overrides_update_dependent_keys(tmp_path: Path) -> None:
     claimed(tmp_path, "evaluation.num_prompts=3")
-    cfg = _changed(load_config(tmp_path), ["data.max_new_tokens=10", "data.seed=5"])
+    cfg = evaluation_config(load_config(tmp_path), ["data.max_new_tokens=10", "data.seed=5"])
     assert (cfg.evaluation.max_new_tokens, cfg.data.source.seed, cfg.evaluation.num_prompts) == (10, 5, 3)
-    other = _changed(load_config(tmp_path), ["data=jsonl", "data.path=x.jsonl"])
+    other = evaluation_config(load_config(tmp_path), ["data=jsonl", "data.path=x.jsonl"])
     assert (other.data.source.path, other.judge.reward, other.evaluation.num_prompts) == ("x.jsonl", None, 3)
     with pytest.raises(UserError, match=r"method=dpo"):
-        _changed(load_config(tmp_path), ["method=dpo"])
+        evaluation_config(load_config(tmp_path), ["method=dpo"])

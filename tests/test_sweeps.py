@@ -20,10 +20,10 @@ import torch
 from spo import cli
 from spo.config.compose import compose
 from spo.module import AlignmentModule
+from spo.runs.checkpoints import last_checkpoint
 from spo.runs.claim import Status, claim, finish, is_locked
 from spo.runs.ledger import Ledger
 from spo.runs.processes import SWEEP_VARIABLE
-from spo.stages.train import last_checkpoint
 from tests.commands import TINY, entries, environment, history, job, numbers, shared_cache, spo
 
 # Overrides for a whole run on an enumerable language in about two seconds.

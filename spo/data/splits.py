@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from spo.data.rendering import TRUNCATIONS, Dropped, Renderer, TokenizedPair
 from spo.data.rows import SPLITS, DataError, Row, Split
 
+REPORTED_COUNTS = ("read", "used", "dropped", "truncated")
+"""Counts of pairs in the panel at the start and in ``metrics.json``."""
+
 
 @dataclass(frozen=True)
 class PreparedPairs:

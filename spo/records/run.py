@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from spo.records import filenames
-from spo.records.files import load_yaml, parse_jsonl, read_json
+from spo.records.files import load_yaml, parse_jsonl, read_json, read_jsonl
 from spo.wording import finite
 
 FILES = (filenames.CONFIG, filenames.METRICS, filenames.HISTORY, filenames.SAMPLES, filenames.PROVENANCE)
@@ -147,3 +147,8 @@ def _rows(run: RunRecord, path: Path, consequence: str) -> list[dict[str, Any]]:
     if not parsed:
         run.notes.append(f"{path.name} is empty: {consequence}.")
     return [row for _, row in parsed if row is not None]
+
+
+def read_result(run_dir: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Return the metrics and samples of a finished run."""
+    return read_json(run_dir / filenames.METRICS), read_jsonl(run_dir / filenames.SAMPLES)

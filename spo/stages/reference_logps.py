@@ -21,7 +21,8 @@ from spo.data.logps_store import LogpsStore, sequence_key
 from spo.forward.speed import Speed
 from spo.models import PrecomputedReference
 from spo.records.digests import code_version, digest, model_digest
-from spo.stages.prepare import Prepared, eval_device
+from spo.stages.from_config import eval_device
+from spo.stages.prepare import Prepared
 from spo.types import pad_sequences
 
 log = logging.getLogger(__name__)

@@ -26,9 +26,11 @@ from spo.errors import UserError
 from spo.losses import Loss, as_loss
 from spo.records.files import write_json
 from spo.resources import conf_dir
+from spo.stages.assemble import assemble
+from spo.stages.description import method_name
+from spo.stages.from_config import resolve_values
 from spo.stages.prepare import prepare_run
 from spo.stages.quiet import quiet_libraries
-from spo.stages.train import assemble, method_name
 
 PLAN = "verify.yaml"
 
@@ -169,8 +171,7 @@ def run(case: Case, folder: Path, number: int, tolerance: float, config_dir: str
     overrides = [*case.overrides, f"paths.cache={folder / 'cache'}"]
     composed = compose(overrides, config_dir=config_dir, run_dir=folder / str(number))
     check_config(composed)
-    cfg = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
-    assert isinstance(cfg, DictConfig)
+    cfg = resolve_values(composed)
     seed_everything(cfg.seed, workers=True, verbose=False)
     prepared = prepare_run(cfg)
     parts = assemble(cfg, prepared, [])

@@ -1,0 +1,63 @@
+"""Cache of completions. Other runs evaluate the same reference, and another judge reads the same completions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from spo.data import EvalPrompt
+from spo.evaluation.completions import Draws
+from spo.evaluation.settings import EvaluationSettings
+from spo.records.cache import cached
+from spo.records.digests import code_version, digest
+from spo.records.files import read_json, write_json
+
+CODE_DEPENDENCIES = (
+    "types.py",
+    "batching.py",
+    "ops",
+    "models",
+    "sampling",
+    "seeds.py",
+    "forward",
+    "data/rendering.py",
+    "evaluation/completions.py",
+)
+"""Files that cached completions depend on, besides models and prompts."""
+SAMPLING_SETTINGS = ("samples_per_prompt", "max_new_tokens", "temperature", "seed")
+"""Settings of the evaluation that completions depend on."""
+COMPLETIONS_FILE = "draws.json"
+
+
+def cached_completions(
+    cache_dir: str | Path,
+    settings: EvaluationSettings,
+    prompts: Sequence[EvalPrompt],
+    model_digests: Mapping[str, Any],
+    stage: str,
+    draw: Callable[[], Draws],
+) -> Draws:
+    """Return completions from the cache; draw and store them if they are missing.
+
+    Args:
+        cache_dir: Folder of the cache.
+        settings: Settings of the evaluation.
+        prompts: Prompts of the completions.
+        model_digests: Digests of the models for each stage.
+        stage: ``policy`` or ``reference``, the model that draws.
+        draw: Function that draws the completions.
+    """
+    key = {
+        "code": code_version(*CODE_DEPENDENCIES),
+        "models": model_digests[stage],
+        "stage": stage,
+        "prompts": digest([[prompt.prompt_id, prompt.ids] for prompt in prompts]),
+        **{name: getattr(settings, name) for name in SAMPLING_SETTINGS},
+    }
+
+    def write(folder: Path) -> None:
+        write_json(folder / COMPLETIONS_FILE, asdict(draw()), indent=None)
+
+    return Draws(**read_json(cached(cache_dir, "draws", key, write) / COMPLETIONS_FILE))

@@ -1,0 +1,78 @@
+"""Completions that those of the policy are compared with, besides those of the reference."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from spo.data import EvalPrompt, TokenizedPair
+from spo.errors import UserError
+from spo.evaluation.assess import Opponent
+from spo.evaluation.settings import CHOSEN, REFERENCE, EvaluationSettings
+from spo.records import filenames
+from spo.records.files import read_jsonl
+
+log = logging.getLogger(__name__)
+
+
+def find_opponents(
+    settings: EvaluationSettings, prompts: Sequence[EvalPrompt], pairs: Sequence[TokenizedPair]
+) -> dict[str, Opponent]:
+    """Return what the policy is compared with besides the reference, by name.
+
+    Args:
+        settings: Settings of the evaluation; ``against`` lists the opponents.
+        prompts: Prompts of the test split.
+        pairs: Pairs of the test split.
+
+    Raises:
+        UserError: No prompt has a pair, or another run does not have samples of these prompts.
+    """
+    found: dict[str, Opponent] = {}
+    for name in settings.against:
+        if name == CHOSEN:
+            found[name] = _chosen_responses(settings, prompts, pairs)
+        elif name != REFERENCE:
+            folder = Path(name).expanduser()
+            found[folder.resolve().name] = _samples_of_run(folder, settings, prompts)
+    return found
+
+
+def _chosen_responses(
+    settings: EvaluationSettings, prompts: Sequence[EvalPrompt], pairs: Sequence[TokenizedPair]
+) -> Opponent:
+    """Return the chosen responses of the data, by prompt and sample.
+
+    If a prompt has several pairs, its samples are compared with their chosen responses in turn.
+    """
+    responses: dict[str, list[tuple[str, int]]] = {}
+    for pair in pairs:
+        responses.setdefault(pair.prompt_id, []).append((pair.chosen_text, len(pair.chosen_ids)))
+    answered = [prompt.prompt_id for prompt in prompts if prompt.prompt_id in responses]
+    if not answered:
+        raise UserError("evaluation.against=[chosen]: none of the test prompts has a pair; leave chosen out")
+    if left_out := len(prompts) - len(answered):
+        log.warning(
+            "%d of %d test prompts do not have a pair: no comparison with chosen responses", left_out, len(prompts)
+        )
+    return {
+        (name, i): responses[name][i % len(responses[name])]
+        for name in answered
+        for i in range(settings.samples_per_prompt)
+    }
+
+
+def _samples_of_run(folder: Path, settings: EvaluationSettings, prompts: Sequence[EvalPrompt]) -> Opponent:
+    """Return the completions of another run for the same prompts and samples."""
+    rows = read_jsonl(folder / filenames.SAMPLES)
+    found = {(row["prompt_id"], row["sample_index"]): (row["completion"], row["tokens"]) for row in rows}
+    wanted = [(prompt.prompt_id, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
+    if absent := [one for one in wanted if one not in found]:
+        raise UserError(
+            f"{folder} was evaluated on other prompts: it has no sample for {len(absent)} of the {len(wanted)} that "
+            f"are compared. Evaluate both with the same data, evaluation.num_prompts={settings.num_prompts} and "
+            f"evaluation.samples_per_prompt={settings.samples_per_prompt} (spo evaluate {folder} ...), and name the "
+            "folder of that evaluation"
+        )
+    return {one: found[one] for one in wanted}

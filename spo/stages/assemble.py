@@ -1,0 +1,173 @@
+"""A run put together from its configuration: module, data and trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, Trainer
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from spo.callbacks import ValidationSamples
+from spo.data.datamodule import PreferenceDataModule
+from spo.evaluation import EvaluationSettings
+from spo.exact import ExactMetrics, World
+from spo.forward.speed import Speed
+from spo.losses import as_loss
+from spo.models import Reference
+from spo.module import AlignmentModule
+from spo.objective import Enumeration, Prompts
+from spo.regularizers import Regularizer
+from spo.stages.prepare import Prepared
+from spo.stages.reference_logps import logps_store, precomputed_logps
+from spo.watch import ProbeSettings
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Objects that a training run consists of.
+
+    Attributes:
+        module: Module to train.
+        data: Batches of the train and selection splits.
+        trainer: Trainer that fits the module to the data.
+        exact: Metrics against the optimum, ``None`` for data that cannot be enumerated.
+    """
+
+    module: AlignmentModule
+    data: PreferenceDataModule
+    trainer: Trainer
+    exact: ExactMetrics | None
+
+
+def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
+    """Return module, data and trainer of the run that ``cfg`` describes, ready to fit.
+
+    Args:
+        cfg: Configuration of the run, resolved.
+        prepared: Model, tokenizer and pairs of the run.
+        loggers: Loggers of the Trainer.
+    """
+    policy = prepared.spec.policy(prepared.base, seed=cfg.seed)
+    reference: Reference = instantiate(cfg.reference)
+    exact = build_exact(cfg, prepared)
+    enumeration = None if exact is None else Enumeration(exact.world.sequences, len(exact.world.rewards))
+    module = build_module(cfg, policy, reference, prepared, enumeration)
+    trainer = build_trainer(cfg, loggers, [] if exact is None else [exact])
+    sampled = _attach_validation_samples(cfg, prepared, trainer)
+    if module.needs_reference_model or (sampled and reference.scores_samples):
+        reference.attach(lambda: prepared.spec.start(prepared.base))
+    reference.use_store(partial(logps_store, cfg, prepared))
+    data = build_data(cfg, reference, module, prepared)
+    return Parts(module, data, trainer, exact)
+
+
+def build_exact(cfg: DictConfig, prepared: Prepared) -> ExactMetrics | None:
+    """Return metrics by enumeration, or ``None`` for data that cannot be enumerated."""
+    if prepared.language is None:
+        return None
+    world = World.of(prepared.language, prepared.renderer, prepared.pairs.train)
+    reference = world.logps(prepared.spec.start(prepared.base))
+    return ExactMetrics(world, reference, uniform=cfg.data.source.sampler == "full")
+
+
+def build_module(
+    cfg: DictConfig,
+    policy: nn.Module,
+    reference: Reference,
+    prepared: Prepared,
+    enumeration: Enumeration | None = None,
+) -> AlignmentModule:
+    """Return the LightningModule of the run."""
+    loss = as_loss(instantiate(cfg.method.loss, _convert_="all"))
+    regularizer: Regularizer = instantiate(cfg.regularizer, _convert_="all")
+    probe = ProbeSettings(**cfg.probe) if cfg.probe.num_prompts > 0 else None
+    tokenizer = prepared.tokenizer
+    return AlignmentModule(
+        policy,
+        loss,
+        regularizer,
+        reference,
+        alpha=instantiate(cfg.alpha),
+        beta=instantiate(cfg.beta),
+        optimizer=instantiate(cfg.optimizer, _convert_="all"),
+        scheduler=instantiate(cfg.scheduler, _convert_="all"),
+        prompts=Prompts(
+            [prompt.ids for prompt in prepared.sampling_prompts("train", cfg.data.max_new_tokens)],
+            [prompt.ids for prompt in prepared.sampling_prompts("selection", cfg.data.max_new_tokens)],
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+        ),
+        probe=probe,
+        clip_norm=cfg.trainer.gradient_clip_val,
+        micro_batch_size=cfg.data.micro_batch_size,
+        micro_batch_tokens=cfg.data.micro_batch_tokens,
+        log_every_n_steps=cfg.trainer.log_every_n_steps,
+        seed=cfg.seed,
+        speed=Speed(**cfg.speed),
+        enumeration=enumeration,
+    )
+
+
+def build_data(
+    cfg: DictConfig, reference: Reference, module: AlignmentModule, prepared: Prepared
+) -> PreferenceDataModule:
+    """Return the data module, with reference log-probs of its pairs if the loss reads them and they are precomputed."""
+    logps = reference.precompute(partial(precomputed_logps, cfg, prepared)) if module.loss.uses_reference else None
+    return PreferenceDataModule(
+        prepared.pairs.train,
+        prepared.pairs.selection,
+        batch_size=cfg.data.batch_size,
+        micro_batch_size=cfg.data.micro_batch_size,
+        micro_batch_tokens=cfg.data.micro_batch_tokens,
+        eval_batch_size=cfg.data.eval_batch_size,
+        group_by_length=cfg.data.group_by_length,
+        seed=cfg.seed,
+        num_workers=cfg.data.num_workers,
+        pad_token_id=prepared.tokenizer.pad_token_id,
+        max_steps=cfg.trainer.max_steps,
+        reference_logps=logps,
+    )
+
+
+def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Callback]) -> Trainer:
+    """Return the Trainer of the run.
+
+    The alignment step clips gradients and the data module distributes pairs over ranks, so the Trainer does neither.
+    """
+    settings = {key: value for key, value in cfg.trainer.items() if key != "gradient_clip_val"}
+    shown = cfg.trainer.enable_progress_bar
+    return instantiate(
+        OmegaConf.create(settings),
+        logger=loggers,
+        callbacks=callbacks
+        + [instantiate(node) for name, node in cfg.callbacks.items() if shown or name != "progress"],
+        strategy=instantiate(cfg.strategy).plugin,
+        max_epochs=-1,
+        check_val_every_n_epoch=None,
+        val_check_interval=max(min(cfg.trainer.val_check_interval, cfg.trainer.max_steps), 1),
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_checkpointing="checkpoint" in cfg.callbacks,
+        default_root_dir=cfg.paths.run,
+    )
+
+
+def _attach_validation_samples(cfg: DictConfig, prepared: Prepared, trainer: Trainer) -> bool:
+    """Connect callbacks that sample at every validation to model and judge; return whether there is one."""
+    callbacks = validation_samples(trainer)
+    for callback in callbacks:
+        settings: EvaluationSettings = instantiate(cfg.evaluation, _convert_="all")
+        prompts = prepared.sampling_prompts("selection", settings.max_new_tokens)
+        judge = instantiate(cfg.judge, _convert_="all")
+        callback.attach(prompts, settings, judge, prepared.tokenizer, prepared.renderer.decode)
+    return bool(callbacks)
+
+
+def validation_samples(trainer: Trainer) -> list[ValidationSamples]:
+    """Return the callbacks that sample at every validation."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, ValidationSamples)]

@@ -1,0 +1,54 @@
+"""Names of a run, in titles and on dashboards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from spo.config.coefficients import COEFFICIENTS, unused_coefficients
+from spo.records import filenames
+from spo.records.files import read_json
+from spo.tracking import RunDescription
+
+
+def method_name(cfg: DictConfig) -> str:
+    """Return ``method.name``, or the name of the loss if the yaml of a method outside the package has no name."""
+    return cfg.method.get("name") or cfg.method.loss._target_.rpartition(".")[2].removesuffix("Loss").lower()
+
+
+def title(cfg: DictConfig) -> str:
+    """Return the name of the method with its title, for the panel at the start."""
+    return ": ".join(filter(None, [method_name(cfg), cfg.method.get("title")]))
+
+
+def describe(cfg: DictConfig, run_dir: Path, *, recorded: Sequence[Mapping[str, Any]]) -> RunDescription:
+    """Return the run as dashboards list it: its name, and one tag for each part of it.
+
+    Args:
+        cfg: Configuration of the run, resolved.
+        run_dir: Run directory with ``config.yaml`` and ``provenance.json``.
+        recorded: Rows of the history from before a resume.
+    """
+    parts = [method_name(cfg), *_coefficients(cfg), f"seed-{cfg.seed}"]
+    # The record is read again, because it has the names of environment variables and not the secrets in them.
+    config = OmegaConf.to_container(OmegaConf.load(run_dir / filenames.CONFIG))
+    provenance = read_json(run_dir / filenames.PROVENANCE)
+    return RunDescription(
+        name="_".join(parts),
+        group=run_dir.parent.name,
+        job_type=method_name(cfg),
+        tags=[*parts, *cfg.tags],
+        config={**config, "provenance": provenance},  # type: ignore[dict-item]
+        directory=run_dir,
+        recorded=recorded,
+    )
+
+
+def _coefficients(cfg: DictConfig) -> list[str]:
+    """Return the coefficients that the composition reads, such as ``alpha-0.05`` and ``beta-0.03``."""
+    unused = unused_coefficients(cfg)
+    return [f"{name}-{instantiate(cfg[name])}" for name in COEFFICIENTS if name not in unused]

@@ -1,0 +1,54 @@
+"""Configuration of ``spo evaluate``: that of the run, with other data, settings or judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from omegaconf import DictConfig, OmegaConf
+
+from spo.config.compose import compose, expand_numbers, parse
+from spo.errors import UserError
+from spo.stages.from_config import resolve_values
+
+CHANGEABLE_KEYS = ("data", "evaluation", "judge", "trainer.accelerator", "trainer.devices")
+"""Groups and keys that an evaluation may change."""
+
+
+def evaluation_config(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return the configuration of a run with overrides of its evaluation, without interpolations.
+
+    Args:
+        own: Configuration of the run.
+        overrides: Overrides of the keys and groups in :data:`CHANGEABLE_KEYS`.
+
+    Raises:
+        UserError: An override is of another key, or its key does not exist.
+    """
+    parsed = [parse(text) for text in expand_numbers(overrides)]
+    refused = [
+        one.input_line
+        for one in parsed
+        if not any(one.key_or_group == key or one.key_or_group.startswith(f"{key}.") for key in CHANGEABLE_KEYS)
+    ]
+    if refused:
+        raise UserError(
+            f"an evaluation can change {', '.join(CHANGEABLE_KEYS)} only, not {', '.join(map(str, refused))}: "
+            "train another run for that"
+        )
+    cfg = OmegaConf.create(OmegaConf.to_container(own, resolve=False))
+    assert isinstance(cfg, DictConfig)
+    # A member of a group replaces the whole group, as in a new composition. Single keys are set below, on top of it.
+    for group in {one.key_or_group for one in parsed} & {"data", "evaluation", "judge"}:
+        of_group = (one.input_line for one in parsed if one.key_or_group.partition(".")[0] == group)
+        chosen = [line for line in of_group if line is not None]
+        cfg[group] = OmegaConf.to_container(compose(chosen, run_dir=own.paths.run)[group], resolve=False)
+    OmegaConf.set_struct(cfg, True)
+    for one in parsed:
+        if "." in one.key_or_group:
+            try:
+                OmegaConf.update(cfg, one.key_or_group, one.value())
+            except Exception as error:
+                raise UserError(
+                    f"{one.input_line}: the configuration of the run does not have this key ({error})"
+                ) from error
+    return resolve_values(cfg)

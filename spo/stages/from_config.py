@@ -1,0 +1,49 @@
+"""Small objects that several stages make from the configuration of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedTokenizerBase
+
+from spo.data import Renderer, Source
+from spo.models import ModelSpec
+from spo.records.digests import path_digest
+
+
+def resolve_values(cfg: DictConfig) -> DictConfig:
+    """Return a copy of the configuration without interpolations."""
+    values = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    assert isinstance(values, DictConfig)
+    return values
+
+
+def eval_device(cfg: DictConfig) -> torch.device:
+    """Return the device of models that run outside the Trainer."""
+    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def model_spec(cfg: DictConfig) -> ModelSpec:
+    """Return the ``model`` group as an object, without the defaults that it lends to other groups."""
+    names = [field.name for field in dataclasses.fields(ModelSpec)]
+    return ModelSpec(**instantiate({name: cfg.model[name] for name in names}, _convert_="all"))
+
+
+def make_renderer(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, source: Source) -> Renderer:
+    """Return the conversion between the texts of a source and tokens."""
+    # An enumerable language contains the empty response. In other data an empty response is a mistake.
+    allow_empty = source.language is not None
+    return Renderer(tokenizer, cfg.data.max_length, cfg.data.truncation, allow_empty)
+
+
+def data_key(cfg: DictConfig) -> dict[str, Any]:
+    """Return the part of a cache key that identifies the data: settings of the source and content of its files."""
+    key: dict[str, Any] = {"source": OmegaConf.to_container(cfg.data.source, resolve=True)}
+    if cfg.data.path is not None:
+        key["content"] = path_digest(cfg.data.path)
+    return key

@@ -1,0 +1,151 @@
+"""The reference model: the given weights, or new ones by supervised fine-tuning on the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, OmegaConf
+from transformers import get_cosine_schedule_with_warmup
+
+from spo.callbacks import Progress
+from spo.data import Source, TokenizedPair
+from spo.data.datamodule import PreferenceDataModule
+from spo.data.splits import prepare
+from spo.forward.speed import Speed
+from spo.losses import SFTLoss
+from spo.models import ModelSpec, NoReference
+from spo.models.policy import save_policy
+from spo.module import AlignmentModule
+from spo.objective import Prompts
+from spo.records.cache import cached
+from spo.records.digests import code_version, model_digest
+from spo.regularizers import NoRegularizer
+from spo.schedules import Constant
+from spo.stages.from_config import data_key, eval_device, make_renderer
+from spo.stages.pairs import no_completer
+
+log = logging.getLogger(__name__)
+CODE_DEPENDENCIES = (
+    "types.py",
+    "batching.py",
+    "ops",
+    "data",
+    "models",
+    "sampling",
+    "seeds.py",
+    "forward",
+    "module.py",
+    "objective",
+    "regularizers/base.py",
+    "losses/base.py",
+    "losses/sft.py",
+    "schedules",
+    "stages/from_config.py",
+    "stages/reference_model.py",
+)
+"""Files that a cached reference model depends on. A change elsewhere in the package leaves it valid."""
+
+
+def reference_model(cfg: DictConfig, spec: ModelSpec, source: Source) -> str:
+    """Return the folder or hub name of the weights that alignment starts from.
+
+    Args:
+        cfg: Configuration of the run, resolved.
+        spec: Settings for loading models.
+        source: Data for the supervised fine-tuning.
+    """
+    if spec.initial is None and cfg.sft.max_steps == 0:
+        assert spec.path is not None
+        return spec.path
+    key = {
+        "code": code_version(*CODE_DEPENDENCIES),
+        "initial": OmegaConf.to_container(cfg.model.initial, resolve=True) if cfg.model.initial else None,
+        "weights": None if spec.path is None else model_digest(spec.path),
+        "dtype": spec.dtype,
+        "sft": OmegaConf.to_container(cfg.sft, resolve=True),
+        "data": data_key(cfg),
+        "rendering": [cfg.data.max_length, cfg.data.truncation, cfg.data.seed],
+    }
+    return str(cached(cfg.paths.cache, "sft", key, partial(_fine_tune, cfg, spec, source)))
+
+
+def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path) -> None:
+    if spec.initial is not None:
+        model, tokenizer = spec.initial()
+    else:
+        assert spec.path is not None
+        model, tokenizer = spec.base(spec.path), spec.tokenizer(spec.path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if cfg.sft.max_steps > 0:
+        rows = source.sft_rows()
+        if rows is None:
+            rows = [dataclasses.replace(row, rejected=None, worse=()) for row in source.rows(no_completer)]
+        renderer = make_renderer(cfg, tokenizer, source)
+        train = prepare(rows, renderer, cfg.data.seed, 0.0, 0.0, min_pairs=1).train
+        _fit_supervised(cfg, model.train(), train, tokenizer)
+    save_policy(model, tokenizer, folder)
+
+
+def _fit_supervised(cfg: DictConfig, model: Any, train: list[TokenizedPair], tokenizer: Any) -> None:
+    sft = cfg.sft
+    pad = tokenizer.pad_token_id
+    module = AlignmentModule(
+        model,
+        SFTLoss(),
+        NoRegularizer(),
+        NoReference(),
+        alpha=Constant(1.0),
+        beta=Constant(1.0),
+        optimizer=partial(
+            torch.optim.AdamW, lr=sft.lr, betas=tuple(sft.betas), weight_decay=sft.weight_decay, fused=sft.fused
+        ),
+        scheduler=partial(
+            get_cosine_schedule_with_warmup,
+            num_warmup_steps=sft.num_warmup_steps,
+            num_training_steps=sft.max_steps,
+        ),
+        prompts=Prompts([], [], tokenizer.eos_token_id, pad),
+        probe=None,
+        clip_norm=sft.clip_norm,
+        micro_batch_size=None,
+        micro_batch_tokens=None,
+        log_every_n_steps=20,
+        seed=cfg.data.seed,
+        speed=Speed(**cfg.speed),
+    )
+    data = PreferenceDataModule(
+        train,
+        [],
+        batch_size=sft.batch_size,
+        micro_batch_size=None,
+        micro_batch_tokens=None,
+        eval_batch_size=1,
+        group_by_length=None,
+        seed=cfg.data.seed,
+        num_workers=0,
+        pad_token_id=pad,
+        max_steps=sft.max_steps,
+    )
+    log.info("making the reference model: %d steps of supervised fine-tuning", sft.max_steps)
+    trainer = Trainer(
+        accelerator=eval_device(cfg).type,
+        devices=1,
+        max_steps=sft.max_steps,
+        max_epochs=-1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=cfg.trainer.enable_progress_bar,
+        callbacks=[Progress()] if cfg.trainer.enable_progress_bar else [],
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, datamodule=data)
+    model.cpu()
