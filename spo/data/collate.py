@@ -1,4 +1,4 @@
-"""From tokenised pairs to padded tensors."""
+"""Collation of tokenized pairs into padded tensors."""
 
 from __future__ import annotations
 
@@ -19,25 +19,29 @@ def collate(
     reference_logps: Tensor | None = None,
     arrange: Callable[[Sequences], Sequences] = lambda sequences: sequences,
 ) -> PreferenceBatch:
-    """Pads ``B`` pairs or lists into one batch, in which a sequence that several of them share is there once.
+    """Collate ``B`` pairs or lists into one batch, in which each of the ``N`` distinct sequences appears once.
 
-    The best completions come first, then the second ones, and so on.
+    The best completions of all pairs come first, then the second ones, and so on.
 
     Args:
-        pairs: the pairs of this batch; all with a rejected completion, or none.
-        indices: position of each pair in its split.
-        pad_token_id: what fills the right end; no mask depends on it.
-        reference_logps: ``(P, n)`` summed reference log-probs of the completions, best first, for the whole split of
-            ``P`` pairs, indexed by ``indices``.
-        arrange: lays the sequences out for the forward pass.
+        pairs: Pairs of this batch, all with or all without a rejected completion.
+        indices: Position of each pair in its split.
+        pad_token_id: Token that fills the right end of a row; no mask depends on it.
+        reference_logps: ``(P, n)`` summed reference log-probs of the completions, best first, of all ``P`` pairs of the
+            split.
+        arrange: Function that lays the sequences out for the forward pass, such as packing.
+
+    Returns:
+        Batch of ``N`` sequences, with ``(n, B)`` positions of the completions among them; -1 where a list is shorter.
 
     Raises:
-        ValueError: when only some of the pairs have a rejected completion.
+        ValueError: If only some of the pairs have a rejected completion.
     """
     lists = [pair.completions for pair in pairs]
     size = max(map(len, lists))
     if min(map(len, lists)) < min(size, 2):
         raise ValueError("a batch needs a rejected completion in all of its pairs, or in none")
+    # Position of each distinct sequence in the batch. A pair of a prompt may repeat a completion of another pair.
     seen: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
     completions = [
         [
@@ -59,15 +63,17 @@ def collate(
 
 
 def _per_sequence(values: Tensor, completions: list[list[int]]) -> Tensor:
-    """``(n, B)`` values of completions as ``(N,)``, those of the first place where each distinct sequence is."""
+    """Return ``(N,)`` values of distinct sequences from ``(n, B)`` values of completions."""
     first: dict[int, int] = {}
-    for position, place in enumerate(place for ranks in completions for place in ranks):
-        if place >= 0:
-            first.setdefault(place, position)
-    return values.flatten()[list(first.values())]  # sequences are numbered as they come
+    for position, sequence in enumerate(sequence for rank in completions for sequence in rank):
+        if sequence >= 0:
+            first.setdefault(sequence, position)
+    # Sequences are numbered in the order of their first completions, so no sorting is needed.
+    return values.flatten()[list(first.values())]
 
 
 def _column(values: list[float | None]) -> Tensor | None:
+    # Losses read None as 1 for each pair of the batch.
     if all(value is None for value in values):
         return None
     return torch.tensor([1.0 if value is None else value for value in values])

@@ -1,4 +1,4 @@
-"""The LightningDataModule: windows of pairs for training, every selection pair once for validation."""
+"""The LightningDataModule: windows of pairs for training, each selection pair once for validation."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ from spo.types import PreferenceBatch, Sequences, Window
 
 
 class PreferenceDataModule(LightningDataModule):
-    """Serves `Window`s to train on and `PreferenceBatch`es to validate on.
+    """A data module of :class:`~spo.types.Window` to train on and :class:`~spo.types.PreferenceBatch` to validate on.
 
-    The trainer must leave the samplers alone (``use_distributed_sampler=False``): the data is dealt to devices here.
+    The data module deals the data to devices, so the trainer needs ``use_distributed_sampler=False``.
 
     Args:
-        train: pairs to learn from.
-        selection: pairs to validate on.
-        batch_size: pairs per optimiser step, over all devices.
-        micro_batch_size: most pairs per forward pass and device; ``None`` for no limit.
-        micro_batch_tokens: most tokens per forward pass and device, in validation too: of padded batches with their
-            padding, of packed ones as :func:`pair_tokens` counts them; ``None`` for no limit. A pair that has more is a
-            batch by itself.
-        eval_batch_size: most pairs per forward pass and device in validation.
-        group_by_length: windows whose pairs are sorted by length together (see :class:`Windows`); ``None`` for none.
-        seed: of the order.
-        num_workers: processes that collate.
-        pad_token_id: what fills the right end of a batch.
-        max_steps: optimiser steps of the whole run.
-        reference_logps: precomputed reference log-probs of the splits ``train`` and ``selection``, each ``(P, n)``.
+        train: Pairs to train on.
+        selection: Pairs to validate on.
+        batch_size: Number of pairs per optimizer step over all devices.
+        micro_batch_size: Largest number of pairs per forward pass and device; ``None`` for no limit.
+        micro_batch_tokens: Largest number of tokens per forward pass and device, also in validation; ``None`` for no
+            limit. Padding counts in padded batches, and :func:`pair_tokens` counts in packed ones. A pair with more
+            tokens is a batch by itself.
+        eval_batch_size: Largest number of pairs per forward pass and device in validation.
+        group_by_length: Number of windows whose pairs are sorted by length together, see
+            :class:`~spo.data.windows.Windows`; ``None`` for no grouping.
+        seed: Random seed of the order.
+        num_workers: Number of processes that collate.
+        pad_token_id: Token that fills the right end of a row.
+        max_steps: Number of optimizer steps of the whole run.
+        reference_logps: Precomputed ``(P, n)`` reference log-probs of the splits ``train`` and ``selection``.
 
     Attributes:
-        waited_s: seconds that training has waited for its windows so far.
+        waited_s: Time in seconds that training has waited for windows so far.
 
     Raises:
-        DataError: when a size is not positive or a split is empty.
+        DataError: If a size is not positive, or if there is no pair to train on.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class PreferenceDataModule(LightningDataModule):
         self.waited_s = 0.0
 
     def train_dataloader(self) -> DataLoader[Window]:
-        """One `Window` per optimiser step; a resumed run is served the steps that are left."""
+        """Return a loader of one window per optimizer step; a resumed run gets the remaining steps."""
         trainer = self._trainer()
         dataset = _TrainWindows(
             self.train,
@@ -100,7 +101,11 @@ class PreferenceDataModule(LightningDataModule):
         return _TrainLoader(self._note_wait, dataset, sampler=steps, **self._loading())
 
     def val_dataloader(self) -> DataLoader[PreferenceBatch] | list[Any]:
-        """The selection pairs, each on exactly one device."""
+        """Return a loader of the selection pairs, each on exactly one device.
+
+        Raises:
+            DataError: If there are fewer pairs than devices.
+        """
         trainer = self._trainer()
         if not self.selection:
             return []
@@ -121,7 +126,7 @@ class PreferenceDataModule(LightningDataModule):
     def transfer_batch_to_device(
         self, batch: Window | PreferenceBatch, device: torch.device, dataloader_idx: int
     ) -> Window | PreferenceBatch:
-        """On the device, which is not waited for: Lightning by itself waits for all that is no bare tensor."""
+        """Copy a batch to the device without blocking the host; Lightning blocks for all batches but bare tensors."""
         return batch.to_device_async(device)
 
     def _loading(self) -> dict[str, Any]:
@@ -129,7 +134,7 @@ class PreferenceDataModule(LightningDataModule):
             "batch_size": None,
             "num_workers": self.num_workers,
             "pin_memory": self._trainer().strategy.root_device.type == "cuda",
-            # Seeds for the workers are drawn: from a generator of its own, or a resumed run would draw otherwise.
+            # The loader draws seeds for its workers. From the global generator, they would shift a resumed run's draws.
             "generator": torch.Generator(),
         }
 
@@ -137,7 +142,7 @@ class PreferenceDataModule(LightningDataModule):
         self.waited_s += seconds
 
     def _sizes(self, pairs: Sequence[TokenizedPair]) -> tuple[NDArray[np.int64], NDArray[np.int64], bool]:
-        """Lengths and sizes of pairs, and whether they are padded: see :func:`~spo.data.windows.cut`."""
+        """Return lengths, sizes and padding as :func:`~spo.data.windows.deal_micro_batches` takes them."""
         speed = self._speed()
         padded = not speed.packs
         lengths = [len(pair.prompt_ids) + max(map(len, pair.completions)) for pair in pairs]
@@ -145,7 +150,7 @@ class PreferenceDataModule(LightningDataModule):
         return np.array(lengths), np.array(sizes), padded
 
     def _speed(self) -> Any:
-        # Asked for when a fit has started: what the module settles on depends on its models.
+        # Read after a fit has started, since the settings that the module resolves depend on its models.
         return self._trainer().lightning_module.speed
 
     def _trainer(self) -> Any:
@@ -155,12 +160,12 @@ class PreferenceDataModule(LightningDataModule):
 
 
 def pair_tokens(pair: TokenizedPair, share_prompts: bool) -> int:
-    """Tokens that a model computes for a pair or list, without padding.
+    """Return the number of tokens that a model computes for a pair or list, without padding.
 
     Args:
-        pair: with all of its completions.
-        share_prompts: whether the prompt counts once, instead of once for each completion. Pairs that have a prompt in
-            common count it each.
+        pair: Pair or list with all of its completions.
+        share_prompts: Whether the prompt counts once instead of once for each completion. Two pairs with the same
+            prompt count it twice.
     """
     completions = pair.completions
     return len(pair.prompt_ids) * (1 if share_prompts else len(completions)) + sum(map(len, completions))
@@ -211,9 +216,10 @@ class _TrainWindows(Dataset[Window]):
 
 
 class _RemainingSteps(Sampler[int]):
-    """Steps from the trainer's current one to the last; as long as the whole run, which is how Lightning counts.
+    """Steps from the trainer's current one to the last.
 
-    The current step is asked for when iteration starts: a checkpoint may be restored after the loader is made.
+    Its length is that of the whole run, since Lightning counts the steps before a resume too. The current step is read
+    when iteration starts, because a checkpoint may be restored after the loader is made.
     """
 
     def __init__(self, start: Callable[[], int], max_steps: int) -> None:
@@ -227,9 +233,9 @@ class _RemainingSteps(Sampler[int]):
 
 
 class _TrainLoader(DataLoader[Window]):
-    """Tells how long each window was waited for.
+    """A loader that measures how long training waits for each window.
 
-    It tells Lightning, too, that resuming in the middle is safe. There is no state: the trainer's step is all of it.
+    Its empty state tells Lightning that resuming within an epoch is safe: the trainer's step is the whole state.
     """
 
     def __init__(self, note_wait: Callable[[float], None], *args: Any, **kwargs: Any) -> None:
@@ -247,8 +253,8 @@ class _TrainLoader(DataLoader[Window]):
             yield window
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
+        """Ignore the empty state."""

@@ -15,15 +15,16 @@ _ASSISTANT = "\n\nAssistant:"
 
 
 class FileSource(TableSource):
-    """Rows of a jsonl, jsonl.gz, parquet or csv file, or of a folder of them (in the order of their names).
+    """Rows of a jsonl, jsonl.gz, parquet or csv file, or of a folder of such files in alphabetical order.
 
-    A row has ``chosen`` and ``rejected`` and, unless both are whole texts that begin alike, ``prompt``; each is text
-    or a list of ``{"role", "content"}`` messages. ``preference`` (in [0, 1]) and ``weight`` (>= 0) are optional.
+    A row has ``chosen``, ``rejected`` and ``prompt``. Each is text or a list of ``{"role", "content"}`` messages.
+    Without ``prompt``, the beginning that chosen and rejected share becomes the prompt. ``preference`` (in [0, 1]) and
+    ``weight`` (>= 0) are optional.
 
     Args:
-        path: the file or folder.
-        columns: see `TableSource`.
-        on_bad_row: see `TableSource`.
+        path: Path of the file or folder.
+        columns: Mapping from our column names to the file's, see :class:`TableSource`.
+        on_bad_row: Policy for a malformed row, ``stop`` or ``skip``.
     """
 
     reads_local_files = True
@@ -34,9 +35,11 @@ class FileSource(TableSource):
 
     @property
     def name(self) -> str:
+        """Return the path."""
         return str(self.path)
 
     def records(self) -> Iterator[tuple[str, Split | None, Record | RowError]]:
+        """Yield the records of all files, and an error for an empty file; files do not assign splits."""
         for file in data_files(self.path):
             empty = True
             for where, record in read_records(file):
@@ -47,24 +50,25 @@ class FileSource(TableSource):
 
 
 class HHSource(FileSource):
-    r"""Anthropic's HH transcripts: ``chosen`` and ``rejected`` are dialogues that begin alike.
+    r"""Anthropic's HH transcripts: ``chosen`` and ``rejected`` are dialogues with the same beginning.
 
-    The prompt reaches through the last ``\n\nAssistant:`` that both share; what follows is the completion. Dialogues
-    with several turns stay one text.
+    The prompt ends after the last ``\n\nAssistant:`` that both share, and the completion is the rest. Dialogues with
+    several turns stay one text.
 
     Args:
-        path: a file or folder, as for `FileSource`.
-        on_bad_row: see `TableSource`.
+        path: Path of a file or folder, as for :class:`FileSource`.
+        on_bad_row: Policy for a malformed row, ``stop`` or ``skip``.
     """
 
     def __init__(self, path: str, on_bad_row: OnBadRow) -> None:
         super().__init__(path, None, on_bad_row)
 
     def parse(self, record: Record, where: str, split: Split | None) -> Row:
-        """One dialogue pair as a row; a prompt column, if any, is ignored."""
+        """Convert a pair of dialogues to a row and ignore a ``prompt`` column, since the dialogues contain it."""
         return super().parse({k: v for k, v in record.items() if k != "prompt"}, where, split)
 
     def split_prompt(self, chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
+        """Split two dialogues after the last turn marker of the assistant that both share."""
         if not (isinstance(chosen, str) and isinstance(rejected, str)):
             raise RowError(where, "a transcript must be one text; for lists of messages use data=jsonl", "chosen")
         cut = chosen[: common_prefix_length(chosen, rejected)].rfind(_ASSISTANT)

@@ -11,18 +11,18 @@ from spo.data.tables import COLUMNS, TableSource
 
 
 class HubSource(TableSource):
-    """Rows of a data set on the Hugging Face hub, or of a local folder that ``datasets.load_dataset`` understands.
+    """Rows of a data set on the Hugging Face hub, or of a local folder that ``datasets.load_dataset`` reads.
 
-    Never runs code that comes with a data set.
+    Code that comes with a data set is never run.
 
     Args:
-        path: the hub's name of the data set, or a folder.
-        name: its configuration, or ``None``.
-        revision: branch, tag or commit on the hub, or ``None``.
-        split: the data set's split to read; or a mapping from ``train``, ``selection`` and ``test`` to the data set's
-            split that feeds each (``None`` where it has none: those pairs are then taken out of ``train``, by prompt).
-        columns: see `TableSource`.
-        on_bad_row: see `TableSource`.
+        path: Name of the data set on the hub, or path of a folder.
+        name: Named configuration of the data set; ``None`` for its default.
+        revision: Branch, tag or commit on the hub; ``None`` for its default branch.
+        split: Name of the data set's split to read, or a mapping from ``train``, ``selection`` and ``test`` to names of
+            its splits. Where the mapping has ``None``, a share of the training prompts becomes that split.
+        columns: Mapping from our column names to the data set's, see :class:`~spo.data.tables.TableSource`.
+        on_bad_row: Policy for a malformed row, ``stop`` or ``skip``.
     """
 
     def __init__(
@@ -48,20 +48,26 @@ class HubSource(TableSource):
 
     @property
     def name(self) -> str:
+        """Return the name on the hub, or the path of the folder."""
         return self.path
 
     def records(self) -> Iterator[tuple[str, Split | None, Record | RowError]]:
+        """Yield the records of all splits that are read.
+
+        Raises:
+            DataError: If a split cannot be loaded.
+        """
         import datasets
 
         for ours, theirs in self.splits.items():
             try:
                 table = datasets.load_dataset(self.path, self.config, split=theirs, revision=self.revision)
-            except Exception as error:  # the hub client's errors share no base class
+            except Exception as error:  # The errors of the hub client do not share a base class.
                 raise DataError(
                     f"data.path={self.path}, split {theirs!r}: cannot be loaded ({type(error).__name__}: {error})"
                 ) from error
             wanted = {self.columns.get(column, column) for column in COLUMNS}
-            # Columns that are not ours may be images or audio, costly to decode.
+            # Other columns may be images or audio, which are costly to decode.
             table = table.select_columns([column for column in table.column_names if column in wanted])
             for i, record in enumerate(table):
                 yield f"{self.path}[{theirs}], row {i}", ours, record

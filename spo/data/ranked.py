@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from spo.bounds import OnBadRow
-from spo.data.cells import is_empty, kind_of, text_or_messages
+from spo.data.cells import describe_type, is_empty, text_or_messages
 from spo.data.files import FileSource
 from spo.data.readers import Record
 from spo.data.rendering import prompt_id
@@ -21,24 +21,23 @@ from spo.data.tables import NoPreference
 
 
 class RankedFileSource(FileSource):
-    """Rows of ``prompt`` and ranked ``responses`` in a jsonl, jsonl.gz or parquet file, or a folder of them.
+    """Rows of ``prompt`` and ranked ``responses`` in a jsonl, jsonl.gz or parquet file, or a folder of such files.
 
-    Prompt and responses are text, or lists of messages. The ranking is ``order`` (positions in ``responses``, counted
-    from 0, the best first) or, in a row without it, ``scores`` (one number per response, the higher the better).
+    Prompt and responses are text, or lists of messages. The ranking is ``order``: positions in ``responses``, counted
+    from 0, the best first. A row without ``order`` has ``scores``: one number per response, higher is better.
     ``weight`` (>= 0) is optional.
 
-    What says nothing about the ranking is dropped from a list and counted in ``dropped_responses``: an empty
-    response, one equal to a better one, and all but one of those with equal scores (which one is decided by the digest
-    of its text, so that the order in the file never passes for a preference). A row with fewer than two left is
-    skipped, counted and listed.
+    Three kinds of responses are dropped from a list and counted in ``dropped_responses``: empty ones, those equal to a
+    better one, and all but one of those with equal scores. The digest of the text decides which of these stays, so
+    that the order in the file is not taken for a preference. A row with fewer than two responses left is skipped,
+    counted and listed.
 
     Args:
-        path: the file or folder.
-        columns: see `TableSource`.
-        on_bad_row: see `TableSource`.
-        max_responses: most responses of a list, or ``None``. Which ones stay is decided by the digests of their texts
-            and never by their rank: a part chosen by rank, such as the best few, would no longer be a ranking of the
-            model of Plackett and Luce.
+        path: Path of the file or folder.
+        columns: Mapping from our column names to the file's, see :class:`~spo.data.tables.TableSource`.
+        on_bad_row: Policy for a malformed row, ``stop`` or ``skip``.
+        max_responses: Largest number of responses in a list; ``None`` for no limit. The digests of the texts decide
+            which ones stay. Their ranks must not: the best few of a ranking do not follow the Plackett-Luce model.
     """
 
     known = ("prompt", "responses", "scores", "order", "weight")
@@ -57,15 +56,21 @@ class RankedFileSource(FileSource):
         self.yields_lists = max_responses is None or max_responses > 2
 
     def rows(self, complete: Completer) -> list[Row]:
-        """The rows that can be used, see `TableSource.rows`."""
+        """Return the usable rows, see :meth:`spo.data.tables.TableSource.rows`."""
         self.dropped_responses.clear()
         return super().rows(complete)
 
     def parse(self, record: Record, where: str, split: Split | None) -> Row:
-        """One record as a row.
+        """Convert a record to a row.
+
+        Args:
+            record: Values by column name.
+            where: Place of the record for messages, such as file and line.
+            split: Split that the source assigns to the record, or ``None``.
 
         Raises:
-            RowError: with the column and the reason.
+            RowError: If the record is malformed, with the column and the reason.
+            NoPreference: If fewer than two responses are left.
         """
         prompt, column = self._text(record, "prompt", where), self.columns.get("responses", "responses")
         items = self._list(record, "responses", where)
@@ -74,17 +79,17 @@ class RankedFileSource(FileSource):
         responses = [text_or_messages(item, where, column, f"response {i}") for i, item in enumerate(items, 1)]
         if any(isinstance(response, str) != isinstance(prompt, str) for response in responses):
             raise RowError(where, "prompt and responses must all be text, or all lists of messages", column)
-        kept, dropped = self._distinct(responses, self._ranked(record, responses, where))
+        kept, dropped = self._drop_uninformative(responses, self._ranks(record, responses, where))
         if len(kept) < 2:
             raise NoPreference(where, "fewer than 2 responses differ in text and rank and are not empty", column)
-        among = sorted(kept)[: self.max_responses]
-        chosen, rejected, *worse = (response for digest, response in kept.items() if digest in among)
+        selected = sorted(kept)[: self.max_responses]
+        chosen, rejected, *worse = (response for digest, response in kept.items() if digest in selected)
         weight = self._number(record, "weight", where, math.inf)
         self.dropped_responses += dropped
         return Row(prompt, chosen, rejected, weight=weight, split=split, where=where, worse=tuple(worse))
 
-    def _ranked(self, record: Record, responses: Sequence[Text], where: str) -> list[list[int]]:
-        """Positions in ``responses``, best first, those of one rank together."""
+    def _ranks(self, record: Record, responses: Sequence[Text], where: str) -> list[list[int]]:
+        """Return positions in ``responses``, best first, one list for each rank."""
         size = len(responses)
         if "order" in self.columns or record.get("order") is not None:
             order, column = self._list(record, "order", where), self.columns.get("order", "order")
@@ -96,25 +101,29 @@ class RankedFileSource(FileSource):
             raise RowError(where, f"has {len(scores)} numbers for {size} responses", column)
         for i, score in enumerate(scores, 1):
             if isinstance(score, bool) or not isinstance(score, (int, float)):
-                raise RowError(where, f"score {i} must be a number, not {kind_of(score)}", column)
+                raise RowError(where, f"score {i} must be a number, not {describe_type(score)}", column)
             if not math.isfinite(score):
                 raise RowError(where, f"score {i} must be finite, not {score}", column)
         best_first = sorted(range(size), key=lambda i: -scores[i])
         return [list(tied) for _, tied in groupby(best_first, key=scores.__getitem__)]
 
-    def _distinct(
-        self, responses: Sequence[Text], ranked: Sequence[Sequence[int]]
+    def _drop_uninformative(
+        self, responses: Sequence[Text], ranks: Sequence[Sequence[int]]
     ) -> tuple[dict[str, Text], Counter[str]]:
-        """The responses to learn from, best first, by the digests of their texts; and why others are not."""
+        """Return a response for each rank, best first, by digest of its text, and count the others by reason."""
         kept: dict[str, Text] = {}
         dropped: Counter[str] = Counter()
-        for tied in ranked:
-            taken = False
+        for tied in ranks:
+            rank_is_filled = False
             for digest, response in sorted(((prompt_id(responses[i]), responses[i]) for i in tied), key=itemgetter(0)):
-                if is_empty(response) or digest in kept or taken:
-                    dropped["empty" if is_empty(response) else "equal" if digest in kept else "tied"] += 1
+                if is_empty(response):
+                    dropped["empty"] += 1
+                elif digest in kept:
+                    dropped["equal"] += 1
+                elif rank_is_filled:
+                    dropped["tied"] += 1
                 else:
-                    kept[digest], taken = response, True
+                    kept[digest], rank_is_filled = response, True
         return kept, dropped
 
     def _list(self, record: Record, name: str, where: str) -> list[Any]:
@@ -123,5 +132,5 @@ class RankedFileSource(FileSource):
             raise RowError(where, f"missing; the row has {', '.join(map(str, record)) or 'no columns'}", column)
         value = record[column]
         if not isinstance(value, list):
-            raise RowError(where, f"must be a list, not {kind_of(value)}", column)
+            raise RowError(where, f"must be a list, not {describe_type(value)}", column)
         return value

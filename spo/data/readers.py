@@ -1,4 +1,4 @@
-"""Reads the records of jsonl, csv and parquet files. A record that cannot be read arrives as its error."""
+"""Readers of jsonl, csv and parquet files, which yield an error in place of a record that cannot be read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spo.data.cells import kind_of
+from spo.data.cells import describe_type
 from spo.data.rows import DataError, RowError
 
 Record = dict[str, Any]
@@ -18,10 +18,10 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
 
 
 def data_files(path: Path) -> list[Path]:
-    """The data files that ``path`` stands for.
+    """Return the file at ``path``, or the data files of a folder in alphabetical order; hidden files are ignored.
 
     Raises:
-        DataError: when it does not exist, is a folder without data, or is of another kind.
+        DataError: If the path does not exist, is a folder without data files, or is a file of another kind.
     """
     if not path.exists():
         raise DataError(f"data.path={path}: no such file or folder (looked in {path.absolute().parent})")
@@ -38,7 +38,7 @@ def data_files(path: Path) -> list[Path]:
 
 
 def read_records(file: Path) -> Iterator[tuple[str, Record | RowError]]:
-    """The records of one file, each with file and line; unreadable ones as the `RowError` that says why."""
+    """Yield the records of a file, each with its file and line; the error takes the place of an unreadable record."""
     if file.suffix == ".parquet":
         return _parquet_records(file)
     return _csv_records(file) if file.suffix == ".csv" else _jsonl_records(file)
@@ -62,10 +62,11 @@ def _jsonl_records(file: Path) -> Iterator[tuple[str, Record | RowError]]:
             if isinstance(record, dict):
                 yield where, record
             else:
-                yield where, RowError(where, f"must be a JSON object, not {kind_of(record)}")
+                yield where, RowError(where, f"must be a JSON object, not {describe_type(record)}")
 
 
 def _lines(file: Path) -> Iterator[tuple[str, bytes | RowError]]:
+    # Bytes, not text: a line that is not UTF-8 must not end the file.
     number = 0
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
@@ -77,7 +78,7 @@ def _lines(file: Path) -> Iterator[tuple[str, bytes | RowError]]:
 
 
 def _csv_records(file: Path) -> Iterator[tuple[str, Record | RowError]]:
-    # Undecodable bytes become lone surrogates, so that `_checked` finds them in the row that holds them.
+    # Undecodable bytes become lone surrogates, so that `cells` reports them with their row.
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.reader(stream, strict=True)
         header: list[str] | None = None
@@ -99,6 +100,7 @@ def _csv_records(file: Path) -> Iterator[tuple[str, Record | RowError]]:
 
 
 def _csv_value(column: str, value: str) -> Any:
+    # Every csv value is text. A number that cannot be read stays text, which the checks of a row report.
     if column not in ("preference", "weight"):
         return value
     try:

@@ -1,4 +1,4 @@
-"""What a data source yields: preference rows as text, before any tokenizer has seen them."""
+"""Preference rows as text, which data sources yield and :mod:`spo.data.rendering` converts to tokens."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ from typing import Literal
 from spo.errors import DataError
 
 Message = dict[str, str]
+"""One turn of a conversation, with the keys ``role`` and ``content``."""
 Text = str | tuple[Message, ...]
+"""Prompt or completion: plain text, or the turns of a conversation."""
 Split = Literal["train", "selection", "test"]
 SPLITS: tuple[Split, ...] = ("train", "selection", "test")
 
 
 class RowError(DataError):
-    """A row that cannot be used, with where it is and why, in words for the person who owns the file."""
+    """A row that cannot be used, in words for the person who owns the file.
+
+    Args:
+        where: Place of the row, such as file and line.
+        reason: Reason in words.
+        column: Name of the column at fault, if it is one column.
+    """
 
     def __init__(self, where: str, reason: str, column: str | None = None) -> None:
         self.where, self.reason, self.column = where, reason, column
@@ -24,17 +32,17 @@ class RowError(DataError):
 
 @dataclass(frozen=True)
 class Row:
-    """One preference pair, a ranked list, or one completion where ``rejected`` is ``None`` (supervised data).
+    """A preference pair, a ranked list, or a single completion for supervised data (``rejected`` is ``None``).
 
     Attributes:
-        prompt: text, or the messages before the completion (``{"role": ..., "content": ...}``).
-        chosen: the better completion, in the form of ``prompt`` (messages: the turns that follow it).
-        rejected: the worse completion, or ``None``.
-        preference: probability that chosen is the better one; ``None`` means 1.
-        weight: non-negative weight of the pair; ``None`` means 1.
-        split: the split the source assigns, or ``None`` to let the prompt's hash decide.
-        where: file and line (or the like) that a person can open.
-        worse: of a ranked list, the completions after ``rejected``, each worse than the one before it.
+        prompt: Text, or the messages before the completion (``{"role": ..., "content": ...}``).
+        chosen: Better completion, in the form of ``prompt``; as messages, the turns that follow it.
+        rejected: Worse completion; ``None`` for supervised data.
+        preference: Probability that chosen is the better one; ``None`` means 1.
+        weight: Non-negative weight of the pair; ``None`` means 1.
+        split: Split that the source assigns; with ``None``, the hash of the prompt decides.
+        where: Place that a person can open, such as file and line.
+        worse: Completions of a ranked list after ``rejected``, each worse than the one before it.
     """
 
     prompt: Text
@@ -49,15 +57,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Completion:
-    """A sampled completion; ``finished`` is false where it was cut at the length limit before its end-of-text."""
+    """A sampled completion.
+
+    Attributes:
+        text: Text without the end-of-text token.
+        finished: Whether end-of-text was sampled before the length limit.
+    """
 
     text: str
     finished: bool
 
 
 Completer = Callable[[Sequence[str], int], list[list[Completion]]]
-"""``complete(prompts, n)``: ``n`` completions of each prompt, sampled from the reference model."""
-
+"""Function ``complete(prompts, n)`` that samples ``n`` completions of each prompt from the reference model."""
 
 Reward = Callable[[Sequence[str], Sequence[str]], dict[str, list[float]]]
-"""``reward(prompts, completions)``: the key ``reward`` and any components, one number per completion."""
+"""Function ``reward(prompts, completions)`` that scores each completion.
+
+It returns lists of one number per completion: the key ``reward``, and a key for each component.
+"""

@@ -18,10 +18,10 @@ class Source(ABC):
     Subclasses set the attributes that differ from the values below, in the class or in the constructor.
 
     Attributes:
-        samples_rows: Whether the reference model writes the completions of :meth:`rows`, so that caching them pays.
+        samples_rows: Whether :meth:`rows` samples completions from the reference model, so that its result is cached.
         yields_lists: Whether a row can have more than two completions.
         reads_local_files: Whether ``data.path`` must exist on this machine.
-        language: Every prompt and response, if the data can be enumerated; otherwise ``None``.
+        language: Prompts and responses of data that can be enumerated; ``None`` for other data.
         bad_rows: Rows that the last call of :meth:`rows` skipped, with the reasons.
         dropped_pairs: Number of pairs that the last call of :meth:`rows` dropped, by reason.
         dropped_responses: Number of responses that the last call of :meth:`rows` dropped from lists, by reason.
@@ -38,21 +38,25 @@ class Source(ABC):
         self.dropped_responses: Counter[str] = Counter()
 
     def check_limits(self, max_length: int, truncation: str) -> None:  # noqa: B027, most data takes any limits
-        """Check that ``data.max_length`` and ``data.truncation`` suit the data.
+        """Check that the length limit suits the data.
+
+        Args:
+            max_length: Largest number of tokens of prompt and completion together (``data.max_length``).
+            truncation: Policy for longer pairs (``data.truncation``).
 
         Raises:
-            DataError: They do not.
+            DataError: If the data cannot be used with these values.
         """
 
     def prompts(self, split: Split) -> list[str] | None:
-        """Return the prompts of a split if the source knows them apart from its rows, else ``None``.
+        """Return the prompts of a split if the source knows them without its rows, else ``None``.
 
-        Evaluation then covers them all, even those without a usable row.
+        Evaluation then covers all of them, even those without a usable row.
         """
         return None
 
     def sft_rows(self) -> list[Row] | None:
-        """Return supervised rows for the reference model; ``None`` stands for the chosen completions of the rows."""
+        """Return rows to fine-tune the reference model on; ``None`` means the chosen completions of :meth:`rows`."""
         return None
 
     @abstractmethod
@@ -60,5 +64,8 @@ class Source(ABC):
         """Return the preference rows.
 
         Args:
-            complete: Draws completions from the reference model, for a source that has none of its own.
+            complete: Function that samples completions from the reference model, for a source without completions.
+
+        Raises:
+            DataError: If the source does not yield a usable row.
         """

@@ -1,6 +1,6 @@
 """Preference rows from tables of records in TRL's formats, checked row by row.
 
-One loop decides what a bad row does: it stops the run, or it is skipped, counted and listed.
+One loop, :meth:`TableSource.rows`, decides whether a bad row stops the run or is skipped, counted and listed.
 """
 
 from __future__ import annotations
@@ -11,30 +11,34 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from spo.bounds import OnBadRow
-from spo.data.cells import is_empty, kind_of, shared_messages, shared_text, text_or_messages
+from spo.data.cells import count_shared_messages, describe_type, is_empty, shared_prompt_length, text_or_messages
 from spo.data.readers import Record
 from spo.data.rows import Completer, DataError, Row, RowError, Split, Text
 from spo.data.source import Source
 
 COLUMNS = ("prompt", "chosen", "rejected", "preference", "weight")
+"""Columns that a table of pairs may have."""
 
 
 class NoPreference(RowError):
-    """A well-formed row that says nothing: an empty completion, or chosen equal to rejected.
+    """A well-formed row without a preference: a completion is empty, or chosen equals rejected.
 
-    Published data sets hold a few of them, so they never stop a run: they are skipped, counted and listed.
+    Published data sets contain a few such rows. They never stop a run: they are skipped, counted and listed.
     """
 
 
 class TableSource(Source):
-    """A source of records with the columns ``chosen``, ``rejected`` and perhaps ``prompt``, ``preference``, ``weight``.
+    """A source of records with the columns ``chosen`` and ``rejected``.
 
-    Other columns are ignored. After `rows`, ``bad_rows`` lists what was skipped and ``counts`` holds ``read`` and
-    ``skipped``.
+    The columns ``prompt``, ``preference`` and ``weight`` are optional, and other columns are ignored.
 
     Args:
-        on_bad_row: ``stop`` raises at the first malformed row, ``skip`` skips, counts and lists it.
-        columns: the data's own name for each of our columns that it calls otherwise, or ``None``.
+        on_bad_row: Policy for a malformed row: ``stop`` raises its error; ``skip`` skips, counts and lists the row.
+        columns: Mapping from names in :attr:`known` to the data's own column names, where these differ.
+
+    Attributes:
+        known: Names of the columns that this source reads.
+        counts: Number of rows that the last call of :meth:`rows` ``read`` and ``skipped``.
     """
 
     known: ClassVar[tuple[str, ...]] = COLUMNS
@@ -54,21 +58,24 @@ class TableSource(Source):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What a person calls this data."""
+        """Return the name of the data for messages."""
 
     @abstractmethod
     def records(self) -> Iterator[tuple[str, Split | None, Record | RowError]]:
-        """Where each record stands, the split that the source assigns to it, and the record."""
+        """Yield the place of each record, the split that the source assigns to it, and the record.
+
+        A record that cannot be read is yielded as the error that says why.
+        """
 
     def rows(self, complete: Completer) -> list[Row]:
-        """The rows that can be used.
+        """Return the usable rows.
 
         Args:
-            complete: not called; this source brings its own completions.
+            complete: Ignored, since the records contain completions.
 
         Raises:
-            RowError: at the first malformed row, when ``on_bad_row`` is ``stop``.
-            DataError: when the data is missing, or none of it can be used.
+            RowError: If a row is malformed and ``on_bad_row`` is ``stop``.
+            DataError: If the data is missing, or if no row can be used.
         """
         rows: list[Row] = []
         self.bad_rows = []
@@ -90,23 +97,30 @@ class TableSource(Source):
         return rows
 
     def parse(self, record: Record, where: str, split: Split | None) -> Row:
-        """One record as a row.
+        """Convert a record to a row.
+
+        Args:
+            record: Values by column name.
+            where: Place of the record for messages, such as file and line.
+            split: Split that the source assigns to the record, or ``None``.
 
         Raises:
-            RowError: with the column and the reason.
+            RowError: If the record is malformed, with the column and the reason.
+            NoPreference: If a completion is empty, or if both are equal.
         """
         chosen, rejected = (self._text(record, name, where) for name in ("chosen", "rejected"))
         if isinstance(chosen, str) != isinstance(rejected, str):
             raise RowError(where, "one of chosen and rejected is text, the other a list of messages", "rejected")
-        named = self.columns.get("prompt", "prompt")
+        column = self.columns.get("prompt", "prompt")
         prompt: Text | None = None
-        if "prompt" in self.columns or record.get(named) is not None:
+        # A column that the user mapped must exist; an unmapped prompt may be absent or null.
+        if "prompt" in self.columns or record.get(column) is not None:
             prompt = self._text(record, "prompt", where)
-        # A text prompt beside message lists repeats what the lists already begin with (UltraFeedback's form).
+        # In UltraFeedback's form, chosen and rejected are whole conversations that already begin with the prompt.
         if prompt is None or (isinstance(prompt, str) and not isinstance(chosen, str)):
             prompt, chosen, rejected = self.split_prompt(chosen, rejected, where)
         elif isinstance(chosen, str) and not isinstance(prompt, str):
-            raise RowError(where, "a list of messages, but the completions are text", named)
+            raise RowError(where, "a list of messages, but the completions are text", column)
         for name, completion in (("chosen", chosen), ("rejected", rejected)):
             if is_empty(completion):
                 raise NoPreference(where, "the completion is empty", self.columns.get(name, name))
@@ -117,11 +131,20 @@ class TableSource(Source):
         return Row(prompt, chosen, rejected, preference, weight, split, where)
 
     def split_prompt(self, chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
-        """Cuts two whole texts (or conversations) into their shared prompt and the two completions."""
+        """Split two whole texts or conversations into the shared prompt and the two completions.
+
+        Args:
+            chosen: Prompt and better completion.
+            rejected: Prompt and worse completion, in the same form.
+            where: Place of the record for messages.
+
+        Returns:
+            Prompt, better completion and worse completion.
+        """
         if isinstance(chosen, str) and isinstance(rejected, str):
-            cut = shared_text(chosen, rejected)
+            cut = shared_prompt_length(chosen, rejected)
         else:
-            cut = shared_messages(chosen, rejected)  # type: ignore[arg-type]
+            cut = count_shared_messages(chosen, rejected)  # type: ignore[arg-type]
         return chosen[:cut], chosen[cut:], rejected[cut:]
 
     def _text(self, record: Record, name: str, where: str) -> Text:
@@ -138,8 +161,8 @@ class TableSource(Source):
                 raise RowError(where, f"missing; the row has {', '.join(map(str, record))}", column)
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise RowError(where, f"must be a number, not {kind_of(value)}", column)
-        # Written so that NaN fails it.
+            raise RowError(where, f"must be a number, not {describe_type(value)}", column)
+        # The comparison is negated because NaN fails every comparison.
         if not 0 <= value <= highest or value == math.inf:
             allowed = "between 0 and 1" if highest == 1 else "finite and not negative"
             raise RowError(where, f"must be {allowed}, not {value}", column)

@@ -1,5 +1,6 @@
-"""Which pairs each optimiser step sees, and in which micro-batches: a pure function of the seed, the step and the
-lengths of the pairs, on any number of devices.
+"""The pairs of each optimizer step and of its micro-batches, on any number of devices.
+
+They are a pure function of the seed, the step and the lengths of the pairs, so a resumed run needs no other state.
 """
 
 from __future__ import annotations
@@ -19,24 +20,27 @@ Indices = NDArray[np.int64]
 class Windows:
     """The schedule of windows, one window of pairs per optimiser step.
 
-    An epoch is a permutation of all pairs, drawn from seed and epoch. Its last window may be smaller; it is never
-    filled up, so no pair is seen twice in an epoch. Only where that window has fewer pairs than there are devices is it
-    left out, because a device without a pair could not take part in the step.
+    An epoch is a permutation of all pairs, drawn from the seed and the epoch. Its last window may be smaller: it is
+    never filled up, so no pair is seen twice in an epoch. A last window with fewer pairs than devices is left out,
+    because a device without a pair could not take part in the step.
 
-    Grouped by length, each ``group_by_length`` windows' worth of the permutation is sorted by length and cut into
-    windows, and the windows of the epoch are shuffled. As before, each pair comes once in an epoch, and into each
-    window with the same probability, whatever its length: a window's gradient is that of all pairs in expectation.
-    What changes is which pairs meet: those of a window are about equally long. The smaller last window is left as
-    drawn, so that who is in it does not depend on length either.
+    With ``group_by_length``, the permutation is cut into groups of that many windows. Each group is sorted by length
+    and cut into windows, and then the windows of the epoch are shuffled. Each pair still comes once in an epoch, and
+    into each window with the same probability, whatever its length. The expected gradient of a window is therefore
+    that of all pairs. Only the company of a pair changes: the pairs of a window have similar lengths. The smaller last
+    window stays random, so that its pairs do not depend on length either.
 
     Attributes:
-        lengths: ``(P,)`` tokens of the longest sequence of each pair of the split, to which a batch is padded.
-        sizes: ``(P,)`` what a pair adds to a micro-batch, see :func:`deal_micro_batches`.
-        padded: whether micro-batches are.
-        batch_size: pairs of a window over all devices.
-        seed: of the order.
-        world_size: devices.
-        group_by_length: windows that are sorted together; ``None`` for no grouping.
+        lengths: ``(P,)`` length in tokens of each pair's longest sequence, to which a batch is padded.
+        sizes: ``(P,)`` size of each pair in a micro-batch, see :func:`deal_micro_batches`.
+        padded: Whether micro-batches are padded.
+        batch_size: Number of pairs of a window over all devices.
+        seed: Random seed of the order.
+        world_size: Number of devices.
+        group_by_length: Number of windows that are sorted together; ``None`` for no grouping.
+
+    Raises:
+        ValueError: If a window, or all pairs together, are fewer than the devices.
     """
 
     lengths: Indices
@@ -55,33 +59,34 @@ class Windows:
 
     @property
     def per_epoch(self) -> int:
-        """Windows of an epoch."""
+        """Return the number of windows in an epoch."""
         full, rest = divmod(len(self.lengths), self.batch_size)
         return full + (rest >= self.world_size)
 
     def window(self, step: int) -> Indices:
-        """The pairs of one step, over all devices."""
+        """Return the positions of one step's pairs over all devices."""
         epoch, position = divmod(step, self.per_epoch)
         return _order(self, epoch)[position * self.batch_size : (position + 1) * self.batch_size]
 
     def micro_batches(self, step: int, rank: int, max_pairs: int | None, max_tokens: int | None) -> list[Indices]:
-        """The pairs of one step on one device, in micro-batches (see :func:`deal_micro_batches`)."""
+        """Return the positions of one step's pairs on one device, by micro-batch (see :func:`deal_micro_batches`)."""
         window = self.window(step)
         sizes = self.lengths[window], self.sizes[window]
         batches = deal_micro_batches(*sizes, self.padded, rank, self.world_size, max_pairs, max_tokens)
         return [window[batch] for batch in batches]
 
 
+# Two epochs: steps of the next one may be prefetched while the current one ends.
 @lru_cache(maxsize=2)
 def _order(windows: Windows, epoch: int) -> Indices:
-    """The pairs of an epoch, window after window."""
+    """Return the positions of all pairs of an epoch, window after window."""
     generator = np.random.default_rng((windows.seed, epoch))
     order = generator.permutation(len(windows.lengths))
     if windows.group_by_length is None:
         return order
     whole = len(order) // windows.batch_size * windows.batch_size
-    together = windows.group_by_length * windows.batch_size
-    groups = np.split(order[:whole], range(together, whole, together))
+    group_size = windows.group_by_length * windows.batch_size
+    groups = np.split(order[:whole], range(group_size, whole, group_size))
     by_length = [group[np.argsort(windows.lengths[group], kind="stable")] for group in groups]
     full = np.concatenate(by_length).reshape(-1, windows.batch_size)
     return np.concatenate([generator.permutation(full).ravel(), order[whole:]])
@@ -96,28 +101,30 @@ def deal_micro_batches(
     max_pairs: int | None,
     max_tokens: int | None,
 ) -> list[Indices]:
-    """Deals pairs to devices, the longest first, and returns this device's share in batches of similar lengths.
+    """Deal pairs to devices, the longest first, and return one device's share in batches of similar lengths.
 
-    Every device gets the same number of batches, since each forward pass of a sharded model needs all devices; it is
-    the smallest with which both limits hold on all of them. Where some devices have a pair more than the others and
-    need a batch for each, they make do with one batch less, which has a pair too many.
+    Every device gets the same number of batches, since each forward pass of a sharded model needs all devices. It is
+    the smallest number with which both limits hold on all devices, with one exception. If some devices have one pair
+    more than others and would need a batch for each of their pairs, one of their batches exceeds the limits by a pair.
 
     Args:
-        lengths: ``(P,)`` tokens of the longest sequence of each of at least ``world_size`` pairs.
-        sizes: ``(P,)`` sequences of each pair where batches are padded, else tokens of all of them.
-        padded: whether a batch has its longest sequence's tokens for each of its sequences.
-        rank: this device.
-        world_size: devices.
-        max_pairs: of a batch; ``None`` for no limit.
-        max_tokens: of a batch, but for a pair that has more by itself; ``None`` for no limit.
+        lengths: ``(P,)`` length in tokens of each pair's longest sequence, for at least ``world_size`` pairs.
+        sizes: ``(P,)`` number of each pair's sequences if batches are padded, otherwise number of its tokens.
+        padded: Whether each row of a batch is padded to the longest sequence.
+        rank: Rank of this device.
+        world_size: Number of devices.
+        max_pairs: Largest number of pairs in a batch; ``None`` for no limit.
+        max_tokens: Largest number of tokens in a batch of several pairs; ``None`` for no limit.
 
     Returns:
-        Positions of pairs.
+        Positions of the pairs of each batch.
     """
+    # Dealing in order of length gives all devices about the same work.
     order = np.argsort(-lengths, kind="stable")
     widths = lengths if padded else np.ones_like(lengths)
     shares = [order[first::world_size] for first in range(world_size)]
     items = [list(zip(widths[share].tolist(), sizes[share].tolist(), strict=True)) for share in shares]
     needed = max(fewest_batches(own, max_pairs, max_tokens) for own in items)
+    # No device can have more batches than the smallest share has pairs.
     batches = even_batches(items[rank], min(needed, len(lengths) // world_size), max_pairs)
     return [shares[rank][batch] for batch in batches]

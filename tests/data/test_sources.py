@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from spo.data import DataError, FileSource, HHSource, HubSource, NoPreference, Row, RowError
-from spo.data.cells import shared_text
+from spo.data.cells import shared_prompt_length
 from spo.data.tables import TableSource
 
 GOOD = {"prompt": "What is red?", "chosen": " A rose.", "rejected": " The sky."}
@@ -98,7 +98,7 @@ def test_columns_are_renamed(tmp_path: Path) -> None:
     ],
 )
 def test_an_implicit_text_prompt_never_splits_a_word(chosen: str, rejected: str, prompt: str) -> None:
-    cut = shared_text(chosen, rejected)
+    cut = shared_prompt_length(chosen, rejected)
     assert chosen[:cut] == rejected[:cut] == prompt
     assert chosen[cut:] and rejected[cut:]
 
