@@ -9,50 +9,60 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field, fields, replace
-from itertools import chain
-from typing import Any, Self
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from spo.forward.packing import Packed
 
 # The default of a field that is missing only until __post_init__ derives it: its type does not include None.
 _DERIVED: Any = None
 
 
-def _integers(values: list[int]) -> Tensor:
-    # torch reads a list many times slower than an array does
+def long_tensor(values: list[int]) -> Tensor:
+    """Return integers as a 1-D int64 tensor; much faster than ``torch.tensor`` for long lists."""
+    # PyTorch converts a list element by element, but it shares the memory of an array. An empty buffer is an error.
     return torch.frombuffer(array("q", values), dtype=torch.long) if values else torch.empty(0, dtype=torch.long)
 
 
-class _Movable:
-    """A dataclass of tensors, and of such dataclasses, that moves as one; what else it holds stays on the host."""
+@dataclass(frozen=True)
+class Movable:
+    """A dataclass whose tensors move to a device together; nested ``Movable`` fields and lists of them move too.
+
+    Every other field stays on the host.
+    """
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """The same with each tensor's ``to``."""
-        return self._with(lambda value: value.to(*args, **kwargs))
+        """Return a copy in which ``Tensor.to`` was applied to each tensor."""
+        return self._map(lambda value: value.to(*args, **kwargs))
 
     def pin_memory(self) -> Self:
-        """The same in page-locked memory of the host, as which data loaders know it."""
-        return self._with(lambda value: value.pin_memory())
+        """Return a copy in page-locked host memory. Data loaders call a method of this name."""
+        return self._map(lambda value: value.pin_memory())
 
     def to_device_async(self, device: torch.device) -> Self:
-        """The same, from the host, on a device; the host does not wait until a CUDA device has it."""
+        """Copy from the host to ``device`` without blocking the host."""
         if device.type != "cuda":
             return self.to(device)
+        # Only copies from pinned memory are asynchronous.
         return self.pin_memory().to(device, non_blocking=True)
 
-    def _with(self, change: Callable[[Any], Any]) -> Self:
+    def _map(self, change: Callable[[Any], Any]) -> Self:
+        """Return a copy in which ``change`` was applied to each tensor and each ``Movable``."""
+
         def changed(value: Any) -> Any:
-            if isinstance(value, (Tensor, _Movable)):
+            if isinstance(value, (Tensor, Movable)):
                 return change(value)
             return [changed(item) for item in value] if isinstance(value, list) else value
 
-        return replace(self, **{f.name: changed(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var, arg-type]
+        return replace(self, **{f.name: changed(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True)
-class PairLogps(_Movable):
+class PairLogps(Movable):
     """Summed log-probabilities of the two completions of ``B`` pairs, which is all that a preference loss sees.
 
     Attributes:
@@ -77,7 +87,7 @@ class PairLogps(_Movable):
 
 
 @dataclass(frozen=True)
-class ListLogps(_Movable):
+class ListLogps(Movable):
     """Summed log-probabilities of ``n`` completions per prompt, for best-of-n and ranked data.
 
     Attributes:
@@ -112,53 +122,7 @@ class ListLogps(_Movable):
 
 
 @dataclass(frozen=True)
-class Group:
-    """A prompt and the completions that follow it, one after the other, in a packed row; lengths in tokens."""
-
-    prompt: int
-    completions: tuple[int, ...]
-
-    @property
-    def length(self) -> int:
-        """Tokens of the group."""
-        return self.prompt + sum(self.completions)
-
-
-@dataclass(frozen=True, eq=False)
-class Groups:
-    """What lies in a packed row.
-
-    Attributes:
-        members: in the order of the row.
-        derived: what attention made of them, such as masks, for the layers and models to come.
-    """
-
-    members: tuple[Group, ...]
-    derived: dict[object, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Packed(_Movable):
-    """Sequences laid end to end in one row of ``L`` tokens, without padding.
-
-    Each group is a prompt and its completions. A completion sees its prompt and itself, and nothing else; its positions
-    go on from the prompt's.
-
-    Attributes:
-        input_ids: ``(1, L)``.
-        position_ids: ``(1, L)`` each token's position in its own sequence.
-        predictors: ``(M,)`` for each completion token, sequence after sequence, the place of the token before it.
-        groups: the lengths of what lies in the row.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    predictors: Tensor
-    groups: Groups
-
-
-@dataclass(frozen=True)
-class Sequences(_Movable):
+class Sequences(Movable):
     """``N`` right-padded token sequences, each a prompt followed by a completion.
 
     Masks follow from lengths, that is from positions: token values never decide what is prompt, completion or
@@ -170,7 +134,7 @@ class Sequences(_Movable):
         length: ``(N,)`` prompt plus completion tokens.
         completion_index: ``(M,)`` completion tokens as positions in the flattened ``(N * T,)`` ids; derived from the
             lengths when absent. Made where the lengths are still on the host, it spares the device a sync per step.
-        packed: the same sequences as one row, for models that take them so; see :meth:`pack`.
+        packed: The same sequences as one row without padding, or ``None``; see :func:`spo.forward.packing.pack`.
     """
 
     input_ids: Tensor
@@ -214,36 +178,6 @@ class Sequences(_Movable):
         spans = zip(self.input_ids.tolist(), self.prompt_length.tolist(), self.length.tolist(), strict=True)
         return [ids[start:end] for ids, start, end in spans]
 
-    def pack(self, share_prompts: bool) -> Sequences:
-        """The same with ``packed``, which is to be made on the host.
-
-        Args:
-            share_prompts: whether sequences with the same prompt make one group; otherwise each is its own.
-        """
-        spans = zip(self.input_ids.tolist(), self.prompt_length.tolist(), self.length.tolist(), strict=True)
-        members: dict[object, list[int]] = {}
-        rows = [(tuple(ids[:start]), ids[start:end]) for ids, start, end in spans]
-        for row, (prompt, _) in enumerate(rows):
-            members.setdefault(prompt if share_prompts else row, []).append(row)
-        ids: list[int] = []
-        positions: list[int] = []
-        predictors: list[list[int]] = [[] for _ in rows]
-        groups = []
-        for indices in members.values():
-            prompt = rows[indices[0]][0]
-            last = len(ids) + len(prompt) - 1
-            ids += prompt
-            positions += range(len(prompt))
-            for row in indices:
-                completion = rows[row][1]
-                predictors[row] = [last, *range(len(ids), len(ids) + len(completion) - 1)][: len(completion)]
-                ids += completion
-                positions += range(len(prompt), len(prompt) + len(completion))
-            groups.append(Group(len(prompt), tuple(len(rows[row][1]) for row in indices)))
-        places = _integers(list(chain.from_iterable(predictors)))
-        packed = Packed(_integers(ids)[None], _integers(positions)[None], places, Groups(tuple(groups)))
-        return replace(self, packed=packed)
-
     def rows(self, index: slice | Tensor) -> Sequences:
         """The chosen rows, cut to the longest of them (on an accelerator this waits for the device)."""
         length = self.length[index]
@@ -263,11 +197,11 @@ def pad_sequences(rows: SequenceABC[tuple[SequenceABC[int], SequenceABC[int]]], 
     for length, (prompt, completion) in zip(lengths, rows, strict=True):
         ids += [*prompt, *completion, *[pad_token_id] * (width - length)]
     prompt_length = torch.tensor([len(prompt) for prompt, _ in rows])
-    return Sequences(_integers(ids).view(len(rows), width), prompt_length, torch.tensor(lengths))
+    return Sequences(long_tensor(ids).view(len(rows), width), prompt_length, torch.tensor(lengths))
 
 
 @dataclass(frozen=True)
-class PreferenceBatch(_Movable):
+class PreferenceBatch(Movable):
     """``B`` preference pairs or ranked lists as tokens, each distinct sequence once.
 
     Attributes:
@@ -339,7 +273,7 @@ class PreferenceBatch(_Movable):
 
 
 @dataclass(frozen=True)
-class Window(_Movable):
+class Window(Movable):
     """The pairs of one optimiser step on this rank, cut into micro-batches.
 
     Attributes:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from spo.forward.head import completion_logps
 from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SPOLoss
 from spo.models import FrozenReference
 from spo.module import AlignmentModule
@@ -26,6 +25,7 @@ from tests.helpers import (
     FAST,
     PAD,
     Spied,
+    completion_logps,
     make_data,
     make_module,
     make_trainer,

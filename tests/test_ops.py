@@ -11,11 +11,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from spo.forward.head import completion_logits, completion_logps
+from spo.forward.head import completion_logits
 from spo.ops import Logits, completion_targets, sum_per_sequence, token_entropy, token_kl, token_logps
 from spo.ops.logps import DeferredLogits
 from spo.types import Sequences
-from tests.helpers import VOCAB, random_rows, sequences, tiny_llama
+from tests.helpers import VOCAB, completion_logps, random_rows, sequences, tiny_llama
 
 M = 11
 

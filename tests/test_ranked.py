@@ -17,13 +17,23 @@ from spo.config.plan import plan
 from spo.data import DataError, Dropped, NoPreference, RankedFileSource, Renderer, Row, RowError, TokenizedPair
 from spo.data.collate import collate
 from spo.errors import ConfigProblems
-from spo.forward.head import completion_logps
 from spo.losses import DPOLoss, ListLoss, PreferenceLoss, SFTLoss, SPOBestOfNLoss, SPOLoss, SPORankedLoss, as_loss
 from spo.models import FrozenReference
 from spo.regularizers import LocalKL
 from spo.types import ListLogps, PairLogps, PreferenceBatch
 from tests.commands import TINY, history, job, shared_cache
-from tests.helpers import BOS, EOS, PAD, frozen, make_module, random_pairs, sequences, tiny_llama, tiny_tokenizer
+from tests.helpers import (
+    BOS,
+    EOS,
+    PAD,
+    completion_logps,
+    frozen,
+    make_module,
+    random_pairs,
+    sequences,
+    tiny_llama,
+    tiny_tokenizer,
+)
 
 LOSSES = {"best_of_n": SPOBestOfNLoss(), "ranked": SPORankedLoss()}
 EACH = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForCondit
 
 from benchmarks import sampling as benchmark
 from spo.batching import even_parts_by_length
-from spo.forward.head import completion_logps
+from spo.logs import log_once
 from spo.models import tabular
 from spo.sampling import SampleBuffer, derive_seed, generate, sample, static
 from spo.sampling.draw import next_tokens
@@ -30,6 +30,7 @@ from tests.helpers import (
     EOS,
     PAD,
     VOCAB,
+    completion_logps,
     every_completion,
     model_spec,
     save_model,
@@ -432,7 +433,7 @@ def test_what_the_loop_cannot_do_goes_to_generate_and_says_why(
 ) -> None:
     changes, why = OTHERS[architecture]
     model = tiny(architecture, **changes)
-    generate._say.cache_clear()
+    log_once.cache_clear()
     with caplog.at_level("INFO", logger="spo.sampling.generate"):
         ours, theirs = (completions(draw(model, ragged(8), sampler=sampler)) for sampler in SAMPLERS)
         draw(model)

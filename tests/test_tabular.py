@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from spo.config.plan import plan
 from spo.data.enumerable import language_tokenizer
 from spo.errors import ConfigProblems
-from spo.forward.head import completion_logits, completion_logps
+from spo.forward.head import completion_logits
 from spo.models import TabularForCausalLM
 from spo.models.tabular import build, num_prefixes
 from spo.models.tiny import build as build_small_llama
 from spo.sampling import sample
 from spo.types import Sequences
-from tests.helpers import sequences
+from tests.helpers import completion_logps, sequences
 
 SYMBOLS, NEW = 3, 3
 PROMPT = (0, 2)

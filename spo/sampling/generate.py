@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -16,6 +15,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from spo.batching import even_parts_by_length
 from spo.forward.head import base_model
+from spo.forward.modes import eval_mode
+from spo.logs import log_once
 from spo.sampling import static
 from spo.sampling.draw import next_tokens, uniform_numbers
 from spo.types import Sequences
@@ -24,18 +25,6 @@ log = logging.getLogger(__name__)
 
 MOST_TOKENS = 32768
 """Of a batch, padding and room for the completions counted: 4 GB of keys and values of an 8B model in 16 bits."""
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside; each module's mode as it was afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager
@@ -179,13 +168,10 @@ def sample(
 
 def _is_static(model: nn.Module) -> bool:
     if reason := static.unsupported(model):
-        _say(type(base_model(model)).__name__, reason)
+        name = type(base_model(model)).__name__
+        message = f"{name}: sampled by Hugging Face's generate, not by speed.sampler=static: {reason}"
+        log_once(log, logging.INFO, message)
     return reason is None
-
-
-@cache
-def _say(model: str, reason: str) -> None:
-    log.info("%s: sampled by Hugging Face's generate, not by speed.sampler=static: %s", model, reason)
 
 
 def _right_padded(prompts: Seq[Seq[int]], generated: Tensor, completion_length: Tensor, pad: int) -> Sequences:
