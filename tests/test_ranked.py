@@ -17,7 +17,7 @@ from spo.config.plan import plan
 from spo.data import DataError, Dropped, NoPreference, RankedFileSource, Renderer, Row, RowError, TokenizedPair
 from spo.data.collate import collate
 from spo.errors import ConfigProblems
-from spo.losses import DPOLoss, ListLoss, PreferenceLoss, SFTLoss, SPOBestOfNLoss, SPOLoss, SPORankedLoss, as_loss
+from spo.losses import DPOLoss, ListLoss, PreferenceLoss, SFTLoss, SPOBestOfNLoss, SPOLoss, SPORankedLoss
 from spo.models import FrozenReference
 from spo.regularizers import LocalKL
 from spo.types import ListLogps, PairLogps, PreferenceBatch
@@ -195,17 +195,6 @@ def test_the_optimum_under_plackett_luce_is_softmax_of_reward_over_alpha(loss: L
     assert optimum is not None
     torch.testing.assert_close(optimum.exp(), (rewards / alpha).softmax(-1))
     torch.testing.assert_close(reached, optimum.exp(), rtol=0, atol=1e-6)
-
-
-def test_a_callable_that_reads_lists_is_a_list_loss() -> None:
-    class Loose:
-        uses_lists = True
-
-        def __call__(self, lists: ListLogps, *, alpha: float, beta: float) -> Tensor:
-            return lists.policy.sum(-1)
-
-    with pytest.raises(ValueError, match=r"derive it from spo\.losses\.ListLoss"):
-        as_loss(Loose())
 
 
 # --------------------------------------------------------------------------------------------------------- batches

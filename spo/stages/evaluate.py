@@ -26,7 +26,7 @@ from spo.evaluation.completions import Draws
 from spo.evaluation.judges import Judge
 from spo.evaluation.settings import CHOSEN, REFERENCE
 from spo.forward.speed import Speed
-from spo.losses import as_loss
+from spo.losses import Loss
 from spo.metrics.calibration import Calibration
 from spo.metrics.sums import SumsAndCounts
 from spo.pages.panels import result_panel
@@ -295,7 +295,7 @@ def _pair_metrics(
 ) -> dict[str, float]:
     """Accuracy, margin and calibration of the method's implicit reward on the pairs of the test split."""
     coefficients = read_json(run_dir / filenames.COEFFICIENTS)
-    loss = as_loss(instantiate(cfg.method.loss, _convert_="all"))
+    loss: Loss[Any] = instantiate(cfg.method.loss, _convert_="all")
     names = ("rewards/accuracies", "rewards/margins")
     metric, calibration = SumsAndCounts(names, over_ranks=False), Calibration(over_ranks=False)
     pairs: list[TokenizedPair] = prepared.pairs.test

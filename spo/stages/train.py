@@ -28,7 +28,7 @@ from spo.data.datamodule import PreferenceDataModule
 from spo.evaluation import EvaluationSettings
 from spo.exact import ExactMetrics, World, entropy
 from spo.forward.speed import Speed
-from spo.losses import as_loss
+from spo.losses import Loss
 from spo.metrics.catalogue import unit
 from spo.models import Reference
 from spo.models.policy import save_policy, whole_state_dict
@@ -196,7 +196,7 @@ def build_module(
     enumeration: Enumeration | None = None,
 ) -> AlignmentModule:
     """The LightningModule of the run."""
-    loss = as_loss(instantiate(cfg.method.loss, _convert_="all"))
+    loss: Loss[Any] = instantiate(cfg.method.loss, _convert_="all")
     regularizer: Regularizer = instantiate(cfg.regularizer, _convert_="all")
     probe = ProbeSettings(**cfg.probe) if cfg.probe.num_prompts > 0 else None
     tokenizer = prepared.tokenizer
