@@ -1,4 +1,4 @@
-"""The shared vocabulary: what flows between data, models, losses and metrics, with shapes.
+"""The data that flows between data sets, models, losses and metrics, with shapes.
 
 Symbols used in every shape comment: ``B`` pairs or lists, ``n`` completions of the longest list (2 for pairs), ``N``
 sequences, ``T`` padded tokens, ``M`` completion tokens of a batch laid end to end, ``V`` vocabulary.
@@ -63,17 +63,17 @@ class Movable:
 
 @dataclass(frozen=True)
 class PairLogps(Movable):
-    """Summed log-probabilities of the two completions of ``B`` pairs, which is all that a preference loss sees.
+    """Summed log-probabilities of the two completions of ``B`` pairs, the input of a preference loss.
 
     Attributes:
         policy_chosen: ``(B,)`` log pi(y_w|x) in nats, summed over completion tokens.
         policy_rejected: ``(B,)`` log pi(y_l|x); ``None`` only for methods that need completions alone (SFT).
-        reference_chosen: ``(B,)`` log pi_ref(y_w|x), or ``None`` where no reference is used.
+        reference_chosen: ``(B,)`` log pi_ref(y_w|x), or ``None`` without a reference.
         reference_rejected: ``(B,)`` log pi_ref(y_l|x), or ``None``.
-        chosen_length: ``(B,)`` completion tokens of y_w, end-of-text included.
-        rejected_length: ``(B,)`` completion tokens of y_l.
-        preference: ``(B,)`` probability that chosen is the better one; ``None`` means 1.
-        weight: ``(B,)`` non-negative weight of each pair; ``None`` means 1.
+        chosen_length: ``(B,)`` number of completion tokens of y_w, end-of-text included.
+        rejected_length: ``(B,)`` number of completion tokens of y_l, end-of-text included.
+        preference: ``(B,)`` probability that chosen is better; ``None`` for 1.
+        weight: ``(B,)`` non-negative weight of each pair; ``None`` for 1.
     """
 
     policy_chosen: Tensor
@@ -88,16 +88,16 @@ class PairLogps(Movable):
 
 @dataclass(frozen=True)
 class ListLogps(Movable):
-    """Summed log-probabilities of ``n`` completions per prompt, for best-of-n and ranked data.
+    """Summed log-probabilities of ``n`` completions of ``B`` prompts, for best-of-n and ranked data.
 
     Attributes:
         policy: ``(B, n)`` log pi(y_i|x).
         mask: ``(B, n)`` true where a completion exists.
         order: ``(B, n)`` indices into the completions, best first.
         reference: ``(B, n)`` log pi_ref(y_i|x), or ``None``.
-        weight: ``(B,)`` weight of each list; ``None`` means 1.
-        preference: ``(B,)`` probability that ``order`` holds, the reverse order holding otherwise; ``None`` means 1.
-            For a list of two it is the soft label of a pair.
+        weight: ``(B,)`` non-negative weight of each list; ``None`` for 1.
+        preference: ``(B,)`` probability that ``order`` is right and not its reverse; ``None`` for 1. For a list of two
+            it is the soft label of a pair.
     """
 
     policy: Tensor
@@ -108,7 +108,7 @@ class ListLogps(Movable):
     preference: Tensor | None = None
 
     def best_first(self) -> ListLogps:
-        """The same lists with the completions in their order: the best is the first, missing ones are last and 0."""
+        """Return the lists with their completions in order: the best first, missing ones last and 0."""
         exists = self.mask.gather(-1, self.order)
         order = self.order.gather(-1, exists.long().argsort(dim=-1, descending=True, stable=True))
         mask = self.mask.gather(-1, order)
@@ -125,15 +125,15 @@ class ListLogps(Movable):
 class Sequences(Movable):
     """``N`` right-padded token sequences, each a prompt followed by a completion.
 
-    Masks follow from lengths, that is from positions: token values never decide what is prompt, completion or
-    padding, so the ids of BOS, EOS and PAD may coincide.
+    Masks follow from lengths. Token values never decide what is prompt, completion or padding, so the ids of BOS, EOS
+    and PAD may coincide.
 
     Attributes:
         input_ids: ``(N, T)`` token ids, right-padded.
-        prompt_length: ``(N,)`` prompt tokens, at least 1 (a first token has no context to be predicted from).
-        length: ``(N,)`` prompt plus completion tokens.
-        completion_index: ``(M,)`` completion tokens as positions in the flattened ``(N * T,)`` ids; derived from the
-            lengths when absent. Made where the lengths are still on the host, it spares the device a sync per step.
+        prompt_length: ``(N,)`` number of prompt tokens, at least 1: nothing predicts a first token.
+        length: ``(N,)`` number of prompt and completion tokens.
+        completion_index: ``(M,)`` positions of the completion tokens in the flattened ``(N * T,)`` ids. It is derived
+            from the lengths, preferably on the host: on a device that takes a sync per step.
         packed: The same sequences as one row without padding, or ``None``; see :func:`spo.forward.packing.pack`.
     """
 
@@ -148,6 +148,7 @@ class Sequences(Movable):
             object.__setattr__(self, "completion_index", self.completion_mask.flatten().nonzero().squeeze(-1))
 
     def __len__(self) -> int:
+        """Return the number of sequences."""
         return self.input_ids.shape[0]
 
     def _positions(self) -> Tensor:
@@ -155,31 +156,31 @@ class Sequences(Movable):
 
     @property
     def attention_mask(self) -> Tensor:
-        """``(N, T)`` true on real tokens."""
+        """Return ``(N, T)``, true on tokens and false on padding."""
         return self._positions() < self.length[:, None]
 
     @property
     def completion_mask(self) -> Tensor:
-        """``(N, T)`` true on completion tokens."""
+        """Return ``(N, T)``, true on completion tokens."""
         return (self._positions() >= self.prompt_length[:, None]) & self.attention_mask
 
     @property
     def completion_length(self) -> Tensor:
-        """``(N,)`` completion tokens."""
+        """Return the ``(N,)`` number of completion tokens of each sequence."""
         return self.length - self.prompt_length
 
     @property
     def last_token(self) -> Tensor:
-        """``(N,)`` the token that each sequence ends with."""
+        """Return the ``(N,)`` id of the last token of each sequence."""
         return self.input_ids.gather(1, self.length[:, None] - 1).squeeze(1)
 
     def completions(self) -> list[list[int]]:
-        """The completion tokens of each sequence, on the host."""
+        """Return the token ids of each completion as lists on the host."""
         spans = zip(self.input_ids.tolist(), self.prompt_length.tolist(), self.length.tolist(), strict=True)
         return [ids[start:end] for ids, start, end in spans]
 
     def rows(self, index: slice | Tensor) -> Sequences:
-        """The chosen rows, cut to the longest of them (on an accelerator this waits for the device)."""
+        """Return some of the rows, cut to the longest of them; on an accelerator this waits for the device."""
         length = self.length[index]
         return Sequences(self.input_ids[index, : int(length.max())], self.prompt_length[index], length)
 
@@ -202,17 +203,17 @@ def pad_sequences(rows: SequenceABC[tuple[SequenceABC[int], SequenceABC[int]]], 
 
 @dataclass(frozen=True)
 class PreferenceBatch(Movable):
-    """``B`` preference pairs or ranked lists as tokens, each distinct sequence once.
+    """``B`` preference pairs or ranked lists as tokens, with each distinct sequence once.
 
     Attributes:
-        sequences: the ``N`` distinct sequences of the batch.
-        index: ``(B,)`` position of each pair in its split, so that a metric can tell duplicates.
+        sequences: ``N`` distinct sequences of the batch.
+        index: ``(B,)`` position of each pair in its split, by which a metric recognizes duplicates.
         preference: ``(B,)`` probability that chosen is better, or ``None`` for 1.
-        weight: ``(B,)`` pair weights, or ``None`` for 1.
-        reference_logps: ``(N,)`` precomputed summed reference log-probs in the order of ``sequences``, or ``None``.
-        completions: ``(n, B)`` which of ``sequences`` each completion is, best first, -1 where a list has fewer than
-            ``n``; ``None`` where all ``n * B`` are there, the ``B`` best ones first.
-        keys: ``N`` digests of the sequences, by which stored log-probs are found; they stay on the host.
+        weight: ``(B,)`` weight of each pair, or ``None`` for 1.
+        reference_logps: ``(N,)`` precomputed summed reference log-probs of ``sequences``, or ``None``.
+        completions: ``(n, B)`` index in ``sequences`` of each completion, best first, and -1 where a list has fewer
+            than ``n``; ``None`` if ``sequences`` holds all ``n * B``, first the ``B`` best ones, and so on.
+        keys: Digest of each of the ``N`` sequences, the key of its stored log-probs; they stay on the host.
     """
 
     sequences: Sequences
@@ -224,29 +225,33 @@ class PreferenceBatch(Movable):
     keys: list[bytes] | None = None
 
     def __len__(self) -> int:
+        """Return the number of pairs or lists."""
         return self.index.shape[0]
 
-    def _places(self) -> Tensor:
+    def _sequence_of(self) -> Tensor:
+        """Return the ``(n, B)`` index in ``sequences`` of each completion, -1 where there is none."""
         if self.completions is not None:
             return self.completions
         return torch.arange(len(self.sequences), device=self.index.device).view(-1, len(self))
 
     def mask(self) -> Tensor:
-        """``(n, B)`` true where a completion exists."""
-        return self._places() >= 0
+        """Return ``(n, B)``, true where a completion exists."""
+        return self._sequence_of() >= 0
 
     def per_completion(self, values: Tensor) -> Tensor:
-        """``(N,)`` values of ``sequences`` as ``(n, B)``, the best completions first; 0 where there is none."""
-        return values[self._places().clamp(min=0)].masked_fill(~self.mask(), 0)
+        """Return ``(N,)`` values of ``sequences`` as ``(n, B)``, best completions first; 0 where there is none."""
+        return values[self._sequence_of().clamp(min=0)].masked_fill(~self.mask(), 0)
 
     def mean_per_pair(self, values: Tensor) -> Tensor:
-        """``(N,)`` values of ``sequences`` as ``(B,)``: the mean over the completions of each pair or list."""
+        """Return the ``(B,)`` mean over each pair or list of ``(N,)`` values of ``sequences``."""
         return self.per_completion(values).sum(0) / self.mask().sum(0)
 
     def pair_logps(self, policy_logps: Tensor, reference_logps: Tensor | None) -> PairLogps:
-        """What a loss sees, from the ``(N,)`` summed log-probs of ``sequences`` under policy and reference.
+        """Return the input of a loss of pairs; of a longer list, the pair is its best two completions.
 
-        Of a longer list the pair is its best completion and the next one.
+        Args:
+            policy_logps: ``(N,)`` summed log-probs of ``sequences`` under the policy.
+            reference_logps: ``(N,)`` summed log-probs of ``sequences`` under the reference, or ``None``.
         """
 
         def sides(values: Tensor | None) -> tuple[Any, Any]:
@@ -260,7 +265,12 @@ class PreferenceBatch(Movable):
         return PairLogps(*policy, *reference, *length, self.preference, self.weight)
 
     def list_logps(self, policy_logps: Tensor, reference_logps: Tensor | None) -> ListLogps:
-        """As :meth:`pair_logps`, for a loss that sees whole lists; a pair is a list of two."""
+        """Return the input of a loss of lists; a pair is a list of two.
+
+        Args:
+            policy_logps: ``(N,)`` summed log-probs of ``sequences`` under the policy.
+            reference_logps: ``(N,)`` summed log-probs of ``sequences`` under the reference, or ``None``.
+        """
         policy, mask = self.per_completion(policy_logps).T, self.mask().T
         return ListLogps(
             policy=policy,
@@ -274,15 +284,16 @@ class PreferenceBatch(Movable):
 
 @dataclass(frozen=True)
 class Window(Movable):
-    """The pairs of one optimiser step on this rank, cut into micro-batches.
+    """The pairs of one optimizer step on this rank, cut into micro-batches.
 
     Attributes:
-        micro_batches: forwarded one after the other; their gradients add up.
-        num_pairs: pairs of this optimiser step over *all* ranks, the denominator of the loss.
+        micro_batches: Batches that are forwarded one after the other; their gradients add up.
+        num_pairs: Number of pairs of this optimizer step over *all* ranks, the denominator of the loss.
     """
 
     micro_batches: list[PreferenceBatch]
     num_pairs: int
 
     def __iter__(self) -> Iterator[PreferenceBatch]:
+        """Iterate over the micro-batches."""
         return iter(self.micro_batches)

@@ -290,10 +290,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "bloom": ({"dtype": torch.float32}, "it takes no positions, which padding would shift"),
-    "mamba": ({"state_size": 4}, "it keeps a state in place of keys and values"),
+    "bloom": ({"dtype": torch.float32}, "it does not take position ids"),
+    "mamba": ({"state_size": 4}, "it has a state instead of keys and values"),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "its layers hold more than keys and values"),
-    "phi3": ({}, r"it has a way of its own to generate \(prepare_inputs_for_generation\)"),
+    "phi3": ({}, r"it overrides methods of generation \(prepare_inputs_for_generation\)"),
 }
 
 
@@ -398,7 +398,7 @@ def test_what_is_forwarded_together_changes_nothing(monkeypatch: pytest.MonkeyPa
     whole = both(model, prompts, max_new_tokens=20)
     counted = Counted(model)
     for most in (40 * 32 - 1, 400, 100, 1):
-        monkeypatch.setattr(generate, "MOST_TOKENS", most)
+        monkeypatch.setattr(generate, "MAX_BATCH_TOKENS", most)
         counted.shapes.clear()
         assert both(model, prompts, max_new_tokens=20) == whole
         prefills = [shape for shape in counted.shapes if shape[1] > 1]
@@ -411,7 +411,7 @@ def test_prompts_are_forwarded_a_few_at_a_time(architecture: str, monkeypatch: p
     model, prompts = tiny(architecture, **ARCHITECTURES[architecture]), ragged(24)
     whole = both(model, prompts, max_new_tokens=20)
     counted = Counted(model)
-    monkeypatch.setattr(static, "PREFILL_TOKENS", 30)
+    monkeypatch.setattr(static, "MAX_PREFILL_TOKENS", 30)
     assert completions(draw(model, prompts, max_new_tokens=20)) == whole
     lengths, first, parts = sorted(map(len, prompts)), 0, 0
     while first < 24:
@@ -458,7 +458,7 @@ def test_a_sharded_model_takes_the_steps_of_all_ranks_together(tmp_path: Path, m
     """Ranks have as many prompts, but not as long: what is forwarded does not follow from their lengths."""
     model = tiny("llama")
     expected = both(model, ragged(9), max_new_tokens=8)
-    monkeypatch.setattr(generate, "MOST_TOKENS", 40)
+    monkeypatch.setattr(generate, "MAX_BATCH_TOKENS", 40)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))

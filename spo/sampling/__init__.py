@@ -1,4 +1,4 @@
-"""Drawing completions from a model."""
+"""Sampling of completions from a model."""
 
 from spo.forward.modes import eval_mode
 from spo.sampling.buffer import SampleBuffer
