@@ -90,7 +90,7 @@ def together(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("own", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_packed_is_padded_for_every_accepted_architecture(name: str, own: str, together: int) -> None:
+def test_packed_equals_padded_for_accepted_architectures(name: str, own: str, together: int) -> None:
     model = made(ACCEPTED[name], attn_implementation=own)
     padded = values(model, sequences(ROWS))
     padded_gradients = gradients(padded, model)
@@ -110,7 +110,7 @@ def test_packed_is_padded_for_every_accepted_architecture(name: str, own: str, t
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_other_models_are_refused_in_words_and_left_as_they_were(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_rejected_model_gets_a_warning_and_stays_as_it_was(name: str, caplog: pytest.LogCaptureFixture) -> None:
     log_once.cache_clear()
     config, reason = REFUSED[name]
     model = made(config, attn_implementation="eager").float()
@@ -125,7 +125,7 @@ def test_other_models_are_refused_in_words_and_left_as_they_were(name: str, capl
     assert torch.equal(values(model, sequences(ROWS)), before)
 
 
-def test_a_model_that_computes_something_else_when_packed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_rejects_a_model_with_other_packed_log_probs(monkeypatch: pytest.MonkeyPatch) -> None:
     def leaking(query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float, dropout: float) -> Tensor:
         return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
 
@@ -136,7 +136,7 @@ def test_a_model_that_computes_something_else_when_packed_is_refused(monkeypatch
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_model_in_which_sequences_see_each_other_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_rejects_a_model_whose_sequences_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little: in half precision the difference of the log-probs would drown in rounding."""
 
     def leaking(query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float, dropout: float) -> Tensor:
@@ -148,7 +148,7 @@ def test_a_model_in_which_sequences_see_each_other_is_refused(monkeypatch: pytes
     assert enable_packing(model) == "a sequence in a packed row changes another one"
 
 
-def test_editing_one_sequence_changes_no_other(back_end: str, together: int) -> None:
+def test_editing_a_sequence_leaves_the_others_bit_identical(back_end: str, together: int) -> None:
     """Neither its log-probs nor its part of the gradient, to the last bit, whatever is edited."""
     model = tiny_llama(attn_implementation="sdpa")
     assert enable_packing(model) is None
@@ -183,7 +183,7 @@ def test_editing_one_sequence_changes_no_other(back_end: str, together: int) -> 
         assert not torch.equal(own, scored(others, range(edited, edited + 1))[0])
 
 
-def test_back_ends_agree(back_end: str, together: int) -> None:
+def test_back_ends_equal_padded_attention(back_end: str, together: int) -> None:
     model = tiny_llama(attn_implementation="sdpa", num_attention_heads=4, num_key_value_heads=2)
     padded = values(model, sequences(ROWS))
     expected = gradients(padded, model)
@@ -198,7 +198,7 @@ def test_back_ends_agree(back_end: str, together: int) -> None:
             assert_same(got, want)
 
 
-def test_a_row_holds_each_prompt_once() -> None:
+def test_packed_row_holds_each_prompt_once() -> None:
     batch = sequences([([1, 3], [4, 5]), ([1], [6]), ([1, 3], [7]), ([1, 3], [8, 9, 10])])
     packed = pack(batch, share_prompts=True).packed
     assert packed is not None
@@ -226,19 +226,19 @@ class Masking(transformers.LlamaForCausalLM):
         return args, kwargs if mask is None else {**kwargs, "attention_mask": mask + self.bias}
 
 
-def test_a_model_with_a_mask_of_its_own_is_refused_even_where_the_mask_does_nothing_yet() -> None:
+def test_probe_rejects_a_model_that_makes_its_own_mask() -> None:
     model = Masking(_config("LlamaConfig", attn_implementation="sdpa"))
     assert enable_packing(model) == "it makes its own attention mask"
 
 
 @pytest.mark.parametrize("own", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn2"])
-def test_other_attention_implementations_are_refused_in_words(own: str) -> None:
+def test_probe_rejects_other_attention_implementations(own: str) -> None:
     model = tiny_llama()
     model.config._attn_implementation_internal = own
     assert enable_packing(model) == f"packing does not support model.attn_implementation={own}; use sdpa"
 
 
-def test_experts_that_see_other_numbers_of_tokens_are_no_leak() -> None:
+def test_probe_accepts_a_mixture_of_experts() -> None:
     """Their products have other shapes, and other last bits, when a sequence elsewhere is edited."""
     torch.manual_seed(0)
     config = _config("MixtralConfig", hidden_size=256, intermediate_size=128, num_hidden_layers=3, num_local_experts=8)
@@ -247,7 +247,7 @@ def test_experts_that_see_other_numbers_of_tokens_are_no_leak() -> None:
 
 
 @pytest.mark.parametrize("lengths", [[3], [130, 7], [90, 40, 300, 1, 2], [128, 128, 5], [600]])
-def test_blocks_of_the_flex_mask_hold_all_that_is_visible(lengths: list[int]) -> None:
+def test_flex_blocks_cover_the_visible_tokens(lengths: list[int]) -> None:
     groups = Groups(tuple(Group(length - length // 2, (length // 4, length // 2 - length // 4)) for length in lengths))
     mask = attention.block_mask(groups, torch.device("cpu"))
     blocks = mask.to_dense()[0, 0].bool().repeat_interleave(128, 0).repeat_interleave(128, 1)
@@ -261,7 +261,7 @@ def test_blocks_of_the_flex_mask_hold_all_that_is_visible(lengths: list[int]) ->
         assert mask.kv_num_blocks[0, 0, block // 128] == block // 128 - first + 1
 
 
-def test_an_adapter_of_an_accepted_model(caplog: pytest.LogCaptureFixture) -> None:
+def test_packed_equals_padded_with_an_adapter(caplog: pytest.LogCaptureFixture) -> None:
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
@@ -275,7 +275,7 @@ def test_an_adapter_of_an_accepted_model(caplog: pytest.LogCaptureFixture) -> No
         assert (values(model, speed.arrange(sequences(ROWS))) - packed).abs().max() > 1e-3
 
 
-def test_recomputed_activations_are_packed_too() -> None:
+def test_packed_gradients_with_gradient_checkpointing() -> None:
     model = tiny_llama(attn_implementation="sdpa").train()
     assert enable_packing(model) is None and model.training
     batch = pack(sequences(ROWS), share_prompts=True)
@@ -286,7 +286,7 @@ def test_recomputed_activations_are_packed_too() -> None:
 
 
 @pytest.mark.parametrize("speed", [FAST, PLAIN], ids=["fast", "plain"])
-def test_every_setting_gives_the_same_log_probs(speed: Speed) -> None:
+def test_speed_settings_keep_the_log_probs(speed: Speed) -> None:
     model = tiny_llama(attn_implementation="sdpa")
     expected = token_logps(completion_logits(model, sequences(ROWS)), completion_targets(sequences(ROWS)))
     sums = torch.stack([part.sum() for part in expected.split(sequences(ROWS).completion_length.tolist())])
@@ -294,7 +294,7 @@ def test_every_setting_gives_the_same_log_probs(speed: Speed) -> None:
     assert_same(speed.logps(model, speed.arrange(sequences(ROWS))), sums)
 
 
-def test_dropout_of_attention_acts_in_packed_rows() -> None:
+def test_packed_rows_use_attention_dropout() -> None:
     model = tiny_llama(attn_implementation="sdpa", attention_dropout=0.5)
     assert enable_packing(model) is None
     batch = pack(sequences(ROWS), share_prompts=True)
