@@ -26,10 +26,11 @@ from benchmarks.utilisation import forward_flops, groups_of, matmul_rate, real_w
 from benchmarks.workloads import REFRESH_EVERY, SIZES, SPO, Workload, environment, find_data, now, statistics
 from spo.config.compose import compose
 from spo.errors import UserError
-from spo.forward.packing import BACK_ENDS, back_ends
+from spo.forward.attention import BACK_ENDS, back_ends
+from spo.forward.packing import Groups
 from spo.stages.from_config import eval_device
 from spo.stages.quiet import quiet_libraries
-from spo.types import Groups, Sequences, pad_sequences
+from spo.types import Sequences, pad_sequences
 
 WARM_UP_STEPS = 2
 """First steps of each fit, which do not count: they allocate the optimizer's state and compile kernels."""

@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.workloads import now
-from spo.types import Group, Sequences
+from spo.forward.packing import Group, pack
+from spo.types import Sequences
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def real_work(sequences: Iterable[Sequences]) -> Work:
 
 def groups_of(sequences: Sequences) -> tuple[Group, ...]:
     """Return the groups of the row that the sequences are packed into when they share prompts."""
-    packed = sequences.pack(share_prompts=True).packed
+    packed = pack(sequences, share_prompts=True).packed
     assert packed is not None
     return packed.groups.members
 

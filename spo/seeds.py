@@ -1,4 +1,4 @@
-"""Seeds: one for each use of randomness."""
+"""Seeds, one for each use of randomness."""
 
 from __future__ import annotations
 
@@ -6,5 +6,11 @@ import hashlib
 
 
 def derive_seed(*parts: object) -> int:
-    """A seed for one use of randomness, from what identifies it: no stage can disturb another's stream."""
+    """Derive the seed of one use of randomness from what identifies it, so that no stage changes another's numbers.
+
+    The values must never change: caches and reruns rely on them.
+
+    Args:
+        parts: Name of the use, seed of the run, and whatever else tells it from other uses.
+    """
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")

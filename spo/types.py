@@ -1,4 +1,4 @@
-"""The shared vocabulary: what flows between data, models, losses and metrics, with shapes.
+"""The data that flows between data sets, models, losses and metrics, with shapes.
 
 Symbols used in every shape comment: ``B`` pairs or lists, ``n`` completions of the longest list (2 for pairs), ``N``
 sequences, ``T`` padded tokens, ``M`` completion tokens of a batch laid end to end, ``V`` vocabulary.
@@ -9,61 +9,71 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field, fields, replace
-from itertools import chain
-from typing import Any, Self
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from spo.forward.packing import Packed
 
 # The default of a field that is missing only until __post_init__ derives it: its type does not include None.
 _DERIVED: Any = None
 
 
-def _integers(values: list[int]) -> Tensor:
-    # torch reads a list many times slower than an array does
+def long_tensor(values: list[int]) -> Tensor:
+    """Return integers as a 1-D int64 tensor; much faster than ``torch.tensor`` for long lists."""
+    # PyTorch converts a list element by element, but it shares the memory of an array. An empty buffer is an error.
     return torch.frombuffer(array("q", values), dtype=torch.long) if values else torch.empty(0, dtype=torch.long)
 
 
-class _Movable:
-    """A dataclass of tensors, and of such dataclasses, that moves as one; what else it holds stays on the host."""
+@dataclass(frozen=True)
+class Movable:
+    """A dataclass whose tensors move to a device together; nested ``Movable`` fields and lists of them move too.
+
+    Every other field stays on the host.
+    """
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """The same with each tensor's ``to``."""
-        return self._with(lambda value: value.to(*args, **kwargs))
+        """Return a copy in which ``Tensor.to`` was applied to each tensor."""
+        return self._map(lambda value: value.to(*args, **kwargs))
 
     def pin_memory(self) -> Self:
-        """The same in page-locked memory of the host, as which data loaders know it."""
-        return self._with(lambda value: value.pin_memory())
+        """Return a copy in page-locked host memory. Data loaders call a method of this name."""
+        return self._map(lambda value: value.pin_memory())
 
     def to_device_async(self, device: torch.device) -> Self:
-        """The same, from the host, on a device; the host does not wait until a CUDA device has it."""
+        """Copy from the host to ``device`` without blocking the host."""
         if device.type != "cuda":
             return self.to(device)
+        # Only copies from pinned memory are asynchronous.
         return self.pin_memory().to(device, non_blocking=True)
 
-    def _with(self, change: Callable[[Any], Any]) -> Self:
+    def _map(self, change: Callable[[Any], Any]) -> Self:
+        """Return a copy in which ``change`` was applied to each tensor and each ``Movable``."""
+
         def changed(value: Any) -> Any:
-            if isinstance(value, (Tensor, _Movable)):
+            if isinstance(value, (Tensor, Movable)):
                 return change(value)
             return [changed(item) for item in value] if isinstance(value, list) else value
 
-        return replace(self, **{f.name: changed(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var, arg-type]
+        return replace(self, **{f.name: changed(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True)
-class PairLogps(_Movable):
-    """Summed log-probabilities of the two completions of ``B`` pairs, which is all that a preference loss sees.
+class PairLogps(Movable):
+    """Summed log-probabilities of the two completions of ``B`` pairs, the input of a preference loss.
 
     Attributes:
         policy_chosen: ``(B,)`` log pi(y_w|x) in nats, summed over completion tokens.
         policy_rejected: ``(B,)`` log pi(y_l|x); ``None`` only for methods that need completions alone (SFT).
-        reference_chosen: ``(B,)`` log pi_ref(y_w|x), or ``None`` where no reference is used.
+        reference_chosen: ``(B,)`` log pi_ref(y_w|x), or ``None`` without a reference.
         reference_rejected: ``(B,)`` log pi_ref(y_l|x), or ``None``.
-        chosen_length: ``(B,)`` completion tokens of y_w, end-of-text included.
-        rejected_length: ``(B,)`` completion tokens of y_l.
-        preference: ``(B,)`` probability that chosen is the better one; ``None`` means 1.
-        weight: ``(B,)`` non-negative weight of each pair; ``None`` means 1.
+        chosen_length: ``(B,)`` number of completion tokens of y_w, end-of-text included.
+        rejected_length: ``(B,)`` number of completion tokens of y_l, end-of-text included.
+        preference: ``(B,)`` probability that chosen is better; ``None`` for 1.
+        weight: ``(B,)`` non-negative weight of each pair; ``None`` for 1.
     """
 
     policy_chosen: Tensor
@@ -77,17 +87,17 @@ class PairLogps(_Movable):
 
 
 @dataclass(frozen=True)
-class ListLogps(_Movable):
-    """Summed log-probabilities of ``n`` completions per prompt, for best-of-n and ranked data.
+class ListLogps(Movable):
+    """Summed log-probabilities of ``n`` completions of ``B`` prompts, for best-of-n and ranked data.
 
     Attributes:
         policy: ``(B, n)`` log pi(y_i|x).
         mask: ``(B, n)`` true where a completion exists.
         order: ``(B, n)`` indices into the completions, best first.
         reference: ``(B, n)`` log pi_ref(y_i|x), or ``None``.
-        weight: ``(B,)`` weight of each list; ``None`` means 1.
-        preference: ``(B,)`` probability that ``order`` holds, the reverse order holding otherwise; ``None`` means 1.
-            For a list of two it is the soft label of a pair.
+        weight: ``(B,)`` non-negative weight of each list; ``None`` for 1.
+        preference: ``(B,)`` probability that ``order`` is right and not its reverse; ``None`` for 1. For a list of two
+            it is the soft label of a pair.
     """
 
     policy: Tensor
@@ -98,7 +108,7 @@ class ListLogps(_Movable):
     preference: Tensor | None = None
 
     def best_first(self) -> ListLogps:
-        """The same lists with the completions in their order: the best is the first, missing ones are last and 0."""
+        """Return the lists with their completions in order: the best first, missing ones last and 0."""
         exists = self.mask.gather(-1, self.order)
         order = self.order.gather(-1, exists.long().argsort(dim=-1, descending=True, stable=True))
         mask = self.mask.gather(-1, order)
@@ -112,65 +122,19 @@ class ListLogps(_Movable):
 
 
 @dataclass(frozen=True)
-class Group:
-    """A prompt and the completions that follow it, one after the other, in a packed row; lengths in tokens."""
-
-    prompt: int
-    completions: tuple[int, ...]
-
-    @property
-    def length(self) -> int:
-        """Tokens of the group."""
-        return self.prompt + sum(self.completions)
-
-
-@dataclass(frozen=True, eq=False)
-class Groups:
-    """What lies in a packed row.
-
-    Attributes:
-        members: in the order of the row.
-        derived: what attention made of them, such as masks, for the layers and models to come.
-    """
-
-    members: tuple[Group, ...]
-    derived: dict[object, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Packed(_Movable):
-    """Sequences laid end to end in one row of ``L`` tokens, without padding.
-
-    Each group is a prompt and its completions. A completion sees its prompt and itself, and nothing else; its positions
-    go on from the prompt's.
-
-    Attributes:
-        input_ids: ``(1, L)``.
-        position_ids: ``(1, L)`` each token's position in its own sequence.
-        predictors: ``(M,)`` for each completion token, sequence after sequence, the place of the token before it.
-        groups: the lengths of what lies in the row.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    predictors: Tensor
-    groups: Groups
-
-
-@dataclass(frozen=True)
-class Sequences(_Movable):
+class Sequences(Movable):
     """``N`` right-padded token sequences, each a prompt followed by a completion.
 
-    Masks follow from lengths, that is from positions: token values never decide what is prompt, completion or
-    padding, so the ids of BOS, EOS and PAD may coincide.
+    Masks follow from lengths. Token values never decide what is prompt, completion or padding, so the ids of BOS, EOS
+    and PAD may coincide.
 
     Attributes:
         input_ids: ``(N, T)`` token ids, right-padded.
-        prompt_length: ``(N,)`` prompt tokens, at least 1 (a first token has no context to be predicted from).
-        length: ``(N,)`` prompt plus completion tokens.
-        completion_index: ``(M,)`` completion tokens as positions in the flattened ``(N * T,)`` ids; derived from the
-            lengths when absent. Made where the lengths are still on the host, it spares the device a sync per step.
-        packed: the same sequences as one row, for models that take them so; see :meth:`pack`.
+        prompt_length: ``(N,)`` number of prompt tokens, at least 1: nothing predicts a first token.
+        length: ``(N,)`` number of prompt and completion tokens.
+        completion_index: ``(M,)`` positions of the completion tokens in the flattened ``(N * T,)`` ids. It is derived
+            from the lengths, preferably on the host: on a device that takes a sync per step.
+        packed: The same sequences as one row without padding, or ``None``; see :func:`spo.forward.packing.pack`.
     """
 
     input_ids: Tensor
@@ -184,6 +148,7 @@ class Sequences(_Movable):
             object.__setattr__(self, "completion_index", self.completion_mask.flatten().nonzero().squeeze(-1))
 
     def __len__(self) -> int:
+        """Return the number of sequences."""
         return self.input_ids.shape[0]
 
     def _positions(self) -> Tensor:
@@ -191,61 +156,31 @@ class Sequences(_Movable):
 
     @property
     def attention_mask(self) -> Tensor:
-        """``(N, T)`` true on real tokens."""
+        """Return ``(N, T)``, true on tokens and false on padding."""
         return self._positions() < self.length[:, None]
 
     @property
     def completion_mask(self) -> Tensor:
-        """``(N, T)`` true on completion tokens."""
+        """Return ``(N, T)``, true on completion tokens."""
         return (self._positions() >= self.prompt_length[:, None]) & self.attention_mask
 
     @property
     def completion_length(self) -> Tensor:
-        """``(N,)`` completion tokens."""
+        """Return the ``(N,)`` number of completion tokens of each sequence."""
         return self.length - self.prompt_length
 
     @property
     def last_token(self) -> Tensor:
-        """``(N,)`` the token that each sequence ends with."""
+        """Return the ``(N,)`` id of the last token of each sequence."""
         return self.input_ids.gather(1, self.length[:, None] - 1).squeeze(1)
 
     def completions(self) -> list[list[int]]:
-        """The completion tokens of each sequence, on the host."""
+        """Return the token ids of each completion as lists on the host."""
         spans = zip(self.input_ids.tolist(), self.prompt_length.tolist(), self.length.tolist(), strict=True)
         return [ids[start:end] for ids, start, end in spans]
 
-    def pack(self, share_prompts: bool) -> Sequences:
-        """The same with ``packed``, which is to be made on the host.
-
-        Args:
-            share_prompts: whether sequences with the same prompt make one group; otherwise each is its own.
-        """
-        spans = zip(self.input_ids.tolist(), self.prompt_length.tolist(), self.length.tolist(), strict=True)
-        members: dict[object, list[int]] = {}
-        rows = [(tuple(ids[:start]), ids[start:end]) for ids, start, end in spans]
-        for row, (prompt, _) in enumerate(rows):
-            members.setdefault(prompt if share_prompts else row, []).append(row)
-        ids: list[int] = []
-        positions: list[int] = []
-        predictors: list[list[int]] = [[] for _ in rows]
-        groups = []
-        for indices in members.values():
-            prompt = rows[indices[0]][0]
-            last = len(ids) + len(prompt) - 1
-            ids += prompt
-            positions += range(len(prompt))
-            for row in indices:
-                completion = rows[row][1]
-                predictors[row] = [last, *range(len(ids), len(ids) + len(completion) - 1)][: len(completion)]
-                ids += completion
-                positions += range(len(prompt), len(prompt) + len(completion))
-            groups.append(Group(len(prompt), tuple(len(rows[row][1]) for row in indices)))
-        places = _integers(list(chain.from_iterable(predictors)))
-        packed = Packed(_integers(ids)[None], _integers(positions)[None], places, Groups(tuple(groups)))
-        return replace(self, packed=packed)
-
     def rows(self, index: slice | Tensor) -> Sequences:
-        """The chosen rows, cut to the longest of them (on an accelerator this waits for the device)."""
+        """Return some of the rows, cut to the longest of them; on an accelerator this waits for the device."""
         length = self.length[index]
         return Sequences(self.input_ids[index, : int(length.max())], self.prompt_length[index], length)
 
@@ -263,22 +198,22 @@ def pad_sequences(rows: SequenceABC[tuple[SequenceABC[int], SequenceABC[int]]], 
     for length, (prompt, completion) in zip(lengths, rows, strict=True):
         ids += [*prompt, *completion, *[pad_token_id] * (width - length)]
     prompt_length = torch.tensor([len(prompt) for prompt, _ in rows])
-    return Sequences(_integers(ids).view(len(rows), width), prompt_length, torch.tensor(lengths))
+    return Sequences(long_tensor(ids).view(len(rows), width), prompt_length, torch.tensor(lengths))
 
 
 @dataclass(frozen=True)
-class PreferenceBatch(_Movable):
-    """``B`` preference pairs or ranked lists as tokens, each distinct sequence once.
+class PreferenceBatch(Movable):
+    """``B`` preference pairs or ranked lists as tokens, with each distinct sequence once.
 
     Attributes:
-        sequences: the ``N`` distinct sequences of the batch.
-        index: ``(B,)`` position of each pair in its split, so that a metric can tell duplicates.
+        sequences: ``N`` distinct sequences of the batch.
+        index: ``(B,)`` position of each pair in its split, by which a metric recognizes duplicates.
         preference: ``(B,)`` probability that chosen is better, or ``None`` for 1.
-        weight: ``(B,)`` pair weights, or ``None`` for 1.
-        reference_logps: ``(N,)`` precomputed summed reference log-probs in the order of ``sequences``, or ``None``.
-        completions: ``(n, B)`` which of ``sequences`` each completion is, best first, -1 where a list has fewer than
-            ``n``; ``None`` where all ``n * B`` are there, the ``B`` best ones first.
-        keys: ``N`` digests of the sequences, by which stored log-probs are found; they stay on the host.
+        weight: ``(B,)`` weight of each pair, or ``None`` for 1.
+        reference_logps: ``(N,)`` precomputed summed reference log-probs of ``sequences``, or ``None``.
+        completions: ``(n, B)`` index in ``sequences`` of each completion, best first, and -1 where a list has fewer
+            than ``n``; ``None`` if ``sequences`` holds all ``n * B``, first the ``B`` best ones, and so on.
+        keys: Digest of each of the ``N`` sequences, the key of its stored log-probs; they stay on the host.
     """
 
     sequences: Sequences
@@ -290,29 +225,33 @@ class PreferenceBatch(_Movable):
     keys: list[bytes] | None = None
 
     def __len__(self) -> int:
+        """Return the number of pairs or lists."""
         return self.index.shape[0]
 
-    def _places(self) -> Tensor:
+    def _sequence_of(self) -> Tensor:
+        """Return the ``(n, B)`` index in ``sequences`` of each completion, -1 where there is none."""
         if self.completions is not None:
             return self.completions
         return torch.arange(len(self.sequences), device=self.index.device).view(-1, len(self))
 
     def mask(self) -> Tensor:
-        """``(n, B)`` true where a completion exists."""
-        return self._places() >= 0
+        """Return ``(n, B)``, true where a completion exists."""
+        return self._sequence_of() >= 0
 
     def per_completion(self, values: Tensor) -> Tensor:
-        """``(N,)`` values of ``sequences`` as ``(n, B)``, the best completions first; 0 where there is none."""
-        return values[self._places().clamp(min=0)].masked_fill(~self.mask(), 0)
+        """Return ``(N,)`` values of ``sequences`` as ``(n, B)``, best completions first; 0 where there is none."""
+        return values[self._sequence_of().clamp(min=0)].masked_fill(~self.mask(), 0)
 
     def mean_per_pair(self, values: Tensor) -> Tensor:
-        """``(N,)`` values of ``sequences`` as ``(B,)``: the mean over the completions of each pair or list."""
+        """Return the ``(B,)`` mean over each pair or list of ``(N,)`` values of ``sequences``."""
         return self.per_completion(values).sum(0) / self.mask().sum(0)
 
     def pair_logps(self, policy_logps: Tensor, reference_logps: Tensor | None) -> PairLogps:
-        """What a loss sees, from the ``(N,)`` summed log-probs of ``sequences`` under policy and reference.
+        """Return the input of a loss of pairs; of a longer list, the pair is its best two completions.
 
-        Of a longer list the pair is its best completion and the next one.
+        Args:
+            policy_logps: ``(N,)`` summed log-probs of ``sequences`` under the policy.
+            reference_logps: ``(N,)`` summed log-probs of ``sequences`` under the reference, or ``None``.
         """
 
         def sides(values: Tensor | None) -> tuple[Any, Any]:
@@ -326,7 +265,12 @@ class PreferenceBatch(_Movable):
         return PairLogps(*policy, *reference, *length, self.preference, self.weight)
 
     def list_logps(self, policy_logps: Tensor, reference_logps: Tensor | None) -> ListLogps:
-        """As :meth:`pair_logps`, for a loss that sees whole lists; a pair is a list of two."""
+        """Return the input of a loss of lists; a pair is a list of two.
+
+        Args:
+            policy_logps: ``(N,)`` summed log-probs of ``sequences`` under the policy.
+            reference_logps: ``(N,)`` summed log-probs of ``sequences`` under the reference, or ``None``.
+        """
         policy, mask = self.per_completion(policy_logps).T, self.mask().T
         return ListLogps(
             policy=policy,
@@ -339,16 +283,17 @@ class PreferenceBatch(_Movable):
 
 
 @dataclass(frozen=True)
-class Window(_Movable):
-    """The pairs of one optimiser step on this rank, cut into micro-batches.
+class Window(Movable):
+    """The pairs of one optimizer step on this rank, cut into micro-batches.
 
     Attributes:
-        micro_batches: forwarded one after the other; their gradients add up.
-        num_pairs: pairs of this optimiser step over *all* ranks, the denominator of the loss.
+        micro_batches: Batches that are forwarded one after the other; their gradients add up.
+        num_pairs: Number of pairs of this optimizer step over *all* ranks, the denominator of the loss.
     """
 
     micro_batches: list[PreferenceBatch]
     num_pairs: int
 
     def __iter__(self) -> Iterator[PreferenceBatch]:
+        """Iterate over the micro-batches."""
         return iter(self.micro_batches)

@@ -18,11 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spo.data import TokenizedPair
 from spo.data.datamodule import PreferenceDataModule
+from spo.forward.head import completion_logits
 from spo.forward.speed import Speed
 from spo.losses import PreferenceLoss, SPOLoss
 from spo.models import ModelSpec, NoReference, Reference
 from spo.module import AlignmentModule
 from spo.objective import Prompts, SampleDivergence
+from spo.ops import completion_targets, sum_per_sequence, token_logps
 from spo.regularizers import NoRegularizer, Regularizer
 from spo.sampling import SampleBuffer
 from spo.schedules import Constant, Schedule
@@ -63,6 +65,12 @@ def tiny_llama(seed: int = 0, *, dtype: torch.dtype = torch.float64, scale: floa
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**settings | config)).to(dtype).eval()
+
+
+def completion_logps(model: nn.Module, sequences: Sequences, **options: Any) -> Tensor:
+    """Return the ``(N,)`` summed log-probs of the completions, with the options of ``completion_logits``."""
+    logits = completion_logits(model, sequences, **options)
+    return sum_per_sequence(token_logps(logits, completion_targets(sequences)), sequences)
 
 
 def frozen(model: nn.Module) -> nn.Module:

@@ -650,7 +650,8 @@ def test_sweep_presets_expand_to_jobs() -> None:
 # --- configuration of one's own ------------------------------------------------------------------------------------
 
 OUTSIDE_LOSS = """
-class MyLoss:
+from spo.losses import PreferenceLoss
+class MyLoss(PreferenceLoss):
     def __init__(self, scale): self.scale = scale
     def __call__(self, pair, *, alpha, beta): return self.scale * (pair.policy_rejected - pair.policy_chosen)
 """
@@ -704,6 +705,16 @@ def test_unused_coefficients_instantiate_a_loss_once(tmp_path: Path, monkeypatch
     cfg = compose([*keys, "~method.loss.label_smoothing"])
     assert [unused_coefficients(cfg) for _ in range(3)] == [["alpha"]] * 3
     assert locate("counted_spo.Bounded").made == 1
+
+
+def test_loss_must_derive_from_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "underived_spo.py").write_text(OUTSIDE_LOSS.replace("(PreferenceLoss)", ""))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (problem,) = problems(compose(["method.loss._target_=underived_spo.MyLoss", "+method.loss.scale=2"]))
+    assert problem == (
+        "method.loss: MyLoss is not a loss: derive it from spo.losses.PreferenceLoss, or from spo.losses.ListLoss for "
+        "ranked lists"
+    )
 
 
 def test_misspelt_key_of_a_preset_is_reported(tmp_path: Path) -> None:

@@ -21,10 +21,9 @@ from spo.config.plan import plan
 from spo.data import Completion, Dropped, Renderer, Row
 from spo.data.enumerable import EnumerableReward, EnumerableSource, Language, language_tokenizer
 from spo.errors import ConfigProblems
-from spo.forward.head import completion_logps
 from spo.stages.prepare import prepare_run
 from tests.commands import enter, history, job, rows, shared_cache
-from tests.helpers import sequences
+from tests.helpers import completion_logps, sequences
 
 ENUMERABLE = ("data=enumerable", "threads=1", "probe.num_prompts=4", "callbacks=none")
 

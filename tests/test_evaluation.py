@@ -25,10 +25,19 @@ from spo.evaluation import (
 from spo.evaluation.assess import Evaluation, Opponent, draw_both, evaluate_policy
 from spo.evaluation.completions import Draws
 from spo.evaluation.judges import Judge, JudgedPair, RewardJudge, reward_judge
-from spo.forward.head import completion_logps
 from spo.forward.speed import Speed
 from spo.stats import Bootstrap
-from tests.helpers import BOS, FAST, PLAIN, VOCAB, every_completion, sequences, tiny_llama, tiny_tokenizer
+from tests.helpers import (
+    BOS,
+    FAST,
+    PLAIN,
+    VOCAB,
+    completion_logps,
+    every_completion,
+    sequences,
+    tiny_llama,
+    tiny_tokenizer,
+)
 
 FAVOURITE = 9
 SETTINGS: dict[str, Any] = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
 
 import pytest
 import torch
 from torch import Tensor
 
+from spo.errors import UserError
 from spo.exact import Objective, World, find_optimum
 from spo.exact.optimum import entropy, kl, total_variation
 from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SPOLoss, WeightedSPOLoss
@@ -162,16 +164,26 @@ def test_objective_without_minimum_has_no_optimum() -> None:
 
 
 class Stating(DPOLoss):
-    """A loss from outside that states its optimum as probabilities and knows of no lengths."""
+    """A loss whose optimum does not take lengths."""
 
     def optimum(self, rewards, reference_logps, alpha, beta):  # type: ignore[no-untyped-def,override]
-        return torch.softmax(reference_logps + rewards / beta, -1)
+        return torch.log_softmax(reference_logps + rewards / beta, -1)
 
 
-def test_optimum_stated_as_probabilities() -> None:
+def test_optimum_need_not_take_lengths() -> None:
     theirs, ours = (find_optimum(objective(loss, uniform=True)) for loss in (Stating(), DPOLoss()))
     assert theirs is not None and ours is not None
     torch.testing.assert_close(theirs.logps, ours.logps)
+
+
+@pytest.mark.parametrize("shift", [torch.exp, lambda logps: logps + 1], ids=["probabilities", "unnormalized"])
+def test_optimum_must_be_normalized_log_probs(shift: Callable[[Tensor], Tensor]) -> None:
+    class Wrong(DPOLoss):
+        def optimum(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            return shift(super().optimum(*args, **kwargs))
+
+    with pytest.raises(UserError, match=r"Wrong\.optimum must return normalized log-probabilities"):
+        find_optimum(objective(Wrong(), uniform=True))
 
 
 def test_entropy_and_distances() -> None:

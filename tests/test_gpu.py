@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from spo.forward.head import completion_logps
 from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SPOLoss
 from spo.models import FrozenReference
 from spo.module import AlignmentModule
@@ -26,6 +25,7 @@ from tests.helpers import (
     FAST,
     PAD,
     Spied,
+    completion_logps,
     make_data,
     make_module,
     make_trainer,
@@ -46,7 +46,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared_cache(tmp_path_factory)
 
 
-def test_log_probs_agree_with_the_cpu() -> None:
+def test_log_probs_equal_those_of_the_cpu() -> None:
     model, rows = tiny_llama(dtype=torch.float32), sequences(random_rows(16, 0))
     on_cpu = completion_logps(model, rows)
     on_gpu = completion_logps(model.to("cuda"), rows.to("cuda")).cpu()
@@ -54,7 +54,7 @@ def test_log_probs_agree_with_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("loss", [SPOLoss(), DPOLoss(), IPOLoss()], ids=lambda loss: type(loss).__name__)
-def test_a_step_has_the_gradients_of_the_cpu(loss: PreferenceLoss, tmp_path: Path) -> None:
+def test_step_gradients_equal_those_of_the_cpu(loss: PreferenceLoss, tmp_path: Path) -> None:
     found = []
     for accelerator in ("cpu", "gpu"):
         module = make_module(
@@ -72,7 +72,7 @@ def test_a_step_has_the_gradients_of_the_cpu(loss: PreferenceLoss, tmp_path: Pat
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_samplers_agree_and_wait_for_the_device_now_and_then(dtype: torch.dtype, temperature: float) -> None:
+def test_samplers_agree_and_rarely_wait_for_the_device(dtype: torch.dtype, temperature: float) -> None:
     model = tiny_llama(1, dtype=dtype, scale=0.3).cuda()
     prompts = [[BOS, *range(3, 3 + i % 7)] for i in range(24)]
     settings = {"max_new_tokens": 40, "temperature": temperature, "eos_token_id": EOS, "pad_token_id": PAD}
@@ -107,7 +107,7 @@ class Unwaiting(Spied):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
+def test_step_does_not_wait_for_the_device(tmp_path: Path) -> None:
     """Packed without shared prompts, each group attends causally; masks are made, with a wait, for shared ones."""
     module = make_module(
         tiny_llama(1, dtype=torch.float32).train(),
@@ -140,14 +140,14 @@ def test_sampling_and_probe_stay_on_the_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_the_command(precision: str, cache: Path, tmp_path: Path) -> None:
+def test_train_command_on_the_gpu(precision: str, cache: Path, tmp_path: Path) -> None:
     words = (TINY, "trainer=gpu", f"trainer.precision={precision}", "trainer.devices=1")
     metrics = job(tmp_path / "run", cache, *words)
     assert 0 <= metrics["eval/win_rate"] <= 1 and metrics["val/kl"] >= 0
     assert (tmp_path / "run" / "policy" / "model.safetensors").exists()
 
 
-def test_memory_is_that_of_the_completions_alone() -> None:
+def test_memory_grows_with_completion_tokens_alone() -> None:
     """The vocabulary row of a prompt token never exists: a prompt of 400 tokens costs no logits."""
     vocab = 50_000
     model = tiny_llama(0, dtype=torch.float32, vocab_size=vocab, max_position_embeddings=512).cuda()
@@ -159,7 +159,7 @@ def test_memory_is_that_of_the_completions_alone() -> None:
     assert torch.cuda.max_memory_allocated() - before < whole / 2
 
 
-def test_verified_on_the_gpu(tmp_path: Path, cache: Path) -> None:
+def test_verify_command_on_the_gpu(tmp_path: Path, cache: Path) -> None:
     settings = ["experiment=exact/verify", "model=tiny", "method=spo", "regularizer=none", "alpha=1"]
     settings += ["trainer.accelerator=gpu", "trainer.max_steps=200", "optimizer.lr=3e-3"]
     metrics = job(tmp_path / "run", cache, *settings)

@@ -30,9 +30,12 @@ from tests.environments import (
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-# A loss that knows nothing of this package, and its yaml.
+# A loss outside the package, and its yaml.
 OWN_LOSS = """
-class MyLoss:
+from spo.losses import PreferenceLoss
+
+
+class MyLoss(PreferenceLoss):
     def __init__(self, margin):
         self.margin = margin
 

@@ -129,7 +129,7 @@ def expected(name: str, v: dict[str, Array]) -> tuple[Array, Array, Array]:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-def test_value_and_gradient_equal_an_independent_implementation(name: str, soft: bool) -> None:
+def test_loss_value_and_gradient_equal_numpy(name: str, soft: bool) -> None:
     values = columns()
     if soft:
         rng = np.random.default_rng(1)
@@ -150,13 +150,13 @@ def test_value_and_gradient_equal_an_independent_implementation(name: str, soft:
 
 
 @pytest.mark.parametrize("alpha", [1e-4, 0.03, 1.0, 50.0])
-def test_spo_at_equal_probabilities(alpha: float) -> None:
+def test_spo_value_and_slope_at_equal_probabilities(alpha: float) -> None:
     pair = margins([0.0])
     assert SPOLoss()(pair, alpha=alpha, beta=BETA).item() == pytest.approx(math.log(2) / alpha, rel=1e-14)
     assert slopes(SPOLoss(), pair, alpha=alpha).item() == pytest.approx(-0.5, rel=1e-14)
 
 
-def test_spo_limits_of_softness() -> None:
+def test_spo_limits_at_small_and_large_alpha() -> None:
     d = np.linspace(-3, 3, 13)
     small = SPOLoss()(margins(d), alpha=1e-7, beta=BETA).detach().numpy() - math.log(2) / 1e-7
     np.testing.assert_allclose(small, -d / 2, atol=1e-5)
@@ -174,13 +174,13 @@ def test_alpha_times_spo_is_dpo_with_a_uniform_reference() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.45])
-def test_dpo_where_policy_is_reference(smoothing: float) -> None:
+def test_dpo_is_log_2_where_policy_equals_reference(smoothing: float) -> None:
     pair, loss = margins([0.0]), DPOLoss(smoothing)
     assert loss(pair, alpha=ALPHA, beta=0.3).item() == pytest.approx(math.log(2), rel=1e-14)
     assert slopes(loss, pair, beta=0.3).item() == pytest.approx(-0.3 * (1 - 2 * smoothing) / 2, rel=1e-13)
 
 
-def test_conservative_dpo_minimiser_is_the_logit_of_its_label() -> None:
+def test_conservative_dpo_minimizer_is_the_logit_of_its_label() -> None:
     best = math.log(0.8 / 0.2) / BETA
     slope = slopes(DPOLoss(0.2), margins([best - 0.1, best, best + 0.1]))
     assert slope[0] < 0 < slope[2]
@@ -197,7 +197,7 @@ def test_ipo_minimum_and_sign_flip(mean: bool) -> None:
     assert slope[2] < 0 < slope[3] and slope[1] == 0
 
 
-def test_ipo_conventions_differ_by_the_lengths() -> None:
+def test_ipo_sums_and_averages_differ_by_length() -> None:
     pair = PairLogps(*(torch.tensor([x], dtype=torch.float64) for x in (-8.0, -30.0, -4.0, -20.0, 2.0, 5.0)))
     # sums: (-8 + 4) - (-30 + 20) = 6; averages: -4/2 + 10/5 = 0; target 1 / (2 * 0.5) = 1
     assert IPOLoss(length_normalize=False)(pair, alpha=1.0, beta=0.5).item() == 25
@@ -205,7 +205,7 @@ def test_ipo_conventions_differ_by_the_lengths() -> None:
 
 
 @pytest.mark.parametrize("name", ["dpo", "cdpo", "ipo_sum"])
-def test_a_constant_in_both_reference_logps_changes_nothing(name: str) -> None:
+def test_loss_ignores_a_constant_in_both_reference_logps(name: str) -> None:
     values = columns()
     shifted = values | {key: values[key] + 3.5 for key in ("reference_chosen", "reference_rejected")}
     before, after = (METHODS[name](pair_of(v), alpha=ALPHA, beta=BETA) for v in (values, shifted))
@@ -213,7 +213,7 @@ def test_a_constant_in_both_reference_logps_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAIRWISE)
-def test_swapping_the_pair_and_its_label_changes_nothing(name: str) -> None:
+def test_loss_ignores_swapping_the_pair_and_its_label(name: str) -> None:
     values = columns() | {"preference": np.random.default_rng(3).uniform(0, 1, B)}
     swapped = {"preference": 1 - values["preference"]}
     for key, value in values.items():
@@ -227,7 +227,7 @@ def test_swapping_the_pair_and_its_label_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_weights_scale_and_certain_labels_are_the_default(name: str) -> None:
+def test_weights_scale_the_loss_and_labels_default_to_certain(name: str) -> None:
     values, loss = columns(), METHODS[name]
     plain = loss(pair_of(values), alpha=ALPHA, beta=BETA)
     weight = np.arange(B, dtype=np.float64)
@@ -235,7 +235,7 @@ def test_weights_scale_and_certain_labels_are_the_default(name: str) -> None:
     torch.testing.assert_close(scaled, plain * torch.tensor(weight))
 
 
-def test_rewards() -> None:
+def test_implicit_rewards_of_each_method() -> None:
     values = columns()
     pair = pair_of(values)
     ratio = values["policy_chosen"] - values["reference_chosen"]
@@ -262,7 +262,7 @@ def test_weighted_spo_with_gamma_zero_is_exactly_spo(n: int) -> None:
     assert torch.equal(weighted, SPOLoss()(pair, alpha=ALPHA, beta=BETA))
 
 
-def test_weight_is_symmetric_has_mean_one_and_prefers_probable_pairs() -> None:
+def test_spo_weight_is_symmetric_with_mean_one() -> None:
     values = columns(n=50)
     loss = WeightedSPOLoss(gamma=0.3, clip=2.0)
     mu = loss.weights(pair_of(values))
@@ -278,7 +278,7 @@ def test_weight_is_symmetric_has_mean_one_and_prefers_probable_pairs() -> None:
     assert not mu.requires_grad
 
 
-def test_weighted_gradient_is_the_finite_difference_that_holds_the_weight_fixed() -> None:
+def test_weighted_spo_gradient_holds_the_weight_fixed() -> None:
     values = columns()
     loss = WeightedSPOLoss(gamma=0.4)
     pair = pair_of(values)
@@ -297,7 +297,7 @@ def test_weighted_gradient_is_the_finite_difference_that_holds_the_weight_fixed(
             assert gradient[i].item() == pytest.approx(difference, abs=1e-8)
 
 
-def test_weight_survives_improbable_sequences() -> None:
+def test_spo_weight_is_finite_for_improbable_sequences() -> None:
     pair = PairLogps(torch.tensor([-2000.0, -1.0, -900.0]), torch.tensor([-1e4, -2.0, -3.0]))
     mu = WeightedSPOLoss(gamma=1.0, clip=200.0).weights(pair)
     assert mu.isfinite().all() and mu.mean().item() == pytest.approx(1, rel=1e-6)
@@ -308,7 +308,7 @@ def test_weight_survives_improbable_sequences() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", METHODS)
-def test_huge_margins_stay_finite_and_the_dtype_is_kept(name: str, dtype: torch.dtype) -> None:
+def test_loss_is_finite_at_huge_margins_and_keeps_its_dtype(name: str, dtype: torch.dtype) -> None:
     pair = margins([-1e4, -80.0, 0.0, 80.0, 1e4], dtype)
     losses = METHODS[name](pair, alpha=1.0, beta=1.0)
     assert losses.dtype == dtype
@@ -320,7 +320,7 @@ def test_huge_margins_stay_finite_and_the_dtype_is_kept(name: str, dtype: torch.
         torch.testing.assert_close(gradient[[0, 4]], torch.tensor([-1.0, 0.0], dtype=dtype))
 
 
-def test_missing_inputs_are_named() -> None:
+def test_loss_names_its_missing_inputs() -> None:
     one = torch.zeros(2)
     alone, unreferenced = PairLogps(one), PairLogps(one, one)
     for loss, pair, words in [
@@ -341,13 +341,13 @@ def test_missing_inputs_are_named() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 0.5, 1.0, math.nan])
-def test_label_smoothing_out_of_range(smoothing: float) -> None:
+def test_label_smoothing_out_of_range_is_an_error(smoothing: float) -> None:
     with pytest.raises(ValueError, match="label_smoothing"):
         DPOLoss(smoothing)
 
 
 @pytest.mark.parametrize("arguments", [{"gamma": -0.1}, {"gamma": math.nan}, {"clip": 0.0}, {"clip": math.nan}])
-def test_weight_settings_out_of_range(arguments: dict[str, float]) -> None:
+def test_weight_settings_out_of_range_are_an_error(arguments: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="gamma must be"):
         WeightedSPOLoss(**arguments)
 
@@ -393,7 +393,7 @@ def test_dpo_converges_to_the_tilted_reference(beta: float) -> None:
     np.testing.assert_allclose(logps, normalised(reference + REWARD / beta), atol=1e-6)
 
 
-def test_ipo_with_a_soft_label_converges_to_its_margin() -> None:
+def test_ipo_with_soft_labels_converges_to_its_margin() -> None:
     for tau, preference in [(0.3, 0.8), (1.0, 0.35)]:
         chosen = torch.zeros(1, dtype=torch.float64, requires_grad=True)
         zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)

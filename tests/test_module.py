@@ -28,7 +28,7 @@ from spo.callbacks.history import HistoryLogger
 from spo.data import TokenizedPair, datamodule
 from spo.data.collate import collate
 from spo.data.datamodule import PreferenceDataModule
-from spo.forward.head import completion_logits, completion_logps
+from spo.forward.head import completion_logits
 from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SFTLoss, SPOLoss
 from spo.models import FrozenReference, NoReference
 from spo.regularizers import GlobalKL, LocalKL, NoRegularizer, PairRegularizer, Regularizer, SampleRegularizer
@@ -42,6 +42,7 @@ from tests.helpers import (
     PLAIN,
     VOCAB,
     Spied,
+    completion_logps,
     frozen,
     make_data,
     make_module,

@@ -11,13 +11,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-import spo.forward.packing as packing
-import spo.forward.speed as speed
+from spo.forward import attention, probe
+from spo.forward.attention import BACK_ENDS
 from spo.forward.head import completion_logits
-from spo.forward.packing import BACK_ENDS, enable_packing
+from spo.forward.packing import Group, Groups, pack
+from spo.forward.probe import enable_packing
 from spo.forward.speed import Speed
+from spo.logs import log_once
 from spo.ops import completion_targets, token_logps
-from spo.types import Group, Groups, Sequences
+from spo.types import Sequences
 from tests.helpers import FAST, PLAIN, VOCAB, random_rows, sequences, tiny_llama
 from tests.test_ops import ARCHITECTURES, _config, build, gradients
 
@@ -47,7 +49,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "bloom": (
         lambda: transformers.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=2),
-        "its attention cannot be chosen by name",
+        "its attention implementation cannot be set",
     ),
 }
 ROWS = [*random_rows(4, seed=3), ([5], [6]), ([5], [7, 8, 9]), ([4, 4, 4], [4]), ([5], [9])]
@@ -73,29 +75,29 @@ def values(model: nn.Module, batch: Sequences) -> Tensor:
 def back_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each attention on this device: FlexAttention is not the CPU's, and runs there uncompiled."""
     chosen = {request.param: BACK_ENDS[request.param]}
-    monkeypatch.setattr(packing, "back_ends", lambda device: list(chosen))
+    monkeypatch.setattr(probe, "back_ends", lambda device: list(chosen))
     if request.param == "flex":
-        monkeypatch.setattr(packing, "_leaks", lambda model, rows: False)  # which takes a gradient
+        monkeypatch.setattr(probe, "_leaks", lambda model, rows: False)  # which takes a gradient
     return request.param
 
 
 @pytest.fixture(params=[256, 4])
 def together(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Small groups in one call, or a call for each prompt and each of the longer completions."""
-    monkeypatch.setattr(packing, "MAX_MASKED_TOKENS", request.param)
+    monkeypatch.setattr(attention, "MAX_MASKED_TOKENS", request.param)
     return request.param
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("own", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_packed_is_padded_for_every_accepted_architecture(name: str, attention: str, together: int) -> None:
-    model = made(ACCEPTED[name], attn_implementation=attention)
+def test_packed_equals_padded_for_accepted_architectures(name: str, own: str, together: int) -> None:
+    model = made(ACCEPTED[name], attn_implementation=own)
     padded = values(model, sequences(ROWS))
     padded_gradients = gradients(padded, model)
     plain = model(torch.tensor([[3, 4, 5]])).logits
     assert enable_packing(model) is None
     for shared in (True, False):
-        packed = values(model, sequences(ROWS).pack(share_prompts=shared))
+        packed = values(model, pack(sequences(ROWS), share_prompts=shared))
         assert_same(packed, padded)
         for got, want in zip(gradients(packed, model), padded_gradients, strict=True):
             assert_same(got, want)
@@ -103,13 +105,13 @@ def test_packed_is_padded_for_every_accepted_architecture(name: str, attention: 
     torch.testing.assert_close(model(torch.tensor([[3, 4, 5]])).logits, plain)
     prompt = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     generated = model.generate(**prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    fresh = made(ACCEPTED[name], attn_implementation=attention)
+    fresh = made(ACCEPTED[name], attn_implementation=own)
     assert torch.equal(generated, fresh.generate(**prompt, max_new_tokens=6, do_sample=False, pad_token_id=0))
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_other_models_are_refused_in_words_and_left_as_they_were(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    speed._say.cache_clear()  # what was said is not said again
+def test_rejected_model_gets_a_warning_and_stays_as_it_was(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    log_once.cache_clear()
     config, reason = REFUSED[name]
     model = made(config, attn_implementation="eager").float()
     own, before = model.config._attn_implementation, values(model, sequences(ROWS))
@@ -123,7 +125,7 @@ def test_other_models_are_refused_in_words_and_left_as_they_were(name: str, capl
     assert torch.equal(values(model, sequences(ROWS)), before)
 
 
-def test_a_model_that_computes_something_else_when_packed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_rejects_a_model_with_other_packed_log_probs(monkeypatch: pytest.MonkeyPatch) -> None:
     def leaking(query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float, dropout: float) -> Tensor:
         return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
 
@@ -134,19 +136,19 @@ def test_a_model_that_computes_something_else_when_packed_is_refused(monkeypatch
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_model_in_which_sequences_see_each_other_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_rejects_a_model_whose_sequences_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little: in half precision the difference of the log-probs would drown in rounding."""
 
     def leaking(query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float, dropout: float) -> Tensor:
-        attended = packing.attend_by_group(query, key, value, groups, scale, dropout)
+        attended = attention.attend_by_group(query, key, value, groups, scale, dropout)
         return attended + 1e-7 * value.mean(dim=2, keepdim=True).repeat_interleave(query.shape[1] // value.shape[1], 1)
 
     model = tiny_llama(dtype=torch.float32, attn_implementation="sdpa")
     monkeypatch.setitem(BACK_ENDS, "groups", leaking)
-    assert enable_packing(model) == "a sequence is changed by another one of its row"
+    assert enable_packing(model) == "a sequence in a packed row changes another one"
 
 
-def test_editing_one_sequence_changes_no_other(back_end: str, together: int) -> None:
+def test_editing_a_sequence_leaves_the_others_bit_identical(back_end: str, together: int) -> None:
     """Neither its log-probs nor its part of the gradient, to the last bit, whatever is edited."""
     model = tiny_llama(attn_implementation="sdpa")
     assert enable_packing(model) is None
@@ -154,7 +156,7 @@ def test_editing_one_sequence_changes_no_other(back_end: str, together: int) -> 
 
     def scored(rows: list[tuple[list[int], list[int]]], watched: range) -> tuple[Tensor, Tensor]:
         """Log-probs of the watched rows, and their gradient with respect to the embedded tokens of the row."""
-        batch = sequences(rows).pack(share_prompts=True)
+        batch = pack(sequences(rows), share_prompts=True)
         kept: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, out: Tensor) -> Tensor:
@@ -181,7 +183,7 @@ def test_editing_one_sequence_changes_no_other(back_end: str, together: int) -> 
         assert not torch.equal(own, scored(others, range(edited, edited + 1))[0])
 
 
-def test_back_ends_agree(back_end: str, together: int) -> None:
+def test_back_ends_equal_padded_attention(back_end: str, together: int) -> None:
     model = tiny_llama(attn_implementation="sdpa", num_attention_heads=4, num_key_value_heads=2)
     padded = values(model, sequences(ROWS))
     expected = gradients(padded, model)
@@ -189,22 +191,22 @@ def test_back_ends_agree(back_end: str, together: int) -> None:
     assert back_end in model.config._attn_implementation
     if back_end == "flex":  # on the CPU it has no backward
         model.requires_grad_(False)
-    packed = values(model, sequences(ROWS).pack(share_prompts=True))
+    packed = values(model, pack(sequences(ROWS), share_prompts=True))
     assert_same(packed, padded)
     if back_end != "flex":
         for got, want in zip(gradients(packed, model), expected, strict=True):
             assert_same(got, want)
 
 
-def test_a_row_holds_each_prompt_once() -> None:
+def test_packed_row_holds_each_prompt_once() -> None:
     batch = sequences([([1, 3], [4, 5]), ([1], [6]), ([1, 3], [7]), ([1, 3], [8, 9, 10])])
-    packed = batch.pack(share_prompts=True).packed
+    packed = pack(batch, share_prompts=True).packed
     assert packed is not None
     assert packed.input_ids.tolist() == [[1, 3, 4, 5, 7, 8, 9, 10, 1, 6]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 2, 2, 3, 4, 0, 1]]
     assert packed.predictors.tolist() == [1, 2, 8, 1, 1, 5, 6]
     assert [(group.prompt, group.completions) for group in packed.groups.members] == [(2, (2, 1, 3)), (1, (1,))]
-    apart = batch.pack(share_prompts=False).packed
+    apart = pack(batch, share_prompts=False).packed
     assert apart is not None
     assert apart.input_ids.tolist() == [[1, 3, 4, 5, 1, 6, 1, 3, 7, 1, 3, 8, 9, 10]]
     assert [group.completions for group in apart.groups.members] == [(2,), (1,), (1,), (3,)]
@@ -224,19 +226,19 @@ class Masking(transformers.LlamaForCausalLM):
         return args, kwargs if mask is None else {**kwargs, "attention_mask": mask + self.bias}
 
 
-def test_a_model_with_a_mask_of_its_own_is_refused_even_where_the_mask_does_nothing_yet() -> None:
+def test_probe_rejects_a_model_that_makes_its_own_mask() -> None:
     model = Masking(_config("LlamaConfig", attn_implementation="sdpa"))
-    assert enable_packing(model) == "it makes a mask of its own"
+    assert enable_packing(model) == "it makes its own attention mask"
 
 
 @pytest.mark.parametrize("own", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn2"])
-def test_other_attention_implementations_are_refused_in_words(own: str) -> None:
+def test_probe_rejects_other_attention_implementations(own: str) -> None:
     model = tiny_llama()
     model.config._attn_implementation_internal = own
-    assert enable_packing(model) == f"it has no packed form of model.attn_implementation={own}; sdpa has one"
+    assert enable_packing(model) == f"packing does not support model.attn_implementation={own}; use sdpa"
 
 
-def test_experts_that_see_other_numbers_of_tokens_are_no_leak() -> None:
+def test_probe_accepts_a_mixture_of_experts() -> None:
     """Their products have other shapes, and other last bits, when a sequence elsewhere is edited."""
     torch.manual_seed(0)
     config = _config("MixtralConfig", hidden_size=256, intermediate_size=128, num_hidden_layers=3, num_local_experts=8)
@@ -245,11 +247,11 @@ def test_experts_that_see_other_numbers_of_tokens_are_no_leak() -> None:
 
 
 @pytest.mark.parametrize("lengths", [[3], [130, 7], [90, 40, 300, 1, 2], [128, 128, 5], [600]])
-def test_blocks_of_the_flex_mask_hold_all_that_is_visible(lengths: list[int]) -> None:
+def test_flex_blocks_cover_the_visible_tokens(lengths: list[int]) -> None:
     groups = Groups(tuple(Group(length - length // 2, (length // 4, length // 2 - length // 4)) for length in lengths))
-    mask = packing._block_mask(groups, torch.device("cpu"))
+    mask = attention.block_mask(groups, torch.device("cpu"))
     blocks = mask.to_dense()[0, 0].bool().repeat_interleave(128, 0).repeat_interleave(128, 1)
-    seen = packing._visible(groups.members, torch.device("cpu"))
+    seen = attention.visibility_mask(groups.members, torch.device("cpu"))
     size = len(seen)
     assert (blocks[:size, :size] | ~seen).all()
     # no more than from where a group begins to where the query is
@@ -259,7 +261,7 @@ def test_blocks_of_the_flex_mask_hold_all_that_is_visible(lengths: list[int]) ->
         assert mask.kv_num_blocks[0, 0, block // 128] == block // 128 - first + 1
 
 
-def test_an_adapter_of_an_accepted_model(caplog: pytest.LogCaptureFixture) -> None:
+def test_packed_equals_padded_with_an_adapter(caplog: pytest.LogCaptureFixture) -> None:
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
@@ -273,10 +275,10 @@ def test_an_adapter_of_an_accepted_model(caplog: pytest.LogCaptureFixture) -> No
         assert (values(model, speed.arrange(sequences(ROWS))) - packed).abs().max() > 1e-3
 
 
-def test_recomputed_activations_are_packed_too() -> None:
+def test_packed_gradients_with_gradient_checkpointing() -> None:
     model = tiny_llama(attn_implementation="sdpa").train()
     assert enable_packing(model) is None and model.training
-    batch = sequences(ROWS).pack(share_prompts=True)
+    batch = pack(sequences(ROWS), share_prompts=True)
     expected = gradients(values(model, batch), model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for got, want in zip(gradients(values(model, batch), model), expected, strict=True):
@@ -284,7 +286,7 @@ def test_recomputed_activations_are_packed_too() -> None:
 
 
 @pytest.mark.parametrize("speed", [FAST, PLAIN], ids=["fast", "plain"])
-def test_every_setting_gives_the_same_log_probs(speed: Speed) -> None:
+def test_speed_settings_keep_the_log_probs(speed: Speed) -> None:
     model = tiny_llama(attn_implementation="sdpa")
     expected = token_logps(completion_logits(model, sequences(ROWS)), completion_targets(sequences(ROWS)))
     sums = torch.stack([part.sum() for part in expected.split(sequences(ROWS).completion_length.tolist())])
@@ -292,10 +294,10 @@ def test_every_setting_gives_the_same_log_probs(speed: Speed) -> None:
     assert_same(speed.logps(model, speed.arrange(sequences(ROWS))), sums)
 
 
-def test_dropout_of_attention_acts_in_packed_rows() -> None:
+def test_packed_rows_use_attention_dropout() -> None:
     model = tiny_llama(attn_implementation="sdpa", attention_dropout=0.5)
     assert enable_packing(model) is None
-    batch = sequences(ROWS).pack(share_prompts=True)
+    batch = pack(sequences(ROWS), share_prompts=True)
     torch.manual_seed(0)
     still = values(model, batch)
     assert torch.equal(values(model, batch), still)

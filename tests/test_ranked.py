@@ -17,13 +17,23 @@ from spo.config.plan import plan
 from spo.data import DataError, Dropped, NoPreference, RankedFileSource, Renderer, Row, RowError, TokenizedPair
 from spo.data.collate import collate
 from spo.errors import ConfigProblems
-from spo.forward.head import completion_logps
-from spo.losses import DPOLoss, ListLoss, PreferenceLoss, SFTLoss, SPOBestOfNLoss, SPOLoss, SPORankedLoss, as_loss
+from spo.losses import DPOLoss, ListLoss, PreferenceLoss, SFTLoss, SPOBestOfNLoss, SPOLoss, SPORankedLoss
 from spo.models import FrozenReference
 from spo.regularizers import LocalKL
 from spo.types import ListLogps, PairLogps, PreferenceBatch
 from tests.commands import TINY, history, job, shared_cache
-from tests.helpers import BOS, EOS, PAD, frozen, make_module, random_pairs, sequences, tiny_llama, tiny_tokenizer
+from tests.helpers import (
+    BOS,
+    EOS,
+    PAD,
+    completion_logps,
+    frozen,
+    make_module,
+    random_pairs,
+    sequences,
+    tiny_llama,
+    tiny_tokenizer,
+)
 
 LOSSES = {"best_of_n": SPOBestOfNLoss(), "ranked": SPORankedLoss()}
 EACH = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -65,7 +75,7 @@ def by_loops(loss: ListLoss, lists: ListLogps, alpha: float) -> Tensor:
 
 @EACH
 @pytest.mark.parametrize("alpha", [0.01, 0.3, 1.5])
-def test_values_and_gradients_are_those_of_the_definition(loss: ListLoss, alpha: float) -> None:
+def test_list_loss_value_and_gradient_equal_the_definition(loss: ListLoss, alpha: float) -> None:
     logps = random_logps(6, 5).requires_grad_()
     mask = torch.ones(6, 5, dtype=torch.bool)
     mask[1, 3:], mask[2, 0], mask[3, 1:4] = False, False, False
@@ -82,7 +92,7 @@ def test_values_and_gradients_are_those_of_the_definition(loss: ListLoss, alpha:
 @EACH
 @pytest.mark.parametrize("preference", [None, torch.tensor([1.0, 0.7, 0.5, 0.0])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_list_of_two_is_a_pair(loss: ListLoss, preference: Tensor | None, dtype: torch.dtype) -> None:
+def test_list_of_two_equals_a_pair(loss: ListLoss, preference: Tensor | None, dtype: torch.dtype) -> None:
     weight = torch.tensor([1.0, 2.0, 0.5, 0.0], dtype=dtype)
     preference = None if preference is None else preference.to(dtype)
     logps = (random_logps(4, 2, scale=400.0) - 100).to(dtype).requires_grad_()
@@ -101,14 +111,14 @@ def test_a_list_of_two_is_a_pair(loss: ListLoss, preference: Tensor | None, dtyp
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 9])
-def test_equal_log_probs_give_the_number_of_possible_rankings(n: int) -> None:
+def test_list_loss_at_equal_log_probs_counts_rankings(n: int) -> None:
     lists = lists_of(torch.full((2, n), -37.0, dtype=torch.float64))
     assert loss_of(SPOBestOfNLoss(), lists).tolist() == pytest.approx([math.log(n) / ALPHA] * 2)
     assert loss_of(SPORankedLoss(), lists).tolist() == pytest.approx([math.log(math.factorial(n)) / ALPHA] * 2)
 
 
 @EACH
-def test_neither_the_place_of_a_completion_nor_padding_matters(loss: ListLoss) -> None:
+def test_list_loss_ignores_positions_and_padding(loss: ListLoss) -> None:
     logps = random_logps(3, 4)
     lists = lists_of(logps, weight=torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
     value, metrics = loss_of(loss, lists), loss.metrics(lists, alpha=ALPHA, beta=1.0)
@@ -132,7 +142,7 @@ def test_neither_the_place_of_a_completion_nor_padding_matters(loss: ListLoss) -
 
 
 @EACH
-def test_extreme_log_probs_stay_finite(loss: ListLoss) -> None:
+def test_list_loss_is_finite_for_extreme_log_probs(loss: ListLoss) -> None:
     logps = torch.tensor([[-9000.0, 0.0, -1.0], [0.0, -9000.0, -9000.0]]).requires_grad_()
     value = loss_of(loss, lists_of(logps))
     (gradient,) = torch.autograd.grad(value.sum(), logps)
@@ -140,7 +150,7 @@ def test_extreme_log_probs_stay_finite(loss: ListLoss) -> None:
     assert value[0].item() == pytest.approx(9000, rel=1e-2)
 
 
-def test_best_of_n_does_not_read_the_order_of_the_others_and_a_ranking_does() -> None:
+def test_only_the_ranked_loss_uses_the_order_of_the_others() -> None:
     logps = random_logps(2, 4)
     lists, other = (lists_of(logps, order=torch.tensor(order).expand(2, 4)) for order in ([0, 1, 2, 3], [0, 3, 1, 2]))
     torch.testing.assert_close(loss_of(SPOBestOfNLoss(), lists), loss_of(SPOBestOfNLoss(), other))
@@ -162,7 +172,7 @@ def test_metrics_of_a_list() -> None:
 
 @EACH
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 4.0])
-def test_the_optimum_under_plackett_luce_is_softmax_of_reward_over_alpha(loss: ListLoss, alpha: float) -> None:
+def test_list_loss_optimum_is_softmax_of_reward_over_alpha(loss: ListLoss, alpha: float) -> None:
     rewards = torch.tensor([1.0, -0.5, 0.3, 0.0], dtype=torch.float64)
     orders = list(itertools.permutations(range(4), 3))
     chance = torch.stack([torch.stack([(rewards[i] - rewards[list(o[k:])].logsumexp(0)) for k, i in enumerate(o)]).sum()
@@ -187,17 +197,6 @@ def test_the_optimum_under_plackett_luce_is_softmax_of_reward_over_alpha(loss: L
     torch.testing.assert_close(reached, optimum.exp(), rtol=0, atol=1e-6)
 
 
-def test_a_callable_that_reads_lists_is_a_list_loss() -> None:
-    class Loose:
-        uses_lists = True
-
-        def __call__(self, lists: ListLogps, *, alpha: float, beta: float) -> Tensor:
-            return lists.policy.sum(-1)
-
-    with pytest.raises(ValueError, match=r"derive it from spo\.losses\.ListLoss"):
-        as_loss(Loose())
-
-
 # --------------------------------------------------------------------------------------------------------- batches
 
 
@@ -209,7 +208,7 @@ def a_list(prompt: tuple[int, ...], *completions: tuple[int, ...], **columns: An
 A, B, C, D = (3, EOS), (4, 5, EOS), (6, EOS), (7, 8, 9, EOS)
 
 
-def test_lists_of_different_lengths_in_one_batch() -> None:
+def test_batch_of_lists_of_different_lengths() -> None:
     lists = [a_list((BOS, 10), A, B), a_list((BOS, 11), C, A, D, B), a_list((BOS, 10), B, C, A)]
     reference = torch.arange(12.0).reshape(3, 4)
     batch = collate(lists, [0, 1, 2], PAD, reference)
@@ -236,9 +235,7 @@ def unmerged(pairs: list[TokenizedPair]) -> PreferenceBatch:
 
 @pytest.mark.parametrize("precomputed", [False, True])
 @pytest.mark.parametrize("loss", [SPOLoss(), DPOLoss(), SPORankedLoss()], ids=lambda loss: type(loss).__name__)
-def test_a_sequence_that_pairs_share_is_forwarded_once_and_nothing_else_changes(
-    loss: PreferenceLoss, precomputed: bool
-) -> None:
+def test_shared_sequence_is_forwarded_once(loss: PreferenceLoss, precomputed: bool) -> None:
     columns = {"preference": 0.8, "weight": 1.5}
     pairs = [
         TokenizedPair((BOS, prompt), *chosen, "", "", "", "", **columns)
@@ -286,7 +283,7 @@ def rendered(row: Row, max_length: int = 20, truncation: Any = "drop_pair") -> T
     return Renderer(tiny_tokenizer(), max_length, truncation).render(row)
 
 
-def test_a_list_is_rendered_as_its_pairs_are() -> None:
+def test_list_is_rendered_like_its_pairs() -> None:
     row = Row("w5 w6", " w7", " w8 w9", worse=(" w10", " w7 w7"))
     got = rendered(row)
     assert isinstance(got, TokenizedPair)
@@ -295,14 +292,14 @@ def test_a_list_is_rendered_as_its_pairs_are() -> None:
     assert got.texts == (" w7", " w8 w9", " w10", " w7 w7")
 
 
-def test_equal_tokens_leave_the_best_of_them() -> None:
+def test_repeated_completion_keeps_its_best_rank() -> None:
     got = rendered(Row("w5", " w7", " w8", worse=(" w7", "  w8", " w9")))
     assert isinstance(got, TokenizedPair) and got.repeated == 2
     assert got.completions == ((7, EOS), (8, EOS), (9, EOS))
     assert rendered(Row("w5", " w7", "  w7", worse=(" w7",), where="here")) == Dropped("identical", "here")
 
 
-def test_truncation_is_of_the_whole_list() -> None:
+def test_truncation_drops_the_whole_list() -> None:
     row = Row("w5 w6", " w7", " w8 w9 w10", worse=(" w8 w9 w11",))
     assert rendered(row, 6) == Dropped("too_long", "")
     cut = rendered(row, 5, "trim_completion")
@@ -341,7 +338,7 @@ def test_scores_and_order_rank_the_responses(tmp_path: Path) -> None:
     assert read(named) == [("b", "a")]
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_ranked_lists_from_parquet(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -349,7 +346,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert read(RankedFileSource(str(tmp_path), None, "stop", None)) == [("b", "a", "c")]
 
 
-def test_what_says_nothing_is_left_out_and_counted(tmp_path: Path) -> None:
+def test_rows_without_a_preference_are_skipped_and_counted(tmp_path: Path) -> None:
     row = {"prompt": "p", "responses": ["a", " ", "b", "c", "a", "d"], "scores": [5, 6, 3, 3, 1, 0]}
     made = source(tmp_path, row)
     [kept] = read(made)
@@ -366,7 +363,7 @@ def test_what_says_nothing_is_left_out_and_counted(tmp_path: Path) -> None:
     assert [type(bad) for bad in nothing.bad_rows] == [NoPreference]
 
 
-def test_max_responses_does_not_look_at_the_rank(tmp_path: Path) -> None:
+def test_max_responses_ignores_the_rank(tmp_path: Path) -> None:
     texts = [f"text {i}" for i in range(6)]
     rows = [{"prompt": "p", "responses": texts, "order": list(o)} for o in itertools.permutations(range(6))][::7]
     made = source(tmp_path, *rows, max_responses=3)
@@ -398,7 +395,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("change", "column", "reason"), BAD, ids=lambda value: str(value)[:30])
-def test_bad_rows_in_words(change: dict[str, Any], column: str, reason: str, tmp_path: Path) -> None:
+def test_bad_row_error_names_line_and_column(change: dict[str, Any], column: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(RowError, match=reason) as error:
         read(source(tmp_path, GOOD, {**GOOD, **change}))
     assert str(error.value).startswith(f"{tmp_path / 'lists.jsonl'}, line 2: column {column!r}")
@@ -426,7 +423,7 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("method", ["spo", "spo_weighted", "dpo", "ipo"])
-def test_a_method_of_pairs_refuses_lists(method: str, file: Path) -> None:
+def test_pair_methods_reject_lists(method: str, file: Path) -> None:
     words = ["data=ranked_jsonl", f"data.path={file}", f"method={method}"]
     with pytest.raises(ConfigProblems) as error:
         plan(words)
@@ -437,16 +434,16 @@ def test_a_method_of_pairs_refuses_lists(method: str, file: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["spo_best_of_n", "spo_ranked", "sft"])
-def test_methods_that_take_lists(method: str, file: Path) -> None:
+def test_list_methods_accept_lists(method: str, file: Path) -> None:
     assert plan(["data=ranked_jsonl", f"data.path={file}", f"method={method}"]).jobs
 
 
-def test_fewer_than_two_responses_are_no_list(file: Path) -> None:
+def test_max_responses_must_be_at_least_two(file: Path) -> None:
     with pytest.raises(ConfigProblems, match=r"data\.source\.max_responses=1: must be at least 2"):
         plan(["data=ranked_jsonl", f"data.path={file}", "method=spo_ranked", "data.source.max_responses=1"])
 
 
-def test_supervised_learning_sees_the_best_completion_alone() -> None:
+def test_sft_uses_the_best_completion_alone() -> None:
     lists = [a_list((BOS, 10), A, B, C), a_list((BOS, 11), C, A)]
     policy = tiny_llama(0)
     batch = collate(lists, range(2), PAD)
@@ -456,7 +453,7 @@ def test_supervised_learning_sees_the_best_completion_alone() -> None:
     torch.testing.assert_close(losses, -completion_logps(policy, best))
 
 
-def test_on_pairs_the_command_does_what_spo_does(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_list_methods_on_pairs_train_like_spo(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     cache = shared_cache(tmp_path_factory)
     runs = {}
     for method in ("spo", "spo_ranked", "spo_best_of_n"):
@@ -467,7 +464,7 @@ def test_on_pairs_the_command_does_what_spo_does(tmp_path: Path, tmp_path_factor
             assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
 
 
-def test_a_list_reaches_the_loss_of_a_training_step() -> None:
+def test_training_step_passes_lists_to_the_loss() -> None:
     pairs = random_pairs(6, seed=3)
     lists = [replace(pair, worse_ids=((9, EOS), (8, EOS))) if i % 2 else pair for i, pair in enumerate(pairs)]
     policy = tiny_llama(0)

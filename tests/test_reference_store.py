@@ -25,8 +25,7 @@ from spo.callbacks import Checkpoint
 from spo.data import DataError, PreparedPairs, TokenizedPair
 from spo.data.collate import collate
 from spo.data.logps_store import LogpsStore, sequence_key
-from spo.forward.head import completion_logps
-from spo.forward.packing import enable_packing
+from spo.forward.probe import enable_packing
 from spo.forward.speed import Speed
 from spo.losses import DPOLoss
 from spo.models import CachedReference, FrozenReference, PrecomputedReference
@@ -37,6 +36,7 @@ from tests.helpers import (
     PAD,
     PLAIN,
     Spied,
+    completion_logps,
     make_data,
     make_module,
     make_trainer,

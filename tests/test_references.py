@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spo.callbacks import Checkpoint
 from spo.data.collate import collate
-from spo.forward.head import completion_logps
 from spo.losses import DPOLoss
 from spo.models import (
     AdapterOffReference,
@@ -28,6 +27,7 @@ from spo.records.digests import model_digest
 from tests.helpers import (
     PAD,
     Spied,
+    completion_logps,
     make_data,
     make_module,
     make_trainer,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spo.config.checks import problems
 from spo.config.compose import compose
 from spo.data.collate import collate
-from spo.forward.head import completion_logits, completion_logps
+from spo.forward.head import completion_logits
 from spo.models import FrozenReference
 from spo.objective import Divergence, Run, Term
 from spo.ops import KL_ESTIMATORS
@@ -31,6 +31,7 @@ from spo.types import Sequences, Window
 from tests.helpers import (
     PAD,
     Spied,
+    completion_logps,
     every_completion,
     frozen,
     make_data,

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForCondit
 
 from benchmarks import sampling as benchmark
 from spo.batching import even_parts_by_length
-from spo.forward.head import completion_logps
+from spo.logs import log_once
 from spo.models import tabular
 from spo.sampling import SampleBuffer, derive_seed, generate, sample, static
 from spo.sampling.draw import next_tokens
@@ -30,6 +30,7 @@ from tests.helpers import (
     EOS,
     PAD,
     VOCAB,
+    completion_logps,
     every_completion,
     model_spec,
     save_model,
@@ -58,7 +59,7 @@ def completions(drawn: Sequences) -> list[list[int]]:
     return drawn.completions()
 
 
-def test_the_same_seed_gives_the_same_samples_and_leaves_the_global_state_alone() -> None:
+def test_sample_depends_on_its_seed_and_not_on_global_state() -> None:
     model = tiny_llama(scale=0.2)
     state = torch.get_rng_state()
     first = draw(model)
@@ -71,7 +72,7 @@ def test_the_same_seed_gives_the_same_samples_and_leaves_the_global_state_alone(
 @pytest.mark.parametrize(
     ("sampler", "dtype"), [("static", torch.float32), ("static", torch.float64), ("generate", torch.float32)]
 )
-def test_a_row_draws_the_same_whatever_stands_beside_it(sampler: str, dtype: torch.dtype) -> None:
+def test_sample_does_not_depend_on_other_rows(sampler: str, dtype: torch.dtype) -> None:
     model = tiny_llama(scale=0.3, dtype=dtype)
     prompts = [[BOS, *range(3, 3 + i % 7)] for i in range(96)]
     seeds = [derive_seed("row", i) for i in range(96)]
@@ -94,7 +95,7 @@ def test_a_row_draws_the_same_whatever_stands_beside_it(sampler: str, dtype: tor
     assert len(set(map(tuple, completions(draw(model, [[BOS]] * 50, seeds=[3] * 50))))) == 1
 
 
-def test_prompts_are_kept_and_padding_is_on_the_right() -> None:
+def test_samples_start_with_prompts_and_pad_right() -> None:
     drawn = draw(tiny_llama(scale=0.2))
     for prompt, ids, start, end in zip(PROMPTS, drawn.input_ids, drawn.prompt_length, drawn.length, strict=True):
         assert ids[:start].tolist() == prompt
@@ -103,7 +104,7 @@ def test_prompts_are_kept_and_padding_is_on_the_right() -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_training_mode_is_restored_module_by_module_and_dropout_is_off(sampler: str) -> None:
+def test_sampling_without_dropout_restores_module_modes(sampler: str) -> None:
     model = tiny_llama(scale=0.2, dtype=torch.float32, attention_dropout=0.9, _attn_implementation="eager")
     reference = completions(draw(model, sampler=sampler))
     model.train()
@@ -114,7 +115,7 @@ def test_training_mode_is_restored_module_by_module_and_dropout_is_off(sampler: 
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_mode_is_restored_after_an_error(sampler: str) -> None:
+def test_sampling_restores_modes_after_an_error(sampler: str) -> None:
     model = tiny_llama().train()
     with pytest.raises(IndexError):
         draw(model, [[VOCAB + 3]], sampler=sampler)
@@ -135,7 +136,7 @@ class Scripted(nn.Module):
 
 
 @pytest.mark.parametrize(("bos", "eos", "pad"), [(1, 2, 0), (1, 2, 2), (4, 4, 4)])
-def test_the_first_generated_eos_ends_a_completion_whatever_the_prompt_holds(bos: int, eos: int, pad: int) -> None:
+def test_first_generated_eos_ends_a_completion(bos: int, eos: int, pad: int) -> None:
     model = Scripted([7, 8, eos, pad, pad], [eos, pad, pad, pad, pad], [7, 8, 9, 7, 8], [7, 8, 9, 7, eos])
     prompts = [[bos], [bos, 5], [bos, eos], [bos, eos, eos, 5]]
     drawn = draw(model, prompts, max_new_tokens=5, eos_token_id=eos, pad_token_id=pad)
@@ -147,7 +148,7 @@ def test_the_first_generated_eos_ends_a_completion_whatever_the_prompt_holds(bos
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_bos_eos_and_pad_of_one_id_through_a_real_model(sampler: str) -> None:
+def test_sampling_with_one_id_for_bos_eos_and_pad(sampler: str) -> None:
     model = tiny_llama(scale=0.2, bos_token_id=4, eos_token_id=4, pad_token_id=4)
     ids = {"eos_token_id": 4, "pad_token_id": 4}
     drawn = draw(model, [[4, 4, 5], [4], [4, 6]] * 20, max_new_tokens=40, sampler=sampler, **ids)
@@ -161,7 +162,7 @@ def test_bos_eos_and_pad_of_one_id_through_a_real_model(sampler: str) -> None:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("positions", ["rotary", "absolute"])
-def test_greedy_equals_the_argmax_of_the_plain_model_and_hf_generate(positions: str, sampler: str) -> None:
+def test_greedy_equals_argmax_and_hf_generate(positions: str, sampler: str) -> None:
     if positions == "rotary":
         model = tiny_llama(2)
     else:
@@ -200,7 +201,7 @@ def test_samples_follow_the_exact_distribution(sampler: str) -> None:
     assert 35 < statistic < 100  # 63 degrees of freedom: 0.2% and 99.8%
 
 
-def test_temperature_sharpens() -> None:
+def test_lower_temperature_gives_fewer_distinct_samples() -> None:
     model = tiny_llama(scale=0.3)
     prompts = [[BOS]] * 200
 
@@ -233,7 +234,7 @@ MEDDLING: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("key", [*MEDDLING, "all"])
-def test_the_folder_s_generation_config_has_no_effect(key: str, tmp_path: Path) -> None:
+def test_generation_config_of_the_folder_is_ignored(key: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", scale=0.2)
     plain = model_spec().base(folder)
     expected = completions(draw(plain, PROMPTS * 3, sampler="generate"))
@@ -245,7 +246,7 @@ def test_the_folder_s_generation_config_has_no_effect(key: str, tmp_path: Path) 
     assert meddled.generation_config.to_dict() == held  # type: ignore[union-attr]
 
 
-def test_seeds_differ_by_any_part() -> None:
+def test_derived_seed_depends_on_every_part() -> None:
     seeds = {derive_seed("probe", 0, 0), derive_seed("probe", 0, 1), derive_seed("probe", 1, 0), derive_seed("x", 0, 0)}
     assert len(seeds) == 4 and derive_seed("probe", 0, 0) in seeds
     assert derive_seed("stage", 3) == 244320886372465  # a cache or a rerun relies on it never changing
@@ -289,10 +290,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "bloom": ({"dtype": torch.float32}, "it takes no positions, which padding would shift"),
-    "mamba": ({"state_size": 4}, "it keeps a state in place of keys and values"),
+    "bloom": ({"dtype": torch.float32}, "it does not take position ids"),
+    "mamba": ({"state_size": 4}, "it has a state instead of keys and values"),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "its layers hold more than keys and values"),
-    "phi3": ({}, r"it has a way of its own to generate \(prepare_inputs_for_generation\)"),
+    "phi3": ({}, r"it overrides methods of generation \(prepare_inputs_for_generation\)"),
 }
 
 
@@ -340,7 +341,7 @@ def test_static_equals_generate_in_lower_precision(dtype: torch.dtype) -> None:
     assert same == 40 if dtype == torch.float32 else same >= 32
 
 
-def test_static_samples_through_an_adapter() -> None:
+def test_static_sampler_with_an_adapter() -> None:
     from peft import LoraConfig, get_peft_model
 
     plain = tiny("llama")
@@ -370,7 +371,7 @@ class Counted:
         self.shapes.append(tuple(kwargs["input_ids"].shape))
 
 
-def test_finished_rows_leave_the_batch_and_the_last_ends_it() -> None:
+def test_finished_rows_leave_the_batch() -> None:
     model = tiny("llama")
     counted = Counted(model)
     drawn = draw(model, ragged(30), max_new_tokens=40)
@@ -382,7 +383,7 @@ def test_finished_rows_leave_the_batch_and_the_last_ends_it() -> None:
     assert counted.shapes == expected
 
 
-def test_all_finish_at_once() -> None:
+def test_loop_ends_when_all_rows_finish_at_once() -> None:
     model = tiny("llama")
     counted = Counted(model)
     token = both(model, [[BOS]], max_new_tokens=1, temperature=0.0)[0][0]
@@ -392,12 +393,12 @@ def test_all_finish_at_once() -> None:
     assert counted.shapes == [(4, 1)]
 
 
-def test_what_is_forwarded_together_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_do_not_depend_on_the_batch_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = tiny("llama"), ragged(40)
     whole = both(model, prompts, max_new_tokens=20)
     counted = Counted(model)
     for most in (40 * 32 - 1, 400, 100, 1):
-        monkeypatch.setattr(generate, "MOST_TOKENS", most)
+        monkeypatch.setattr(generate, "MAX_BATCH_TOKENS", most)
         counted.shapes.clear()
         assert both(model, prompts, max_new_tokens=20) == whole
         prefills = [shape for shape in counted.shapes if shape[1] > 1]
@@ -406,11 +407,11 @@ def test_what_is_forwarded_together_changes_nothing(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "falcon", "gemma2"])
-def test_prompts_are_forwarded_a_few_at_a_time(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_forwarded_within_the_prefill_limit(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = tiny(architecture, **ARCHITECTURES[architecture]), ragged(24)
     whole = both(model, prompts, max_new_tokens=20)
     counted = Counted(model)
-    monkeypatch.setattr(static, "PREFILL_TOKENS", 30)
+    monkeypatch.setattr(static, "MAX_PREFILL_TOKENS", 30)
     assert completions(draw(model, prompts, max_new_tokens=20)) == whole
     lengths, first, parts = sorted(map(len, prompts)), 0, 0
     while first < 24:
@@ -427,12 +428,10 @@ def test_prompts_are_batched_evenly_by_length() -> None:
 
 
 @pytest.mark.parametrize("architecture", OTHERS)
-def test_what_the_loop_cannot_do_goes_to_generate_and_says_why(
-    architecture: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unsupported_model_uses_generate_and_logs_why(architecture: str, caplog: pytest.LogCaptureFixture) -> None:
     changes, why = OTHERS[architecture]
     model = tiny(architecture, **changes)
-    generate._say.cache_clear()
+    log_once.cache_clear()
     with caplog.at_level("INFO", logger="spo.sampling.generate"):
         ours, theirs = (completions(draw(model, ragged(8), sampler=sampler)) for sampler in SAMPLERS)
         draw(model)
@@ -441,7 +440,7 @@ def test_what_the_loop_cannot_do_goes_to_generate_and_says_why(
     assert re.match(rf"{type(model).__name__}: sampled by Hugging Face's generate, .*: {why}", said)
 
 
-def test_other_reasons_for_generate() -> None:
+def test_unsupported_model_reasons() -> None:
     from peft import PromptTuningConfig, get_peft_model
 
     assert "not a model of transformers" in str(static.unsupported(Scripted()))
@@ -453,11 +452,11 @@ def test_other_reasons_for_generate() -> None:
     assert "has an encoder" in str(static.unsupported(encoder))
 
 
-def test_a_sharded_model_takes_the_steps_of_all_ranks_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharded_model_is_sampled_in_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks have as many prompts, but not as long: what is forwarded does not follow from their lengths."""
     model = tiny("llama")
     expected = both(model, ragged(9), max_new_tokens=8)
-    monkeypatch.setattr(generate, "MOST_TOKENS", 40)
+    monkeypatch.setattr(generate, "MAX_BATCH_TOKENS", 40)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
@@ -469,7 +468,7 @@ def test_a_sharded_model_takes_the_steps_of_all_ranks_together(tmp_path: Path, m
         torch.distributed.destroy_process_group()
 
 
-def test_the_memory_of_the_cache_is_taken_once_and_written_in_place() -> None:
+def test_cache_is_allocated_once_and_written_in_place() -> None:
     layer = static.PreallocatedLayer(3, 10, padded=True)
     new = torch.randn(3, 2, 10, 4)
     keys, values = layer.update(new[:, :, :6], 2 * new[:, :, :6])
@@ -485,7 +484,7 @@ def test_the_memory_of_the_cache_is_taken_once_and_written_in_place() -> None:
     assert layer.get_max_length() == 10
 
 
-def test_a_token_s_share_of_the_numbers_is_its_probability() -> None:
+def test_next_tokens_invert_the_cumulative_distribution() -> None:
     logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0)) * 2
     for temperature in (0.7, 1.0):
         probability = (logits.double() / temperature).softmax(-1)[0]
@@ -499,7 +498,7 @@ def test_a_token_s_share_of_the_numbers_is_its_probability() -> None:
     assert next_tokens(logits, torch.tensor([0.3]), 0.0).tolist() == [int(logits.argmax())]
 
 
-def test_the_benchmark_through_its_command(
+def test_sampling_benchmark_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "found.json"
@@ -530,7 +529,7 @@ def buffer(**changes: Any) -> SampleBuffer:
     return SampleBuffer([[BOS, i] for i in range(3, 13)], **settings | changes)
 
 
-def test_buffer_is_stale_before_the_first_and_every_few_steps() -> None:
+def test_buffer_is_stale_at_first_and_every_few_steps() -> None:
     held, model = buffer(), tiny_llama(scale=0.2)
     refreshed = []
     for step in range(8):
@@ -551,7 +550,7 @@ def test_buffer_draws_distinct_prompts_and_walks_through_its_rows() -> None:
     assert served == [prompts[:2], prompts[2:], prompts[:2]]
 
 
-def test_buffer_larger_than_the_prompts_uses_them_again() -> None:
+def test_buffer_repeats_prompts_if_it_needs_more() -> None:
     held = buffer(num_samples=25)
     held.refresh(tiny_llama(scale=0.2), 0)
     assert held.samples is not None
@@ -573,7 +572,7 @@ def test_buffer_depends_on_seed_step_and_rank_alone() -> None:
     assert len(rows(world_size=2)) == 2
 
 
-def test_empty_buffer_cannot_serve() -> None:
+def test_empty_buffer_raises_an_error() -> None:
     with pytest.raises(RuntimeError, match="refresh"):
         buffer().rows(0)
 
@@ -593,7 +592,7 @@ def test_buffer_state_round_trip() -> None:
     assert empty.is_stale(0)
 
 
-def test_samples_score_as_any_other_sequences() -> None:
+def test_samples_have_the_log_probs_of_their_tokens() -> None:
     model = tiny_llama(scale=0.2)
     drawn = draw(model)
     again = sequences(list(zip(PROMPTS, completions(drawn), strict=True)))

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from spo.config.plan import plan
 from spo.data.enumerable import language_tokenizer
 from spo.errors import ConfigProblems
-from spo.forward.head import completion_logits, completion_logps
+from spo.forward.head import completion_logits
 from spo.models import TabularForCausalLM
 from spo.models.tabular import build, num_prefixes
 from spo.models.tiny import build as build_small_llama
 from spo.sampling import sample
 from spo.types import Sequences
-from tests.helpers import sequences
+from tests.helpers import completion_logps, sequences
 
 SYMBOLS, NEW = 3, 3
 PROMPT = (0, 2)
@@ -54,9 +54,7 @@ def small_llama(tokenizer: PreTrainedTokenizerFast | None, **changes: int) -> tu
     return build_small_llama(tokenizer, **sizes, tie_word_embeddings=True, initializer_range=0.3, seed=0)
 
 
-def test_probabilities_of_all_responses_add_up_to_one(
-    model: TabularForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_response_probabilities_sum_to_one(model: TabularForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     llama, _ = small_llama(tokenizer)
     with torch.no_grad():
         exact, rounded = (completion_logps(policy, every_response()) for policy in (model, llama.eval()))
@@ -64,7 +62,7 @@ def test_probabilities_of_all_responses_add_up_to_one(
     assert rounded.dtype == torch.float32 and abs(float(rounded.double().exp().sum()) - 1) < 1e-6
 
 
-def test_logps_are_the_logits_of_the_prefixes(model: TabularForCausalLM) -> None:
+def test_log_probs_follow_from_the_table_rows(model: TabularForCausalLM) -> None:
     """Rows are counted here by walking through all prefixes, shortest first."""
     tokens = SYMBOLS + 1
     prefixes = [p for n in range(len(PROMPT) + NEW + 1) for p in itertools.product(range(tokens), repeat=n)]
@@ -77,7 +75,7 @@ def test_logps_are_the_logits_of_the_prefixes(model: TabularForCausalLM) -> None
         assert found == pytest.approx(float(sum(conditionals)), abs=1e-12)
 
 
-def test_samples_have_the_enumerated_frequencies(model: TabularForCausalLM) -> None:
+def test_sample_frequencies_match_enumeration(model: TabularForCausalLM) -> None:
     number = 20_000
     settings = dict(max_new_tokens=NEW, temperature=1.0, eos_token_id=0, pad_token_id=0, sampler="static")
     drawn = sample(model, [PROMPT] * number, **settings, seeds=range(number))  # type: ignore[arg-type]
@@ -91,7 +89,7 @@ def test_samples_have_the_enumerated_frequencies(model: TabularForCausalLM) -> N
     assert abs(chi_square - freedom) < 4 * math.sqrt(2 * freedom)
 
 
-def test_padding_on_either_side_changes_nothing(model: TabularForCausalLM) -> None:
+def test_table_ignores_padding_on_either_side(model: TabularForCausalLM) -> None:
     ids = torch.tensor([[0, 2, 1], [0, 3, 3]])
     plain = model(ids).logits
     wrong, none = torch.full((2, 2), 3), torch.zeros(2, 2, dtype=torch.long)
@@ -106,7 +104,7 @@ def test_padding_on_either_side_changes_nothing(model: TabularForCausalLM) -> No
     assert beside.input_ids[0, : alone.length[0]].tolist() == alone.input_ids[0].tolist()
 
 
-def test_the_gradient_reaches_exactly_the_prefixes_that_were_visited(model: TabularForCausalLM) -> None:
+def test_gradient_reaches_visited_prefixes_only(model: TabularForCausalLM) -> None:
     completion_logps(model, sequences([(PROMPT, (1, 0)), (PROMPT, (1, 3, 2))], extra=1, pad=3)).sum().backward()
     tokens = SYMBOLS + 1
 
@@ -118,14 +116,14 @@ def test_the_gradient_reaches_exactly_the_prefixes_that_were_visited(model: Tabu
     assert reached == sorted([row(*PROMPT), row(*PROMPT, 1), row(*PROMPT, 1, 3)])
 
 
-def test_the_head_sees_only_what_is_asked_for(model: TabularForCausalLM) -> None:
+def test_table_returns_completion_logits_only(model: TabularForCausalLM) -> None:
     logits = completion_logits(model, sequences([(PROMPT, (1, 0)), (PROMPT, (3, 3, 2))], pad=0))
     assert logits.shape == (5, SYMBOLS + 1)
     whole = model(torch.tensor([[*PROMPT, 3, 3]])).logits[0, 1:]
     assert torch.equal(logits[2:], whole)
 
 
-def test_save_and_load(model: TabularForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_table_save_and_load(model: TabularForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
@@ -137,7 +135,7 @@ def test_save_and_load(model: TabularForCausalLM, tokenizer: PreTrainedTokenizer
     assert again("abc")["input_ids"] == [1, 2, 3] and again.eos_token_id == again.bos_token_id == 0
 
 
-def test_it_is_seeded_and_has_its_scale(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_table_follows_seed_and_scale(tokenizer: PreTrainedTokenizerFast) -> None:
     before = torch.get_rng_state()
     one, same, other, wide = (
         build(tokenizer, 5, s, seed)[0].table.weight for s, seed in [(1, 0), (1, 0), (1, 1), (3, 0)]
@@ -147,7 +145,9 @@ def test_it_is_seeded_and_has_its_scale(tokenizer: PreTrainedTokenizerFast) -> N
     assert float(one.std()) == pytest.approx(1, rel=0.05) and float(wide.std()) == pytest.approx(3, rel=0.05)
 
 
-def test_what_does_not_fit_is_refused_in_words(model: TabularForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_table_rejects_long_prefixes_and_large_sizes(
+    model: TabularForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
     with pytest.raises(ValueError, match="a prefix of 6 tokens: this table holds prefixes of up to 5"):
         model(torch.zeros(2, 6, dtype=torch.long))
     with pytest.raises(ValueError, match="4 tokens and prefixes of up to 12 make a table of more than 50,000,000"):
@@ -164,13 +164,13 @@ def test_what_does_not_fit_is_refused_in_words(model: TabularForCausalLM, tokeni
         ),
     ],
 )
-def test_the_command_refuses_it_before_anything_is_loaded(overrides: list[str], problem: str) -> None:
+def test_config_with_an_impossible_table_is_an_error(overrides: list[str], problem: str) -> None:
     with pytest.raises(ConfigProblems) as caught:
         plan(["model=tabular", "data.source.num_pairs=9" if overrides else "seed=0", *overrides])
     assert str(caught.value).startswith("the configuration has a problem:") and problem in str(caught.value)
 
 
-def test_the_small_llama_takes_the_tokenizer_of_the_data(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_tiny_llama_uses_the_tokenizer_of_the_data(tokenizer: PreTrainedTokenizerFast) -> None:
     llama, own = small_llama(tokenizer)
     assert own is tokenizer and llama.config.vocab_size == 4 and llama.config.eos_token_id == 0
     _, trained = small_llama(None)

@@ -78,7 +78,7 @@ class TalliedModel(nn.Module):
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_losses_and_gradients_agree_on_the_same_log_probs(loss_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_loss_and_gradient_equal_trl_on_given_log_probs(loss_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
     pair, [policy], [reference], mask = given_pairs(dtype)
     tokenizer = build("adds_bos")
     vocabulary = {"vocab_size": len(tokenizer), "dtype": torch.float32}
@@ -150,7 +150,7 @@ def source_of(kind: str, path: Path) -> Any:
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("kind", ["alpaca", "hh"])
-def test_parity_on_real_pairs(kind: str, loss_type: str, tmp_path: Path) -> None:
+def test_trl_parity_on_real_pairs(kind: str, loss_type: str, tmp_path: Path) -> None:
     if not DATA.is_dir():
         pytest.skip("no SPO_DATA_DIR")
     spec = model_spec(attn_implementation="sdpa")
@@ -167,7 +167,7 @@ def test_parity_on_real_pairs(kind: str, loss_type: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("kind", ["alpaca", "hh"])
-def test_parity_on_generated_pairs(kind: str, loss_type: str, tmp_path: Path) -> None:
+def test_trl_parity_on_generated_pairs(kind: str, loss_type: str, tmp_path: Path) -> None:
     tokenizer = build("adds_bos")
     write = write_hh_like if kind == "hh" else write_alpaca_like
     pairs = some_pairs(source_of(kind, write(tmp_path / "pairs.jsonl.gz", 60, seed=0)), tokenizer, 512)

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.utilisation import Work, forward_flops, matmul_rate
-from spo.types import Group
+from spo.forward.packing import Group
 
 CONFIG = LlamaConfig(
     vocab_size=10,

@@ -12,12 +12,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spo.data import TokenizedPair
-from spo.forward.packing import MAX_MASKED_TOKENS, _calls
+from spo.forward.attention import MAX_MASKED_TOKENS, kernel_calls
+from spo.forward.packing import Group, Groups
 from spo.forward.speed import Speed
 from spo.losses import DPOLoss, PreferenceLoss, SPOLoss
 from spo.models import FrozenReference
 from spo.regularizers import GlobalKL, NoRegularizer, Regularizer
-from spo.types import Group, Groups
 from spo.watch import ProbeSettings
 from tests.helpers import BOS, EOS, FAST, PLAIN, VOCAB, Spied, make_data, make_module, make_trainer, tiny_llama
 
@@ -162,9 +162,9 @@ def test_logits_in_memory_are_bounded(max_logits: int | None, tmp_path: Path) ->
 
 def attended(*groups: Group) -> int:
     """Pairs of a query and a key that the attention kernels are given for a row of these groups."""
-    calls = list(_calls(Groups(groups), torch.device("cpu")))
+    calls = list(kernel_calls(Groups(groups), torch.device("cpu")))
     assert sum(call.length for call in calls) == sum(group.length for group in groups)
-    return sum(call.length * sum(calls[i].length for i in call.sees) for call in calls)
+    return sum(call.length * sum(calls[i].length for i in call.attends_to) for call in calls)
 
 
 @pytest.mark.parametrize("completions", [(300, 200), (40, 30), (300,) * 9, (20,) * 9])

@@ -19,10 +19,10 @@ from spo.evaluation import EvaluationSettings
 from spo.evaluation.assess import Evaluation, assess
 from spo.evaluation.completions import Draws, draw
 from spo.evaluation.judges import Judge
+from spo.forward.modes import eval_mode
 from spo.forward.speed import Speed
 from spo.module import AlignmentModule
 from spo.records.files import read_jsonl, write_jsonl
-from spo.sampling import eval_mode
 
 log = logging.getLogger(__name__)
 LOGGED = ("win_rate", "win_rate_ci_low", "win_rate_ci_high", "reward")

@@ -32,10 +32,8 @@ def unused_coefficients(cfg: DictConfig) -> list[str]:
 def _unused(nodes: str) -> tuple[str, ...]:
     from hydra.utils import instantiate
 
-    from spo.losses import as_loss
-
     parts: Mapping[str, Any] = json.loads(nodes)
-    loss = as_loss(instantiate(parts["loss"], _convert_="all"))
+    loss = instantiate(parts["loss"], _convert_="all")
     regularizer = instantiate(parts["regularizer"], _convert_="all")
     reads = (loss.uses_alpha, loss.uses_beta or regularizer.follows_beta)
     return tuple(name for name, is_read in zip(COEFFICIENTS, reads, strict=True) if not is_read)

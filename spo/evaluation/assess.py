@@ -16,8 +16,9 @@ from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
 from spo.evaluation.judges import Judge, JudgedPair
 from spo.evaluation.settings import REFERENCE, EvaluationSettings
 from spo.evaluation.winrate import verdict_of_rewards, win_rates
+from spo.forward.modes import eval_mode
 from spo.forward.speed import Speed
-from spo.sampling import derive_seed, eval_mode
+from spo.seeds import derive_seed
 from spo.stats import Bootstrap, Resamples
 
 Kept = Callable[[str, Callable[[], Draws]], Draws]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from spo.errors import UserError
 from spo.exact.world import World
 from spo.losses import Loss
 
@@ -68,9 +69,10 @@ class Objective:
         stated = self.loss.optimum(self.world.rewards, self.reference, self.alpha, self.beta, **known)
         if stated is None:
             return None
-        # Log-probabilities are never positive, probabilities never negative: a loss may state either.
         stated = stated.double()
-        return (stated.log() if (stated >= 0).all() else stated).log_softmax(-1)
+        if not (stated.logsumexp(-1).abs() < 1e-4).all():
+            raise UserError(f"{type(self.loss).__name__}.optimum must return normalized log-probabilities")
+        return stated.log_softmax(-1)
 
     def is_determined(self) -> bool:
         """Return whether the objective has a single minimum: rows or a KL compare any two responses to a prompt."""

@@ -13,9 +13,9 @@ from spo.data import Renderer, Row, TokenizedPair
 from spo.data.collate import collate
 from spo.data.enumerable import Language
 from spo.forward.head import completion_logits
+from spo.forward.modes import eval_mode
 from spo.losses import Loss
 from spo.ops import completion_targets, sum_per_sequence, token_logps
-from spo.sampling import eval_mode
 from spo.types import ListLogps, PairLogps, Sequences
 
 MAX_SEQUENCES_PER_FORWARD = 4096

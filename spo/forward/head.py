@@ -10,28 +10,33 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from spo.ops.logps import DeferredLogits, Logits, completion_targets, sum_per_sequence, token_logps
+from spo.ops.logps import DeferredLogits, Logits
 from spo.types import Sequences
 
-NO_MASK = (1, 1, 1, 1)
-"""Shape of the mask that packed rows are given, which says nothing: what is visible follows from their groups."""
+NO_MASK_SHAPE = (1, 1, 1, 1)
+"""Shape of the mask passed with packed rows. It masks nothing: which tokens are visible follows from the groups."""
+
+
+# These take `Any` where they read attributes, because nn.Module types every undeclared attribute as a tensor or module.
+def base_model(model: Any) -> Any:
+    """Return the Hugging Face model inside an adapter, or the model itself if it does not have one."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def _head(model: Any) -> Any:
-    # The parameter is Any because nn.Module types every attribute that it does not declare as a tensor or a module.
     return model.get_output_embeddings()
 
 
 @contextmanager
-def _head_is_given(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Lets the language-model head run on other hidden states than those that reach it.
+def _head_input(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Change the hidden states that the language-model head runs on.
 
     The model's own forward stays in charge, so soft-capping, scaling and biases apply as the architecture defines
     them.
 
     Args:
-        model: a Hugging Face causal language model.
-        change: from the ``(N, T, H)`` that reach the head to the ``(1, m, H)`` that it is given.
+        model: Hugging Face causal language model.
+        change: Function from the ``(N, T, H)`` hidden states that reach the head to the ``(1, m, H)`` that it gets.
     """
 
     def changed(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -46,34 +51,32 @@ def _head_is_given(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iter
 
 
 class _Output(tuple[Tensor]):
-    """What a backbone returns, reduced to its hidden states, for a caller that indexes it or names its fields."""
+    """The output of a backbone with hidden states alone: callers may index it or read any field, which is ``None``."""
 
     @property
     def last_hidden_state(self) -> Tensor:
+        """Return the hidden states, ``(N, T, H)``."""
         return self[0]
 
     def __getattr__(self, name: str) -> None:
+        # Special methods have to stay absent, or `copy` and the like would call None.
         if name.startswith("__"):
             raise AttributeError(name)
 
 
-def base_model(model: nn.Module) -> Any:
-    """The Hugging Face model that an adapter is part of, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-
-
 @contextmanager
 def _without_backbone(model: nn.Module, states: Tensor) -> Iterator[None]:
-    """The part below the head returns ``states`` at no cost.
+    """Make the part of the model below the head return ``states`` at no cost.
 
-    Where an architecture calls another part than the one it names as its base, that part runs as it is: the head
-    ignores what it computes.
+    Some architectures call another part than the one that they name as their base. That part runs as it is, and the
+    head ignores what it computes.
     """
     causal = base_model(model)
     backbone = causal.base_model
     if backbone is causal:
         yield
         return
+    # An instance may have a `forward` of its own already, as hooks of other libraries set one.
     own = vars(backbone).get("forward")
     backbone.forward = lambda *_, **__: _Output((states,))
     try:
@@ -85,62 +88,77 @@ def _without_backbone(model: nn.Module, states: Tensor) -> Iterator[None]:
 
 
 def head_logits(model: nn.Module, states: Tensor) -> Tensor:
-    """``(m, V)`` logits from ``(m, H)`` hidden states, by the head and whatever the model does after it."""
+    """Compute logits from hidden states, by the head and whatever the model does after it.
+
+    Args:
+        model: Hugging Face causal language model.
+        states: ``(m, H)`` hidden states.
+
+    Returns:
+        ``(m, V)``.
+    """
     states = states.unsqueeze(0)
     token = torch.zeros((1, 1), dtype=torch.long, device=states.device)
-    with _head_is_given(model, lambda _: states), _without_backbone(model, states):
+    with _head_input(model, lambda _: states), _without_backbone(model, states):
         return model(input_ids=token, use_cache=False).logits.squeeze(0)
 
 
 def _forward(model: nn.Module, sequences: Sequences) -> Tensor:
-    """Logits of a whole forward pass, packed where the sequences are."""
+    """Return the logits of a forward pass over the packed row, if there is one, or over the padded batch."""
     packed = sequences.packed
     if packed is None:
         mask = sequences.attention_mask.long()
         return model(input_ids=sequences.input_ids, attention_mask=mask, use_cache=False).logits
-    if not getattr(model, "takes_packed_rows", False):  # it would let the sequences see each other
-        raise RuntimeError(f"{type(model).__name__} was not made ready for packed rows: see spo.forward.packing")
+    if not getattr(model, "takes_packed_rows", False):  # Its sequences would see each other.
+        raise RuntimeError(f"{type(model).__name__} cannot take packed rows: call spo.forward.probe.enable_packing")
     return model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
-        # Four dimensions: transformers makes no mask of its own, and the packed attention reads the groups instead.
-        attention_mask=torch.ones(NO_MASK, dtype=torch.bool, device=packed.input_ids.device),
+        # A mask of four dimensions keeps transformers from making one; the packed attention reads the groups instead.
+        attention_mask=torch.ones(NO_MASK_SHAPE, dtype=torch.bool, device=packed.input_ids.device),
         packed_groups=packed.groups,
         use_cache=False,
     ).logits
 
 
 def _predictors(sequences: Sequences) -> Tensor:
+    """Return the ``(M,)`` positions, in the flattened input, whose outputs predict the completion tokens."""
     if sequences.packed is not None:
         return sequences.packed.predictors
     return sequences.completion_index - 1
 
 
 def completion_states(model: nn.Module, sequences: Sequences) -> Tensor:
-    """``(M, H)`` hidden states, as the head is given them, from which the completion tokens are predicted."""
+    """Return ``(M, H)``: the head's input from which the completion tokens are predicted."""
     found: list[Tensor] = []
 
     def keep(hidden: Tensor) -> Tensor:
         found.append(hidden.flatten(0, 1).index_select(0, _predictors(sequences)))
-        return hidden[:1, :0]  # no row is left for the head
+        return hidden[:1, :0]  # Zero rows, so that the head costs nothing.
 
-    with _head_is_given(model, keep):
+    with _head_input(model, keep):
         _forward(model, sequences)
     return found[0]
 
 
 def can_defer(model: nn.Module) -> bool:
-    """Whether logits can be made from hidden states later on: the head is a matrix, and no adapter changes it.
+    """Return whether logits can be computed later from hidden states, as from a head that is a plain matrix.
 
-    With an adapter on the head, whose module is then another one, logits follow from the adapter's state as well.
+    With an adapter on the head, logits follow from the adapter's state too, which may have changed by then.
     """
     return isinstance(_head(model), nn.Linear)
 
 
 def deferred_logits(model: nn.Module, states: Tensor, max_logits: int | None) -> DeferredLogits:
-    """Logits that ``model``'s head makes from ``(M, H)`` states, at most ``max_logits`` of them at one time."""
-    vocabulary = _head(model).weight.shape[0]
-    rows = len(states) if max_logits is None else max_logits // vocabulary
+    """Return logits that the model's head computes on demand.
+
+    Args:
+        model: Model for which :func:`can_defer` is true.
+        states: ``(M, H)`` hidden states.
+        max_logits: Largest number of logits that exist at a time; ``None`` for no limit.
+    """
+    vocab_size = _head(model).weight.shape[0]
+    rows = len(states) if max_logits is None else max_logits // vocab_size
     return DeferredLogits(states, partial(head_logits, model), max(rows, 1))
 
 
@@ -159,33 +177,24 @@ def completion_logits(
 def completion_logits(
     model: nn.Module, sequences: Sequences, *, completion_only: bool = True, max_logits: int | None = None
 ) -> Logits:
-    """Next-token logits that predict the completion tokens.
+    """Compute the next-token logits that predict the completion tokens.
 
     Args:
-        model: a Hugging Face causal language model.
-        sequences: ``N`` sequences with ``M`` completion tokens in all.
-        completion_only: whether the head runs for these tokens alone, instead of for prompt and padding too.
-        max_logits: most logits to exist at one time (of the head's own output; needs ``completion_only``); ``None`` for
-            no limit.
+        model: Hugging Face causal language model.
+        sequences: ``N`` sequences with ``M`` completion tokens in total.
+        completion_only: Run the head for these tokens alone, instead of for prompt and padding too.
+        max_logits: Largest number of the head's logits that exist at a time; ``None`` for no limit. It needs
+            ``completion_only``.
 
     Returns:
-        ``(M, V)`` in the model's dtype, sequence after sequence; deferred where they are more than ``max_logits``.
+        ``(M, V)`` in the model's dtype, sequence after sequence; deferred if they are more than ``max_logits``.
     """
-    if not completion_only:
-        return _forward(model, sequences).flatten(0, 1).index_select(0, _predictors(sequences))
     rows = _predictors(sequences)
+    if not completion_only:
+        return _forward(model, sequences).flatten(0, 1).index_select(0, rows)
     if max_logits is not None and can_defer(model):
-        vocabulary = _head(model).weight.shape[0]
-        if len(rows) * vocabulary > max_logits:
+        vocab_size = _head(model).weight.shape[0]
+        if len(rows) * vocab_size > max_logits:
             return deferred_logits(model, completion_states(model, sequences), max_logits)
-    with _head_is_given(model, lambda hidden: hidden.flatten(0, 1).index_select(0, rows).unsqueeze(0)):
+    with _head_input(model, lambda hidden: hidden.flatten(0, 1).index_select(0, rows).unsqueeze(0)):
         return _forward(model, sequences).squeeze(0)
-
-
-def completion_logps(model: nn.Module, sequences: Sequences, **how: Any) -> Tensor:
-    """``(N,)`` log pi(completion | prompt) in nats, summed over completion tokens (end-of-text included).
-
-    ``how`` are the options of :func:`completion_logits`.
-    """
-    logits = completion_logits(model, sequences, **how)
-    return sum_per_sequence(token_logps(logits, completion_targets(sequences)), sequences)

@@ -1,16 +1,17 @@
-"""How log-probabilities are computed: switches that change the time and the memory, and no number."""
+"""The speed settings: how log-probabilities are computed, which changes time and memory but not the numbers."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Literal
 
 from torch import Tensor, nn
 
 from spo.forward.head import can_defer, completion_logits
-from spo.forward.packing import enable_packing
+from spo.forward.packing import pack
+from spo.forward.probe import enable_packing
+from spo.logs import log_once
 from spo.ops import completion_targets, sum_per_sequence, token_logps
 from spo.ops.logps import Logits
 from spo.types import Sequences
@@ -23,14 +24,14 @@ class Speed:
     """The ``speed`` config group.
 
     Attributes:
-        packing: lay the sequences of a forward pass end to end, without padding, where the model takes them so.
-        share_prompts: compute a prompt once for all of its completions; needs ``packing``.
-        completion_only: run the language-model head for completion tokens alone.
-        max_logits: most logits that exist at one time; ``None`` for no limit.
-        sampler: ``"static"``, with a preallocated cache, or transformers' own ``"generate"``.
-        keep_reference: keep what the reference computed on the buffered samples until they are drawn anew.
-        compile: ``torch.compile`` each block of the policy.
-        probed: whether the models at hand were found to take packed rows: before that, nothing is packed.
+        packing: Lay the sequences of a forward pass end to end, without padding, if the model supports it.
+        share_prompts: Compute a prompt once for all of its completions; needs ``packing``.
+        completion_only: Run the language-model head for completion tokens alone.
+        max_logits: Largest number of logits that exist at a time; ``None`` for no limit.
+        sampler: ``"static"`` for the loop with a preallocated cache, ``"generate"`` for that of transformers.
+        keep_reference: Keep what the reference computed on the buffered samples until new samples are drawn.
+        compile: Compile each block of the policy with ``torch.compile``.
+        probed: Whether the models were probed for packed rows. Nothing is packed before that.
     """
 
     packing: bool
@@ -43,46 +44,47 @@ class Speed:
     probed: bool = False
 
     def resolve_for(self, *models: nn.Module) -> Speed:
-        """The same, ready to pack, or without packing, and a line that says so, where a model takes no packed rows."""
+        """Return the settings for these models: ready to pack, or without packing if a model does not support it.
+
+        A setting that cannot act is reported by a warning, once for each kind of model.
+        """
         limited = self.max_logits is not None and self.completion_only
         for model in models:
             if limited and hasattr(model, "peft_config") and not can_defer(model):
-                _say(f"{type(model).__name__}: speed.max_logits does not act, as an adapter changes the head")
+                _warn_once(model, "speed.max_logits does not act, because an adapter changes the head")
         if not self.packing:
             return self
         for model in models:
             if reason := enable_packing(model):
-                _say(f"{type(model).__name__}: batches are padded, not packed: {reason}")
+                _warn_once(model, f"batches are padded, not packed: {reason}")
                 return replace(self, packing=False)
         return replace(self, probed=True)
 
     @property
     def packs(self) -> bool:
-        """Whether sequences are packed from here on."""
+        """Return whether sequences are packed from now on."""
         return self.packing and self.probed
 
     def arrange(self, sequences: Sequences) -> Sequences:
-        """Sequences on the host, as they are best forwarded."""
-        return sequences.pack(self.share_prompts) if self.packs else sequences
+        """Return sequences that are on the host in the layout in which they are forwarded."""
+        return pack(sequences, share_prompts=self.share_prompts) if self.packs else sequences
 
     def logits(self, model: nn.Module, sequences: Sequences) -> Logits:
-        """``(M, V)`` see :func:`spo.forward.head.completion_logits`."""
+        """Return the ``(M, V)`` logits of :func:`spo.forward.head.completion_logits` under these settings."""
         return completion_logits(model, sequences, completion_only=self.completion_only, max_logits=self.max_logits)
 
     def logps(self, model: nn.Module, sequences: Sequences) -> Tensor:
-        """``(N,)`` summed log-probs of the completions, in nats."""
+        """Return the ``(N,)`` summed log-probs of the completions in nats."""
         tokens = token_logps(self.logits(model, sequences), completion_targets(sequences))
         return sum_per_sequence(tokens, sequences)
 
 
-@cache
-def _say(line: str) -> None:
-    """Once, however many stages of a run find it out."""
-    log.warning(line)
+def _warn_once(model: nn.Module, message: str) -> None:
+    log_once(log, logging.WARNING, f"{type(model).__name__}: {message}")
 
 
 def compile_blocks(policy: nn.Module) -> None:
-    """Compiles each block of a policy by itself: one compilation serves all blocks, and hooks around them still run."""
+    """Compile each block of a policy by itself, so that one compilation serves all blocks and hooks still run."""
     for blocks in [module for module in policy.modules() if isinstance(module, nn.ModuleList)]:
         for block in blocks:
             block.compile(dynamic=True)

@@ -1,11 +1,11 @@
-"""What every preference loss is: a pure function of summed log-probabilities, and a declaration of what it needs."""
+"""The base classes of losses: pure functions of summed log-probabilities that declare what they need."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
@@ -15,16 +15,19 @@ Logps = TypeVar("Logps", PairLogps, ListLogps)
 
 
 class Loss(ABC, Generic[Logps]):
-    """A method's loss. Subclasses say, as class attributes, what a run has to provide.
+    """A loss of ``B`` pairs or lists. Subclasses declare, as class attributes, what a run has to provide.
+
+    Derive a loss from :class:`PreferenceLoss` or :class:`ListLoss`.
 
     Attributes:
-        uses_reference: reads ``reference_chosen`` (and ``reference_rejected``).
-        uses_rejected: reads ``policy_rejected``; false only for methods that learn from completions alone.
-        uses_alpha: reads alpha.
-        uses_beta: reads beta itself; where false, beta is free to be the regularizer's weight.
-        uses_batch_statistics: a pair's loss depends on the other pairs forwarded with it, so that gradients
-            change with the size of the micro-batch.
-        uses_lists: sees whole lists of completions, best first, as `ListLogps`; a pair is a list of two.
+        uses_reference: The loss reads ``reference_chosen`` and ``reference_rejected``.
+        uses_rejected: The loss reads ``policy_rejected``; false only for methods that learn from completions alone.
+        uses_alpha: The loss reads alpha.
+        uses_beta: The loss reads beta; if false, beta is free to be the weight of the regularizer.
+        uses_batch_statistics: The loss of a pair depends on the other pairs of its forward pass, so gradients change
+            with the size of the micro-batch.
+        uses_lists: The loss takes whole lists of completions, best first, as :class:`~spo.types.ListLogps`. A pair is
+            a list of two.
     """
 
     uses_reference: ClassVar[bool] = True
@@ -36,38 +39,47 @@ class Loss(ABC, Generic[Logps]):
 
     @abstractmethod
     def __call__(self, logps: Logps, /, *, alpha: float, beta: float) -> Tensor:
-        """The loss of each pair or list.
+        """Compute the loss of each pair or list.
 
         Args:
-            logps: log-probabilities of ``B`` pairs or lists.
-            alpha: softness.
-            beta: temperature of the method, where it has one.
+            logps: Log-probabilities of ``B`` pairs or lists.
+            alpha: Softness.
+            beta: Temperature of the method, if it has one.
 
         Returns:
-            ``(B,)``; the batch loss is their mean.
+            ``(B,)``; the batch loss is the mean.
         """
 
     @abstractmethod
     def metrics(self, logps: Logps, /, *, alpha: float, beta: float) -> dict[str, Tensor]:
-        """``(B,)`` of each: ``rewards/{chosen,rejected,margins,accuracies}`` and ``logps/{chosen,rejected}``."""
+        """Compute the metrics of each pair or list.
+
+        Args:
+            logps: Log-probabilities of ``B`` pairs or lists.
+            alpha: Softness.
+            beta: Temperature of the method, if it has one.
+
+        Returns:
+            ``(B,)`` for each of ``rewards/{chosen,rejected,margins,accuracies}`` and ``logps/{chosen,rejected}``.
+        """
 
     def optimum(
         self, rewards: Tensor, reference_logps: Tensor, alpha: float, beta: float, *, lengths: Tensor | None = None
     ) -> Tensor | None:
-        """The policy that minimises the expected loss without a regularizer, where it has a closed form.
+        """Return the policy that minimizes the expected loss without a regularizer, if it has a closed form.
 
-        The expectation is over preferences of Bradley and Terry (for lists, Plackett and Luce) with the given rewards,
-        on independent and uniform draws from the whole set of responses.
+        The expectation is over Bradley-Terry preferences (for lists, Plackett-Luce rankings) with the given rewards,
+        on independent uniform draws from the set of all responses.
 
         Args:
-            rewards: ``(..., R)`` of every response to a prompt.
-            reference_logps: ``(..., R)`` log pi_ref of the same responses.
-            alpha: softness.
-            beta: temperature of the method.
-            lengths: ``(..., R)`` tokens of the responses, for losses that read lengths.
+            rewards: ``(..., R)`` reward of every response to a prompt.
+            reference_logps: ``(..., R)`` log pi_ref(y|x) of the same responses.
+            alpha: Softness.
+            beta: Temperature of the method.
+            lengths: ``(..., R)`` length of each response in tokens, for losses that read lengths.
 
         Returns:
-            ``(..., R)`` log-probabilities; ``None`` where no closed form is known.
+            ``(..., R)`` normalized log-probabilities, or ``None`` if no closed form is known.
         """
         return None
 
@@ -77,19 +89,24 @@ class PreferenceLoss(Loss[PairLogps]):
 
     @abstractmethod
     def __call__(self, pair: PairLogps, /, *, alpha: float, beta: float) -> Tensor:
-        """``(B,)``, see :class:`Loss`."""
+        """Compute the ``(B,)`` loss of each pair, see :meth:`Loss.__call__`."""
 
     def rewards(self, pair: PairLogps, *, alpha: float, beta: float) -> tuple[Tensor, Tensor | None]:
-        """Implicit rewards of chosen and rejected, for metrics: ``beta (log pi - log pi_ref)`` unless overridden.
+        """Return the implicit rewards for metrics, by default ``beta * (log pi - log pi_ref)``.
+
+        Args:
+            pair: Log-probabilities of ``B`` pairs.
+            alpha: Softness.
+            beta: Temperature of the method.
 
         Returns:
-            Two ``(B,)`` tensors, the second ``None`` where there is no rejected completion.
+            ``(B,)`` rewards of the chosen and of the rejected completions; the second is ``None`` without them.
         """
         chosen, rejected = log_ratios(pair)
         return beta * chosen, None if rejected is None else beta * rejected
 
     def metrics(self, pair: PairLogps, /, *, alpha: float, beta: float) -> dict[str, Tensor]:
-        """``(B,)`` of each, see :class:`Loss`; without a rejected completion, of the chosen one alone."""
+        """Compute the metrics of :meth:`Loss.metrics`; without rejected completions, those of the chosen ones."""
         chosen, rejected = self.rewards(pair, alpha=alpha, beta=beta)
         metrics = {"rewards/chosen": chosen, "logps/chosen": pair.policy_chosen}
         if rejected is None or pair.policy_rejected is None:
@@ -103,16 +120,25 @@ class PreferenceLoss(Loss[PairLogps]):
 
 
 class ListLoss(Loss[ListLogps]):
-    """A loss of ranked lists: order, weights and soft labels are seen to here, subclasses write :meth:`of_ranking`."""
+    """A loss of ranked lists. It applies the order, weights and soft labels; subclasses write :meth:`of_ranking`."""
 
     uses_lists: ClassVar[bool] = True
 
     @abstractmethod
     def of_ranking(self, lists: ListLogps, *, alpha: float, beta: float) -> Tensor:
-        """``(B,)`` losses of lists whose completions stand best first, missing ones last."""
+        """Compute the loss of each list, without weights and soft labels.
+
+        Args:
+            lists: Log-probabilities of ``B`` lists, best completions first, missing ones last.
+            alpha: Softness.
+            beta: Temperature of the method, if it has one.
+
+        Returns:
+            ``(B,)``.
+        """
 
     def __call__(self, lists: ListLogps, /, *, alpha: float, beta: float) -> Tensor:
-        """``(B,)``, see :class:`Loss`: the expectation over the label, which is the order or its reverse."""
+        """Compute the ``(B,)`` expected loss of each list over its label: the order, or the reverse of it."""
         losses = self.of_ranking(lists.best_first(), alpha=alpha, beta=beta)
         if lists.preference is not None:
             reverse = replace(lists, order=lists.order.flip(-1)).best_first()
@@ -121,12 +147,14 @@ class ListLoss(Loss[ListLogps]):
         return weighted(losses, lists)
 
     def rewards(self, lists: ListLogps, *, alpha: float, beta: float) -> Tensor:
-        """``(B, n)`` implicit rewards, for metrics: ``beta (log pi - log pi_ref)`` unless overridden."""
+        """Return the ``(B, n)`` implicit rewards for metrics, by default ``beta * (log pi - log pi_ref)``."""
         return beta * (lists.policy if lists.reference is None else lists.policy - lists.reference)
 
     def metrics(self, lists: ListLogps, /, *, alpha: float, beta: float) -> dict[str, Tensor]:
-        """``(B,)`` of each, see :class:`Loss`: rejected is the mean over all but the best, of which accuracies is the
-        share that the best one beats.
+        """Compute the metrics of :meth:`Loss.metrics`.
+
+        "Rejected" is the mean over all completions but the best. "Accuracies" is the share of them whose reward is
+        below that of the best.
         """
         lists = lists.best_first()
         rewards, others = self.rewards(lists, alpha=alpha, beta=beta), lists.mask[:, 1:]
@@ -146,46 +174,8 @@ class ListLoss(Loss[ListLogps]):
         }
 
 
-class _Adapted(PreferenceLoss):
-    """A loss not derived from :class:`Loss`; what it does not declare has the defaults of that class."""
-
-    def __init__(self, loss: Callable[..., Tensor]) -> None:
-        self.loss = loss
-        for name in DECLARATIONS:
-            setattr(self, name, getattr(loss, name, getattr(Loss, name)))
-
-    def __call__(self, pair: PairLogps, /, *, alpha: float, beta: float) -> Tensor:
-        return self.loss(pair, alpha=alpha, beta=beta)
-
-    def rewards(self, pair: PairLogps, *, alpha: float, beta: float) -> tuple[Tensor, Tensor | None]:
-        own = getattr(self.loss, "rewards", super().rewards)
-        return own(pair, alpha=alpha, beta=beta)
-
-    def optimum(
-        self, rewards: Tensor, reference_logps: Tensor, alpha: float, beta: float, *, lengths: Tensor | None = None
-    ) -> Tensor | None:
-        own = getattr(self.loss, "optimum", super().optimum)
-        return own(rewards, reference_logps, alpha, beta)
-
-
-DECLARATIONS = ("uses_reference", "uses_rejected", "uses_alpha", "uses_beta", "uses_batch_statistics", "uses_lists")
-
-
-def as_loss(loss: Callable[..., Tensor]) -> Loss[Any]:
-    """Any callable with the signature of a loss as a :class:`Loss`.
-
-    Raises:
-        ValueError: it reads lists, and is not derived from :class:`ListLoss`.
-    """
-    if isinstance(loss, Loss):
-        return loss
-    if getattr(loss, "uses_lists", False):
-        raise ValueError(f"{type(loss).__name__} declares uses_lists: derive it from spo.losses.ListLoss")
-    return _Adapted(loss)
-
-
 def log_ratios(pair: PairLogps) -> tuple[Tensor, Tensor | None]:
-    """``(B,)`` log pi - log pi_ref of chosen and rejected; without a reference, log pi alone."""
+    """Return the ``(B,)`` log pi - log pi_ref of chosen and rejected; without a reference, log pi alone."""
     chosen, rejected = pair.policy_chosen, pair.policy_rejected
     if pair.reference_chosen is not None:
         chosen = chosen - pair.reference_chosen
@@ -195,10 +185,10 @@ def log_ratios(pair: PairLogps) -> tuple[Tensor, Tensor | None]:
 
 
 def policy_margin(pair: PairLogps) -> Tensor:
-    """``(B,)`` log pi(y_w|x) - log pi(y_l|x).
+    """Return the ``(B,)`` log pi(y_w|x) - log pi(y_l|x).
 
     Raises:
-        ValueError: there is no rejected completion.
+        ValueError: There is no rejected completion.
     """
     if pair.policy_rejected is None:
         raise ValueError("this loss compares two completions, but policy_rejected is None")
@@ -206,10 +196,10 @@ def policy_margin(pair: PairLogps) -> Tensor:
 
 
 def reference_margin(pair: PairLogps) -> Tensor:
-    """``(B,)`` log pi_ref(y_w|x) - log pi_ref(y_l|x).
+    """Return the ``(B,)`` log pi_ref(y_w|x) - log pi_ref(y_l|x).
 
     Raises:
-        ValueError: a reference log-probability is missing.
+        ValueError: A reference log-probability is missing.
     """
     if pair.reference_chosen is None or pair.reference_rejected is None:
         raise ValueError("this loss needs reference_chosen and reference_rejected")
@@ -217,12 +207,12 @@ def reference_margin(pair: PairLogps) -> Tensor:
 
 
 def expected_loss(of_margin: Callable[[Tensor], Tensor], margin: Tensor, preference: Tensor | None) -> Tensor:
-    """Expectation of a pairwise loss over the label: ``p f(margin) + (1 - p) f(-margin)``, with p = 1 for ``None``.
+    """Return the expectation of a pairwise loss over its label: ``p f(margin) + (1 - p) f(-margin)``.
 
     Args:
-        of_margin: the loss of a pair as a function of chosen minus rejected.
-        margin: ``(B,)``.
-        preference: ``(B,)`` probability that chosen is the better one.
+        of_margin: Loss of a pair as a function of chosen minus rejected.
+        margin: ``(B,)`` chosen minus rejected.
+        preference: ``(B,)`` probability p that chosen is better; ``None`` for 1.
 
     Returns:
         ``(B,)``.
@@ -233,5 +223,5 @@ def expected_loss(of_margin: Callable[[Tensor], Tensor], margin: Tensor, prefere
 
 
 def weighted(losses: Tensor, logps: PairLogps | ListLogps) -> Tensor:
-    """``(B,)`` losses times the weights of the pairs or lists, where there are any."""
+    """Return the ``(B,)`` losses times the weights of the pairs or lists, if there are any."""
     return losses if logps.weight is None else losses * logps.weight

@@ -18,14 +18,17 @@ class DPOLoss(PreferenceLoss):
     .. math:: L = -(1-\epsilon) \log\sigma(\beta h) - \epsilon \log\sigma(-\beta h), \quad
               h = \log\frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)} - \log\frac{\pi(y_l|x)}{\pi_{ref}(y_l|x)}
 
-    with h from summed log-probabilities, ``(B,)``. A soft label p that chosen is better takes the place of 1, and
-    is smoothed like it: p (1 - epsilon) + (1 - p) epsilon.
+    where y_w and y_l are the chosen and the rejected completion, pi_ref is the reference, log pi(y|x) is the *summed*
+    log-probability, ``(B,)``, beta > 0 is the temperature, and epsilon is the label smoothing.
+
+    With a soft label p, the probability that chosen is better, the weight 1 - epsilon of the first term becomes
+    p (1 - epsilon) + (1 - p) epsilon.
 
     Args:
-        label_smoothing: epsilon, the assumed share of flipped labels, in [0, 0.5).
+        label_smoothing: Assumed share epsilon of flipped labels, in [0, 0.5).
 
     Raises:
-        ValueError: label_smoothing is outside [0, 0.5).
+        ValueError: ``label_smoothing`` is outside [0, 0.5).
     """
 
     def __init__(self, label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0) -> None:
@@ -34,6 +37,7 @@ class DPOLoss(PreferenceLoss):
         self.label_smoothing = label_smoothing
 
     def __call__(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
+        """Compute the ``(B,)`` loss of each pair."""
         margin = policy_margin(pair) - reference_margin(pair)
         preference = pair.preference
         if self.label_smoothing:
@@ -44,8 +48,8 @@ class DPOLoss(PreferenceLoss):
     def optimum(
         self, rewards: Tensor, reference_logps: Tensor, alpha: float, beta: float, *, lengths: Tensor | None = None
     ) -> Tensor | None:
-        """Pi_ref exp(r / beta), normalised (arXiv:2305.18290, eq. 4); none with label smoothing.
+        """Return log pi_ref + r / beta, normalized (arXiv:2305.18290, eq. 4), or ``None`` with label smoothing.
 
-        Smoothed labels come from no reward: for three or more responses no policy fits all pairs.
+        No reward explains smoothed labels: with three or more responses, no policy fits all pairs.
         """
         return None if self.label_smoothing else (reference_logps + rewards / beta).log_softmax(-1)

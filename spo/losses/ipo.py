@@ -15,46 +15,49 @@ class IPOLoss(PreferenceLoss):
     .. math:: L = \left(h - \frac{1}{2\tau}\right)^2, \quad
               h = \log\frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)} - \log\frac{\pi(y_l|x)}{\pi_{ref}(y_l|x)}
 
-    Two conventions are in use: h from per-token averages of each completion's log-ratio (TRL, HALOs; confirmed to
-    TRL by the authors as the one behind their results), and h from sums (the original DPO repository).
+    where y_w and y_l are the chosen and the rejected completion, pi_ref is the reference, and all log-probabilities
+    are ``(B,)``. Two conventions of h are in use: per-token averages of each completion's log-ratio (TRL, HALOs; the
+    authors confirmed to TRL that their results use it), and sums (the original DPO repository).
 
     Args:
-        length_normalize: true for per-token averages, false for sums.
+        length_normalize: Use per-token averages; if false, sums.
     """
 
     def __init__(self, length_normalize: bool = True) -> None:
         self.length_normalize = length_normalize
 
     def __call__(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
-        reference_margin(pair)  # says which log-probability is missing
+        """Compute the ``(B,)`` loss of each pair."""
+        reference_margin(pair)  # It raises if a reference log-probability is missing, which `log_ratios` allows.
         chosen, rejected = self._ratios(pair)
         return weighted(expected_loss(lambda h: (h - 1 / (2 * beta)) ** 2, chosen - rejected, pair.preference), pair)
 
     def rewards(self, pair: PairLogps, *, alpha: float, beta: float) -> tuple[Tensor, Tensor | None]:
-        """Tau times the log-ratio in the loss's own convention, so that its target margin is 1/2."""
+        """Return tau times the log-ratio in the convention of the loss, so that the target margin is 1/2."""
         chosen, rejected = self._ratios(pair)
         return beta * chosen, beta * rejected
 
     def optimum(
         self, rewards: Tensor, reference_logps: Tensor, alpha: float, beta: float, *, lengths: Tensor | None = None
     ) -> Tensor:
-        """Pi_ref exp(w / tau), normalised, w(y) being how often y beats a uniform response (arXiv:2310.12036, eq. 7).
+        """Return log pi_ref + w / tau, normalized, where w(y) is how often y beats a uniform response.
 
-        The expected loss is quadratic in the log-ratios f: over uniform pairs its minimum is f = w / tau up to a
-        constant. With sums the constant is the normaliser. Per token f is the log-ratio over the length, so the
-        constant is found such that the policy sums to 1.
+        It is eq. 7 of arXiv:2310.12036. The expected loss is quadratic in the log-ratios f, and over uniform pairs its
+        minimum is f = w / tau up to a constant. With sums, the constant is the normalizer. With per-token averages, f
+        is the log-ratio over the length, so the constant times the length normalizes the policy.
 
         Raises:
-            ValueError: length_normalize is true and there are no lengths.
+            ValueError: ``length_normalize`` is true and ``lengths`` is ``None``.
         """
         wins = (rewards.unsqueeze(-1) - rewards.unsqueeze(-2)).sigmoid().mean(-1)
         if not self.length_normalize:
             return (reference_logps + wins / beta).log_softmax(-1)
         if lengths is None:
             raise ValueError("the optimum of IPO with length_normalize=true needs the lengths of the responses")
-        return _normalised(reference_logps + lengths * wins / beta, lengths)
+        return _normalize_by_length(reference_logps + lengths * wins / beta, lengths)
 
     def _ratios(self, pair: PairLogps) -> tuple[Tensor, Tensor]:
+        """Return the ``(B,)`` log-ratios of chosen and rejected in the convention of the loss."""
         chosen, rejected = log_ratios(pair)
         if rejected is None:
             raise ValueError("IPO compares two completions, but policy_rejected is None")
@@ -65,10 +68,11 @@ class IPOLoss(PreferenceLoss):
         return chosen / pair.chosen_length, rejected / pair.rejected_length
 
 
-def _normalised(logits: Tensor, lengths: Tensor) -> Tensor:
-    """``logits + c lengths`` with the one c per row at which the exponentials sum to 1, by bisection."""
+def _normalize_by_length(logits: Tensor, lengths: Tensor) -> Tensor:
+    """Return ``logits + c * lengths``, with the c of each row at which the exponentials sum to 1, by bisection."""
     total = logits.logsumexp(-1, keepdim=True)
-    # At -total / shortest or -total / longest the sum is on either side of 1: lengths are positive.
+    # Lengths are positive, so c = -total / length gives a sum of at least 1 for one extreme length and at most 1 for
+    # the other: the solution lies between them.
     ends = torch.cat([-total / lengths.amin(-1, keepdim=True), -total / lengths.amax(-1, keepdim=True)], -1)
     low, high = ends.amin(-1, keepdim=True), ends.amax(-1, keepdim=True)
     for _ in range(100):

@@ -11,10 +11,14 @@ from spo.types import PairLogps
 
 
 class SFTLoss(PreferenceLoss):
-    """Negative log-likelihood of the chosen completion: ``-log pi(y_w|x)``, ``(B,)``.
+    r"""Negative log-likelihood of the chosen completion.
+
+    .. math:: L = -\log\pi(y_w|x)
+
+    where y_w is the chosen completion and log pi(y|x) the *summed* log-probability, ``(B,)``.
 
     Args:
-        length_normalize: true divides by the completion's tokens, which weighs short and long completions alike.
+        length_normalize: Divide by the tokens of the completion, so that short and long completions weigh the same.
     """
 
     uses_reference: ClassVar[bool] = False
@@ -25,6 +29,7 @@ class SFTLoss(PreferenceLoss):
         self.length_normalize = length_normalize
 
     def __call__(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
+        """Compute the ``(B,)`` loss of each pair."""
         losses = -pair.policy_chosen
         if self.length_normalize:
             if pair.chosen_length is None:
@@ -33,5 +38,5 @@ class SFTLoss(PreferenceLoss):
         return weighted(losses, pair)
 
     def rewards(self, pair: PairLogps, *, alpha: float, beta: float) -> tuple[Tensor, Tensor | None]:
-        """Log pi(y|x), the only quantity SFT moves."""
+        """Return log pi(y|x), the only quantity that SFT changes."""
         return pair.policy_chosen, pair.policy_rejected

@@ -19,9 +19,10 @@ class SPOLoss(PreferenceLoss):
     .. math:: L = -\frac{1}{\alpha} \log \frac{\pi(y_w|x)^\alpha}{\pi(y_w|x)^\alpha + \pi(y_l|x)^\alpha}
                 = -\frac{1}{\alpha} \log \sigma(\alpha d), \quad d = \log\pi(y_w|x) - \log\pi(y_l|x)
 
-    with d from *summed* log-probabilities, ``(B,)``. No reference enters; under Bradley-Terry preferences with full
-    support the minimiser is softmax(r / alpha), so alpha is the softness of the policy. The KL to the reference is
-    the regularizer's part. Soft labels enter as the expectation over the label.
+    where y_w and y_l are the chosen and the rejected completion, log pi(y|x) is the *summed* log-probability,
+    ``(B,)``, and alpha > 0 is the softness. The loss does not use a reference: the KL to it is the regularizer's part.
+    Under Bradley-Terry preferences with full support the minimizer is softmax(r / alpha). Soft labels enter as the
+    expectation over the label.
     """
 
     uses_reference: ClassVar[bool] = False
@@ -29,41 +30,42 @@ class SPOLoss(PreferenceLoss):
     uses_beta: ClassVar[bool] = False
 
     def __call__(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
+        """Compute the ``(B,)`` loss of each pair."""
         losses = expected_loss(lambda d: -logsigmoid(alpha * d) / alpha, policy_margin(pair), pair.preference)
         return weighted(losses, pair)
 
     def optimum(
         self, rewards: Tensor, reference_logps: Tensor, alpha: float, beta: float, *, lengths: Tensor | None = None
     ) -> Tensor:
-        """Softmax(r / alpha): every pair's loss is least where alpha d is the pair's difference in reward.
+        """Return log softmax(r / alpha): the loss of each pair is least where alpha d is its difference in reward.
 
-        A weight of the pair that is positive and symmetric in its two responses, and held constant in the gradient,
-        does not move it.
+        Weights of pairs do not move it, if they are positive, symmetric in the two responses, and constant in the
+        gradient.
         """
         return (rewards / alpha).log_softmax(-1)
 
     def rewards(self, pair: PairLogps, *, alpha: float, beta: float) -> tuple[Tensor, Tensor | None]:
-        """Alpha log pi(y|x): their difference is the logit of SPO's preference probability."""
+        """Return alpha log pi(y|x), whose difference is the logit of SPO's preference probability."""
         rejected = pair.policy_rejected
         return alpha * pair.policy_chosen, None if rejected is None else alpha * rejected
 
 
 class WeightedSPOLoss(SPOLoss):
-    r"""SPO with pairs weighted by the mass that the policy gives them, so that improbable pairs count less.
+    r"""SPO whose pairs are weighted by the probability that the policy gives them, so improbable pairs count less.
 
-    .. math:: \mu \propto (\pi(y_w|x) + \pi(y_l|x))^\gamma
+    .. math:: L = \mu \, L_{SPO}, \quad \mu \propto (\pi(y_w|x) + \pi(y_l|x))^\gamma
 
-    under stop-gradient, normalised to mean 1 over the pairs forwarded together and computed in log space:
-    sequence probabilities span hundreds of nats, so the logarithm of mu is held within ``clip`` nats of its mean.
-    The paper's weight is known to us from its reviews only; this is a reconstruction. Any symmetric positive weight
-    under stop-gradient leaves the optimum at softmax(r / alpha).
+    where mu is ``(B,)``, constant in the gradient, and has mean 1 over the pairs of a forward pass. It is computed in
+    log space, because sequence probabilities span hundreds of nats, and log mu stays within ``clip`` nats of its mean.
+    The weight is a reconstruction from the reviews of the paper. Any positive weight that is symmetric in the pair and
+    constant in the gradient leaves the optimum at softmax(r / alpha).
 
     Args:
-        gamma: exponent; 0 is exactly the basic loss.
-        clip: largest distance of log mu from the batch mean, in nats.
+        gamma: Exponent of the weight; 0 is exactly the basic loss.
+        clip: Largest distance of log mu from its batch mean in nats.
 
     Raises:
-        ValueError: gamma is negative or clip is not positive.
+        ValueError: ``gamma`` is negative or ``clip`` is not positive.
     """
 
     uses_batch_statistics: ClassVar[bool] = True
@@ -74,7 +76,7 @@ class WeightedSPOLoss(SPOLoss):
         self.gamma, self.clip = gamma, clip
 
     def weights(self, pair: PairLogps) -> Tensor:
-        """``(B,)`` mu, detached, mean 1."""
+        """Return the ``(B,)`` weights mu, detached and with mean 1."""
         if pair.policy_rejected is None:
             raise ValueError("the weight needs both completions, but policy_rejected is None")
         log_mu = self.gamma * torch.logaddexp(pair.policy_chosen.detach(), pair.policy_rejected.detach())
@@ -83,4 +85,5 @@ class WeightedSPOLoss(SPOLoss):
         return mu / mu.mean()
 
     def __call__(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
+        """Compute the ``(B,)`` loss of each pair."""
         return self.weights(pair) * super().__call__(pair, alpha=alpha, beta=beta)

@@ -1,4 +1,4 @@
-"""Loading a policy: from a Hugging Face folder, in the stated mode, with or without an adapter."""
+"""Loading and saving of policies in Hugging Face folders, with or without an adapter."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Initial = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """A low-rank adapter (arXiv:2106.09685), made by peft.
+    """A low-rank adapter (arXiv:2106.09685) of peft.
 
     Attributes:
-        r: rank.
-        alpha: scale; the update is multiplied by alpha / r.
-        dropout: on the adapter's input.
-        target_modules: names of the modules to adapt, or ``"all-linear"``.
+        r: Rank of the update.
+        alpha: Scale of the update, which is multiplied by alpha / r.
+        dropout: Dropout probability of the adapter's input.
+        target_modules: Names of the modules to adapt, or ``"all-linear"``.
     """
 
     r: PositiveInt
@@ -38,18 +38,18 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """How to obtain a model: everything of the ``model`` config group but training defaults.
+    """How to load a model: the ``model`` config group without its defaults for training.
 
     Attributes:
-        path: Hugging Face folder or hub name; ``None`` where ``initial`` makes the model.
-        initial: makes fresh weights and their tokenizer; ``None`` where ``path`` is given.
-        dtype: name of a torch dtype.
-        attn_implementation: transformers' name of an attention implementation.
-        trust_remote_code: whether code in the model folder may run.
-        dropout: dropout of the policy in training; the reference never has any.
-        gradient_checkpointing: recompute activations in backward.
-        lora: adapter to train instead of the weights.
-        adapter_path: folder of an adapter to continue from; it is then the reference as well.
+        path: Hugging Face folder or hub name; ``None`` if ``initial`` makes the model.
+        initial: Function that makes fresh weights and their tokenizer; ``None`` if ``path`` is given.
+        dtype: Name of a torch dtype.
+        attn_implementation: Name of an attention implementation of transformers.
+        trust_remote_code: Whether code in the model folder may run.
+        dropout: Dropout probability of the policy in training; the reference does not use dropout.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        lora: Adapter to train instead of the weights, or ``None``.
+        adapter_path: Folder of an adapter to continue from, which is the reference too; or ``None``.
     """
 
     path: str | None
@@ -63,11 +63,16 @@ class ModelSpec:
     adapter_path: str | None
 
     def tokenizer(self, path: str | Path) -> PreTrainedTokenizerBase:
-        """The tokenizer that lies in the folder ``path``."""
+        """Load the tokenizer from a folder or hub name."""
         return AutoTokenizer.from_pretrained(path, trust_remote_code=self.trust_remote_code)
 
     def base(self, path: str | Path, *, dropout: float = 0.0) -> PreTrainedModel:
-        """The model in the folder ``path`` without any adapter, in eval mode."""
+        """Load the model without an adapter, in eval mode.
+
+        Args:
+            path: Hugging Face folder or hub name.
+            dropout: Dropout probability wherever the architecture has dropout.
+        """
         config = AutoConfig.from_pretrained(path, trust_remote_code=self.trust_remote_code)
         set_dropout(config, dropout)
         model = AutoModelForCausalLM.from_pretrained(
@@ -80,21 +85,20 @@ class ModelSpec:
         return model.eval()
 
     def policy(self, path: str | Path, *, seed: int) -> nn.Module:
-        """The model to train, in train mode.
+        """Load the model to train, in train mode.
 
         Args:
-            path: folder of the weights it starts from.
-            seed: of the adapter's initialisation.
+            path: Folder of the initial weights.
+            seed: Random seed of the adapter's initialization.
         """
-        model: nn.Module = self.base(path, dropout=self.dropout)
+        base = self.base(path, dropout=self.dropout)
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        if self.lora is not None:
-            model = _with_adapter(model, self.lora, self.adapter_path, seed)
-        return model.train()
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        policy = base if self.lora is None else _with_adapter(base, self.lora, self.adapter_path, seed)
+        return policy.train()
 
     def start(self, path: str | Path) -> nn.Module:
-        """The distribution that training starts from, frozen and in eval mode: base weights plus a given adapter."""
+        """Load the initial policy, frozen and in eval mode: the base weights with a given adapter."""
         model: nn.Module = self.base(path)
         if self.adapter_path is not None:
             from peft import PeftModel
@@ -104,6 +108,7 @@ class ModelSpec:
 
 
 def _with_adapter(model: nn.Module, lora: LoraSettings, adapter_path: str | None, seed: int) -> nn.Module:
+    """Add a fresh adapter, or the given one twice: to train, and frozen under the name ``reference``."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if adapter_path is not None:
@@ -118,7 +123,7 @@ def _with_adapter(model: nn.Module, lora: LoraSettings, adapter_path: str | None
             LoraConfig(
                 task_type="CAUSAL_LM",
                 r=lora.r,
-                lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft says int, and divides it by r as it is
+                lora_alpha=lora.alpha,  # type: ignore[arg-type]  # Declared as int, but peft takes any number.
                 lora_dropout=lora.dropout,
                 target_modules=targets,
             ),
@@ -126,7 +131,7 @@ def _with_adapter(model: nn.Module, lora: LoraSettings, adapter_path: str | None
 
 
 def set_dropout(config: Any, value: float) -> None:
-    """Sets every dropout probability a model config holds, under whatever name the architecture gives it."""
+    """Set every dropout probability of a model config, whatever name the architecture gives it."""
     for name, current in vars(config).items():
         is_dropout = "drop" in name and not name.startswith("classifier")
         if is_dropout and isinstance(current, int | float) and not isinstance(current, bool):
@@ -134,7 +139,7 @@ def set_dropout(config: Any, value: float) -> None:
 
 
 def whole_state_dict(policy: nn.Module) -> dict[str, Any] | None:
-    """The weights gathered on the first rank where the policy is sharded, else ``None``; all ranks call it."""
+    """Gather the weights of a sharded policy on the first rank; return ``None`` otherwise. All ranks must call it."""
     if not isinstance(policy, FSDPModule):
         return None
     return get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -143,14 +148,21 @@ def whole_state_dict(policy: nn.Module) -> dict[str, Any] | None:
 def save_policy(
     policy: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Any] | None = None
 ) -> None:
-    """Writes a Hugging Face folder (safetensors, tokenizer) that ``AutoModelForCausalLM`` loads.
+    """Save a Hugging Face folder (safetensors, tokenizer) that ``AutoModelForCausalLM`` loads.
 
-    An adapter is saved by itself in ``adapter/`` beside the folder, and merged into the weights inside it.
-    The policy is not fit for training afterwards where it had an adapter.
+    An adapter is saved in ``adapter/`` beside the folder, and merged into the weights inside it. A policy with an
+    adapter cannot be trained further afterwards.
+
+    Args:
+        policy: Policy to save.
+        tokenizer: Tokenizer of the policy.
+        folder: Folder to write.
+        weights: State that :func:`whole_state_dict` gathered, or ``None`` for that of ``policy``.
     """
-    if hasattr(policy, "peft_config"):
-        policy.save_pretrained(folder.parent / filenames.ADAPTER, selected_adapters=["default"])  # type: ignore[operator]
-        policy.set_adapter("default")  # type: ignore[operator]
-        policy = policy.merge_and_unload(adapter_names=["default"])  # type: ignore[operator]
-    policy.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
+    model: Any = policy  # Any, because nn.Module types undeclared attributes as tensors or modules.
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(folder.parent / filenames.ADAPTER, selected_adapters=["default"])
+        model.set_adapter("default")
+        model = model.merge_and_unload(adapter_names=["default"])
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

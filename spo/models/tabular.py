@@ -1,4 +1,4 @@
-"""A table of logits behind the interface of a language model: one row for every prefix, nothing shared between them."""
+"""A table of logits with the interface of a language model: one row for every prefix, and no shared parameters."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from spo.bounds import NonNegativeFloat, NonNegativeInt, PositiveInt, validated_by
 
-MOST_ENTRIES = 50_000_000
+MAX_TABLE_ENTRIES = 50_000_000
 
 
 class TabularConfig(PreTrainedConfig):
     """Sizes of the table.
 
     Args:
-        vocab_size: tokens, special ones included.
-        context: most tokens of a prefix.
-        initializer_range: standard deviation of fresh logits.
-        kwargs: ids of the special tokens, and the like.
+        vocab_size: Number of tokens, with special ones.
+        context: Largest number of tokens of a prefix.
+        initializer_range: Standard deviation of the initial logits.
+        kwargs: Settings of every config of transformers, such as the ids of special tokens.
     """
 
     model_type = "spo_tabular"
     attribute_map = {"max_position_embeddings": "context"}  # noqa: RUF012
-    num_hidden_layers = 0  # what `generate` sizes its cache by
+    num_hidden_layers = 0  # `generate` reads it to allocate a cache, of which this model needs none.
 
     def __init__(self, vocab_size: int = 2, context: int = 1, initializer_range: float = 1.0, **kwargs: Any) -> None:
         self.vocab_size, self.context, self.initializer_range = vocab_size, context, initializer_range
@@ -41,14 +41,14 @@ class TabularConfig(PreTrainedConfig):
 
 
 class TabularForCausalLM(PreTrainedModel, GenerationMixin):
-    """Next-token logits looked up by the tokens that precede, so that any distribution can be represented.
+    """A model that looks next-token logits up by their whole prefix, so it can represent any distribution.
 
-    What the attention mask leaves out is not part of a prefix, so padding on either side changes nothing. There is
-    nothing to cache: each step of ``generate`` looks the whole prefix up.
+    Masked tokens are not part of a prefix, so padding on either side changes nothing. There is no cache: each step of
+    ``generate`` looks the whole prefix up.
     """
 
     config_class = TabularConfig
-    _supports_sdpa = True  # there is no attention, so any implementation of it will do
+    _supports_sdpa = True  # The model does not use attention, so every attention implementation is right.
 
     def __init__(self, config: TabularConfig) -> None:
         super().__init__(config)
@@ -57,17 +57,17 @@ class TabularForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The table."""
+        """Return the table."""
         return self.table
 
     def get_output_embeddings(self) -> nn.Module:
-        """Where logits can be cut to the positions that are wanted: it passes rows of the table on."""
+        """Return an identity, whose input is cut to the positions of completion tokens."""
         return self.head
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(  # type: ignore[override]  # `generate` passes all arguments by keyword.
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> dict[str, Any]:
-        """The whole prefix, for every step of ``generate``."""
+        """Return the whole prefix for every step of ``generate``."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def forward(
@@ -77,16 +77,16 @@ class TabularForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutput:
-        """Logits of every position.
+        """Compute the logits of every position.
 
         Args:
-            input_ids: ``(N, T)``.
-            attention_mask: ``(N, T)``, 0 where a position is padding; ``None`` where none is.
-            use_cache: nothing is cached either way.
-            return_dict: the result is one either way.
+            input_ids: ``(N, T)`` token ids.
+            attention_mask: ``(N, T)`` 0 on padding; ``None`` without padding.
+            use_cache: Ignored, since there is no cache.
+            return_dict: Ignored, since the result always is a dictionary.
 
         Raises:
-            ValueError: a prefix is longer than the table's.
+            ValueError: A prefix is longer than those of the table.
         """
         attended = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         context = self.config.context
@@ -95,7 +95,7 @@ class TabularForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutput(logits=self.head(self.table(self._prefixes(input_ids, attended.bool()))))
 
     def _prefixes(self, input_ids: Tensor, attended: Tensor) -> Tensor:
-        """``(N, T)`` rows of the table: prefixes as numbers with digits 1 to V, which gives each its own."""
+        """Return the ``(N, T)`` rows of the table: a prefix is a number with the digits 1 to V, which is unique."""
         row, rows = torch.zeros_like(input_ids[:, 0]), []
         for token, counts in zip(input_ids.unbind(1), attended.unbind(1), strict=True):
             row = torch.where(counts, row * self.config.vocab_size + token + 1, row)
@@ -104,20 +104,24 @@ class TabularForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def num_prefixes(vocab_size: int, context: int) -> int:
-    """Sequences of up to ``context`` tokens, the empty one included."""
+    """Return the number of sequences of up to ``context`` tokens, with the empty one."""
     return sum(vocab_size**length for length in range(context + 1))
 
 
 def check_size(vocab_size: int, context: int) -> None:
-    """Refuses a table that is no longer a small thing.
+    """Check that a table is small enough to fit into memory.
+
+    Args:
+        vocab_size: Number of tokens, with special ones.
+        context: Largest number of tokens of a prefix.
 
     Raises:
-        ValueError: in words.
+        ValueError: The table has too many entries.
     """
-    if num_prefixes(vocab_size, context) * vocab_size > MOST_ENTRIES:
+    if num_prefixes(vocab_size, context) * vocab_size > MAX_TABLE_ENTRIES:
         raise ValueError(
             f"model=tabular: {vocab_size} tokens and prefixes of up to {context} make a table of more than "
-            f"{MOST_ENTRIES:,} entries; choose a smaller language, or model=tiny"
+            f"{MAX_TABLE_ENTRIES:,} entries; choose a smaller language, or model=tiny"
         )
 
 
@@ -130,16 +134,19 @@ def validate(tokenizer: PreTrainedTokenizerFast, context: int, **_: Any) -> None
 def build(
     tokenizer: PreTrainedTokenizerFast, context: PositiveInt, scale: NonNegativeFloat, seed: NonNegativeInt
 ) -> tuple[TabularForCausalLM, PreTrainedTokenizerFast]:
-    """Model and tokenizer together, as ``model.initial``; the global random state is left as it was.
+    """Build a table, as ``model.initial`` does; the global random state does not change.
 
     Args:
-        tokenizer: gives the vocabulary and the special tokens.
-        context: most tokens of a prefix.
-        scale: standard deviation of the logits, which are normal.
-        seed: of the logits.
+        tokenizer: Tokenizer with the vocabulary and the special tokens.
+        context: Largest number of tokens of a prefix.
+        scale: Standard deviation of the logits, which are normally distributed.
+        seed: Random seed of the logits.
+
+    Returns:
+        The model and its tokenizer.
 
     Raises:
-        ValueError: the table would be too large.
+        ValueError: The table would be too large.
     """
     check_size(len(tokenizer), context)
     config = TabularConfig(

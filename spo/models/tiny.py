@@ -1,4 +1,4 @@
-"""The built-in model: a small Llama and a small byte-level tokenizer, both made on the spot from explicit sizes."""
+"""The built-in model: a small Llama and a small byte-level tokenizer, built from explicit sizes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
 def build_tokenizer(vocab_size: int, num_stories: int, seed: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer on the story corpus; the same arguments give the same tokenizer.
+    """Train a byte-level BPE tokenizer on the story corpus; the same arguments give the same tokenizer.
 
-    The whole byte alphabet is in the vocabulary, so every text encodes. The tokenizer adds no BOS and no EOS itself:
-    whoever lays out a sequence puts them in place by position.
+    The vocabulary has all bytes, so it can encode every text. The tokenizer does not add BOS and EOS: the code that
+    renders a sequence puts them in place by position.
 
     Args:
-        vocab_size: upper limit of tokens, the 256 bytes and three special tokens included.
-        num_stories: stories to train on.
-        seed: seed of the story world.
+        vocab_size: Upper limit of tokens, with the 256 bytes and three special tokens.
+        num_stories: Number of stories to train on.
+        seed: Random seed of the story world.
 
     Raises:
-        ValueError: where ``vocab_size`` cannot hold the bytes and the special tokens.
+        ValueError: ``vocab_size`` is too small for the bytes and the special tokens.
     """
     smallest = 256 + len((BOS, EOS, PAD))
     if vocab_size < smallest:
@@ -61,19 +61,19 @@ def build_tiny(
     initializer_range: float,
     seed: int,
 ) -> LlamaForCausalLM:
-    """A small Llama with random weights from its own seed; the global random state is left as it was.
+    """Build a small Llama with random weights; the global random state does not change.
 
     Args:
-        tokenizer: gives the vocabulary and the ids of BOS, EOS and PAD.
-        hidden_size: width of the residual stream.
-        intermediate_size: width of the feed-forward layers.
-        num_hidden_layers: transformer blocks.
-        num_attention_heads: query heads.
-        num_key_value_heads: key and value heads.
-        max_position_embeddings: longest sequence in tokens.
-        tie_word_embeddings: whether the input and the output share one embedding matrix.
-        initializer_range: standard deviation of the initial weights.
-        seed: of the initial weights.
+        tokenizer: Tokenizer with the vocabulary and the ids of BOS, EOS and PAD.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the feed-forward layers.
+        num_hidden_layers: Number of transformer blocks.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key and value heads.
+        max_position_embeddings: Longest sequence in tokens.
+        tie_word_embeddings: Whether the input and the output share one embedding matrix.
+        initializer_range: Standard deviation of the initial weights.
+        seed: Random seed of the initial weights.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -108,9 +108,9 @@ def build(
     initializer_range: NonNegativeFloat,
     seed: NonNegativeInt,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Model and tokenizer together, as ``model.initial``.
+    """Build the model and its tokenizer, as ``model.initial`` does.
 
-    Arguments are those of the two functions above; where ``tokenizer`` is given, none is trained.
+    The arguments are those of :func:`build_tokenizer` and :func:`build_tiny`. A given ``tokenizer`` is used as it is.
     """
     tokenizer = build_tokenizer(vocab_size, num_stories, seed) if tokenizer is None else tokenizer
     model = build_tiny(

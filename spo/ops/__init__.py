@@ -1,4 +1,4 @@
-"""The only place where logits become numbers: log-probabilities, entropies and divergences of completions."""
+"""Log-probabilities, entropies and divergences of completions: the only place where logits become numbers."""
 
 from spo.ops.divergence import KL_ESTIMATORS, KLEstimator, token_entropy, token_kl
 from spo.ops.logps import (

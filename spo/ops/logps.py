@@ -1,4 +1,4 @@
-"""Log-probabilities of completion tokens, from logits that exist or are made a few rows at a time."""
+"""Log-probabilities of completion tokens, from logits that exist or are computed a few rows at a time."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from spo.types import Sequences
 
-ELEMENTS_IN_CACHE = 2**17
-"""Half a MiB of float32: what a core's second-level cache holds, with room for a second tensor."""
+CACHE_ELEMENTS = 2**17
+"""Elements of a chunk on a CPU: 0.5 MiB of float32 fit into a core's second-level cache, beside a second tensor."""
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Half precision is widened, float32 and float64 are kept: log-sums in bfloat16 are off by 0.1 nats."""
+    """Convert half precision to float32: log-sums in bfloat16 are off by 0.1 nats. float32 and float64 stay as is."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
@@ -27,9 +27,9 @@ class DeferredLogits:
     """``(M, V)`` logits that exist a few rows at a time, so that memory does not grow with ``M * V``.
 
     Attributes:
-        states: ``(M, H)`` hidden states, as the language-model head is given them.
-        head: from ``(m, H)`` states to ``(m, V)`` logits.
-        rows: how many exist at one time.
+        states: ``(M, H)`` hidden states, the input of the language-model head.
+        head: Function from ``(m, H)`` states to ``(m, V)`` logits.
+        rows: Largest number of rows that exist at a time.
     """
 
     states: Tensor
@@ -37,20 +37,20 @@ class DeferredLogits:
     rows: int
 
     def materialize(self) -> Tensor:
-        """All of them, which is what they are there to avoid."""
+        """Compute all logits at once, which needs the memory that deferring them saves."""
         return self.head(self.states)
 
     def split(self, sizes: list[int]) -> list[DeferredLogits]:
-        """Consecutive rows, as a tensor is split."""
+        """Split into consecutive rows, as ``Tensor.split`` does."""
         return [replace(self, states=part) for part in self.states.split(sizes)]
 
 
 Logits = Tensor | DeferredLogits
-"""``(M, V)``, there already or made on demand: :func:`by_rows` takes both."""
+"""``(M, V)`` logits that exist or are computed on demand; :func:`by_rows` takes both."""
 
 
 def concat_logits(parts: list[Logits]) -> Logits:
-    """Logits one after the other; all of one kind, and deferred ones of the same head."""
+    """Concatenate logits along the rows. All have to be of one kind, and deferred ones of the same head."""
     deferred = [part for part in parts if isinstance(part, DeferredLogits)]
     if not deferred:
         return torch.cat([part for part in parts if isinstance(part, Tensor)])
@@ -58,11 +58,11 @@ def concat_logits(parts: list[Logits]) -> Logits:
 
 
 def by_rows(function: Callable[..., Tensor], *arguments: Logits) -> Tensor:
-    """Applies a row-wise function; where logits are deferred chunk by chunk, each recomputed in backward.
+    """Apply a row-wise function. Deferred logits are computed chunk by chunk, and again in the backward pass.
 
     Args:
-        function: maps tensors with the same leading size ``M`` to ``(M,)``.
-        arguments: logits ``(M, V)`` and tensors ``(M, ...)``.
+        function: Function from tensors with the same leading size ``M`` to ``(M,)``.
+        arguments: Logits ``(M, V)`` and tensors ``(M, ...)``.
 
     Returns:
         ``(M,)``.
@@ -88,25 +88,25 @@ def by_rows(function: Callable[..., Tensor], *arguments: Logits) -> Tensor:
 
 
 def in_cache(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of ``(M, ...)`` tensors, a few at a time: on a CPU few enough to stay in its cache through several passes.
+    """Yield the rows of ``(M, ...)`` tensors in chunks that stay in a CPU's cache through several passes.
 
-    An accelerator is given all of them at once.
+    On an accelerator all rows are one chunk.
     """
     logits = tensors[0]
-    rows = max(ELEMENTS_IN_CACHE // logits.shape[-1], 1) if logits.device.type == "cpu" else max(len(logits), 1)
+    rows = max(CACHE_ELEMENTS // logits.shape[-1], 1) if logits.device.type == "cpu" else max(len(logits), 1)
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 def completion_targets(sequences: Sequences) -> Tensor:
-    """``(M,)`` the completion tokens themselves, in the order of :func:`completion_logits`."""
+    """Return the ``(M,)`` ids of the completion tokens, in the order of ``completion_logits``."""
     return sequences.input_ids.flatten().index_select(0, sequences.completion_index)
 
 
 def token_logps(logits: Logits, targets: Tensor) -> Tensor:
-    """Log-probability of each target, by log-softmax in at least float32.
+    """Compute the log-probability of each target, by log-softmax in at least float32.
 
     Args:
-        logits: ``(M, V)``.
+        logits: ``(M, V)`` next-token logits.
         targets: ``(M,)`` token ids.
 
     Returns:
@@ -116,17 +116,17 @@ def token_logps(logits: Logits, targets: Tensor) -> Tensor:
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Log-softmax and gather in one: nothing as large as the logits is written but their gradient."""
+    """Log-softmax and gather in one; the only tensor of the size of the logits is their gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         values, norms = [], []
-        for rows, wanted in in_cache(logits, targets):
+        for rows, ids in in_cache(logits, targets):
             rows = at_least_float32(rows)
-            # shifted before it is summed: logit minus logsumexp would round at the size of the logits
+            # Shift by the maximum before summing: logit minus logsumexp would round at the size of the logits.
             top = rows.amax(-1, keepdim=True)
             norm = (rows - top).exp_().sum(-1, keepdim=True).log_()
-            values.append((rows.gather(-1, wanted[:, None]) - top - norm).squeeze(-1))
+            values.append((rows.gather(-1, ids[:, None]) - top - norm).squeeze(-1))
             norms += [top, norm]
         ctx.save_for_backward(logits, targets, torch.cat(norms[::2]), torch.cat(norms[1::2]))
         return torch.cat(values)
@@ -135,26 +135,26 @@ class _TokenLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, targets, top, norm = ctx.saved_tensors
-        found = torch.empty_like(logits)
-        for out, rows, *row in in_cache(found, logits, targets, top, norm, gradient):
-            wanted, highest, total, slope = (value.view(-1, 1) for value in row)
-            # d log p(t) / d logits is one_hot(t) - p
-            probabilities = (at_least_float32(rows) - highest).sub_(total).exp_()
-            out.copy_(probabilities.mul_(-slope).scatter_add_(-1, wanted, slope))
-        return found, None
+        logits_gradient = torch.empty_like(logits)
+        for out, rows, *columns in in_cache(logits_gradient, logits, targets, top, norm, gradient):
+            ids, row_top, row_norm, slope = (column.view(-1, 1) for column in columns)
+            # d log p(t) / d logits = one_hot(t) - p
+            probabilities = (at_least_float32(rows) - row_top).sub_(row_norm).exp_()
+            out.copy_(probabilities.mul_(-slope).scatter_add_(-1, ids, slope))
+        return logits_gradient, None
 
 
 def sum_per_sequence(values: Tensor, sequences: Sequences) -> Tensor:
-    """Adds up per-token values within each sequence.
+    """Sum per-token values within each sequence.
 
     Args:
-        values: ``(M,)`` one per completion token.
-        sequences: the ``N`` sequences the tokens belong to.
+        values: ``(M,)`` one value per completion token.
+        sequences: ``N`` sequences that the tokens belong to.
 
     Returns:
         ``(N,)``.
     """
-    # A padded sum instead of index_add: the order of additions, hence the last bit, is fixed on every device.
+    # A padded sum instead of index_add, which adds in another order on each run of a CUDA device.
     padded = values.new_zeros(sequences.input_ids.numel())
     padded = padded.index_copy(0, sequences.completion_index, values)
     return padded.view_as(sequences.input_ids).sum(dim=1)

@@ -1,7 +1,8 @@
-"""Drawing completions from a model."""
+"""Sampling of completions from a model."""
 
+from spo.forward.modes import eval_mode
 from spo.sampling.buffer import SampleBuffer
-from spo.sampling.generate import eval_mode, sample
+from spo.sampling.generate import sample
 from spo.seeds import derive_seed
 
 __all__ = ["SampleBuffer", "derive_seed", "eval_mode", "sample"]

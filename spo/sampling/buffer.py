@@ -1,4 +1,4 @@
-"""Samples of the policy that are drawn now and then and reused in between."""
+"""The buffer of policy samples, which are drawn from time to time and reused in between."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from spo.types import Sequences
 
 
 class SampleBuffer:
-    """Policy samples for a regularizer: refreshed every ``refresh_every`` optimiser steps, served row by row.
+    """Policy samples for a regularizer, refreshed every ``refresh_every`` optimizer steps.
 
-    Each rank draws and serves its own share of ``num_samples`` and ``batch_size``. What is drawn depends on the
-    seed, the step and the weights alone, so a resumed run draws what the unbroken one would have drawn. The samples
-    are held on the host, where cutting rows to their length keeps no device waiting.
+    Each rank draws and serves its own share of ``num_samples`` and ``batch_size``. The samples depend on the seed, the
+    step and the weights alone, so a resumed run draws what the uninterrupted one would have drawn. They stay on the
+    host, where cutting rows to their length does not wait for the device.
 
     Attributes:
-        reference_logits: for each sample, what the reference says of it; not part of the state, as it follows from the
-            samples.
+        reference_logits: Logits of the reference for each sample, or ``None``. The state leaves them out, because they
+            follow from the samples.
 
     Args:
-        prompts: token ids of the prompts to draw from.
-        refresh_every: optimiser steps between two drawings.
-        num_samples: samples held, over all ranks.
-        batch_size: samples served per step, over all ranks.
-        max_new_tokens: length limit of a sample.
-        eos_token_id: end-of-text.
-        pad_token_id: padding.
-        sampler: what draws them, see :func:`~spo.sampling.generate.sample`.
-        seed: of the run.
-        rank: this process.
-        world_size: number of processes.
+        prompts: Token ids of the prompts to draw from.
+        refresh_every: Optimizer steps between two refreshes.
+        num_samples: Number of samples in the buffer, over all ranks.
+        batch_size: Number of samples per step, over all ranks.
+        max_new_tokens: Length limit of a sample in tokens.
+        eos_token_id: Token id of end-of-text.
+        pad_token_id: Token id of padding.
+        sampler: Sampler to use, see :func:`~spo.sampling.generate.sample`.
+        seed: Seed of the run.
+        rank: Rank of this process.
+        world_size: Number of processes.
     """
 
     def __init__(
@@ -70,15 +70,22 @@ class SampleBuffer:
         self.reference_logits: list[Logits] | None = None
 
     def is_stale(self, step: int) -> bool:
-        """Whether ``step`` calls for a new drawing."""
+        """Return whether the buffer has to be refreshed at ``step``."""
         return self.drawn_at is None or step - self.drawn_at >= self.refresh_every
 
     def age(self, step: int) -> int:
-        """Optimiser steps since the samples were drawn."""
+        """Return the number of optimizer steps since the samples were drawn."""
         return 0 if self.drawn_at is None else step - self.drawn_at
 
     def refresh(self, policy: nn.Module, step: int) -> None:
-        """Draws ``num_samples`` prompts without replacement (as far as they reach) and a sample for each."""
+        """Draw ``num_samples`` prompts and a sample for each.
+
+        Prompts are drawn without replacement; only if there are fewer than ``num_samples``, they repeat.
+
+        Args:
+            policy: Model to draw from.
+            step: Optimizer step, on which the seed depends.
+        """
         seed = derive_seed("global_kl", self.seed, step, self.rank)
         order = torch.randperm(len(self.prompts), generator=torch.Generator().manual_seed(seed)).tolist()
         prompts = [self.prompts[order[i % len(order)]] for i in range(self.num_samples)]
@@ -89,22 +96,26 @@ class SampleBuffer:
 
     @property
     def held(self) -> Sequences:
-        """The samples, on the host."""
+        """Return the samples, which are on the host.
+
+        Raises:
+            RuntimeError: The buffer was never refreshed.
+        """
         if self.samples is None:
-            raise RuntimeError("the sample buffer is empty: refresh() comes first")
+            raise RuntimeError("the sample buffer is empty: call refresh() first")
         return self.samples
 
     def index(self, step: int) -> list[int]:
-        """Which of the samples step ``step`` uses; consecutive steps walk through the buffer."""
+        """Return the positions of the samples that ``step`` uses; consecutive steps walk through the buffer."""
         first = self.age(step) * self.batch_size
-        return [place % len(self.held) for place in range(first, first + self.batch_size)]
+        return [position % len(self.held) for position in range(first, first + self.batch_size)]
 
     def rows(self, step: int) -> Sequences:
-        """Those samples."""
+        """Return the samples that ``step`` uses."""
         return self.held.rows(torch.tensor(self.index(step)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and the step, for an exact resume between two drawings."""
+        """Return the samples and the step of their refresh, for an exact resume."""
         if self.samples is None:
             return {}
         held = self.samples
@@ -116,7 +127,7 @@ class SampleBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up the samples of :meth:`state_dict`."""
+        """Restore a state that :meth:`state_dict` returned."""
         if state:
             self.drawn_at = state["drawn_at"]
             self.samples = Sequences(state["input_ids"], state["prompt_length"], state["length"]).to("cpu")

@@ -1,4 +1,4 @@
-"""The rule by which a token follows from logits and a number of the row's own: one for every sampler."""
+"""How a token follows from logits and a random number of its row, the same for every sampler."""
 
 from __future__ import annotations
 
@@ -9,26 +9,35 @@ from torch import Tensor
 
 
 def uniform_numbers(seeds: Seq[int], length: int, device: torch.device) -> Tensor:
-    """``(N, length)`` uniform in [0, 1), each row from its own seed: it does not depend on those beside it."""
+    """Draw uniform numbers in [0, 1), each row from its own seed, so that no row depends on the others.
+
+    Args:
+        seeds: Seed of each of the ``N`` rows.
+        length: Numbers per row.
+        device: Device of the result.
+
+    Returns:
+        ``(N, length)`` float64, or float32 on MPS, which does not support float64.
+    """
     rows = [torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows).to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
 def next_tokens(logits: Tensor, numbers: Tensor, temperature: float) -> Tensor:
-    """One token per row, by inverting its distribution.
+    """Choose one token per row, by inverting its cumulative distribution.
 
     Args:
-        logits: ``(N, V)``.
-        numbers: ``(N,)`` where to invert each row's cumulative distribution.
-        temperature: of the softmax; 0 takes the likeliest token.
+        logits: ``(N, V)`` next-token logits.
+        numbers: ``(N,)`` values in [0, 1) at which the cumulative distributions are inverted.
+        temperature: Temperature of the softmax; 0 takes the likeliest token.
 
     Returns:
         ``(N,)`` token ids.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    # Each probability is known to the precision of the logits, but they are summed in float64, where the device has
-    # it: the sums of a large vocabulary would round to its rare tokens' size. What they are divided by cancels.
+    # The probabilities are summed in the dtype of the numbers, float64 where the device has it: in float32, the sums
+    # over a large vocabulary would round rare tokens away. The normalizer cancels, so there is no division.
     relative = (logits - logits.amax(-1, keepdim=True)) / temperature
     cumulative = relative.exp_().to(numbers.dtype).cumsum_(-1)
     tokens = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)

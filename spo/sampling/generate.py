@@ -1,4 +1,4 @@
-"""Drawing completions y ~ pi(.|x): the one place, for regularizer, monitoring, evaluation and data alike."""
+"""Sampling of completions y ~ pi(.|x), in one place for regularizer, monitoring, evaluation and data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -16,50 +15,42 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from spo.batching import even_parts_by_length
 from spo.forward.head import base_model
+from spo.forward.modes import eval_mode
+from spo.logs import log_once
 from spo.sampling import static
 from spo.sampling.draw import next_tokens, uniform_numbers
 from spo.types import Sequences
 
 log = logging.getLogger(__name__)
 
-MOST_TOKENS = 32768
-"""Of a batch, padding and room for the completions counted: 4 GB of keys and values of an 8B model in 16 bits."""
+MAX_BATCH_TOKENS = 32768
+"""Largest number of tokens of a batch, with padding and room for completions: 4 GB of keys and values of an 8B model
+in 16 bits."""
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside; each module's mode as it was afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextmanager
-def _own_settings(model: nn.Module) -> Iterator[None]:
-    """``generate`` fills what a call leaves out from the model's generation_config.json: a bias, a banned token ..."""
-    held: dict[Any, Any] = {
+def _default_generation_config(model: nn.Module) -> Iterator[None]:
+    """Hide the generation configs of a model, from which ``generate`` takes each setting that a call leaves out."""
+    configs: dict[Any, Any] = {
         module: module.generation_config for module in model.modules() if "generation_config" in vars(module)
     }
-    for module in held:
+    for module in configs:
         module.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        for module, config in held.items():
+        for module, config in configs.items():
             module.generation_config = config
 
 
 def _uncompiled(model: nn.Module) -> AbstractContextManager[None]:
-    """Compiled blocks run as they are written inside: each new length of a sequence would be compiled anew."""
+    """Run compiled blocks without compilation inside: each new sequence length would be compiled anew."""
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def _left_padded(prompts: Seq[Seq[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ``(N, T)`` token ids, padded on the left, and their attention mask."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -70,19 +61,20 @@ def _left_padded(prompts: Seq[Seq[int]], pad_token_id: int, device: torch.device
 
 
 class _Draw(LogitsProcessor):
-    """Leaves each row the one token that it draws.
+    """A logits processor that draws a token for each row and masks out all others.
 
     Args:
-        numbers: ``(N, max_new_tokens)`` uniform in [0, 1), of each row.
-        temperature: of the softmax.
-        start: length of the padded prompts.
+        numbers: ``(N, max_new_tokens)`` uniform numbers in [0, 1) of each row.
+        temperature: Temperature of the softmax.
+        prompt_width: Length of the padded prompts in tokens.
     """
 
-    def __init__(self, numbers: Tensor, temperature: float, start: int) -> None:
-        self.numbers, self.temperature, self.start = numbers, temperature, start
+    def __init__(self, numbers: Tensor, temperature: float, prompt_width: int) -> None:
+        self.numbers, self.temperature, self.prompt_width = numbers, temperature, prompt_width
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        tokens = next_tokens(scores, self.numbers[:, input_ids.shape[1] - self.start], self.temperature)
+        """Return scores that are finite for the drawn token alone."""
+        tokens = next_tokens(scores, self.numbers[:, input_ids.shape[1] - self.prompt_width], self.temperature)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
@@ -96,9 +88,12 @@ def _generate(
     eos_token_id: int,
     pad_token_id: int,
 ) -> Tensor:
-    """What :func:`spo.sampling.static.decode` does, by Hugging Face's ``generate``; as wide as the longest row."""
+    """Do what :func:`spo.sampling.static.decode` does with Hugging Face's ``generate``.
+
+    The result is only as wide as the longest completion.
+    """
     config = GenerationConfig(
-        do_sample=False,  # greedy, among the tokens that _Draw leaves
+        do_sample=False,  # Greedy decoding takes the tokens that _Draw left.
         num_beams=1,
         num_return_sequences=1,
         max_new_tokens=numbers.shape[1],
@@ -107,13 +102,14 @@ def _generate(
         use_cache=True,
     )
     draw = [_Draw(numbers, temperature, ids.shape[1])] if temperature > 0 else []
-    with _own_settings(model):
-        return model.generate(  # type: ignore[operator]
+    generate: Any = model.generate  # Any, because nn.Module types undeclared attributes as tensors or modules.
+    with _default_generation_config(model):
+        return generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
             logits_processor=LogitsProcessorList(draw),
-            synced_gpus=isinstance(model, FSDPModule),  # shards are gathered by all ranks together
+            synced_gpus=isinstance(model, FSDPModule),  # All ranks gather the shards together.
         )[:, ids.shape[1] :]
 
 
@@ -129,23 +125,23 @@ def sample(
     seeds: Seq[int],
     sampler: Literal["static", "generate"],
 ) -> Sequences:
-    """Draws one completion per prompt, with no truncation of the distribution and dropout off.
+    """Draw one completion per prompt, without truncating the distribution and with dropout off.
 
-    What is drawn for a prompt follows from the weights, the prompt and its seed: other prompts of the batch, their
-    number, the sampler and the global random state have no part in it (but for rounding: batches of other shapes add
-    up in another order). A completion ends with its first end-of-text token, which belongs to it, or is cut at
-    ``max_new_tokens``. Prompts of like length are forwarded together, as many as :data:`MOST_TOKENS` allows.
+    The completion of a prompt depends on the weights, the prompt and its seed. It does not depend on other prompts,
+    the sampler, or the global random state, except for rounding: other batch shapes add up in another order. A
+    completion ends with its first end-of-text token, which is part of it, or is cut at ``max_new_tokens``. Prompts of
+    similar length are forwarded together, as many as :data:`MAX_BATCH_TOKENS` allows.
 
     Args:
-        model: a Hugging Face causal language model; its mode is left as it was.
-        prompts: token ids of each prompt, none empty.
-        max_new_tokens: length limit of a completion.
-        temperature: 1 samples the model's own distribution, 0 decodes greedily.
-        eos_token_id: ends a completion wherever it is generated (its value in the prompt means nothing).
-        pad_token_id: fills the padding.
-        seeds: one per prompt.
-        sampler: ``static`` is the loop of :mod:`spo.sampling.static`, for the models that it can decode with;
-            ``generate`` is Hugging Face's.
+        model: Hugging Face causal language model; its train or eval mode is restored.
+        prompts: Token ids of each prompt, none empty.
+        max_new_tokens: Length limit of a completion in tokens.
+        temperature: Temperature of the softmax: 1 samples the model's own distribution, 0 decodes greedily.
+        eos_token_id: Token id that ends a completion; in a prompt it does not.
+        pad_token_id: Token id of padding.
+        seeds: Seed of each prompt.
+        sampler: ``static`` for the loop of :mod:`spo.sampling.static`, with the models that it supports; ``generate``
+            for that of Hugging Face.
 
     Returns:
         ``len(prompts)`` sequences, right-padded.
@@ -154,12 +150,12 @@ def sample(
     decode = static.decode if sampler == "static" and _is_static(model) else _generate
     numbers = uniform_numbers(seeds, max_new_tokens, device)
     generated = torch.full(numbers.shape, pad_token_id, dtype=torch.long, device=device)
-    # Shards are gathered by all ranks together, whose prompts are as many but not as long.
-    whole = isinstance(model, FSDPModule)
+    batches: Seq[Seq[int]] = even_parts_by_length([*map(len, prompts)], max_new_tokens, MAX_BATCH_TOKENS)
+    if isinstance(model, FSDPModule):
+        # Ranks gather shards together, so they need equally many batches. Their prompts are as many, but not as long.
+        batches = [range(len(prompts))]
     with eval_mode(model), _uncompiled(model):
-        for rows in (
-            [range(len(prompts))] if whole else even_parts_by_length([*map(len, prompts)], max_new_tokens, MOST_TOKENS)
-        ):
+        for rows in batches:
             ids, mask = _left_padded([prompts[row] for row in rows], pad_token_id, device)
             index = torch.tensor(rows, device=device)
             drawn = decode(
@@ -172,23 +168,23 @@ def sample(
                 pad_token_id=pad_token_id,
             )
             generated[index, : drawn.shape[1]] = drawn
-    ended = (generated == eos_token_id).long().cumsum(1)
-    completion_length = ((ended - (generated == eos_token_id).long()) == 0).sum(1)
+    # A token is part of its completion if no end-of-text token comes before it.
+    is_eos = (generated == eos_token_id).long()
+    completion_length = (is_eos.cumsum(1) - is_eos == 0).sum(1)
     return _right_padded(prompts, generated, completion_length, pad_token_id)
 
 
 def _is_static(model: nn.Module) -> bool:
+    """Return whether the static loop supports a model, and log the reason once if it does not."""
     if reason := static.unsupported(model):
-        _say(type(base_model(model)).__name__, reason)
+        name = type(base_model(model)).__name__
+        message = f"{name}: sampled by Hugging Face's generate, not by speed.sampler=static: {reason}"
+        log_once(log, logging.INFO, message)
     return reason is None
 
 
-@cache
-def _say(model: str, reason: str) -> None:
-    log.info("%s: sampled by Hugging Face's generate, not by speed.sampler=static: %s", model, reason)
-
-
 def _right_padded(prompts: Seq[Seq[int]], generated: Tensor, completion_length: Tensor, pad: int) -> Sequences:
+    """Return prompts and their completions as sequences on the device of ``generated``."""
     lengths = completion_length.tolist()
     width = max(len(prompt) + extra for prompt, extra in zip(prompts, lengths, strict=True))
     ids = torch.full((len(prompts), width), pad, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""A decoding loop of our own: keys and values in memory that is there from the start, finished rows left out."""
+"""A decoding loop with a preallocated cache of keys and values, which drops finished rows from the batch."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from spo.forward.head import base_model
 from spo.sampling.draw import next_tokens
 
 TOKENS_BETWEEN_CHECKS = 16
-"""On an accelerator: to ask which rows are finished waits for the device, so a few tokens too many are cheaper."""
+"""Tokens between two checks for finished rows on an accelerator: a check waits for the device, which costs more than a
+few superfluous tokens."""
 
-PREFILL_TOKENS = 2048
-"""Of prompts that are forwarded at once: enough to keep a device busy, few enough to need little padding."""
+MAX_PREFILL_TOKENS = 2048
+"""Tokens of prompts that are forwarded at once: enough to keep a device busy, few enough to need little padding."""
 
 
 class PreallocatedLayer(CacheLayerMixin):
-    """Keys and values of a layer, written in place. Attention sees what is filled, as of a growing cache.
+    """Keys and values of a layer, written in place. Attention sees the filled part, like that of a growing cache.
 
     Args:
-        rows: of the batch.
-        width: positions there is room for.
-        padded: whether rows have padding. Where it is known that they have, the mask is made without asking, which
-            would wait for the device at every token.
+        rows: Rows of the batch.
+        width: Positions to allocate.
+        padded: Whether rows have padding. If so, transformers makes the mask without checking it, which would wait
+            for the device at every token.
     """
 
     keys: Tensor
@@ -43,7 +44,7 @@ class PreallocatedLayer(CacheLayerMixin):
         self.is_compileable = padded
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Takes the memory, of the kind of what arrives first; zeros, since attention weighs padding with 0."""
+        """Allocate zeros of the dtype and sizes of the first states; attention gives padding the weight 0."""
         rows, width = self.shape
         self.keys, self.values = (
             states.new_zeros(rows, states.shape[1], width, states.shape[3]) for states in (key_states, value_states)
@@ -51,11 +52,11 @@ class PreallocatedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def show(self, rows: slice, start: int, end: int) -> None:
-        """From here on the model sees ``rows`` alone, filled from position ``start`` to ``end``."""
+        """Let the model see only ``rows``, filled from position ``start`` to ``end``."""
         self.rows, self.start, self.end = rows, start, end
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Adds ``(N, heads, T, size)`` keys and values; returns those of all positions so far, without a copy."""
+        """Add ``(N, heads, T, size)`` keys and values, and return those of all positions so far, without a copy."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new, self.end = slice(self.end, self.end + key_states.shape[2]), self.end + key_states.shape[2]
@@ -64,31 +65,32 @@ class PreallocatedLayer(CacheLayerMixin):
         return self.keys[self.rows, :, filled], self.values[self.rows, :, filled]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Positions that attention will see, and the first of them."""
+        """Return the number of positions that attention will see, and the first of them."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Positions so far."""
+        """Return the number of positions so far."""
         return self.end - self.start
 
     def get_max_length(self) -> int:
-        """Positions there is room for."""
+        """Return the number of allocated positions."""
         return self.shape[1]
 
     def keep(self, rows: int, holes: Tensor, movers: Tensor) -> None:
-        """Leaves the first ``rows`` rows, those at ``movers`` put in place of those at ``holes``."""
+        """Keep the first ``rows`` rows, after copying the rows at ``movers`` to ``holes``."""
         for states in (self.keys, self.values):
             states[holes, :, : self.end] = states[movers, :, : self.end]
         self.keys, self.values, self.rows = self.keys[:rows], self.values[:rows], slice(rows)
 
 
 class PreallocatedCache(Cache):
-    """As many :class:`PreallocatedLayer` as a model asks for."""
+    """A cache of :class:`PreallocatedLayer`, made as the model asks for them."""
 
-    layers: list[PreallocatedLayer]  # type: ignore[assignment]
+    layers: list[PreallocatedLayer]  # type: ignore[assignment]  # A list is invariant, and these are its only kind.
 
     def __init__(self, rows: int, width: int, padded: bool) -> None:
-        super().__init__(layer_class_to_replicate=self._new_layer)  # type: ignore[arg-type]
+        new_layer: Any = self._new_layer  # Declared as a class by transformers, which only calls it.
+        super().__init__(layer_class_to_replicate=new_layer)
         self.shape, self.padded = (rows, width), padded
         self.show(slice(rows), 0, 0)
 
@@ -98,23 +100,24 @@ class PreallocatedCache(Cache):
         return layer
 
     def show(self, rows: slice, start: int, end: int) -> None:
-        """From here on the model sees ``rows`` alone, filled from position ``start`` to ``end``."""
+        """Let the model see only ``rows`` in every layer, filled from position ``start`` to ``end``."""
         self.shown = rows, start, end
         for layer in self.layers:
             layer.show(rows, start, end)
 
     def keep(self, rows: int, holes: Tensor, movers: Tensor) -> None:
-        """Leaves the first ``rows`` rows in every layer, those at ``movers`` put in place of those at ``holes``."""
+        """Keep the first ``rows`` rows in every layer, after copying the rows at ``movers`` to ``holes``."""
         for layer in self.layers:
             layer.keep(rows, holes, movers)
 
 
 def unsupported(model: nn.Module) -> str | None:
-    """Why the loop cannot decode with ``model``, which has to attend to keys and values by position alone.
+    """Return the reason why the loop does not support a model, or ``None`` if it does.
 
-    A window is no hindrance: the mask that such a model makes leaves out what lies before it.
+    A model has to attend to keys and values by position alone. A sliding window is supported: the mask of such a model
+    leaves out what is before the window.
     """
-    base = base_model(model)
+    base: Any = base_model(model)
     if isinstance(model, FSDPModule):
         return "its weights are sharded, and all ranks have to take the same number of steps"
     if not isinstance(base, PreTrainedModel) or type(base).is_custom_code():
@@ -123,19 +126,20 @@ def unsupported(model: nn.Module) -> str | None:
         return "its adapter learns a prompt"
     if base.config.is_encoder_decoder:
         return "it has an encoder"
-    if base._is_stateful or not base._supports_default_dynamic_cache():  # type: ignore[operator]
-        return "it keeps a state in place of keys and values"
+    if base._is_stateful or not base._supports_default_dynamic_cache():  # type: ignore[operator]  # stubs: Tensor
+        return "it has a state instead of keys and values"
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     if other := {type(layer).__name__ for layer in DynamicCache(config=base.config).layers if type(layer) not in plain}:
         return f"its layers hold more than keys and values ({', '.join(sorted(other))})"
-    if own := _own_generation(type(base)):
-        return f"it has a way of its own to generate ({', '.join(own)})"
+    if own := _overridden_generation_methods(type(base)):
+        return f"it overrides methods of generation ({', '.join(own)})"
     if "position_ids" not in inspect.signature(base.forward).parameters:
-        return "it takes no positions, which padding would shift"
+        return "it does not take position ids, and padding would shift its positions"
     return None
 
 
-def _own_generation(model: type[nn.Module]) -> list[str]:
+def _overridden_generation_methods(model: type[nn.Module]) -> list[str]:
+    """Return the names of the methods of ``GenerationMixin`` that a class overrides."""
     shared = [name for name, value in vars(GenerationMixin).items() if inspect.isfunction(value)]
     return [name for name in shared if getattr(model, name, None) is not getattr(GenerationMixin, name)]
 
@@ -151,19 +155,19 @@ def decode(
     eos_token_id: int,
     pad_token_id: int,
 ) -> Tensor:
-    """Completions of a batch of prompts.
+    """Draw completions of a batch of prompts.
 
     Args:
-        model: one that is not :func:`unsupported`.
-        ids: ``(N, T)`` prompts, left-padded.
+        model: Model that is not :func:`unsupported`.
+        ids: ``(N, T)`` token ids of the prompts, left-padded.
         mask: ``(N, T)`` 1 on their tokens, 0 on padding.
-        numbers: ``(N, new)`` uniform in [0, 1): a row's draws; their number is the limit of a completion.
-        temperature: of the softmax, or 0.
-        eos_token_id: ends a completion.
-        pad_token_id: follows it.
+        numbers: ``(N, new)`` uniform numbers in [0, 1), one for each token to draw; ``new`` is the length limit.
+        temperature: Temperature of the softmax; 0 decodes greedily.
+        eos_token_id: Token id that ends a completion.
+        pad_token_id: Token id that fills the rest of the row.
 
     Returns:
-        ``(N, new)`` tokens.
+        ``(N, new)`` token ids.
     """
     (n, width), limit = ids.shape, numbers.shape[1]
     lengths = mask.sum(1).tolist()
@@ -171,7 +175,7 @@ def decode(
     last_only = {"logits_to_keep": 1} if base_model(model)._supports_logits_to_keep() else {}
 
     def forward(ids: Tensor, positions: Tensor, attended: Tensor | None) -> Tensor:
-        made = model(
+        output = model(
             input_ids=ids,
             attention_mask=attended,
             position_ids=positions,
@@ -180,7 +184,7 @@ def decode(
             return_dict=True,
             **last_only,
         )
-        return made.logits[:, -1].float()  # as generate has them
+        return output.logits[:, -1].float()  # In float32, as `generate` does, so that both draw the same tokens.
 
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     prefilled = []
@@ -191,40 +195,49 @@ def decode(
     states.show(slice(n), 0, width)
     logits = torch.cat(prefilled)
 
-    # What the loop holds are the rows that go on, in an order that changes when finished ones are left out.
+    # From here on, tensors have a row for each unfinished completion, in an order that changes as finished rows leave:
+    # `active` has their row in the batch.
     attended = nn.functional.pad(mask, (0, limit), value=1) if states.padded else None
     positions = positions[:, -1]
     completions = ids.new_full((n, limit), pad_token_id)
-    going, finished = torch.arange(n, device=ids.device), torch.zeros(n, dtype=torch.bool, device=ids.device)
+    active, finished = torch.arange(n, device=ids.device), torch.zeros(n, dtype=torch.bool, device=ids.device)
     every = 1 if ids.device.type == "cpu" else TOKENS_BETWEEN_CHECKS
     for step in range(limit):
         tokens = next_tokens(logits, numbers[:, step], temperature).masked_fill(finished, pad_token_id)
-        completions[going, step] = tokens
+        completions[active, step] = tokens
         finished |= tokens == eos_token_id
         if step + 1 == limit:
             break
         if (step + 1) % every == 0 and any(ended := finished.tolist()):
             if all(ended):
                 break
-            order, holes, movers = _closed_up(ended, ids.device)
+            order, holes, movers = _compaction(ended, ids.device)
             states.keep(len(order), holes, movers)
-            held = (tokens, positions, numbers, going, finished)
-            tokens, positions, numbers, going, finished = (tensor[order] for tensor in held)
+            before = (tokens, positions, numbers, active, finished)
+            tokens, positions, numbers, active, finished = (tensor[order] for tensor in before)
             attended = attended[order] if attended is not None else None
         positions = positions + 1
-        seen = attended[:, : width + step + 1] if attended is not None else None
-        logits = forward(tokens[:, None], positions[:, None], seen)
+        visible = attended[:, : width + step + 1] if attended is not None else None
+        logits = forward(tokens[:, None], positions[:, None], visible)
     return completions
 
 
 def _parts(lengths: list[int], width: int) -> Iterator[tuple[slice, int]]:
-    """Yield neighboring rows to forward together, and the place where the longest of them starts."""
-    for rows in split_by_tokens([(length, 1) for length in lengths], max_tokens=PREFILL_TOKENS):
+    """Yield neighboring rows to forward together, and the column where the longest of them starts."""
+    for rows in split_by_tokens([(length, 1) for length in lengths], max_tokens=MAX_PREFILL_TOKENS):
         yield rows, width - max(lengths[rows])
 
 
-def _closed_up(ended: list[bool], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows that go on, with the last of them (``movers``) in the places of those that ended (``holes``)."""
+def _compaction(ended: list[bool], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Plan how unfinished rows fill the gaps of finished ones, so that few rows of the cache are copied.
+
+    Args:
+        ended: Whether each row is finished.
+        device: Device of the results.
+
+    Returns:
+        The unfinished rows in their new order, the finished rows to overwrite, and the rows that move there.
+    """
     going = [row for row, is_over in enumerate(ended) if not is_over]
     holes = [row for row, is_over in enumerate(ended[: len(going)]) if is_over]
     movers = going[len(going) - len(holes) :]

@@ -1,4 +1,4 @@
-"""Schedules of alpha and beta over optimiser steps, and controllers that adjust them to what they bring about."""
+"""Schedules of alpha and beta over optimizer steps, and controllers that adjust them by measurements."""
 
 from spo.schedules.base import Schedule
 from spo.schedules.controllers import Controller, TargetEntropy, TargetKL

@@ -1,4 +1,4 @@
-"""Coefficients that are adjusted while training until a measured quantity of the policy is at a target."""
+"""Coefficients that training adjusts until a measured quantity of the policy reaches a target."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ class Controller(Schedule):
         \lambda \leftarrow \lambda + rate \cdot e, \qquad
         c = \exp(\lambda + gain \cdot e)
 
-    with c and exp(lambda) clipped to [min, max]. The relative error e lies in [-1, 1], so a measurement changes lambda
-    by at most ``rate`` however far off the policy is. The term with ``gain`` is that of an augmented Lagrangian: a
-    policy follows its coefficient with a delay, and dual ascent alone would swing about the target.
+    where c and exp(lambda) are clipped to [min, max]. The relative error e is in [-1, 1], so a measurement changes
+    lambda by at most ``rate``, however far off the policy is. The term with ``gain`` is that of an augmented
+    Lagrangian: a policy follows its coefficient with a delay, so dual ascent alone would oscillate.
 
     Attributes:
-        watches: what is measured.
-        direction: 1 where a larger coefficient lowers the quantity, -1 where it raises it.
+        watches: Quantity that is measured.
+        direction: 1 if a larger coefficient lowers the quantity, -1 if it raises it.
 
     Args:
-        target: of the quantity, positive.
-        start: the coefficient until the first measurement.
-        rate: of the ascent: largest change of lambda per measurement.
-        gain: answer to the error at hand: largest departure of log c from lambda.
-        every: optimiser steps between two measurements.
-        min: smallest coefficient.
-        max: largest coefficient.
+        target: Target of the quantity, positive.
+        start: Coefficient until the first measurement.
+        rate: Largest change of lambda per measurement.
+        gain: Largest difference of log c from lambda, the direct response to the current error.
+        every: Optimizer steps between two measurements.
+        min: Smallest coefficient.
+        max: Largest coefficient.
 
     Raises:
-        ValueError: a number is not positive (``gain`` may be 0), or not min <= start <= max.
+        ValueError: A number is not positive (``gain`` may be 0), or min <= start <= max does not hold.
     """
 
     watches: ClassVar[Literal["entropy", "kl"]]
@@ -61,41 +61,43 @@ class Controller(Schedule):
         self.saturated = False
 
     def __call__(self, step: int) -> float:
+        """Return the current coefficient, whatever the step."""
         return self.value
 
     def __str__(self) -> str:
+        """Return a few characters for names and tags: the quantity and its target."""
         return f"target_{self.watches}-{self.target:g}"
 
     def observe(self, measured: float) -> None:
-        """Adjusts the coefficient to a measurement of what it watches."""
+        """Adjust the coefficient by a measurement of the watched quantity."""
         error = self.direction * min((measured - self.target) / self.target, 1.0)
         ascended = self.ascended * math.exp(self.rate * error)
-        wanted = ascended * math.exp(self.gain * error)
-        self.ascended, self.value = self._bounded(ascended), self._bounded(wanted)
-        self.saturated = self.value != wanted
+        unclipped = ascended * math.exp(self.gain * error)
+        self.ascended, self.value = self._clip(ascended), self._clip(unclipped)
+        self.saturated = self.value != unclipped
 
-    def _bounded(self, value: float) -> float:
+    def _clip(self, value: float) -> float:
         return min(max(value, self.min), self.max)
 
     def state_dict(self) -> dict[str, float | bool]:
-        """What an exact resume needs."""
+        """Return what an exact resume needs."""
         return {"value": self.value, "ascended": self.ascended, "saturated": self.saturated}
 
     def load_state_dict(self, state: dict[str, float | bool]) -> None:
-        """Takes up what :meth:`state_dict` gave."""
+        """Restore a state that :meth:`state_dict` returned."""
         self.value, self.ascended = float(state["value"]), float(state["ascended"])
         self.saturated = bool(state["saturated"])
 
 
 class TargetEntropy(Controller):
-    """Keeps the policy's entropy at ``target`` nats per token: a larger coefficient makes the policy softer."""
+    """Controller of the policy's entropy, in nats per token: a larger coefficient makes the policy softer."""
 
     watches = "entropy"
     direction = -1
 
 
 class TargetKL(Controller):
-    """Keeps KL(policy || reference) at ``target`` nats per sequence: a larger coefficient holds the policy nearer."""
+    """Controller of KL(policy || reference), in nats per sequence: a larger coefficient lowers it."""
 
     watches = "kl"
     direction = 1

@@ -13,7 +13,7 @@ class Constant(Schedule):
     """The same value at every step.
 
     Args:
-        value: positive.
+        value: Value, positive.
     """
 
     def __init__(self, value: PositiveFloat) -> None:
@@ -21,16 +21,17 @@ class Constant(Schedule):
         self.value = value
 
     def __call__(self, step: int) -> float:
+        """Return the value."""
         return self.value
 
 
 class Linear(Schedule):
-    """A straight line from ``start`` to ``end`` over ``steps`` optimiser steps, ``end`` from then on.
+    """A straight line from ``start`` to ``end`` over ``steps`` optimizer steps, then ``end``.
 
     Args:
-        start: value at step 0, positive.
-        end: value at the last of the ``steps``, positive.
-        steps: optimiser steps.
+        start: Value at step 0, positive.
+        end: Value at the last of the steps, positive.
+        steps: Number of optimizer steps.
     """
 
     def __init__(self, start: PositiveFloat, end: PositiveFloat, steps: NonNegativeInt) -> None:
@@ -38,10 +39,11 @@ class Linear(Schedule):
         self.start, self.end, self.steps = start, end, steps
 
     def fraction(self, step: int) -> float:
-        """The covered share of the way from start to end, in [0, 1]."""
+        """Return the share of the way from start to end at a step, in [0, 1]."""
         return min(step / max(self.steps - 1, 1), 1.0)
 
     def __call__(self, step: int) -> float:
+        """Return the value at an optimizer step."""
         return self.start + self.fraction(step) * (self.end - self.start)
 
 
@@ -49,17 +51,18 @@ class Cosine(Linear):
     """Half a cosine from ``start`` to ``end``: flat at both ends. Arguments as in :class:`Linear`."""
 
     def fraction(self, step: int) -> float:
+        """Return the share of the way from start to end at a step, in [0, 1]."""
         return (1 - math.cos(math.pi * super().fraction(step))) / 2
 
 
 class PerStep(Schedule):
-    """One value per optimiser step, the last of them from then on.
+    """One value for each optimizer step, then the last of them.
 
     Args:
-        values: positive, at least one.
+        values: Positive values, at least one.
 
     Raises:
-        ValueError: ``values`` is no list, is empty, or holds something else than positive numbers.
+        ValueError: ``values`` is not a list, is empty, or holds anything but positive numbers.
     """
 
     def __init__(self, values: Sequence[float]) -> None:
@@ -69,4 +72,5 @@ class PerStep(Schedule):
         self.values = list(values)
 
     def __call__(self, step: int) -> float:
+        """Return the value of an optimizer step, the last one after the end of the list."""
         return self.values[min(step, len(self.values) - 1)]

@@ -16,7 +16,7 @@ from spo.data.datamodule import PreferenceDataModule
 from spo.evaluation import EvaluationSettings
 from spo.exact import ExactMetrics, World
 from spo.forward.speed import Speed
-from spo.losses import as_loss
+from spo.losses import Loss
 from spo.models import Reference
 from spo.module import AlignmentModule
 from spo.objective import Enumeration, Prompts
@@ -82,7 +82,7 @@ def build_module(
     enumeration: Enumeration | None = None,
 ) -> AlignmentModule:
     """Return the LightningModule of the run."""
-    loss = as_loss(instantiate(cfg.method.loss, _convert_="all"))
+    loss: Loss[Any] = instantiate(cfg.method.loss, _convert_="all")
     regularizer: Regularizer = instantiate(cfg.regularizer, _convert_="all")
     probe = ProbeSettings(**cfg.probe) if cfg.probe.num_prompts > 0 else None
     tokenizer = prepared.tokenizer

@@ -27,7 +27,6 @@ from spo.evaluation.opponents import find_opponents
 from spo.evaluation.pair_metrics import pair_metrics
 from spo.evaluation.settings import REFERENCE
 from spo.forward.speed import Speed
-from spo.losses import as_loss
 from spo.pages.panels import result_panel
 from spo.records import filenames
 from spo.records.digests import model_digest
@@ -129,7 +128,7 @@ def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path, judge: Judg
         selection = replace(test, samples=[])  # both splits consist of the whole language
 
     metrics = test.metrics | pair_metrics(
-        as_loss(instantiate(cfg.method.loss, _convert_="all")),
+        instantiate(cfg.method.loss, _convert_="all"),
         read_json(run_dir / filenames.COEFFICIENTS),
         models.policy,
         models.reference,

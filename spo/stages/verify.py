@@ -23,7 +23,7 @@ from spo.config.checks import check_config
 from spo.config.compose import compose
 from spo.config.groups import group_members
 from spo.errors import UserError
-from spo.losses import Loss, as_loss
+from spo.losses import Loss
 from spo.records.files import write_json
 from spo.resources import conf_dir
 from spo.stages.assemble import assemble
@@ -144,7 +144,7 @@ def planned(
 def _loss(member: str, config_dir: str | None) -> tuple[Loss[Any], str]:
     cfg = compose([f"method={member}"], config_dir=config_dir, run_dir=".")
     check_config(cfg)
-    return as_loss(instantiate(cfg.method.loss, _convert_="all")), method_name(cfg)
+    return instantiate(cfg.method.loss, _convert_="all"), method_name(cfg)
 
 
 def _cases(plan: DictConfig, grid: str, member: str, loss: Loss[Any]) -> Iterator[Case]:

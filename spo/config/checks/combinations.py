@@ -31,9 +31,15 @@ def combination_problems(cfg: DictConfig, parts: Parts) -> Iterator[str]:
 
 def _objective(cfg: DictConfig, parts: Parts) -> Iterator[str]:
     """Yield conflicts of loss, regularizer and reference."""
+    from spo.losses import Loss
+
     loss, regularizer, reference = parts.loss, parts.regularizer, parts.reference
-    if loss is not None and not callable(loss):
-        yield f"method.loss: {type(loss).__name__} is not a loss, it cannot be called"
+    if loss is not None and not isinstance(loss, Loss):
+        yield (
+            f"method.loss: {type(loss).__name__} is not a loss: derive it from spo.losses.PreferenceLoss, or from "
+            "spo.losses.ListLoss for ranked lists"
+        )
+        return
     if loss is None or regularizer is None or reference is None:
         return
     method, member = select(cfg, "method.name"), member_name("reference", reference)
@@ -162,10 +168,8 @@ def _judge(cfg: DictConfig, parts: Parts) -> Iterator[str]:
 
 
 def declares(loss: Any, name: str) -> bool:
-    """Return a declaration of a loss; one from outside may leave it to the default."""
-    from spo.losses import PreferenceLoss
-
-    return bool(getattr(loss, name, getattr(PreferenceLoss, name)))
+    """Return a declaration of a loss; false for an object that is not a loss, which is a problem of its own."""
+    return bool(getattr(loss, name, False))
 
 
 def _list_methods() -> list[str]:
