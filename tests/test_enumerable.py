@@ -233,7 +233,7 @@ def test_reward_is_looked_up() -> None:
     found = reward(["a", "b", "a"], ["", "ccc", "ab"])["reward"]
     expected = [("a", ""), ("b", "ccc"), ("a", "ab")]
     assert found == [reward_of(language, prompt, response) for prompt, response in expected]
-    with pytest.raises(ValueError, match="prompt 'c' with completion 'abcd' is not of the language"):
+    with pytest.raises(ValueError, match="prompt 'c' with completion 'abcd' is not in the language"):
         reward(["a", "c"], ["a", "abcd"])
 
 
@@ -251,12 +251,18 @@ def test_reward_is_looked_up() -> None:
         ({"prompt_symbols": -1}, "data.source.num_prompts=2: -1 symbols"),
         ({"max_new_tokens": 0}, "data.max_new_tokens=0"),
         ({"max_new_tokens": 10}, "data.source.num_symbols=3 and data.max_new_tokens=10 make more than 20,000"),
-        ({"list_size": 5, "num_pairs": 9}, "data.source.list_size=5: exact labels .* lists of up to 4"),
-        ({"list_size": 9, "num_symbols": 2, "max_new_tokens": 1}, "data.source.list_size=9: a prompt has 3 responses"),
+        ({"list_size": 5, "num_pairs": 9}, "data.source.list_size=5: soft labels .* lists of up to 4"),
+        (
+            {"list_size": 9, "num_symbols": 2, "max_new_tokens": 1},
+            "data.source.list_size=9: a prompt has only 3 responses",
+        ),
         ({"list_size": 1}, "data.source.list_size=1, num_pairs=None"),
         ({"num_pairs": 0}, "num_pairs=0"),
         ({"sampler": "reference"}, "data.source.num_pairs=null: data.source.sampler=reference"),
-        ({"sampler": "reference", "num_pairs": 9, "list_size": 3}, "data.source.list_size=3: .*draws pairs, of 2"),
+        (
+            {"sampler": "reference", "num_pairs": 9, "list_size": 3},
+            "data.source.list_size=3: .*samples pairs; set list_size=2",
+        ),
         ({"support_share": 0}, "data.source.support_share=0: must be above 0 and at most 1"),
         ({"reward_scale": -1}, "data.source.reward_scale=-1: must be at least 0 and finite"),
     ],

@@ -1,8 +1,8 @@
-"""A language small enough to write down: every response to every prompt, its reward, and preferences over them.
+"""A language small enough to enumerate: every response to every prompt, its reward, and preferences over responses.
 
 A response is a sequence of symbols that ends with end-of-text within ``max_new_tokens`` tokens, or is cut after that
-many symbols. None is the beginning of another, and nothing else can be sampled, so under any autoregressive model over
-this vocabulary their probabilities add up to one: what is an estimate elsewhere is a sum here.
+many symbols. No response is the beginning of another, and nothing else can be sampled. Under any autoregressive model
+over this vocabulary the probabilities of responses therefore add up to one, and expectations are sums, not estimates.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ if TYPE_CHECKING:
 
 SYMBOLS = string.ascii_lowercase
 END = "<end>"
-MOST_RESPONSES = 20_000
-MOST_LISTS = 20_000
-"""Of a prompt, where each is used once: all pairs of 200 responses are just below it. So many are drawn beyond."""
-MOST_ORDERED = 4
-"""Completions in a list whose orders are all written out."""
+MAX_RESPONSES = 20_000
+"""Largest number of responses to a prompt."""
+MAX_LISTS = 20_000
+"""Largest number of lists of a prompt that are all used once, enough for the pairs of 200 responses.
+
+If there are more lists, this many are drawn.
+"""
+MAX_ORDERED_LIST = 4
+"""Largest number of completions in a list of which every order becomes a row."""
 
 Indices = NDArray[np.int64]
 
@@ -42,10 +46,10 @@ class Language:
     """``P`` prompts, each with the same ``R`` responses.
 
     Attributes:
-        prompts: all with the same number of symbols.
-        responses: in order of length, then of the alphabet; the empty one is first.
-        rewards: ``(P, R)`` float64, in nats of Bradley and Terry.
-        support: ``(P, R)`` true where a response can appear in the data.
+        prompts: Prompts, all with the same number of symbols.
+        responses: Responses by length and then by alphabet; the empty one is first.
+        rewards: ``(P, R)`` float64 rewards in nats of the Bradley-Terry model.
+        support: ``(P, R)`` mask of the responses that can appear in the data.
     """
 
     prompts: tuple[str, ...]
@@ -54,26 +58,48 @@ class Language:
     support: NDArray[np.bool_]
 
     def preference(self, prompt: int, first: int | Indices, second: int | Indices) -> NDArray[np.float64]:
-        """Probability that ``first`` is better than ``second``, sigmoid(r_i - r_j) (Bradley and Terry 1952)."""
+        """Return the probability that ``first`` is better than ``second``, sigmoid(r_i - r_j) (Bradley and Terry 1952).
+
+        Args:
+            prompt: Position in ``prompts``.
+            first: Positions in ``responses``.
+            second: Positions in ``responses``, in the shape of ``first``.
+
+        Returns:
+            Probabilities in the shape of ``first``.
+        """
         reward = self.rewards[prompt]
+        # sigmoid(x) as exp(-log(1 + exp(-x))), which does not overflow.
         return np.exp(-np.logaddexp(0.0, reward[second] - reward[first]))
 
     def order_probability(self, prompt: int, orders: Indices) -> NDArray[np.float64]:
-        r"""Probability of rankings, :math:`\prod_k e^{r_k} / \sum_{j \ge k} e^{r_j}` (Plackett 1975, Luce 1959).
+        r"""Return the probability of rankings in the model of Luce (1959) and Plackett (1975).
+
+        The probability is :math:`\prod_k e^{r_k} / \sum_{j \ge k} e^{r_j}` with rewards :math:`r_k`, best first.
 
         Args:
-            prompt: position in ``prompts``.
-            orders: ``(..., n)`` responses, best first.
+            prompt: Position in ``prompts``.
+            orders: ``(..., n)`` positions in ``responses``, best first.
 
         Returns:
-            ``(...)``.
+            ``(...)`` probabilities.
         """
         reward = self.rewards[prompt][orders]
         rest = np.logaddexp.accumulate(reward[..., ::-1], axis=-1)[..., ::-1]
         return np.exp((reward - rest).sum(-1))
 
-    def drawn_orders(self, prompt: int, lists: Indices, rng: np.random.Generator) -> Indices:
-        """Each of the ``(K, n)`` lists in an order drawn from Plackett-Luce: Gumbel noise on rewards, sorted."""
+    def sample_orders(self, prompt: int, lists: Indices, rng: np.random.Generator) -> Indices:
+        """Sample an order of each list from the Plackett-Luce model.
+
+        Args:
+            prompt: Position in ``prompts``.
+            lists: ``(K, n)`` positions in ``responses``.
+            rng: Random generator.
+
+        Returns:
+            ``(K, n)`` positions, best first.
+        """
+        # Sorting rewards with Gumbel noise samples this model (Yellott 1977).
         noisy = self.rewards[prompt][lists] + rng.gumbel(size=lists.shape)
         return np.take_along_axis(lists, np.argsort(-noisy, axis=-1), axis=-1)
 
@@ -82,23 +108,26 @@ class EnumerableSource(Source):
     """Preferences over an enumerable language, with a seeded table of rewards.
 
     Args:
-        seed: of rewards, support, lists and drawn labels.
-        num_prompts: prompts of the language.
-        num_symbols: symbols of the vocabulary, beside end-of-text.
-        prompt_symbols: symbols of a prompt.
-        max_new_tokens: most tokens of a response.
-        reward_scale: standard deviation of the rewards, which are normal, in nats of Bradley and Terry.
-        sampler: which responses are compared. ``full``: any of them, uniformly; ``restricted``: those of a seeded
-            part of them; ``reference``: two that are drawn from the reference model.
-        labels: ``soft`` states the exact probability of an outcome, ``hard`` draws one.
-        num_pairs: pairs (or lists) of each prompt, drawn uniformly; ``None`` for each possible one once, or 20,000
-            drawn ones where there are more.
-        support_share: share of a prompt's responses that ever appear where ``sampler`` is ``restricted``.
-        list_size: completions that are compared with each other: 2 for pairs under Bradley-Terry, more for rankings
-            under Plackett-Luce. With soft labels all orders of a ranking are rows, weighted by their probability.
+        seed: Random seed of rewards, support, lists and sampled labels.
+        num_prompts: Number of prompts.
+        num_symbols: Number of symbols in the vocabulary, not counting end-of-text.
+        prompt_symbols: Number of symbols in a prompt.
+        max_new_tokens: Largest number of tokens in a response.
+        reward_scale: Standard deviation of the normal rewards, in nats of the Bradley-Terry model.
+        sampler: Choice of the responses that are compared: ``full`` draws from all, ``restricted`` from a seeded part
+            of them, and ``reference`` samples pairs from the reference model.
+        labels: Kind of labels: ``soft`` gives the exact probability of an outcome, ``hard`` samples one.
+        num_pairs: Number of pairs (or lists) of each prompt, drawn uniformly. ``None`` uses each possible one once, or
+            draws 20,000 if there are more.
+        support_share: Share of a prompt's responses that appear in the data if ``sampler`` is ``restricted``.
+        list_size: Number of completions in a list: 2 for pairs of the Bradley-Terry model, more for rankings of the
+            Plackett-Luce model. With soft labels each order of a ranking is a row, weighted by its probability.
+
+    Attributes:
+        language: The enumerated language.
 
     Raises:
-        ValueError: there is no such language, or it is too large to be written down.
+        ValueError: If an argument is out of range, or if the language is too large to enumerate.
     """
 
     language: Language
@@ -146,58 +175,63 @@ class EnumerableSource(Source):
         self._check_lists()
 
     def check_limits(self, max_length: int, truncation: str) -> None:
-        """Check that tokens are what sampling gives: no row is dropped or trimmed otherwise than a sample is.
+        """Check that rows are limited as samples are, so that they have the same tokens.
+
+        Args:
+            max_length: Largest number of tokens of prompt and completion together (``data.max_length``).
+            truncation: Policy for longer pairs (``data.truncation``).
 
         Raises:
-            DataError: ``max_length`` or ``truncation`` differ from what follows from the language.
+            DataError: If an argument differs from the value that follows from the language.
         """
         if (max_length, truncation) != (1 + self.prompt_symbols + self.max_new_tokens, "trim_completion"):
             raise DataError(
-                "data=enumerable: data.max_length and data.truncation follow from the language, so that tokens are "
-                "what sampling gives; set data.max_new_tokens and data.source.prompt_symbols instead"
+                "data=enumerable: data.max_length and data.truncation follow from the language, so that rows have the "
+                "tokens of samples; set data.max_new_tokens and data.source.prompt_symbols instead"
             )
 
     def _check_lists(self) -> None:
         n, supported = self.list_size, int(self.language.support[0].sum())
         if n > supported:
-            raise ValueError(f"data.source.list_size={n}: a prompt has {supported} responses to compare")
+            raise ValueError(f"data.source.list_size={n}: a prompt has only {supported} responses to compare")
         if self.sampler == "reference" and n > 2:
-            raise ValueError(f"data.source.list_size={n}: data.source.sampler=reference draws pairs, of 2")
-        if n > MOST_ORDERED and self.labels == "soft":
+            raise ValueError(f"data.source.list_size={n}: data.source.sampler=reference samples pairs; set list_size=2")
+        if n > MAX_ORDERED_LIST and self.labels == "soft":
             raise ValueError(
-                f"data.source.list_size={n}: exact labels write all orders out, which is for lists of up to "
-                f"{MOST_ORDERED}; set data.source.labels=hard"
+                f"data.source.list_size={n}: soft labels make each order a row, for lists of up to "
+                f"{MAX_ORDERED_LIST} completions; set data.source.labels=hard"
             )
         if self.num_pairs is None and self.sampler == "reference":
-            raise ValueError("data.source.num_pairs=null: data.source.sampler=reference has to know how many to draw")
+            raise ValueError("data.source.num_pairs=null: data.source.sampler=reference needs a number of pairs")
 
     def prompts(self, split: Split) -> list[str]:
-        """The prompts of the language, which are those of every split."""
+        """Return the prompts of the language, which are the same in each split."""
         return list(self.language.prompts)
 
     def rows(self, complete: Completer) -> list[Row]:
-        """The pairs or rankings of every prompt.
+        """Return the pairs or rankings of each prompt.
 
         Args:
-            complete: draws completions from the reference model; called where ``sampler`` is ``reference``.
+            complete: Function that samples completions from the reference model, used if ``sampler`` is ``reference``.
         """
         self.dropped_pairs.clear()
-        lists = self._reference_pairs(complete) if self.samples_rows else self._lists()
-        return [row for prompt, chosen in enumerate(lists) for row in self._labelled(prompt, chosen)]
+        lists = self._sample_reference_pairs(complete) if self.samples_rows else self._choose_lists()
+        return [row for prompt, chosen in enumerate(lists) for row in self._label(prompt, chosen)]
 
-    def _lists(self) -> Iterator[Indices]:
-        """``(K, n)`` of each prompt: the responses that are compared."""
+    def _choose_lists(self) -> Iterator[Indices]:
+        """Yield the ``(K, n)`` responses of each prompt that are compared, as positions."""
         for prompt, support in enumerate(self.language.support):
             responses = np.flatnonzero(support)
             number = self.num_pairs
-            if number is None and math.comb(len(responses), self.list_size) <= MOST_LISTS:
+            if number is None and math.comb(len(responses), self.list_size) <= MAX_LISTS:
                 yield np.array(list(itertools.combinations(responses.tolist(), self.list_size)))
             else:
                 rng = self._rng("lists", prompt)
-                drawn = [rng.choice(len(responses), self.list_size, replace=False) for _ in range(number or MOST_LISTS)]
+                drawn = [rng.choice(len(responses), self.list_size, replace=False) for _ in range(number or MAX_LISTS)]
                 yield responses[np.array(drawn)]
 
-    def _reference_pairs(self, complete: Completer) -> Iterator[Indices]:
+    def _sample_reference_pairs(self, complete: Completer) -> Iterator[Indices]:
+        """Yield ``(K, 2)`` positions of each prompt's sampled responses, and count pairs of equal ones."""
         assert self.num_pairs is not None
         place = {text: i for i, text in enumerate(self.language.responses)}
         self.dropped_pairs = Counter(identical=0)
@@ -207,18 +241,21 @@ class EnumerableSource(Source):
             self.dropped_pairs["identical"] += int((~different).sum())
             yield pairs[different]
 
-    def _labelled(self, prompt: int, lists: Indices) -> Iterator[Row]:
+    def _label(self, prompt: int, lists: Indices) -> Iterator[Row]:
+        """Yield the rows of ``(K, n)`` compared responses of a prompt, with labels from the rewards."""
         if self.labels == "hard":
-            orders = self.language.drawn_orders(prompt, lists, self._rng("labels", prompt))
+            orders = self.language.sample_orders(prompt, lists, self._rng("labels", prompt))
             yield from (self._row(prompt, order) for order in orders.tolist())
         elif self.list_size == 2:
-            # The better one first, so that accuracies say what they say elsewhere; the loss is the same either way.
+            # The better one comes first, so that accuracies mean the same as with other data. The loss does not depend
+            # on the order, since the preference is exact.
             reward = self.language.rewards[prompt][lists]
             orders = np.where(reward[:, :1] >= reward[:, 1:], lists, lists[:, ::-1])
             preferences = self.language.preference(prompt, orders[:, 0], orders[:, 1])
             for order, preference in zip(orders.tolist(), preferences.tolist(), strict=True):
                 yield self._row(prompt, order, preference=preference)
         else:
+            # The weights of a list's orders have mean 1.
             permutations = np.array(list(itertools.permutations(range(self.list_size))))
             orders = lists[:, permutations].reshape(-1, self.list_size)
             weights = len(permutations) * self.language.order_probability(prompt, orders)
@@ -244,10 +281,10 @@ class EnumerableSource(Source):
 
 
 class EnumerableReward:
-    """The rewards of an enumerable language, looked up.
+    """A lookup table of the rewards of an enumerable language.
 
     Args:
-        source: whose rewards they are.
+        source: Source of the language.
     """
 
     def __init__(self, source: EnumerableSource) -> None:
@@ -259,22 +296,26 @@ class EnumerableReward:
         }
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
-        """The key ``reward``, one number per completion.
+        """Return the key ``reward`` with one number per completion.
+
+        Args:
+            prompts: Prompts of the language.
+            completions: One response for each prompt.
 
         Raises:
-            ValueError: a completion is none of the language.
+            ValueError: If a prompt or completion is not in the language.
         """
-        asked = list(zip(prompts, completions, strict=True))
-        if unknown := [pair for pair in asked if pair not in self._table]:
-            raise ValueError(f"prompt {unknown[0][0]!r} with completion {unknown[0][1]!r} is not of the language")
-        return {"reward": [self._table[pair] for pair in asked]}
+        pairs = list(zip(prompts, completions, strict=True))
+        if unknown := [pair for pair in pairs if pair not in self._table]:
+            raise ValueError(f"prompt {unknown[0][0]!r} with completion {unknown[0][1]!r} is not in the language")
+        return {"reward": [self._table[pair] for pair in pairs]}
 
 
 def language_tokenizer(num_symbols: int) -> PreTrainedTokenizerFast:
-    """One token for each symbol, and one that begins, ends and pads; it adds none by itself.
+    """Build a tokenizer with one token for each symbol, and one token for BOS, EOS and PAD, which it never adds.
 
     Args:
-        num_symbols: the first so many letters of the alphabet.
+        num_symbols: Number of symbols, which are the first letters of the alphabet.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -306,13 +347,14 @@ def _prompts(num_prompts: int, num_symbols: int, prompt_symbols: int) -> tuple[s
 def _responses(num_symbols: int, max_new_tokens: int) -> tuple[str, ...]:
     if max_new_tokens < 1:
         raise ValueError(f"data.max_new_tokens={max_new_tokens}: must be at least 1")
-    if sum(num_symbols**length for length in range(max_new_tokens + 1)) > MOST_RESPONSES:
+    if sum(num_symbols**length for length in range(max_new_tokens + 1)) > MAX_RESPONSES:
         raise ValueError(
             f"data.source.num_symbols={num_symbols} and data.max_new_tokens={max_new_tokens} make more than "
-            f"{MOST_RESPONSES:,} responses, too many to enumerate: set either lower"
+            f"{MAX_RESPONSES:,} responses, too many to enumerate: set either lower"
         )
     return tuple(word for length in range(max_new_tokens + 1) for word in _words(num_symbols, length))
 
 
 def _words(num_symbols: int, length: int) -> Iterator[str]:
+    """Return all words of a length in the order of the alphabet."""
     return ("".join(symbols) for symbols in itertools.product(SYMBOLS[:num_symbols], repeat=length))

@@ -1,14 +1,14 @@
-"""From text to tokens: the one place that decides what a prompt and a completion are, token by token.
+"""Rendering of text as tokens: the one place that decides which tokens are prompt and which are completion.
 
-Training, sampling and scoring all use what `Renderer` makes, so they see the same tokens. The rules:
+Training, sampling and scoring all use :class:`Renderer`, so they see the same tokens. The rules:
 
-* Prompt and completion are tokenised together, once, and cut where the tokens of the prompt end. Where tokens merge
-  across that border, the merged tail of the prompt belongs to both completions.
-* A text begins with exactly one BOS if the tokenizer has one, also where the tokenizer does not add it by itself
-  (GPT-2: documents were separated by it); a tokenizer without BOS (Qwen) gets none. For conversations the chat
-  template is the authority, and a BOS is added only where the tokenizer adds one and the template has not.
-* A completion that was not cut ends in exactly one EOS; what a chat template writes after it is removed.
-* All of this goes by position: BOS, EOS and PAD may be the same id.
+* Prompt and completion are tokenized together, once, and split where the tokens of the prompt end. If tokens merge
+  across that boundary, the merged tail of the prompt belongs to both completions.
+* A text begins with exactly one BOS if the tokenizer has one, even if the tokenizer does not add it. GPT-2, for
+  example, saw it between documents. A tokenizer without BOS (Qwen) gets none. For conversations the chat template
+  decides: a BOS is added only if the tokenizer adds one and the template does not.
+* A completion that was not cut ends in exactly one EOS. Text that a chat template writes after it is removed.
+* Positions decide, never ids: BOS, EOS and PAD may be the same id.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRUNCATIONS: tuple[Truncation, ...] = get_args(Truncation)
-_MARK = "\u27e6the answer\u27e7"
+_MARKER = "\u27e6the answer\u27e7"
+"""Text that does not occur in data or templates."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,22 @@ class TokenizedPair:
     """A row as tokens.
 
     Attributes:
-        prompt_ids: BOS (where there is one) and the prompt.
-        chosen_ids: the better completion, ending in EOS unless it was cut.
-        rejected_ids: the worse completion, or ``None`` (supervised data).
-        prompt_text: the prompt as the model sees it (for conversations, the rendered template).
-        chosen_text: the better completion without its EOS.
-        rejected_text: the worse completion, or ``None``.
-        prompt_id: digest of the row's prompt, the same for every tokenizer.
-        preference: probability that chosen is better, or ``None`` for 1.
-        weight: weight of the pair, or ``None`` for 1.
-        split: the split that the source assigned, or ``None``.
-        where: file and line.
-        truncated: whether a prompt or completion was cut.
-        boundary_moved: whether tokens merged at the end of the prompt.
-        worse_ids: of a list, the completions after the rejected one, best first.
-        worse_texts: their texts.
-        repeated: completions of the list that were left out because a better one has the same tokens.
+        prompt_ids: Tokens of the prompt, after BOS if the tokenizer has one.
+        chosen_ids: Tokens of the better completion, with EOS at the end unless it was cut.
+        rejected_ids: Tokens of the worse completion; ``None`` for supervised data.
+        prompt_text: Prompt as the model sees it; for conversations, the rendered template.
+        chosen_text: Better completion without EOS.
+        rejected_text: Worse completion without EOS; ``None`` for supervised data.
+        prompt_id: Digest of the row's prompt, the same for every tokenizer.
+        preference: Probability that chosen is better; ``None`` means 1.
+        weight: Weight of the pair; ``None`` means 1.
+        split: Split that the source assigns, or ``None``.
+        where: Place of the row, such as file and line.
+        truncated: Whether the prompt or a completion was cut.
+        boundary_moved: Whether tokens merged at the end of the prompt.
+        worse_ids: Tokens of a list's completions after the rejected one, best first.
+        worse_texts: Texts of the completions in ``worse_ids``.
+        repeated: Number of completions that were dropped because a better one has the same tokens.
     """
 
     prompt_ids: tuple[int, ...]
@@ -71,21 +72,25 @@ class TokenizedPair:
 
     @property
     def completions(self) -> tuple[tuple[int, ...], ...]:
-        """All completions, the best one first."""
+        """Return the tokens of all completions, the best one first."""
         first = (self.chosen_ids,) if self.rejected_ids is None else (self.chosen_ids, self.rejected_ids)
         return first + self.worse_ids
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The texts of the completions."""
+        """Return the texts of all completions, the best one first."""
         first = (self.chosen_text,) if self.rejected_text is None else (self.chosen_text, self.rejected_text)
         return first + self.worse_texts
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A row that was left out, and why: ``too_long``, ``prompt_too_long``, ``completion_too_long``, ``identical``,
-    ``empty`` (no token is left of a completion) or ``no_prompt_token`` (the whole prompt merges into the completion).
+    """A row that was dropped.
+
+    Attributes:
+        reason: ``too_long``, ``prompt_too_long``, ``completion_too_long``, ``identical``, ``empty`` (a completion does
+            not have a token) or ``no_prompt_token`` (the whole prompt merges into the completion).
+        where: Place of the row, such as file and line.
     """
 
     reason: str
@@ -100,18 +105,18 @@ class _Rendered:
 
 
 class Renderer:
-    """Turns rows into tokens.
+    """A converter of rows to tokens.
 
     Args:
-        tokenizer: of the policy.
-        max_length: most tokens of prompt and completion together, BOS and EOS included.
-        truncation: what happens to longer ones. ``drop_pair``: the pair is left out. ``trim_completion``: both
-            completions are cut to what the prompt leaves, and a cut one has no EOS. ``trim_prompt``: the prompt loses
-            its beginning (never its BOS), by the same amount for both. A list is treated as a pair is: as a whole.
-        allow_empty: whether a completion may be its EOS alone; otherwise such a pair is left out.
+        tokenizer: Tokenizer of the policy.
+        max_length: Largest number of tokens of prompt and completion together, BOS and EOS included.
+        truncation: Policy for longer pairs and lists. ``drop_pair`` drops the pair. ``trim_completion`` cuts all
+            completions to the room that the prompt leaves, and a cut one does not have an EOS. ``trim_prompt`` cuts the
+            beginning of the prompt, but not its BOS, by the same amount for all completions.
+        allow_empty: Whether a completion may consist of its EOS only; otherwise such a pair is dropped.
 
     Raises:
-        DataError: when the tokenizer has no EOS, or an argument makes no sense.
+        DataError: If the tokenizer does not have an EOS, or if an argument is out of range.
     """
 
     def __init__(
@@ -122,23 +127,23 @@ class Renderer:
         if max_length < 2:
             raise DataError(f"data.max_length={max_length}: must be at least 2")
         if tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer has no EOS token, so no completion could ever end; give it an eos_token")
+            raise DataError("the tokenizer does not have an EOS token, so no completion can end; set its eos_token")
         self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
         self.allow_empty = allow_empty
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int = tokenizer.eos_token_id
+        # Tokenizers do not declare whether they add a BOS, so one letter is encoded with and without special tokens.
         plain, special = self._encode(["a"])[0], tokenizer("a")["input_ids"]
         self._adds_bos = self.bos_id is not None and special[:1] == [self.bos_id] and plain[:1] != (self.bos_id,)
         self._anchor = list(plain)
         self._anchor_text = self._decode(self._anchor)
 
     def render(self, row: Row) -> TokenizedPair | Dropped:
-        """The row as tokens, or why it was left out.
+        """Return the row as tokens, or the reason why it was dropped.
 
         Raises:
-            RowError: when the row has no prompt and the tokenizer has no BOS to stand for it, or when the chat
-                template refuses its messages.
-            DataError: when the row is a conversation and the tokenizer has no chat template.
+            RowError: If neither a prompt nor a BOS can begin the text, or if the chat template rejects the messages.
+            DataError: If the row is a conversation and the tokenizer does not have a chat template.
         """
         text = self._as_text(row)
         plain, *whole = self._encode([text.prompt, *(text.prompt + completion for completion in text.completions)])
@@ -148,11 +153,11 @@ class Renderer:
         if not prompt:
             if plain:
                 return Dropped("no_prompt_token", row.where)
-            raise RowError(row.where, "the prompt is empty, and the tokenizer has no BOS to begin with", "prompt")
+            raise RowError(row.where, "the prompt is empty, and the tokenizer does not have a BOS", "prompt")
         if any(len(ids) == cut for ids in whole) and not self.allow_empty:
             return Dropped("empty", row.where)
         completions = tuple((*ids[cut:], self.eos_id) for ids in whole)
-        alone = TokenizedPair(
+        best_alone = TokenizedPair(
             prompt_ids=prompt,
             chosen_ids=completions[0],
             rejected_ids=None,
@@ -166,7 +171,7 @@ class Renderer:
             where=row.where,
             boundary_moved=cut < len(plain),
         )
-        pair = _ranked(alone, completions, text.completions)
+        pair = _with_completions(best_alone, completions, text.completions)
         if isinstance(pair, Dropped) or len(prompt) + max(map(len, completions)) <= self.max_length:
             return pair
         if self.truncation == "drop_pair":
@@ -176,21 +181,21 @@ class Renderer:
         return self._trim_prompt(pair)
 
     def prompt_ids(self, prompt: Text) -> tuple[int, ...]:
-        """The tokens of a prompt that no completion follows yet.
+        """Return the tokens of a prompt without a completion.
 
         Raises:
-            DataError: when the prompt is empty and the tokenizer has no BOS.
+            DataError: If the prompt is empty and the tokenizer does not have a BOS.
         """
         text = self._as_text(Row(prompt=prompt, chosen="" if isinstance(prompt, str) else ()))
         plain = self._encode([text.prompt])[0]
         ids = self._bos(text, plain) + plain
         if not ids:
-            raise DataError("the prompt is empty, and the tokenizer has no BOS to begin with")
+            raise DataError("the prompt is empty, and the tokenizer does not have a BOS")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of completion tokens, a leading space included, special tokens such as EOS left out."""
-        # Decoders strip the space at the start of a text, and a completion never stands at the start of one.
+        """Return the text of completion tokens with its leading space and without special tokens such as EOS."""
+        # Some decoders strip the space at the start of a text, so the completion is decoded after an anchor.
         return self._decode([*self._anchor, *ids])[len(self._anchor_text) :]
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -199,7 +204,7 @@ class Renderer:
         return text
 
     def _encode(self, texts: list[str]) -> list[tuple[int, ...]]:
-        # verbose=False: too long is ours to judge, and the tokenizer's warning would come once per process.
+        # verbose=False silences the tokenizer's warning about long texts, since `render` checks their lengths itself.
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [tuple(ids) for ids in encoded["input_ids"]]
 
@@ -213,10 +218,10 @@ class Renderer:
             return _Rendered(row.prompt, tuple(texts), False)
         if not self.tokenizer.chat_template:
             raise DataError(
-                f"{row.where}: the row is a list of messages, but the tokenizer has no chat template. Use the model's "
-                "chat version, set tokenizer.chat_template, or write the data as text"
+                f"{row.where}: the row is a list of messages, but the tokenizer does not have a chat template. Use the "
+                "model's chat version, set tokenizer.chat_template, or write the data as text"
             )
-        # After an assistant's turn the template must not open another one.
+        # A prompt that ends in an assistant's turn is continued; the template must not open another turn.
         opens = not row.prompt or row.prompt[-1]["role"] != "assistant"
         prompt = self._template(row.prompt, opens, row.where)
         completions = [
@@ -225,15 +230,15 @@ class Renderer:
             if messages
         ]
         if not all(text.startswith(prompt) for text in completions):
-            # Some templates open the assistant's turn with words that they leave out of a finished one.
+            # Some templates open the assistant's turn with words that a finished turn does not contain.
             prompt = prompt[: _shared_length([prompt, *completions])]
         return _Rendered(prompt, tuple(text[len(prompt) :] for text in completions), True)
 
     def _conversation(self, prompt: tuple[Message, ...], completion: tuple[Message, ...], where: str) -> str:
         text = self._template((*prompt, *completion), False, where)
-        # What the template writes after the last message, seen by putting a mark in its place.
-        marked = self._template((*prompt, *completion[:-1], {**completion[-1], "content": _MARK}), False, where)
-        after = marked.rpartition(_MARK)[2]
+        # A marker in place of the last message shows which text the template writes after it.
+        marked = self._template((*prompt, *completion[:-1], {**completion[-1], "content": _MARKER}), False, where)
+        after = marked.rpartition(_MARKER)[2]
         eos = after.find(self.tokenizer.eos_token) if text.endswith(after) else -1
         return text if eos < 0 else text[: len(text) - len(after) + eos]
 
@@ -242,8 +247,8 @@ class Renderer:
             return ""
         try:
             text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opens)
-        except Exception as error:  # templates raise whatever their author chose
-            raise RowError(where, f"the chat template refuses the messages: {error}") from error
+        except Exception as error:  # Templates may raise any error that their author chose.
+            raise RowError(where, f"the chat template rejects the messages: {error}") from error
         assert isinstance(text, str)
         return text
 
@@ -262,7 +267,8 @@ class Renderer:
         kept = [ids[:room] for ids in pair.completions]
         whole = zip(kept, pair.completions, pair.texts, strict=True)
         texts = [text if ids == full else self.decode(ids) for ids, full, text in whole]
-        return _ranked(replace(pair, truncated=True), kept, texts)
+        # Completions that differ only after the cut are the same now.
+        return _with_completions(replace(pair, truncated=True), kept, texts)
 
     def _trim_prompt(self, pair: TokenizedPair) -> TokenizedPair | Dropped:
         bos = int(pair.prompt_ids[0] == self.bos_id)
@@ -273,10 +279,10 @@ class Renderer:
         return replace(pair, prompt_ids=pair.prompt_ids[:bos] + kept, prompt_text=self.decode(kept), truncated=True)
 
 
-def _ranked(
+def _with_completions(
     pair: TokenizedPair, completions: Sequence[tuple[int, ...]], texts: Sequence[str]
 ) -> TokenizedPair | Dropped:
-    """The pair with these completions, best first. Of those with the same tokens only the best one stays."""
+    """Return the pair with these completions, best first; only the best of those with the same tokens stays."""
     distinct: dict[tuple[int, ...], str] = {}
     for ids, text in zip(completions, texts, strict=True):
         distinct.setdefault(ids, text)
@@ -296,16 +302,18 @@ def _ranked(
 
 
 def prompt_id(prompt: Text) -> str:
-    """16 hex digits that stand for a prompt, whatever the tokenizer."""
+    """Return 16 hex digits that identify a prompt, the same for every tokenizer."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _completions(row: Row) -> tuple[Text, ...]:
+    """Return the completions of a row, the best one first."""
     return (row.chosen, *(() if row.rejected is None else (row.rejected,)), *row.worse)
 
 
 def _shared_length(sequences: Sequence[Sequence[object]]) -> int:
+    """Return the number of leading items that all sequences share."""
     length = 0
     for items in zip(*sequences, strict=False):
         if any(item != items[0] for item in items):

@@ -1,4 +1,4 @@
-"""From rows to tokenised splits, with the numbers a person wants to see before training starts."""
+"""Tokenized splits from rows, with counts and warnings for a person to read before training starts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class PreparedPairs:
     """The pairs of each split.
 
     Attributes:
-        train: pairs to learn from.
-        selection: pairs to choose checkpoints and settings by.
-        test: pairs of the final evaluation.
-        counts: ``read``, ``used``, ``dropped`` and each ``dropped/REASON``, ``truncated``, ``boundary_moved``, and the
-            pairs of each split; all in pairs, ``truncated`` and ``boundary_moved`` among those used.
-        warnings: what a person should know, in words.
+        train: Pairs to train on.
+        selection: Pairs to choose checkpoints and settings by.
+        test: Pairs of the final evaluation.
+        counts: Numbers of pairs: ``read``, ``used``, ``dropped`` and each ``dropped/REASON``, the used ones that are
+            ``truncated`` or have ``boundary_moved``, and the size of each split.
+        warnings: Warnings in words for the person who starts the run.
     """
 
     train: list[TokenizedPair]
@@ -39,10 +39,10 @@ class EvalPrompt:
     """A prompt to sample from.
 
     Attributes:
-        prompt_id: digest of the prompt.
-        split: where it comes from.
-        ids: its tokens, the same that training saw.
-        text: its text.
+        prompt_id: Digest of the prompt.
+        split: Split of its pair, or ``None``.
+        ids: Tokens of the prompt, the same as in training.
+        text: Text of the prompt.
     """
 
     prompt_id: str
@@ -54,28 +54,29 @@ class EvalPrompt:
 def prepare(
     rows: Sequence[Row], renderer: Renderer, seed: int, selection: float, test: float, min_pairs: int
 ) -> PreparedPairs:
-    """Tokenises the rows and splits them by prompt.
+    """Tokenize the rows and split them by prompt.
 
-    A prompt's split depends on the seed and the prompt alone, so it is the same for every tokenizer, truncation policy
-    and order of rows (but for data so small that a split would be empty, which then gets a prompt of the largest).
-    Splits that the source assigns are kept; one that it does not assign is taken from its train part. Of a prompt that
-    the source has in several splits, only the pairs in the last of train, selection and test are used.
+    The split of a prompt depends on the seed and the prompt only. It is the same for every tokenizer, truncation policy
+    and order of rows, except for tiny data: a split that would be empty gets a prompt of the largest one.
+
+    Splits that the source assigns are kept. A split that it does not assign is taken from its training rows. If the
+    source has a prompt in several splits, only the pairs in the last of train, selection and test are used.
 
     Args:
-        rows: the rows.
-        renderer: makes the tokens.
-        seed: of the split.
-        selection: share of the prompts that becomes the selection split; 0 for none, else at least one prompt.
-        test: share of the prompts that becomes the test split; 0 for none, else at least one prompt.
-        min_pairs: fewest pairs to go on with.
+        rows: Rows to tokenize.
+        renderer: Renderer that converts rows to tokens.
+        seed: Random seed of the split.
+        selection: Share of the prompts for the selection split; 0 for none, otherwise at least one prompt.
+        test: Share of the prompts for the test split; 0 for none, otherwise at least one prompt.
+        min_pairs: Smallest number of pairs that must be left.
 
     Raises:
-        DataError: when fewer than ``min_pairs`` pairs are left, or too few prompts for the splits.
-        RowError: from the renderer.
+        DataError: If fewer than ``min_pairs`` pairs are left, or too few prompts for the splits.
+        RowError: If the renderer cannot use a row.
     """
     if not (selection >= 0 and test >= 0 and selection + test < 1):
         raise DataError(
-            f"data.splits: selection={selection}, test={test}: shares of the prompts that leave some to train"
+            f"data.splits: selection={selection}, test={test}: shares must be at least 0 and leave prompts to train"
         )
     used: list[TokenizedPair] = []
     reasons: Counter[str] = Counter()
@@ -86,8 +87,8 @@ def prepare(
         else:
             used.append(result)
 
-    given = _given(used)
-    split_of = _assign(used, given, seed, {"selection": selection, "test": test})
+    given = _find_source_splits(used)
+    split_of = _assign_splits(used, given, seed, {"selection": selection, "test": test})
     kept = [pair for pair in used if pair.split in (None, given.get(pair.prompt_id))]
     if overlap := len(used) - len(kept):
         reasons["prompt_in_other_split"] = overlap
@@ -105,25 +106,25 @@ def prepare(
     }
     if len(kept) < min_pairs:
         raise DataError(
-            f"only {len(kept)} of {len(rows)} pairs are left, and data.min_pairs={min_pairs} are needed"
-            f"{_explained(reasons, renderer)}"
+            f"only {len(kept)} of {len(rows)} pairs are left, but data.min_pairs={min_pairs} are needed"
+            f"{_explain_drops(reasons, renderer)}"
         )
     for split, share in (("train", 1.0), ("selection", selection), ("test", test)):
         if share > 0 and not parts[split]:
             raise DataError(
                 f"no pair is left for the {split} split: the {len(kept)} pairs have {len(split_of)} prompts, and a "
-                "prompt is never in two splits. Give more prompts, or smaller shares in data.splits"
+                "prompt is never in two splits. Add prompts, or set smaller shares in data.splits"
             )
     warnings = []
     if repeated := sum(pair.repeated for pair in kept):
-        warnings.append(f"{repeated} responses were left out of their lists: a better one has the same tokens")
+        warnings.append(f"{repeated} responses were dropped from their lists: a better one has the same tokens")
     if len(kept) < len(rows) / 2:
-        warnings.append(f"{len(rows) - len(kept)} of {len(rows)} pairs were dropped{_explained(reasons, renderer)}")
+        warnings.append(f"{len(rows) - len(kept)} of {len(rows)} pairs were dropped{_explain_drops(reasons, renderer)}")
     return PreparedPairs(parts["train"], parts["selection"], parts["test"], counts, warnings)
 
 
 def eval_prompts(pairs: Sequence[TokenizedPair]) -> list[EvalPrompt]:
-    """Each prompt of ``pairs`` once, in the order of their digests, so that the first few are a fair sample."""
+    """Return each prompt of ``pairs`` once, in the order of their digests, so that the first few are a fair sample."""
     first: dict[str, TokenizedPair] = {}
     for pair in pairs:
         first.setdefault(pair.prompt_id, pair)
@@ -131,8 +132,8 @@ def eval_prompts(pairs: Sequence[TokenizedPair]) -> list[EvalPrompt]:
     return [EvalPrompt(pair.prompt_id, pair.split, pair.prompt_ids, pair.prompt_text) for pair in chosen]
 
 
-def _given(pairs: Sequence[TokenizedPair]) -> dict[str, Split]:
-    """The split that the source assigns to each prompt, the last of `SPLITS` where it assigns several."""
+def _find_source_splits(pairs: Sequence[TokenizedPair]) -> dict[str, Split]:
+    """Return the split that the source assigns to each prompt, the last of :data:`SPLITS` if it assigns several."""
     given: dict[str, Split] = {}
     for pair in pairs:
         if pair.split is not None:
@@ -140,36 +141,39 @@ def _given(pairs: Sequence[TokenizedPair]) -> dict[str, Split]:
     return given
 
 
-def _assign(
+def _assign_splits(
     pairs: Sequence[TokenizedPair], given: Mapping[str, Split], seed: int, shares: Mapping[Split, float]
 ) -> dict[str, Split]:
-    """The split of each prompt."""
+    """Return the split of each prompt, from the source or from the hash of the prompt."""
     supplied = set(given.values())
     shares = {split: share for split, share in shares.items() if split not in supplied and share > 0}
-    place = {
-        pair.prompt_id: _place(seed, pair.prompt_id) for pair in pairs if given.get(pair.prompt_id, "train") == "train"
+    fractions = {
+        pair.prompt_id: _hash_fraction(seed, pair.prompt_id)
+        for pair in pairs
+        if given.get(pair.prompt_id, "train") == "train"
     }
     free: dict[str, Split] = {}
-    for prompt, at in place.items():
+    for prompt, fraction in fractions.items():
         free[prompt], low = "train", 0.0
         for split, share in shares.items():
-            if low <= at < low + share:
+            if low <= fraction < low + share:
                 free[prompt] = split
             low += share
-    # Hashes can leave a split of tiny data empty; the largest one then gives it a prompt.
+    # With tiny data, no hash may fall into a split. The largest split then gives it a prompt.
     for split in (*shares, SPLITS[0]):
         [(largest, size)] = Counter(free.values()).most_common(1) or [(split, 0)]
         if split not in free.values() and size > 1:
-            free[min((prompt for prompt in free if free[prompt] == largest), key=place.__getitem__)] = split
+            free[min((prompt for prompt in free if free[prompt] == largest), key=fractions.__getitem__)] = split
     return {**given, **free}
 
 
-def _place(seed: int, prompt: str) -> float:
+def _hash_fraction(seed: int, prompt: str) -> float:
+    """Return a number in [0, 1) that the seed and the digest of a prompt determine."""
     digest = hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _explained(reasons: Counter[str], renderer: Renderer) -> str:
+def _explain_drops(reasons: Counter[str], renderer: Renderer) -> str:
     if not reasons:
         return ""
     text = " (" + ", ".join(f"{reason.replace('_', ' ')}: {n}" for reason, n in reasons.most_common()) + ")"

@@ -102,15 +102,15 @@ def test_drops_are_counted_warned_of_and_refused() -> None:
 
     cut = prepared(long + ROWS[200:], 40, "trim_completion")
     assert cut.counts["used"] == 300 and cut.counts["truncated"] == 200 and cut.warnings == []
-    with pytest.raises(DataError, match=r"only 100 of 300 pairs are left, and data\.min_pairs=101 are needed .*longer"):
+    with pytest.raises(DataError, match=r"only 100 of 300 pairs are left, but data\.min_pairs=101 are needed .*longer"):
         prepared(long + ROWS[200:], 40, min_pairs=101)
     with pytest.raises(DataError, match="only 0 of 200 pairs"):
         prepared(long, 40)
     with pytest.raises(DataError, match="no pair is left for the"):
         prepared(ROWS[:3])
-    with pytest.raises(DataError, match="shares of the prompts"):
+    with pytest.raises(DataError, match="shares must be at least 0 and leave prompts to train"):
         prepared(ROWS, selection=0.5, test=0.5)
-    with pytest.raises(RowError, match="no BOS"):
+    with pytest.raises(RowError, match="does not have a BOS"):
         prepare([Row("", "a", "b")], Renderer(build("no_bos"), 9, "drop_pair"), 0, 0.1, 0.1, 1)
 
 

@@ -98,9 +98,10 @@ def test_text_that_brings_its_own_bos_and_eos_gets_no_second() -> None:
 def test_empty_prompt_needs_a_bos() -> None:
     pair = render(Renderer(TOKENIZERS["adds_bos"], 64, "drop_pair"), "", "cat", "on")
     assert pair.prompt_ids == (1,)
-    with pytest.raises(RowError, match="line 7: column 'prompt': the prompt is empty, and the tokenizer has no BOS"):
+    message = "line 7: column 'prompt': the prompt is empty, and the tokenizer does not have a BOS"
+    with pytest.raises(RowError, match=message):
         Renderer(TOKENIZERS["no_bos"], 64, "drop_pair").render(Row("", "cat", "on", where="line 7"))
-    with pytest.raises(DataError, match="no BOS"):
+    with pytest.raises(DataError, match="does not have a BOS"):
         Renderer(TOKENIZERS["no_bos"], 64, "drop_pair").prompt_ids("")
     # "t" + "he" is one token: without a BOS nothing would stand before the first completion token.
     assert Renderer(TOKENIZERS["no_bos"], 64, "drop_pair").render(Row("t", "h", "x")) == Dropped("no_prompt_token", "")
@@ -173,9 +174,9 @@ def test_a_template_whose_opening_differs_from_the_finished_turn() -> None:
 
 
 def test_templates_that_are_missing_or_refuse() -> None:
-    with pytest.raises(DataError, match=r"line 3: .*no chat template.*Use the model's"):
+    with pytest.raises(DataError, match=r"line 3: .*does not have a chat template.*Use the model's"):
         chat("adds_bos", None)
-    with pytest.raises(RowError, match="line 3: the chat template refuses the messages: only users"):
+    with pytest.raises(RowError, match="line 3: the chat template rejects the messages: only users"):
         chat("adds_bos", "{{ raise_exception('only users') }}")
 
 
@@ -250,7 +251,7 @@ def test_arguments_are_checked() -> None:
         Renderer(TOKENIZERS["adds_bos"], 1, "drop_pair")
     endless = build("adds_bos")
     endless.eos_token = None
-    with pytest.raises(DataError, match="no EOS token"):
+    with pytest.raises(DataError, match="does not have an EOS token"):
         Renderer(endless, 10, "drop_pair")
 
 

@@ -1,13 +1,13 @@
 """A small world of short stories: a seeded grammar that writes openings and their continuations.
 
 A story is an *opening* (who, where, and what they wish for) and a *continuation* (a problem, an attempt, a
-resolution, an ending). Sentences are templates; three kinds of marks are filled in:
+resolution, an ending). Sentences are templates with three kinds of marks:
 
-* ``{Name} {She} {she} {her} {own} {thing} {wish} ...`` from the story's hero and wish,
-* ``[tall|old]`` an adjective, present more often in vivid stories than in plain ones,
-* ``a`` becomes ``an`` where the next word asks for it.
+* ``{Name} {She} {she} {her} {own} {thing} {wish} ...`` come from the story's hero and wish.
+* ``[tall|old]`` offers adjectives, which vivid stories use more often than plain ones.
+* ``a`` becomes ``an`` before a vowel.
 
-Stories are good or bad on purpose: see :data:`FLAWS`. The corpus has to leave a preference something to teach.
+Some stories are bad on purpose, see :data:`FLAWS`, so that a model of the corpus can improve with preferences.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAMES = {
     "Mia": "she", "Lily": "she", "Rosa": "she", "Anna": "she", "Zoe": "she", "Nora": "she",
     "Tom": "he", "Ben": "he", "Max": "he", "Leo": "he", "Finn": "he", "Oscar": "he",
 }  # fmt: skip
-"""Every hero's name and pronoun."""
+"""Names of heroes and their pronouns."""
 
 SPECIES = ("fox", "rabbit", "bear", "mouse", "cat", "duck", "frog", "goat", "hedgehog", "badger")
 PLACES = (
@@ -47,9 +47,9 @@ class Thread:
     """One kind of plot: sentences that belong together.
 
     Attributes:
-        problem: what stands between the hero and the wish.
-        attempt: what the hero does about it.
-        resolution: how that works out.
+        problem: Templates of the obstacle between the hero and the wish.
+        attempt: Templates of the hero's reaction.
+        resolution: Templates of its success.
     """
 
     problem: tuple[str, ...]
@@ -119,7 +119,7 @@ THREADS = {
         ),
     ),
 }
-"""Every kind of plot. Words such as *stuck* or *coins* make a sentence's part in the plot plain to see."""
+"""Kinds of plots by name. Words such as *stuck* or *coins* identify a sentence's part in the plot."""
 
 ENDINGS = (
     "{Name} smiled and danced home.",
@@ -153,13 +153,13 @@ FLAWS = {
     "mixed": 0.15,  # attempt and resolution belong to different kinds of plot
     "ramble": 0.20,  # one or two sentences have nothing to do with the story
 }
-"""The share of corpus stories that has each flaw; flaws are drawn independently of each other."""
+"""Share of corpus stories with each flaw. Flaws are drawn independently of each other."""
 
 STYLES = (0.05, 0.4, 0.8)
-"""Probability that an adjective slot is filled, drawn once for a story: plain, middling, vivid."""
+"""Probabilities that an adjective slot is filled in plain, middling and vivid stories."""
 
 SCENE_SHARE = 0.3
-"""Share of stories that set a scene before the problem."""
+"""Share of stories with a scene before the problem."""
 
 _FORMS = {
     "she": {"She": "She", "she": "she", "her": "her", "own": "her"},
@@ -171,12 +171,12 @@ _ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou])")
 
 @dataclass(frozen=True)
 class Hero:
-    """What a story is about: every field that a template may ask for.
+    """The hero of a story and the wish, which fill the marks of templates.
 
     Attributes:
-        name: the hero's name, which decides the pronoun.
-        thing: what the hero wishes for.
-        quality: the adjective of the wish.
+        name: Name of the hero, which decides the pronoun.
+        thing: Thing that the hero wishes for.
+        quality: Adjective of the thing.
     """
 
     name: str
@@ -185,23 +185,23 @@ class Hero:
 
     @property
     def fields(self) -> dict[str, str]:
-        """The values of the marks in a template."""
+        """Return the values of the marks in a template."""
         wish = f"{self.quality} {self.thing}"
         return {"Name": self.name, "thing": self.thing, "wish": wish, **_FORMS[NAMES[self.name]]}
 
 
 def slots(template: str) -> list[tuple[str, ...]]:
-    """The adjectives that each ``[tall|old]`` mark of a template offers."""
+    """Return the adjectives that each ``[tall|old]`` mark of a template offers."""
     return [tuple(slot.split("|")) for slot in _SLOT.findall(template)]
 
 
 def plain(template: str) -> str:
-    """A template without its adjectives."""
+    """Return a template without its adjectives."""
     return _SLOT.sub("", template)
 
 
 def templates() -> Iterator[tuple[str, str | None, str]]:
-    """Every sentence template of a continuation, as ``(part, thread or None, template)``."""
+    """Yield every sentence template of a continuation as ``(part, name of its thread or None, template)``."""
     for name, thread in THREADS.items():
         for part in ("problem", "attempt", "resolution"):
             yield from ((part, name, template) for template in getattr(thread, part))
@@ -210,13 +210,13 @@ def templates() -> Iterator[tuple[str, str | None, str]]:
 
 
 def fill(template: str, hero: Hero, adjectives: list[str | None], **more: str) -> str:
-    """Writes one sentence.
+    """Write one sentence.
 
     Args:
-        template: text with marks.
-        hero: who the sentence is about.
-        adjectives: one word, or ``None`` for nothing, for each slot of the template.
-        more: values of further marks (species, place).
+        template: Text with marks.
+        hero: Hero and wish of the story.
+        adjectives: Word for each slot of the template; ``None`` leaves the slot empty.
+        more: Values of further marks (species, place).
     """
     words = iter(adjectives)
     text = _SLOT.sub(lambda _: f"{word} " if (word := next(words)) else "", template)
@@ -224,12 +224,12 @@ def fill(template: str, hero: Hero, adjectives: list[str | None], **more: str) -
 
 
 def count_openings() -> int:
-    """Distinct openings."""
+    """Return the number of distinct openings."""
     return prod(map(len, (OPENINGS, NAMES, SPECIES, PLACES, QUALITIES, THINGS)))
 
 
 def count_continuations() -> int:
-    """Distinct flawless continuations of one opening: a scene or none, then a whole thread and an ending."""
+    """Return the number of flawless continuations of one opening: perhaps a scene, a whole thread, and an ending."""
 
     def ways(options: tuple[str, ...]) -> int:
         return sum(prod(len(slot) + 1 for slot in slots(template)) for template in options)
@@ -239,27 +239,27 @@ def count_continuations() -> int:
 
 
 def split_of(opening: str) -> Split:
-    """The split an opening belongs to in every world: a tenth each for selection and test, the rest for training."""
+    """Return the split of an opening for every seed: a tenth each for selection and test, the rest for training."""
     digit = hashlib.blake2b(opening.encode(), digest_size=8).digest()[0] % 10
     return SPLITS[max(0, digit - 7)]
 
 
 class StoryWorld:
-    """Writes stories, the same ones for the same seed in every process.
+    """A writer of stories, which are the same for the same seed in every process.
 
     Args:
-        seed: the world's seed (``data.seed``).
+        seed: Random seed of the world (``data.seed``).
     """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def stories(self, n: int, stream: str) -> list[tuple[str, str]]:
-        """Corpus stories of mixed quality, whose openings belong to the train split.
+        """Return corpus stories of mixed quality with openings of the train split.
 
         Args:
-            n: how many.
-            stream: name of an independent stream of randomness; a longer draw extends a shorter one.
+            n: Number of stories.
+            stream: Name of an independent stream of randomness, in which a longer draw extends a shorter one.
 
         Returns:
             ``n`` pairs ``(opening, continuation)``; ``opening + " " + continuation`` is the story.
@@ -274,15 +274,16 @@ class StoryWorld:
         return stories
 
     def openings(self, n: int, split: Split) -> list[str]:
-        """Distinct openings of one split; no opening is ever in two splits.
+        """Return distinct openings of one split, which no other split shares.
 
         Args:
-            n: how many.
-            split: train, selection or test.
+            n: Number of openings.
+            split: Name of the split: train, selection or test.
 
         Raises:
-            ValueError: where a split cannot hold so many.
+            ValueError: If the split has too few openings.
         """
+        # A tenth of the openings belongs to a split. Rejection sampling stays fast up to half of them.
         limit = count_openings() // 20
         if n > limit:
             raise ValueError(f"the story world has too few openings for {n} {split} prompts: ask for at most {limit}")
@@ -322,10 +323,10 @@ def _continuation(rng: Random, hero: Hero) -> str:
     heroes = [hero] * len(parts)
     if "stranger" in flaws:
         name = rng.choice([name for name in NAMES if name != hero.name])
-        heroes = _from_somewhere(rng, heroes, lambda old: Hero(name, old.thing, old.quality))
+        heroes = _change_from_random_sentence(rng, heroes, lambda old: Hero(name, old.thing, old.quality))
     if "swap" in flaws:
         thing = rng.choice([thing for thing in THINGS if thing != hero.thing])
-        heroes = _from_somewhere(rng, heroes, lambda old: Hero(old.name, thing, old.quality))
+        heroes = _change_from_random_sentence(rng, heroes, lambda old: Hero(old.name, thing, old.quality))
 
     sentences = [
         fill(part, who, [rng.choice(slot) if rng.random() < style else None for slot in slots(part)])
@@ -338,12 +339,14 @@ def _continuation(rng: Random, hero: Hero) -> str:
 
 
 def _threads(rng: Random, mixed: bool) -> tuple[Thread, Thread, Thread]:
+    """Draw the threads of problem, attempt and resolution; if ``mixed``, one of them differs."""
     thread, other = rng.sample(tuple(THREADS.values()), 2)
     if not mixed:
         return thread, thread, thread
     return (thread, other, other) if rng.random() < 0.5 else (thread, thread, other)
 
 
-def _from_somewhere(rng: Random, heroes: list[Hero], change: Callable[[Hero], Hero]) -> list[Hero]:
+def _change_from_random_sentence(rng: Random, heroes: list[Hero], change: Callable[[Hero], Hero]) -> list[Hero]:
+    """Change the heroes from a random sentence on, but never only that of the last sentence."""
     start = rng.randrange(len(heroes) - 1)
     return heroes[:start] + [change(hero) for hero in heroes[start:]]

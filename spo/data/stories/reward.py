@@ -1,18 +1,18 @@
-"""The gold reward of the story world: what a reader who knows the world would say of a continuation.
+"""The gold reward of the story world, which scores a continuation as a reader who knows the world would.
 
-``reward = SCALE * fluency * (sum of weight * component over WEIGHTS) / (sum of weights)``, every component in [0, 1]:
+``reward = SCALE * fluency * (sum of weight * component over WEIGHTS) / (sum of weights)``, each component in [0, 1]:
 
-* ``coherence``: the share of sentences that stay with the opening: they speak of the hero or the wish, and name no
-  other hero, no wrong pronoun, no other thing and no other colour. A quarter of it asks that the wish is named at all.
-* ``plot``: problem, attempt, resolution and ending, a quarter each, counted only in this order; an attempt or a
+* ``coherence``: three quarters for the share of sentences that stay with the opening, one quarter if the wish is named.
+  Such a sentence mentions the hero or the thing, and does not mention another hero, pronoun, thing or color.
+* ``plot``: problem, attempt, resolution and ending, a quarter each, counted only in this order. An attempt or a
   resolution that belongs to another problem counts half.
-* ``freshness``: ``1 - REPETITION_COST * (share of word trigrams said before)``, not below 0.
-* ``vividness``: distinct adjectives per sentence, full marks from one in two sentences.
-* ``brevity``: 1 up to ``SHORT`` words, falling to 0 at ``LONG`` words.
-* ``fluency`` multiplies them all: the share of word trigrams, sentence ends included, that occur in the world, so
-  that gibberish and word salad earn nothing, whatever their other merits.
+* ``freshness``: ``1 - REPETITION_COST * (share of repeated word trigrams)``, at least 0.
+* ``vividness``: twice the number of distinct adjectives per sentence, at most 1.
+* ``brevity``: 1 up to ``SHORT_WORDS`` words, falling to 0 at ``LONG_WORDS`` words.
+* ``fluency`` multiplies all of them. It is the share of word trigrams, sentence ends included, that occur in the world,
+  so that gibberish and word salad earn almost nothing.
 
-Plot and vividness ask for words, brevity and freshness against them: good is not the same as long.
+Plot and vividness reward more words, brevity and freshness fewer, so the reward does not simply grow with length.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from operator import itemgetter
 
 from spo.data.stories.grammar import NAMES, QUALITIES, THINGS, Hero, fill, plain, slots, templates
 
+# The weights and costs are part of the benchmark: a change makes old rewards incomparable.
 WEIGHTS = {"coherence": 4.0, "plot": 4.0, "freshness": 2.0, "vividness": 2.0, "brevity": 2.0}
 SCALE = 10.0
 REPETITION_COST = 4.0
-SHORT, LONG = 28, 52
+SHORT_WORDS, LONG_WORDS = 28, 52
 
 _WORD = re.compile(r"[^\W\d_]+|[.!?]")
 _PRONOUNS = {"she": "she", "her": "she", "he": "he", "him": "he", "his": "he"}
+# Words that templates fill in become their kind, so that trigrams and templates match for every hero and wish.
 _ROLES = {
     **{name.lower(): "name" for name in NAMES},
     **{thing: "thing" for thing in THINGS},
@@ -40,28 +42,28 @@ _ROLES = {
 }
 ADJECTIVES = frozenset(word for _, _, template in templates() for slot in slots(template) for word in slot)
 _STEPS = {"problem": 1, "attempt": 2, "resolution": 3, "ending": 4}
-_LIKENESS = 0.6
+_MIN_SIMILARITY = 0.6  # Dice coefficient of a sentence and a template
 _END = "."
 
 
 class GoldReward:
-    """Scores continuations of story openings; any text is welcome, and text from outside the world scores low.
+    """A reward for continuations of story openings, of the type :data:`spo.data.rows.Reward`.
 
-    Usable as the ``Reward`` of :mod:`spo.data.rows`.
+    It accepts any text, and text from outside the story world scores low.
     """
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
-        """Scores each completion.
+        """Score each completion.
 
         Args:
-            prompts: story openings.
-            completions: one continuation for each.
+            prompts: Story openings.
+            completions: One continuation for each opening.
 
         Returns:
-            The key ``reward``, and one key for each component, each with one number per completion.
+            Lists of one number per completion: the key ``reward``, and one key for each component.
 
         Raises:
-            ValueError: where the two lists differ in length.
+            ValueError: If the two lists differ in length.
         """
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions: one completion per prompt")
@@ -70,7 +72,7 @@ class GoldReward:
 
 
 def score(prompt: str, completion: str) -> dict[str, float]:
-    """The reward and the components of one completion."""
+    """Return the reward and the components of one completion."""
     sentences = _sentences(completion)
     words = [word for sentence in sentences for word in sentence]
     parts = {
@@ -78,7 +80,7 @@ def score(prompt: str, completion: str) -> dict[str, float]:
         "plot": _plot(sentences),
         "freshness": _freshness(words),
         "vividness": min(1.0, 2 * len(ADJECTIVES & set(words)) / max(1, len(sentences))),
-        "brevity": min(1.0, max(0.0, (LONG - len(words)) / (LONG - SHORT))),
+        "brevity": min(1.0, max(0.0, (LONG_WORDS - len(words)) / (LONG_WORDS - SHORT_WORDS))),
     }
     fluency = _fluency(sentences)
     total = sum(WEIGHTS[key] * value for key, value in parts.items()) / sum(WEIGHTS.values())
@@ -86,7 +88,7 @@ def score(prompt: str, completion: str) -> dict[str, float]:
 
 
 def _sentences(text: str) -> list[tuple[str, ...]]:
-    """Lower-cased words, sentence by sentence."""
+    """Return the words of each sentence in lower case."""
     sentences: list[tuple[str, ...]] = []
     current: list[str] = []
     for word in [*_WORD.findall(text.lower()), _END]:
@@ -100,7 +102,7 @@ def _sentences(text: str) -> list[tuple[str, ...]]:
 
 @lru_cache(maxsize=1 << 16)
 def _subject(prompt: str) -> Hero | None:
-    """The hero of an opening, or ``None`` where the prompt is not from this world."""
+    """Return the hero of an opening, or ``None`` if the prompt is not from this world."""
     words = [word for sentence in _sentences(prompt) for word in sentence]
     name = next((name for name in NAMES if name.lower() in words), None)
     thing = next((word for word in words if word in THINGS), None)
@@ -111,27 +113,28 @@ def _subject(prompt: str) -> Hero | None:
 def _coherence(hero: Hero | None, sentences: list[tuple[str, ...]]) -> float:
     if hero is None or not sentences:
         return 0.0
-    kept = sum(_stays(hero, sentence) for sentence in sentences) / len(sentences)
+    kept = sum(_is_on_topic(hero, sentence) for sentence in sentences) / len(sentences)
     named = any(hero.thing in sentence for sentence in sentences)
     return 0.75 * kept + 0.25 * named
 
 
 @lru_cache(maxsize=1 << 16)
-def _stays(hero: Hero, sentence: tuple[str, ...]) -> bool:
-    """Whether a sentence is about the hero or the wish, without a word that contradicts the opening."""
-    told = {
+def _is_on_topic(hero: Hero, sentence: tuple[str, ...]) -> bool:
+    """Return whether a sentence is about the hero or the wish and does not contradict the opening."""
+    mentioned = {
         "name": {word for word in sentence if _ROLES.get(word) == "name"},
         "pronoun": {_PRONOUNS[word] for word in sentence if word in _PRONOUNS},
         "thing": {word for word in sentence if word in THINGS},
         "quality": {word for word in sentence if word in QUALITIES},
     }
     own = {"name": hero.name.lower(), "pronoun": NAMES[hero.name], "thing": hero.thing, "quality": hero.quality}
-    speaks = any(own[key] in told[key] for key in ("name", "pronoun", "thing"))
-    return speaks and all(words <= {own[key]} for key, words in told.items())
+    is_about_hero = any(own[key] in mentioned[key] for key in ("name", "pronoun", "thing"))
+    return is_about_hero and all(words <= {own[key]} for key, words in mentioned.items())
 
 
 def _plot(sentences: list[tuple[str, ...]]) -> float:
-    """The best chain of steps told in order, a quarter for each."""
+    """Return the value of the best chain of steps in order, a quarter for each step."""
+    # Value of the best chain so far, by its last step and the thread of its problem.
     best: dict[tuple[int, str | None], float] = {(0, None): 0.0}
     for sentence in sentences:
         part, thread = _part(sentence)
@@ -146,21 +149,23 @@ def _plot(sentences: list[tuple[str, ...]]) -> float:
 
 @lru_cache(maxsize=1 << 16)
 def _part(sentence: tuple[str, ...]) -> tuple[str, str | None]:
-    """The part and thread of the template with which a sentence shares most words, adjectives aside."""
+    """Return part and thread of the most similar template, or an empty part if none is similar enough."""
     core = _core(sentence)
-    likeness, part, thread = max(
+    similarity, part, thread = max(
         ((2 * len(core & other) / (len(core) + len(other)), part, thread) for other, part, thread in _cores()),
         key=itemgetter(0),
     )
-    return (part, thread) if likeness > _LIKENESS else ("", None)
+    return (part, thread) if similarity > _MIN_SIMILARITY else ("", None)
 
 
 def _core(sentence: Sequence[str]) -> frozenset[str]:
+    """Return the words of a sentence without adjectives, with names and things replaced by their kinds."""
     return frozenset(_ROLES.get(word, word) for word in sentence if word not in ADJECTIVES) - {"quality"}
 
 
 @lru_cache(maxsize=1)
 def _cores() -> list[tuple[frozenset[str], str, str | None]]:
+    """Return the core, part and thread of each template."""
     hero = Hero("Mia", THINGS[0], QUALITIES[0])
     return [
         (_core(_sentences(fill(plain(template), hero, []))[0]), part, thread) for part, thread, template in templates()
@@ -185,7 +190,7 @@ def _trigrams(sentence: Sequence[str]) -> list[tuple[str, ...]]:
 
 @lru_cache(maxsize=1)
 def _known_trigrams() -> frozenset[tuple[str, ...]]:
-    """Every trigram that a template can write, its names, things, qualities and pronouns taken as kinds of words."""
+    """Return all trigrams that templates can write, with names, things, qualities and pronouns as kinds of words."""
     hero = Hero("Mia", THINGS[0], QUALITIES[0])
     known: set[tuple[str, ...]] = set()
     for _, _, template in templates():

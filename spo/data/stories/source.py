@@ -16,23 +16,27 @@ from spo.data.stories.reward import GoldReward
 
 
 class StoriesSource(Source):
-    """Preference pairs that the reference model writes and the gold reward labels.
+    """Preference pairs that are sampled from the reference model and labeled with the gold reward.
 
-    The two completions of a pair are drawn from the reference; ``chosen`` is the first one with probability
-    ``sigmoid(r_a - r_b)`` (Bradley and Terry 1952), so some pairs are labelled against the reward, as people do.
+    The first completion of a pair is ``chosen`` with probability ``sigmoid(r_a - r_b)`` (Bradley and Terry 1952). Some
+    labels therefore contradict the reward, as those of people do.
 
     Args:
-        seed: fixes the world, the corpus, the prompts and the labels.
-        num_sft: corpus stories for supervised fine-tuning.
-        num_prompts: training prompts.
-        selection_prompts: prompts for choosing a checkpoint or a setting.
-        test_prompts: prompts for the final evaluation.
-        pairs_per_prompt: pairs drawn for each prompt.
-        limit: prompts of each split at most; ``None`` for all.
-        labels: ``soft`` keeps the probability that chosen is the better one, ``hard`` only the outcome.
+        seed: Random seed of the corpus, the prompts and the labels.
+        num_sft: Number of corpus stories for supervised fine-tuning.
+        num_prompts: Number of training prompts.
+        selection_prompts: Number of prompts to choose checkpoints and settings by.
+        test_prompts: Number of prompts of the final evaluation.
+        pairs_per_prompt: Number of pairs sampled for each prompt.
+        limit: Largest number of prompts in a split; ``None`` for no limit.
+        labels: Kind of labels: ``soft`` keeps the probability that chosen is better, ``hard`` keeps only the outcome.
 
     Attributes:
-        reward: the gold reward.
+        world: Grammar that writes the stories.
+        reward: Gold reward.
+
+    Raises:
+        ValueError: If ``labels`` is neither ``soft`` nor ``hard``.
     """
 
     samples_rows = True
@@ -66,11 +70,11 @@ class StoriesSource(Source):
         self.reward = GoldReward()
 
     def prompts(self, split: Split) -> list[str]:
-        """The story openings of a split."""
+        """Return the story openings of a split."""
         return self.world.openings(self.prompts_per_split[split], split)
 
     def sft_rows(self) -> list[Row]:
-        """The corpus as supervised rows."""
+        """Return the corpus as supervised rows."""
         stories = self.world.stories(self.num_sft, "sft")
         return [
             Row(prompt=opening, chosen=f" {continuation}", split="train", where=f"stories:sft:{i}")
@@ -78,13 +82,10 @@ class StoriesSource(Source):
         ]
 
     def rows(self, complete: Completer) -> list[Row]:
-        """Pairs for every prompt of every split.
+        """Return pairs for each prompt of each split, in which both completions are finished and differ.
 
         Args:
-            complete: draws completions from the reference model.
-
-        Returns:
-            The pairs in which both completions are finished and differ from each other.
+            complete: Function that samples completions from the reference model.
         """
         self.dropped_pairs = Counter(unfinished=0, identical=0)
         return [row for split in SPLITS for row in self._split_rows(split, complete)]
@@ -98,14 +99,14 @@ class StoriesSource(Source):
         for i, (prompt, group, score) in enumerate(zip(prompts, drawn, scores, strict=True)):
             for a in range(0, 2 * self.pairs_per_prompt, 2):
                 b = a + 1
-                luck = rng.random()  # drawn for dropped pairs too: one pair's fate never moves another's label
+                draw = rng.random()  # Drawn for dropped pairs too, so that they do not change the labels of others.
                 if not (group[a].finished and group[b].finished):
                     self.dropped_pairs["unfinished"] += 1
                     continue
                 if group[a].text == group[b].text:
                     self.dropped_pairs["identical"] += 1
                     continue
-                chosen, rejected = (a, b) if luck < sigmoid(score[a] - score[b]) else (b, a)
+                chosen, rejected = (a, b) if draw < sigmoid(score[a] - score[b]) else (b, a)
                 rows.append(
                     Row(
                         prompt=prompt,
@@ -123,5 +124,5 @@ class StoriesSource(Source):
 
 
 def sigmoid(x: float) -> float:
-    """The logistic function, for any finite x."""
+    """Return the logistic function of any finite number, without overflow."""
     return 0.5 * (1 + math.tanh(x / 2))
