@@ -21,7 +21,7 @@ from tests.environments import ROOT
         ("import pytest\npytest.importorskip('nonesuch', reason='not today')\n", 1, 0),
     ],
 )
-def test_reasons_of_skips(body: str, status: int, workers: int, tmp_path: Path) -> None:
+def test_skip_without_an_allowed_reason_fails_the_run(body: str, status: int, workers: int, tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")

@@ -131,7 +131,7 @@ def reader_has(folder: Path, block: Block) -> None:
                 file.write(json.dumps({"prompt": prompt, "responses": responses, "scores": [4, 1, 3, 2]}) + "\n")
 
 
-def test_every_block_says_what_becomes_of_it() -> None:
+def test_every_block_has_a_known_tag() -> None:
     assert [str(block) for block in BLOCKS if block.tag not in TAGS] == []
     runnable = [block for block in BLOCKS if block.tag != "parse"]
     assert [str(block) for block in runnable if block.language not in COMMANDS] == []
@@ -139,7 +139,7 @@ def test_every_block_says_what_becomes_of_it() -> None:
     assert {block.tag for block in BLOCKS} == set(TAGS)
 
 
-def test_blocks_are_found_and_completed() -> None:
+def test_blocks_are_found_and_completed_for_a_run() -> None:
     text = "a\n```bash run-tiny\nspo train a=1 -m  # why\nspo evaluate X\nspo train --resume X\nspo inspect\n```\n"
     (block,) = blocks_of(Path("x.md"), text)
     assert (block.line, block.language, block.tag) == (2, "bash", "run-tiny")
@@ -201,7 +201,7 @@ def test_commands_run(block: Block, tmp_path: Path, cache_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("block", tagged("parse"))
-def test_the_rest_can_be_read(block: Block) -> None:
+def test_other_blocks_parse(block: Block) -> None:
     if block.language == "bash":
         done = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -212,7 +212,7 @@ def test_the_rest_can_be_read(block: Block) -> None:
         assert yaml.safe_load(block.text)
 
 
-def test_the_command_for_the_tests_can_be_found() -> None:
+def test_readme_has_the_command_for_the_tests() -> None:
     pattern = re.search(r'grep -m 1 -x "(.*)" README.md', (ROOT / ".ci" / "run").read_text())
     assert pattern is not None
     lines = [line for block in BLOCKS for line in block.text.splitlines() if re.fullmatch(pattern[1], line)]
@@ -220,7 +220,7 @@ def test_the_command_for_the_tests_can_be_found() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
-def test_links_lead_somewhere(document: Path) -> None:
+def test_links_have_targets(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", document.read_text()):
         assert target.startswith("http") or (document.parent / target).exists(), f"{name_of(document)}: {target}"
 
@@ -233,11 +233,11 @@ def too_wide(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
-def test_prose_wraps(document: Path) -> None:
+def test_prose_is_within_the_width(document: Path) -> None:
     assert too_wide(document.read_text()) == []
 
 
-def test_wide_prose_is_found() -> None:
+def test_too_wide_prose_is_detected() -> None:
     wide = "word " * COLUMNS
     assert too_wide(f"a\n| {wide}|\n```bash run\n{wide}\n```\n[b]({'c' * COLUMNS})\n") == []
     assert too_wide(f"a\n{wide}\n") == [wide]

@@ -57,7 +57,7 @@ def drawn(figures: Any, tmp_path: Path, name: str, *sweeps: str) -> None:
     assert file.read_bytes()[:8] == PNG and 5_000 < file.stat().st_size < 100_000
 
 
-def test_a_power_law_is_fitted(figures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_figure_fits_a_power_law(figures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in (0, 1):
         for pairs in (100, 400, 1600, 6400):
             distance = (1 + seed) * pairs**-0.5
@@ -69,7 +69,7 @@ def test_a_power_law_is_fitted(figures: Any, tmp_path: Path, capsys: pytest.Capt
     assert figures.slope([1, 2, 4], [3, 12, 48]) == pytest.approx((2, 3))
 
 
-def test_entropies_are_compared(figures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_alpha_figure_compares_entropies(figures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for sweep, method in (("alpha", "spo"), ("beta", "dpo")):
         for model in MODELS:
             for value in (0.1, 1.0, 10.0):
@@ -81,7 +81,7 @@ def test_entropies_are_compared(figures: Any, tmp_path: Path, capsys: pytest.Cap
     assert "DPO, transformer: 3 runs" in out and "largest total variation 1.2e-01" in out
 
 
-def test_leaks_are_averaged_over_worlds(figures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_leak_figure_averages_over_worlds(figures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed, end in ((0, 0.5), (1, 0.75)):
         for regularizer in ("NoRegularizer", "GlobalKL", "LocalKL"):
             history = [{"step": 0, "exact/mass_outside": 0.25}, {"step": 10, "exact/mass_outside": end}, {"step": 10}]
@@ -91,14 +91,16 @@ def test_leaks_are_averaged_over_worlds(figures: Any, tmp_path: Path, capsys: py
     assert "tabular, spo, global_kl: outside 0.250 -> 0.625, change +0.375 (from +0.250 to +0.500)" in out
 
 
-def test_estimators_are_set_side_by_side(figures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kl_estimators_figure_prints_distances(
+    figures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, tv in (("k2", 0.01), ("tokenwise", 0.1)):
         write_run(tmp_path / "kl" / name, {"exact/tv": tv}, regularizer="GlobalKL", estimator=name)
     drawn(figures, tmp_path, "kl_estimators", "kl")
     assert "tokenwise: total variation 0.1000 (from 0.1000 to 0.1000)" in capsys.readouterr().out
 
 
-def test_a_folder_without_runs_is_said(figures: Any, tmp_path: Path) -> None:
+def test_folder_without_runs_raises(figures: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="holds no finished run"):
         figures.main(["labels", str(tmp_path), "--out", str(tmp_path)])
 
@@ -113,7 +115,7 @@ SMALL = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
-def test_the_commands_beside_the_figures(name: str, tmp_path: Path) -> None:
+def test_figure_is_drawn_from_its_documented_sweep(name: str, tmp_path: Path) -> None:
     spo("train", *SMALL[name], "trainer.max_steps=20", folder=tmp_path, cache=tmp_path / "cache")
     words = [name, f"outputs/sweeps/exact_{name}", "--out", "images"]
     done = subprocess.run([sys.executable, SCRIPT, *words], cwd=tmp_path, capture_output=True, text=True)

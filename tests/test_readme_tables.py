@@ -25,7 +25,7 @@ def test_readme_is_up_to_date(tmp_path: Path) -> None:
     assert copy.read_text() == README.read_text(), "run: python -m docs.tables README.md"
 
 
-def test_every_method_and_member_has_its_place() -> None:
+def test_tables_have_every_method_and_member() -> None:
     text = README.read_text()
     for file in conf_dir().glob("method/*.yaml"):
         assert f"| `{file.stem}` | {yaml.safe_load(file.read_text())['title']} |" in text
@@ -34,7 +34,7 @@ def test_every_method_and_member_has_its_place() -> None:
     assert "`common`" not in text
 
 
-def test_a_new_method_is_a_new_line(tmp_path: Path) -> None:
+def test_new_method_adds_a_line(tmp_path: Path) -> None:
     conf = Path(shutil.copytree(conf_dir(), tmp_path / "conf"))
     (conf / "method" / "zz.yaml").write_text(
         "defaults:\n  - override /regularizer@_global_.regularizer: local_kl\n"

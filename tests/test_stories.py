@@ -36,7 +36,7 @@ def gold(completion: str, prompt: str = PROMPT) -> dict[str, float]:
 # --- the world ---------------------------------------------------------------------------------------------------
 
 
-def test_every_opening_that_the_grammar_counts_is_distinct() -> None:
+def test_counted_openings_are_distinct() -> None:
     names = list(g.NAMES)[:2]  # every opening holds its hero's name, so a few names stand for all
     heroes = [g.Hero(*of) for of in product(names, g.THINGS, g.QUALITIES)]
     written = {
@@ -46,7 +46,7 @@ def test_every_opening_that_the_grammar_counts_is_distinct() -> None:
     assert len(written) * len(g.NAMES) == g.count_openings() * len(names)
 
 
-def test_the_grammar_writes_more_than_a_million_distinct_stories() -> None:
+def test_grammar_writes_a_million_distinct_stories() -> None:
     hero = g.Hero("Leo", "ring", "blue")
 
     def sentences(options: tuple[str, ...]) -> list[str]:
@@ -71,7 +71,7 @@ def test_the_grammar_writes_more_than_a_million_distinct_stories() -> None:
     assert len(set(drawn)) > 2950
 
 
-def test_stories_read_as_english_and_have_the_promised_length() -> None:
+def test_stories_are_well_formed_and_have_the_documented_length() -> None:
     for opening, continuation in StoryWorld(3).stories(1000, "test"):
         story = f"{opening} {continuation}"
         assert not set(story) & set("{}[]|") and "  " not in story
@@ -82,7 +82,7 @@ def test_stories_read_as_english_and_have_the_promised_length() -> None:
     assert 35 < fmean(lengths) < 55
 
 
-def test_the_seed_fixes_the_world() -> None:
+def test_seed_determines_the_world() -> None:
     assert StoryWorld(5).stories(50, "a") == StoryWorld(5).stories(80, "a")[:50]
     assert StoryWorld(5).stories(50, "a") != StoryWorld(6).stories(50, "a")
     assert StoryWorld(5).stories(50, "a") != StoryWorld(5).stories(50, "b")
@@ -90,7 +90,7 @@ def test_the_seed_fixes_the_world() -> None:
     assert StoryWorld(5).openings(50, "test") != StoryWorld(6).openings(50, "test")
 
 
-def test_no_opening_is_in_two_splits_and_the_corpus_keeps_to_train() -> None:
+def test_openings_are_in_one_split_and_the_corpus_in_train() -> None:
     world = StoryWorld(1)
     prompts = {split: world.openings(1500, split) for split in SPLITS}
     assert all(len(set(openings)) == 1500 for openings in prompts.values())
@@ -101,7 +101,7 @@ def test_no_opening_is_in_two_splits_and_the_corpus_keeps_to_train() -> None:
     assert shares == {"train": 100, "selection": 100, "test": 100}
 
 
-def test_more_openings_than_the_world_holds_is_an_error_in_words() -> None:
+def test_too_many_openings_raise() -> None:
     with pytest.raises(ValueError, match="too few openings"):
         StoryWorld(0).openings(10**6, "test")
 
@@ -109,7 +109,7 @@ def test_more_openings_than_the_world_holds_is_an_error_in_words() -> None:
 # --- the reward --------------------------------------------------------------------------------------------------
 
 
-def test_a_flawless_story_earns_nearly_everything() -> None:
+def test_flawless_story_gets_the_highest_reward() -> None:
     scores = gold(GOOD)
     assert {key: scores[key] for key in ("coherence", "plot", "freshness", "vividness", "brevity", "fluency")} == {
         "coherence": 1.0, "plot": 1.0, "freshness": 1.0, "vividness": 1.0, "brevity": 1.0, "fluency": 1.0,
@@ -142,19 +142,19 @@ def test_a_flawless_story_earns_nearly_everything() -> None:
         pytest.param("fluency", "danced", "qwxed", id="not-a-word"),
     ],
 )
-def test_each_fault_costs_its_own_component_and_the_reward(component: str, old: str, new: str) -> None:
+def test_each_fault_lowers_its_component_and_the_reward(component: str, old: str, new: str) -> None:
     assert old in GOOD
     worse = gold(GOOD.replace(old, new, 1))
     assert worse[component] < gold(GOOD)[component]
     assert worse["reward"] < gold(GOOD)["reward"] - 0.1
 
 
-def test_the_order_of_the_plot_counts() -> None:
+def test_plot_score_depends_on_order() -> None:
     sentences = GOOD.strip().split(". ")
     assert gold(". ".join([sentences[2], sentences[0], sentences[1]]))["plot"] == 0.5
 
 
-def test_the_reward_is_the_documented_formula() -> None:
+def test_reward_follows_the_documented_formula() -> None:
     scores = gold(GOOD.replace("Mia pulled", "Tom pulled").replace("tall ", ""))
     weighted = (
         4 * scores["coherence"] + 4 * scores["plot"]
@@ -165,12 +165,12 @@ def test_the_reward_is_the_documented_formula() -> None:
 
 
 @pytest.mark.parametrize("text", GIBBERISH)
-def test_gibberish_earns_next_to_nothing(text: str) -> None:
+def test_gibberish_gets_a_low_reward(text: str) -> None:
     assert 0 <= gold(text)["reward"] < 1
     assert math.isfinite(gold(GOOD, prompt=text)["reward"])
 
 
-def test_word_salad_earns_less_than_bad_stories() -> None:
+def test_word_salad_scores_below_bad_stories() -> None:
     rng = Random(0)
     salads = []
     for _ in range(50):
@@ -186,12 +186,12 @@ def test_any_text_gets_a_finite_score(prompt: str, completion: str) -> None:
     assert all(0 <= value <= 10 for value in gold(completion, prompt).values())
 
 
-def test_prompts_and_completions_of_different_number_are_refused() -> None:
+def test_unequal_numbers_of_prompts_and_completions_raise() -> None:
     with pytest.raises(ValueError, match="2 prompts but 1 completions"):
         GoldReward()([PROMPT, PROMPT], [GOOD])
 
 
-def test_on_the_corpus_the_reward_varies_and_does_not_follow_length() -> None:
+def test_reward_varies_on_the_corpus_and_does_not_follow_length() -> None:
     stories = StoryWorld(0).stories(2000, "test")
     rewards = torch.tensor(GoldReward()(*zip(*stories, strict=True))["reward"])
     lengths = torch.tensor([float(len(continuation.split())) for _, continuation in stories])
@@ -232,13 +232,13 @@ def writer(prompts: list[str], n: int) -> list[list[Completion]]:
     return [texts[i * n : (i + 1) * n] for i in range(len(prompts))]
 
 
-def test_supervised_rows_are_corpus_stories_with_a_clean_boundary() -> None:
+def test_supervised_rows_are_corpus_stories_split_at_a_space() -> None:
     rows = source().sft_rows()
     assert len(rows) == 40 and [row.where for row in rows[:2]] == ["stories:sft:0", "stories:sft:1"]
     assert all(row.rejected is None and row.chosen.startswith(" ") and not row.prompt.endswith(" ") for row in rows)
 
 
-def test_rows_have_their_split_their_place_and_the_documented_number() -> None:
+def test_rows_have_split_place_and_documented_number() -> None:
     stories = source()
     rows = stories.rows(writer)
     assert Counter(row.split for row in rows) == {"train": 60, "selection": 16, "test": 18}
@@ -250,7 +250,7 @@ def test_rows_have_their_split_their_place_and_the_documented_number() -> None:
     assert rows != source(seed=1).rows(writer)
 
 
-def test_soft_labels_are_bradley_terry_and_hard_labels_are_the_same_outcomes() -> None:
+def test_soft_labels_are_probabilities_of_the_same_outcomes_as_hard_labels() -> None:
     soft, hard = source(labels="soft").rows(writer), source(labels="hard").rows(writer)
     assert [(row.chosen, row.rejected) for row in soft] == [(row.chosen, row.rejected) for row in hard]
     assert all(row.preference is None for row in hard)
@@ -259,7 +259,7 @@ def test_soft_labels_are_bradley_terry_and_hard_labels_are_the_same_outcomes() -
         assert row.preference == pytest.approx(1 / (1 + math.exp(-margin)))
 
 
-def test_the_better_completion_is_chosen_as_often_as_bradley_terry_says() -> None:
+def test_better_completion_is_chosen_with_bradley_terry_probability() -> None:
     better, worse = GOOD, GOOD.replace("Mia pulled", "Tom pulled").replace("tall ", "")
 
     def two(prompts: list[str], n: int) -> list[list[Completion]]:
@@ -276,7 +276,7 @@ def test_the_better_completion_is_chosen_as_often_as_bradley_terry_says() -> Non
     assert abs(won - expected) < 4 * math.sqrt(total) / 2
 
 
-def test_unfinished_and_identical_pairs_are_dropped_and_counted_and_move_no_other_label() -> None:
+def test_dropped_pairs_are_counted_and_do_not_change_other_labels() -> None:
     def broken(prompts: list[str], n: int) -> list[list[Completion]]:
         groups = writer(prompts, n)
         groups[0] = [groups[0][0], groups[0][0], *groups[0][2:]]
@@ -291,13 +291,13 @@ def test_unfinished_and_identical_pairs_are_dropped_and_counted_and_move_no_othe
     assert all(kept[row.where] == row for row in whole if row.where in kept)
 
 
-def test_unknown_labels_are_refused() -> None:
+def test_unknown_labels_raise() -> None:
     with pytest.raises(ValueError, match="soft or hard"):
         source(labels="medium")
 
 
 @pytest.mark.parametrize("x", [-800.0, -2.5, 0.0, 1e-3, 30.0, 800.0])
-def test_sigmoid(x: float) -> None:
+def test_sigmoid_matches_torch_without_overflow(x: float) -> None:
     assert sigmoid(x) == pytest.approx(float(torch.sigmoid(torch.tensor(x, dtype=torch.float64))), abs=1e-12)
 
 
@@ -317,7 +317,7 @@ def encode(tokenizer, text: str) -> list[int]:
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
-def test_any_text_round_trips(tokenizer, text: str) -> None:
+def test_any_text_decodes_to_itself(tokenizer, text: str) -> None:
     assert tokenizer.decode(encode(tokenizer, text)) == text
 
 
@@ -349,7 +349,7 @@ def test_two_processes_build_the_same_tokenizer(tokenizer) -> None:
     assert other.stdout.strip() == tokenizer.backend_tokenizer.to_str()
 
 
-def test_the_tiny_model_has_its_own_seed(tokenizer, tmp_path) -> None:
+def test_tiny_model_has_its_own_seed(tokenizer, tmp_path) -> None:
     sizes = dict(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.08,

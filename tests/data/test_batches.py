@@ -38,7 +38,7 @@ PAIRS = [pair(i) for i in range(11)]
 
 
 @pytest.mark.parametrize("pad", [0, 1, 2])
-def test_collate_golden(pad: int) -> None:
+def test_collate_pads_and_shares_sequences(pad: int) -> None:
     # The padding id may be that of BOS (1) or EOS (2): masks go by position.
     batch = collate([PAIRS[0], PAIRS[2]], [0, 2], pad)
     p = pad
@@ -60,7 +60,7 @@ def test_collate_golden(pad: int) -> None:
     assert batch.preference is None and batch.weight is None and batch.reference_logps is None
 
 
-def test_collate_preferences_weights_references_and_single_completions() -> None:
+def test_collate_handles_preferences_weights_references_and_single_completions() -> None:
     pairs = [pair(0, preference=0.75), pair(1, weight=2.0), pair(2)]
     reference = torch.arange(22.0).reshape(11, 2)
     batch = collate(pairs, [4, 0, 9], 0, reference)
@@ -146,7 +146,7 @@ def exceeds(windows: Windows, batch: Any, most_pairs: int | None, most_tokens: i
 
 
 @pytest.mark.parametrize("group", [None, 3])
-def test_the_order_is_a_pure_function_of_seed_and_step(group: int | None) -> None:
+def test_order_depends_on_seed_and_step_only(group: int | None) -> None:
     windows, again = some_windows(100, 7, 5, 2, group), some_windows(100, 7, 5, 2, group)
     assert [again.window(step).tolist() for step in (40, 3, 17)] == [
         windows.window(step).tolist() for step in (40, 3, 17)
@@ -168,7 +168,7 @@ def padding(windows: Windows, limits: tuple[int | None, int | None] = (None, Non
     return 1 - float(lengths.sum()) / cells
 
 
-def test_similar_lengths_meet_in_a_window_and_in_a_micro_batch() -> None:
+def test_grouping_puts_similar_lengths_into_windows_and_micro_batches() -> None:
     lengths = np.random.default_rng(0).integers(20, 400, 960)
     apart, together = (Windows(lengths, 2 * lengths, False, 16, 0, 1, group) for group in (None, 30))
     assert padding(apart) > 0.4 and padding(together) < 0.03
@@ -179,7 +179,7 @@ def test_similar_lengths_meet_in_a_window_and_in_a_micro_batch() -> None:
     assert abs(np.corrcoef(means, np.arange(60))[0, 1]) < 0.3
 
 
-def test_grouped_pairs_come_into_each_window_with_the_same_probability() -> None:
+def test_grouped_pairs_are_in_each_window_with_equal_probability() -> None:
     # 3 groups of two windows, one of a single window, and a ragged one; lengths from shortest to longest.
     n, batch_size, epochs = 30, 4, 6000
     windows = Windows(np.arange(n), np.arange(n), False, batch_size, 11, 1, 2)
@@ -197,7 +197,7 @@ def test_grouped_pairs_come_into_each_window_with_the_same_probability() -> None
     assert ((counts - expected) ** 2 / expected).sum(1).max() < 29.9
 
 
-def test_a_grouped_window_s_mean_is_the_data_s_in_expectation() -> None:
+def test_expected_mean_of_a_grouped_window_is_the_mean_of_the_data() -> None:
     values = np.random.default_rng(1).normal(size=20) + np.arange(20)  # a "gradient" that grows with length
     windows = Windows(np.arange(20), np.arange(20), False, 4, 3, 1, 5)
     for position in (0, 2, 4):
@@ -205,7 +205,7 @@ def test_a_grouped_window_s_mean_is_the_data_s_in_expectation() -> None:
         assert abs(np.mean(means) - values.mean()) < 4 * np.std(means) / np.sqrt(3000)
 
 
-def test_cut_by_hand() -> None:
+def test_deal_micro_batches_matches_examples() -> None:
     def cuts(lengths: list[int], rank: int, world: int, *most: int | None) -> list[list[int]]:
         return [b.tolist() for b in deal_micro_batches(np.array(lengths), np.array(lengths), False, rank, world, *most)]
 
@@ -234,7 +234,7 @@ def test_cut_by_hand() -> None:
     most=st.one_of(st.none(), st.integers(1, 4)),
     most_tokens=st.one_of(st.none(), st.integers(1, 60)),
 )
-def test_no_cut_of_consecutive_items_is_better(
+def test_even_batches_are_optimal_among_all_cuts(
     items: list[tuple[int, int]], most: int | None, most_tokens: int | None
 ) -> None:
     """Against every way to cut."""
@@ -296,7 +296,7 @@ def indices(window: Window) -> list[list[int]]:
     return [batch.index.tolist() for batch in window]
 
 
-def test_windows_over_ranks_make_the_windows_of_one_device() -> None:
+def test_windows_of_all_ranks_join_to_those_of_one_device() -> None:
     alone, _ = served(module_of(8))
     both = [served(module_of(8), world_size=2, global_rank=rank)[0] for rank in (0, 1)]
     assert [window.num_pairs for window in alone] == [4, 4, 3, 4, 4, 3, 4, 4]
@@ -309,7 +309,7 @@ def test_windows_over_ranks_make_the_windows_of_one_device() -> None:
     assert torch.equal(batch.sequences.input_ids, expected.sequences.input_ids)
 
 
-def test_a_resumed_run_is_served_the_tail() -> None:
+def test_resumed_run_gets_the_remaining_windows() -> None:
     whole, _ = served(module_of(8))
     data = module_of(8)
     tail, _ = served(data, global_step=5)
@@ -318,14 +318,14 @@ def test_a_resumed_run_is_served_the_tail() -> None:
     assert len(data.train_dataloader()) == 8
 
 
-def test_workers_change_nothing() -> None:
+def test_worker_processes_do_not_change_batches() -> None:
     whole, validation = served(module_of(5))
     others, other_validation = served(module_of(5, num_workers=2))
     assert [indices(window) for window in others] == [indices(window) for window in whole]
     assert [b.index.tolist() for b in other_validation] == [b.index.tolist() for b in validation]
 
 
-def test_tokens_are_counted_as_the_model_computes_them() -> None:
+def test_pair_tokens_counts_tokens_that_the_model_computes() -> None:
     ranked = pair(2, worse_ids=((7, 8, 9, 2),))
     assert pair_tokens(pair(2), share_prompts=False) == 2 * 4 + 2 + 3
     assert pair_tokens(pair(2), share_prompts=True) == 4 + 2 + 3
@@ -337,7 +337,7 @@ SETTLED = replace(FAST, probed=True)
 
 
 @pytest.mark.parametrize("speed", [PLAIN, FAST, SETTLED, replace(SETTLED, share_prompts=False)])
-def test_a_budget_of_tokens_holds_in_training_and_validation(speed: Speed) -> None:
+def test_token_limit_holds_in_training_and_validation(speed: Speed) -> None:
     pairs = [pair(i, prompt_ids=(1, 100 + i, *[9] * (i % 3))) for i in range(11)]  # no two prompts are the same
     limits = {"micro_batch_size": None, "eval_batch_size": 7, "micro_batch_tokens": 30}
     data = module_of(6, train=pairs, selection=pairs[:7], **limits)
@@ -350,7 +350,7 @@ def test_a_budget_of_tokens_holds_in_training_and_validation(speed: Speed) -> No
     assert {len(batch) for window in alone for batch in window} == {1}
 
 
-def test_a_window_is_pinned_whole_and_nothing_waits_for_its_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_window_is_pinned_and_transferred_without_blocking(monkeypatch: pytest.MonkeyPatch) -> None:
     speed = replace(FAST, probed=True)
     data = module_of(1, reference_logps={"train": torch.zeros(11, 2)})
     [window], _ = served(data, speed=speed)
@@ -387,7 +387,7 @@ def test_a_window_is_pinned_whole_and_nothing_waits_for_its_transfer(monkeypatch
     assert data.train_dataloader().pin_memory and data.val_dataloader().pin_memory  # type: ignore[union-attr]
 
 
-def test_grouped_windows_are_served_and_resumed() -> None:
+def test_grouped_windows_are_loaded_and_resumed() -> None:
     long = [pair(i, chosen_ids=(*[50] * (i * 7 % 11), 2)) for i in range(11)]
     whole, _ = served(module_of(9, train=long, group_by_length=2))
     tail, _ = served(module_of(9, train=long, group_by_length=2, num_workers=2), global_step=5)
@@ -415,7 +415,7 @@ def test_reference_logps_follow_their_pairs() -> None:
             assert batch.reference_logps.tolist() == reference[split][batch.index].T.flatten().tolist()
 
 
-def test_arguments_are_checked() -> None:
+def test_invalid_arguments_raise() -> None:
     for name in ("batch_size", "micro_batch_size", "micro_batch_tokens", "eval_batch_size", "group_by_length"):
         with pytest.raises(DataError, match=rf"data\.{name}=0: must be at least 1"):
             module_of(1, **{name: 0})
@@ -455,7 +455,7 @@ class Recorder(LightningModule):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_in_a_real_trainer_and_resumed(tmp_path: Path) -> None:
+def test_trainer_loads_windows_and_resumes(tmp_path: Path) -> None:
     def fit(steps: int, checkpoint: Path | None = None) -> tuple[Recorder, Trainer]:
         module = Recorder()
         trainer = Trainer(

@@ -33,7 +33,7 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_golden_tokens(kind: str) -> None:
+def test_tokens_match_stored_ones(kind: str) -> None:
     renderer = Renderer(TOKENIZERS[kind], 64, "drop_pair")
     # "on? on" would merge "?" with the space, so the prompt's end must be seen in the rejected text as well.
     merged = render(renderer, "on?", " the cat", " on")
@@ -62,7 +62,7 @@ TEXT = st.text(
 @settings(max_examples=60, deadline=None)
 @given(prompt=TEXT.filter(bool), chosen=TEXT.filter(bool), rejected=TEXT.filter(bool))
 @pytest.mark.parametrize("kind", KINDS)
-def test_round_trip_one_bos_one_eos(kind: str, prompt: str, chosen: str, rejected: str) -> None:
+def test_tokens_decode_to_the_text_with_one_bos_and_one_eos(kind: str, prompt: str, chosen: str, rejected: str) -> None:
     tokenizer = TOKENIZERS[kind]
     pair = Renderer(tokenizer, 10_000, "drop_pair").render(Row(prompt, chosen, rejected))
     if chosen == rejected:
@@ -86,7 +86,7 @@ def test_round_trip_one_bos_one_eos(kind: str, prompt: str, chosen: str, rejecte
     assert (pair.prompt_text, pair.chosen_text, pair.rejected_text) == (prompt, chosen, rejected)
 
 
-def test_text_that_brings_its_own_bos_and_eos_gets_no_second() -> None:
+def test_text_with_bos_and_eos_gets_no_second_ones() -> None:
     renderer = Renderer(TOKENIZERS["adds_bos"], 64, "drop_pair")
     pair = render(renderer, "<s>on?", "cat</s>\n", "on</s></s>")
     assert tokens(renderer, pair.prompt_ids) == "<s> on ?"
@@ -133,7 +133,7 @@ def decoded(renderer: Renderer, ids: tuple[int, ...] | None) -> str:
 
 
 @pytest.mark.parametrize("kind", ["adds_bos", "no_bos", "eos_is_pad", "bos_is_eos_is_pad"])
-def test_a_template_that_ends_in_eos_and_newline(kind: str) -> None:
+def test_template_may_end_in_eos_and_newline(kind: str) -> None:
     eos = TOKENIZERS[kind].eos_token
     renderer, pair = chat(kind, ENDS_IN_EOS.replace("</s>", eos))
     bos = "" if kind == "no_bos" else "<s>"
@@ -145,7 +145,7 @@ def test_a_template_that_ends_in_eos_and_newline(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["adds_bos", "bos_is_eos_not_added", "bos_is_eos_is_pad"])
-def test_a_template_that_begins_with_bos_and_has_no_eos(kind: str) -> None:
+def test_template_may_begin_with_bos_and_lack_eos(kind: str) -> None:
     renderer, pair = chat(kind, BEGINS_WITH_BOS)
     eos = TOKENIZERS[kind].eos_token
     assert decoded(renderer, pair.prompt_ids) == "<s>(user) on? (assistant) "
@@ -153,7 +153,7 @@ def test_a_template_that_begins_with_bos_and_has_no_eos(kind: str) -> None:
     assert decoded(renderer, pair.rejected_ids) == f"s {eos}"
 
 
-def test_multi_turn_conversations() -> None:
+def test_conversations_of_several_turns_render() -> None:
     renderer, pair = chat("adds_bos", ENDS_IN_EOS, (USER, CAT, USER))
     assert decoded(renderer, pair.prompt_ids) == "<s>[user]on?</s>\n[assistant]cat</s>\n[user]on?</s>\n[assistant]"
     two = renderer.render(Row((USER,), (CAT, USER, CAT), (ON,)))
@@ -166,14 +166,14 @@ def test_multi_turn_conversations() -> None:
     assert decoded(renderer, follow.prompt_ids) == "<s>[user]on?</s>\n[assistant]cat</s>\n"
 
 
-def test_a_template_whose_opening_differs_from_the_finished_turn() -> None:
+def test_template_may_open_a_turn_unlike_a_finished_one() -> None:
     template = ENDS_IN_EOS.replace("[assistant]{% endif %}", "[assistant]hm{% endif %}")
     renderer, pair = chat("adds_bos", template)
     assert decoded(renderer, pair.prompt_ids) == "<s>[user]on?</s>\n[assistant]"
     assert decoded(renderer, pair.chosen_ids) == "cat</s>"
 
 
-def test_templates_that_are_missing_or_refuse() -> None:
+def test_missing_or_rejecting_template_raises() -> None:
     with pytest.raises(DataError, match=r"line 3: .*does not have a chat template.*Use the model's"):
         chat("adds_bos", None)
     with pytest.raises(RowError, match="line 3: the chat template rejects the messages: only users"):
@@ -200,7 +200,7 @@ def truncated(truncation: str, max_length: int, row: Row = LONG) -> tuple[str, s
     return tuple(renderer.tokenizer.decode(list(ids or ())) for ids in parts)  # type: ignore[return-value]
 
 
-def test_truncation_policies() -> None:
+def test_truncation_policies_cut_or_drop() -> None:
     whole = ("<s>bdfgh", "klmp</s>", "qrsuvwxyz</s>")
     for policy in ("drop_pair", "trim_completion", "trim_prompt"):
         assert truncated(policy, 16) == whole
@@ -230,7 +230,9 @@ def test_trim_prompt_keeps_a_bos_that_the_template_wrote() -> None:
 @settings(max_examples=60, deadline=None)
 @given(TEXT.filter(bool), TEXT.filter(bool), TEXT.filter(bool), st.integers(2, 40))
 @pytest.mark.parametrize("policy", ["drop_pair", "trim_completion", "trim_prompt"])
-def test_truncation_never_favours_a_side(policy: str, prompt: str, chosen: str, rejected: str, limit: int) -> None:
+def test_truncation_treats_all_completions_alike(
+    policy: str, prompt: str, chosen: str, rejected: str, limit: int
+) -> None:
     whole = Renderer(TOKENIZERS["prepend"], 10_000, "drop_pair").render(Row(prompt, chosen, rejected))
     pair = Renderer(TOKENIZERS["prepend"], limit, policy).render(Row(prompt, chosen, rejected))  # type: ignore[arg-type]
     if isinstance(whole, Dropped) or isinstance(pair, Dropped):
@@ -244,7 +246,7 @@ def test_truncation_never_favours_a_side(policy: str, prompt: str, chosen: str, 
     assert whole.prompt_ids[1:][-len(pair.prompt_ids) + 1 :] == pair.prompt_ids[1:]
 
 
-def test_arguments_are_checked() -> None:
+def test_invalid_arguments_raise() -> None:
     with pytest.raises(DataError, match="choose drop_pair, trim_completion, trim_prompt"):
         Renderer(TOKENIZERS["adds_bos"], 10, "trim")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="max_length=1"):

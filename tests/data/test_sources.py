@@ -44,14 +44,14 @@ def read(path: Path, on_bad_row: str = "stop", columns: dict[str, str] | None = 
 # ------------------------------------------------------------------------------------------------------- formats
 
 
-def test_explicit_prompt_with_preference_and_weight(tmp_path: Path) -> None:
+def test_row_has_prompt_preference_and_weight(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", {**GOOD, "preference": 0.75, "weight": 2, "source": "me"}, "", GOOD)
     first, second = read(path)
     assert first == Row("What is red?", " A rose.", " The sky.", 0.75, 2.0, None, f"{path}, line 1")
     assert (second.preference, second.weight, second.where) == (None, None, f"{path}, line 3")
 
 
-def test_the_same_rows_from_every_file_kind_and_from_a_folder(tmp_path: Path) -> None:
+def test_all_file_formats_and_folders_give_the_same_rows(tmp_path: Path) -> None:
     rows = [{**GOOD, "prompt": f'{i}, "é"\n?', "preference": 0.5 + i / 10} for i in range(3)]
     jsonl(tmp_path / "a.jsonl", *rows)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
@@ -97,19 +97,19 @@ def test_columns_are_renamed(tmp_path: Path) -> None:
         ("x", "y", ""),
     ],
 )
-def test_an_implicit_text_prompt_never_splits_a_word(chosen: str, rejected: str, prompt: str) -> None:
+def test_shared_prompt_does_not_split_a_word(chosen: str, rejected: str, prompt: str) -> None:
     cut = shared_prompt_length(chosen, rejected)
     assert chosen[:cut] == rejected[:cut] == prompt
     assert chosen[cut:] and rejected[cut:]
 
 
-def test_implicit_prompts_in_a_file(tmp_path: Path) -> None:
+def test_shared_beginning_becomes_the_prompt(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"chosen": "The sky is blue.", "rejected": "The sky is green."})
     (row,) = read(path)
     assert (row.prompt, row.chosen, row.rejected) == ("The sky is", " blue.", " green.")
 
 
-def test_conversations_with_and_without_prompt(tmp_path: Path) -> None:
+def test_conversations_may_have_or_lack_a_prompt(tmp_path: Path) -> None:
     turns = [USER, HELLO, {"role": "user", "content": "again"}]
     path = jsonl(
         tmp_path / "a.jsonl",
@@ -124,7 +124,7 @@ def test_conversations_with_and_without_prompt(tmp_path: Path) -> None:
     assert (rows[3].prompt, rows[3].chosen, rows[3].rejected) == ((USER,), (HELLO,), (HELLO, BYE))
 
 
-def test_hh_prompt_reaches_through_the_last_shared_assistant(tmp_path: Path) -> None:
+def test_hh_prompt_ends_after_the_last_shared_assistant_marker(tmp_path: Path) -> None:
     start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     path = jsonl(
         tmp_path / "a.jsonl",
@@ -167,7 +167,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize(("bad", "column", "reason"), MALFORMED.values(), ids=MALFORMED.keys())
-def test_a_malformed_row_stops_or_is_skipped_and_listed(
+def test_malformed_row_raises_or_is_skipped_and_listed(
     tmp_path: Path, bad: Any, column: str | None, reason: str
 ) -> None:
     path = jsonl(tmp_path / "a.jsonl", GOOD, "   ", bad, GOOD)
@@ -194,7 +194,7 @@ def test_a_malformed_row_stops_or_is_skipped_and_listed(
         ({"chosen": "same", "rejected": "same"}, "rejected", "equal"),
     ],
 )
-def test_a_row_without_preference_is_always_a_counted_skip(tmp_path: Path, bad: Any, column: str, reason: str) -> None:
+def test_row_without_preference_is_skipped_and_counted(tmp_path: Path, bad: Any, column: str, reason: str) -> None:
     source = FileSource(str(jsonl(tmp_path / "a.jsonl", bad, GOOD)), None, "stop")
     assert len(load(source)) == 1
     (error,) = source.bad_rows
@@ -203,7 +203,7 @@ def test_a_row_without_preference_is_always_a_counted_skip(tmp_path: Path, bad: 
     assert source.counts == {"read": 2, "skipped": 1}
 
 
-def test_not_utf8(tmp_path: Path) -> None:
+def test_invalid_utf8_is_reported_with_line_and_byte(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     good = json.dumps(GOOD).encode() + b"\n"
     path.write_bytes(good + b'{"prompt": "caf\xe9"}\n' + good)
@@ -217,14 +217,14 @@ def test_not_utf8(tmp_path: Path) -> None:
     assert len(read(table, "skip")) == 2
 
 
-def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path) -> None:
+def test_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
     (tmp_path / "b.csv").write_bytes(b"\xef\xbb\xbfprompt,chosen,rejected\na,b,c\n")
     assert len(read(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("damage", ["truncated", "corrupt", "not gzip"])
-def test_a_damaged_gz(tmp_path: Path, damage: str) -> None:
+def test_damaged_gzip_file_is_reported(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "a.jsonl.gz"
     rows = [{**GOOD, "prompt": f"{i}{i * 7919 % 104729}"} for i in range(3000)]
     whole = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -245,7 +245,7 @@ def test_a_damaged_gz(tmp_path: Path, damage: str) -> None:
         assert source.bad_rows[0].where == f"{path}, line {len(rows_left) + 1}"
 
 
-def test_damaged_csv_and_parquet(tmp_path: Path) -> None:
+def test_damaged_csv_and_parquet_files_are_reported(tmp_path: Path) -> None:
     table = tmp_path / "a.csv"
     table.write_text("prompt,chosen,rejected,preference\na,b,c,\na,b,c,0.5,7\na,b\n\na,b,c,x\n")
     with pytest.raises(RowError, match="line 3: has 5 fields, but the header has 4"):
@@ -266,7 +266,7 @@ def test_damaged_csv_and_parquet(tmp_path: Path) -> None:
         read(parquet)
 
 
-def test_missing_empty_and_unusable_paths(tmp_path: Path) -> None:
+def test_missing_empty_and_unusable_paths_raise(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.path=.*nowhere\.jsonl: no such file or folder"):
         read(tmp_path / "nowhere.jsonl")
     with pytest.raises(DataError, match=r"the folder holds no \.jsonl"):
@@ -300,7 +300,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return data
 
 
-def test_a_local_data_set_folder_with_splits_and_columns(folder: Path) -> None:
+def test_local_data_set_folder_gives_splits_and_columns(folder: Path) -> None:
     def hub(split: Any) -> list[Row]:
         return load(HubSource(str(folder), None, None, split, {"prompt": "q"}, "stop"))
 
