@@ -1,6 +1,6 @@
 """Figures of docs/explanation/theory.md from a sweep: ``python docs/figures.py NAME SWEEP... [--out FOLDER]``.
 
-Each prints the numbers that the text quotes, and writes ``NAME.png``.
+Each command prints the numbers that the text quotes, and writes ``NAME.png``.
 """
 
 from __future__ import annotations
@@ -22,23 +22,29 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
+# The palette of Okabe and Ito, which color-blind readers can distinguish.
+BLUE, ORANGE, GREEN, RED, PURPLE, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
 MODELS = {"tabular": ("table of logits", ORANGE, "o", 6.5), "tiny": ("transformer", BLUE, "x", 6)}
 LEAK = {
-    ("spo", "none"): ("SPO", GREY, "-"),
+    ("spo", "none"): ("SPO", GRAY, "-"),
     ("spo", "global_kl"): ("SPO + global KL", BLUE, "-"),
     ("spo", "local_kl"): ("SPO + local KL", ORANGE, "--"),
     ("dpo", "none"): ("DPO", RED, "-."),
     ("ipo", "none"): ("IPO", GREEN, ":"),
 }
 FIT_FROM = 200
-"""Pairs per prompt from which on the slope is fitted: with fewer, some responses have hardly been compared."""
+"""Smallest number of pairs per prompt in the fit of the slope: with fewer, some responses are hardly compared."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory says: configuration, final numbers, rows of the record."""
+    """The results of a run directory.
+
+    Attributes:
+        config: Configuration of the run.
+        metrics: Final metrics by key.
+        history: Metrics during training, one row per logged step.
+    """
 
     config: dict[str, Any]
     metrics: dict[str, float]
@@ -46,19 +52,21 @@ class Run:
 
     @property
     def model(self) -> str:
+        """Return the kind of model, a key of :data:`MODELS`."""
         return "tabular" if "tabular" in self.config["model"]["initial"]["_target_"] else "tiny"
 
     @property
     def regularizer(self) -> str:
+        """Return the member of the group ``regularizer``."""
         name = self.config["regularizer"]["_target_"].rpartition(".")[2]
         return {"NoRegularizer": "none", "GlobalKL": "global_kl", "LocalKL": "local_kl"}[name]
 
 
-def runs_of(sweep: Path) -> list[Run]:
-    """The finished runs of a sweep.
+def read_runs(sweep: Path) -> list[Run]:
+    """Return the finished runs of a sweep.
 
     Raises:
-        SystemExit: there is none.
+        SystemExit: If the folder does not contain a finished run.
     """
     found = [
         Run(
@@ -69,12 +77,12 @@ def runs_of(sweep: Path) -> list[Run]:
         for file in sorted(sweep.glob("*/metrics.json"))
     ]
     if not found:
-        raise SystemExit(f"{sweep} holds no finished run")
+        raise SystemExit(f"{sweep} does not contain a finished run")
     return found
 
 
-def by(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
-    """Runs grouped by a key, in its order."""
+def group_by(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
+    """Group runs by a key, in the order of the keys."""
     groups = defaultdict(list)
     for run in runs:
         groups[key(run)].append(run)
@@ -82,21 +90,29 @@ def by(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Exponent and factor of the power law nearest to the points, by least squares of the logarithms."""
+    """Fit a power law by least squares of the logarithms.
+
+    Args:
+        x: Positive x-coordinates of the points.
+        y: Positive y-coordinates of the points.
+
+    Returns:
+        Exponent and factor.
+    """
     exponent, logarithm = np.polyfit(np.log(x), np.log(y), 1)
     return float(exponent), float(np.exp(logarithm))
 
 
 def alpha(*sweeps: Sequence[Run]) -> Figure:
-    """Entropy over the coefficient that each sweep varies: reached (points) and of the optimum (lines)."""
+    """Draw entropy against the coefficient that each sweep varies: reached (points) and of the optimum (lines)."""
     figure, panels = plt.subplots(1, len(sweeps), figsize=(7, 3.3), sharey=True, squeeze=False)
     data = sweeps[0][0].config["data"]
     uniform = np.log(sum(data["source"]["num_symbols"] ** length for length in range(data["max_new_tokens"] + 1)))
     for axes, runs in zip(panels[0], sweeps, strict=True):
         method = runs[0].config["method"]["name"].upper()
-        name = "alpha" if len(by(runs, lambda run: run.config["alpha"]["value"])) > 1 else "beta"
-        # A reference of its own gives each model an optimum of its own, where the method has a reference at all.
-        for (model, _), line in by(runs, lambda run: (run.model, run.config["data"]["seed"])).items():
+        name = "alpha" if len(group_by(runs, lambda run: run.config["alpha"]["value"])) > 1 else "beta"
+        # One line for each model: with a reference, the optimum depends on the model that was its reference.
+        for (model, _), line in group_by(runs, lambda run: (run.model, run.config["data"]["seed"])).items():
             line = sorted(line, key=lambda run: run.config[name]["value"])
             axes.plot(
                 [run.config[name]["value"] for run in line],
@@ -105,7 +121,7 @@ def alpha(*sweeps: Sequence[Run]) -> Figure:
                 lw=1,
                 alpha=0.6,
             )
-        for model, group in by(runs, lambda run: run.model).items():
+        for model, group in group_by(runs, lambda run: run.model).items():
             words, color, marker, size = MODELS[model]
             axes.plot(
                 [run.config[name]["value"] for run in group],
@@ -125,19 +141,19 @@ def alpha(*sweeps: Sequence[Run]) -> Figure:
         axes.set(xscale="log", xlabel=f"{name} of {method}")
         optimum = "softmax(r / alpha)" if name == "alpha" else "reference · exp(r / beta)"
         axes.set_title(f"{method}: {optimum}", fontsize=10)
-        axes.axhline(uniform, color=GREY, lw=0.8, ls=":")
+        axes.axhline(uniform, color=GRAY, lw=0.8, ls=":")
     panels[0, 0].set_ylabel("entropy of the policy (nats per response)")
-    panels[0, 0].text(0.1, uniform + 0.03, "uniform", color=GREY, fontsize=8, va="bottom")
+    panels[0, 0].text(0.1, uniform + 0.03, "uniform", color=GRAY, fontsize=8, va="bottom")
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    handles.append(plt.Line2D([], [], color=GREY, lw=1))
+    handles.append(plt.Line2D([], [], color=GRAY, lw=1))
     panels[0, -1].legend(handles, [*labels, "predicted, one line per world"], loc="lower right", fontsize=7.5)
     return figure
 
 
 def labels(runs: Sequence[Run]) -> Figure:
-    """Distance to the optimum over the number of pairs with drawn labels, and the fitted power law."""
+    """Draw the distance to the optimum against the number of pairs with sampled labels, and the fitted power law."""
     figure, axes = plt.subplots(figsize=(7, 3.6))
-    groups = by(runs, lambda run: run.config["data"]["source"]["num_pairs"])
+    groups = group_by(runs, lambda run: run.config["data"]["source"]["num_pairs"])
     pairs = np.array(list(groups), dtype=float)
     measures = {
         "total variation": ("o", BLUE, lambda run: run.metrics["exact/tv"]),
@@ -158,7 +174,7 @@ def labels(runs: Sequence[Run]) -> Figure:
         print(f"{words}: slope {exponent:.3f} from {FIT_FROM} pairs on; means {', '.join(f'{m:.4f}' for m in means)}")
     seeds = len(next(iter(groups.values())))
     axes.set(
-        xscale="log", yscale="log", xlabel="pairs with drawn labels (per prompt)", ylabel="distance to the optimum"
+        xscale="log", yscale="log", xlabel="pairs with sampled labels (per prompt)", ylabel="distance to the optimum"
     )
     axes.set_xlim(right=pairs[-1] * 2.6)
     axes.set_ylim(bottom=axes.get_ylim()[0] * 0.75)
@@ -169,12 +185,12 @@ def labels(runs: Sequence[Run]) -> Figure:
 
 
 def leak(runs: Sequence[Run]) -> Figure:
-    """Change of the probability of responses outside the data, over training."""
-    models = by(runs, lambda run: run.model)
+    """Draw the change of the probability of responses outside the data over training."""
+    models = group_by(runs, lambda run: run.model)
     figure, panels = plt.subplots(1, len(models), figsize=(7.6, 3.5), sharey=True, squeeze=False)
     for axes, (model, group) in zip(panels[0], models.items(), strict=True):
         ends = []
-        for key, same in by(group, lambda run: (run.config["method"]["name"], run.regularizer)).items():
+        for key, same in group_by(group, lambda run: (run.config["method"]["name"], run.regularizer)).items():
             rows = [[row for row in run.history if "exact/mass_outside" in row] for run in same]
             steps = [row["step"] for row in rows[0]]
             mass = np.array([[row["exact/mass_outside"] for row in run] for run in rows])
@@ -189,17 +205,17 @@ def leak(runs: Sequence[Run]) -> Figure:
                 axes.plot(steps, change.mean(0), style, color=color, lw=1.5)
                 ends.append((change.mean(0)[-1], words, color))
         axes.axhline(0, color="black", lw=0.6)
-        axes.set(xlabel="optimiser step", xlim=(0, steps[-1]))
+        axes.set(xlabel="optimizer step", xlim=(0, steps[-1]))
         axes.set_title(MODELS[model][0], fontsize=10)
         _label_ends(axes, ends)
-    panels[0, 0].set_ylabel("probability outside the data,\nless that of the reference")
+    panels[0, 0].set_ylabel("probability outside the data,\nminus that of the reference")
     return figure
 
 
 def kl_estimators(runs: Sequence[Run]) -> Figure:
-    """Distance of the trained policy to the exact optimum, by the estimator of the KL."""
+    """Draw the distance of the trained policy to the exact optimum for each estimator of the KL."""
     figure, axes = plt.subplots(figsize=(7, 2.4))
-    groups = by(runs, lambda run: run.config["regularizer"]["estimator"])
+    groups = group_by(runs, lambda run: run.config["regularizer"]["estimator"])
     for place, (name, group) in enumerate(groups.items()):
         values = np.array([run.metrics["exact/tv"] for run in group])
         axes.plot(values, np.full(len(values), place), "o", color=BLUE, fillstyle="none")
@@ -213,7 +229,7 @@ def kl_estimators(runs: Sequence[Run]) -> Figure:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Names of the curves to the right of their ends, moved apart where they would overlap."""
+    """Write the names of curves to the right of their ends, and move them apart if they would overlap."""
     low, high = axes.get_ylim()
     place, least = -np.inf, 0.055 * (high - low)
     for end, words, color in sorted(ends):
@@ -230,14 +246,14 @@ FIGURES: dict[str, Callable[..., Figure]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Draws one figure; returns its file."""
+    """Draw one figure and return its file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=FIGURES)
     parser.add_argument("sweeps", type=Path, nargs="+", metavar="SWEEP", help="folder of run directories")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images", metavar="FOLDER")
     given = parser.parse_args(arguments)
     plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    figure = FIGURES[given.name](*map(runs_of, given.sweeps))
+    figure = FIGURES[given.name](*map(read_runs, given.sweeps))
     figure.tight_layout()
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / f"{given.name}.png"

@@ -1,4 +1,4 @@
-"""The README's tables of methods and config groups, written from conf/: ``python -m docs.tables README.md``."""
+"""Generator of the README's tables of methods and config groups from conf/: ``python -m docs.tables README.md``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spo.resources import MAIN, conf_dir
 
 
 def methods_table(conf: Path) -> str:
-    """One line per yaml of ``conf/method``."""
+    """Write a table with one line for each yaml file of ``conf/method``."""
     lines = ["| `method=` | what it is | paper | reads | default beta |", "|---|---|---|---|---|"]
     for file in sorted((conf / "method").glob("*.yaml")):
         node = yaml.safe_load(file.read_text())
@@ -29,7 +29,7 @@ def methods_table(conf: Path) -> str:
 
 
 def groups_table(conf: Path) -> str:
-    """One line per config group."""
+    """Write a table with one line for each config group."""
     lines = ["| group | members, the default in bold |", "|---|---|"]
     defaults = _chosen(yaml.safe_load((conf / f"{MAIN}.yaml").read_text()))
     for group, members in group_members([conf]).items():
@@ -40,23 +40,27 @@ def groups_table(conf: Path) -> str:
 
 
 def rewrite(text: str, conf: Path) -> str:
-    """``text`` with the tables between their markers as they follow from ``conf``.
+    """Replace the tables between their markers by those that follow from the configuration.
+
+    Args:
+        text: Text of a document with a pair of markers for each table.
+        conf: Folder of the configuration.
 
     Raises:
-        UserError: a pair of markers is missing.
+        UserError: If a pair of markers is missing.
     """
     for name, table in {"methods": methods_table(conf), "groups": groups_table(conf)}.items():
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         pattern = re.escape(start) + ".*?" + re.escape(end)
-        new = f"{start}{table}\n{end}".replace("\\", r"\\")  # re reads escapes in a replacement
+        new = f"{start}{table}\n{end}".replace("\\", r"\\")  # `re.sub` interprets backslashes in a replacement.
         text, found = re.subn(pattern, new, text, flags=re.S)
         if not found:
-            raise UserError(f"the table has no place: write {start.strip()} and {end} on two lines")
+            raise UserError(f"the markers of a table are missing: write {start.strip()} and {end} on two lines")
     return text
 
 
 def _chosen(node: dict[str, Any]) -> dict[str, str]:
-    """Groups and members of a defaults list."""
+    """Return the group and member of each entry in a defaults list."""
     return {
         group: member
         for entry in node.get("defaults", [])

@@ -1,4 +1,4 @@
-"""Cuts work into batches of limited size: the one home of every split by length, by tokens or by number."""
+"""Batches of limited size: the one home of every split by length, by tokens or by number."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def split_by_tokens(
     for position, (item_width, size) in enumerate(items):
         wider = max(width, item_width)
         full = position - first == max_items or (max_tokens is not None and wider * (total + size) > max_tokens)
-        # Without this, the batches that are still missing could not get an item each.
+        # Each batch that is still missing needs one of the items that are left.
         rest_is_reserved = len(items) - position < min_batches - len(batches)
         if position > first and (full or rest_is_reserved):
             batches.append(slice(first, position))

@@ -32,10 +32,10 @@ OnBadRow = Literal["stop", "skip"]
 
 
 def validated_by(check: Callable[..., None]) -> Callable[[Function], Function]:
-    """Declare a function that judges the arguments of a costly one, for the checks before a run.
+    """Declare a function that checks the arguments of a costly one before a run.
 
     Args:
-        check: Function of the same parameters; it raises :class:`ValueError` where no call would succeed.
+        check: Function with the same parameters that raises :class:`ValueError` if a call could not succeed.
     """
 
     def declare(function: Function) -> Function:

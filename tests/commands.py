@@ -1,4 +1,4 @@
-"""The command in a process of its own, the job inside this one, and what they leave behind."""
+"""Helpers to run the command in its own process or in this one, and to read what it wrote."""
 
 from __future__ import annotations
 
@@ -25,7 +25,15 @@ Numbers = dict[str, float]
 
 
 def spo(*words: str, folder: Path, cache: Path, status: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs ``spo WORDS`` from ``folder`` and checks its exit status."""
+    """Run ``spo WORDS`` in ``folder`` and check its exit status.
+
+    Args:
+        words: Arguments of the command.
+        folder: Working directory, which is created.
+        cache: Folder of the cache.
+        status: Expected exit status.
+        variables: Further environment variables.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [Path(sys.executable).with_name("spo"), *words],
@@ -39,13 +47,13 @@ def spo(*words: str, folder: Path, cache: Path, status: int = 0, **variables: st
 
 
 def environment(cache: Path, **variables: str) -> dict[str, str]:
-    """This process's environment variables without secrets, with one thread (which makes sums reproducible)."""
+    """Return this process's environment variables without secrets, with one thread to make sums reproducible."""
     kept = {name: value for name, value in os.environ.items() if name not in ("SPO_DEBUG", *SECRETS)}
     return {**kept, "SPO_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", **variables}
 
 
 def job(run_dir: Path, cache: Path, *overrides: str) -> Numbers:
-    """``spo train OVERRIDES`` inside this process, without W&B; its metrics but for times."""
+    """Run ``spo train OVERRIDES`` in this process without W&B, and return its metrics without times."""
     torch.set_num_threads(1)
     cfg = compose([f"paths.cache={cache}", "logger=record", *overrides], run_dir=run_dir)
     return untimed(train(cfg))
@@ -55,11 +63,11 @@ def enter(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepare for ``cli.main`` as a person does who types ``spo`` in ``folder``."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("SPO_CACHE_DIR", str(cache))
-    monkeypatch.setattr(sys, "path", list(sys.path))  # the command adds the folder that it is typed in
+    monkeypatch.setattr(sys, "path", list(sys.path))  # The command adds the working directory.
 
 
 def numbers(run_dir: Path) -> Numbers:
-    """``metrics.json`` but for clocks and speeds."""
+    """Read ``metrics.json`` without times and speeds."""
     return untimed(json.loads((run_dir / "metrics.json").read_text()))
 
 
@@ -72,18 +80,18 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 
 def history(run_dir: Path) -> list[Numbers]:
-    """``history.jsonl`` but for clocks and speeds."""
+    """Read ``history.jsonl`` without times and speeds."""
     return [untimed(row) for row in rows(run_dir / "history.jsonl")]
 
 
 def entries(cache: Path, kind: str) -> list[Path]:
-    """What the cache holds of a kind."""
+    """Return the folders of a kind of results in the cache."""
     return sorted(path for path in (cache / kind).glob("*") if path.is_dir())
 
 
 def shared_cache(factory: pytest.TempPathFactory) -> Path:
     """Return one cache for all tests that need the reference model of ``+debug=tiny``."""
-    folder = shared_folder(factory) / "shared cache"  # as the fixture cache_dir
+    folder = shared_folder(factory) / "shared cache"  # The fixture `cache_dir` returns the same folder.
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -94,7 +102,7 @@ def shared_folder(factory: pytest.TempPathFactory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
-# The reference model of the sweep is trained for a moment only: its quality does not matter to any test.
+# The reference model of the sweep gets few training steps, since no test depends on its quality.
 SWEPT = (TINY, "sft.max_steps=10")
 
 

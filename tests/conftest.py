@@ -1,4 +1,4 @@
-"""What all tests share: where made models are kept, and which skips are allowed."""
+"""Fixtures and hooks of all tests: cached models and compositions, the order of files, and allowed skips."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # Tests run in parallel.
 
 
 # The slowest files, which start first so that neither worker waits for the other at the end.
@@ -33,7 +33,8 @@ LONGEST = (
     "test_sweeps.py",
     "test_real_data.py",
 )
-COMPOSITIONS = 32  # configurations in memory, of about a megabyte each
+MAX_COMPOSITIONS = 32
+"""Largest number of configurations in memory, of about a megabyte each."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,12 +52,12 @@ def compose_once() -> Iterator[None]:
     hydra = sys.modules["hydra"]
     original = hydra.compose
 
-    @lru_cache(maxsize=COMPOSITIONS)
+    @lru_cache(maxsize=MAX_COMPOSITIONS)
     def composed(folders: tuple[str, ...], name: str, overrides: tuple[str, ...], own_node: bool) -> Any:
         return original(name, list(overrides), return_hydra_config=own_node)
 
     def compose(name: str, overrides: list[str], return_hydra_config: bool = False) -> Any:
-        """Compose as Hydra does; members outside the repository may change between calls."""
+        """Compose as Hydra does, from memory if all members are in the repository; others may change between calls."""
         loader = hydra.core.global_hydra.GlobalHydra.instance().config_loader()
         folders = [element.path for element in loader.get_search_path().get_path()]
         files = [folder.removeprefix("file://") for folder in folders if folder.startswith("file://")]
@@ -75,7 +76,7 @@ def compose_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the cache for commands, so that the reference model of ``+debug=tiny`` is made once in a session."""
+    """Return the cache for commands, so that the reference model of ``+debug=tiny`` is built once in a session."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared cache"
     folder.mkdir(exist_ok=True)
@@ -83,7 +84,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
-    """Fails the run on a skip whose reason is not on the project's list."""
+    """Fail the run if a test was skipped for a reason that the project does not list."""
     allowed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["spo"]["tests"]["skip_reasons"]
     reasons = {_reason(report) for report in terminalreporter.stats.get("skipped", [])}
     unknown = sorted(reason for reason in reasons if reason not in allowed)
@@ -95,5 +96,6 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
 
 
 def _reason(report: Any) -> str:
+    """Return the reason of a skipped test."""
     longrepr = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     return longrepr.removeprefix("Skipped: ")

@@ -1,4 +1,4 @@
-"""A real HTTP server that speaks as much of OpenAI's protocol as a judge needs, and misbehaves as it is told."""
+"""A real HTTP server with the part of OpenAI's protocol that a judge needs, and with failures on request."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Reply:
-    """What the server does with a request.
+    """The server's reply to a request.
 
     Attributes:
-        says: content of a proper answer.
-        status: of the response.
-        headers: further ones.
-        body: the bytes to send in place of a proper answer.
-        after_s: seconds to wait before.
-        drops: whether to close the connection without a word.
+        says: Content of a well-formed answer.
+        status: Status code of the response.
+        headers: Further headers of the response.
+        body: Bytes to send in place of a well-formed answer.
+        after_s: Delay before the reply in seconds.
+        drops: Whether to close the connection without a reply.
     """
 
     says: str = "A"
@@ -36,7 +36,17 @@ class Reply:
 
 @dataclass
 class Endpoint:
-    """The server's address, what it does, and what it has seen."""
+    """A server's address, its script, and the requests that it has received.
+
+    Attributes:
+        url: Base URL.
+        script: Function of a question and the number of its earlier requests that returns the reply.
+        questions: Text of each request's last message.
+        requests: Path and body of each request.
+        keys: Header ``Authorization`` of each request.
+        at: Time of each request on the monotonic clock in seconds.
+        most_at_once: Largest number of simultaneous requests.
+    """
 
     url: str = ""
     script: Callable[[str, int], Reply] = lambda question, times: Reply()
@@ -49,6 +59,7 @@ class Endpoint:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def reply(self, handler: BaseHTTPRequestHandler) -> None:
+        """Record a request and send the scripted reply."""
         request = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         question = request["messages"][-1]["content"]
         with self._lock:
@@ -71,7 +82,7 @@ class Endpoint:
             handler.close_connection = True
             return
         message = {"role": "assistant", "content": reply.says}
-        proper = {
+        answer = {
             "id": "1",
             "object": "chat.completion",
             "created": 0,
@@ -79,7 +90,7 @@ class Endpoint:
             "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
             "usage": {"prompt_tokens": 100, "completion_tokens": 2, "total_tokens": 102},
         }
-        body = json.dumps(proper).encode() if reply.body is None else reply.body
+        body = json.dumps(answer).encode() if reply.body is None else reply.body
         handler.send_response(reply.status)
         for name, value in (("Content-Type", "application/json"), *reply.headers):
             handler.send_header(name, value)
@@ -90,12 +101,12 @@ class Endpoint:
 
 @contextmanager
 def serving() -> Iterator[Endpoint]:
-    """An endpoint on this machine, for as long as the block runs."""
+    """Run an endpoint on this machine for the duration of the block."""
     endpoint = Endpoint()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            with suppress(BrokenPipeError, ConnectionResetError):  # the client may have stopped waiting
+            with suppress(BrokenPipeError, ConnectionResetError):  # The client may have stopped waiting.
                 endpoint.reply(self)
 
         def log_message(self, *_: Any) -> None:

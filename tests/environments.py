@@ -1,4 +1,4 @@
-"""Environments that tests make: a fresh one with the package in it, a copy of the project, and commands run in them."""
+"""Helpers that build environments, copy the project, and run commands in them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
 PROJECT = ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "conf", "spo")
-# What a shell inside another project's environment would add.
-_NOT_PASSED_ON = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+# A shell inside another project's environment sets these variables.
+_DROPPED_VARIABLES = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
 
 
 def copy_of_project(folder: Path) -> Path:
-    """A copy of what the package is built from, so that nothing is written into the checkout."""
+    """Copy the files that the package is built from, so that a build does not write into the checkout."""
     folder.mkdir(parents=True)
     for name in PROJECT:
         if (ROOT / name).is_dir():
@@ -30,7 +30,7 @@ def copy_of_project(folder: Path) -> Path:
 
 
 def build_wheel(project: Path, folder: Path, *, editable: bool = False) -> Path:
-    """The wheel that ``pip install [-e] PROJECT`` makes and installs, without its isolated build environment."""
+    """Build the wheel that ``pip install [-e] PROJECT`` installs, without an isolated build environment."""
     hook = "build_editable" if editable else "build_wheel"
     code = f"import sys, hatchling.build as backend; print(backend.{hook}(sys.argv[1]))"
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,15 +38,15 @@ def build_wheel(project: Path, folder: Path, *, editable: bool = False) -> Path:
 
 
 def fresh_environment(folder: Path) -> Path:
-    """An environment with pip and nothing else; returns its folder of programs."""
+    """Create an environment with pip only, and return its folder of programs."""
     venv.create(folder, with_pip=True, symlinks=True)
     return programs(folder)
 
 
 def environment_beside_this_one(folder: Path, wheel: Path) -> Path:
-    """An environment with the wheel, which finds the other packages in the running one; returns its programs.
+    """Create an environment with the wheel that uses the other packages of the running one, and return its programs.
 
-    Only the folder of the running environment's packages is linked, so that its own (editable) ``spo`` stays unseen.
+    Only the folder of the running environment's packages is linked, so that its own (editable) ``spo`` is not found.
     """
     venv.create(folder, symlinks=True)
     python = programs(folder) / "python"
@@ -58,14 +58,21 @@ def environment_beside_this_one(folder: Path, wheel: Path) -> Path:
 
 
 def programs(environment: Path) -> Path:
+    """Return the folder of an environment's programs."""
     return environment / "bin"
 
 
 def run(command: Sequence[str], folder: Path, programs: Path | None = None, **variables: str) -> str:
-    """Runs a command in ``folder``, with ``programs`` first on the path, and returns what it printed.
+    """Run a command and return its output.
+
+    Args:
+        command: Program and arguments.
+        folder: Working directory.
+        programs: Folder that comes first on the path; by default that of the running Python.
+        variables: Further environment variables.
 
     Raises:
-        AssertionError: it failed; the message has its output.
+        AssertionError: If the command fails, with its output in the message.
     """
     done = subprocess.run(
         command, cwd=folder, env=_variables(programs, variables), capture_output=True, text=True, errors="replace"
@@ -75,6 +82,6 @@ def run(command: Sequence[str], folder: Path, programs: Path | None = None, **va
 
 
 def _variables(programs: Path | None, more: Mapping[str, str]) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
+    kept = {name: value for name, value in os.environ.items() if name not in _DROPPED_VARIABLES}
     first = programs or Path(sys.executable).parent
     return {**kept, "PATH": f"{first}{os.pathsep}{kept.get('PATH', '')}", **more}

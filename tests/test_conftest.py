@@ -1,4 +1,4 @@
-"""A skipped test is either skipped for a reason that the project allows, or a failure."""
+"""A skip for a reason that the project does not allow is a failure."""
 
 from __future__ import annotations
 

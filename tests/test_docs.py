@@ -1,17 +1,17 @@
-"""Every fenced block of README, CONTRIBUTING and docs is executed, or at least read, as its tag says.
+"""Every fenced block of README, CONTRIBUTING and docs is executed, or at least parsed, as its tag says.
 
 run
-    executed as printed.
+    Executed as printed.
 run-tiny
-    executed with ``+debug=tiny`` appended to each command that starts from a configuration.
+    Executed with ``+debug=tiny`` appended to each command that composes a configuration.
 compose
-    executed with ``--cfg job`` and one value for each seed appended, which keeps sweeps over seeds short.
+    Executed with ``--cfg job`` and one value for each seed appended, which keeps sweeps over seeds short.
 parse
-    read only: what needs a network, an account or a cluster, and files that a person writes. A file whose first line
-    is a comment with its path lies in the folder of the blocks below it.
+    Parsed only: commands that need a network, an account or a cluster, and files that a person writes. A file whose
+    first line is a comment with its path is put into the folder of the blocks below it.
 
-Each block runs in a folder of its own, empty but for these files and for a model, pairs and benchmarks where the text
-takes them for granted.
+Each block runs in its own folder, which contains these files, and a model, pairs and benchmarks if the text assumes
+them.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from tests.environments import ROOT, copy_of_project, fresh_environment, run
 from tests.helpers import save_model
 
 TAGS = ("run", "run-tiny", "compose", "parse")
-MOST_PARSED = 12
+MAX_PARSED_BLOCKS = 12
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-COLUMNS = 100
+MAX_WIDTH = 100
 """Width at which the prose of the documentation wraps."""
 COMMANDS = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
 """Start of the command that runs a block of a language."""
-APPENDED = {"run": "", "run-tiny": " +debug=tiny", "compose": " --cfg job seed=1 data.seed=0"}
-FROM_A_CONFIGURATION = re.compile(r"^spo (train|inspect)(?!.*--resume)\b[^#\n]*?(?=\s*(#|$))", re.MULTILINE)
+EXTRA_ARGUMENTS = {"run": "", "run-tiny": " +debug=tiny", "compose": " --cfg job seed=1 data.seed=0"}
+COMPOSING_COMMAND = re.compile(r"^spo (train|inspect)(?!.*--resume)\b[^#\n]*?(?=\s*(#|$))", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block: where it begins, what the words after its fence say, and its text."""
+    """A fenced block: its place, its language and tag after the fence, and its text."""
 
     document: Path
     line: int
@@ -62,14 +62,14 @@ class Block:
 
     @property
     def script(self) -> str:
-        """Return what is executed."""
+        """Return the text that a test executes."""
         if self.language == "python":
             return self.text.replace("compose([", 'compose(["+debug=tiny", ') if self.tag == "run-tiny" else self.text
-        return FROM_A_CONFIGURATION.sub(lambda match: match[0] + APPENDED[self.tag], self.text)
+        return COMPOSING_COMMAND.sub(lambda match: match[0] + EXTRA_ARGUMENTS[self.tag], self.text)
 
     @property
     def path(self) -> str | None:
-        """Path in the first line of a file that is shown, where it gives one."""
+        """Return the path in the first line of a file that is shown, or ``None``."""
         first = re.match(r"# (\S+/\S+\.(py|yaml))\n", self.text)
         return first[1] if first and self.language != "bash" else None
 
@@ -80,6 +80,7 @@ def name_of(document: Path) -> str:
 
 
 def blocks_of(document: Path, text: str) -> list[Block]:
+    """Return the fenced blocks of a document."""
     found: list[Block] = []
     fence, lines = "", text.splitlines()
     for number, line in enumerate(lines, 1):
@@ -99,14 +100,15 @@ BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document, docum
 
 
 def tagged(*tags: str) -> Iterator[object]:
+    """Yield the blocks with these tags as test parameters; those that execute something are slow."""
     for block in BLOCKS:
         if block.tag in tags:
             fast = block.tag in ("compose", "parse")
             yield pytest.param(block, id=str(block), marks=() if fast else pytest.mark.slow)
 
 
-def reader_has(folder: Path, block: Block) -> None:
-    """Puts what the text takes for granted into the folder: files shown above the block, a model, a file of pairs."""
+def prepare_folder(folder: Path, block: Block) -> None:
+    """Create what the text assumes in a folder: files shown above the block, a model, files of pairs and lists."""
     for other in BLOCKS:
         if other.document == block.document and other.line < block.line and other.path is not None:
             file = folder / other.path
@@ -135,7 +137,7 @@ def test_every_block_has_a_known_tag() -> None:
     assert [str(block) for block in BLOCKS if block.tag not in TAGS] == []
     runnable = [block for block in BLOCKS if block.tag != "parse"]
     assert [str(block) for block in runnable if block.language not in COMMANDS] == []
-    assert len([block for block in BLOCKS if block.tag == "parse"]) <= MOST_PARSED
+    assert len([block for block in BLOCKS if block.tag == "parse"]) <= MAX_PARSED_BLOCKS
     assert {block.tag for block in BLOCKS} == set(TAGS)
 
 
@@ -171,7 +173,7 @@ def test_commands_compose(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    reader_has(tmp_path, block)
+    prepare_folder(tmp_path, block)
     enter(tmp_path, cache_dir, monkeypatch)
     commands = typed(block, tmp_path)
     assert commands
@@ -191,7 +193,7 @@ def test_commands_run(block: Block, tmp_path: Path, cache_dir: Path) -> None:
         copy_of_project(folder)
     else:
         folder.mkdir()
-    reader_has(folder, block)
+    prepare_folder(folder, block)
     command = [*COMMANDS[block.language], block.script]
     run(command, folder, programs, SPO_CACHE_DIR=str(cache_dir))
     if "spo train" in block.text or "spo.train" in block.text:
@@ -229,7 +231,7 @@ def too_wide(text: str) -> list[str]:
     """Return the lines of prose that are too wide; tables, commands, and lines with a long link do not wrap."""
     prose = re.sub(r"^\s*(```|~~~).*?^\s*\1", "", text, flags=re.MULTILINE | re.DOTALL)
     lines = (line for line in prose.splitlines() if not line.startswith(("|", "!", "    ")))
-    return [line for line in lines if len(re.sub(r"\]\([^)]*\)", "]", line)) > COLUMNS]
+    return [line for line in lines if len(re.sub(r"\]\([^)]*\)", "]", line)) > MAX_WIDTH]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
@@ -238,6 +240,6 @@ def test_prose_is_within_the_width(document: Path) -> None:
 
 
 def test_too_wide_prose_is_detected() -> None:
-    wide = "word " * COLUMNS
-    assert too_wide(f"a\n| {wide}|\n```bash run\n{wide}\n```\n[b]({'c' * COLUMNS})\n") == []
+    wide = "word " * MAX_WIDTH
+    assert too_wide(f"a\n| {wide}|\n```bash run\n{wide}\n```\n[b]({'c' * MAX_WIDTH})\n") == []
     assert too_wide(f"a\n{wide}\n") == [wide]

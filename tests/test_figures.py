@@ -101,7 +101,7 @@ def test_kl_estimators_figure_prints_distances(
 
 
 def test_folder_without_runs_raises(figures: Any, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="holds no finished run"):
+    with pytest.raises(SystemExit, match="does not contain a finished run"):
         figures.main(["labels", str(tmp_path), "--out", str(tmp_path)])
 
 

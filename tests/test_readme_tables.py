@@ -1,4 +1,4 @@
-"""README's tables of methods and config groups are what conf/ says."""
+"""The README's tables of methods and config groups follow from conf/."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def test_reward_varies_on_the_corpus_and_does_not_follow_length() -> None:
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Rank correlation with ties at their mean rank."""
+    """Return the rank correlation, with ties at their mean rank."""
 
     def rank(x: torch.Tensor) -> torch.Tensor:
         return (x[:, None] > x).double().sum(1) + (x[:, None] == x).double().sum(1) / 2
@@ -226,7 +226,7 @@ def source(**changes: object) -> StoriesSource:
 
 
 def writer(prompts: list[str], n: int) -> list[list[Completion]]:
-    """A stand-in for the reference model: corpus continuations, whatever the prompt."""
+    """Return corpus continuations for any prompts, in place of the reference model."""
     stories = StoryWorld(7).stories(n * len(prompts), f"writer{len(prompts)}")
     texts = [Completion(f" {continuation}", True) for _, continuation in stories]
     return [texts[i * n : (i + 1) * n] for i in range(len(prompts))]

@@ -81,10 +81,7 @@ def test_collate_handles_preferences_weights_references_and_single_completions()
 def some_windows(
     n: int, batch_size: int, seed: int, world_size: int, group: int | None = None, padded: bool = False
 ) -> Windows:
-    """Of ``n`` pairs with lengths of their own, from 4 to 60 tokens, of which some sequences have half as many.
-
-    Padded, they are lists of 1 to 4 completions.
-    """
+    """Return windows of ``n`` random pairs of 4 to 60 tokens; if padded, of lists of 1 to 4 completions."""
     generator = np.random.default_rng(n)
     lengths = generator.integers(4, 61, n)
     sizes = generator.integers(1, 5, n) if padded else lengths + generator.integers(2, lengths + 1)
@@ -96,8 +93,8 @@ def some_windows(
     n=st.integers(1, 60),
     batch_size=st.integers(1, 20),
     world_size=st.integers(1, 5),
-    most_pairs=st.one_of(st.none(), st.integers(1, 8)),
-    most_tokens=st.one_of(st.none(), st.integers(1, 400)),
+    max_pairs=st.one_of(st.none(), st.integers(1, 8)),
+    max_tokens=st.one_of(st.none(), st.integers(1, 400)),
     seed=st.integers(0, 3),
     group=st.one_of(st.none(), st.integers(2, 5)),
     padded=st.booleans(),
@@ -106,8 +103,8 @@ def test_windows_partition_each_epoch(
     n: int,
     batch_size: int,
     world_size: int,
-    most_pairs: int | None,
-    most_tokens: int | None,
+    max_pairs: int | None,
+    max_tokens: int | None,
     seed: int,
     group: int | None,
     padded: bool,
@@ -124,7 +121,7 @@ def test_windows_partition_each_epoch(
         assert len(seen) == len(set(seen.tolist())) == n - left_out and set(seen.tolist()) <= set(range(n))
         assert all(len(windows.window(step)) == batch_size for step in steps[:-1])
         for step in steps:
-            ranks = [windows.micro_batches(step, rank, most_pairs, most_tokens) for rank in range(world_size)]
+            ranks = [windows.micro_batches(step, rank, max_pairs, max_tokens) for rank in range(world_size)]
             dealt = [i for micro_batches in ranks for indices in micro_batches for i in indices.tolist()]
             assert sorted(dealt) == sorted(windows.window(step).tolist())
             # Sharded models need the same number of forward passes on every device, none of them empty.
@@ -134,15 +131,15 @@ def test_windows_partition_each_epoch(
             smallest = len(windows.window(step)) // world_size
             for micro_batches in ranks:
                 squeezed = len(micro_batches) == smallest < sum(map(len, micro_batches))
-                over = [i for i in micro_batches if exceeds(windows, i, most_pairs, most_tokens)]
+                over = [i for i in micro_batches if exceeds(windows, i, max_pairs, max_tokens)]
                 assert len(over) <= squeezed and all(len(indices) == 2 for indices in over if squeezed)
 
 
-def exceeds(windows: Windows, batch: Any, most_pairs: int | None, most_tokens: int | None) -> bool:
-    """Whether a micro-batch of several pairs is beyond a limit."""
-    too_many = most_pairs is not None and len(batch) > most_pairs
+def exceeds(windows: Windows, batch: Any, max_pairs: int | None, max_tokens: int | None) -> bool:
+    """Return whether a micro-batch of several pairs exceeds a limit."""
+    too_many = max_pairs is not None and len(batch) > max_pairs
     tokens = windows.sizes[batch].sum() * (windows.lengths[batch].max() if windows.padded else 1)
-    return len(batch) > 1 and (too_many or (most_tokens is not None and tokens > most_tokens))
+    return len(batch) > 1 and (too_many or (max_tokens is not None and tokens > max_tokens))
 
 
 @pytest.mark.parametrize("group", [None, 3])
@@ -161,7 +158,7 @@ def test_order_depends_on_seed_and_step_only(group: int | None) -> None:
 
 
 def padding(windows: Windows, limits: tuple[int | None, int | None] = (None, None)) -> float:
-    """Share of an epoch's padded cells that hold no token, for pairs whose two sequences are equally long."""
+    """Return the share of padding in an epoch, for pairs whose two sequences are equally long."""
     lengths, cells = windows.lengths, 0
     for step in range(windows.per_epoch):
         cells += sum(len(batch) * int(lengths[batch].max()) for batch in windows.micro_batches(step, 0, *limits))
@@ -232,12 +229,12 @@ def test_deal_micro_batches_matches_examples() -> None:
 @given(
     items=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 30)), min_size=1, max_size=9),
     most=st.one_of(st.none(), st.integers(1, 4)),
-    most_tokens=st.one_of(st.none(), st.integers(1, 60)),
+    max_tokens=st.one_of(st.none(), st.integers(1, 60)),
 )
 def test_even_batches_are_optimal_among_all_cuts(
-    items: list[tuple[int, int]], most: int | None, most_tokens: int | None
+    items: list[tuple[int, int]], most: int | None, max_tokens: int | None
 ) -> None:
-    """Against every way to cut."""
+    """Compare with the best of all ways to cut."""
     items = sorted(items, key=lambda item: -item[0])
     n, best = len(items), {}
 
@@ -248,9 +245,9 @@ def test_even_batches_are_optimal_among_all_cuts(
         ends = [0, *(i + 1 for i, here in enumerate(cuts) if here), n]
         parts = [items[a:b] for a, b in itertools.pairwise(ends)]
         largest = max((tokens(part) for part in parts if len(part) > 1), default=0)
-        if max(map(len, parts)) <= (most or n) and (most_tokens is None or largest <= most_tokens):
+        if max(map(len, parts)) <= (most or n) and (max_tokens is None or largest <= max_tokens):
             best[len(parts)] = min(best.get(len(parts), largest), largest)
-    fewest = fewest_batches(items, most, most_tokens)
+    fewest = fewest_batches(items, most, max_tokens)
     assert fewest == min(best)
     for count in range(fewest, n + 1):
         batches = even_batches(items, count, most)
@@ -430,7 +427,7 @@ def test_invalid_arguments_raise() -> None:
 
 
 class Recorder(LightningModule):
-    """Records what the trainer hands to it, with one manual optimiser step per window."""
+    """A module that records its batches and takes one manual optimizer step per window."""
 
     def __init__(self) -> None:
         super().__init__()

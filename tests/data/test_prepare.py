@@ -1,4 +1,4 @@
-"""Splits by prompt, counts and warnings; the published files and their made-up twins."""
+"""Splits by prompt, counts and warnings, on published files and on synthetic files like them."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def stories_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def check(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: str) -> PreparedPairs:
-    """What must hold for every pair of any file."""
+    """Prepare rows, check what must hold for every pair of any file, and return the pairs."""
     result = prepare(rows, Renderer(tokenizer, max_length, truncation), 0, 0.1, 0.1, 32)  # type: ignore[arg-type]
     by_where = {row.where: row for row in rows}
     seen: dict[str, set[str]] = defaultdict(set)
@@ -212,7 +212,7 @@ def test_synthetic_hh_transcripts_are_prepared(tmp_path: Path) -> None:
 
 
 def check_transcripts(source: HHSource, rows: list[Row]) -> None:
-    """Prompt and completions are the published transcripts, cut after a line of the assistant's name."""
+    """Check that prompt and completions are the published transcripts, cut after the assistant's marker."""
     lines = gzip.decompress(source.path.read_bytes()).decode().split("\n")
     for row in rows:
         record = json.loads(lines[int(row.where.rpartition(" ")[2]) - 1])

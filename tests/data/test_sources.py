@@ -1,4 +1,4 @@
-"""Sources: TRL's formats, and every way in which a file can be wrong."""
+"""Data sources: TRL's formats, and malformed and damaged files."""
 
 from __future__ import annotations
 

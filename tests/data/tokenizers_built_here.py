@@ -1,7 +1,7 @@
-"""Tokenizers of every kind that the renderer must understand, built without a network.
+"""Tokenizers of every kind that the renderer supports, built without a network.
 
-All share one byte-level vocabulary (``SPECIALS`` first, then the 256 bytes, then a few merges), but for ``prepend``,
-which works as Llama's does.
+All share one byte-level vocabulary: ``SPECIALS``, the 256 bytes, and a few merges. Only ``prepend`` works as Llama's
+tokenizer does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _byte_level() -> Tokenizer:
     merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("o", "n"), ("?", "Ġ"), ("Ċ", "Ċ"), ("a", "t"), ("c", "at")]
     tokens = SPECIALS + sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
     tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges))
-    # No regex: merges may cross from one word to the next, as they do in many real tokenizers at punctuation.
+    # Without the regex, merges may cross words, as they do at punctuation in many real tokenizers.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -47,7 +47,7 @@ def _llama() -> Tokenizer:
 
 
 def build(kind: str, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer of one of the `KINDS`."""
+    """Build a tokenizer of one of the :data:`KINDS`."""
     base, special, adds_bos = KINDS[kind]
     tokenizer = _llama() if base == "llama" else _byte_level()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS])

@@ -53,7 +53,7 @@ class StoriesSource(Source):
         labels: Literal["soft", "hard"],
     ) -> None:
         if labels not in ("soft", "hard"):
-            raise ValueError(f"data.labels is {labels!r}: choose soft or hard")
+            raise ValueError(f"data.source.labels={labels}: choose soft or hard")
         super().__init__()
         self.seed = seed
         self.num_sft = num_sft
