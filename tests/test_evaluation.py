@@ -436,7 +436,7 @@ def test_completions_that_are_kept_are_not_drawn_again() -> None:
     shelf: dict[str, Draws] = {}
     drawn: list[str] = []
 
-    def kept(stage: str, draw: Callable[[], Draws]) -> Draws:
+    def cache(stage: str, draw: Callable[[], Draws]) -> Draws:
         if stage not in shelf:
             drawn.append(stage)
             shelf[stage] = Draws(**json.loads(json.dumps(asdict(draw()))))
@@ -445,7 +445,7 @@ def test_completions_that_are_kept_are_not_drawn_again() -> None:
     settings = EvaluationSettings(**SETTINGS | {"num_prompts": 6})
     models = favouring(1.0), favouring(0.0)
     first, again = (
-        draw_both(*models, tiny_tokenizer(), prompts(6), settings, FAST, decode, kept=kept) for _ in range(2)
+        draw_both(*models, tiny_tokenizer(), prompts(6), settings, FAST, decode, cache=cache) for _ in range(2)
     )
     assert first == again and drawn == ["policy", "reference"]
     assert first == draw_both(*models, tiny_tokenizer(), prompts(6), settings, FAST, decode)

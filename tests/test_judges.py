@@ -395,7 +395,7 @@ def test_an_answer_that_never_can_be_read_is_none(endpoint: Endpoint, tmp_path: 
     judge = http_judge(endpoint, tmp_path, max_unanswered=0.5)
     assert judge.verdicts(comparisons(2)) == [0.5, None]
     assert judge.usage() | {"tokens": 0} == {"calls": 2 + 2 * 3, "cached": 0, "unanswered": 2, "tokens": 0}
-    with pytest.raises(JudgeError, match="it said 'C' instead of A, B or TIE"):
+    with pytest.raises(JudgeError, match="it answered 'C' instead of A, B or TIE"):
         http_judge(endpoint, tmp_path).verdicts(comparisons(2))
 
 
@@ -494,9 +494,9 @@ def test_settings_that_make_no_sense(endpoint: Endpoint, tmp_path: Path, monkeyp
 
     refused(r"judge\.template: \{second\} must occur", template="{prompt} {first}")
     refused(r"judge\.base_url: must be an address", base_url="localhost:8000")
-    refused(r"judge\.base_url: holds more than an address", base_url=f"http://user:{KEY}@localhost/v1")
+    refused(r"judge\.base_url: contains more than an address", base_url=f"http://user:{KEY}@localhost/v1")
     refused("give both, or neither", input_price=1.0)
-    refused("is no name of an environment variable", key_variable="sk-123")
+    refused("is not the name of an environment variable", key_variable="sk-123")
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(JudgeError, match="JUDGE_KEY: this environment variable is not set"):
         http_judge(endpoint, tmp_path)
