@@ -66,7 +66,7 @@ def verdicts(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "rows.json").read_text())
 
 
-def test_every_method_that_compares_is_planned_at_two_settings_and_as_a_transformer() -> None:
+def test_each_comparing_method_has_two_settings_and_a_transformer_case() -> None:
     members = {file.stem for file in (conf_dir() / "method").glob("*.yaml")}
     assert set(METHODS) == members - {"sft"}
     cases, left_out = plan_cases(PLAN, False, None)
@@ -79,7 +79,7 @@ def test_every_method_that_compares_is_planned_at_two_settings_and_as_a_transfor
         assert settings < {(case.model, case.alpha, case.beta) for case in full if case.member == method}
 
 
-def test_methods_of_the_user_are_in_the_table_and_a_flipped_sign_fails(
+def test_user_methods_are_verified_and_a_flipped_sign_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.set_num_threads(1)
@@ -101,7 +101,7 @@ def test_methods_of_the_user_are_in_the_table_and_a_flipped_sign_fails(
     assert "FAIL" in out and "pass" in out and "flipped" in out
 
 
-def test_what_cannot_be_verified_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_methods_that_cannot_be_verified_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--json", str(tmp_path / "nowhere" / "rows.json")]) == 1
     assert "there is no folder" in capsys.readouterr().err
     assert main(["verify", "dpoo"]) == 1

@@ -23,7 +23,7 @@ def shown(kind: str, *, terminal: bool = False) -> str:
     return stream.getvalue()
 
 
-def test_tokens_masks_text_and_counts_without_a_terminal() -> None:
+def test_plain_output_shows_tokens_masks_text_and_counts() -> None:
     text = shown("adds_bos")
     assert "1. a.jsonl, line 3" in text and "2. a.jsonl, line 3" in text and "3. a.jsonl" not in text
     assert "\x1b" not in text
@@ -35,12 +35,12 @@ def test_tokens_masks_text_and_counts_without_a_terminal() -> None:
     assert "preference: 0.75" in text and "1,234" in text
 
 
-def test_marks_go_by_position() -> None:
+def test_bos_and_eos_are_marked_by_position() -> None:
     # BOS and EOS are one id: it is BOS at the start, EOS at the end.
     text = shown("bos_is_eos_is_pad")
     assert text.count("BOS <s>:1") == text.count("EOS <s>:1") == 4
     assert "BOS" not in shown("no_bos")
 
 
-def test_colours_in_a_terminal() -> None:
+def test_a_terminal_gets_colors() -> None:
     assert "\x1b[" in shown("adds_bos", terminal=True)

@@ -83,7 +83,7 @@ def test_splits_of_the_source_are_kept_and_missing_ones_come_from_train() -> Non
     assert prompts(prepared(full)) == {s: {f"{i}?" for i in range(k, 100, 3)} for k, s in enumerate(SPLITS)}
 
 
-def test_a_prompt_that_the_source_has_twice_leaves_train() -> None:
+def test_a_prompt_in_several_splits_leaves_train() -> None:
     rows = [*(replace(row, split="train") for row in ROWS), Row("0?", "new", "old", split="test")]
     result = prepared(rows)
     assert prompts(result)["test"] == {"0?"} and [pair.chosen_text for pair in result.test] == ["new"]
@@ -91,7 +91,7 @@ def test_a_prompt_that_the_source_has_twice_leaves_train() -> None:
     assert result.counts["dropped/prompt_in_other_split"] == result.counts["dropped"] == 3
 
 
-def test_drops_are_counted_warned_of_and_refused() -> None:
+def test_dropped_pairs_are_counted_and_lead_to_warnings_or_errors() -> None:
     long = [replace(row, chosen="x" * 60) for row in ROWS[:200]]
     result = prepared(long + ROWS[200:], 40)
     assert result.counts["read"] == 300 and result.counts["used"] == 100
@@ -159,7 +159,7 @@ def check(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, 
     return result
 
 
-def test_alpaca_eval_pairs(stories_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_alpaca_eval_pairs_are_read(stories_tokenizer: PreTrainedTokenizerBase) -> None:
     source = FileSource(str(DATA / "alpaca_eval_pairs.train.jsonl.gz"), None, "stop")
     rows = source.rows(lambda prompts, n: [])
     assert source.counts == {"read": 2800, "skipped": 26}
@@ -174,7 +174,7 @@ def test_alpaca_eval_pairs(stories_tokenizer: PreTrainedTokenizerBase) -> None:
     assert trimmed.counts["used"] / len(rows[::8]) > 0.97 and not trimmed.warnings
 
 
-def test_alpaca_like_twin(tmp_path: Path) -> None:
+def test_generated_alpaca_pairs_are_read(tmp_path: Path) -> None:
     source = FileSource(str(write_alpaca_like(tmp_path / "a.jsonl.gz", 75, seed=0)), None, "stop")
     rows = source.rows(lambda prompts, n: [])
     assert source.counts["read"] == 300 and 0 < source.counts["skipped"] < 10
@@ -185,7 +185,7 @@ def test_alpaca_like_twin(tmp_path: Path) -> None:
     assert trimmed.counts["used"] / len(rows) > 0.95 and not trimmed.warnings
 
 
-def test_hh_rlhf(stories_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_hh_rlhf_pairs_are_read(stories_tokenizer: PreTrainedTokenizerBase) -> None:
     source = HHSource(str(DATA / "hh_rlhf_harmless_base.part1.jsonl.gz"), "stop")
     rows = source.rows(lambda prompts, n: [])
     assert source.counts == {"read": 1800, "skipped": 4}
@@ -199,7 +199,7 @@ def test_hh_rlhf(stories_tokenizer: PreTrainedTokenizerBase) -> None:
     assert shares["trim_prompt"] > 0.96
 
 
-def test_hh_like_twin(tmp_path: Path) -> None:
+def test_generated_hh_pairs_are_read(tmp_path: Path) -> None:
     source = HHSource(str(write_hh_like(tmp_path / "a.jsonl.gz", 200, seed=0)), "stop")
     rows = source.rows(lambda prompts, n: [])
     assert source.counts["read"] == 200 and source.counts["skipped"] < 8
