@@ -110,7 +110,7 @@ def here(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # --- one line, six runs --------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_gives_a_directory_with_a_readable_name_for_each_job(swept: Sweep) -> None:
+def test_sweep_jobs_have_directories_with_readable_names(swept: Sweep) -> None:
     assert [path.name for path in swept.folder.iterdir()] == ["sweep"]
     names = sorted(path.name for path in (swept.folder / "sweep").iterdir() if path.is_dir())
     assert len(names) == 6
@@ -136,7 +136,7 @@ def test_runs_of_a_sweep_differ_by_method_and_by_seed(swept: Sweep) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_files_of_a_run_directory(swept: Sweep, method: str) -> None:
+def test_a_run_directory_has_its_files(swept: Sweep, method: str) -> None:
     run = swept.directory(method)
     files = ["config.yaml", "metrics.json", "history.jsonl", "samples.jsonl", "provenance.json", "report.html"]
     assert all((run / name).is_file() for name in files)
@@ -148,7 +148,7 @@ def test_files_of_a_run_directory(swept: Sweep, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_names_of_the_metrics(swept: Sweep, method: str) -> None:
+def test_metrics_have_their_documented_names(swept: Sweep, method: str) -> None:
     check_names(json.loads((swept.directory(method) / "metrics.json").read_text()), method)
 
 
@@ -167,21 +167,21 @@ def check_names(metrics: Numbers, method: str) -> None:
     assert 0 <= metrics["eval/win_rate_ci_low"] <= metrics["eval/win_rate"] <= metrics["eval/win_rate_ci_high"] <= 1
 
 
-def test_every_method_has_the_same_metrics_but_for_what_it_does_not_have(swept: Sweep) -> None:
+def test_methods_share_all_metrics_that_apply_to_them(swept: Sweep) -> None:
     keys = {method: set(numbers(swept.directory(method))) for method in METHODS}
     assert keys["dpo"] == keys["ipo"]
     own = {"train/alpha", "train/buffer/age", "train/buffer/tokens", "train/loss/regularizer", "val/loss/regularizer"}
     assert keys["spo"] - keys["dpo"] == own and keys["dpo"] < keys["spo"]
 
 
-def test_supervised_fine_tuning_is_a_method_like_the_others(swept: Sweep, tmp_path: Path) -> None:
+def test_supervised_fine_tuning_is_a_method(swept: Sweep, tmp_path: Path) -> None:
     metrics = job(tmp_path / "run", swept.cache, *SWEPT, "method=sft", "evaluation.num_prompts=4")
     assert set(metrics) == set(numbers(swept.directory("dpo"))) - {"train/beta"}
     assert metrics["val/loss"] == pytest.approx(-metrics["val/logps/chosen"])
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_curves_have_one_row_per_step(swept: Sweep, method: str) -> None:
+def test_the_history_has_one_row_per_step(swept: Sweep, method: str) -> None:
     curve = rows(swept.directory(method) / "history.jsonl")
     assert [row["step"] for row in curve] == [0, 2, 4]
     assert all("val/loss" in row for row in curve) and all("train/loss" in row for row in curve[1:])
@@ -190,7 +190,7 @@ def test_the_curves_have_one_row_per_step(swept: Sweep, method: str) -> None:
     assert {key: final[key] for key in last} == last
 
 
-def test_before_the_first_step_policy_and_reference_are_the_same(swept: Sweep) -> None:
+def test_policy_equals_reference_before_the_first_step(swept: Sweep) -> None:
     for method in METHODS:
         assert history(swept.directory(method))[0]["val/kl"] == 0
     start = history(swept.directory("dpo"))[0]
@@ -212,7 +212,7 @@ def test_every_evaluation_prompt_has_its_samples(swept: Sweep) -> None:
         assert 1 <= sample["tokens"] <= 64 and sample["logp_policy"] < 0 and sample["logp_reference"] < 0
 
 
-def test_provenance_says_what_the_run_was_made_from(swept: Sweep) -> None:
+def test_provenance_lists_the_inputs_of_the_run(swept: Sweep) -> None:
     record = json.loads((swept.directory("ipo", 2) / "provenance.json").read_text())
     assert {"git_sha", "git_dirty", "versions", "data", "weights", "seeds", "command"} <= record.keys()
     assert record["seeds"] == {"seed": 2, "data.seed": 0}
@@ -221,7 +221,7 @@ def test_provenance_says_what_the_run_was_made_from(swept: Sweep) -> None:
     assert all(re.fullmatch("[0-9a-f]{64}", record["inputs"][f"{name}_sha256"]) for name in ("reference", "pairs"))
 
 
-def test_the_configuration_is_written_in_full(swept: Sweep) -> None:
+def test_config_yaml_is_complete(swept: Sweep) -> None:
     run = swept.directory("spo")
     text = (run / "config.yaml").read_text()
     config = yaml.safe_load(text)
@@ -263,7 +263,7 @@ socket.socket.connect, socket.getaddrinfo = connect, getaddrinfo
 """
 
 
-def test_a_warm_cache_and_a_cut_network_change_no_bit(swept: Sweep, tmp_path: Path) -> None:
+def test_warm_cache_and_missing_network_do_not_change_a_bit(swept: Sweep, tmp_path: Path) -> None:
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut/sitecustomize.py").write_text(NO_NETWORK)
     # The code under test stays on the path, since another copy of it would not share the cache.
@@ -280,7 +280,7 @@ def test_a_warm_cache_and_a_cut_network_change_no_bit(swept: Sweep, tmp_path: Pa
     assert [path.name for path in (tmp_path / "empty").iterdir()] == ["warm"]
 
 
-def test_the_same_command_again_shows_the_result(here: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repeating_a_command_shows_the_result(here: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", *SMALL, "logger=record", "hydra.run.dir=run"]
     assert cli.main(words) == 0
     before = {path: path.stat().st_mtime_ns for path in (here / "run").rglob("*") if path.is_file()}
@@ -309,7 +309,7 @@ def test_a_rerun_moves_the_old_run_aside(cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["spo", pytest.param("dpo", marks=pytest.mark.slow)])
-def test_an_interrupted_run_ends_as_if_it_had_not_been(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     method: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = job(tmp_path / "whole", cache, TINY, f"method={method}", "trainer.log_every_n_steps=1")
@@ -328,7 +328,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     assert history(tmp_path / "broken") == history(tmp_path / "whole")
 
 
-def test_a_judge_that_cannot_be_asked_costs_no_training(cache: Path, tmp_path: Path) -> None:
+def test_a_failing_judge_does_not_lose_the_training(cache: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     small = [word for word in SMALL if word != "callbacks=none"]
     nobody = ["judge=openai", "judge.base_url=http://127.0.0.1:9/v1", "judge.model=m", "judge.key_variable=null"]
@@ -358,7 +358,7 @@ def test_a_run_interrupted_in_its_evaluation_keeps_its_curves(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["same command", "--resume"])
-def test_a_killed_run_goes_on_bit_for_bit(way: str, cache: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(way: str, cache: Path, tmp_path: Path) -> None:
     settings = [TINY, "logger=record", "trainer.max_steps=40", "trainer.val_check_interval=5"]
     settings += ["trainer.log_every_n_steps=5", "probe.num_prompts=2"]
     words = ["train", *settings, "hydra.run.dir=broken"]
@@ -387,7 +387,7 @@ def test_a_killed_run_goes_on_bit_for_bit(way: str, cache: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_more_steps_for_a_finished_run(here: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_trains_more_steps(here: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job(here / "run", cache, TINY, "method=dpo", "scheduler=constant")
     assert cli.main(["train", "--resume", "run", "alpha=0.3"]) == 1
     assert "only trainer.max_steps, logger.* and strategy.* may change" in capsys.readouterr().err
@@ -436,7 +436,7 @@ def test_the_selection_split_is_evaluated_too(swept: Sweep) -> None:
     assert "val/win_rate" not in last
 
 
-def test_without_selection_prompts_no_number_of_the_test_split_stands_in_for_them(
+def test_without_selection_prompts_there_are_no_val_metrics_of_evaluation(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # These stories make a reference model of their own, which need not be good.
@@ -483,7 +483,7 @@ def test_another_run_on_other_prompts_is_refused(
         assert words in " ".join(capsys.readouterr().err.split())
 
 
-def test_an_evaluation_that_was_interrupted_draws_nothing_again(
+def test_an_interrupted_evaluation_reuses_its_completions(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn: list[str] = []
@@ -546,7 +546,7 @@ class OftenDown:
         return {"calls": float(self.asked)}
 
 
-def test_a_judge_that_fails_at_a_validation_does_not_end_the_training(
+def test_a_judge_that_fails_at_validation_does_not_stop_training(
     cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     judge = [f"judge._target_={__name__}.OftenDown", "~judge.reward"]
@@ -579,7 +579,7 @@ def test_an_evaluation_on_other_data(finished: Path, here: Path) -> None:
 
 
 @pytest.mark.parametrize("override", ["method=dpo", "beta=0.3", "sft.max_steps=3", "model.path=x"])
-def test_an_evaluation_changes_nothing_that_was_trained_with(
+def test_an_evaluation_rejects_overrides_of_training(
     override: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["evaluate", "run", override]) == 1
@@ -596,7 +596,7 @@ def test_the_report_can_be_written_again(finished: Path, capsys: pytest.CaptureF
     assert len((finished / "report.html").read_text()) == pytest.approx(len(page), rel=0.05)
 
 
-def test_commands_on_something_that_is_no_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_on_other_folders_are_errors(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "empty").mkdir()
     for command in ("evaluate empty", "evaluate nowhere", "train --resume nowhere", "report nowhere"):
         words = command.split()
@@ -618,7 +618,7 @@ def test_inspect_shows_tokens_and_masks(here: Path, swept: Sweep, capsys: pytest
 
 
 @pytest.mark.parametrize("method", ["spo", pytest.param("ipo", marks=pytest.mark.slow)])
-def test_without_a_step_the_policy_is_the_reference(method: str, cache: Path, tmp_path: Path) -> None:
+def test_without_steps_the_policy_equals_the_reference(method: str, cache: Path, tmp_path: Path) -> None:
     settings = ["trainer.max_steps=0", "evaluation.num_prompts=64", "evaluation.samples_per_prompt=3"]
     metrics = job(tmp_path / "run", cache, TINY, f"method={method}", *settings, "evaluation.bootstrap_samples=1000")
     assert metrics["eval/kl"] == 0
@@ -662,7 +662,7 @@ def aligned(cache: Path, folder: Path, *overrides: str) -> Numbers:
 @pytest.mark.parametrize(
     ("given", "change"), [*CHANGES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CHANGES)]
 )
-def test_what_is_set_has_an_effect_on_the_policy(given: str, change: str, cache: Path, tmp_path: Path) -> None:
+def test_settings_have_an_effect_on_the_policy(given: str, change: str, cache: Path, tmp_path: Path) -> None:
     before, after = aligned(cache, tmp_path, given), aligned(cache, tmp_path, given, change)
     # what the policy thinks of the selection pairs, whatever the loss makes of it
     assert before["val/logps/chosen"] != after["val/logps/chosen"]
@@ -677,7 +677,9 @@ def test_what_is_set_has_an_effect_on_the_policy(given: str, change: str, cache:
         pytest.param("method=dpo", "data.eval_batch_size=5", marks=pytest.mark.slow),
     ],
 )
-def test_the_size_of_a_forward_changes_nothing(method: str, change: str, cache: Path, tmp_path: Path) -> None:
+def test_the_size_of_a_forward_pass_does_not_change_the_policy(
+    method: str, change: str, cache: Path, tmp_path: Path
+) -> None:
     before, after = aligned(cache, tmp_path, method), aligned(cache, tmp_path, method, change)
     for key in before:
         if key.startswith(("train/", "val/")):
@@ -687,7 +689,7 @@ def test_the_size_of_a_forward_changes_nothing(method: str, change: str, cache: 
 # --- references ----------------------------------------------------------------------------------------------------
 
 
-def test_stored_reference_log_probs_train_as_a_frozen_copy_does(
+def test_precomputed_log_probs_train_like_a_frozen_copy(
     cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stored = tmp_path / "stored"
@@ -718,7 +720,7 @@ def asked(file: Path, query: str) -> list[Any]:
         return database.execute(query).fetchall()
 
 
-def test_log_probs_that_are_stored_as_they_come_train_as_a_frozen_copy_does(
+def test_cached_log_probs_train_like_a_frozen_copy(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stored = tmp_path / "stored"
@@ -736,7 +738,7 @@ def test_log_probs_that_are_stored_as_they_come_train_as_a_frozen_copy_does(
     assert said is not None and int(said[1]) - int(said[2]) == count > 0  # only those it had not come to
 
 
-def test_no_reference_is_loaded_where_none_is_needed(
+def test_the_reference_is_loaded_only_if_needed(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     metrics = job(tmp_path / "run", cache, *SMALL, "regularizer=none", "reference=none")
@@ -759,7 +761,7 @@ def test_a_sweep_makes_one_reference_pass(cache: Path, tmp_path: Path) -> None:
     assert "damaged" not in done.stderr
 
 
-def test_a_prompt_is_evaluated_whether_its_own_pair_could_be_used_or_not(cache: Path) -> None:
+def test_a_prompt_is_evaluated_even_if_its_pair_is_dropped(cache: Path) -> None:
     cfg = compose([f"paths.cache={cache}", *SMALL])
     prepared = prepare_run(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
     used = {pair.prompt_id for pair in prepared.pairs.test}
@@ -791,7 +793,7 @@ def test_the_default_beats_its_reference(method: str, defaults: tuple[Path, Path
 
 
 @pytest.mark.slow
-def test_the_default_is_the_same_with_a_warm_cache(defaults: tuple[Path, Path]) -> None:
+def test_the_default_does_not_depend_on_the_cache(defaults: tuple[Path, Path]) -> None:
     folder, cache = defaults
     spo("train", "hydra.run.dir=warm", folder=folder, cache=cache)
     assert numbers(folder / "warm") == numbers(folder / "spo")
@@ -807,7 +809,7 @@ EXACTLY = "model.dtype=float64"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "strategy"), [("dpo", "ddp"), ("spo", "ddp"), ("dpo", "fsdp")])
-def test_two_devices_keep_one_record(method: str, strategy: str, cache: Path, tmp_path: Path) -> None:
+def test_two_devices_write_one_record(method: str, strategy: str, cache: Path, tmp_path: Path) -> None:
     words = ["train", TINY, "logger=record", f"method={method}", EXACTLY]
     spo(*words, f"strategy={strategy}", *TWO[1:], "hydra.run.dir=two", folder=tmp_path, cache=cache)
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
@@ -820,7 +822,7 @@ def test_two_devices_keep_one_record(method: str, strategy: str, cache: Path, tm
 
 
 @pytest.mark.slow
-def test_two_devices_share_the_log_probs_that_are_stored_as_they_come(cache: Path, tmp_path: Path) -> None:
+def test_two_devices_share_cached_log_probs(cache: Path, tmp_path: Path) -> None:
     words = ["train", TINY, "logger=record", "method=dpo", "reference=cached", f"reference.cache_dir={tmp_path}"]
     words += [EXACTLY]
     spo(*words, *TWO, "hydra.run.dir=two", folder=tmp_path, cache=cache)
@@ -835,7 +837,7 @@ def test_two_devices_share_the_log_probs_that_are_stored_as_they_come(cache: Pat
 
 
 @pytest.mark.slow
-def test_jobs_of_several_devices_have_a_directory_each(cache: Path, tmp_path: Path) -> None:
+def test_jobs_on_several_devices_have_their_own_directories(cache: Path, tmp_path: Path) -> None:
     words = ["train", "-m", TINY, *TWO, "method=dpo,ipo", "hydra.sweep.dir=sweep"]
     spo(*words, folder=tmp_path, cache=cache)
     assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
@@ -847,7 +849,7 @@ def test_jobs_of_several_devices_have_a_directory_each(cache: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_jobs_side_by_side(cache: Path, tmp_path: Path) -> None:
+def test_jobs_run_side_by_side(cache: Path, tmp_path: Path) -> None:
     words = ["train", "-m", TINY, "launcher=joblib", "logger=record", "method=dpo,ipo", "hydra.sweep.dir=sweep"]
     spo(*words, folder=tmp_path, cache=cache)
     found = {path.parent.name: numbers(path.parent) for path in tmp_path.glob("sweep/*/metrics.json")}

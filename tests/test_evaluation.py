@@ -110,14 +110,14 @@ def favouring(strength: float) -> nn.Module:
 # ------------------------------------------------------------------------------------------------------ diversity
 
 
-def test_distinct_n_by_hand() -> None:
+def test_distinct_n_matches_counts_by_hand() -> None:
     texts = ["a b a b", "a b c"]  # bigrams: ab ba ab | ab bc
     assert distinct_n(texts, 1) == 3 / 7
     assert distinct_n(texts, 2) == 3 / 5
     assert distinct_n(["a b"], 3) == distinct_n([], 2) == distinct_n(["", "one"], 2) == 0.0
 
 
-def test_self_bleu_by_hand() -> None:
+def test_self_bleu_matches_a_computation_by_hand() -> None:
     assert self_bleu(["a b c d e"] * 3) == pytest.approx(1.0)
     assert self_bleu(["a b c d e"]) == self_bleu([]) == 0.0
     # Each against the other: unigrams 4/5; smoothing adds one to both counts of the longer n-grams: 4/5, 3/4, 2/3.
@@ -135,7 +135,7 @@ def interval(values: Sequence[float], confidence: float, samples: int, seed: int
     return found.low, found.high
 
 
-def test_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_bootstrap_interval_has_its_stated_coverage() -> None:
     rng = np.random.default_rng(0)
     truth, covered, widths = 0.6, 0, []
     for trial in range(300):
@@ -159,7 +159,7 @@ def test_bootstrap_interval_is_seeded_ordered_and_wider_for_more_confidence() ->
 # --------------------------------------------------------------------------------------------------- the evaluation
 
 
-def test_policy_equal_to_reference() -> None:
+def test_a_policy_equal_to_its_reference_has_no_kl_and_no_advantage() -> None:
     model = tiny_llama(scale=0.1)
     metrics = evaluate(model, tiny_llama(scale=0.1)).metrics
     assert metrics["eval/kl"] == 0
@@ -167,14 +167,14 @@ def test_policy_equal_to_reference() -> None:
     assert metrics["eval/win_rate_ci_low"] < metrics["eval/win_rate"] < metrics["eval/win_rate_ci_high"]
 
 
-def test_dropout_of_a_model_in_training_mode_is_no_part_of_its_distribution() -> None:
+def test_evaluation_disables_dropout() -> None:
     model = tiny_llama(scale=0.1, dtype=torch.float32, attention_dropout=0.9, _attn_implementation="eager").train()
     metrics = evaluate(model, tiny_llama(scale=0.1, dtype=torch.float32), n=4).metrics
     assert metrics["eval/kl"] == pytest.approx(0, abs=1e-6)
     assert model.training
 
 
-def test_swapping_policy_and_reference_flips_the_win_rate() -> None:
+def test_swapping_policy_and_reference_mirrors_the_win_rate() -> None:
     better, plain = favouring(2.0), favouring(0.0)
     ahead, behind = evaluate(better, plain).metrics, evaluate(plain, better).metrics
     assert ahead["eval/win_rate_ci_low"] > 0.6
@@ -183,7 +183,7 @@ def test_swapping_policy_and_reference_flips_the_win_rate() -> None:
     assert behind["eval/reward"] < behind["eval/reference/reward"]
 
 
-def test_metrics_follow_from_the_samples() -> None:
+def test_metrics_can_be_recomputed_from_the_samples() -> None:
     result = evaluate(favouring(1.0), favouring(0.0), n=15)
     rows, metrics = result.samples, result.metrics
     assert len(rows) == 30 and [row["sample_index"] for row in rows[:4]] == [0, 1, 0, 1]
@@ -206,7 +206,7 @@ def test_metrics_follow_from_the_samples() -> None:
     assert "eval/reference/kl" not in metrics
 
 
-def test_logps_of_the_samples_are_those_of_the_models() -> None:
+def test_log_probs_of_samples_match_the_models() -> None:
     policy, reference = favouring(1.0), favouring(0.0)
     rows = evaluate(policy, reference, n=10, batch_size=3).samples
     ids = [prompt.ids for prompt in prompts(60)[:10] for _ in range(2)]
@@ -217,7 +217,7 @@ def test_logps_of_the_samples_are_those_of_the_models() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_how_it_is_computed_changes_no_number(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_settings_do_not_change_metrics(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed with logits on demand against padded with all logits; parts of another size, and all at once."""
     models = favouring(1.0), favouring(0.0)
     plain = evaluate(*models, n=12, speed=PLAIN, temperature=temperature)
@@ -231,7 +231,7 @@ def test_how_it_is_computed_changes_no_number(temperature: float, monkeypatch: p
             assert [row[key] for key in keys] == pytest.approx([other[key] for key in keys], rel=1e-9)
 
 
-def test_logits_made_on_demand_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deferred_logits_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     models = favouring(1.0), favouring(0.0)
     speed = replace(FAST, max_logits=VOCAB * 8).resolve_for(*models)
     made: list[int] = []
@@ -243,7 +243,7 @@ def test_logits_made_on_demand_are_made_once(monkeypatch: pytest.MonkeyPatch) ->
     assert max(scored) == 8 and sum(scored) == 2 * sum(found.tokens)
 
 
-def test_at_a_temperature_the_distribution_that_was_sampled_is_measured() -> None:
+def test_metrics_use_the_distribution_at_the_sampling_temperature() -> None:
     models = favouring(1.0), favouring(0.0)
     found = evaluate(*models, n=10, temperature=0.5, batch_size=7)
     ids = [prompt.ids for prompt in prompts(10) for _ in range(2)]
@@ -289,7 +289,7 @@ def test_kl_and_entropy_agree_with_enumeration() -> None:
     assert (logps[:, 0] - logps[:, 1]).mean() == pytest.approx(metrics["eval/kl"], rel=0.1)
 
 
-def test_of_prompts_that_are_all_there_are_the_samples_are_drawn_again() -> None:
+def test_with_all_prompts_the_bootstrap_resamples_samples() -> None:
     model = tiny_llama(scale=0.1)
     one = {"n": 1, "samples_per_prompt": 200}
     sampled, whole = (evaluate(model, favouring(1.0), all_prompts=all_, **one).metrics for all_ in (False, True))
@@ -298,14 +298,14 @@ def test_of_prompts_that_are_all_there_are_the_samples_are_drawn_again() -> None
     assert rate == sampled["eval/win_rate"] and 0.02 < width < 2 * 1.96 * math.sqrt(rate * (1 - rate) / 200) * 1.1
 
 
-def test_without_a_reward_there_is_no_win_rate() -> None:
+def test_without_a_reward_the_win_rate_is_absent() -> None:
     result = evaluate(tiny_llama(), tiny_llama(), n=4, reward=None)
     assert not [key for key in result.metrics if "reward" in key or "win_rate" in key]
     assert not {"reward", "reference_reward", "verdict"} & set(result.samples[0])
     assert all(math.isfinite(value) for value in result.metrics.values())
 
 
-def test_seeded_and_reports_progress() -> None:
+def test_evaluation_is_seeded_and_reports_progress() -> None:
     first, again, other = (evaluate(favouring(1.0), favouring(0.0), n=5, seed=seed) for seed in (0, 0, 1))
     assert first == again
     assert [row["completion"] for row in first.samples] != [row["completion"] for row in other.samples]
@@ -350,7 +350,7 @@ def judged(judge: Judge, n: int = 20, opponents: dict[str, Opponent] | None = No
     return evaluate_policy(*models, tiny_tokenizer(), prompts(n), settings, FAST, judge, decode, opponents=opponents)
 
 
-def test_a_judge_that_compares_gives_the_win_rate_of_the_reward_it_stands_for() -> None:
+def test_a_comparing_judge_agrees_with_its_reward() -> None:
     by_reward, by_judge = evaluate(favouring(1.0), favouring(0.0), n=20), judged(Favourable())
     for row, other in zip(by_reward.samples, by_judge.samples, strict=True):
         assert row["verdict"] == other["verdict"] and "reward" not in other and "reference_reward" not in other
@@ -359,7 +359,7 @@ def test_a_judge_that_compares_gives_the_win_rate_of_the_reward_it_stands_for() 
     assert not [key for key in by_judge.metrics if "reward" in key]
 
 
-def test_an_unanswered_comparison_is_null_and_counts_for_nobody() -> None:
+def test_an_unanswered_comparison_is_null_and_does_not_count() -> None:
     rows = (found := judged(Favourable(silent=["prompt 0", "prompt 1"]))).samples
     assert [row["verdict"] for row in rows[:4]] == [None] * 4
     answered = [row["verdict"] for row in rows[4:]]
@@ -368,7 +368,7 @@ def test_an_unanswered_comparison_is_null_and_counts_for_nobody() -> None:
     assert not [key for key in silent.metrics if "win_rate" in key]
 
 
-def test_only_what_is_asked_for_is_judged() -> None:
+def test_only_requested_opponents_are_judged() -> None:
     judge = Favourable()
     found = judged(judge, against=[])
     assert judge.asked == [] and "eval/win_rate" not in found.metrics and "verdict" not in found.samples[0]
@@ -376,7 +376,7 @@ def test_only_what_is_asked_for_is_judged() -> None:
 
 
 @pytest.mark.parametrize("judge", [Favourable(), reward_judge(count_reward)], ids=["compares", "scores"])
-def test_further_opponents(judge: Judge) -> None:
+def test_further_opponents_have_their_own_win_rates(judge: Judge) -> None:
     best, worst = ("w9 w9 w9 w9 w9 w9", 6), ("", 1)
     opponents = {
         "best": {(f"id{i}", k): best for i in range(20) for k in range(2)},
@@ -398,7 +398,7 @@ def test_further_opponents(judge: Judge) -> None:
     assert ("reward" in rows[0]["opponents"]["best"]) == isinstance(judge, RewardJudge)
 
 
-def test_an_opponent_with_the_policy_s_own_samples_is_a_tie() -> None:
+def test_an_opponent_with_the_same_samples_is_a_tie() -> None:
     rows = judged(Favourable()).samples
     own = {(row["prompt_id"], row["sample_index"]): (row["completion"], row["tokens"]) for row in rows}
     metrics = judged(Favourable(), opponents={"itself": own}).metrics
@@ -406,7 +406,7 @@ def test_an_opponent_with_the_policy_s_own_samples_is_a_tie() -> None:
         assert [metrics[f"eval/win_rate/itself{kind}{end}"] for end in ("", "_ci_low", "_ci_high")] == [0.5] * 3
 
 
-def test_no_number_depends_on_the_batch_size() -> None:
+def test_metrics_do_not_depend_on_the_batch_size() -> None:
     whole = evaluate(favouring(1.0), favouring(0.0), n=13, batch_size=26)
     for size in (1, 4, 64):
         other = evaluate(favouring(1.0), favouring(0.0), n=13, batch_size=size)
@@ -417,7 +417,7 @@ def test_no_number_depends_on_the_batch_size() -> None:
     assert [row["completion"] for row in fewer.samples] == [row["completion"] for row in whole.samples[:10]]
 
 
-def test_distinct_samples() -> None:
+def test_distinct_samples_averages_over_prompts() -> None:
     assert distinct_samples([["a", "a", "b", "b"], ["a", "b", "c", "d"]]) == 0.75
     found = evaluate(favouring(1.0), favouring(0.0), n=6, samples_per_prompt=5)
     texts = [[row["completion"] for row in found.samples[first : first + 5]] for first in range(0, 30, 5)]
@@ -426,26 +426,26 @@ def test_distinct_samples() -> None:
     assert "eval/distinct_samples" not in evaluate(favouring(1.0), favouring(0.0), n=6, samples_per_prompt=1).metrics
 
 
-def test_intervals_of_what_is_measured() -> None:
+def test_metrics_have_intervals_around_them() -> None:
     metrics = evaluate(favouring(1.0), favouring(0.0)).metrics
     for name in ("reward", "kl", "entropy", "entropy_sequence", "length", "win_rate", "win_rate_length_controlled"):
         assert metrics[f"eval/{name}_ci_low"] < metrics[f"eval/{name}"] < metrics[f"eval/{name}_ci_high"], name
 
 
-def test_completions_that_are_kept_are_not_drawn_again() -> None:
-    shelf: dict[str, Draws] = {}
+def test_cached_completions_are_not_drawn_again() -> None:
+    stored: dict[str, Draws] = {}
     drawn: list[str] = []
 
-    def kept(stage: str, draw: Callable[[], Draws]) -> Draws:
-        if stage not in shelf:
+    def cache(stage: str, draw: Callable[[], Draws]) -> Draws:
+        if stage not in stored:
             drawn.append(stage)
-            shelf[stage] = Draws(**json.loads(json.dumps(asdict(draw()))))
-        return shelf[stage]
+            stored[stage] = Draws(**json.loads(json.dumps(asdict(draw()))))
+        return stored[stage]
 
     settings = EvaluationSettings(**SETTINGS | {"num_prompts": 6})
     models = favouring(1.0), favouring(0.0)
     first, again = (
-        draw_both(*models, tiny_tokenizer(), prompts(6), settings, FAST, decode, kept=kept) for _ in range(2)
+        draw_both(*models, tiny_tokenizer(), prompts(6), settings, FAST, decode, cache=cache) for _ in range(2)
     )
     assert first == again and drawn == ["policy", "reference"]
     assert first == draw_both(*models, tiny_tokenizer(), prompts(6), settings, FAST, decode)

@@ -114,7 +114,7 @@ def test_a_reward_function_judges() -> None:
     assert judge.usage() == {} and judge.identity["reward"] == f"{__name__}.long_is_good"
 
 
-def test_a_function_a_function_with_arguments_an_object_and_a_class_are_rewards() -> None:
+def test_functions_partials_objects_and_classes_are_rewards() -> None:
     names = set()
     for reward in (long_is_good, partial(long_is_good, scale=2.0), LongIsGood(), partial(LongIsGood, scale=2.0)):
         judge = reward_judge(reward)
@@ -135,12 +135,12 @@ def test_a_function_a_function_with_arguments_an_object_and_a_class_are_rewards(
         ({"reward": [math.nan]}, "reward is not a finite number"),
     ],
 )
-def test_a_reward_function_that_returns_something_else(returned: Any, words: str) -> None:
+def test_an_invalid_result_of_a_reward_function_is_an_error(returned: Any, words: str) -> None:
     with pytest.raises(JudgeError, match=words):
         RewardJudge(lambda prompts, completions: returned).scores(["p"], ["c"])
 
 
-def test_the_group_makes_a_judge_or_none() -> None:
+def test_the_judge_group_instantiates_a_judge_or_none() -> None:
     def made(*overrides: str) -> Any:
         return instantiate(compose(overrides).judge, _convert_="all")
 
@@ -155,13 +155,13 @@ def test_the_group_makes_a_judge_or_none() -> None:
 
 
 @pytest.mark.parametrize("always", [1.0, 0.0, 0.5])
-def test_a_judge_that_goes_by_the_position_gives_exactly_half(tmp_path: Path, always: float) -> None:
+def test_a_judge_that_prefers_a_position_returns_half(tmp_path: Path, always: float) -> None:
     judge = Fake(tmp_path, lambda _: always)
     assert judge.verdicts(comparisons(20)) == [0.5] * 20 and len(judge.asked) == 40
     assert judge.scores([], []) is None and isinstance(judge, Judge)
 
 
-def test_swapping_the_completions_mirrors_the_verdict_whatever_the_judge_says(tmp_path: Path) -> None:
+def test_swapping_completions_mirrors_the_verdict(tmp_path: Path) -> None:
     rng = random.Random(0)
     answers: dict[JudgedPair, float] = {}
 
@@ -176,7 +176,7 @@ def test_swapping_the_completions_mirrors_the_verdict_whatever_the_judge_says(tm
     assert cached.verdicts(swapped(comparisons(50))) == back and cached.asked == []
 
 
-def test_equal_completions_are_a_tie_and_equal_questions_are_asked_once(tmp_path: Path) -> None:
+def test_equal_completions_tie_and_equal_questions_are_asked_once(tmp_path: Path) -> None:
     judge = Fake(tmp_path, lambda shown: float(shown.first > shown.second))
     same = JudgedPair("p", "x", "x")
     assert judge.verdicts([same, same]) == [0.5, 0.5] and judge.asked == [] and judge.verdicts([]) == []
@@ -185,7 +185,7 @@ def test_equal_completions_are_a_tie_and_equal_questions_are_asked_once(tmp_path
     assert Counter(judge.asked) == {one: 1, one.swapped: 1}
 
 
-def test_the_question_takes_completions_literally() -> None:
+def test_completions_are_literal_in_the_question() -> None:
     shown = JudgedPair("{second}", "{first} {x} \\1", "}{")
     assert question("{prompt}|{first}|{second}|{{x}}", shown) == "{second}|{first} {x} \\1|}{|{{x}}"
 
@@ -193,7 +193,7 @@ def test_the_question_takes_completions_literally() -> None:
 # -------------------------------------------------------------------------------------------------------- the cache
 
 
-def test_a_judge_is_asked_once_and_another_judge_anew(tmp_path: Path) -> None:
+def test_cached_verdicts_belong_to_one_judge(tmp_path: Path) -> None:
     first = Fake(tmp_path, lambda _: 1.0)
     first.verdicts(comparisons(3))
     assert first.usage() == {"calls": 6, "cached": 0, "unanswered": 0}
@@ -206,7 +206,7 @@ def test_a_judge_is_asked_once_and_another_judge_anew(tmp_path: Path) -> None:
     assert other.verdicts(comparisons(3)) == [1.0] * 3 and len(other.asked) == 6
 
 
-def test_every_part_of_a_question_counts(tmp_path: Path) -> None:
+def test_every_part_of_a_question_is_in_its_key(tmp_path: Path) -> None:
     Fake(tmp_path, lambda _: 1.0).verdicts([JudgedPair("a", "b", "c")])
     judge = Fake(tmp_path, lambda _: 1.0)
     judge.verdicts([JudgedPair("ab", "", "c"), JudgedPair("a", "bc", ""), JudgedPair("a", "b", "c ")])
@@ -233,7 +233,7 @@ def judge_with_a_log(folder: Path, log: Path, most: int) -> None:
     assert Fake(folder, answer).verdicts(comparisons(8)) == [1.0] * 8
 
 
-def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_killed_judge_resumes_where_it_stopped(tmp_path: Path) -> None:
     log = tmp_path / "asked"
     for most, status, lines in ((5, -signal.SIGKILL, 5), (99, 0, 16)):
         process = in_another_process(judge_with_a_log, tmp_path, log, most)
@@ -251,7 +251,7 @@ def write_many(file: Path, name: str) -> None:
         store.get([f"{name} {i}"])
 
 
-def test_several_processes_write_one_file(tmp_path: Path) -> None:
+def test_several_processes_share_one_store(tmp_path: Path) -> None:
     file = tmp_path / "new/verdicts.sqlite"
     for process in [in_another_process(write_many, file, name) for name in "abc"]:
         process.join()
@@ -260,7 +260,7 @@ def test_several_processes_write_one_file(tmp_path: Path) -> None:
     assert VerdictStore(file).get([*keys, "none"]) == dict.fromkeys(keys, 0.5)
 
 
-def test_a_file_that_is_no_cache(tmp_path: Path) -> None:
+def test_a_damaged_store_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "verdicts.sqlite").write_text("something else, and long enough to be read as a database header" * 30)
     with pytest.raises(JudgeError, match=r"verdicts\.sqlite cannot be read or written .* set judge\.cache"):
         Fake(tmp_path, lambda _: 1.0).verdicts(comparisons(1))
@@ -278,7 +278,7 @@ def test_a_few_questions_may_stay_unanswered(tmp_path: Path) -> None:
     assert later.verdicts(comparisons(20))[3] == 1.0 and later.asked == [silent]  # only answers are kept
 
 
-def test_too_many_unanswered_stop_the_evaluation_and_keep_the_rest(tmp_path: Path) -> None:
+def test_too_many_unanswered_questions_stop_but_keep_answers(tmp_path: Path) -> None:
     judge = Fake(tmp_path, lambda shown: 1.0 if int(shown.prompt[7:]) < 4 else "it is down", max_unanswered=0.1)
     with pytest.raises(JudgeError, match=r"more than 10% of 20 questions .*it is down\. Solve this and run the same"):
         judge.verdicts(comparisons(10))
@@ -322,7 +322,7 @@ def http_judge(endpoint: Endpoint, folder: Path, **changes: Any) -> HTTPJudge:
     return HTTPJudge(**settings | changes)
 
 
-def test_what_is_sent_and_what_is_counted(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_requests_and_usage_of_an_endpoint(endpoint: Endpoint, tmp_path: Path) -> None:
     says = {"one": "A", "other": " **b**.\n"}
     endpoint.script = lambda question, _: Reply(says=says[question.split(" | ")[1].split()[0]])
     judge = http_judge(endpoint, tmp_path, input_price=2.0, output_price=8.0)
@@ -374,7 +374,7 @@ def test_an_endpoint_without_a_key_and_ties(endpoint: Endpoint, tmp_path: Path) 
     ],
     ids=lambda reply: str(reply.body or reply.says)[:20] + str(reply.status),
 )
-def test_what_goes_wrong_once_is_tried_again(endpoint: Endpoint, tmp_path: Path, trouble: Reply) -> None:
+def test_temporary_failures_are_retried(endpoint: Endpoint, tmp_path: Path, trouble: Reply) -> None:
     endpoint.script = lambda question, times: (
         trouble if times == 0 else Reply(says="A" if "| one |" in question else "B")
     )
@@ -383,24 +383,24 @@ def test_what_goes_wrong_once_is_tried_again(endpoint: Endpoint, tmp_path: Path,
     assert set(Counter(endpoint.questions).values()) == {2} and judge.usage()["calls"] == 8
 
 
-def test_a_pause_that_the_server_asks_for_is_made(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_retry_after_is_respected(endpoint: Endpoint, tmp_path: Path) -> None:
     busy = Reply(status=429, headers=(("Retry-After", "1.5"),), body=b"{}")
     endpoint.script = lambda _, times: busy if times == 0 else Reply()
     http_judge(endpoint, tmp_path, concurrency=1).verdicts(comparisons(1))
     assert endpoint.at[1] - endpoint.at[0] >= 1.4  # without the header it would be half a second at most
 
 
-def test_an_answer_that_never_can_be_read_is_none(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_an_unreadable_answer_counts_as_unanswered(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.script = lambda question, _: Reply(says="C" if "prompt 1" in question else "A")
     judge = http_judge(endpoint, tmp_path, max_unanswered=0.5)
     assert judge.verdicts(comparisons(2)) == [0.5, None]
     assert judge.usage() | {"tokens": 0} == {"calls": 2 + 2 * 3, "cached": 0, "unanswered": 2, "tokens": 0}
-    with pytest.raises(JudgeError, match="it said 'C' instead of A, B or TIE"):
+    with pytest.raises(JudgeError, match="it answered 'C' instead of A, B or TIE"):
         http_judge(endpoint, tmp_path).verdicts(comparisons(2))
 
 
 @pytest.mark.parametrize("trouble", [Reply(status=500, body=b"{}"), Reply(status=400, body=b'{"error": "too long"}')])
-def test_after_an_outage_only_what_is_open_is_asked(endpoint: Endpoint, tmp_path: Path, trouble: Reply) -> None:
+def test_after_an_outage_only_open_questions_are_asked(endpoint: Endpoint, tmp_path: Path, trouble: Reply) -> None:
     endpoint.script = lambda question, _: trouble if "prompt 2" in question else Reply()
     with pytest.raises(JudgeError, match=f"answers Error code: {trouble.status}.*sqlite has the answers so far"):
         http_judge(endpoint, tmp_path, max_retries=0, concurrency=1).verdicts(comparisons(3))
@@ -410,7 +410,7 @@ def test_after_an_outage_only_what_is_open_is_asked(endpoint: Endpoint, tmp_path
     assert len(answered) == 4 and all(Counter(endpoint.questions)[question] == 1 for question in answered)
 
 
-def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_endpoint_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", KEY)
     with serving() as gone:
         pass
@@ -419,7 +419,7 @@ def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_refusal_ends_it_at_once_and_the_key_is_nowhere(
+def test_a_rejected_key_stops_at_once_and_is_not_shown(
     endpoint: Endpoint, tmp_path: Path, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -434,7 +434,7 @@ def test_a_refusal_ends_it_at_once_and_the_key_is_nowhere(
     assert KEY.encode() not in (tmp_path / "verdicts.sqlite").read_bytes()
 
 
-def test_no_more_requests_at_a_time_than_asked_for(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_concurrency_limits_requests_at_a_time(endpoint: Endpoint, tmp_path: Path) -> None:
     together = threading.Barrier(3)  # passes only where three requests are there at once
 
     def wait(*_: Any) -> Reply:
@@ -479,7 +479,7 @@ def test_the_pace_spaces_requests_evenly() -> None:
     assert len(clock.slept) == 5
 
 
-def test_every_request_takes_its_turn_retries_too(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_retries_wait_for_their_turn_too(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.script = lambda _, times: Reply(status=500, body=b"{}") if times == 0 else Reply()
     clock, judge = Clock(), http_judge(endpoint, tmp_path, concurrency=1)
     judge._pace = Pace(6, clock, clock.sleep)
@@ -487,22 +487,24 @@ def test_every_request_takes_its_turn_retries_too(endpoint: Endpoint, tmp_path: 
     assert len(endpoint.at) == 8 and clock.slept == [10.0] * 7
 
 
-def test_settings_that_make_no_sense(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_settings_of_an_endpoint_are_errors(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(words: str, **changes: Any) -> None:
         with pytest.raises(ValueError, match=words):
             http_judge(endpoint, tmp_path, **changes)
 
     refused(r"judge\.template: \{second\} must occur", template="{prompt} {first}")
     refused(r"judge\.base_url: must be an address", base_url="localhost:8000")
-    refused(r"judge\.base_url: holds more than an address", base_url=f"http://user:{KEY}@localhost/v1")
+    refused(r"judge\.base_url: contains more than an address", base_url=f"http://user:{KEY}@localhost/v1")
     refused("give both, or neither", input_price=1.0)
-    refused("is no name of an environment variable", key_variable="sk-123")
+    refused("is not the name of an environment variable", key_variable="sk-123")
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(JudgeError, match="JUDGE_KEY: this environment variable is not set"):
         http_judge(endpoint, tmp_path)
 
 
-def test_how_it_is_asked_changes_no_identity_and_what_is_asked_does(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_only_the_question_changes_the_identity(endpoint: Endpoint, tmp_path: Path) -> None:
     def of(**changes: Any) -> dict[str, Any]:
         return http_judge(endpoint, tmp_path, **changes).identity
 
@@ -556,7 +558,7 @@ def directly(folder: Path, ids: Sequence[int]) -> float:
 
 
 @pytest.mark.parametrize("padding", ["own", "eos", "none"])
-def test_a_reward_model_scores_as_its_own_forward_pass_does(tmp_path: Path, padding: str) -> None:
+def test_a_reward_model_judge_matches_its_forward_pass(tmp_path: Path, padding: str) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = {"own": "<pad>", "eos": "</s>", "none": None}[padding]
     folder = save_reward_model(tmp_path / "model", tokenizer)
@@ -583,7 +585,7 @@ def test_a_reward_model_with_a_chat_template_sees_two_turns_and_one_bos(tmp_path
     assert reward_model(folder).scores(["w3 w4"], ["w9"])["reward"] == pytest.approx([expected], abs=1e-5)
 
 
-def test_a_text_that_is_too_long_loses_its_beginning(tmp_path: Path) -> None:
+def test_a_long_text_loses_its_beginning(tmp_path: Path) -> None:
     folder = save_reward_model(tmp_path / "model", tiny_tokenizer())
     judge = reward_model(folder, max_length=4)
     expected = directly(folder, [4, 9, 8, EOS])
@@ -593,7 +595,7 @@ def test_a_text_that_is_too_long_loses_its_beginning(tmp_path: Path) -> None:
     assert long == pytest.approx([directly(folder, [*[3] * 62, 4, EOS])], abs=1e-5)
 
 
-def test_an_encoder_sees_a_pair(tmp_path: Path) -> None:
+def test_an_encoder_reads_a_pair_of_texts(tmp_path: Path) -> None:
     words = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3} | {f"w{i}": i for i in range(4, VOCAB)}
     raw = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -631,7 +633,7 @@ def test_an_encoder_sees_a_pair(tmp_path: Path) -> None:
         assert reward == pytest.approx(logits.item(), abs=1e-5)
 
 
-def test_a_classifier_is_no_reward_model(tmp_path: Path) -> None:
+def test_a_classifier_is_rejected_as_reward_model(tmp_path: Path) -> None:
     folder = save_reward_model(tmp_path / "model", tiny_tokenizer(), labels=3)
     with pytest.raises(JudgeError, match="3 outputs, and a reward model has one"):
         reward_model(folder).scores(["w3"], ["w4"])
@@ -701,7 +703,7 @@ def asked_of(shown: JudgedPair) -> list[int]:
 
 
 @pytest.mark.parametrize(("chat", "seed"), [(False, 0), (True, 6)])
-def test_a_language_model_s_verdict_is_that_of_its_forward_pass(tmp_path: Path, chat: bool, seed: int) -> None:
+def test_a_language_model_judge_matches_its_forward_pass(tmp_path: Path, chat: bool, seed: int) -> None:
     folder = save_language_model(tmp_path / "model", seed=seed, chat=chat)
 
     def prefers_first(shown: JudgedPair) -> float:
@@ -746,7 +748,7 @@ def test_a_changed_model_template_or_margin_is_another_judge(tmp_path: Path) -> 
     assert calls() == (8, 0)
 
 
-def test_answers_from_the_cache_need_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_answers_do_not_load_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_language_model(tmp_path / "model")
     verdicts = language_model(folder, tmp_path).verdicts(QUESTIONS)
     monkeypatch.setattr(
@@ -755,7 +757,7 @@ def test_answers_from_the_cache_need_no_model(tmp_path: Path, monkeypatch: pytes
     assert language_model(folder, tmp_path).verdicts(QUESTIONS) == verdicts
 
 
-def test_a_question_beyond_the_context_stays_unanswered(tmp_path: Path) -> None:
+def test_a_question_beyond_the_context_is_unanswered(tmp_path: Path) -> None:
     folder = save_language_model(tmp_path / "model", max_position_embeddings=16)
     long = JudgedPair("w8", " ".join(["w9"] * 12), "w10")
     judge = language_model(folder, tmp_path, max_unanswered=0.5)
@@ -764,7 +766,7 @@ def test_a_question_beyond_the_context_stays_unanswered(tmp_path: Path) -> None:
         language_model(folder, tmp_path).verdicts([long])
 
 
-def test_a_tokenizer_without_a_and_b(tmp_path: Path) -> None:
+def test_a_tokenizer_must_distinguish_a_and_b(tmp_path: Path) -> None:
     tiny_llama(dtype=torch.float32).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(JudgeError, match="the same tokens for A and B"):
@@ -778,7 +780,7 @@ def told(*overrides: str) -> str:
     return "\n".join(problems(compose(overrides)))
 
 
-def test_problems_are_told_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_problems_are_reported_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert "judge.model has no value: the model's name at the endpoint" in told("judge=openai")
     openai = ["judge=openai", "judge.model=m"]
@@ -806,13 +808,13 @@ def test_problems_are_told_before_anything_runs(tmp_path: Path, monkeypatch: pyt
     assert "there is no module nowhere" in told("judge=function", "judge.reward._target_=nowhere.fn")
 
 
-def test_the_key_is_in_no_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_not_in_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     cfg = compose(["judge=openai", "judge.model=m"])
     assert KEY not in json.dumps(identity(cfg))
 
 
-def test_other_weights_of_the_judge_make_another_run(tmp_path: Path) -> None:
+def test_other_weights_of_the_judge_are_another_run(tmp_path: Path) -> None:
     overrides = ["judge=reward_model", f"judge.path={tmp_path}"]
     (tmp_path / "config.json").write_text("{}")
     before = identity(compose(overrides))
@@ -824,7 +826,7 @@ def test_other_weights_of_the_judge_make_another_run(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- by real commands
 
 
-def test_a_run_is_judged_by_a_function_of_one_s_own(
+def test_a_run_can_use_a_custom_reward_function(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine.py").write_text(
@@ -842,7 +844,7 @@ def test_a_run_is_judged_by_a_function_of_one_s_own(
         )
 
 
-def test_a_run_is_judged_by_a_reward_model(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_run_can_use_a_reward_model(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = save_reward_model(tmp_path / "model", tiny_tokenizer())
     metrics = job(
         tmp_path / "run", shared_cache(tmp_path_factory), "+debug=tiny", "judge=reward_model", f"judge.path={folder}"
@@ -855,7 +857,7 @@ def test_a_run_is_judged_by_a_reward_model(tmp_path: Path, tmp_path_factory: pyt
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_is_killed_asks_only_what_is_open(
+def test_a_killed_evaluation_asks_only_open_questions(
     endpoint: Endpoint, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     cache, tiny = shared_cache(tmp_path_factory), ("+debug=tiny", "logger=record", "judge=none", "hydra.run.dir=run")

@@ -51,12 +51,12 @@ def pictures(notebook: Any) -> int:
     return sum("image/png" in output.get("data", {}) for cell in code_of(notebook) for output in cell.outputs)
 
 
-def test_there_are_notebooks() -> None:
+def test_the_notebooks_are_listed() -> None:
     assert sorted(file.name for file in FOLDER.glob("*.ipynb")) == sorted((*SHOWN, *STRIPPED))
 
 
 @pytest.mark.parametrize("name", (*SHOWN, *STRIPPED))
-def test_a_notebook_is_one_that_runs_anywhere(name: str) -> None:
+def test_notebooks_are_valid_small_and_portable(name: str) -> None:
     text = (FOLDER / name).read_text()
     nbformat.validate(read(FOLDER / name))
     assert len(text) < LARGEST
@@ -89,18 +89,18 @@ def check_softness(found: dict[str, Any]) -> None:
     assert found["controlled"] == pytest.approx(0.9, rel=0.05)
 
 
-def test_what_softness_shows() -> None:
+def test_softness_outputs_match_their_claims() -> None:
     check_softness(numbers(read(FOLDER / "02_softness.ipynb")))
 
 
 @pytest.mark.slow
-def test_softness_from_top_to_bottom(tmp_path: Path) -> None:
+def test_softness_runs_from_top_to_bottom(tmp_path: Path) -> None:
     check_softness(numbers(execute("02_softness.ipynb", tmp_path)))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_quickstart_from_top_to_bottom(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quickstart_runs_from_top_to_bottom(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPO_CACHE_DIR", str(cache_dir))
     notebook = execute("01_quickstart.ipynb", tmp_path, SIZE='["+debug=tiny"]')
     found, runs = numbers(notebook), tmp_path / "outputs" / "quickstart"
@@ -113,7 +113,7 @@ def test_quickstart_from_top_to_bottom(tmp_path: Path, cache_dir: Path, monkeypa
 
 
 @pytest.mark.slow
-def test_compare_from_top_to_bottom(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_runs_from_top_to_bottom(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPO_CACHE_DIR", str(cache_dir))
     grid = {"SPO": '["alpha=0.1", "alpha=1"]', "DPO": '["beta=0.1", "beta=1"]', "IPO": '["beta=1", "beta=3"]'}
     notebook = execute("03_compare.ipynb", tmp_path, SIZE='["+debug=tiny"]', SEEDS="[1, 2]", **grid)

@@ -140,7 +140,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("data", "method", "truncation"), CASES)
-def test_every_method_on_made_up_data(
+def test_every_method_trains_on_generated_data(
     data: str, method: str, truncation: str, made_up: Input, cache: Path, tmp_path: Path
 ) -> None:
     overrides = [
@@ -155,7 +155,7 @@ def test_every_method_on_made_up_data(
 
 
 @pytest.mark.parametrize(("data", "method", "truncation"), CASES)
-def test_every_method_on_real_data(
+def test_every_method_trains_on_real_data(
     data: str, method: str, truncation: str, real: Input, cache: Path, tmp_path: Path
 ) -> None:
     overrides = [
@@ -182,12 +182,14 @@ LIST_METHODS = pytest.mark.parametrize(
 
 
 @LIST_METHODS
-def test_lists_of_made_up_data(method: str, more: list[str], made_up: Input, cache: Path, tmp_path: Path) -> None:
+def test_lists_of_generated_data_train(
+    method: str, more: list[str], made_up: Input, cache: Path, tmp_path: Path
+) -> None:
     lists(made_up, method, more, cache, tmp_path)
 
 
 @LIST_METHODS
-def test_lists_of_real_data(method: str, more: list[str], real: Input, cache: Path, tmp_path: Path) -> None:
+def test_lists_of_real_data_train(method: str, more: list[str], real: Input, cache: Path, tmp_path: Path) -> None:
     lists(real, method, more, cache, tmp_path)
 
 
@@ -200,7 +202,7 @@ def lists(source: Input, method: str, more: list[str], cache: Path, folder: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["jsonl", "hh"])
-def test_the_whole_of_the_real_data_by_the_command(data: str, real: Input, cache: Path, tmp_path: Path) -> None:
+def test_the_command_trains_on_all_real_data(data: str, real: Input, cache: Path, tmp_path: Path) -> None:
     spo("train", *real.overrides(data), "hydra.run.dir=run", folder=tmp_path, cache=cache)
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     check(metrics, tmp_path / "run")
@@ -209,14 +211,14 @@ def test_the_whole_of_the_real_data_by_the_command(data: str, real: Input, cache
     assert len(provenance["data"]["sha256"]) == len(provenance["weights"]["sha256"]) == 64
 
 
-def test_an_adapter_on_made_up_data(made_up: Input, cache: Path, tmp_path: Path) -> None:
+def test_an_adapter_trains_on_generated_data(made_up: Input, cache: Path, tmp_path: Path) -> None:
     adapter(made_up, "hh", "spo", cache, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("data", ["jsonl", "hh"])
-def test_an_adapter_on_real_data(data: str, method: str, real: Input, cache: Path, tmp_path: Path) -> None:
+def test_an_adapter_trains_on_real_data(data: str, method: str, real: Input, cache: Path, tmp_path: Path) -> None:
     adapter(real, data, method, cache, tmp_path)
 
 
@@ -256,7 +258,7 @@ def plain(made_up: Input, tmp_path_factory: pytest.TempPathFactory) -> Numbers:
 # --- data that does not fit, and rows that are wrong ---------------------------------------------------------------
 
 
-def test_most_pairs_dropped_is_a_warning_with_a_way_out(
+def test_many_dropped_pairs_lead_to_a_warning_with_advice(
     made_up: Input, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = [*made_up.overrides("jsonl", "dpo"), "method=dpo", "data.min_pairs=4"]
@@ -268,9 +270,7 @@ def test_most_pairs_dropped_is_a_warning_with_a_way_out(
     assert "data.truncation=trim_completion" in told and "data.truncation=trim_prompt" in told
 
 
-def test_too_few_pairs_is_an_error_with_a_way_out(
-    here: Path, made_up: Input, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_few_pairs_are_an_error_with_advice(here: Path, made_up: Input, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", *made_up.overrides("jsonl"), "data.limit=40", "logger=record", "hydra.run.dir=run"]
     assert cli.main(words) == 1
     told = capsys.readouterr().err
@@ -280,7 +280,7 @@ def test_too_few_pairs_is_an_error_with_a_way_out(
 
 
 @pytest.mark.slow
-def test_few_of_the_real_pairs_fit(real: Input, cache: Path, tmp_path: Path) -> None:
+def test_few_real_pairs_fit_a_short_context(real: Input, cache: Path, tmp_path: Path) -> None:
     words = ["train", *real.overrides("jsonl", "dpo"), "method=dpo", "hydra.run.dir=run"]
     done = spo(*words, folder=tmp_path, cache=cache)
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
@@ -305,7 +305,7 @@ def write(file: Path, *bad: str) -> Path:
 
 
 @pytest.mark.parametrize(("row", "column", "reason"), BAD)
-def test_a_bad_row_stops_the_run_in_words(
+def test_a_bad_row_is_an_error_with_its_place(
     row: str, column: str | None, reason: str, here: Path, made_up: Input, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write(here / "pairs.jsonl", row)
@@ -339,7 +339,7 @@ def test_bad_rows_are_skipped_counted_and_listed(made_up: Input, cache: Path, tm
 # --- a data set of the hub -----------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_the_hub_client_reads(made_up: Input, cache: Path, tmp_path: Path) -> None:
+def test_a_folder_in_the_format_of_the_hub_is_read(made_up: Input, cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "dataset"
     folder.mkdir()
     renamed = [{"question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in GOOD]
@@ -353,7 +353,7 @@ def test_a_folder_that_the_hub_client_reads(made_up: Input, cache: Path, tmp_pat
     assert {row["prompt"] for row in rows(tmp_path / "run/samples.jsonl")} <= {row["question"] for row in renamed[40:]}
 
 
-def test_inspect_shows_ones_own_rows(here: Path, made_up: Input, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_rows_of_a_user_file(here: Path, made_up: Input, capsys: pytest.CaptureFixture[str]) -> None:
     words = [word for word in made_up.overrides("hh", "dpo") if word not in FEW]
     assert cli.main(["inspect", *words, "data.limit=100", "--limit", "1"]) == 0
     shown = capsys.readouterr().out

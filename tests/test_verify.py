@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 
 from spo.cli import main
 from spo.resources import conf_dir
-from spo.stages.verify import planned
+from spo.stages.verify import plan_cases
 from tests.commands import spo
 
 PLAN: Any = OmegaConf.load(conf_dir() / "verify.yaml")
-METHODS = sorted({case.member for case in planned(PLAN, False, None)[0]})
+METHODS = sorted({case.member for case in plan_cases(PLAN, False, None)[0]})
 
 OWN = """
     import torch
@@ -66,12 +66,12 @@ def verdicts(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "rows.json").read_text())
 
 
-def test_every_method_that_compares_is_planned_at_two_settings_and_as_a_transformer() -> None:
+def test_each_comparing_method_has_two_settings_and_a_transformer_case() -> None:
     members = {file.stem for file in (conf_dir() / "method").glob("*.yaml")}
     assert set(METHODS) == members - {"sft"}
-    cases, left_out = planned(PLAN, False, None)
+    cases, left_out = plan_cases(PLAN, False, None)
     assert len(left_out) == 1 and "sft" in left_out[0]
-    full, _ = planned(PLAN, True, None)
+    full, _ = plan_cases(PLAN, True, None)
     for method in METHODS:
         models = [case.model for case in cases if case.member == method]
         assert models.count("tabular") >= 2 and models.count("tiny") == 1
@@ -79,7 +79,7 @@ def test_every_method_that_compares_is_planned_at_two_settings_and_as_a_transfor
         assert settings < {(case.model, case.alpha, case.beta) for case in full if case.member == method}
 
 
-def test_methods_of_the_user_are_in_the_table_and_a_flipped_sign_fails(
+def test_user_methods_are_verified_and_a_flipped_sign_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.set_num_threads(1)
@@ -101,7 +101,7 @@ def test_methods_of_the_user_are_in_the_table_and_a_flipped_sign_fails(
     assert "FAIL" in out and "pass" in out and "flipped" in out
 
 
-def test_what_cannot_be_verified_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_methods_that_cannot_be_verified_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--json", str(tmp_path / "nowhere" / "rows.json")]) == 1
     assert "there is no folder" in capsys.readouterr().err
     assert main(["verify", "dpoo"]) == 1
@@ -118,7 +118,7 @@ def test_what_cannot_be_verified_is_said(tmp_path: Path, capsys: pytest.CaptureF
 def test_every_method_reaches_its_optimum(tmp_path: Path) -> None:
     spo("verify", "--full", "--json", "rows.json", folder=tmp_path, cache=tmp_path / "cache")
     found = verdicts(tmp_path)
-    cases, _ = planned(PLAN, True, None)
+    cases, _ = plan_cases(PLAN, True, None)
     assert len(found) == len(cases) and all(row["passed"] for row in found)
     for row in found:
         assert row["tv"] <= (1e-3 if row["model"] == "tabular" else 0.03)

@@ -1,6 +1,6 @@
-"""Judging a policy against its reference on held-out prompts.
+"""Evaluation of a policy against its reference on held-out prompts.
 
-What needs torch is imported from its own module (`spo.evaluation.completions`, `spo.evaluation.assess`).
+Names that need torch are imported from their own modules, such as `spo.evaluation.assess`.
 """
 
 from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu

@@ -1,4 +1,4 @@
-"""Samples of policy and reference on the same prompts, and everything that is measured on them."""
+"""Metrics and comparisons of completions of policy and reference on the same prompts."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ from spo.forward.speed import Speed
 from spo.seeds import derive_seed
 from spo.stats import Bootstrap, Resamples
 
-Kept = Callable[[str, Callable[[], Draws]], Draws]
-"""``kept(stage, draw)``: the completions of a stage, ``"policy"`` or ``"reference"``, from where they were kept."""
+CompletionsCache = Callable[[str, Callable[[], Draws]], Draws]
+"""``cache(stage, draw)`` returns completions of stage ``"policy"`` or ``"reference"``; it draws missing ones."""
 Opponent = Mapping[tuple[str, int], tuple[str, int]]
-"""Completion and its tokens by prompt id and number of the sample; a sample without one is not compared."""
+"""Completion and its number of tokens, by prompt id and sample index. Samples without one are not compared."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Flat metrics under ``eval/``, and one row per sample."""
+    """Result of an evaluation.
+
+    Attributes:
+        metrics: Metrics under ``eval/``.
+        samples: One row per sample, as in ``samples.jsonl``.
+    """
 
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
@@ -61,24 +66,24 @@ def draw_both(
     speed: Speed,
     decode: Callable[[Sequence[int]], str],
     on_progress: Callable[[int], None] = lambda _: None,
-    kept: Kept = lambda _, draw: draw(),
+    cache: CompletionsCache = lambda _, draw: draw(),
 ) -> tuple[Draws, Draws]:
-    """Completions of the policy, with the reference's opinion of them, and completions of the reference.
+    """Return completions of the policy, scored by both models, and completions of the reference.
 
     Args:
-        policy: the trained model.
-        reference: the model that training started from.
-        tokenizer: theirs.
-        prompts: of one split.
-        settings: how to sample.
-        speed: how to compute; settled for both models.
-        decode: from the token ids of a completion to its text.
-        on_progress: called with the number of sequences just drawn.
-        kept: where completions may be kept, so that none is drawn twice.
+        policy: Trained model.
+        reference: Model that training started from.
+        tokenizer: Tokenizer of both models.
+        prompts: Prompts of one split.
+        settings: Settings of the evaluation.
+        speed: Speed settings, resolved for both models.
+        decode: Function from the token ids of a completion to its text.
+        on_progress: Function to call with the number of sequences just drawn.
+        cache: Cache of completions, so that none is drawn twice.
     """
 
     def drawn(model: nn.Module, stage: str, other: nn.Module | None = None) -> Draws:
-        return kept(stage, lambda: draw(model, stage, prompts, settings, speed, tokenizer, decode, on_progress, other))
+        return cache(stage, lambda: draw(model, stage, prompts, settings, speed, tokenizer, decode, on_progress, other))
 
     with eval_mode(policy), eval_mode(reference):
         return drawn(policy, "policy", reference), drawn(reference, "reference")
@@ -93,24 +98,24 @@ def assess(
     all_prompts: bool = False,
     opponents: Mapping[str, Opponent] | None = None,
 ) -> Evaluation:
-    """Compares and measures completions.
+    """Compare and measure completions.
 
-    Intervals are a paired bootstrap over prompts, since samples of one prompt are not independent where the prompts
-    are a sample themselves; over samples where there are no other prompts.
+    Intervals come from a paired bootstrap over prompts, because samples of one prompt are not independent. If the
+    prompts are all prompts that exist, only the samples are random, and the bootstrap resamples them.
 
     Args:
-        prompts: that the completions answer.
-        ours: completions of the policy.
-        theirs: completions of the reference, where there are some.
-        settings: how they were drawn, and how to compare them.
-        judge: compares the completions; ``None`` leaves reward and win rate out.
-        all_prompts: whether there are no others that these prompts stand for.
-        opponents: what the policy is compared with beside the reference, by name.
+        prompts: Prompts of the completions.
+        ours: Completions of the policy.
+        theirs: Completions of the reference, ``None`` to leave the comparison out.
+        settings: Settings of the evaluation.
+        judge: Judge of the completions; ``None`` leaves reward and win rate out.
+        all_prompts: Whether these prompts are all that exist, and not a sample.
+        opponents: Completions of further opponents, by name.
 
     Returns:
         Metrics and samples. ``kl`` is in nats per sequence, estimated by the token-wise KL along samples of the
-        policy; ``entropy`` in nats per token, ``entropy_sequence`` in nats per sequence; ``eval/reference/...`` are
-        the same quantities of the reference, that is the values before training.
+        policy. ``entropy`` is in nats per token, ``entropy_sequence`` in nats per sequence. ``eval/reference/...``
+        are the same quantities of the reference, which are the values before training.
     """
     wanted = [(prompt, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
     columns: dict[str, Sequence[Any]] = {
@@ -134,9 +139,9 @@ def assess(
         seed=derive_seed("bootstrap", settings.seed),
     )
     resamples = bootstrap.resample(units)
-    metrics = _summary(ours, settings, resamples)
+    metrics = _summarize(ours, settings, resamples)
     if theirs is not None:
-        metrics |= {f"reference/{key}": value for key, value in _summary(theirs, settings).items()}
+        metrics |= {f"reference/{key}": value for key, value in _summarize(theirs, settings).items()}
     if judge is not None:
         against = {}
         if theirs is not None:
@@ -147,12 +152,12 @@ def assess(
                 for row, unit in zip(rows, units, strict=True)
             )
             against[name] = [_Reply(row, unit, *reply) for row, unit, reply in found if reply is not None]
-        metrics |= _judged(judge, rows, against, REFERENCE in settings.against, bootstrap, resamples)
+        metrics |= _judge_rows(judge, rows, against, REFERENCE in settings.against, bootstrap, resamples)
     return Evaluation({f"eval/{key}": value for key, value in metrics.items()}, rows)
 
 
-def _summary(drawn: Draws, settings: EvaluationSettings, resamples: Resamples | None = None) -> dict[str, float]:
-    """What is measured without a judge; with its intervals where resamples are given."""
+def _summarize(drawn: Draws, settings: EvaluationSettings, resamples: Resamples | None = None) -> dict[str, float]:
+    """Return the metrics that do not need a judge, with intervals if resamples are given."""
     means: dict[str, tuple[Sequence[float], Sequence[float] | None]] = {
         "kl": (drawn.kl, None),
         "entropy": (drawn.entropy, drawn.tokens),
@@ -176,7 +181,16 @@ def _summary(drawn: Draws, settings: EvaluationSettings, resamples: Resamples | 
 
 @dataclass
 class _Reply:
-    """A completion that the policy's own of the same row is compared with, and what the judge says of it."""
+    """Completion of an opponent for a row of the policy, with its reward and verdict.
+
+    Attributes:
+        row: Row of the policy's sample.
+        unit: Unit of the bootstrap that the row belongs to.
+        completion: Completion of the opponent.
+        tokens: Length of the completion in tokens.
+        reward: Reward of the completion, ``None`` if the judge only compares.
+        verdict: 1 if the policy is better, 0 if the opponent is, 0.5 for a tie, ``None`` if there is no answer.
+    """
 
     row: dict[str, Any]
     unit: Hashable
@@ -186,7 +200,7 @@ class _Reply:
     verdict: float | None = None
 
 
-def _judged(
+def _judge_rows(
     judge: Judge,
     rows: Sequence[dict[str, Any]],
     against: Mapping[str, Sequence[_Reply]],
@@ -194,9 +208,9 @@ def _judged(
     bootstrap: Bootstrap,
     resamples: Resamples,
 ) -> dict[str, float]:
-    """Asks the judge, writes what it says into the rows, and sums it up."""
+    """Ask the judge, write rewards and verdicts into the rows, and return their metrics."""
     scores = judge.scores([row["prompt"] for row in rows], [row["completion"] for row in rows]) or {}
-    metrics = {_reward(name): fmean(values) for name, values in scores.items()}
+    metrics = {_reward_key(name): fmean(values) for name, values in scores.items()}
     if scores:
         metrics |= resamples.mean(scores["reward"]).as_metrics("reward")
     for row, reward in zip(rows, scores.get("reward", ()), strict=False):
@@ -209,9 +223,9 @@ def _judged(
         for one, reward in zip(replies, theirs.get("reward", ()), strict=False):
             one.reward = reward
         if is_reference:
-            metrics |= {f"reference/{_reward(name)}": fmean(values) for name, values in theirs.items()}
+            metrics |= {f"reference/{_reward_key(name)}": fmean(values) for name, values in theirs.items()}
         if not is_reference or with_reference:
-            _compare(judge, replies)
+            _set_verdicts(judge, replies)
             longer = [one.row["tokens"] - one.tokens for one in replies]
             rates = win_rates([one.verdict for one in replies], longer, [one.unit for one in replies], bootstrap)
             under = "win_rate" if is_reference else f"win_rate/{opponent}"
@@ -229,8 +243,8 @@ def _judged(
     return metrics
 
 
-def _compare(judge: Judge, replies: Sequence[_Reply]) -> None:
-    """Whether the policy's completion is the better one: its reward compared, or the judge's own answer."""
+def _set_verdicts(judge: Judge, replies: Sequence[_Reply]) -> None:
+    """Set the verdicts: from the rewards if all are known, else from the comparisons of the judge."""
     if all(one.reward is not None for one in replies):
         for one in replies:
             one.verdict = verdict_of_rewards(one.row["reward"], one.reward)  # type: ignore[arg-type]
@@ -240,5 +254,5 @@ def _compare(judge: Judge, replies: Sequence[_Reply]) -> None:
         one.verdict = verdict
 
 
-def _reward(name: str) -> str:
+def _reward_key(name: str) -> str:
     return name if name == "reward" else f"reward/{name}"

@@ -1,4 +1,4 @@
-"""Completions of a model on the evaluation prompts, with what both models say about them."""
+"""Completions of a model on the evaluation prompts, with their log-probs, entropies and KL under both models."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from spo.sampling import derive_seed, sample
 from spo.types import Sequences
 
 SCORED_TOKENS = 16384
-"""Of a forward pass that measures, prompts not shared: memory is bounded, and a device has enough to do."""
+"""Limit of tokens in a forward pass that scores: it bounds memory and keeps a GPU busy. Shared prompts count again."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Completions, ``samples_per_prompt`` of the first prompt, then of the next.
+    """Completions with measurements: ``samples_per_prompt`` of the first prompt, then of the next.
 
-    Log-probs, entropies and the KL are of the distributions at the temperature of the sampling, for both models.
+    Log-probs, entropies and the KL belong to the distributions at the sampling temperature, for both models.
 
     Attributes:
-        texts: without their end-of-text.
-        tokens: their lengths, end-of-text included.
-        logps: log-probs under the model that drew them, nats.
-        entropy: sums over tokens of its next-token entropies, nats.
-        other_logps: log-probs under the other model, where there is one.
-        kl: sums over tokens of KL(model || other model), nats.
+        texts: Completions without their EOS.
+        tokens: Lengths in tokens, EOS included.
+        logps: Log-probs under the model that drew the completions, nats.
+        entropy: Sums over tokens of next-token entropies of that model, nats.
+        other_logps: Log-probs under the other model, nats; empty if there is none.
+        kl: Sums over tokens of KL(model || other model), nats; empty if there is none.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -57,10 +57,21 @@ def draw(
     on_progress: Callable[[int], None] = lambda _: None,
     other: nn.Module | None = None,
 ) -> Draws:
-    """Draws from ``model`` and scores with it and ``other``.
+    """Draw completions from ``model`` and score them with it and with ``other``.
 
-    A completion follows from the weights, ``settings.seed``, ``stage``, its prompt and its number: it is the same for
-    any ``batch_size``, and for any other prompts. ``speed`` is settled for both models, and changes no number.
+    A completion depends on the weights, ``settings.seed``, ``stage``, its prompt and its number only. It is the same
+    for each ``batch_size``, and whatever the other prompts are.
+
+    Args:
+        model: Model that draws.
+        stage: Name that separates the random numbers of policy and reference.
+        prompts: Prompts of one split.
+        settings: Settings of the evaluation.
+        speed: Speed settings, resolved for both models. They change no number.
+        tokenizer: Tokenizer of both models.
+        decode: Function from the token ids of a completion to its text.
+        on_progress: Function to call with the number of completions just drawn.
+        other: Model to compare with, ``None`` for none.
     """
     wanted = [(prompt, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
     models = [model] if other is None else [model, other]
@@ -78,7 +89,9 @@ def draw(
             sampler=speed.sampler,
         )
         texts, tokens = map(decode, sequences.completions()), sequences.completion_length.tolist()
-        numbers = [row for part in _parts(sequences) for row in _measured(models, part, speed, settings.temperature)]
+        numbers = [
+            row for part in _split_for_scoring(sequences) for row in _measure(models, part, speed, settings.temperature)
+        ]
         for place, text, length, values in zip(places, texts, tokens, numbers, strict=True):
             rows[place] = text, length, values
         on_progress(len(chunk))
@@ -86,18 +99,18 @@ def draw(
     return Draws([row[0] for row in rows], [row[1] for row in rows], *columns)
 
 
-def _parts(sequences: Sequences) -> Iterator[Sequences]:
-    """Neighbours, as many as :data:`SCORED_TOKENS` allows; on the host, where they are laid out."""
+def _split_for_scoring(sequences: Sequences) -> Iterator[Sequences]:
+    """Yield runs of neighboring sequences within :data:`SCORED_TOKENS`, on the host, which arranges them."""
     sequences = sequences.to("cpu")
     items = [(1, length) for length in sequences.length.tolist()]
     return map(sequences.rows, split_by_tokens(items, max_tokens=SCORED_TOKENS))
 
 
-def _measured(models: Sequence[nn.Module], sequences: Sequences, speed: Speed, temperature: float) -> list[list[float]]:
-    """For each sequence log-prob and entropy under the first model, and the other's log-prob and the KL to it."""
+def _measure(models: Sequence[nn.Module], sequences: Sequences, speed: Speed, temperature: float) -> list[list[float]]:
+    """Return for each sequence log-prob and entropy under the first model, then log-prob under the other and the KL."""
 
     def measure(targets: Tensor, *logits: Tensor) -> Tensor:
-        if temperature != 1:  # widened first: the sampler does not divide in half precision
+        if temperature != 1:  # cast first, since the sampler does not divide in half precision either
             logits = tuple(at_least_float32(values) / temperature for values in logits)
         found = [token_logps(logits[0], targets), token_entropy(logits[0])]
         if len(logits) > 1:
@@ -106,6 +119,6 @@ def _measured(models: Sequence[nn.Module], sequences: Sequences, speed: Speed, t
 
     sequences = speed.arrange(sequences).to(next(models[0].parameters()).device)
     logits = [speed.logits(model, sequences) for model in models]
-    # all at once for some of the rows: logits that are made on demand are made a single time
+    # All values of a group of rows are computed together, so deferred logits are computed only once.
     values = by_rows(measure, completion_targets(sequences), *logits)
     return torch.stack([sum_per_sequence(column, sequences) for column in values.unbind(-1)], dim=-1).tolist()

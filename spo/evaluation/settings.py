@@ -1,4 +1,4 @@
-"""How a policy is evaluated."""
+"""Settings of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ REFERENCE, CHOSEN = "reference", "chosen"
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How a policy is evaluated.
+    """Settings of an evaluation.
 
     Attributes:
-        num_prompts: prompts of the test split, at most.
-        selection_prompts: prompts of the selection split, at most, for the numbers that settings are chosen by; 0 for
-            none.
-        samples_per_prompt: completions drawn per prompt from the policy, and as many from the reference.
-        max_new_tokens: their length limit.
-        temperature: of the sampling, and of both models where they are measured; 1 is their own distribution.
-        batch_size: completions sampled at a time, of prompts of like length; changes no number.
-        against: what the policy is compared with: ``reference``, ``chosen`` (the data set's chosen responses), or the
+        num_prompts: Limit of prompts from the test split.
+        selection_prompts: Limit of prompts from the selection split, whose metrics choose between settings; 0 for none.
+        samples_per_prompt: Number of completions per prompt from the policy, and as many from the reference.
+        max_new_tokens: Limit of tokens in a completion.
+        temperature: Temperature of sampling, and of both models in log-probs, entropy and KL. At 1 the distributions
+            are those of the models.
+        batch_size: Number of completions sampled at a time, for prompts of similar length. It changes no number.
+        against: Opponents of the policy: ``reference``, ``chosen`` (the chosen responses of the data set), or the
             directory of another run.
-        confidence: of the intervals.
-        bootstrap_samples: resamples of the prompts.
-        self_bleu_samples: completions on which self-BLEU is measured, whose cost is quadratic.
-        seed: of the sampling.
+        confidence: Confidence of the intervals.
+        bootstrap_samples: Number of resamples of the prompts.
+        self_bleu_samples: Number of completions for self-BLEU, whose cost is quadratic.
+        seed: Random seed of the sampling.
     """
 
     num_prompts: PositiveInt

@@ -1,4 +1,4 @@
-"""Keeps the terminal for what a person came to see."""
+"""A terminal without messages of the libraries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 
 def quiet_libraries() -> None:
-    """Leaves the terminal to our own panels: no tips, no bars for loading a file."""
+    """Silence tips, progress bars of loading, and warnings about choices that are deliberate here."""
     transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "openai", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -37,25 +37,26 @@ CODE_DEPENDENCIES = (
     "records/store.py",
     "stages/reference_logps.py",
 )
-"""Files that a stored log-prob follows from. A change elsewhere in the package leaves it valid."""
+"""Files that a stored log-prob depends on. A change elsewhere in the package leaves it valid."""
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of a completion."""
 
 
 def logps_store(cfg: DictConfig, prepared: Prepared, cache_dir: str, speed: Speed, device: torch.device) -> LogpsStore:
-    """Where the reference's log-probs are kept: a file for everything they follow from but the tokens.
+    """Return the store of the reference log-probs: a file for everything they depend on except the tokens.
 
-    That is the digests of weights, adapter and tokenizer, the dtype, the attention implementation, the precision, the
-    kind of device, the versions of torch and transformers, the layout of a forward pass and the code. Two settings are
-    in no key, as they change rounding alone: ``speed.max_logits``, and which sequences share a forward pass.
+    These are the digests of weights, adapter and tokenizer, the dtype, the attention implementation, the precision,
+    the kind of device, the versions of torch and transformers, the layout of a forward pass, and the code. Two
+    settings are not part of the key, since they change rounding only: ``speed.max_logits``, and which sequences share
+    a forward pass.
 
     Args:
-        cfg: the run's configuration.
-        prepared: says which model.
-        cache_dir: folder of the stored log-probs.
-        speed: the layout. Where it is not settled yet, it stands for what the reference model takes of it, which
-            follows from the rest of the key. A settled one may leave more out, for the policy's sake.
-        device: that computes them.
+        cfg: Configuration of the run.
+        prepared: Prepared run with the model.
+        cache_dir: Folder of the stored log-probs.
+        speed: Speed settings with the layout. Before :meth:`Speed.resolve_for` they stand for what the reference model
+            supports, which follows from the rest of the key. Resolved settings may leave out more, for the policy.
+        device: Device that computes the log-probs.
     """
     spec = prepared.spec
     key = {
@@ -74,10 +75,10 @@ def logps_store(cfg: DictConfig, prepared: Prepared, cache_dir: str, speed: Spee
 
 
 def precomputed_logps(cfg: DictConfig, prepared: Prepared, reference: PrecomputedReference) -> dict[str, Tensor]:
-    """Summed reference log-probs of the train and selection pairs, from the store, where a pass adds what is missing.
+    """Return summed reference log-probs of the train and selection pairs, after a pass that stores the missing ones.
 
-    One process at a time does the pass; the others wait for it and find everything. It writes as it goes, so that an
-    interrupted one goes on where it stopped.
+    One process at a time makes the pass; the others wait for it and find everything. The pass stores each batch, so
+    an interrupted pass resumes where it stopped.
 
     Args:
         cfg: the run's configuration.
@@ -103,7 +104,7 @@ def precomputed_logps(cfg: DictConfig, prepared: Prepared, reference: Precompute
             log.info("scoring the pairs with the reference model: %d of %d sequences", len(missing), len(rows))
             model = prepared.spec.start(prepared.base).to(device)
             speed = requested.resolve_for(model)
-            # As the Trainer runs the policy, so that both round alike.
+            # The precision is that of the policy in the Trainer, so that both round alike.
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
                 fill(store, model, missing, prepared.tokenizer.pad_token_id, speed, reference.batch_tokens)
             known = store.get(keys)
@@ -121,7 +122,16 @@ def precomputed_logps(cfg: DictConfig, prepared: Prepared, reference: Precompute
 def fill(
     store: LogpsStore, model: Any, rows: Sequence[Row], pad_token_id: int, speed: Speed, batch_tokens: int
 ) -> None:
-    """Scores sequences and writes them down batch by batch."""
+    """Compute the log-probs of sequences and store them, batch by batch.
+
+    Args:
+        store: Store of the log-probs.
+        model: Reference model.
+        rows: Sequences to score.
+        pad_token_id: Token for padding.
+        speed: Speed settings, resolved for the model.
+        batch_tokens: Limit of tokens in a batch.
+    """
     device = next(model.parameters()).device
     batches = list(cut_into_batches(rows, batch_tokens, speed))
     for batch in track(batches, "reference log-probs", transient=True):
@@ -130,10 +140,10 @@ def fill(
 
 
 def cut_into_batches(rows: Sequence[Row], batch_tokens: int, speed: Speed) -> Iterator[list[Row]]:
-    """Sequences in batches of at most ``batch_tokens`` tokens, as they are laid out.
+    """Yield sequences in batches of at most ``batch_tokens`` tokens, counted in their layout.
 
-    The completions of a prompt stay together. The longest sequences come first, which leaves little padding, and shows
-    at once whether memory is enough. What is left after an interruption is cut as it would have been.
+    The completions of a prompt stay together. The longest sequences come first: this leaves little padding, and a
+    lack of memory shows at once. After an interruption the rest is cut in the same way.
     """
     completions: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for prompt, completion in sorted(rows, key=lambda row: len(row[1]), reverse=True):
@@ -162,5 +172,5 @@ def _rows(pair: TokenizedPair) -> list[Row]:
 def _table(pairs: Sequence[TokenizedPair], logps: dict[Row, float], dtype: torch.dtype) -> Tensor:
     lists = [[logps[row] for row in _rows(pair)] for pair in pairs]
     longest = max(map(len, lists))
-    # Nothing reads the padding: if anything did, it would show.
+    # Nothing reads the padding. NaN would reveal code that does.
     return torch.tensor([values + [torch.nan] * (longest - len(values)) for values in lists], dtype=dtype)

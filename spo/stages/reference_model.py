@@ -76,6 +76,7 @@ def reference_model(cfg: DictConfig, spec: ModelSpec, source: Source) -> str:
 
 
 def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path) -> None:
+    """Write a model to a folder: the initial or given weights after supervised fine-tuning on the data."""
     if spec.initial is not None:
         model, tokenizer = spec.initial()
     else:
@@ -84,6 +85,7 @@ def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path) -
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if cfg.sft.max_steps > 0:
+        # A source without rows of its own for this purpose lends the best completion of each preference row.
         rows = source.sft_rows()
         if rows is None:
             rows = [dataclasses.replace(row, rejected=None, worse=()) for row in source.rows(no_completer)]
@@ -94,6 +96,7 @@ def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path) -
 
 
 def _fit_supervised(cfg: DictConfig, model: Any, train: list[TokenizedPair], tokenizer: Any) -> None:
+    """Train the model on completions, in the module that trains all methods, with the loss of SFT."""
     sft = cfg.sft
     pad = tokenizer.pad_token_id
     module = AlignmentModule(

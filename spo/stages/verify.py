@@ -1,4 +1,4 @@
-"""`spo verify`: trains every method on an enumerable language and compares the result with its optimum."""
+"""``spo verify``: each method trained on an enumerable language and compared with its optimum."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Case:
     """One training: a method with one pair of coefficients on one model.
 
     Attributes:
-        member: of the config group ``method``.
-        model: of the config group ``model``.
-        alpha: softness; ``None`` where the method does not read it.
-        beta: the method's temperature or the KL's weight; ``None`` where nothing reads it.
-        overrides: everything that composes it.
+        member: Member of the config group ``method``.
+        model: Member of the config group ``model``.
+        alpha: Softness, ``None`` if the method does not read it.
+        beta: Temperature of the method or weight of the KL, ``None`` if nothing reads it.
+        overrides: All overrides that compose the configuration.
     """
 
     member: str
@@ -56,18 +56,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a training reached.
+    """Result of a training.
 
     Attributes:
-        method: name of the method.
-        model: tabular or tiny.
-        alpha: softness, or ``None``.
-        beta: the method's temperature or the KL's weight, or ``None``.
-        tv: total variation to the optimum, mean over prompts; ``None`` where it is not finite or there is no optimum.
-        entropy: reached, nats per response.
-        entropy_predicted: of the optimum.
-        optimum: closed form, numerical, or none.
-        passed: whether tv is within the tolerance of the model.
+        method: Name of the method.
+        model: ``tabular`` or ``tiny``.
+        alpha: Softness, or ``None``.
+        beta: Temperature of the method or weight of the KL, or ``None``.
+        tv: Total variation to the optimum, mean over prompts; ``None`` if it is not finite or there is no optimum.
+        entropy: Entropy of the trained policy, nats per response.
+        entropy_predicted: Entropy of the optimum, nats per response.
+        optimum: ``closed form``, ``numerical`` or ``none``.
+        passed: Whether ``tv`` is within the tolerance of the model.
     """
 
     method: str
@@ -82,23 +82,23 @@ class Verdict:
 
 
 def verify_command(methods: Sequence[str], full: bool, config_dir: str | None, json_file: Path | None) -> bool:
-    """Runs all cases, prints the table, and says whether every one passed.
+    """Run all cases, print the table, and return whether all of them passed.
 
     Args:
-        methods: members of the config group ``method``; none for all that there are.
-        full: the whole grid instead of two settings per method.
-        config_dir: folder with further members of the groups; methods there are verified as well.
-        json_file: receives the rows, ``None`` for none.
+        methods: Members of the config group ``method``; an empty list for all of them.
+        full: Whether to train the whole grid instead of two settings per method.
+        config_dir: Folder with further members of the groups; its methods are verified as well.
+        json_file: File for the rows, ``None`` for no file.
 
     Raises:
-        UserError: a method cannot be composed, or the file cannot be written.
+        UserError: A method cannot be composed, or the file cannot be written.
     """
     quiet_libraries()
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"--json {json_file}: there is no folder {json_file.absolute().parent}")
     plan = OmegaConf.load(conf_dir() / PLAN)
     assert isinstance(plan, DictConfig)
-    cases, left_out = planned(plan, full, config_dir, methods)
+    cases, left_out = plan_cases(plan, full, config_dir, methods)
     console, verdicts = Console(), []
     with (
         tempfile.TemporaryDirectory(prefix="spo-verify-") as folder,
@@ -107,7 +107,7 @@ def verify_command(methods: Sequence[str], full: bool, config_dir: str | None, j
         task = progress.add_task("verifying", total=len(cases))
         for number, case in enumerate(cases):
             progress.update(task, description=f"{case.member}, {case.model}")
-            verdicts.append(run(case, Path(folder), number, plan.tolerance[case.model], config_dir))
+            verdicts.append(run_case(case, Path(folder), number, plan.tolerance[case.model], config_dir))
             progress.advance(task)
     console.print(_table(verdicts))
     for line in left_out:
@@ -119,10 +119,14 @@ def verify_command(methods: Sequence[str], full: bool, config_dir: str | None, j
     return failed == 0
 
 
-def planned(
+def plan_cases(
     plan: DictConfig, full: bool, config_dir: str | None, methods: Sequence[str] = ()
 ) -> tuple[list[Case], list[str]]:
-    """The cases of the given methods, or of every one that there is, and which are left out, in words."""
+    """Return the cases of the given methods, or of all methods, and a sentence for each method that is left out.
+
+    Raises:
+        UserError: The folder or a method does not exist.
+    """
     if config_dir is not None and not Path(config_dir).is_dir():
         raise UserError(f"--config-dir {config_dir}: there is no such folder")
     known = group_members([conf_dir(), *([Path(config_dir)] if config_dir is not None else [])])["method"]
@@ -133,7 +137,7 @@ def planned(
     cases: list[Case] = []
     left_out: list[str] = []
     for member in methods or known:
-        loss, name = _loss(member, config_dir)
+        loss, name = _instantiate_loss(member, config_dir)
         if not loss.uses_rejected:
             left_out.append(f"{name} is left out: it learns from completions alone and compares none")
             continue
@@ -141,7 +145,7 @@ def planned(
     return cases, left_out
 
 
-def _loss(member: str, config_dir: str | None) -> tuple[Loss[Any], str]:
+def _instantiate_loss(member: str, config_dir: str | None) -> tuple[Loss[Any], str]:
     cfg = compose([f"method={member}"], config_dir=config_dir, run_dir=".")
     check_config(cfg)
     return instantiate(cfg.method.loss, _convert_="all"), method_name(cfg)
@@ -166,8 +170,8 @@ def _cases(plan: DictConfig, grid: str, member: str, loss: Loss[Any]) -> Iterato
             yield Case(member, str(model), alpha, beta, (*shared, *chosen))
 
 
-def run(case: Case, folder: Path, number: int, tolerance: float, config_dir: str | None) -> Verdict:
-    """Trains one case as `spo train` would, and measures where it ended."""
+def run_case(case: Case, folder: Path, number: int, tolerance: float, config_dir: str | None) -> Verdict:
+    """Train one case as ``spo train`` does, and measure the distance to its optimum."""
     overrides = [*case.overrides, f"paths.cache={folder / 'cache'}"]
     composed = compose(overrides, config_dir=config_dir, run_dir=folder / str(number))
     check_config(composed)
@@ -183,7 +187,7 @@ def run(case: Case, folder: Path, number: int, tolerance: float, config_dir: str
     except (FloatingPointError, ValueError, RuntimeError):
         if all(parameter.isfinite().all() for parameter in parts.module.policy.parameters()):
             raise
-        measured, optimum = {}, None  # the weights have run away, which is an answer
+        measured, optimum = {}, None  # diverged weights are a result, not an error
     found = {key: _finite(measured.get(key)) for key in ("tv", "entropy", "entropy_optimum")}
     return Verdict(
         method=method_name(cfg),
@@ -203,7 +207,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _table(verdicts: Sequence[Verdict]) -> Table:
-    table = Table(title="trained policies against the optimum of what they minimise", caption=CAPTION, box=SIMPLE_HEAD)
+    table = Table(title="trained policies against the optimum of what they minimize", caption=CAPTION, box=SIMPLE_HEAD)
     for name in ("method", "model", "alpha", "beta", "tv", "entropy", "predicted", ""):
         table.add_column(name, justify="left" if name in ("method", "model", "") else "right", no_wrap=True)
     for verdict in verdicts:

@@ -1,4 +1,4 @@
-"""Rewards and judges behind one interface: who says which of two completions is the better one."""
+"""Rewards and judges behind one interface that decides which of two completions is better."""
 
 from spo.errors import JudgeError
 from spo.evaluation.judges.base import Judge, JudgedPair

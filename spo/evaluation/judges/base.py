@@ -1,4 +1,4 @@
-"""What evaluation asks of a judge, whichever it is."""
+"""Interface of all judges."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ class JudgedPair:
 
     @property
     def swapped(self) -> JudgedPair:
-        """The same, shown the other way round."""
+        """Return the pair in the other order."""
         return JudgedPair(self.prompt, self.second, self.first)
 
 
 @runtime_checkable
 class Judge(Protocol):
-    """Compares completions; one that scores them by themselves says the scores too."""
+    """Judge of completions. Some judges only compare, others score each completion too."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """JSON-like; whatever its verdicts follow from. A judge with another identity is another judge."""
+        """Return all that the verdicts depend on, as JSON values. Cached verdicts belong to an identity."""
 
     def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]] | None:
-        """Scores by name, ``reward`` and its components, one number per completion; ``None`` if it only compares."""
+        """Return one number per completion for ``reward`` and each component; ``None`` if the judge only compares."""
 
     def verdicts(self, comparisons: Sequence[JudgedPair]) -> list[float | None]:
-        """1 where the first completion is better, 0 where the second is, 0.5 for a tie; ``None`` for no answer.
+        """Return 1 if the first completion is better, 0 if the second is, 0.5 for a tie, ``None`` for no answer.
 
         Swapping the two completions of a comparison turns a verdict ``v`` into ``1 - v``.
         """
 
     def usage(self) -> dict[str, float]:
-        """What was spent since it was made, such as ``calls``, ``cached``, ``tokens``; empty where nothing is."""
+        """Return what the judge has spent, such as ``calls``, ``cached``, ``tokens``; empty if it does not count."""
 
 
 @contextmanager
 def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A bar in the terminal, if there is one; what it yields is called with the number of things just done."""
+    """Show a bar if there is a terminal, and yield a function that advances it by a number of items."""
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True, disable=not get_console().is_terminal) as bar:
         task = bar.add_task(description, total=total, completed=done)

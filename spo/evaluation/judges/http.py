@@ -1,4 +1,4 @@
-"""A judge behind an HTTP endpoint that speaks OpenAI's protocol: OpenAI's own, vLLM's, llama.cpp's, a proxy."""
+"""Judge behind an HTTP endpoint with the protocol of OpenAI, such as OpenAI, vLLM, llama.cpp or a proxy."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ if TYPE_CHECKING:
 
 _ANSWERS = {"A": 1.0, "B": 0.0, "TIE": 0.5}
 _ANSWER = re.compile(rf"\W*({'|'.join(_ANSWERS)})\W*", re.IGNORECASE)
-# No other question would fare better: wrong key, no permission, no such model or address.
-_HOPELESS = (401, 403, 404)
+# Every further question would fail too: wrong key, missing permission, unknown model or address.
+_FATAL_STATUS_CODES = (401, 403, 404)
 
 
 class HTTPJudge(PairwiseJudge):
-    """Asks a chat model over HTTP, which answers ``A``, ``B`` or ``TIE``.
+    """Judge that asks a chat model over HTTP, which answers ``A``, ``B`` or ``TIE``.
 
-    Failed requests (no connection, timeout, status 408, 409, 429, 5xx) are sent again by the ``openai`` client, after
-    exponentially growing pauses or after what the server's Retry-After asks for. Any other answer than the three is
-    asked again, and then counts as none.
+    The ``openai`` client repeats failed requests (no connection, timeout, status 408, 409, 429, 5xx), after
+    exponentially growing pauses or the time in Retry-After. If an answer is not one of the three, the question is
+    asked again; after the last attempt it counts as unanswered.
 
     Args:
-        base_url: of the endpoint, such as ``http://localhost:8000/v1``.
-        model: its name there.
-        key_variable: name of the environment variable that holds the key; ``None`` where the endpoint asks for none.
-        template: of the question; ``{prompt}``, ``{first}`` and ``{second}`` are filled in.
-        request: further parameters of the request, such as ``temperature``, as the endpoint calls them.
-        timeout_s: seconds that an answer may take.
-        max_retries: of a failed request.
-        attempts: times that a question is asked until the answer can be read.
-        requests_per_minute: over all threads, evenly spaced, retries included; ``None``: no limit.
-        concurrency: requests under way at a time.
-        input_price: of a million tokens of the questions; ``None``: no cost is counted.
-        output_price: of a million tokens of the answers, in the same currency.
-        cache: file of the verdicts.
-        max_unanswered: share of the questions that may stay without an answer.
+        base_url: URL of the endpoint, such as ``http://localhost:8000/v1``.
+        model: Name of the model at the endpoint.
+        key_variable: Name of the environment variable with the key; ``None`` if the endpoint does not need a key.
+        template: Template of the question with ``{prompt}``, ``{first}`` and ``{second}``.
+        request: Further parameters of the request, such as ``temperature``, under the names of the endpoint.
+        timeout_s: Limit of seconds for an answer.
+        max_retries: Number of times that a failed request is repeated.
+        attempts: Number of times that a question is asked until the answer is valid.
+        requests_per_minute: Limit over all threads, retries included, evenly spaced; ``None`` for no limit.
+        concurrency: Number of requests at a time.
+        input_price: Price of a million tokens of the questions; ``None`` to count no cost.
+        output_price: Price of a million tokens of the answers, in the same currency.
+        cache: File of the verdicts.
+        max_unanswered: Share of the questions that may remain unanswered.
 
     Raises:
-        JudgeError: the key is not in the environment.
-        ValueError: an argument makes no sense.
+        JudgeError: The key is not in the environment.
+        ValueError: An argument is invalid.
     """
 
     needs_package: ClassVar[str] = "openai"
@@ -80,7 +80,7 @@ class HTTPJudge(PairwiseJudge):
             raise ValueError("judge.base_url: must be an address such as http://localhost:8000/v1")
         if address.username or address.password or address.query:
             raise ValueError(
-                "judge.base_url: holds more than an address; a key goes into judge.key_variable's variable"
+                "judge.base_url: contains more than an address; a key goes into judge.key_variable's variable"
             )
         if (input_price is None) != (output_price is None):
             raise ValueError("judge.input_price and judge.output_price: give both, or neither")
@@ -94,7 +94,7 @@ class HTTPJudge(PairwiseJudge):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Endpoint, model, question and parameters; not how often or how fast it is asked."""
+        """Return endpoint, model, question and parameters, but no setting of retries or pace."""
         return {
             "judge": "http",
             "base_url": self.base_url,
@@ -104,10 +104,10 @@ class HTTPJudge(PairwiseJudge):
         }
 
     def ask(self, comparisons: Sequence[JudgedPair]) -> Generator[Mapping[JudgedPair, float | str], None, None]:
-        """Asks in ``concurrency`` threads.
+        """Ask in ``concurrency`` threads.
 
         Raises:
-            JudgeError: the endpoint does not know the key or the model.
+            JudgeError: The endpoint does not accept the key or the model.
         """
         pool = ThreadPoolExecutor(self.concurrency)
         try:
@@ -120,27 +120,27 @@ class HTTPJudge(PairwiseJudge):
     def _answer(self, comparison: JudgedPair) -> float | str:
         import openai
 
-        content, said = question(self.template, comparison), ""
+        content, answer = question(self.template, comparison), ""
         for _ in range(self.attempts):
             try:
                 response = self._client.chat.completions.create(
                     model=self.model, messages=[{"role": "user", "content": content}], extra_body=self.request
                 )
                 self._count(response.usage)
-                said = str(response.choices[0].message.content)
+                answer = str(response.choices[0].message.content)
             except openai.APIStatusError as error:
                 words = f"the endpoint {self.base_url} answers {self._without_key(error)}"
-                if error.status_code in _HOPELESS:
+                if error.status_code in _FATAL_STATUS_CODES:
                     raise JudgeError(f"{words}: set judge.base_url, judge.model and the key to ones that fit") from None
                 return words
             except openai.APIConnectionError as error:
                 return f"{self.base_url}: {self._without_key(error)}"
             except (openai.APIError, AttributeError, LookupError, TypeError, ValueError) as error:
-                said = f"what is no chat completion ({self._without_key(error)})"  # whatever it sent with status 200
+                answer = f"an invalid chat completion ({self._without_key(error)})"  # an invalid body with status 200
                 continue
-            if match := _ANSWER.fullmatch(said):
+            if match := _ANSWER.fullmatch(answer):
                 return _ANSWERS[match[1].upper()]
-        return f"it said {said!r:.80} instead of A, B or TIE"
+        return f"it answered {answer!r:.80} instead of A, B or TIE"
 
     def _count(self, usage: Any) -> None:
         if usage is None:
@@ -172,12 +172,12 @@ class HTTPJudge(PairwiseJudge):
 
 
 class Pace:
-    """Spaces what several threads do evenly.
+    """Pace of several threads, with evenly spaced turns.
 
     Args:
-        per_minute: how often at most; ``None``: no limit.
-        clock: seconds.
-        sleep: waits for as many seconds.
+        per_minute: Limit of turns per minute; ``None`` for no limit.
+        clock: Function that returns the time in seconds.
+        sleep: Function that waits for a number of seconds.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Pace:
         self._lock = Lock()
 
     def wait(self) -> None:
-        """Returns when it is the caller's turn."""
+        """Wait until it is the turn of the caller."""
         with self._lock:
             now = self._clock()
             turn = max(now, self._next)
@@ -202,11 +202,13 @@ class Pace:
 
 
 def _key(variable: str | None) -> str:
-    """The key in an environment variable; empty where none is named."""
+    """Return the key in an environment variable; an empty text if no variable is named."""
     if variable is None:
         return ""
     if not re.fullmatch(r"[A-Za-z_]\w*", variable):
-        raise ValueError("judge.key_variable: is no name of an environment variable; put the key there, its name here")
+        raise ValueError(
+            "judge.key_variable: is not the name of an environment variable; put the key there, its name here"
+        )
     if not os.environ.get(variable):
         raise JudgeError(
             f"judge.key_variable={variable}: this environment variable is not set; put the endpoint's key there, or "

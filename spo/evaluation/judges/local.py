@@ -1,4 +1,4 @@
-"""Judges that are models on this machine: a reward model, and a language model that is asked."""
+"""Judges that are models on this machine: a reward model, and a language model that answers questions."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from spo.types import Sequences
 
 
 class LocalModel:
-    """A Hugging Face model and its tokenizer, loaded when they are first needed.
+    """Hugging Face model and its tokenizer, loaded when they are first used.
 
     Args:
-        auto_class: transformers' class that loads it.
+        auto_class: Class of transformers that loads the model.
         path: Hugging Face folder or hub name.
-        dtype: of the weights, a name of torch's; ``auto``: as they were saved.
-        trust_remote_code: whether code in the model folder may run.
-        device: torch's name of a device; ``None``: the GPU where there is one.
-        batch_size: rows at a time.
+        dtype: Name of the torch dtype of the weights; ``auto`` for that of the file.
+        trust_remote_code: Whether code in the model folder may run.
+        device: Name of a torch device; ``None`` for the GPU if there is one.
+        batch_size: Number of rows at a time.
     """
 
     def __init__(
@@ -51,33 +51,33 @@ class LocalModel:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Digest of weights, configuration and tokenizer; precision."""
+        """Return the digest of weights, configuration and tokenizer, and the precision."""
         return {"weights": model_digest(self.path), "dtype": self.dtype}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer.
+        """Return the tokenizer.
 
         Raises:
-            JudgeError: there is none.
+            JudgeError: The tokenizer cannot be loaded.
         """
-        return self._loaded(AutoTokenizer)
+        return self._load(AutoTokenizer)
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model, frozen, in eval mode, on its device.
+        """Return the model, frozen, in eval mode, on its device.
 
         Raises:
-            JudgeError: there is none, or weights of it are missing, which would be random.
+            JudgeError: The model cannot be loaded, or some of its weights are missing and would be random.
         """
-        model, found = self._loaded(self.auto_class, dtype=self.dtype, output_loading_info=True)
+        model, found = self._load(self.auto_class, dtype=self.dtype, output_loading_info=True)
         if absent := sorted(found["missing_keys"]):
             raise JudgeError(
                 f"judge.path={self.path}: these are not the weights of a {type(model).__name__}, {absent[0]} is missing"
             )
         return model.requires_grad_(False).eval().to(self.device)
 
-    def _loaded(self, auto_class: Any, **settings: Any) -> Any:
+    def _load(self, auto_class: Any, **settings: Any) -> Any:
         try:
             return auto_class.from_pretrained(self.path, trust_remote_code=self.trust_remote_code, **settings)
         except (OSError, ValueError) as error:
@@ -85,30 +85,31 @@ class LocalModel:
 
     @property
     def context(self) -> int:
-        """Tokens that the model takes."""
+        """Return the number of tokens in the context of the model."""
         most = self.tokenizer.model_max_length
         return min(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or most, most)
 
     def batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Positions of the rows, a batch at a time, rows of like length together."""
+        """Yield positions of rows in batches, rows of similar length together."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         return (order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size))
 
 
 class RewardModelJudge(RewardJudge):
-    """Compares completions by a reward model: a sequence classification model with one output.
+    """Judge that compares completions by a reward model: a sequence classification model with one output.
 
-    It reads prompt and completion through its tokenizer's chat template, as a turn of the user and one of the
-    assistant; without a template as a pair where the tokenizer has a separator, as BERT's, else as one text that ends
-    in EOS.
+    The chat template of the tokenizer renders prompt and completion, as a turn of the user and one of the assistant.
+    Without a template they are a pair if the tokenizer has a separator, as that of BERT, else one text that ends in
+    EOS.
 
     Args:
         path: Hugging Face folder or hub name.
-        dtype: of the weights, a name of torch's; ``auto``: as they were saved.
-        trust_remote_code: whether code in the model folder may run.
-        device: torch's name of a device; ``None``: the GPU where there is one.
-        batch_size: texts at a time.
-        max_length: tokens of a text, which loses its beginning where it is longer; ``None``: what the model takes.
+        dtype: Name of the torch dtype of the weights; ``auto`` for that of the file.
+        trust_remote_code: Whether code in the model folder may run.
+        device: Name of a torch device; ``None`` for the GPU if there is one.
+        batch_size: Number of texts at a time.
+        max_length: Limit of tokens in a text, which loses its beginning beyond it; ``None`` for the context of the
+            model.
     """
 
     def __init__(
@@ -137,11 +138,11 @@ class RewardModelJudge(RewardJudge):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Weights, and how much of a text is read."""
+        """Return the digest of the weights, and the limit of tokens."""
         return {"judge": "reward_model", **self._local.identity, "max_length": self.max_length}
 
     def usage(self) -> dict[str, float]:
-        """How many texts were too long and lost their beginning."""
+        """Return the number of texts that were too long and lost their beginning."""
         return {"truncated": float(self.truncated)}
 
     @torch.no_grad()
@@ -167,7 +168,7 @@ class RewardModelJudge(RewardJudge):
             texts = [prompt, completion]
         else:
             texts = [f"{prompt}{completion}{tokenizer.eos_token or ''}"]
-        special = not tokenizer.chat_template  # a template has written them
+        special = not tokenizer.chat_template  # a template writes them itself
         row = tokenizer(*texts, add_special_tokens=special, verbose=False)
         limit = self.max_length or self._local.context
         if len(row["input_ids"]) > limit:
@@ -188,7 +189,7 @@ class RewardModelJudge(RewardJudge):
         return {name: column(name) for name in rows[0]}
 
     def _padding(self, rows: Sequence[Sequence[int]]) -> int:
-        """The token to pad with. Decoders find the end of a row by its value, so no row may hold it."""
+        """Return a padding token that no row contains. Decoder models find the end of a row by its value."""
         tokenizer = self._local.tokenizer
         token = tokenizer.pad_token_id
         if token is None or token == tokenizer.eos_token_id:
@@ -202,29 +203,29 @@ def _check_outputs(path: str, outputs: int | None) -> None:
     if outputs != 1:
         raise JudgeError(
             f"judge.path={path}: this model has {outputs} outputs, and a reward model has one (num_labels=1); wrap a "
-            "classifier in a reward function of yours and write judge=function"
+            "classifier in your own reward function and set judge=function"
         )
 
 
 class LanguageModelJudge(PairwiseJudge):
-    """Asks a causal language model which completion is better, and compares the log-probabilities of ``A`` and ``B``.
+    """Judge that asks a causal language model and compares the log-probabilities of the answers ``A`` and ``B``.
 
-    Nothing is generated: one forward pass answers one question. The question goes through the tokenizer's chat
-    template where it has one.
+    Nothing is generated: one forward pass answers one question. The chat template of the tokenizer renders the
+    question, if there is one.
 
     Args:
         path: Hugging Face folder or hub name.
-        dtype: of the weights, a name of torch's; ``auto``: as they were saved.
-        trust_remote_code: whether code in the model folder may run.
-        device: torch's name of a device; ``None``: the GPU where there is one.
-        batch_size: questions at a time.
-        template: of the question; ``{prompt}``, ``{first}`` and ``{second}`` are filled in.
-        margin: nats; log-probabilities that differ by no more are a tie.
-        cache: file of the verdicts.
-        max_unanswered: share of the questions that may stay without an answer, being longer than the model's context.
+        dtype: Name of the torch dtype of the weights; ``auto`` for that of the file.
+        trust_remote_code: Whether code in the model folder may run.
+        device: Name of a torch device; ``None`` for the GPU if there is one.
+        batch_size: Number of questions at a time.
+        template: Template of the question with ``{prompt}``, ``{first}`` and ``{second}``.
+        margin: Largest difference of the log-probabilities that is a tie, nats.
+        cache: File of the verdicts.
+        max_unanswered: Share of the questions that may remain unanswered, because they exceed the context.
 
     Raises:
-        ValueError: the template lacks a placeholder.
+        ValueError: The template lacks a placeholder.
     """
 
     def __init__(
@@ -246,7 +247,7 @@ class LanguageModelJudge(PairwiseJudge):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Weights, question and margin."""
+        """Return the digest of the weights, the question and the margin."""
         return {
             "judge": "language_model",
             **self._local.identity,
@@ -256,10 +257,10 @@ class LanguageModelJudge(PairwiseJudge):
 
     @torch.no_grad()
     def ask(self, comparisons: Sequence[JudgedPair]) -> Generator[Mapping[JudgedPair, float | str], None, None]:
-        """Answers a batch at a time.
+        """Answer a batch at a time.
 
         Raises:
-            JudgeError: the tokenizer cannot tell A from B.
+            JudgeError: The tokens of the answers A and B are the same.
         """
         context = self._local.context
         questions = [self._encode(comparison) for comparison in comparisons]
@@ -276,7 +277,7 @@ class LanguageModelJudge(PairwiseJudge):
         return 0.5 if abs(difference) <= self.margin else float(difference > 0)
 
     def _differences(self, questions: Sequence[tuple[list[int], tuple[int, int]]]) -> list[float]:
-        """Of each question, how much more probable the answer A is than B, in nats."""
+        """Return for each question the log-probability of A minus that of B, in nats."""
         lengths = torch.tensor([len(ids) for ids, _ in questions])
         ids = torch.zeros(len(questions), int(lengths.max()) + 1, dtype=torch.long)
         for row, (question_ids, (label, _)) in zip(ids, questions, strict=True):
@@ -289,11 +290,11 @@ class LanguageModelJudge(PairwiseJudge):
         return (first - second).tolist()
 
     def _encode(self, comparison: JudgedPair) -> tuple[list[int], tuple[int, int]]:
-        """Tokens of the question, and the token of each answer: the first in which the two differ."""
+        """Return the tokens of the question, and the first token in which the two answers differ, for each answer."""
         tokenizer, text = self._local.tokenizer, question(self.template, comparison).rstrip()
         if tokenizer.chat_template:
             turn = [{"role": "user", "content": text}]
-            # models that think before they answer are asked not to; other templates do not read it
+            # Reasoning models must answer at once. Other templates ignore this argument.
             text = str(
                 tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
             )

@@ -79,7 +79,7 @@ class PairwiseJudge(ABC):
         self.spend(cached=len(verdicts))
         open_questions = [shown for shown in keys if shown not in verdicts]
         if open_questions:
-            verdicts |= self._asked(open_questions, keys)
+            verdicts |= self._ask_and_store(open_questions, keys)
         return [_mean(comparison, verdicts) for comparison in comparisons]
 
     def usage(self) -> dict[str, float]:
@@ -92,7 +92,7 @@ class PairwiseJudge(ABC):
         with self._lock:
             self._spent.update(amounts)
 
-    def _asked(self, questions: list[JudgedPair], keys: Mapping[JudgedPair, str]) -> dict[JudgedPair, float]:
+    def _ask_and_store(self, questions: list[JudgedPair], keys: Mapping[JudgedPair, str]) -> dict[JudgedPair, float]:
         verdicts: dict[JudgedPair, float] = {}
         missing = 0
         with (

@@ -1,4 +1,4 @@
-"""Judging by a reward function: of two completions the one with the higher reward is the better."""
+"""Judge by a reward function: the completion with the higher reward is better."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from spo.evaluation.winrate import verdict_of_rewards
 
 
 class RewardJudge:
-    """Compares completions by a reward function.
+    """Judge that compares completions by a reward function.
 
     Args:
-        reward: ``reward(prompts, completions)`` gives the key ``reward`` and any components, one number per completion.
+        reward: Function ``reward(prompts, completions)`` that returns the key ``reward`` and any components, with one
+            number per completion.
     """
 
     def __init__(self, reward: Reward) -> None:
@@ -26,14 +27,14 @@ class RewardJudge:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The name of the function and the arguments it was given."""
+        """Return the name of the function and its bound arguments."""
         return {"judge": "reward", "reward": _name(self.reward)}
 
     def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
-        """The rewards and their components.
+        """Return the rewards and their components.
 
         Raises:
-            JudgeError: the function does not give one finite number per completion.
+            JudgeError: The function does not return one finite number per completion.
         """
         scores = self.reward(prompts, completions)
         name = _name(self.reward)
@@ -48,24 +49,24 @@ class RewardJudge:
         return found
 
     def verdicts(self, comparisons: Sequence[JudgedPair]) -> list[float | None]:
-        """Verdicts of the rewards; equal ones are a tie."""
+        """Return verdicts from the rewards; equal rewards are a tie."""
         prompts = [comparison.prompt for comparison in comparisons]
         first = self.scores(prompts, [comparison.first for comparison in comparisons])["reward"]
         second = self.scores(prompts, [comparison.second for comparison in comparisons])["reward"]
         return [verdict_of_rewards(a, b) for a, b in zip(first, second, strict=True)]
 
     def usage(self) -> dict[str, float]:
-        """Nothing is spent."""
+        """Return nothing, because a reward function does not count."""
         return {}
 
 
 def reward_judge(reward: Reward | None) -> RewardJudge | None:
-    """The judge of a reward function, or none where the data has no reward.
+    """Return the judge of a reward function, or ``None`` for data without a reward.
 
     Args:
-        reward: a function, or an object that is called like one; a class is instantiated first.
+        reward: Function or callable object; a class is instantiated first.
     """
-    if isinstance(reward, partial) and inspect.isclass(reward.func):  # named by _target_ beside _partial_
+    if isinstance(reward, partial) and inspect.isclass(reward.func):  # a class in _target_ with _partial_
         reward = reward()
     return None if reward is None else RewardJudge(reward)
 
