@@ -53,7 +53,7 @@ def write_alpaca_like(path: Path, prompts: int, seed: int) -> Path:
 
 
 def write_ranked_like(path: Path, prompts: int, seed: int) -> Path:
-    """Lists of nine responses as jsonl.gz with ``prompt``, ``responses`` and ``scores``, best first.
+    """Write lists of nine responses as jsonl.gz with ``prompt``, ``responses`` and ``scores``, best first.
 
     As in the published file a few responses are empty or repeated, and a few scores are equal.
     """

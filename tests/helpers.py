@@ -47,7 +47,7 @@ FAST = replace(
 
 
 def tiny_llama(seed: int = 0, *, dtype: torch.dtype = torch.float64, scale: float = 0.5, **config: Any) -> nn.Module:
-    """A Llama of a few thousand weights, large enough in scale that its distributions are far from uniform."""
+    """Return a Llama of a few thousand weights, scaled so that its distributions are far from uniform."""
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 16,
@@ -130,7 +130,7 @@ def tiny_tokenizer(vocab: int = VOCAB) -> PreTrainedTokenizerFast:
 
 
 def save_model(folder: Path, **config: Any) -> Path:
-    """A folder with a tiny model and its tokenizer."""
+    """Save a tiny model and its tokenizer in a folder."""
     tiny_llama(dtype=torch.float32, **config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -100,7 +100,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder that the command is typed in."""
+    """Return an empty folder in which commands run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPO_CACHE_DIR", str(cache))
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -402,7 +402,7 @@ def test_a_finished_run_trains_more_steps(here: Path, cache: Path, capsys: pytes
 
 @pytest.fixture
 def finished(swept: Sweep, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of a finished run, in the folder that commands are typed in."""
+    """Return a copy of a finished run, in the folder in which commands run."""
     torch.set_num_threads(1)
     monkeypatch.setenv("SPO_CACHE_DIR", str(swept.cache))
     shutil.copytree(swept.directory("ipo"), here / "run", symlinks=True)
@@ -715,7 +715,7 @@ def test_precomputed_log_probs_train_like_a_frozen_copy(
 
 
 def asked(file: Path, query: str) -> list[Any]:
-    """What the store of reference log-probs answers."""
+    """Return the answers of the store of reference log-probs."""
     with closing(sqlite3.connect(file)) as database:
         return database.execute(query).fetchall()
 

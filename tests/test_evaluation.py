@@ -97,7 +97,7 @@ def evaluate(
 
 
 def favouring(strength: float) -> nn.Module:
-    """A model that says the favourite token more often, by an offset of ``strength`` nats."""
+    """Return a model that favors one token by an offset of ``strength`` nats."""
     model = tiny_llama(scale=0.1)
     head = nn.Linear(16, VOCAB, bias=True, dtype=torch.float64)
     with torch.no_grad():

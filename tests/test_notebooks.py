@@ -30,12 +30,12 @@ def code_of(notebook: Any) -> list[Any]:
 
 
 def numbers(notebook: Any) -> dict[str, Any]:
-    """What the last cell prints."""
+    """Return the text that the last cell prints."""
     return json.loads(notebook.cells[-1].outputs[0].text)
 
 
 def execute(name: str, folder: Path, **changes: str) -> Any:
-    """Runs a notebook in a folder, with lines of its settings replaced."""
+    """Run a notebook in a folder, with some lines of its settings replaced."""
     notebook = read(FOLDER / name)
     for cell in code_of(notebook):
         cell.outputs, cell.execution_count = [], None

@@ -59,7 +59,7 @@ def loss_of(loss: ListLoss, lists: ListLogps, alpha: float = ALPHA) -> Tensor:
 
 
 def by_loops(loss: ListLoss, lists: ListLogps, alpha: float) -> Tensor:
-    """The definition, one list after the other, with probabilities as they are written."""
+    """Compute the definition list by list, from probabilities."""
     losses = []
     for row in range(len(lists.policy)):
         ranking = [lists.policy[row, i] for i in lists.order[row].tolist() if lists.mask[row, i]]

@@ -43,7 +43,7 @@ class Input(NamedTuple):
 
 @pytest.fixture(scope="session")
 def made_up(tmp_path_factory: pytest.TempPathFactory) -> Input:
-    """A model of 512 tokens and 512 positions, one id for BOS and EOS; pairs with the lengths of the published ones."""
+    """Return a model of 512 tokens whose BOS and EOS share an id, and pairs with the lengths of published ones."""
     folder = tmp_path_factory.mktemp("made up")
     jsonl = write_alpaca_like(folder / "alpaca.jsonl.gz", prompts=100, seed=0)
     hh = write_hh_like(folder / "hh.jsonl.gz", pairs=150, seed=0)
@@ -58,7 +58,7 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Input:
 
 
 def small_tokenizer(texts: object) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 512 tokens; ``<s>`` begins and ends a text, as in stories260K."""
+    """Return a byte-level BPE of 512 tokens; ``<s>`` begins and ends a text, as in stories260K."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -91,7 +91,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder that the command is typed in."""
+    """Return an empty folder in which commands run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPO_CACHE_DIR", str(cache))
     return tmp_path
@@ -103,12 +103,12 @@ TRUNCATIONS = ("drop_pair", "trim_completion")
 
 
 def limit(data: str, truncation: str) -> str:
-    """The part of each data set that a run of few steps reads: one pair in eight of AlpacaEval's fits as it is."""
+    """Return the part of each data set that a short run reads: one pair in eight of AlpacaEval fits as it is."""
     return "data.limit=400" if (data, truncation) == ("jsonl", "drop_pair") else "data.limit=70"
 
 
 def check(metrics: Numbers, run: Path) -> None:
-    """A run on data without a reward: all the numbers but those of the reward, a policy that loads and generates."""
+    """Check a run on data without a reward: all other metrics exist, and the policy loads and generates."""
     assert {"train/loss", "val/loss", "eval/kl", "eval/entropy", "eval/rewards/accuracies"} <= metrics.keys()
     assert not [key for key in metrics if "win_rate" in key or "eval/reference/reward" in key]
     assert not [key for key in metrics if key == "eval/reward" or key.startswith("eval/reward/")]
@@ -319,7 +319,7 @@ def test_a_bad_row_is_an_error_with_its_place(
 
 
 def line_in(told: str) -> int:
-    """The line number that a message names."""
+    """Return the line number that a message names."""
     [number] = re.findall(r"(?:, line |:)(\d+)", told)
     return int(number)
 

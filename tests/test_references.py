@@ -43,7 +43,7 @@ BATCH = collate(PAIRS, range(8), PAD).sequences
 
 
 def randomise(policy: nn.Module, seed: int = 0) -> None:
-    """Gives an adapter that does nothing yet a direction of its own."""
+    """Give a fresh adapter a direction of its own."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def given_adapter(folder: Path, tmp_path: Path) -> str:
-    """The folder of an adapter that changes the model."""
+    """Return the folder of an adapter that changes the model."""
     policy: Any = model_spec(lora=LORA).policy(folder, seed=0)
     randomise(policy)
     policy.save_pretrained(tmp_path / "given")

@@ -313,7 +313,7 @@ def ragged(n: int, seed: int = 0) -> list[list[int]]:
 
 
 def both(model: nn.Module, prompts: Any, **changes: Any) -> list[list[int]]:
-    """What the two samplers draw, which is the same."""
+    """Return the completions of the two samplers, which must be equal."""
     assert static.unsupported(model) is None
     ours, theirs = (completions(draw(model, prompts, sampler=sampler, **changes)) for sampler in SAMPLERS)
     assert ours == theirs

@@ -30,7 +30,7 @@ BETA = 0.1
 
 
 def trl_trainer(model: nn.Module, reference: nn.Module, tokenizer: Any, loss_type: str, folder: Path) -> Any:
-    """A DPOTrainer as a user would make it; its data set is a formality, as its batches are given to it by hand."""
+    """Return a DPOTrainer as a user would make it; its data set is unused, since tests pass batches by hand."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 

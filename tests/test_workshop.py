@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -162,3 +163,27 @@ def test_imports_go_down_the_layout_of_contributing() -> None:
     }
     upward = {(room, other) for room, other in edges if room in rank and rank.get(other, len(items)) < rank[room]}
     assert len(items) == 10 and upward == set()
+
+
+# Openings of a noun clause or a question: such a docstring is not an instruction.
+CLAUSES = {"What", "Whether", "Of", "Those", "Who", "Whose", "Which", "How", "Where", "When", "Why"}
+
+
+def opening_clauses(source: str) -> list[str]:
+    """Return the names of functions whose docstring starts with a noun clause."""
+    functions = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    docstrings = {node.name: ast.get_docstring(node) or "" for node in functions}
+    return [name for name, text in docstrings.items() if text.split(maxsplit=1)[:1] and text.split()[0] in CLAUSES]
+
+
+@pytest.mark.parametrize("folder", ["spo", "tests", "benchmarks", "docs"])
+def test_no_docstring_starts_with_a_noun_clause(folder: str) -> None:
+    found = {path.name: opening_clauses(path.read_text()) for path in sorted((ROOT / folder).rglob("*.py"))}
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+def test_a_noun_clause_is_found() -> None:
+    source = 'def a():\n    """Whether it is."""\ndef b():\n    """Return whether it is."""\ndef c(): ...\n'
+    assert opening_clauses(source) == ["a"]
