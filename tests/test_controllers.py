@@ -90,7 +90,7 @@ def entropy_at(alpha: float) -> float:
 
 
 def kl_at(beta: float) -> float:
-    """Of softmax(r / beta) to the uniform reference."""
+    """Return the KL of softmax(r / beta) to the uniform reference."""
     return math.log(2) - entropy_at(beta)
 
 

@@ -56,7 +56,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def count_reward(prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
-    """How often the favourite token occurs; minus the length as a component."""
+    """Count the favored token; a component is the negative length."""
     tokens = [[int(word[1:]) for word in text.split()] for text in completions]
     return {
         "reward": [float(ids.count(FAVOURITE)) for ids in tokens],

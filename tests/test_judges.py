@@ -691,7 +691,7 @@ QUESTIONS = [
 
 
 def difference(seed: int, ids: Sequence[int]) -> float:
-    """How much more probable A is than B after a question, in nats, by a plain forward pass."""
+    """Return the log-odds of A over B after a question, in nats, from a plain forward pass."""
     with torch.no_grad():
         logps = tiny_llama(seed, dtype=torch.float32, scale=1.0)(torch.tensor([list(ids)])).logits[0, -1].log_softmax(0)
     return float(logps[3] - logps[4])

@@ -41,7 +41,7 @@ def everything(world: World) -> list[tuple[int, int]]:
 
 
 def expectation(world: World, name: KLEstimator, draws: Iterable[tuple[float, list[tuple[int, int]]]]) -> Expectation:
-    """Of the mean over a batch and of its gradient, from every batch with its probability."""
+    """Return the expected mean over a batch and its gradient, from every batch with its probability."""
     total = torch.zeros((), dtype=torch.float64)
     for probability, chosen in draws:
         total = total + probability * KL_ESTIMATORS[name](*world.batch(chosen)).mean()

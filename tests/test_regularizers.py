@@ -84,7 +84,7 @@ def test_tokenwise_expectation_equals_exact_sequence_kl() -> None:
 
 
 def test_tokenwise_gradient_holds_prefixes_fixed() -> None:
-    """What the estimator leaves out of the exact gradient is the prefixes' own dependence on the policy."""
+    """Check that the estimator drops from the exact gradient the dependence of prefixes on the policy."""
     policy, reference, everything = three_token_models()
     log_p = completion_logps(policy, everything)
     exact = gradient((log_p.exp() * (log_p - completion_logps(reference, everything))).sum(), policy)

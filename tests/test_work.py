@@ -152,7 +152,7 @@ def test_probe_runs_only_at_log_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("max_logits", [VOCAB * 8, None])
 def test_logits_in_memory_are_bounded(max_logits: int | None, tmp_path: Path) -> None:
-    """Which costs the head's product once more, in backward."""
+    """The limit costs one more product of the head, in the backward pass."""
     bounded = counted(tmp_path, DPOLoss(), NoRegularizer(), replace(FAST, max_logits=max_logits))
     whole = counted(tmp_path, DPOLoss(), NoRegularizer(), ROOMY)
     again = 0 if max_logits is None else PAIRS * (CHOSEN + REJECTED) * weights_of("head")
