@@ -12,7 +12,7 @@ def finite(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except OverflowError:
+    except OverflowError:  # JSON integers may be larger than any float.
         return None
     return number if math.isfinite(number) else None
 
@@ -72,6 +72,7 @@ def describe_win_rate(low: float | None, high: float | None) -> str:
 
 def clean(text: str) -> str:
     """Make a sampled text safe to show: control characters become visible, lone surrogates become question marks."""
+    # Unicode has a visible picture for each control character, from U+2400 on.
     pictures = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
     pictures |= {code: 0xFFFD for code in range(0x80, 0xA0)}
     return text.replace("\r\n", "\n").translate(pictures).encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""The enumerable language: its responses, its labels against the formulas they follow, its tokens, and runs over it."""
+"""The enumerable language: responses, labels by their formulas, tokens, and runs on it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_responses_are_unique_and_none_is_prefix_of_another(num_symbols: int, ma
         assert not isinstance(pair, Dropped) and pair.prompt_ids == (0, 2) and pair.chosen_text == response
         assert make.decode(pair.chosen_ids) == response
         leaves.add(pair.chosen_ids)
-    # by another road: all sequences of max_new_tokens tokens, cut behind their first end-of-text
+    # The same set in another way: all sequences of max_new_tokens tokens, cut after their first end-of-text.
     tokens = itertools.product(range(num_symbols + 1), repeat=max_new_tokens)
     assert leaves == {ids[: ids.index(0) + 1] if 0 in ids else ids for ids in tokens}
     assert not any(a != b and b[: len(a)] == a for a in leaves for b in leaves)
@@ -301,7 +301,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def policy_of(folder: Path, language: Language, max_new_tokens: int = 3) -> torch.Tensor:
-    """``(P, R)`` log-probabilities of every response, scored apart from the run."""
+    """Return ``(P, R)`` log-probabilities of all responses, computed without the run's code."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = []

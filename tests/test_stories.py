@@ -123,7 +123,7 @@ def test_flawless_story_gets_the_highest_reward() -> None:
         pytest.param("coherence", "Mia pulled", "Tom pulled", id="another-hero"),
         pytest.param("coherence", "Mia smiled", "He smiled", id="wrong-pronoun"),
         pytest.param("coherence", "the kite came", "the boat came", id="another-thing"),
-        pytest.param("coherence", "At last the kite", "At last the blue kite", id="another-colour"),
+        pytest.param("coherence", "At last the kite", "At last the blue kite", id="another-color"),
         pytest.param("coherence", "At last the kite came loose.", "The wind blew over the hills.", id="ramble"),
         pytest.param("plot", "But the kite was stuck in a tall tree. ", "", id="no-problem"),
         pytest.param("plot", "Mia pulled it with a long rope. ", "", id="no-attempt"),

@@ -1,6 +1,6 @@
 """Preference data: sources of rows, their tokens, splits and batches.
 
-What needs torch or lightning is imported from its own module (`spo.data.collate`, `spo.data.datamodule`).
+Import :mod:`spo.data.collate` and :mod:`spo.data.datamodule` by their own names, since they need torch and lightning.
 """
 
 from spo.data.files import FileSource, HHSource

@@ -131,7 +131,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def _loading(self) -> dict[str, Any]:
         return {
-            "batch_size": None,
+            "batch_size": None,  # The data sets return whole batches.
             "num_workers": self.num_workers,
             "pin_memory": self._trainer().strategy.root_device.type == "cuda",
             # The loader draws seeds for its workers. From the global generator, they would shift a resumed run's draws.
@@ -207,6 +207,7 @@ class _TrainWindows(Dataset[Window]):
         reference_logps: Tensor | None,
         arrange: Callable[[Sequences], Sequences],
     ) -> None:
+        # Without batches of its own: the windows of a step decide which ones are collated.
         self.batches = _Batches(pairs, [], pad_token_id, reference_logps, arrange)
         self.windows, self.rank, self.limits = windows, rank, (micro_batch_size, micro_batch_tokens)
 

@@ -71,6 +71,7 @@ class HHSource(FileSource):
         """Split two dialogues after the last turn marker of the assistant that both share."""
         if not (isinstance(chosen, str) and isinstance(rejected, str)):
             raise RowError(where, "a transcript must be one text; for lists of messages use data=jsonl", "chosen")
+        # The last marker, since both dialogues may share several turns before they differ.
         cut = chosen[: common_prefix_length(chosen, rejected)].rfind(_ASSISTANT)
         if cut < 0:
             raise RowError(where, f"chosen and rejected share no {_ASSISTANT!r} turn", "chosen")

@@ -82,6 +82,7 @@ class RankedFileSource(FileSource):
         kept, dropped = self._drop_uninformative(responses, self._ranks(record, responses, where))
         if len(kept) < 2:
             raise NoPreference(where, "fewer than 2 responses differ in text and rank and are not empty", column)
+        # Digests are as good as random, but the same in every run and for every order of the file.
         selected = sorted(kept)[: self.max_responses]
         chosen, rejected, *worse = (response for digest, response in kept.items() if digest in selected)
         weight = self._number(record, "weight", where, math.inf)
@@ -114,6 +115,7 @@ class RankedFileSource(FileSource):
         kept: dict[str, Text] = {}
         dropped: Counter[str] = Counter()
         for tied in ranks:
+            # One response for each rank: a preference between equal scores would be made up.
             rank_is_filled = False
             for digest, response in sorted(((prompt_id(responses[i]), responses[i]) for i in tied), key=itemgetter(0)):
                 if is_empty(response):

@@ -50,13 +50,13 @@ def _jsonl_records(file: Path) -> Iterator[tuple[str, Record | RowError]]:
             yield where, line
             continue
         try:
-            text = line.decode("utf-8-sig")
+            text = line.decode("utf-8-sig")  # This codec drops a byte order mark.
             if not text.strip():
                 continue
             record = json.loads(text)
         except UnicodeDecodeError as error:
             yield where, RowError(where, f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x})")
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # Deeply nested JSON exceeds the recursion limit.
             yield where, RowError(where, f"not valid JSON: {error}")
         else:
             if isinstance(record, dict):
@@ -116,6 +116,7 @@ def _parquet_records(file: Path) -> Iterator[tuple[str, Record | RowError]]:
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
+            # Batches keep memory small, since parquet files are often larger than the rows that a run uses.
             for batch in table.iter_batches():
                 for record in batch.to_pylist():
                     row += 1

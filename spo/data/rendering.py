@@ -256,6 +256,7 @@ class Renderer:
         eos = self.tokenizer.eos_token
         if not text.rstrip().endswith(eos):
             return text
+        # Data written by other tools may end in EOS already; `render` appends exactly one.
         while text.rstrip().endswith(eos):
             text = text.rstrip().removesuffix(eos)
         return text
@@ -271,6 +272,7 @@ class Renderer:
         return _with_completions(replace(pair, truncated=True), kept, texts)
 
     def _trim_prompt(self, pair: TokenizedPair) -> TokenizedPair | Dropped:
+        # A chat template may have written the BOS as text, so the first token is checked, not the tokenizer's habit.
         bos = int(pair.prompt_ids[0] == self.bos_id)
         room = self.max_length - bos - max(map(len, pair.completions))
         if room < 1:

@@ -128,6 +128,7 @@ def eval_prompts(pairs: Sequence[TokenizedPair]) -> list[EvalPrompt]:
     first: dict[str, TokenizedPair] = {}
     for pair in pairs:
         first.setdefault(pair.prompt_id, pair)
+    # Digests are as good as random, so this order is independent of the order in the file.
     chosen = [first[key] for key in sorted(first)]
     return [EvalPrompt(pair.prompt_id, pair.split, pair.prompt_ids, pair.prompt_text) for pair in chosen]
 
@@ -137,6 +138,7 @@ def _find_source_splits(pairs: Sequence[TokenizedPair]) -> dict[str, Split]:
     given: dict[str, Split] = {}
     for pair in pairs:
         if pair.split is not None:
+            # The last split wins, so that a prompt of the test split is never trained on.
             given[pair.prompt_id] = max(given.get(pair.prompt_id, "train"), pair.split, key=SPLITS.index)
     return given
 
@@ -145,6 +147,7 @@ def _assign_splits(
     pairs: Sequence[TokenizedPair], given: Mapping[str, Split], seed: int, shares: Mapping[Split, float]
 ) -> dict[str, Split]:
     """Return the split of each prompt, from the source or from the hash of the prompt."""
+    # Only splits that the source does not have are cut out of its training prompts.
     supplied = set(given.values())
     shares = {split: share for split, share in shares.items() if split not in supplied and share > 0}
     fractions = {
@@ -169,6 +172,7 @@ def _assign_splits(
 
 def _hash_fraction(seed: int, prompt: str) -> float:
     """Return a number in [0, 1) that the seed and the digest of a prompt determine."""
+    # A hash instead of a shuffle: prompts stay in their splits when rows are added or the file is reordered.
     digest = hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 

@@ -87,6 +87,7 @@ class TableSource(Source):
                     raise record
                 rows.append(self.parse(record, where, split))
             except RowError as error:
+                # A row without a preference is not the sign of a wrong file or column, so it never stops a run.
                 if self.on_bad_row == "stop" and not isinstance(error, NoPreference):
                     raise
                 self.bad_rows.append(error)

@@ -18,7 +18,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """The schedule of windows, one window of pairs per optimiser step.
+    """The schedule of windows, one window of pairs per optimizer step.
 
     An epoch is a permutation of all pairs, drawn from the seed and the epoch. Its last window may be smaller: it is
     never filled up, so no pair is seen twice in an epoch. A last window with fewer pairs than devices is left out,
@@ -104,8 +104,8 @@ def deal_micro_batches(
     """Deal pairs to devices, the longest first, and return one device's share in batches of similar lengths.
 
     Every device gets the same number of batches, since each forward pass of a sharded model needs all devices. It is
-    the smallest number with which both limits hold on all devices, with one exception. If some devices have one pair
-    more than others and would need a batch for each of their pairs, one of their batches exceeds the limits by a pair.
+    the smallest number with which both limits hold on all devices, with one exception. Some devices may have one pair
+    more than others and need a batch for each of their pairs. One of their batches then exceeds the limits by a pair.
 
     Args:
         lengths: ``(P,)`` length in tokens of each pair's longest sequence, for at least ``world_size`` pairs.

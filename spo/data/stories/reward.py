@@ -147,6 +147,7 @@ def _plot(sentences: list[tuple[str, ...]]) -> float:
     return max(best.values()) / len(_STEPS)
 
 
+# Samples repeat sentences and prompts, so caching parts of the score saves most of its time.
 @lru_cache(maxsize=1 << 16)
 def _part(sentence: tuple[str, ...]) -> tuple[str, str | None]:
     """Return part and thread of the most similar template, or an empty part if none is similar enough."""

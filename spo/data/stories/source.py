@@ -94,6 +94,7 @@ class StoriesSource(Source):
         prompts = self.prompts(split)
         drawn = complete(prompts, 2 * self.pairs_per_prompt) if prompts else []
         scores = [self._scores(prompt, group) for prompt, group in zip(prompts, drawn, strict=True)]
+        # Each split has its own stream, so that the size of one does not change the labels of another.
         rng = Random(f"{self.seed}:labels:{split}")
         rows = []
         for i, (prompt, group, score) in enumerate(zip(prompts, drawn, scores, strict=True)):
