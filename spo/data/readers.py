@@ -116,7 +116,7 @@ def _parquet_records(file: Path) -> Iterator[tuple[str, Record | RowError]]:
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            # Batches keep memory small, since parquet files are often larger than the rows that a run uses.
+            # Batch by batch, so that the whole table is not in memory twice.
             for batch in table.iter_batches():
                 for record in batch.to_pylist():
                     row += 1

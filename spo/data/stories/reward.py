@@ -147,7 +147,7 @@ def _plot(sentences: list[tuple[str, ...]]) -> float:
     return max(best.values()) / len(_STEPS)
 
 
-# Samples repeat sentences and prompts, so caching parts of the score saves most of its time.
+# Samples repeat sentences and prompts, so parts of the score are cached.
 @lru_cache(maxsize=1 << 16)
 def _part(sentence: tuple[str, ...]) -> tuple[str, str | None]:
     """Return part and thread of the most similar template, or an empty part if none is similar enough."""
