@@ -385,10 +385,10 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"scores": [1, float("nan"), 2]}, "scores", "score 2 must be finite, not nan"),
     ({"scores": [1, True, 2]}, "scores", "score 2 must be a number, not true or false"),
     ({"scores": None}, "scores", "must be a list, not null"),
-    ({"order": [0, 1]}, "order", "must hold each of 0 to 2 once"),
-    ({"order": [1, 2, 3]}, "order", "must hold each of 0 to 2 once"),
-    ({"order": [0, 0, 1]}, "order", "must hold each of 0 to 2 once"),
-    ({"order": [0, "1", 2]}, "order", "must hold each of 0 to 2 once"),
+    ({"order": [0, 1]}, "order", "must contain each of 0 to 2 once"),
+    ({"order": [1, 2, 3]}, "order", "must contain each of 0 to 2 once"),
+    ({"order": [0, 0, 1]}, "order", "must contain each of 0 to 2 once"),
+    ({"order": [0, "1", 2]}, "order", "must contain each of 0 to 2 once"),
     ({"weight": -1}, "weight", "finite and not negative"),
     ({"prompt": None}, "prompt", "must be text or a list of messages, not null"),
 ]
@@ -408,7 +408,7 @@ def test_missing_columns_and_unknown_names(tmp_path: Path) -> None:
         with pytest.raises(RowError, match="missing; the row has") as error:
             read(source(tmp_path, {key: value for key, value in GOOD.items() if key != column}))
         assert error.value.column == column
-    with pytest.raises(DataError, match="it maps prompt, responses, scores, order, weight"):
+    with pytest.raises(DataError, match="choose from prompt, responses, scores, order, weight"):
         source(tmp_path, GOOD, chosen="best")
 
 

@@ -46,7 +46,7 @@ class FileSource(TableSource):
                 empty = False
                 yield where, None, record
             if empty:
-                yield str(file), None, RowError(str(file), "the file holds no rows")
+                yield str(file), None, RowError(str(file), "the file does not contain a row")
 
 
 class HHSource(FileSource):
@@ -74,6 +74,6 @@ class HHSource(FileSource):
         # The last marker, since both dialogues may share several turns before they differ.
         cut = chosen[: common_prefix_length(chosen, rejected)].rfind(_ASSISTANT)
         if cut < 0:
-            raise RowError(where, f"chosen and rejected share no {_ASSISTANT!r} turn", "chosen")
+            raise RowError(where, f"chosen and rejected do not share a {_ASSISTANT!r} turn", "chosen")
         cut += len(_ASSISTANT)
         return chosen[:cut], chosen[cut:], rejected[cut:]

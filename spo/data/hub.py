@@ -41,10 +41,10 @@ class HubSource(TableSource):
             self.splits[None] = split
         else:
             if unknown := set(split) - {"train", "selection", "test"}:
-                raise DataError(f"data.source.split: unknown {sorted(unknown)}; it names train, selection and test")
+                raise DataError(f"data.source.split: unknown {sorted(unknown)}; choose from train, selection and test")
             self.splits.update({ours: theirs for ours, theirs in split.items() if theirs is not None})
             if "train" not in self.splits:
-                raise DataError("data.source.split: name the data set's split that feeds train")
+                raise DataError("data.source.split: set the data set's split to train on")
 
     @property
     def name(self) -> str:

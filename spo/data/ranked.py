@@ -81,7 +81,7 @@ class RankedFileSource(FileSource):
             raise RowError(where, "prompt and responses must all be text, or all lists of messages", column)
         kept, dropped = self._drop_uninformative(responses, self._ranks(record, responses, where))
         if len(kept) < 2:
-            raise NoPreference(where, "fewer than 2 responses differ in text and rank and are not empty", column)
+            raise NoPreference(where, "fewer than 2 responses are left without empty, equal and tied ones", column)
         # Digests are as good as random, but the same in every run and for every order of the file.
         selected = sorted(kept)[: self.max_responses]
         chosen, rejected, *worse = (response for digest, response in kept.items() if digest in selected)
@@ -95,7 +95,7 @@ class RankedFileSource(FileSource):
         if "order" in self.columns or record.get("order") is not None:
             order, column = self._list(record, "order", where), self.columns.get("order", "order")
             if any(isinstance(i, bool) or not isinstance(i, int) for i in order) or sorted(order) != list(range(size)):
-                raise RowError(where, f"must hold each of 0 to {size - 1} once, the best response's first", column)
+                raise RowError(where, f"must contain each of 0 to {size - 1} once, the best response first", column)
             return [[i] for i in order]
         scores, column = self._list(record, "scores", where), self.columns.get("scores", "scores")
         if len(scores) != size:

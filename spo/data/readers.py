@@ -30,7 +30,7 @@ def data_files(path: Path) -> list[Path]:
             file for file in path.iterdir() if file.name.endswith(SUFFIXES) and not file.name.startswith(".")
         )
         if not files:
-            raise DataError(f"data.path={path}: the folder holds no {', '.join(SUFFIXES)} file")
+            raise DataError(f"data.path={path}: the folder does not contain a {', '.join(SUFFIXES)} file")
         return files
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"data.path={path}: not a {', '.join(SUFFIXES)} file")
@@ -74,7 +74,7 @@ def _lines(file: Path) -> Iterator[tuple[str, bytes | RowError]]:
                 yield f"{file}, line {number}", line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         where = f"{file}, line {number + 1}"
-        yield where, RowError(where, f"the gzip file is cut off or damaged here ({error}); what follows is lost")
+        yield where, RowError(where, f"the gzip file is cut off or damaged here ({error}); the rest is lost")
 
 
 def _csv_records(file: Path) -> Iterator[tuple[str, Record | RowError]]:

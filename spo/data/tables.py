@@ -47,9 +47,7 @@ class TableSource(Source):
         if on_bad_row not in ("stop", "skip"):
             raise DataError(f"data.on_bad_row={on_bad_row}: choose stop or skip")
         if unknown := set(columns or {}) - set(self.known):
-            raise DataError(
-                f"data.source.columns: unknown {sorted(unknown)}; it maps {', '.join(self.known)} to the data's names"
-            )
+            raise DataError(f"data.source.columns: unknown {sorted(unknown)}; choose from {', '.join(self.known)}")
         super().__init__()
         self.on_bad_row = on_bad_row
         self.columns = dict(columns or {})

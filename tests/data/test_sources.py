@@ -134,7 +134,7 @@ def test_hh_prompt_ends_after_the_last_shared_assistant_marker(tmp_path: Path) -
     first, second = load(HHSource(str(path), "stop"))
     assert (first.prompt, first.chosen, first.rejected) == (start, " d", " do")
     assert (second.prompt, second.chosen, second.rejected) == (start, " d\n\nHuman: e\n\nAssistant: f", " g")
-    with pytest.raises(RowError, match=r"line 1: column 'chosen': .*share no"):
+    with pytest.raises(RowError, match=r"line 1: column 'chosen': .*do not share a"):
         load(HHSource(str(jsonl(path, {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "c"})), "stop"))
     with pytest.raises(RowError, match="must be one text"):
         load(HHSource(str(jsonl(path, {"chosen": [USER, HELLO], "rejected": [USER, BYE]})), "stop"))
@@ -269,14 +269,14 @@ def test_damaged_csv_and_parquet_files_are_reported(tmp_path: Path) -> None:
 def test_missing_empty_and_unusable_paths_raise(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.path=.*nowhere\.jsonl: no such file or folder"):
         read(tmp_path / "nowhere.jsonl")
-    with pytest.raises(DataError, match=r"the folder holds no \.jsonl"):
+    with pytest.raises(DataError, match=r"the folder does not contain a \.jsonl"):
         read(tmp_path)
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(DataError, match=r"a\.txt: not a \.jsonl"):
         read(tmp_path / "a.txt")
     for name in ("a.jsonl", "a.csv", "a.jsonl.gz"):
         (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
-        with pytest.raises(DataError, match="the file holds no rows"):
+        with pytest.raises(DataError, match="the file does not contain a row"):
             read(tmp_path / name)
     with pytest.raises(DataError, match=r"none of its 2 rows can be used; the first problem: .*line 1: not valid JSON"):
         read(jsonl(tmp_path / "a.jsonl", "{", "["), "skip")
@@ -316,7 +316,7 @@ def test_local_data_set_folder_gives_splits_and_columns(folder: Path) -> None:
     assert {row.split for row in hub({"train": "validation", "selection": None, "test": "test"})} == {"train", "test"}
     with pytest.raises(DataError, match="split 'nosuch': cannot be loaded"):
         hub("nosuch")
-    with pytest.raises(DataError, match="feeds train"):
+    with pytest.raises(DataError, match="set the data set's split to train on"):
         hub({"test": "test"})
     with pytest.raises(DataError, match=r"unknown \['dev'\]"):
         hub({"train": "train", "dev": "validation"})
