@@ -22,7 +22,7 @@ MAX_NOTEBOOK_CHARACTERS = 300_000
 MAX_PRINTED_LINES = 20  # of one cell; longer ones are logs
 # "/tmp/run", "file:///home/me" or "C:\\Users", but not a relative path such as "../data/pairs".
 ABSOLUTE_PATH = re.compile(
-    r"(?<![\w.])/(?:data|home|mnt|opt|private|root|srv|tmp|usr|var|work|Users)/|\b[A-Z]:\\\\\w\w"
+    r"(?<![\w.<])/(?:data|home|mnt|opt|private|root|srv|tmp|usr|var|work|Users)\b|\b[A-Z]:\\\\\w\w"
 )
 
 
@@ -95,10 +95,8 @@ def test_softness_outputs_match_their_claims() -> None:
 
 def test_quickstart_outputs_match_their_claims() -> None:
     notebook = read(FOLDER / "01_quickstart.ipynb")
-    found, text = (
-        numbers(notebook),
-        "".join(output.get("text", "") for cell in code_of(notebook) for output in cell.outputs),
-    )
+    found = numbers(notebook)
+    text = "".join(output.get("text", "") for cell in code_of(notebook) for output in cell.outputs)
     assert found["samples"] == 256 and found["spo"] > 0.5 and found["dpo"] > 0.5
     assert f"win rate against the reference: {found['spo']:.2f}," in text
 
