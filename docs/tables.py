@@ -12,7 +12,7 @@ from hydra.utils import get_class
 
 from spo.config.groups import group_members
 from spo.errors import UserError
-from spo.resources import MAIN, conf_dir
+from spo.resources import MAIN_CONFIG, conf_dir
 
 
 def methods_table(conf: Path) -> str:
@@ -31,7 +31,7 @@ def methods_table(conf: Path) -> str:
 def groups_table(conf: Path) -> str:
     """Write a table with one line for each config group."""
     lines = ["| group | members, the default in bold |", "|---|---|"]
-    defaults = _chosen(yaml.safe_load((conf / f"{MAIN}.yaml").read_text()))
+    defaults = _chosen(yaml.safe_load((conf / f"{MAIN_CONFIG}.yaml").read_text()))
     for group, members in group_members([conf]).items():
         chosen = defaults.get(group)
         shown = [f"**`{name}`**" if name == chosen else f"`{name}`" for name in members]

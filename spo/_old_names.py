@@ -47,7 +47,7 @@ OLD_NAMES: dict[str, str] = {
     "spo.reports.record.read_run": "spo.records.run.read_run",
     "spo.reports.selfcontained": "spo.pages.selfcontained",
     "spo.reports.terminal": "spo.pages.panels",
-    "spo.reports.wording.INTERVAL": "spo.metrics.catalogue.INTERVAL",
+    "spo.reports.wording.INTERVAL": "spo.metrics.catalogue.INTERVAL_ENDS",
     "spo.reports.wording.clean": "spo.wording.clean",
     "spo.reports.wording.duration": "spo.wording.duration",
     "spo.reports.wording.finite": "spo.wording.finite",

@@ -15,7 +15,7 @@ from spo.metrics import catalogue
 from spo.metrics.catalogue import SHARE, Metric, column, find, find_logged, label, markdown_table, rank, unit
 from spo.pages.comparison_files import to_csv
 from spo.pages.comparison_page import write_page
-from spo.pages.comparison_table import show
+from spo.pages.comparison_table import print_comparison
 from spo.pages.dashboard import Bars, load_spec
 from spo.pages.panels import result_panel
 from spo.pages.run_page import render_report
@@ -56,7 +56,7 @@ def test_one_entry_shows_a_new_metric_everywhere(
     assert comparison.higher is True
     estimate = comparison.methods[0].estimates["rhymes"]
     assert estimate.low is not None and 0.25 < estimate.low < 0.5  # from the values of single completions
-    show(comparison)
+    print_comparison(comparison)
     assert "rhyming lines" in capsys.readouterr().out
     assert "Rhyming lines" in Page(write_page(comparison, tmp_path / "out")).text
     assert {"rhymes", "rhymes_low", "rhymes_high"} <= set(to_csv(comparison).splitlines()[0].split(","))

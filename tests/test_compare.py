@@ -24,7 +24,7 @@ from spo.comparison.runs import CannotCompare, find_runs
 from spo.comparison.scores import scores_by_prompt, win_shares
 from spo.evaluation.winrate import win_rates
 from spo.pages.comparison_files import to_csv, to_dict, to_markdown
-from spo.pages.comparison_table import show
+from spo.pages.comparison_table import print_comparison
 from spo.pages.comparison_words import describe_difference
 from spo.resources import conf_dir
 from spo.stats import Bootstrap
@@ -414,7 +414,7 @@ def test_unfair_comparison_is_rejected_or_marked(
         compared(sweep)
     assert words in str(error.value) and "add --anyway" in str(error.value)
     comparison = compared(sweep, anyway=True)
-    show(comparison)
+    print_comparison(comparison)
     flat = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert words[:20] in flat and "not a fair comparison" in flat and "(!)" in flat
     for text in (to_csv(comparison), to_markdown(comparison), json.dumps(to_dict(comparison), ensure_ascii=False)):

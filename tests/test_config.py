@@ -345,6 +345,7 @@ def test_multiply_is_decimal() -> None:
         (["hydra.run.dir=x", "hydra/launcher=joblib", "launcher=joblib", "paths.outputs=y", "rerun=true"], "default"),
         (["method=spo", "alpha=constant", "alpha.value=0.5", "seed=1"], "method-spo_alpha-0.5_seed-1"),
         (["logger=record", "logger.wandb.mode=offline", "tags=[a]", "threads=2"], "default"),
+        (["speed=plain", "+logger@logger.more=wandb"], "speed-plain"),
         (["alpha=constant"], "alpha-constant"),
         (["alpha.value=0.5"], "alpha.value-0.5"),
         (["trainer.max_steps=20"], "trainer.max_steps-20"),

@@ -417,7 +417,7 @@ def test_an_evaluation_repeats_the_numbers_of_the_run(finished: Path) -> None:
     before = numbers(finished)
     assert cli.main(["evaluate", "run"]) == 0
     [again] = evaluations(finished)
-    of_selection = {f"val/{name}" for name in spo_evaluate.VAL}
+    of_selection = {f"val/{name}" for name in spo_evaluate.SELECTION_METRICS}
     assert again == {key: value for key, value in before.items() if key.startswith("eval/") or key in of_selection}
     assert numbers(finished) == before
 
@@ -444,7 +444,7 @@ def test_without_selection_prompts_there_are_no_val_metrics_of_evaluation(
     metrics = job(tmp_path / "run", cache, *SMALL, *overrides)
     assert "there will be no val/win_rate" in " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert {"eval/win_rate", "val/loss"} <= metrics.keys()
-    assert not {f"val/{name}" for name in spo_evaluate.VAL} & metrics.keys()
+    assert not {f"val/{name}" for name in spo_evaluate.SELECTION_METRICS} & metrics.keys()
     assert not (tmp_path / "run" / "samples.selection.jsonl").exists()
 
 

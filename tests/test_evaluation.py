@@ -22,7 +22,7 @@ from spo.evaluation import (
     self_bleu,
     verdict_of_rewards,
 )
-from spo.evaluation.assess import Evaluation, Opponent, draw_both, evaluate_policy
+from spo.evaluation.assess import Evaluation, Opponent, assess, draw_both
 from spo.evaluation.completions import Draws
 from spo.evaluation.judges import Judge, JudgedPair, RewardJudge, reward_judge
 from spo.forward.speed import Speed
@@ -82,18 +82,9 @@ def evaluate(
     **changes: Any,
 ) -> Evaluation:
     chosen = EvaluationSettings(**SETTINGS | {"num_prompts": n} | changes)
-    judge = reward_judge(reward)
-    return evaluate_policy(
-        policy,
-        reference,
-        tiny_tokenizer(),
-        prompts(n),
-        chosen,
-        speed or FAST.resolve_for(policy, reference),
-        judge,
-        decode,
-        all_prompts=all_prompts,
-    )
+    speed = speed or FAST.resolve_for(policy, reference)
+    drawn = draw_both(policy, reference, tiny_tokenizer(), prompts(n), chosen, speed, decode)
+    return assess(prompts(n), *drawn, chosen, reward_judge(reward), all_prompts)
 
 
 def favouring(strength: float) -> nn.Module:
@@ -276,7 +267,8 @@ def test_kl_and_entropy_agree_with_enumeration() -> None:
     many = {"num_prompts": 1, "samples_per_prompt": 3000, "max_new_tokens": 3, "batch_size": 3000}
     settings = EvaluationSettings(**SETTINGS | many | {"bootstrap_samples": 10, "self_bleu_samples": 2})
     prompt = EvalPrompt("id", "test", (1,), "")
-    result = evaluate_policy(policy, reference, tokenizer, [prompt], settings, FAST, None, decode)
+    drawn = draw_both(policy, reference, tokenizer, [prompt], settings, FAST, decode)
+    result = assess([prompt], *drawn, settings, None)
     metrics = result.metrics
     assert metrics["eval/length"] == 3
     assert metrics["eval/entropy_sequence"] == pytest.approx(-(log_p.exp() * log_p).sum().item(), rel=0.01)
@@ -347,7 +339,8 @@ class Favourable:
 def judged(judge: Judge, n: int = 20, opponents: dict[str, Opponent] | None = None, **changes: Any) -> Evaluation:
     settings = EvaluationSettings(**SETTINGS | {"num_prompts": n} | changes)
     models = favouring(1.0), favouring(0.0)
-    return evaluate_policy(*models, tiny_tokenizer(), prompts(n), settings, FAST, judge, decode, opponents=opponents)
+    drawn = draw_both(*models, tiny_tokenizer(), prompts(n), settings, FAST, decode)
+    return assess(prompts(n), *drawn, settings, judge, opponents=opponents)
 
 
 def test_a_comparing_judge_agrees_with_its_reward() -> None:

@@ -21,11 +21,12 @@ from spo.evaluation.completions import Draws, draw
 from spo.evaluation.judges import Judge
 from spo.forward.modes import eval_mode
 from spo.forward.speed import Speed
+from spo.metrics.catalogue import INTERVAL_ENDS
 from spo.module import AlignmentModule
 from spo.records.files import read_jsonl, write_jsonl
 
 log = logging.getLogger(__name__)
-LOGGED = ("win_rate", "win_rate_ci_low", "win_rate_ci_high", "reward")
+VALIDATION_METRICS = ("win_rate", *(f"win_rate{end}" for end in INTERVAL_ENDS), "reward")
 
 
 class ValidationSamples(Callback):
@@ -81,7 +82,9 @@ class ValidationSamples(Callback):
             return
         found = self._assess(ours)
         row = {
-            f"val/samples/{name}": found.metrics[f"eval/{name}"] for name in LOGGED if f"eval/{name}" in found.metrics
+            f"val/samples/{name}": found.metrics[f"eval/{name}"]
+            for name in VALIDATION_METRICS
+            if f"eval/{name}" in found.metrics
         }
         for logger in trainer.loggers:
             logger.log_metrics(row, step=trainer.global_step)

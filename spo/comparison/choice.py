@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from spo.comparison.runs import CannotCompare, Run
-from spo.metrics.catalogue import INTERVAL, find, find_logged
+from spo.metrics.catalogue import INTERVAL_ENDS, find, find_logged
 
 # Keys by which the best setting is selected, the first that all runs have.
 SELECTORS = ("val/win_rate", "val/reward", "val/rewards/accuracies")
@@ -56,7 +56,7 @@ def describes_policy(name: str) -> bool:
         name: Key without ``eval/``.
     """
     entry = find(name)
-    return not name.startswith("reference/") and not name.endswith(INTERVAL) and (entry is None or entry.of_policy)
+    return not name.startswith("reference/") and not name.endswith(INTERVAL_ENDS) and (entry is None or entry.of_policy)
 
 
 def choose_metric(runs: Sequence[Run], wanted: str | None, notes: list[str]) -> str:

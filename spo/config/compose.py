@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.errors import UserError
-from spo.resources import MAIN, conf_dir
+from spo.records.operational_keys import OPERATIONAL_KEYS
+from spo.resources import MAIN_CONFIG, conf_dir
 
 VERSION_BASE = "1.3"
 
@@ -75,7 +76,7 @@ def composer(config_dir: str | Path | None = None) -> Iterator[Any]:
 
         def composed(overrides: Sequence[str]) -> DictConfig:
             own = any(override.lstrip("+").startswith("hydra.searchpath") for override in overrides)
-            return hydra.compose(MAIN, [*([] if own else extra), *overrides], return_hydra_config=True)
+            return hydra.compose(MAIN_CONFIG, [*([] if own else extra), *overrides], return_hydra_config=True)
 
         yield composed
 
@@ -218,8 +219,8 @@ def gpus_per_node(devices: Any, accelerator: str) -> int | None:
 
 
 MAX_NAME_LENGTH = 120
-# Keys of where a job writes, how it is launched and whether it replaces an older one do not describe the job.
-_UNNAMED = re.compile(r"[+~]*(hydra[./=]|(paths|launcher|logger|tags|threads|rerun)([.=@]|$))")
+# A name leaves out groups that change no result. Only `speed` stays: a sweep over it needs a directory for each value.
+_UNNAMED_GROUPS = {key for key in OPERATIONAL_KEYS if "." not in key} - {"speed"}
 _KEY = re.compile(r"[A-Za-z][A-Za-z0-9._]*")
 _VALUE = re.compile(r"[A-Za-z0-9._-]+")
 _NUMBER = re.compile(r"[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
@@ -251,9 +252,9 @@ def job_name(overrides: Sequence[str], dropped: Sequence[str] = ()) -> str:
 
     Args:
         overrides: Overrides of a job.
-        dropped: Groups that are left out, such as coefficients that the job does not read.
+        dropped: Further groups to omit, such as coefficients that the job does not read.
     """
-    named = [text for text in map(str, overrides) if not (_UNNAMED.match(text) or _group(text) in dropped)]
+    named = [text for text in map(str, overrides) if _group(text) not in _UNNAMED_GROUPS.union(dropped)]
     if not named:
         return "default"
     parts, lossless = [], True
@@ -277,8 +278,8 @@ def job_name(overrides: Sequence[str], dropped: Sequence[str] = ()) -> str:
 
 
 def _group(override: str) -> str:
-    """Return the group of an override, such as ``alpha`` of ``+alpha.value=1``."""
-    return re.split(r"[.=@]", override.lstrip("+~"), maxsplit=1)[0]
+    """Return the group of an override, such as ``alpha`` of ``+alpha.value=1`` or ``hydra`` of ``hydra/launcher=x``."""
+    return re.split(r"[./=@]", override.lstrip("+~"), maxsplit=1)[0]
 
 
 def _merged(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:

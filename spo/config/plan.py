@@ -173,7 +173,7 @@ def _expand(overrides: Sequence[str], cfg: DictConfig, problems: list[str]) -> l
     """Return the jobs of a multirun as Hydra's own sweeper makes them, or those at the ends of a search's ranges."""
     sweeper = cfg.hydra.sweeper
     own = [text for text in overrides if parse(text).is_hydra_override()]
-    if sweeper.get("_target_") == search_space.TARGET:
+    if sweeper.get("_target_") == search_space.SWEEPER_TARGET:
         if importlib.util.find_spec("optuna") is None:
             problems.append(str(missing_package("optuna")))
             return []

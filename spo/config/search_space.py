@@ -17,7 +17,7 @@ from spo.errors import UserError
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-TARGET = "hydra_plugins.spo.OptunaSweeper"
+SWEEPER_TARGET = "hydra_plugins.spo.OptunaSweeper"
 _GOALS = ("maximize", "minimize")
 # Keys that decide which coefficients are read. If a search varies one of them, every coefficient may be read.
 _DECIDING_KEYS = ("method", "regularizer", "regularizer.weight")

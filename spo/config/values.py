@@ -46,7 +46,7 @@ def violation(value: Any, hint: Any) -> str | None:
     options = list(_alternatives(hint))
     if any(_accepts(kind, metadata, value) for kind, metadata in options):
         return None
-    choices = [str(choice) for kind, _ in options for choice in _choices(kind)]
+    choices = list(map(str, choices_of(hint)))
     words = [_words(kind, metadata, value) for kind, metadata in options if not _choices(kind)]
     advice = "".join(f"; {note.text}" for note in _advice(hint))
     if choices and set(words) <= {"null"}:

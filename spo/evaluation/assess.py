@@ -40,23 +40,6 @@ class Evaluation:
     samples: list[dict[str, Any]]
 
 
-def evaluate_policy(
-    policy: nn.Module,
-    reference: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[EvalPrompt],
-    settings: EvaluationSettings,
-    speed: Speed,
-    judge: Judge | None,
-    decode: Callable[[Sequence[int]], str],
-    all_prompts: bool = False,
-    opponents: Mapping[str, Opponent] | None = None,
-) -> Evaluation:
-    """Draws completions from both models, compares and measures them: see :func:`draw_both` and :func:`assess`."""
-    drawn = draw_both(policy, reference, tokenizer, prompts, settings, speed, decode)
-    return assess(prompts, *drawn, settings, judge, all_prompts, opponents)
-
-
 def draw_both(
     policy: nn.Module,
     reference: nn.Module,

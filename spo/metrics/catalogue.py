@@ -20,7 +20,8 @@ Row = Mapping[str, Any]
 PerSample = Callable[[Row], float | None]
 Place = Literal["card", "terminal", "comparison"]
 
-INTERVAL = ("_ci_low", "_ci_high")
+INTERVAL_ENDS = ("_ci_low", "_ci_high")
+"""Endings of the two keys of a confidence interval, after the key of its metric."""
 SHARE = (0.0, 1.0)
 NOT_NEGATIVE = (0.0, math.inf)
 _PARAMETER = re.compile("[A-Z]{2,}")

@@ -19,7 +19,7 @@ from spo.wording import clean, number
 _LABELS, _METHOD = 26, 17
 
 
-def show(comparison: Comparison) -> None:
+def print_comparison(comparison: Comparison) -> None:
     """Print the table, the differences, and the problems of an unfair comparison."""
     console = Console()
     _problems(console, comparison)

@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from spo.metrics.catalogue import INTERVAL, find, label, rank, unit
+from spo.metrics.catalogue import INTERVAL_ENDS, find, label, rank, unit
 from spo.records import filenames
 from spo.records.run import read_alarms
 from spo.wording import clean, describe_win_rate, finite, number, shorten, verdict_word
@@ -63,12 +63,12 @@ def result_panel(metrics: dict[str, float], samples: list[dict[str, Any]], run_d
 def _win_rate(console: Console, metrics: Mapping[str, float]) -> list[RenderableType]:
     value = finite(metrics.get("eval/win_rate"))
     others = sorted(
-        key for key in metrics if key.startswith("eval/win_rate/") and not key.endswith((*INTERVAL, _CONTROLLED))
+        key for key in metrics if key.startswith("eval/win_rate/") and not key.endswith((*INTERVAL_ENDS, _CONTROLLED))
     )
     shown: list[RenderableType] = [line for key in others for line in _rate(console, metrics, key)]
     if value is None:
         return shown or [_text(console, "No win rate: the evaluation did not have a reward or a judge.")]
-    low, high = (finite(metrics.get(f"eval/win_rate{end}")) for end in INTERVAL)
+    low, high = (finite(metrics.get(f"eval/win_rate{end}")) for end in INTERVAL_ENDS)
     main = [*_rate(console, metrics, "eval/win_rate"), _scale(console, value, low, high)]
     return [*main, _text(console, describe_win_rate(low, high), "dim"), *shown]
 
@@ -78,7 +78,7 @@ def _rate(console: Console, metrics: Mapping[str, float], key: str) -> list[Text
     name = label(key.removeprefix("eval/"))
     line = _text(console, f"{name}{'' if '/' in key[5:] else ' against the reference'}  ")
     line.append(number(metrics[key]) if finite(metrics[key]) is None else f"{metrics[key]:.3f}", "bold")
-    low, high = (finite(metrics.get(f"{key}{end}")) for end in INTERVAL)
+    low, high = (finite(metrics.get(f"{key}{end}")) for end in INTERVAL_ENDS)
     if low is not None and high is not None:
         line.append(f"  95% interval [{low:.3f}, {high:.3f}]")
     controlled = finite(metrics.get(key + _CONTROLLED))

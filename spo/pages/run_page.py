@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from spo.metrics.catalogue import INTERVAL, find, label, rank, shown_in, unit
+from spo.metrics.catalogue import INTERVAL_ENDS, find, label, rank, shown_in, unit
 from spo.pages.charts import LineChart, Series, histogram, interval_bar, line_chart
 from spo.pages.dashboard import Curves, Dashboard, load_spec, unit_of
 from spo.pages.selfcontained import write_selfcontained
@@ -144,7 +144,7 @@ def _win_rate(run: RunRecord) -> dict[str, Any] | None:
     value = run.metric("eval/win_rate")
     if value is None:
         return None
-    low, high = (run.metric(f"eval/win_rate{end}") for end in INTERVAL)
+    low, high = (run.metric(f"eval/win_rate{end}") for end in INTERVAL_ENDS)
     words = [verdict_word(v) for row in _evaluated(run) if (v := finite(row.get("verdict"))) is not None]
     counted = ", ".join(
         f"{words.count(word):,} {plural}" for word, plural in (("win", "wins"), ("tie", "ties"), ("loss", "losses"))
@@ -182,13 +182,14 @@ def _table(run: RunRecord) -> list[dict[str, str]]:
     names = dict.fromkeys(
         key.removeprefix("eval/").removeprefix("reference/") for key in metrics if key.startswith("eval/")
     )
-    folded = {f"{name}{end}" for name in names for end in INTERVAL if all(f"{name}{e}" in names for e in INTERVAL)}
+    intervals = [[f"{name}{end}" for end in INTERVAL_ENDS] for name in names]
+    folded = {key for ends in intervals if names.keys() >= set(ends) for key in ends}
     rows = []
     for name in sorted(names.keys() - folded, key=rank):
         cells = {}
         for who, prefix in (("policy", "eval/"), ("reference", "eval/reference/")):
             cells[who] = _number(name, metrics.get(prefix + name))
-            ends = [metrics.get(f"{prefix}{name}{end}") for end in INTERVAL]
+            ends = [metrics.get(f"{prefix}{name}{end}") for end in INTERVAL_ENDS]
             cells[who + "_interval"] = "" if None in ends else f"{number(ends[0])} – {number(ends[1])}"
         policy, reference = run.metric(f"eval/{name}"), run.metric(f"eval/reference/{name}")
         change = "–" if policy is None or reference is None else number(float(policy - reference), signed=True)

@@ -1,4 +1,7 @@
-"""Names of the files and folders in run directories and sweep directories, each written down here only."""
+"""Names of the files and folders in run directories and sweep directories, and their only list in the code.
+
+The files of ``conf/callbacks/`` repeat those names that a callback takes as its path.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from spo.config.plan import Plan
 from spo.errors import UserError, error_line, user_message
 from spo.pages.sweep_table import print_sweep
 from spo.records.sweep import SweepJob
-from spo.resources import MAIN, conf_dir
+from spo.resources import MAIN_CONFIG, conf_dir
 from spo.runs import optuna_sweeper
 from spo.runs.claim import write_failure
 from spo.runs.ledger import Ledger
@@ -56,9 +56,9 @@ def launch_run(planned: Plan, train: Train) -> Any:
     loader = ConfigLoaderImpl(create_config_search_path(str(conf_dir())))
     context = HydraContext(config_loader=loader, callbacks=Callbacks(cfg))
     JobRuntime.instance().set("name", str(cfg.hydra.job.name))
-    context.callbacks.on_run_start(config=cfg, config_name=MAIN)
+    context.callbacks.on_run_start(config=cfg, config_name=MAIN_CONFIG)
     done = run_job(_in_ledger(train), cfg, "hydra.run.dir", None, context)
-    context.callbacks.on_run_end(config=cfg, config_name=MAIN, job_return=done)
+    context.callbacks.on_run_end(config=cfg, config_name=MAIN_CONFIG, job_return=done)
     return done.return_value  # It raises the error of a job that failed.
 
 
@@ -124,7 +124,7 @@ def run_hydra(arguments: Sequence[str], task: Train) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print errors and exit; the command line explains them itself.
     sys.argv = [original[0], *arguments]
     try:
-        hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=MAIN)(task)()
+        hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=MAIN_CONFIG)(task)()
     finally:
         sys.argv = original
         if full_error is None:

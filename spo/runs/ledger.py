@@ -15,7 +15,7 @@ from spo.records.files import read_json, write_json
 from spo.records.sweep import JobStatus, SweepJob, parse_jobs, read_jobs
 from spo.runs.claim import is_finished, is_locked, read_failure, write_failure
 
-DIED = "its process died: it was killed, perhaps because memory ran out"
+DIED_MESSAGE = "its process died: it was killed, perhaps because memory ran out"
 
 
 class Ledger:
@@ -93,8 +93,8 @@ class Ledger:
         """
         for entry in self.abandoned(jobs):
             if died:
-                write_failure(self.directory / entry.directory, DIED)
-            self.note(entry.overrides, entry.directory, *(("failed", DIED) if died else ("unfinished",)))
+                write_failure(self.directory / entry.directory, DIED_MESSAGE)
+            self.note(entry.overrides, entry.directory, *(("failed", DIED_MESSAGE) if died else ("unfinished",)))
         with self._open() as ledger:
             # Jobs that are the same run did not start; they end as the one that did.
             first = {entry.directory: entry for entry in ledger["jobs"] if entry.same_as is None}

@@ -30,12 +30,12 @@ from spo.wording import finite
 if TYPE_CHECKING:
     import optuna
 
-from spo.config.search_space import TARGET, Objective, Space
+from spo.config.search_space import SWEEPER_TARGET, Objective, Space
 
 
 def register() -> None:
     """Register the sweeper with Hydra, which accepts only names that begin with ``hydra_plugins``."""
-    Plugins.instance().class_name_to_class[TARGET] = OptunaSweeper
+    Plugins.instance().class_name_to_class[SWEEPER_TARGET] = OptunaSweeper
 
 
 class OptunaSweeper(Sweeper):

@@ -10,7 +10,7 @@ from spo.comparison.compare import Comparison, compare
 from spo.comparison.runs import find_runs
 from spo.pages.comparison_files import write_files
 from spo.pages.comparison_page import write_page
-from spo.pages.comparison_table import show
+from spo.pages.comparison_table import print_comparison
 from spo.records import filenames
 
 
@@ -40,7 +40,7 @@ def compare_command(
     comparison = compare(found, metric=metric, select=select, baseline=baseline, anyway=anyway)
     folder = out or _beside(paths)
     files = [write_page(comparison, folder), *write_files(comparison, folder).values()]
-    show(comparison)
+    print_comparison(comparison)
     for file in files:
         print(f"{file.suffix.removeprefix('.'):5s}{file}")
     return comparison

@@ -27,6 +27,7 @@ from spo.evaluation.opponents import find_opponents
 from spo.evaluation.pair_metrics import pair_metrics
 from spo.evaluation.settings import REFERENCE
 from spo.forward.speed import Speed
+from spo.metrics.catalogue import INTERVAL_ENDS
 from spo.pages.panels import result_panel
 from spo.records import filenames
 from spo.records.digests import model_digest
@@ -37,7 +38,7 @@ from spo.stages.from_config import eval_device, resolve_values
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
 
-VAL = ("win_rate", "win_rate_ci_low", "win_rate_ci_high", "reward", "kl", "entropy")
+SELECTION_METRICS = ("win_rate", *(f"win_rate{end}" for end in INTERVAL_ENDS), "reward", "kl", "entropy")
 """Metrics of the final evaluation that are measured on the selection split too, for choosing between settings."""
 
 
@@ -208,4 +209,4 @@ def _model_digests(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
 def _selection_metrics(selection: Evaluation | None) -> dict[str, float]:
     """Return the metrics of the selection split under ``val/``."""
     found = {} if selection is None else selection.metrics
-    return {f"val/{name}": found[f"eval/{name}"] for name in VAL if f"eval/{name}" in found}
+    return {f"val/{name}": found[f"eval/{name}"] for name in SELECTION_METRICS if f"eval/{name}" in found}

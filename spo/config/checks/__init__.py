@@ -12,7 +12,7 @@ from spo.config.checks.combinations import combination_problems
 from spo.config.checks.files import file_problems
 from spo.config.checks.notes import warnings
 from spo.config.checks.settings import missing_and_unresolved, setting_problems
-from spo.config.checks.targets import Parts, target_problems
+from spo.config.checks.targets import CheckedParts, target_problems
 from spo.errors import ConfigProblems
 
 __all__ = [
@@ -49,5 +49,5 @@ def quick_problems(cfg: DictConfig) -> list[str]:
 def code_problems(cfg: DictConfig) -> list[str]:
     """Return problems of targets, their parameters and their combination; this imports the code that they name."""
     found = list(target_problems(cfg))
-    parts = Parts(cfg, found)
+    parts = CheckedParts(cfg, found)
     return list(dict.fromkeys([*found, *combination_problems(cfg, parts)]))

@@ -10,14 +10,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from spo.config.checks.files import missing_data
-from spo.config.checks.targets import Parts
+from spo.config.checks.targets import CheckedParts
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.nodes import first_line, listed, locate, select
 from spo.errors import JudgeError
 from spo.resources import conf_dir
 
 
-def combination_problems(cfg: DictConfig, parts: Parts) -> Iterator[str]:
+def combination_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     """Yield why parts cannot be built, and why those that can do not fit together.
 
     Args:
@@ -29,7 +29,7 @@ def combination_problems(cfg: DictConfig, parts: Parts) -> Iterator[str]:
     yield from [*parts.problems, *found]
 
 
-def _objective(cfg: DictConfig, parts: Parts) -> Iterator[str]:
+def _objective(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     """Yield conflicts of loss, regularizer and reference."""
     from spo.losses import Loss
 
@@ -85,7 +85,7 @@ def _objective(cfg: DictConfig, parts: Parts) -> Iterator[str]:
         )
 
 
-def _coefficients(cfg: DictConfig, parts: Parts) -> Iterator[str]:
+def _coefficients(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     """Yield schedules that measure what the run does not provide."""
     schedules = {"alpha": parts.alpha, "beta": parts.beta}
     for name in COEFFICIENTS:
@@ -100,7 +100,7 @@ def _coefficients(cfg: DictConfig, parts: Parts) -> Iterator[str]:
             yield f"{chosen} measures the KL to a reference model, but reference={member} provides none: choose frozen"
 
 
-def _data(cfg: DictConfig, parts: Parts) -> Iterator[str]:
+def _data(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     """Yield data that the source cannot read or the loss cannot learn from."""
     path = select(cfg, "data.path")
     if path is not None and getattr(parts.target("data.source"), "reads_local_files", False):
@@ -127,7 +127,7 @@ def _data(cfg: DictConfig, parts: Parts) -> Iterator[str]:
         )
 
 
-def _model(cfg: DictConfig, parts: Parts) -> Iterator[str]:
+def _model(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     """Yield why a model that makes its own weights cannot be built, if its function declares a check."""
     if getattr(parts.target("model.initial"), "validate", None) is None:
         return
@@ -139,7 +139,7 @@ def _model(cfg: DictConfig, parts: Parts) -> Iterator[str]:
             yield first_line(error)
 
 
-def _optimizer(parts: Parts) -> Iterator[str]:
+def _optimizer(parts: CheckedParts) -> Iterator[str]:
     if parts.optimizer is None:
         return
     import torch
@@ -150,7 +150,7 @@ def _optimizer(parts: Parts) -> Iterator[str]:
         yield f"optimizer: {first_line(error)}"
 
 
-def _judge(cfg: DictConfig, parts: Parts) -> Iterator[str]:
+def _judge(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     against = select(cfg, "evaluation.against") or []
     others = [str(name) for name in against if name != "reference"] if not isinstance(against, str) else []
     if parts.judge is None and not parts.has_problem("judge") and others:

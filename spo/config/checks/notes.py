@@ -5,14 +5,14 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from spo.config.checks.combinations import declares
-from spo.config.checks.targets import Parts
+from spo.config.checks.targets import CheckedParts
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.nodes import select
 
 
 def warnings(cfg: DictConfig) -> list[str]:
     """Return a sentence for each setting that is allowed but has no effect, or another one than its name suggests."""
-    parts = Parts(cfg)
+    parts = CheckedParts(cfg)
     loss, regularizer = parts.loss, parts.regularizer
     name, unused = select(cfg, "method.name"), unused_coefficients(cfg)
     notes = []

@@ -82,7 +82,7 @@ def parameter_types(target: Callable[..., Any]) -> dict[str, Any]:
     return types
 
 
-class Parts:
+class CheckedParts:
     """The parts of a run that are cheap to build, built once for the checks.
 
     Args:

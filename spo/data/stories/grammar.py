@@ -228,16 +228,6 @@ def count_openings() -> int:
     return prod(map(len, (OPENINGS, NAMES, SPECIES, PLACES, QUALITIES, THINGS)))
 
 
-def count_continuations() -> int:
-    """Return the number of flawless continuations of one opening: perhaps a scene, a whole thread, and an ending."""
-
-    def ways(options: tuple[str, ...]) -> int:
-        return sum(prod(len(slot) + 1 for slot in slots(template)) for template in options)
-
-    plots = sum(ways(t.problem) * ways(t.attempt) * ways(t.resolution) for t in THREADS.values())
-    return (1 + ways(SCENES)) * plots * ways(ENDINGS)
-
-
 def split_of(opening: str) -> Split:
     """Return the split of an opening for every seed: a tenth each for selection and test, the rest for training."""
     digit = hashlib.blake2b(opening.encode(), digest_size=8).digest()[0] % 10
