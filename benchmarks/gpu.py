@@ -12,7 +12,7 @@ Usage: ``python -m benchmarks.gpu --json FILE [--minutes 8.5] [--device gpu|cpu]
 
 Pairs are random tokens with the lengths of HH pairs (``hh_lengths.json``), so nothing outside the repository is needed.
 The result file is rewritten whenever a number is there. It holds for each stage its status (``pending``, ``running``,
-``done``, ``failed`` or ``skipped``), its error in words, and its result, which may be partial. All stages but the tests
+``done``, ``failed`` or ``skipped``), its error message, and its result, which may be partial. All stages but the tests
 run in a second process, which loads its libraries and its model during the tests. A stage that fails or takes too long
 ends that process, and the next stage gets a new one: an error of CUDA makes a process useless.
 """

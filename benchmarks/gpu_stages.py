@@ -22,7 +22,7 @@ from benchmarks.common import Ratio, shuffled_rounds
 from benchmarks.gpu import Report, Settings
 from benchmarks.hh_lengths import random_pairs
 from benchmarks.sampling import compare, draws, end_after
-from benchmarks.utilisation import forward_flops, groups_of, matmul_rate, real_work, step_flops
+from benchmarks.utilization import forward_flops, groups_of, matmul_rate, real_work, step_flops
 from benchmarks.workloads import REFRESH_EVERY, SIZES, SPO, Workload, environment, find_data, now, statistics
 from spo.config.compose import compose
 from spo.errors import UserError
@@ -189,7 +189,7 @@ def summary(fits: Sequence[Fit], matmul_flops_per_s: float) -> dict[str, Any]:
         "step_s_range": [min(seconds), max(seconds)],
         "warm_up_s": [fit.warm_up_s for fit in fits],
         "tokens_per_s": tokens / sum(seconds),
-        "utilisation": flops / sum(seconds) / matmul_flops_per_s,
+        "utilization": flops / sum(seconds) / matmul_flops_per_s,
         "peak_bytes": max(peaks, default=None),
         **fits[-1].facts,
         "seconds": [fit.seconds for fit in fits],
@@ -206,7 +206,7 @@ def compare_fits(
 ) -> dict[str, Any]:
     """Let contestants fit in alternating rounds.
 
-    A contestant that fails is left out from then on with its error, and the others continue.
+    A contestant that fails is skipped from then on with its error, and the others continue.
 
     Args:
         bench: Workload of the stages.

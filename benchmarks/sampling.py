@@ -135,7 +135,7 @@ def compare(
 
     Args:
         draw: Function that :func:`draws` returns.
-        rounds: Most rounds, of which the first one is always made.
+        rounds: Largest number of rounds; the first one is always made.
         report: Function that is given the result after each round.
         until: Time of ``time.monotonic`` after which no round begins.
     """

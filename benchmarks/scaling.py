@@ -198,7 +198,7 @@ def plot(result: dict[str, Any], folder: Path) -> None:
     every = curves()
     pages: dict[str, tuple[str, ...]] = {"scaling": ("prompt_share", "completion_length", "vocabulary", "batch")}
     pages["spo"] = ("refresh_every", "num_samples")
-    colours = {"DPO": "#0072B2", "DPO, speed=plain": "#666666", "SPO": "#E69F00"}
+    colors = {"DPO": "#0072B2", "DPO, speed=plain": "#666666", "SPO": "#E69F00"}
     for page, names in pages.items():
         drawn = [name for name in names if name in result["curves"]]
         if not drawn:
@@ -209,7 +209,7 @@ def plot(result: dict[str, Any], folder: Path) -> None:
             for axis, key in zip(axes[:, column], ("step_s", "memory_mib"), strict=True):
                 for line in dict.fromkeys(row["line"] for row in rows):
                     points = [(row["x"], row[key]) for row in rows if row["line"] == line]
-                    axis.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colours[line], label=line)
+                    axis.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colors[line], label=line)
                 if curve.logarithmic:
                     axis.set_xscale("log", base=2)
                     axis.set_xticks([row["x"] for row in rows], [_short(row["x"]) for row in rows])

@@ -39,7 +39,7 @@ from torch.autograd import DeviceType
 from transformers import AutoConfig
 
 from benchmarks.common import Contestant, Ratio, alternate, show, write_json
-from benchmarks.utilisation import Work, matmul_rate, real_work, step_flops
+from benchmarks.utilization import Work, matmul_rate, real_work, step_flops
 from benchmarks.workloads import FILES, REFRESH_EVERY, SIZES, Clock, Workload, environment, find_data, statistics
 from benchmarks.workloads import SPO as SPO_OVERRIDES
 from spo.config.compose import compose
@@ -209,7 +209,7 @@ def on_device(workload: Workload, steps: Sequence[Work], seconds: Mapping[str, f
     shares = {name: flops / time / rate for name, time in seconds.items()}
     rows = [(name, speeds[name], shares[name]) for name in seconds]
     show(f"real tokens, of {rate / 1e12:.3g} TFLOP/s measured", ["", "tokens per s", "utilization"], rows)
-    return {"matmul_flops_per_s": rate, "tokens_per_s": speeds, "utilisation": shares}
+    return {"matmul_flops_per_s": rate, "tokens_per_s": speeds, "utilization": shares}
 
 
 def probe_seconds(workload: Workload) -> float:
@@ -256,7 +256,7 @@ def profile(workload: Workload, methods: Mapping[str, Sequence[str]]) -> dict[st
     for name, overrides in methods.items():
         with torch.profiler.profile() as profiler:
             workload.fit(*overrides)
-        # Kernels have entries of their own beside the operators that launch them, and would count twice.
+        # Kernels have entries of their own in addition to the operators that launch them, and would count twice.
         events = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]
         time = "self_device_time_total" if workload.size.needs_gpu else "self_cpu_time_total"
         spent = {event.key: getattr(event, time) for event in events}

@@ -77,7 +77,7 @@ class Data:
 
 
 def data_dir() -> Path:
-    """Return the folder of the published pairs: ``SPO_DATA_DIR``, by default ``../shared/data`` beside the project."""
+    """Return the folder of the published pairs: ``SPO_DATA_DIR``, by default ``../shared/data`` next to the project."""
     return Path(os.environ.get("SPO_DATA_DIR", Path(__file__).parents[1] / "../shared/data")).resolve()
 
 
@@ -367,7 +367,7 @@ class Workload:
 
     Args:
         size: Size of the model.
-        data: Pairs as text, of which the tokenizer is made too.
+        data: Pairs as text, from which the tokenizer is made too.
         steps: Optimizer steps of one fit.
         threads: Threads of torch; ``None`` for its own choice.
         cache: Folder where models and tokenizers are cached.

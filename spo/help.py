@@ -133,7 +133,7 @@ COMMANDS = {
         test split. Writes a table with intervals over seeds and prompts, the significant differences, and a page with
         figures. Refuses an unfair comparison: unequal numbers of settings, missing seeds, mixed data, unfinished runs.
 
-        --out DIR          folder of the results; by default comparison/ beside the runs
+        --out DIR          folder of the results; by default comparison/ next to the runs
         --metric KEY       the key of metrics.json that ranks methods; by default eval/win_rate
         --select KEY       the key that selects settings; by default val/win_rate, or what the runs have instead
         --baseline METHOD  compare each method with this one, instead of each with each

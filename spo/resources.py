@@ -10,7 +10,7 @@ MAIN_CONFIG = "train"
 
 
 def conf_dir() -> Path:
-    """Return the folder of the shipped yaml files: inside the installed package, or beside it in a checkout."""
+    """Return the folder of the shipped yaml files: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parent
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / f"{MAIN_CONFIG}.yaml").is_file():

@@ -11,6 +11,6 @@ def derive_seed(*parts: object) -> int:
     The values must never change: caches and reruns rely on them.
 
     Args:
-        parts: Name of the use, seed of the run, and whatever else tells it from other uses.
+        parts: Name of the use, seed of the run, and whatever else distinguishes it from other uses.
     """
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")

@@ -229,7 +229,7 @@ class PreferenceBatch(Movable):
         return self.index.shape[0]
 
     def _sequence_of(self) -> Tensor:
-        """Return the ``(n, B)`` index in ``sequences`` of each completion, -1 where there is none."""
+        """Return the ``(n, B)`` index in ``sequences`` of each completion, -1 for a missing one."""
         if self.completions is not None:
             return self.completions
         return torch.arange(len(self.sequences), device=self.index.device).view(-1, len(self))
@@ -239,7 +239,7 @@ class PreferenceBatch(Movable):
         return self._sequence_of() >= 0
 
     def per_completion(self, values: Tensor) -> Tensor:
-        """Return ``(N,)`` values of ``sequences`` as ``(n, B)``, best completions first; 0 where there is none."""
+        """Return ``(N,)`` values of ``sequences`` as ``(n, B)``, best completions first; 0 for a missing one."""
         return values[self._sequence_of().clamp(min=0)].masked_fill(~self.mask(), 0)
 
     def mean_per_pair(self, values: Tensor) -> Tensor:

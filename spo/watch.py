@@ -101,7 +101,7 @@ class Controllers:
     """The schedules that adjust themselves to what the probe measures.
 
     Args:
-        schedules: Schedules that the composition reads, by coefficient; those that are no controllers are left out.
+        schedules: Schedules that the composition reads, by coefficient; those that are not controllers are skipped.
     """
 
     def __init__(self, schedules: Mapping[str, Schedule]) -> None:

@@ -79,5 +79,5 @@ def clean(text: str) -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """Cut a text to ``limit`` characters and state how many were left out."""
+    """Cut a text to ``limit`` characters and state how many were omitted."""
     return text if len(text) <= limit else f"{text[:limit].rstrip()} … ({len(text) - limit:,} characters more)"

@@ -18,7 +18,7 @@ import torch
 from benchmarks import gpu, hh_lengths, scaling, step
 from benchmarks.common import Ratio, alternate
 from benchmarks.gpu_stages import STAGES, Bench, Fit, compare_fits
-from benchmarks.utilisation import forward_flops, real_work
+from benchmarks.utilization import forward_flops, real_work
 from benchmarks.workloads import FILES, HH, SIZES, Clock, Data, Workload, find_data, statistics
 from spo.config.compose import compose
 from spo.data import TokenizedPair
@@ -166,7 +166,7 @@ def test_use_of_the_device_by_hand(files: Path, cache_dir: Path, monkeypatch: py
     found = step.on_device(workload, works, {"x": 2.0})
     assert found["tokens_per_s"] == {"x": pytest.approx(sum(lengths) / 4)}
     flops = sum(forward_flops(parts.module.policy.config, work) for work in works) / 2
-    assert found["utilisation"] == {"x": pytest.approx(4 * flops / 2e9)}
+    assert found["utilization"] == {"x": pytest.approx(4 * flops / 2e9)}
 
 
 @pytest.mark.slow
@@ -365,7 +365,7 @@ def test_a_contestant_that_fails_is_replaced_and_the_others_continue(monkeypatch
         "step_s_range": [1.0, 3.0],
         "warm_up_s": [1.0, 1.0],
         "tokens_per_s": 10.0,
-        "utilisation": 1.0,
+        "utilization": 1.0,
         "peak_bytes": 8,
         "packed": True,
         "seconds": [[1.0, 3.0], [1.0, 3.0]],
@@ -418,7 +418,7 @@ def test_every_stage_runs_on_a_cpu(tmp_path: Path, cache_dir: Path) -> None:
     for arm in (*arms.values(), *stages["compile"]["arms"].values()):
         low, high = arm["step_s_range"]
         assert 0 < low <= arm["step_s"] <= high
-        assert arm["tokens_per_s"] > 0 and 0 < arm["utilisation"] < 1
+        assert arm["tokens_per_s"] > 0 and 0 < arm["utilization"] < 1
     assert all(stages["steps"][key] > 0 for key in ("ratio_dpo", "ratio_spo", "spo_over_dpo"))
     assert stages["compile"]["ratio"] > 0
     assert stages["steps"]["weights"] == "float32" and 100 < stages["steps"]["prompt_tokens"] < 130

@@ -437,7 +437,8 @@ def test_methods_without_a_finished_run_are_named(tmp_path: Path) -> None:
     write_run(tmp_path, method="dpo")
     write_run(tmp_path, method="ipo", finished=False)
     comparison = compared(tmp_path, anyway=True)
-    assert [one.name for one in comparison.methods] == ["dpo"] and "ipo has no finished run" in comparison.notes
+    assert [one.name for one in comparison.methods] == ["dpo"]
+    assert "ipo does not have a finished run" in comparison.notes
     shutil.rmtree(next(tmp_path.glob("method-dpo*")))
     with pytest.raises(CannotCompare, match="no run is finished"):
         compared(tmp_path, anyway=True)

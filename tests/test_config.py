@@ -445,8 +445,8 @@ def test_all_bad_overrides_are_reported_together() -> None:
         "foo: cannot be read",
         "alpha=0: 0 is not a positive, finite number",
         "max_steps=3: unknown key; did you mean sft.max_steps or trainer.max_steps?",
-        "data.path has no value: the file, folder or hub name of your preference pairs",
-        "model.path has no value: a Hugging Face folder or hub name",
+        "data.path is not set: the file, folder or hub name of your preference pairs",
+        "model.path is not set: a Hugging Face folder or hub name",
     ):
         assert part in text
 
@@ -511,7 +511,7 @@ def test_wrong_parameters_of_targets_are_reported_together() -> None:
     )
     for part in (
         "method.loss.label_smoothing=0.7: must be at least 0 and below 0.5",
-        "trainer.foo: Trainer has no such parameter",
+        "trainer.foo: Trainer does not have this parameter",
         "data.source.labels=softt: choose soft or hard; did you mean soft?",
         "data.source.num_prompts=0: must be at least 1",
         "regularizer.weight=-1: must be at least 0, or beta",
@@ -718,14 +718,14 @@ def test_loss_must_derive_from_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
 
 
-def test_misspelt_key_of_a_preset_is_reported(tmp_path: Path) -> None:
+def test_misspelled_key_of_a_preset_is_reported(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nsede: 3\ntrainer:\n  max_step: 4\n")
     text = problem_text("experiment=mine", config_dir=tmp_path)
     assert "sede: nothing reads this key; did you mean seed?" in text
     (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\ntrainer:\n  max_step: 4\n")
     text = problem_text("experiment=mine", config_dir=tmp_path)
-    assert "trainer.max_step: Trainer has no such parameter; did you mean max_steps?" in text
+    assert "trainer.max_step: Trainer does not have this parameter; did you mean max_steps?" in text
 
 
 def test_missing_extra_names_its_installation() -> None:

@@ -306,8 +306,8 @@ KL = ("beta=target_kl", "beta.target=5")
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        (["alpha=target_entropy"], "alpha.target has no value: the entropy of the policy to aim for, in nats per"),
-        (["beta=target_kl"], "beta.target has no value: the KL of the policy to the reference to aim for"),
+        (["alpha=target_entropy"], "alpha.target is not set: the entropy of the policy to aim for, in nats per"),
+        (["beta=target_kl"], "beta.target is not set: the KL of the policy to the reference to aim for"),
         (["beta=target_kl", "beta.target=-1"], "beta.target=-1: must be a positive number"),
         ([*ENTROPY, "alpha.every=0"], "alpha.every=0: must be at least 1"),
         ([*ENTROPY, "alpha.start=2", "alpha.max=1"], "alpha: start=2 must lie between the bounds min=0.02 and max=1"),

@@ -33,7 +33,7 @@ sections:
 """
 BROKEN = """\
 title: 3
-colour: red
+color: red
 sections:
   - title: A
     panels:
@@ -68,7 +68,7 @@ def test_every_error_is_reported_with_its_position(tmp_path: Path) -> None:
     places = [line.removeprefix("  - ").partition(":")[0] for line in lines[1:]]
     panels = [f"sections[0].panels[{place}]" for place in ("0].metrics", "0].zap", "1].bounds", "1].baseline")]
     assert {place.rstrip("]") for place in places} == {
-        *("title", "colour", "sections[1].panels", "sections[0].panels[2", "sections[0].panels[4"),
+        *("title", "color", "sections[1].panels", "sections[0].panels[2", "sections[0].panels[4"),
         *("sections[0].panels[3].title", "sections[0].panels[3].y"),
         *(panel.rstrip("]") for panel in panels),
     }

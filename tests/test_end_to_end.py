@@ -477,7 +477,7 @@ def test_another_run_on_other_prompts_is_refused(
     (here / "theirs" / "samples.jsonl").write_text("".join(lines[:5]))
     assert cli.main(["evaluate", "run", "evaluation.against=[theirs]"]) == 1
     told = " ".join(capsys.readouterr().err.split())
-    assert "theirs was evaluated on other prompts: it has no sample for 3 of the 8" in told
+    assert "theirs was evaluated on other prompts: it does not have samples for 3 of the 8" in told
     for value, words in (("[nothing]", "nothing is neither reference nor chosen"), ("chosen", "must be a list")):
         assert cli.main(["evaluate", "run", f"evaluation.against={value}"]) == 1
         assert words in " ".join(capsys.readouterr().err.split())
@@ -556,8 +556,9 @@ def test_a_judge_that_fails_at_validation_does_not_stop_training(
         (step, verdict) for step, verdict in ((0, None), (2, None), (4, 1.0)) for _ in range(3)
     ]
     assert [row["step"] for row in history(tmp_path / "run") if "val/samples/win_rate" in row] == [4]
-    [said] = [record.getMessage() for record in caplog.records if "endpoint" in record.getMessage()]
-    assert said == "the samples of this validation have no verdicts, training continues: the endpoint does not answer"
+    [message] = [record.getMessage() for record in caplog.records if "endpoint" in record.getMessage()]
+    cause = "the endpoint does not answer"
+    assert message == f"the samples of this validation do not have verdicts, training continues: {cause}"
     assert metrics["eval/judge/calls"] == 5  # three validations, two splits
 
 

@@ -87,7 +87,7 @@ def evaluate(
     return assess(prompts(n), *drawn, chosen, reward_judge(reward), all_prompts)
 
 
-def favouring(strength: float) -> nn.Module:
+def favoring(strength: float) -> nn.Module:
     """Return a model that favors one token by an offset of ``strength`` nats."""
     model = tiny_llama(scale=0.1)
     head = nn.Linear(16, VOCAB, bias=True, dtype=torch.float64)
@@ -166,7 +166,7 @@ def test_evaluation_disables_dropout() -> None:
 
 
 def test_swapping_policy_and_reference_mirrors_the_win_rate() -> None:
-    better, plain = favouring(2.0), favouring(0.0)
+    better, plain = favoring(2.0), favoring(0.0)
     ahead, behind = evaluate(better, plain).metrics, evaluate(plain, better).metrics
     assert ahead["eval/win_rate_ci_low"] > 0.6
     assert behind["eval/win_rate_ci_high"] < 0.4
@@ -175,7 +175,7 @@ def test_swapping_policy_and_reference_mirrors_the_win_rate() -> None:
 
 
 def test_metrics_can_be_recomputed_from_the_samples() -> None:
-    result = evaluate(favouring(1.0), favouring(0.0), n=15)
+    result = evaluate(favoring(1.0), favoring(0.0), n=15)
     rows, metrics = result.samples, result.metrics
     assert len(rows) == 30 and [row["sample_index"] for row in rows[:4]] == [0, 1, 0, 1]
     assert [row["prompt_id"] for row in rows[:4]] == ["id0", "id0", "id1", "id1"]
@@ -198,7 +198,7 @@ def test_metrics_can_be_recomputed_from_the_samples() -> None:
 
 
 def test_log_probs_of_samples_match_the_models() -> None:
-    policy, reference = favouring(1.0), favouring(0.0)
+    policy, reference = favoring(1.0), favoring(0.0)
     rows = evaluate(policy, reference, n=10, batch_size=3).samples
     ids = [prompt.ids for prompt in prompts(60)[:10] for _ in range(2)]
     completions = [[int(word[1:]) for word in row["completion"].split()] for row in rows]
@@ -210,7 +210,7 @@ def test_log_probs_of_samples_match_the_models() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_speed_settings_do_not_change_metrics(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed with logits on demand against padded with all logits; parts of another size, and all at once."""
-    models = favouring(1.0), favouring(0.0)
+    models = favoring(1.0), favoring(0.0)
     plain = evaluate(*models, n=12, speed=PLAIN, temperature=temperature)
     for tokens, batch_size in ((16384, 32), (30, 5)):
         monkeypatch.setattr(completions, "SCORED_TOKENS", tokens)
@@ -223,7 +223,7 @@ def test_speed_settings_do_not_change_metrics(temperature: float, monkeypatch: p
 
 
 def test_deferred_logits_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    models = favouring(1.0), favouring(0.0)
+    models = favoring(1.0), favoring(0.0)
     speed = replace(FAST, max_logits=VOCAB * 8).resolve_for(*models)
     made: list[int] = []
     for model in models:
@@ -235,7 +235,7 @@ def test_deferred_logits_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_metrics_use_the_distribution_at_the_sampling_temperature() -> None:
-    models = favouring(1.0), favouring(0.0)
+    models = favoring(1.0), favoring(0.0)
     found = evaluate(*models, n=10, temperature=0.5, batch_size=7)
     ids = [prompt.ids for prompt in prompts(10) for _ in range(2)]
     logps: list[list[float]] = []
@@ -284,7 +284,7 @@ def test_kl_and_entropy_agree_with_enumeration() -> None:
 def test_with_all_prompts_the_bootstrap_resamples_samples() -> None:
     model = tiny_llama(scale=0.1)
     one = {"n": 1, "samples_per_prompt": 200}
-    sampled, whole = (evaluate(model, favouring(1.0), all_prompts=all_, **one).metrics for all_ in (False, True))
+    sampled, whole = (evaluate(model, favoring(1.0), all_prompts=all_, **one).metrics for all_ in (False, True))
     assert "eval/win_rate_ci_low" not in sampled and "eval/win_rate_ci_high" not in sampled
     rate, width = whole["eval/win_rate"], whole["eval/win_rate_ci_high"] - whole["eval/win_rate_ci_low"]
     assert rate == sampled["eval/win_rate"] and 0.02 < width < 2 * 1.96 * math.sqrt(rate * (1 - rate) / 200) * 1.1
@@ -298,7 +298,7 @@ def test_without_a_reward_the_win_rate_is_absent() -> None:
 
 
 def test_evaluation_is_seeded_and_reports_progress() -> None:
-    first, again, other = (evaluate(favouring(1.0), favouring(0.0), n=5, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (evaluate(favoring(1.0), favoring(0.0), n=5, seed=seed) for seed in (0, 0, 1))
     assert first == again
     assert [row["completion"] for row in first.samples] != [row["completion"] for row in other.samples]
     done: list[int] = []
@@ -312,9 +312,9 @@ def test_evaluation_is_seeded_and_reports_progress() -> None:
 
 
 class Favourable:
-    """A judge that only compares: the completion with more of the favourite token wins; no answer to some prompts."""
+    """A judge that only compares: the completion with more of the favorite token wins; no answer to some prompts."""
 
-    identity: dict[str, Any] = {"judge": "favourable"}  # noqa: RUF012
+    identity: dict[str, Any] = {"judge": "favorable"}  # noqa: RUF012
 
     def __init__(self, silent: Sequence[str] = ()) -> None:
         self.silent = silent
@@ -338,13 +338,13 @@ class Favourable:
 
 def judged(judge: Judge, n: int = 20, opponents: dict[str, Opponent] | None = None, **changes: Any) -> Evaluation:
     settings = EvaluationSettings(**SETTINGS | {"num_prompts": n} | changes)
-    models = favouring(1.0), favouring(0.0)
+    models = favoring(1.0), favoring(0.0)
     drawn = draw_both(*models, tiny_tokenizer(), prompts(n), settings, FAST, decode)
     return assess(prompts(n), *drawn, settings, judge, opponents=opponents)
 
 
 def test_a_comparing_judge_agrees_with_its_reward() -> None:
-    by_reward, by_judge = evaluate(favouring(1.0), favouring(0.0), n=20), judged(Favourable())
+    by_reward, by_judge = evaluate(favoring(1.0), favoring(0.0), n=20), judged(Favourable())
     for row, other in zip(by_reward.samples, by_judge.samples, strict=True):
         assert row["verdict"] == other["verdict"] and "reward" not in other and "reference_reward" not in other
     rates = {key: value for key, value in by_reward.metrics.items() if "win_rate" in key}
@@ -400,27 +400,27 @@ def test_an_opponent_with_the_same_samples_is_a_tie() -> None:
 
 
 def test_metrics_do_not_depend_on_the_batch_size() -> None:
-    whole = evaluate(favouring(1.0), favouring(0.0), n=13, batch_size=26)
+    whole = evaluate(favoring(1.0), favoring(0.0), n=13, batch_size=26)
     for size in (1, 4, 64):
-        other = evaluate(favouring(1.0), favouring(0.0), n=13, batch_size=size)
+        other = evaluate(favoring(1.0), favoring(0.0), n=13, batch_size=size)
         assert other.metrics == pytest.approx(whole.metrics, rel=1e-9)
         assert [row["completion"] for row in other.samples] == [row["completion"] for row in whole.samples]
     # nor does what is drawn for a prompt depend on how many others there are
-    fewer = evaluate(favouring(1.0), favouring(0.0), n=5)
+    fewer = evaluate(favoring(1.0), favoring(0.0), n=5)
     assert [row["completion"] for row in fewer.samples] == [row["completion"] for row in whole.samples[:10]]
 
 
 def test_distinct_samples_averages_over_prompts() -> None:
     assert distinct_samples([["a", "a", "b", "b"], ["a", "b", "c", "d"]]) == 0.75
-    found = evaluate(favouring(1.0), favouring(0.0), n=6, samples_per_prompt=5)
+    found = evaluate(favoring(1.0), favoring(0.0), n=6, samples_per_prompt=5)
     texts = [[row["completion"] for row in found.samples[first : first + 5]] for first in range(0, 30, 5)]
     assert found.metrics["eval/distinct_samples"] == distinct_samples(texts)
     assert "eval/reference/distinct_samples" in found.metrics
-    assert "eval/distinct_samples" not in evaluate(favouring(1.0), favouring(0.0), n=6, samples_per_prompt=1).metrics
+    assert "eval/distinct_samples" not in evaluate(favoring(1.0), favoring(0.0), n=6, samples_per_prompt=1).metrics
 
 
 def test_metrics_have_intervals_around_them() -> None:
-    metrics = evaluate(favouring(1.0), favouring(0.0)).metrics
+    metrics = evaluate(favoring(1.0), favoring(0.0)).metrics
     for name in ("reward", "kl", "entropy", "entropy_sequence", "length", "win_rate", "win_rate_length_controlled"):
         assert metrics[f"eval/{name}_ci_low"] < metrics[f"eval/{name}"] < metrics[f"eval/{name}_ci_high"], name
 
@@ -436,7 +436,7 @@ def test_cached_completions_are_not_drawn_again() -> None:
         return stored[stage]
 
     settings = EvaluationSettings(**SETTINGS | {"num_prompts": 6})
-    models = favouring(1.0), favouring(0.0)
+    models = favoring(1.0), favoring(0.0)
     first, again = (
         draw_both(*models, tiny_tokenizer(), prompts(6), settings, FAST, decode, cache=cache) for _ in range(2)
     )

@@ -133,7 +133,7 @@ def test_command_imports_only_what_it_uses(words: str, unused: set[str], tmp_pat
     [
         ("method=spoo", "method=spoo: no such member of method; did you mean spo?"),
         ("alpha=foo", "alpha=foo: no such member of alpha; the group has constant"),
-        ("data=jsonl", "data.path has no value: the file, folder or hub name of your preference pairs"),
+        ("data=jsonl", "data.path is not set: the file, folder or hub name of your preference pairs"),
         ("experiment=nowhere", "experiment=nowhere: no such member of experiment"),
         ("trainer.max_steps=-1 data.batch_size=none", "data.batch_size=none: must be a whole number"),
         ("-m method=spo,dop seed=1,2", "method=dop: no such member of method; did you mean dpo?"),

@@ -782,7 +782,7 @@ def told(*overrides: str) -> str:
 
 def test_problems_are_reported_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert "judge.model has no value: the model's name at the endpoint" in told("judge=openai")
+    assert "judge.model is not set: the model's name at the endpoint" in told("judge=openai")
     openai = ["judge=openai", "judge.model=m"]
     assert told(*openai).startswith("judge.key_variable=OPENAI_API_KEY: this environment variable is not set")
     assert "{first} must occur" in told(*openai, "judge.key_variable=null", "judge.template='{prompt} {second}'")
@@ -792,7 +792,7 @@ def test_problems_are_reported_before_anything_runs(tmp_path: Path, monkeypatch:
     wrong |= {"input_price": "-1", "output_price": "x", "max_unanswered": "5"}
     text = told(*openai, *(f"judge.{key}={value}" for key, value in wrong.items()))
     assert all(f"judge.{key}={value}: must be" in text for key, value in wrong.items())
-    assert "judge.path has no value" in told("judge=language_model")
+    assert "judge.path is not set" in told("judge=language_model")
     local = ["judge=language_model", f"judge.path={tmp_path}", "judge.margin=-1", "judge.dtype=float23"]
     assert "there is no config.json" in told(*local)
     (tmp_path / "config.json").write_text("{}")

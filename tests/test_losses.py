@@ -376,7 +376,7 @@ def converged(loss: PreferenceLoss, alpha: float, beta: float, steps: int, lr: f
     return logits.detach().log_softmax(0).numpy(), reference.numpy()
 
 
-def normalised(logits: Array) -> Array:
+def normalized(logits: Array) -> Array:
     return logits - np.logaddexp.reduce(logits)
 
 
@@ -384,13 +384,13 @@ def normalised(logits: Array) -> Array:
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 4.0])
 def test_spo_converges_to_softmax_of_reward_over_alpha(alpha: float, loss: PreferenceLoss) -> None:
     logps, _ = converged(loss, alpha, beta=9.0, steps=1500, lr=0.5 / alpha)
-    np.testing.assert_allclose(logps, normalised(REWARD / alpha), atol=1e-6)
+    np.testing.assert_allclose(logps, normalized(REWARD / alpha), atol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.3, 1.0, 4.0])
 def test_dpo_converges_to_the_tilted_reference(beta: float) -> None:
     logps, reference = converged(DPOLoss(), 9.0, beta, steps=1500, lr=0.5 / beta**2)
-    np.testing.assert_allclose(logps, normalised(reference + REWARD / beta), atol=1e-6)
+    np.testing.assert_allclose(logps, normalized(reference + REWARD / beta), atol=1e-6)
 
 
 def test_ipo_with_soft_labels_converges_to_its_margin() -> None:

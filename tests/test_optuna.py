@@ -201,7 +201,7 @@ def test_failed_trial_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_missing_metric_fails_the_trial_with_a_message(tmp_path: Path) -> None:
     search(tmp_path, 1, metric="val/reward")
     [row] = result(tmp_path)["trials"]
-    assert row["error"] == "its metrics have no finite val/reward; they have val/kl, val/win_rate"
+    assert row["error"] == "its metrics do not have a finite val/reward; they have val/kl, val/win_rate"
     assert result(tmp_path)["best"] is None and Ledger(tmp_path).entries()[0].status == "failed"
 
 

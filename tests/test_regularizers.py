@@ -121,7 +121,7 @@ def test_local_and_global_kl_are_same_function_of_sequences() -> None:
 
 
 def test_large_weight_drives_policy_to_reference() -> None:
-    """A tabular policy over one token: minimises L_pref + beta KL; the optimum nears the reference as beta grows."""
+    """A tabular policy over one token: minimizes L_pref + beta KL; the optimum nears the reference as beta grows."""
     reference = torch.tensor([[2.0, 0.0, -1.0, 0.5]], dtype=torch.float64).log_softmax(-1)
     one = Sequences(torch.tensor([[1, 0]]), torch.tensor([1]), torch.tensor([2]))
 

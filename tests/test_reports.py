@@ -191,7 +191,7 @@ def test_run_page_shows_the_content_of_the_files(tmp_path: Path) -> None:
         "reference text 3",
     ):
         assert words in page.text, words
-    assert "Missing or left out" not in page.text
+    assert "Missing or omitted" not in page.text
     wins = sum(row["verdict"] == 1 for row in samples())
     assert f"{wins} wins, 0 ties, {40 - wins} losses" in page.text
 
@@ -474,7 +474,7 @@ def test_panels_fit_any_terminal_width(
     squeezed = re.sub(r"\s+", "", out)
     for words in ("[red]2,011", "alphaisfar[off]", "0.713", "[0.650,0.770]", "largestgain(win)", "largestdrop(loss)"):
         assert words in squeezed, words
-    if columns == 30:  # stacked, so that a text is not interleaved with its neighbour
+    if columns == 30:  # stacked, so that a text is not interleaved with its neighbor
         assert "[bold]markup[/bold]␛[31m" + "long" * 40 in squeezed
     else:
         assert "reward 0.400 0.600" in re.sub(r" +", " ", out)

@@ -86,7 +86,7 @@ def test_alpha_and_beta_have_every_schedule(key: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        (["alpha=list"], "alpha.values has no value: a list of positive numbers, one per optimizer step"),
+        (["alpha=list"], "alpha.values is not set: a list of positive numbers, one per optimizer step"),
         (["alpha=list", "alpha.values=[]"], "alpha: values must be a list"),
         (["alpha=list", "alpha.values=0.5"], "alpha.values=0.5: must be a list"),
         (["beta=list", "beta.values=[0.1,-1]"], "beta: values[1] must be a positive, finite number, got -1"),

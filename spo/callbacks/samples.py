@@ -34,7 +34,7 @@ class ValidationSamples(Callback):
 
     Logs ``val/samples/reward`` and ``val/samples/win_rate`` with its interval, which is wide for few prompts. Writes
     the samples to ``samples.validation.jsonl``: rows as in ``samples.jsonl``, with their ``step``. If the judge fails,
-    its verdicts are left out and training continues.
+    its verdicts are omitted and training continues.
 
     Args:
         path: File of the samples.
@@ -57,7 +57,7 @@ class ValidationSamples(Callback):
         """Take what the final evaluation of the run takes, except for the number of prompts and the opponents.
 
         Args:
-            prompts: Prompts of the selection split, of which the first ``num_prompts`` are used.
+            prompts: Prompts of the selection split; the first ``num_prompts`` are used.
             settings: Settings of the final evaluation.
             judge: Judge of the final evaluation, or ``None``.
             tokenizer: Tokenizer of the policy.
@@ -95,7 +95,7 @@ class ValidationSamples(Callback):
             return assess(self.prompts, ours, self._reference, self.settings, self.judge)
         except JudgeError as error:
             if not self._warned:
-                log.warning("the samples of this validation have no verdicts, training continues: %s", error)
+                log.warning("the samples of this validation do not have verdicts, training continues: %s", error)
             self._warned = True
             return assess(self.prompts, ours, self._reference, self.settings, None)
 

@@ -64,7 +64,7 @@ def choose_metric(runs: Sequence[Run], wanted: str | None, notes: list[str]) -> 
 
     Args:
         runs: Finished runs.
-        wanted: Key that the user asked for; ``None`` for the win rate, or the reward where there is none.
+        wanted: Key that the user asked for; ``None`` for the win rate, or for the reward if runs lack a win rate.
         notes: Sentences for the reader, to which a fallback is added.
 
     Raises:
@@ -119,7 +119,7 @@ def settings_of(runs: Sequence[Run], select: str | None) -> list[Setting]:
 
     Args:
         runs: Finished runs of one method.
-        select: Metric that settings are selected by; ``None`` where there is nothing to select.
+        select: Metric that settings are selected by; ``None`` if there is nothing to select.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:

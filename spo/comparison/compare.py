@@ -162,7 +162,8 @@ def compare(
     names = list(dict.fromkeys(run.method for run in runs))
     if baseline is not None and baseline not in names:
         raise CannotCompare([f"--baseline {baseline}: there is no run of it; the methods are {', '.join(names)}"])
-    notes = [*found.notes, *(f"{name} has no finished run" for name in _without_finished_run(found.runs, names))]
+    unfinished = _without_finished_run(found.runs, names)
+    notes = [*found.notes, *(f"{name} does not have a finished run" for name in unfinished)]
     metric = choose_metric(runs, metric, notes)
     of_method = {name: [run for run in runs if run.method == name] for name in names}
     selects = any(len({run.key for run in some}) > 1 for some in of_method.values())

@@ -98,7 +98,7 @@ class Run:
         return [self.record, *(one for one in again if _evaluation_config(one) == _evaluation_config(self.record))]
 
     def number(self, key: str) -> float | None:
-        """Return a final number; where there is none, the last one of the history."""
+        """Return a final number, or the last one of the history if the final one is missing."""
         value = self.record.metric(key)
         if value is None and not key.startswith("eval/"):
             known = [number for number in self.record.curve(key)[1] if number == number]
@@ -118,7 +118,7 @@ class Found:
     Attributes:
         runs: Runs, one per identity, in the order of their paths.
         problems: Sentences about jobs that did not leave a run.
-        notes: Sentences about runs that were counted once or left out.
+        notes: Sentences about runs that were counted once or skipped.
     """
 
     runs: list[Run] = field(default_factory=list)

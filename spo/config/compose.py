@@ -246,8 +246,8 @@ def job_name(overrides: Sequence[str], dropped: Sequence[str] = ()) -> str:
     """Return a name for a list of overrides, such as ``method-spo_alpha-0.5_seed-1``.
 
     A name has at most 120 characters of ``[A-Za-z0-9._-]``, and different lists have different names. ``_`` in a value
-    is written ``__``, so that the overrides can be read from the name. If they do not fit (a path, of which the last
-    part is shown, or other characters), eight hex digits of the list's digest end the name. A name that is cut keeps
+    is written ``__``, so that the overrides can be read from the name. If they do not fit (a path, whose last part
+    is shown, or other characters), eight hex digits of the list's digest end the name. A name that is cut keeps
     its seed.
 
     Args:

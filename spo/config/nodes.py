@@ -1,4 +1,4 @@
-"""Walk a configuration, find the object that a ``_target_`` names, and suggest what a misspelt word means."""
+"""Walk a configuration, find the object that a ``_target_`` names, and suggest what a misspelled word means."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def entries(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[tuple[st
 
 
 def keys_of(cfg: DictConfig) -> set[str]:
-    """Return the dotted keys of a configuration, items of lists left out."""
+    """Return the dotted keys of a configuration, without items of lists."""
     return {key for key, node, _ in entries(cfg) if isinstance(node, DictConfig)}
 
 

@@ -77,7 +77,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Method:
-    """Keys ``method.*`` beside its loss."""
+    """Keys ``method.*`` other than its loss."""
 
     default_beta: PositiveFloat
     regularizer_weight: NonNegativeFloat | Literal["beta"]

@@ -98,7 +98,7 @@ class TolerantComposer:
         return override.key_or_group in self.groups or "/" in override.key_or_group
 
     def _corrections(self, override: Override) -> list[str]:
-        """Return overrides that a misspelt group member may stand for."""
+        """Return overrides that a misspelled group member may stand for."""
         group = override.key_or_group
         members = difflib.get_close_matches(str(override.value()), self.groups.get(group, []), n=1)
         return [f"{plus}{group}={member}" for member in members for plus in ("", "+")]

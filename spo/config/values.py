@@ -99,7 +99,7 @@ def _accepts(kind: Any, metadata: tuple[Any, ...], value: Any) -> bool:
         return isinstance(value, Mapping | DictConfig)
     if isinstance(container, type) and issubclass(container, Sequence):
         return isinstance(value, list | tuple | ListConfig)
-    # Any other class is not judged, but where None is allowed the type says so.
+    # Values of any other class are accepted. None is accepted only if the type includes it.
     return value is not None or not isinstance(kind, type) or kind in (object, Any)
 
 

@@ -53,7 +53,7 @@ def is_empty(completion: Text) -> bool:
 
 
 def describe_type(value: Any) -> str:
-    """Return the type of a value in words for messages."""
+    """Return the name of a value's type for messages."""
     names = {type(None): "null", bool: "true or false", str: "text", list: "a list", dict: "an object"}
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
 

@@ -36,7 +36,7 @@ MAX_LISTS = 20_000
 If there are more lists, this many are drawn.
 """
 MAX_ORDERED_LIST = 4
-"""Largest number of completions in a list of which every order becomes a row."""
+"""Largest number of completions in a list whose every order becomes a row."""
 
 Indices = NDArray[np.int64]
 

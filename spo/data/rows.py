@@ -17,11 +17,11 @@ SPLITS: tuple[Split, ...] = ("train", "selection", "test")
 
 
 class RowError(DataError):
-    """A row that cannot be used, in words for the person who owns the file.
+    """A row that cannot be used, with a message for the person who owns the file.
 
     Args:
         where: Place of the row, such as file and line.
-        reason: Reason in words.
+        reason: Reason as a sentence without a period.
         column: Name of the column at fault, if it is one column.
     """
 

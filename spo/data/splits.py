@@ -24,7 +24,7 @@ class PreparedPairs:
         test: Pairs of the final evaluation.
         counts: Numbers of pairs: ``read``, ``used``, ``dropped`` and each ``dropped/REASON``, the used ones that are
             ``truncated`` or have ``boundary_moved``, and the size of each split.
-        warnings: Warnings in words for the person who starts the run.
+        warnings: Messages for the person who starts the run.
     """
 
     train: list[TokenizedPair]

@@ -21,7 +21,7 @@ class Windows:
     """The schedule of windows, one window of pairs per optimizer step.
 
     An epoch is a permutation of all pairs, drawn from the seed and the epoch. Its last window may be smaller: it is
-    never filled up, so no pair is seen twice in an epoch. A last window with fewer pairs than devices is left out,
+    never filled up, so no pair is seen twice in an epoch. A last window with fewer pairs than devices is skipped,
     because a device without a pair could not take part in the step.
 
     With ``group_by_length``, the permutation is cut into groups of that many windows. Each group is sorted by length

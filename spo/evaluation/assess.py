@@ -217,10 +217,10 @@ def _judge_rows(
             answer: dict[str, Any] = {"verdict": one.verdict} if not is_reference or with_reference else {}
             answer |= {} if one.reward is None else {"reward": one.reward}
             if is_reference:
-                one.row.update({"reference_reward" if key == "reward" else key: said for key, said in answer.items()})
+                one.row.update({"reference_reward" if key == "reward" else key: value for key, value in answer.items()})
             else:
-                said_of = one.row.setdefault("opponents", {})
-                said_of[opponent] = {"completion": one.completion, "tokens": one.tokens, **answer}
+                answers = one.row.setdefault("opponents", {})
+                answers[opponent] = {"completion": one.completion, "tokens": one.tokens, **answer}
         if not is_reference:
             metrics[f"prompts/{opponent}"] = float(len({one.row["prompt_id"] for one in replies}))
     return metrics

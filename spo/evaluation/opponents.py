@@ -70,8 +70,8 @@ def _samples_of_run(folder: Path, settings: EvaluationSettings, prompts: Sequenc
     wanted = [(prompt.prompt_id, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
     if absent := [one for one in wanted if one not in found]:
         raise UserError(
-            f"{folder} was evaluated on other prompts: it has no sample for {len(absent)} of the {len(wanted)} that "
-            f"are compared. Evaluate both with the same data, evaluation.num_prompts={settings.num_prompts} and "
+            f"{folder} was evaluated on other prompts: it does not have samples for {len(absent)} of the {len(wanted)} "
+            f"that are compared. Evaluate both with the same data, evaluation.num_prompts={settings.num_prompts} and "
             f"evaluation.samples_per_prompt={settings.samples_per_prompt} (spo evaluate {folder} ...), and name the "
             "folder of that evaluation"
         )

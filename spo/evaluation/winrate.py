@@ -8,7 +8,7 @@ import numpy as np
 
 from spo.stats import Array, Bootstrap
 
-# Keeps the slope finite where length alone decides. In units of samples, so that it is negligible beside the data.
+# Keeps the slope finite where length alone decides. In units of samples, so that the data outweighs it.
 RIDGE = 0.001
 _ITERATIONS, _LARGEST_STEP, _LARGEST_LOGIT = 60, 2.0, 30.0
 _NUMBERS_AT_ONCE = 4_000_000
@@ -29,7 +29,7 @@ def win_rates(
 
     Args:
         verdicts: Verdict of each comparison: 1 for a win of the policy, 0 for a loss, 0.5 for a tie, or anything
-            between. ``None`` where the judge did not answer: such a comparison is left out.
+            between. ``None`` if the judge did not answer: such a comparison is skipped.
         length_differences: Tokens of the policy's completion minus those of the other one.
         units: Prompt of each comparison; all prompts have the same weight, and are what the bootstrap resamples.
         bootstrap: Settings of the intervals.
@@ -51,8 +51,8 @@ def at_equal_length(verdicts: Array, length_differences: Array, weights: Array) 
     """Predict win rates at equal length, by a logistic regression on the difference in length.
 
     As in AlpacaEval 2 (Dubois et al., arXiv:2404.04475) the log-odds of a win are ``b + s tanh(d / sd(d))``, and the
-    answer is ``sigmoid(b)``. Its term for the difficulty of an instruction needs results of many models and is left
-    out. Verdicts may be shares: the loss is the cross-entropy. If length has no effect, the result is the plain win
+    answer is ``sigmoid(b)``. Its term for the difficulty of an instruction needs results of many models and is
+    omitted. Verdicts may be shares: the loss is the cross-entropy. If length has no effect, the result is the plain win
     rate.
 
     Args:

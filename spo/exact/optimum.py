@@ -109,7 +109,7 @@ def find_optimum(objective: Objective) -> Optimum | None:
 
     Returns:
         The minimum, or ``None`` if there is no single one: the rows compare some responses with no other, or the
-        objective has no minimum.
+        objective does not have a minimum.
     """
     stated = objective.closed_form()
     if stated is not None:

@@ -39,9 +39,9 @@ class Metric:
         better: Direction that is better; ``None`` where neither is by itself.
         bounds: Range of possible values, to which intervals are cut.
         neutral: Value of a policy that equals what it is compared with: a win rate of 0.5, a KL of 0.
-        places: Places that show the metric beside the table of a run, which shows every metric: ``card`` for the cards
-            of the run page, ``terminal`` for the panel at the end of a run, ``comparison`` for tables of several
-            methods and for dashboards.
+        places: Places that show the metric, in addition to the table of a run, which shows every metric: ``card`` for
+            the cards of the run page, ``terminal`` for the panel at the end of a run, ``comparison`` for tables of
+            several methods and for dashboards.
         of_policy: Whether the number describes the policy, as the number of questions to a judge does not.
         per_sample: Value of a single completion, from its row of ``samples.jsonl``; the mean over completions estimates
             the metric. In a family of opponents the row has the opponent in the place of the reference. ``None`` where

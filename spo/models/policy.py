@@ -150,7 +150,7 @@ def save_policy(
 ) -> None:
     """Save a Hugging Face folder (safetensors, tokenizer) that ``AutoModelForCausalLM`` loads.
 
-    An adapter is saved in ``adapter/`` beside the folder, and merged into the weights inside it. A policy with an
+    An adapter is saved in ``adapter/`` next to the folder, and merged into the weights inside it. A policy with an
     adapter cannot be trained further afterwards.
 
     Args:

@@ -71,7 +71,7 @@ class Reference:
         Raises:
             RuntimeError: There is no model.
         """
-        raise RuntimeError(f"{type(self).__name__} has no model to score with")
+        raise RuntimeError(f"{type(self).__name__} does not have a model to score with")
         yield policy
 
     def pair_logps(self, batch: PreferenceBatch, policy: nn.Module, speed: Speed) -> Tensor:
@@ -185,7 +185,7 @@ class AdapterOffReference(Reference):
     """The initial state of the policy's own adapter: no second copy of the model.
 
     A fresh adapter starts as a no-op, so its initial state is the policy with the adapter switched off. A given
-    adapter (``model.adapter_path``) is kept frozen under the name ``reference``, which is then the initial state.
+    adapter (``model.adapter_path``) is frozen under the name ``reference``, which is then the initial state.
     """
 
     needs_adapter: ClassVar[bool] = True

@@ -33,7 +33,7 @@ class TabularConfig(PreTrainedConfig):
 
     model_type = "spo_tabular"
     attribute_map = {"max_position_embeddings": "context"}  # noqa: RUF012
-    num_hidden_layers = 0  # `generate` reads it to allocate a cache, of which this model needs none.
+    num_hidden_layers = 0  # `generate` reads it to allocate a cache. This model does not need one.
 
     def __init__(self, vocab_size: int = 2, context: int = 1, initializer_range: float = 1.0, **kwargs: Any) -> None:
         self.vocab_size, self.context, self.initializer_range = vocab_size, context, initializer_range

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from spo.types import Sequences
 
 CACHE_ELEMENTS = 2**17
-"""Elements of a chunk on a CPU: 0.5 MiB of float32 fit into a core's second-level cache, beside a second tensor."""
+"""Elements of a chunk on a CPU: 0.5 MiB of float32 fit into a core's second-level cache, next to a second tensor."""
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

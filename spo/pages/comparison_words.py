@@ -9,7 +9,7 @@ from spo.wording import number
 
 
 def interval(estimate: Estimate | None) -> str:
-    """Write an interval such as ``[0.61, 0.72]``; empty where there is none."""
+    """Write an interval such as ``[0.61, 0.72]``; empty if there is none."""
     if estimate is None or estimate.low is None or estimate.high is None:
         return ""
     return f"[{number(estimate.low)}, {number(estimate.high)}]"

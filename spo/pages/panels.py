@@ -45,7 +45,7 @@ def result_panel(metrics: dict[str, float], samples: list[dict[str, Any]], run_d
     """Print the result of a run: win rate with interval, before and after, a few samples, where the files are.
 
     Args:
-        metrics: Final numbers under their flat keys; absent ones are left out or named.
+        metrics: Final numbers under their flat keys; absent ones are omitted or named.
         samples: Rows of ``samples.jsonl``; the largest gain, the middle and the largest drop are shown.
         run_dir: Run directory.
     """

@@ -124,7 +124,7 @@ def _facts(run: RunRecord) -> list[str]:
 
 
 def _status(run: RunRecord) -> str | None:
-    """State why there is no win rate, or ``None`` where there is one."""
+    """State why the win rate is missing; return ``None`` if there is one."""
     if run.metrics is not None:
         evaluated = any(key.startswith("eval/") for key in run.metrics)
         if not evaluated:
@@ -177,7 +177,7 @@ def _cards(run: RunRecord) -> list[dict[str, Any]]:
 
 
 def _table(run: RunRecord) -> list[dict[str, str]]:
-    """Return a row for every ``eval/`` metric: policy beside reference, with intervals in the row of their metric."""
+    """Return a row for every ``eval/`` metric: policy next to reference, with intervals in the row of their metric."""
     metrics = run.metrics or {}
     names = dict.fromkeys(
         key.removeprefix("eval/").removeprefix("reference/") for key in metrics if key.startswith("eval/")

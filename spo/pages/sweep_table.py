@@ -24,7 +24,7 @@ def print_sweep(jobs: Sequence[SweepJob], directory: Path) -> None:
         directory: Sweep directory.
     """
     metrics = [read_json(directory / entry.directory / filenames.METRICS) or {} for entry in jobs]
-    # Settings are chosen on the selection split; the number of the test split is shown only where there is no other.
+    # Settings are chosen on the selection split; the number of the test split is shown only if there is no other.
     key = "val/win_rate" if any("val/win_rate" in found for found in metrics) else "eval/win_rate"
     table = Table(box=None, pad_edge=False)
     for column in ("job", "status", key, ""):

@@ -64,7 +64,7 @@ class RunRecord:
         return steps, [points[step] for step in steps]
 
     def get(self, path: str) -> Any:
-        """Return the value at a dotted path of the configuration, ``None`` where there is none."""
+        """Return the value at a dotted path of the configuration, ``None`` if there is none."""
         node: Any = self.config
         for part in path.split("."):
             node = node.get(part) if isinstance(node, Mapping) else None

@@ -38,5 +38,5 @@ def parse_jobs(ledger: Mapping[str, Any] | None) -> list[SweepJob]:
 
 
 def read_jobs(sweep_dir: Path) -> list[SweepJob]:
-    """Return the jobs of a sweep in the order in which they were entered; none where there is no ledger."""
+    """Return the jobs of a sweep in the order in which they were entered; none if there is no ledger."""
     return parse_jobs(read_json(sweep_dir / filenames.SWEEP))

@@ -67,7 +67,7 @@ class Regularizer(ABC):
     def kl_weight(self, beta: float) -> float | None:
         """Return the coefficient of KL(policy || reference) over all responses that the term amounts to.
 
-        With it the optimum of the objective is known. ``None`` means that the term is no multiple of that KL.
+        With it the optimum of the objective is known. ``None`` means that the term is not a multiple of that KL.
         """
         return None
 
@@ -114,7 +114,7 @@ class SampleRegularizer(Regularizer):
     """A divergence on samples of the policy, drawn from time to time and reused. Subclasses write ``__call__``.
 
     The samples in the buffer are stale at a validation. A subclass whose R the probe estimates on fresh samples sets
-    ``probe_metric``; without it R is left out of ``val/loss``.
+    ``probe_metric``; without it ``val/loss`` omits R.
 
     Args:
         weight: Coefficient of R, or ``"beta"`` to follow the beta schedule.

@@ -92,7 +92,7 @@ def write_failure(run_dir: Path, error: str, trace: str = "") -> None:
 
 
 def read_failure(run_dir: Path) -> dict[str, Any] | None:
-    """Return the content of ``failure.json``, ``None`` where there is none."""
+    """Return the content of ``failure.json``, ``None`` if there is none."""
     return read_json(run_dir / filenames.FAILURE)
 
 

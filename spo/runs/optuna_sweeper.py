@@ -166,7 +166,7 @@ class OptunaSweeper(Sweeper):
         wanted = [self.objective.metric, *self.objective.constraints]
         if missing := [name for name in wanted if finite(metrics.get(name)) is None]:
             known = ", ".join(sorted(name for name in metrics if name.startswith("val/")))
-            words = f"its metrics have no finite {' and no '.join(missing)}; they have {known}"
+            words = f"its metrics do not have a finite {' or '.join(missing)}; they have {known}"
             self.ledger.note(job, entry.directory, "failed", words)
             live.set_user_attr("error", words)
             study.tell(live, state=optuna.trial.TrialState.FAIL)

@@ -108,7 +108,7 @@ def git_state(folder: Path, tracked: str = ".") -> dict[str, Any] | None:
             that has nothing to do with it.
 
     Returns:
-        ``git_sha`` and ``git_dirty``, or ``None`` where there is no such repository.
+        ``git_sha`` and ``git_dirty``, or ``None`` if there is no such repository.
     """
 
     def git(*arguments: str) -> str | None:

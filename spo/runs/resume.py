@@ -94,7 +94,7 @@ def _record_changes(run_dir: Path, cfg: DictConfig, before: int) -> None:
         (run_dir / filenames.METRICS).rename(run_dir / filenames.earlier_metrics(before))
     new = identity(cfg)
     write_config(run_dir, cfg)
-    # The code stays the one that started the run: the same command refuses another version, and provenance.json lists
+    # The code stays the one that started the run: the same command rejects another version, and provenance.json lists
     # the versions that continued it.
     parts = {**old, "config": new["config"], "judge": new["judge"]}
     parts.pop("digest", None)

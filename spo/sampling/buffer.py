@@ -1,4 +1,4 @@
-"""The buffer of policy samples, which are drawn from time to time and reused in between."""
+"""The buffer of policy samples, drawn from time to time and reused in between."""
 
 from __future__ import annotations
 

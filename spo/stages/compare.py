@@ -27,7 +27,7 @@ def compare_command(
 
     Args:
         paths: Sweep directories and run directories.
-        out: Folder of the files; ``None`` for ``comparison`` beside the runs.
+        out: Folder of the files; ``None`` for ``comparison`` next to the runs.
         metric: Metric by which methods are ranked, as in :func:`spo.comparison.compare.compare`.
         select: Metric by which the best settings are selected, as in the same function.
         baseline: Method that others are compared with, as in the same function.

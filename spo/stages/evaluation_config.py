@@ -25,14 +25,14 @@ def evaluation_config(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
         UserError: An override is of another key, or its key does not exist.
     """
     parsed = [parse(text) for text in expand_numbers(overrides)]
-    refused = [
+    unsupported = [
         one.input_line
         for one in parsed
         if not any(one.key_or_group == key or one.key_or_group.startswith(f"{key}.") for key in CHANGEABLE_KEYS)
     ]
-    if refused:
+    if unsupported:
         raise UserError(
-            f"an evaluation can change {', '.join(CHANGEABLE_KEYS)} only, not {', '.join(map(str, refused))}: "
+            f"an evaluation can change {', '.join(CHANGEABLE_KEYS)} only, not {', '.join(map(str, unsupported))}: "
             "train another run for that"
         )
     cfg = OmegaConf.create(OmegaConf.to_container(own, resolve=False))

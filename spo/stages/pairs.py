@@ -35,7 +35,7 @@ CODE_DEPENDENCIES = (
     "stages/from_config.py",
     "stages/pairs.py",
 )
-"""Files that cached pairs depend on, beside the reference model. A change elsewhere leaves them valid."""
+"""Files that cached pairs depend on, in addition to the reference model. Other changes leave them valid."""
 ROWS_FILE, DROPPED_FILE = "rows.jsonl", "dropped.json"
 
 

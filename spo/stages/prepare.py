@@ -121,7 +121,7 @@ def _prepare_pairs(
         counts = pairs.counts | dict.fromkeys(SPLITS, len(pairs.train))
         pairs = dataclasses.replace(pairs, selection=pairs.train, test=pairs.train, counts=counts)
     if left_out := source.dropped_responses:
-        pairs.warnings.append(f"{sum(left_out.values())} responses were left out of their lists ({_list(left_out)})")
+        pairs.warnings.append(f"{sum(left_out.values())} responses were dropped from their lists ({_list(left_out)})")
     lost = sum(dropped.values()) + len(source.bad_rows)
     counts = {**pairs.counts, "read": pairs.counts["read"] + lost, "dropped": pairs.counts["dropped"] + lost}
     return dataclasses.replace(pairs, counts=counts)

@@ -81,15 +81,15 @@ def precomputed_logps(cfg: DictConfig, prepared: Prepared, reference: Precompute
     an interrupted pass resumes where it stopped.
 
     Args:
-        cfg: the run's configuration.
-        prepared: model and pairs.
-        reference: says where the store lies, and is told how much was found in it.
+        cfg: Configuration of the run.
+        prepared: Model and pairs of the run.
+        reference: Reference that names the folder of the store; the number of log-probs found there is set on it.
 
     Returns:
         ``(P, n)`` per split, best first; NaN where a list has fewer than ``n`` completions.
 
     Raises:
-        DataError: the reference's log-probs are no numbers, or the store cannot be used.
+        DataError: Log-probs of the reference are not numbers, or the store cannot be used.
     """
     splits = {"train": prepared.pairs.train, "selection": prepared.pairs.selection}
     rows = list(dict.fromkeys(row for pairs in splits.values() for pair in pairs for row in _rows(pair)))

@@ -98,7 +98,7 @@ def verify_command(methods: Sequence[str], full: bool, config_dir: str | None, j
         raise UserError(f"--json {json_file}: there is no folder {json_file.absolute().parent}")
     plan = OmegaConf.load(conf_dir() / PLAN)
     assert isinstance(plan, DictConfig)
-    cases, left_out = plan_cases(plan, full, config_dir, methods)
+    cases, skipped = plan_cases(plan, full, config_dir, methods)
     console, verdicts = Console(), []
     with (
         tempfile.TemporaryDirectory(prefix="spo-verify-") as folder,
@@ -110,7 +110,7 @@ def verify_command(methods: Sequence[str], full: bool, config_dir: str | None, j
             verdicts.append(run_case(case, Path(folder), number, plan.tolerance[case.model], config_dir))
             progress.advance(task)
     console.print(_table(verdicts))
-    for line in left_out:
+    for line in skipped:
         console.print(line, highlight=False)
     if json_file is not None:
         write_json(json_file, [dataclasses.asdict(verdict) for verdict in verdicts])
@@ -122,7 +122,7 @@ def verify_command(methods: Sequence[str], full: bool, config_dir: str | None, j
 def plan_cases(
     plan: DictConfig, full: bool, config_dir: str | None, methods: Sequence[str] = ()
 ) -> tuple[list[Case], list[str]]:
-    """Return the cases of the given methods, or of all methods, and a sentence for each method that is left out.
+    """Return the cases of the given methods, or of all methods, and a sentence for each method that is skipped.
 
     Raises:
         UserError: The folder or a method does not exist.
@@ -135,14 +135,14 @@ def plan_cases(
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
         raise UserError(f"there is no method {unknown[0]}; {hint}")
     cases: list[Case] = []
-    left_out: list[str] = []
+    skipped: list[str] = []
     for member in methods or known:
         loss, name = _instantiate_loss(member, config_dir)
         if not loss.uses_rejected:
-            left_out.append(f"{name} is left out: it learns from completions alone and compares none")
+            skipped.append(f"{name} is skipped: it learns from completions alone and compares none")
             continue
         cases += _cases(plan, "full" if full else "default", member, loss)
-    return cases, left_out
+    return cases, skipped
 
 
 def _instantiate_loss(member: str, config_dir: str | None) -> tuple[Loss[Any], str]:

@@ -19,7 +19,7 @@ class RunDescription:
         tags: Tags to filter by.
         config: Resolved configuration and provenance, without secrets.
         directory: Run directory, where a tracker may store the id of its own run.
-        recorded: Rows of ``history.jsonl`` from before an interruption, of which a tracker may have seen only some.
+        recorded: Rows of ``history.jsonl`` from before an interruption; a tracker may have seen only some of them.
     """
 
     name: str

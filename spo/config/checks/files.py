@@ -72,7 +72,7 @@ def _model(cfg: DictConfig) -> Iterator[str]:
 
 
 def _opponents(cfg: DictConfig) -> Iterator[str]:
-    """Yield opponents of the evaluation that cannot be found or told apart by their names."""
+    """Yield opponents of the evaluation that cannot be found or distinguished by their names."""
     against = select(cfg, "evaluation.against")
     if not isinstance(against, ListConfig):
         return

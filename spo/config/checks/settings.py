@@ -47,7 +47,7 @@ def missing_and_unresolved(cfg: DictConfig) -> Iterator[str]:
     for key, node, name in entries(cfg):
         if OmegaConf.is_missing(node, name):
             hint = f": {HINTS[key]}" if key in HINTS else ""
-            yield f"{key} has no value{hint} ({key}=...)"
+            yield f"{key} is not set{hint} ({key}=...)"
         elif OmegaConf.is_interpolation(node, name):
             try:
                 node[name]

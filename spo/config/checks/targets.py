@@ -50,11 +50,11 @@ def _arguments(key: str, node: DictConfig, target: Callable[..., Any]) -> Iterat
     for name in given:
         if name not in names and not takes_any:
             short = str(node.get("_target_")).rpartition(".")[2]
-            yield f"{key}.{name}: {short} has no such parameter{suggestion(name, names)}"
+            yield f"{key}.{name}: {short} does not have this parameter{suggestion(name, names)}"
     if not (node.get("_partial_") or node.get("_args_")):
         for name in names:
             if name not in given and parameters[name].default is inspect.Parameter.empty:
-                yield f"{key}.{name} has no value ({key}.{name}=...)"
+                yield f"{key}.{name} is not set ({key}.{name}=...)"
     for name, hint in parameter_types(target).items():
         path = f"{key}.{name}"
         # Keys of the schema are judged already.

@@ -13,7 +13,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 @dataclass(frozen=True)
 class JudgedPair:
-    """Two completions of one prompt, of which one may be the better."""
+    """Two completions of one prompt, to be compared."""
 
     prompt: str
     first: str

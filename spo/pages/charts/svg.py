@@ -8,7 +8,7 @@ from spo.pages.charts.axes import HEIGHT, WIDTH
 
 
 def marker(hue: int, x: float, y: float, size: float, look: str = "") -> str:
-    """Draw a mark. Each color has its own shape, so that marks can be told apart by either.
+    """Draw a mark. Each color has its own shape, so that either distinguishes marks.
 
     Args:
         hue: Number of its color and shape, from 1.

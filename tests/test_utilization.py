@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.utilisation import Work, forward_flops, matmul_rate
+from benchmarks.utilization import Work, forward_flops, matmul_rate
 from spo.forward.packing import Group
 
 CONFIG = LlamaConfig(
