@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,17 @@ def imported(file: Path) -> set[str]:
 
 def test_every_part_has_a_layer() -> None:
     assert {part_of(file) for file in FILES} == set(LEVEL)
+
+
+def test_contributing_lists_every_part_above_what_it_imports() -> None:
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text().partition("## Layout")[2].partition("\n## ")[0]
+    items = re.split(r"^\d+\. ", text, flags=re.MULTILINE)[1:]
+    line = {part: place for place, item in enumerate(items, 1) for part in re.findall(r"`spo/(\w+)(?:/|\.py)`", item)}
+    assert set(line) == set(LEVEL) - {"__init__", "__main__", "_old_names"}
+    for file in FILES:
+        others = {module.split(".")[1] for module in imported(file) if module.startswith("spo.")}
+        for other in others & line.keys():
+            assert line.get(part_of(file), 0) <= line[other], f"{file} imports {other}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
