@@ -36,7 +36,7 @@ def run_gpu_tests(seconds: float, marker: str = "gpu") -> dict[str, Any]:
 
     Args:
         seconds: Seconds after which the tests are stopped. The outcomes until then count.
-        marker: pytest marker of the tests.
+        marker: Marker of the tests, as pytest knows it.
 
     Returns:
         ``counts`` of each outcome, ``failures`` with the message of each failed test, ``skips`` with the number of

@@ -19,9 +19,9 @@ class Command:
     """One command.
 
     Attributes:
-        summary: Its line in the list of commands.
+        summary: Line of the command in the list of commands.
         usage: How it is called.
-        text: Its help.
+        text: Help text of the command.
         examples: Command lines to copy.
         groups: Whether it takes config groups.
     """

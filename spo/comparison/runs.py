@@ -29,7 +29,7 @@ class CannotCompare(UserError):
 
     Args:
         problems: Reasons, one sentence each.
-        advice: What to do about all problems.
+        advice: Sentence that says how to solve the problems.
     """
 
     def __init__(self, problems: Sequence[str], advice: str = "") -> None:
