@@ -92,7 +92,7 @@ def test_made_up_pairs_have_the_stated_lengths(tmp_path: Path) -> None:
         assert float(logs[name].std()) == pytest.approx(spread, abs=0.1), name
 
 
-def test_an_absent_file_is_said_and_replaced(
+def test_missing_file_is_reported_and_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SPO_DATA_DIR", str(tmp_path))
@@ -241,7 +241,9 @@ def test_a_sweep_prepares_once(tmp_path: Path) -> None:
     assert result["ratio"] == pytest.approx(result["separate_s"] / result["sweep_s"])
 
 
-def test_what_needs_a_gpu_is_refused_in_words(files: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workload_that_needs_a_gpu_is_rejected_with_a_message(
+    files: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     data = find_data("synthetic", cache_dir)
     with pytest.raises(UserError, match="needs a CUDA device, and there is none here: choose --size 1m or 10m"):
@@ -387,7 +389,7 @@ def test_a_contestant_that_fails_is_replaced_and_the_others_continue(monkeypatch
         ({"steps": 2}, "--steps 2: the first 2 steps do not count"),
     ],
 )
-def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_impossible_settings_are_rejected(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Bench(replace(SETTINGS, **changes))
 

@@ -466,7 +466,7 @@ def test_csv_json_and_markdown_contain_the_same_numbers(tmp_path: Path) -> None:
     assert all(one["words"] in markdown for one in plain["differences"])
 
 
-def test_compare_writes_beside_the_runs_or_into_the_given_folder(
+def test_compare_writes_next_to_the_runs_or_into_the_given_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -469,7 +469,7 @@ def test_an_evaluation_against_chosen_responses_and_another_run(finished: Path, 
     assert {"eval/win_rate", "eval/win_rate/chosen_length_controlled_ci_high"} <= metrics.keys()
 
 
-def test_another_run_on_other_prompts_is_refused(
+def test_run_on_other_prompts_is_rejected_as_an_opponent(
     finished: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "theirs").mkdir()

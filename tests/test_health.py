@@ -1,4 +1,4 @@
-"""Alarms: what a validation is compared with, what is said, and that a run which falls apart trips them."""
+"""Alarms: their baselines, their messages, and a run that falls apart sets them off."""
 
 from __future__ import annotations
 

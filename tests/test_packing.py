@@ -1,4 +1,4 @@
-"""Packed rows: equal to padded batches for every model that is accepted, refused in words for every other."""
+"""Packed rows equal padded batches for every supported model; any other model is rejected with a message."""
 
 from __future__ import annotations
 

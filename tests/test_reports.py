@@ -101,7 +101,7 @@ def samples(count: int = 40) -> list[dict[str, Any]]:
 
 
 def write_run(path: Path, **files: Any) -> Path:
-    """Write a run directory; a file given as ``None`` is left out, a string is written as it is."""
+    """Write a run directory; a file given as ``None`` is omitted, a string is written as it is."""
     everything: dict[str, Any] = {
         "config.yaml": CONFIG,
         "metrics.json": METRICS,

@@ -123,7 +123,7 @@ def test_sampling_restores_modes_after_an_error(sampler: str) -> None:
 
 
 class Scripted(nn.Module):
-    """Stands for a model of which it is known what ``generate`` returns after the prompt."""
+    """A model whose ``generate`` returns given tokens after the prompt."""
 
     def __init__(self, *completions: list[int]) -> None:
         super().__init__()

@@ -53,7 +53,7 @@ OWN = """
 
 
 def own_methods(folder: Path, *names: str) -> Path:
-    """Losses beside the user and a folder of configs that name them."""
+    """Write losses next to the user, and a folder of configurations that name them."""
     (folder / "own.py").write_text(textwrap.dedent(OWN))
     (folder / "conf" / "method").mkdir(parents=True)
     for name in names:

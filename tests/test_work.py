@@ -127,7 +127,7 @@ def test_spo_runs_reference_once_per_drawing_and_on_no_pair(tmp_path: Path) -> N
     assert steps[1]["products"] == 3 * (once + samples)
 
 
-def test_reference_runs_every_step_if_not_kept(tmp_path: Path) -> None:
+def test_reference_runs_every_step_without_a_cache(tmp_path: Path) -> None:
     regularizer = GlobalKL(0.1, 2, SAMPLES, 2, 4, "tokenwise")
     for step in counted(tmp_path, SPOLoss(), regularizer, PLAIN):
         assert step["reference"] == [2 * (PROMPT + 4)]
@@ -172,7 +172,7 @@ def test_attention_on_long_group_is_near_minimum(
     completions: tuple[int, ...],
 ) -> None:
     prompt = 500
-    # completions that share a call see each other's places too, of which there are at most MAX_MASKED_TOKENS
+    # completions that share a call see each other's places too, at most MAX_MASKED_TOKENS of them
     bound = prompt**2 + sum(n * (prompt + max(n, MAX_MASKED_TOKENS)) for n in completions)
     exact = prompt**2 + sum(n * (prompt + n) for n in completions)
     found = attended(Group(prompt, completions))

@@ -153,7 +153,7 @@ def test_order_depends_on_seed_and_step_only(group: int | None) -> None:
     assert some_windows(100, 7, 6, 2, group).window(0).tolist() != windows.window(0).tolist()
     # The same windows on any number of devices.
     assert some_windows(100, 7, 5, 1, group).window(20).tolist() == windows.window(20).tolist()
-    # A ragged window too small for the devices is left out: 100 = 14 * 7 + 2.
+    # A ragged window too small for the devices is skipped: 100 = 14 * 7 + 2.
     assert (windows.per_epoch, some_windows(100, 7, 5, 3, group).per_epoch) == (15, 14)
 
 
@@ -372,7 +372,7 @@ def test_window_is_pinned_and_transferred_without_blocking(monkeypatch: pytest.M
     kept = moved.micro_batches[0]
     assert kept.keys == batch.keys and kept.sequences.packed is not None
     assert kept.sequences.packed.groups is batch.sequences.packed.groups
-    # of a batch ids, lengths and places, of its packed row likewise, and what belongs to the pairs
+    # of a batch ids, lengths and places, of its packed row the same, and what belongs to the pairs
     expected = [batch.sequences.input_ids, batch.sequences.packed.predictors, batch.index, batch.reference_logps]
     assert all(any(found is tensor for found in pinned) for tensor in expected)
     assert moves == [(cuda, True)] * len(pinned) and len(pinned) == 10 * len(window.micro_batches)
