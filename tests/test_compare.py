@@ -246,8 +246,8 @@ def evaluate_against(run: Path, opponent: Path, shares: list[float | None], **ch
     folder = run / "evaluations" / f"{len(list(run.glob('evaluations/*')))}"
     folder.mkdir(parents=True)
     shutil.copy(run / "samples.jsonl", folder)
-    said = iter(shares)
-    rewrite(folder / "samples.jsonl", lambda row: row.update(opponents={opponent.name: {"verdict": next(said)}}))
+    verdicts = iter(shares)
+    rewrite(folder / "samples.jsonl", lambda row: row.update(opponents={opponent.name: {"verdict": next(verdicts)}}))
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["evaluation"]["against"] = [str(opponent)]
     for group, values in changes.items():
@@ -426,8 +426,8 @@ def test_all_problems_are_reported_with_exit_status_1(tmp_path: Path, capsys: py
     for spoil in (spoil_budget, spoil_prompts, spoil_job):
         spoil(sweep)
     assert cli.main(["compare", str(sweep)]) == 1
-    said = capsys.readouterr().err
-    assert "the comparison has 3 problems:" in said and not (sweep / "comparison").exists()
+    message = capsys.readouterr().err
+    assert "the comparison has 3 problems:" in message and not (sweep / "comparison").exists()
     assert cli.main(["compare", str(sweep), "--anyway"]) == 0
     assert "not a fair comparison" in capsys.readouterr().out
     assert "This is not a fair comparison" in (sweep / "comparison" / "comparison.html").read_text()

@@ -221,15 +221,15 @@ def test_browser_shows_the_comparison_page(
     page = browser.new_page(
         viewport={"width": width, "height": 900}, color_scheme="dark" if look == "dark" else "light"
     )
-    said: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: said.append(request.url) if not request.url.startswith("file:") else None)
+    output: list[str] = []
+    page.on("console", lambda message: output.append(message.text))
+    page.on("pageerror", lambda error: output.append(str(error)))
+    page.on("request", lambda request: output.append(request.url) if not request.url.startswith("file:") else None)
     page.goto(grid[1].as_uri())
     if look == "print":
         page.emulate_media(media="print")
     page.screenshot(path=tmp_path / f"comparison-{look}.png", full_page=True)
-    assert not said
+    assert not output
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     boxes = page.evaluate("[...document.querySelectorAll('svg')].map((one) => one.getBoundingClientRect().toJSON())")
     assert all(box["width"] > 8 and box["height"] > 8 and box["right"] <= width + 1 for box in boxes)

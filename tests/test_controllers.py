@@ -276,10 +276,10 @@ def test_history_shows_coefficient_and_measurement(tmp_path: Path) -> None:
 def test_reaching_a_bound_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     alpha = make(TargetEntropy, target=50.0, start=0.2, every=2, max=0.3)
     module = aligned(tmp_path / "run", alpha=alpha)
-    said = [record.message for record in caplog.records if "bound" in record.message]
-    assert len(said) == 1 and alpha.saturated
-    assert said[0].startswith("alpha stands at its bound alpha.max=0.3 from step 10 on: entropy is ")
-    assert said[0].endswith("there, and its target is 50")
+    reached = [record.message for record in caplog.records if "bound" in record.message]
+    assert len(reached) == 1 and alpha.saturated
+    assert reached[0].startswith("alpha stands at its bound alpha.max=0.3 from step 10 on: entropy is ")
+    assert reached[0].endswith("there, and its target is 50")
 
     caplog.clear()
     for measured in (49.0, 51.0, 40.0, 30.0, 99.0, 98.0, 1.0):  # two more entries
@@ -331,8 +331,8 @@ def test_unused_coefficient_needs_no_measurement() -> None:
     assert problems(unread) == []
     assert warnings(unread) == ["dpo does not read alpha: what you set it to has no effect"]
     assert problems(compose([*ENTROPY, "regularizer=none", "reference=none"])) == []
-    [told] = warnings(compose([*ENTROPY, "alpha.every=200"]))
-    assert told == "alpha.every=200 is more than trainer.max_steps=100: alpha is never adjusted"
+    [note] = warnings(compose([*ENTROPY, "alpha.every=200"]))
+    assert note == "alpha.every=200 is more than trainer.max_steps=100: alpha is never adjusted"
 
 
 def test_run_with_both_controllers(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -399,8 +399,8 @@ def test_single_run_warns_once(cache: Path, tmp_path: Path, capsys: pytest.Captu
     settings = [TINY, "method=dpo", "trainer.max_steps=0", "evaluation.num_prompts=2"]
     first = job(tmp_path / "run", cache, *settings, "alpha=linear")
     shown = "".join(capsys.readouterr())
-    said = " ".join(shown.replace("│", " ").split())
-    assert said.count("dpo does not read alpha: what you set it to has no effect") == 1
+    output = " ".join(shown.replace("│", " ").split())
+    assert output.count("dpo does not read alpha: what you set it to has no effect") == 1
     assert job(tmp_path / "run", cache, *settings, "alpha=0.3") == first  # the same run: its result is shown
     assert "does not read" not in "".join(capsys.readouterr())
 

@@ -292,8 +292,8 @@ def test_repeating_a_command_shows_the_result(here: Path, cache: Path, capsys: p
     assert {path.name for path in before if before[path] != after[path]} <= {".lock", "spo.log"}
 
     assert cli.main([*words, "seed=2"]) == 1
-    told = capsys.readouterr().err
-    assert "seed: 0 there, 2 now" in told and "Traceback" not in told
+    messages = capsys.readouterr().err
+    assert "seed: 0 there, 2 now" in messages and "Traceback" not in messages
     assert numbers(here / "run") and not (here / "run.1").exists()
 
 
@@ -476,8 +476,8 @@ def test_run_on_other_prompts_is_rejected_as_an_opponent(
     lines = (finished / "samples.jsonl").read_text().splitlines(keepends=True)
     (here / "theirs" / "samples.jsonl").write_text("".join(lines[:5]))
     assert cli.main(["evaluate", "run", "evaluation.against=[theirs]"]) == 1
-    told = " ".join(capsys.readouterr().err.split())
-    assert "theirs was evaluated on other prompts: it does not have samples for 3 of the 8" in told
+    messages = " ".join(capsys.readouterr().err.split())
+    assert "theirs was evaluated on other prompts: it does not have samples for 3 of the 8" in messages
     for value, words in (("[nothing]", "nothing is neither reference nor chosen"), ("chosen", "must be a list")):
         assert cli.main(["evaluate", "run", f"evaluation.against={value}"]) == 1
         assert words in " ".join(capsys.readouterr().err.split())
@@ -584,8 +584,8 @@ def test_an_evaluation_rejects_overrides_of_training(
     override: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["evaluate", "run", override]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("spo: an evaluation can change") and override.partition("=")[0] in told
+    messages = capsys.readouterr().err
+    assert messages.startswith("spo: an evaluation can change") and override.partition("=")[0] in messages
     assert not (finished / "evaluations").exists()
 
 
@@ -602,8 +602,8 @@ def test_commands_on_other_folders_are_errors(here: Path, capsys: pytest.Capture
     for command in ("evaluate empty", "evaluate nowhere", "train --resume nowhere", "report nowhere"):
         words = command.split()
         assert cli.main(words) == 1
-        told = capsys.readouterr().err
-        assert told.startswith("spo: ") and words[-1] in told and "Traceback" not in told
+        messages = capsys.readouterr().err
+        assert messages.startswith("spo: ") and words[-1] in messages and "Traceback" not in messages
 
 
 def test_inspect_shows_tokens_and_masks(here: Path, swept: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
@@ -735,8 +735,8 @@ def test_cached_log_probs_train_like_a_frozen_copy(
     [(count,)] = asked(file, "SELECT count(*) FROM logps")
     capsys.readouterr()
     job(tmp_path / "second", cache, *SMALL, "method=dpo", "reference=precomputed", f"reference.cache_dir={stored}")
-    said = re.search(r"stored log-probs of (\d+) sequences, (\d+) of them new", capsys.readouterr().out)
-    assert said is not None and int(said[1]) - int(said[2]) == count > 0  # only those it had not come to
+    counts = re.search(r"stored log-probs of (\d+) sequences, (\d+) of them new", capsys.readouterr().out)
+    assert counts is not None and int(counts[1]) - int(counts[2]) == count > 0  # only those it had not come to
 
 
 def test_the_reference_is_loaded_only_if_needed(

@@ -80,8 +80,8 @@ def test_crossed_limit_warns_once(
     ill = START | change
     logged = watched(tmp_path, START, ill, START, ill)
     assert [row["val/health/alarms"] for row in logged.rows] == [0, 1, 0, 1]
-    [said] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert said.startswith("step 10: ") and f"callbacks.health.{check}={LIMITS[check]:g}" in said
+    [message] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert message.startswith("step 10: ") and f"callbacks.health.{check}={LIMITS[check]:g}" in message
     [alarm] = json.loads((tmp_path / "health.json").read_text())
     assert (alarm["step"], alarm["check"], alarm["limit"]) == (10, check, LIMITS[check])
     assert alarm["value"] == pytest.approx(value)

@@ -776,27 +776,29 @@ def test_a_tokenizer_must_distinguish_a_and_b(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ the configuration
 
 
-def told(*overrides: str) -> str:
+def problem_text(*overrides: str) -> str:
     return "\n".join(problems(compose(overrides)))
 
 
 def test_problems_are_reported_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert "judge.model is not set: the model's name at the endpoint" in told("judge=openai")
+    assert "judge.model is not set: the model's name at the endpoint" in problem_text("judge=openai")
     openai = ["judge=openai", "judge.model=m"]
-    assert told(*openai).startswith("judge.key_variable=OPENAI_API_KEY: this environment variable is not set")
-    assert "{first} must occur" in told(*openai, "judge.key_variable=null", "judge.template='{prompt} {second}'")
+    assert problem_text(*openai).startswith("judge.key_variable=OPENAI_API_KEY: this environment variable is not set")
+    assert "{first} must occur" in problem_text(
+        *openai, "judge.key_variable=null", "judge.template='{prompt} {second}'"
+    )
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    assert told(*openai) == "" and KEY not in told(*openai, "judge.base_url=nowhere")
+    assert problem_text(*openai) == "" and KEY not in problem_text(*openai, "judge.base_url=nowhere")
     wrong = {"concurrency": "0", "attempts": "0", "max_retries": "-1", "timeout_s": "0", "requests_per_minute": "0"}
     wrong |= {"input_price": "-1", "output_price": "x", "max_unanswered": "5"}
-    text = told(*openai, *(f"judge.{key}={value}" for key, value in wrong.items()))
+    text = problem_text(*openai, *(f"judge.{key}={value}" for key, value in wrong.items()))
     assert all(f"judge.{key}={value}: must be" in text for key, value in wrong.items())
-    assert "judge.path is not set" in told("judge=language_model")
+    assert "judge.path is not set" in problem_text("judge=language_model")
     local = ["judge=language_model", f"judge.path={tmp_path}", "judge.margin=-1", "judge.dtype=float23"]
-    assert "there is no config.json" in told(*local)
+    assert "there is no config.json" in problem_text(*local)
     (tmp_path / "config.json").write_text("{}")
-    text = told(*local, "judge.trust_remote_code=maybe", "judge.batch_size=0")
+    text = problem_text(*local, "judge.trust_remote_code=maybe", "judge.batch_size=0")
     for words in (
         "batch_size=0: must be at least 1",
         "margin=-1: must be at least 0",
@@ -804,8 +806,8 @@ def test_problems_are_reported_before_anything_runs(tmp_path: Path, monkeypatch:
         "maybe:",
     ):
         assert words in text
-    assert "your function, reward(prompts, completions)" in told("judge=function")
-    assert "there is no module nowhere" in told("judge=function", "judge.reward._target_=nowhere.fn")
+    assert "your function, reward(prompts, completions)" in problem_text("judge=function")
+    assert "there is no module nowhere" in problem_text("judge=function", "judge.reward._target_=nowhere.fn")
 
 
 def test_the_key_is_not_in_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

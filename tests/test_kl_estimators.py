@@ -332,15 +332,15 @@ def test_step_gradient_is_mean_over_micro_batches(name: KLEstimator, tmp_path: P
 def test_unknown_estimators_raise() -> None:
     with pytest.raises(ValueError, match=r"regularizer\.estimator=k4: choose one of tokenwise, unbiased, k1, k2, k3"):
         global_kl("k4")  # type: ignore[arg-type]
-    (said,) = problems(compose(["regularizer.estimator=k4"]))
-    assert said.startswith("regularizer.estimator=k4: choose tokenwise, unbiased, k1, k2 or k3")
+    (message,) = problems(compose(["regularizer.estimator=k4"]))
+    assert message.startswith("regularizer.estimator=k4: choose tokenwise, unbiased, k1, k2 or k3")
 
 
 def test_configuration_selects_estimator_and_warns_of_k1() -> None:
     assert compose(["method=spo"]).regularizer.estimator == "tokenwise"
     for name in NAMES:
-        said = warnings(compose([f"regularizer.estimator={name}"]))
-        assert len(said) == (name == "k1") and all("does not regularize" in text for text in said)
+        notes = warnings(compose([f"regularizer.estimator={name}"]))
+        assert len(notes) == (name == "k1") and all("does not regularize" in note for note in notes)
 
 
 def test_run_with_each_estimator(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -664,6 +664,6 @@ def test_loss_scale_far_from_one_warns(
     module = make_module(tiny_llama(0), loss=SPOLoss(), alpha=alpha)
     with caplog.at_level("WARNING", logger="spo.watch"):
         validated(tmp_path, module, make_data(random_pairs(8, seed=0), random_pairs(8, seed=1)))
-    said = [record.getMessage() for record in caplog.records if "far from order one" in record.getMessage()]
-    assert len(said) == (0 if warned is None else 1)
-    assert warned is None or warned in said[0]
+    messages = [record.getMessage() for record in caplog.records if "far from order one" in record.getMessage()]
+    assert len(messages) == (0 if warned is None else 1)
+    assert warned is None or warned in messages[0]

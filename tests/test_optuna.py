@@ -89,11 +89,11 @@ def test_problems_of_a_search_are_reported_before_it_starts(here: Path, capsys: 
     words = ["train", "hparams_search=optuna", "hydra.sweeper.n_trials=0", "hydra.sweeper.objective.direction=up"]
     words += ["hydra.sweeper.objective.metric=eval/win_rate", "++hydra.sweeper.objective.constraints={eval/kl:1}"]
     assert cli.main([*words, "optimizer.lr=interval(-1.0,1.0)"]) == 1
-    said = capsys.readouterr().err
-    assert "hydra.sweeper.n_trials=0: must be a whole number" in said
-    assert "direction=up: choose maximize or minimize" in said
-    assert "eval/win_rate cannot be searched for" in said and "eval/kl cannot be searched for" in said
-    assert "optimizer.lr=-1.0: must be a positive number" in said
+    message = capsys.readouterr().err
+    assert "hydra.sweeper.n_trials=0: must be a whole number" in message
+    assert "direction=up: choose maximize or minimize" in message
+    assert "eval/win_rate cannot be searched for" in message and "eval/kl cannot be searched for" in message
+    assert "optimizer.lr=-1.0: must be a positive number" in message
     assert cli.main(["train", "hparams_search=optuna", "optimizer.lr=tag(log,interval(0.0,1.0))"]) == 1
     assert "optimizer.lr=tag(log,interval(0.0,1.0)): " in capsys.readouterr().err
     assert list(here.iterdir()) == []

@@ -427,9 +427,9 @@ def test_pair_methods_reject_lists(method: str, file: Path) -> None:
     words = ["data=ranked_jsonl", f"data.path={file}", f"method={method}"]
     with pytest.raises(ConfigProblems) as error:
         plan(words)
-    told = str(error.value)
-    assert f"method={method} compares two completions" in told and "data.source.max_responses=2" in told
-    assert "method=spo_best_of_n or method=spo_ranked" in told
+    message = str(error.value)
+    assert f"method={method} compares two completions" in message and "data.source.max_responses=2" in message
+    assert "method=spo_best_of_n or method=spo_ranked" in message
     assert plan([*words, "data.source.max_responses=2"]).jobs
 
 

@@ -263,19 +263,19 @@ def test_many_dropped_pairs_lead_to_a_warning_with_advice(
 ) -> None:
     overrides = [*made_up.overrides("jsonl", "dpo"), "method=dpo", "data.min_pairs=4"]
     metrics = job(tmp_path / "run", cache, *overrides)
-    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    message = " ".join(capsys.readouterr().out.replace("│", " ").split())
     dropped, read = metrics["data/pairs_dropped"], metrics["data/pairs_read"]
     assert dropped > read / 2
-    assert "pairs were dropped" in told
-    assert "data.truncation=trim_completion" in told and "data.truncation=trim_prompt" in told
+    assert "pairs were dropped" in message
+    assert "data.truncation=trim_completion" in message and "data.truncation=trim_prompt" in message
 
 
 def test_too_few_pairs_are_an_error_with_advice(here: Path, made_up: Input, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", *made_up.overrides("jsonl"), "data.limit=40", "logger=record", "hydra.run.dir=run"]
     assert cli.main(words) == 1
-    told = capsys.readouterr().err
-    assert "Traceback" not in told and "data.min_pairs=32 are needed" in told
-    assert "data.truncation=trim_completion" in told
+    message = capsys.readouterr().err
+    assert "Traceback" not in message and "data.min_pairs=32 are needed" in message
+    assert "data.truncation=trim_completion" in message
     assert not (here / "run/metrics.json").exists()
 
 
@@ -311,16 +311,16 @@ def test_a_bad_row_is_an_error_with_its_place(
     file = write(here / "pairs.jsonl", row)
     words = [*made_up._replace(jsonl=file).overrides("jsonl"), "logger=record", "hydra.run.dir=run"]
     assert cli.main(["train", *words]) == 1
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    told = told.strip().splitlines()[-1]
-    assert told.startswith("spo: ") and f"{file}" in told and line_in(told) == 8 and reason in told
-    assert column is None or f"column {column!r}" in told
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    message = message.strip().splitlines()[-1]
+    assert message.startswith("spo: ") and f"{file}" in message and line_in(message) == 8 and reason in message
+    assert column is None or f"column {column!r}" in message
 
 
-def line_in(told: str) -> int:
+def line_in(message: str) -> int:
     """Return the line number that a message names."""
-    [number] = re.findall(r"(?:, line |:)(\d+)", told)
+    [number] = re.findall(r"(?:, line |:)(\d+)", message)
     return int(number)
 
 

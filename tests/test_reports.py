@@ -551,14 +551,14 @@ def test_browser_shows_the_run_page_and_its_controls_work(tmp_path: Path) -> Non
     acted.write_text(source.replace("</body>", f"<script>{{{act}}}</script></body>"), encoding="utf-8")
     dom, console = browse(acted, tmp_path / "profile")
     assert "Uncaught" not in console, console
-    said = json.loads(re.findall(r'<pre id="said">(.*?)</pre>', dom, re.S)[0])
+    readings = json.loads(re.findall(r'<pre id="said">(.*?)</pre>', dom, re.S)[0])
     deltas = [row["reward"] - row["reference_reward"] for row in rows]
     order = sorted(range(30), key=lambda i: -deltas[i])
-    assert said["readout"].split("\n") == ["step 60", "train 24", "val 24.6"]
-    assert [int(place) for place in said["win"]] == order[:6]
-    assert [int(place) for place in said["loss"]] == order[::-1][:6]
+    assert readings["readout"].split("\n") == ["step 60", "train 24", "val 24.6"]
+    assert [int(place) for place in readings["win"]] == order[:6]
+    assert [int(place) for place in readings["loss"]] == order[::-1][:6]
     distance = [abs(row["logp_policy"] - row["logp_reference"]) for row in rows]
-    assert [distance[int(place)] for place in said["far"]] == sorted(distance, reverse=True)[:6]
+    assert [distance[int(place)] for place in readings["far"]] == sorted(distance, reverse=True)[:6]
     losing = [str(i) for i in range(30) if rows[i]["verdict"] == 0]
-    assert said["losses"] == losing[:6]
-    assert said["more"] == 18 and said["find"] == ["17"]
+    assert readings["losses"] == losing[:6]
+    assert readings["more"] == 18 and readings["find"] == ["17"]

@@ -436,8 +436,8 @@ def test_unsupported_model_uses_generate_and_logs_why(architecture: str, caplog:
         ours, theirs = (completions(draw(model, ragged(8), sampler=sampler)) for sampler in SAMPLERS)
         draw(model)
     assert ours == theirs
-    (said,) = (record.getMessage() for record in caplog.records if record.name == "spo.sampling.generate")
-    assert re.match(rf"{type(model).__name__}: sampled by Hugging Face's generate, .*: {why}", said)
+    (message,) = (record.getMessage() for record in caplog.records if record.name == "spo.sampling.generate")
+    assert re.match(rf"{type(model).__name__}: sampled by Hugging Face's generate, .*: {why}", message)
 
 
 def test_unsupported_model_reasons() -> None:
