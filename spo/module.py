@@ -36,16 +36,6 @@ from spo.watch import (
     warn_of_loss_scale,
 )
 
-PAIR_METRICS = (
-    "loss/preference",
-    "loss/regularizer",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-)
 STEP_METRICS = ("loss", "grad_norm", "alpha", "beta", "lr", "buffer/age", "buffer/tokens")
 TIME_METRICS = ("sampling_s", "step_s", "probe_s")
 
@@ -126,8 +116,9 @@ class AlignmentModule(LightningModule):
         self.controllers = Controllers(self.coefficients)
         self.probe = Probe(self, probe)
         # Checkpoints hold the sums by position, so the order of these names is part of their format.
-        self.train_metrics = SumsAndCounts((*PAIR_METRICS, *STEP_METRICS, *self.controllers.metrics, *TIME_METRICS))
-        self.val_metrics = SumsAndCounts((*PAIR_METRICS, *HEALTH_METRICS, LOSS_SCALE))
+        of_pairs = ("loss/preference", "loss/regularizer", *loss.metric_names)
+        self.train_metrics = SumsAndCounts((*of_pairs, *STEP_METRICS, *self.controllers.metrics, *TIME_METRICS))
+        self.val_metrics = SumsAndCounts((*of_pairs, *HEALTH_METRICS, LOSS_SCALE))
         self.validated: dict[str, float] = {}
         self._resumed_rng_state: Tensor | None = None
         # The checkpoint of an adapter holds the adapter, not the frozen weights below it.

@@ -32,7 +32,7 @@ from spo.forward.head import completion_logits
 from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SFTLoss, SPOLoss
 from spo.models import FrozenReference, NoReference
 from spo.regularizers import GlobalKL, LocalKL, NoRegularizer, PairRegularizer, Regularizer, SampleRegularizer
-from spo.types import PreferenceBatch
+from spo.types import PairLogps, PreferenceBatch
 from spo.watch import ProbeSettings
 from tests.helpers import (
     BOS,
@@ -433,6 +433,30 @@ def test_training_metrics_same_for_any_micro_batch_and_cover_interval(tmp_path: 
     for key in ("train/loss", "train/rewards/margins", "train/grad_norm"):
         assert coarse[0][key] == pytest.approx((whole[0][key] + whole[1][key]) / 2)
         assert coarse[2][key] == pytest.approx(whole[4][key])
+
+
+class SharpnessLoss(DPOLoss):
+    metric_names = (*DPOLoss.metric_names, "sharpness")
+
+    def metrics(self, pair: PairLogps, /, *, alpha: float, beta: float) -> dict[str, Tensor]:
+        found = super().metrics(pair, alpha=alpha, beta=beta)
+        return found | {"sharpness": found["rewards/margins"] ** 2}
+
+
+def test_metric_that_a_loss_adds_is_logged(tmp_path: Path) -> None:
+    module = make_module(
+        tiny_llama(0, scale=0.1),
+        loss=SharpnessLoss(),
+        reference=FrozenReference(),
+        reference_model=tiny_llama(1, scale=0.1),
+        log_every_n_steps=1,
+    )
+    data = make_data([PAIR], [PAIR], max_steps=1)
+    fit(tmp_path, module, data, logger=[HistoryLogger(tmp_path / "history.jsonl")])
+    [row] = [row for row in record_rows(tmp_path / "history.jsonl") if "train/sharpness" in row]
+    assert row["train/sharpness"] == pytest.approx(row["train/rewards/margins"] ** 2)
+    got = validated(tmp_path, module, data)
+    assert got["val/sharpness"] == pytest.approx(got["val/rewards/margins"] ** 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- resume

@@ -28,6 +28,8 @@ class Loss(ABC, Generic[Logps]):
             with the size of the micro-batch.
         uses_lists: The loss takes whole lists of completions, best first, as :class:`~spo.types.ListLogps`. A pair is
             a list of two.
+        metric_names: Keys that :meth:`metrics` can return. Processes exchange metrics by position, so the keys are
+            known before the first batch, and a loss with another metric adds its key.
     """
 
     uses_reference: ClassVar[bool] = True
@@ -36,6 +38,14 @@ class Loss(ABC, Generic[Logps]):
     uses_beta: ClassVar[bool] = True
     uses_batch_statistics: ClassVar[bool] = False
     uses_lists: ClassVar[bool] = False
+    metric_names: ClassVar[tuple[str, ...]] = (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    )
 
     @abstractmethod
     def __call__(self, logps: Logps, /, *, alpha: float, beta: float) -> Tensor:
@@ -60,7 +70,7 @@ class Loss(ABC, Generic[Logps]):
             beta: Temperature of the method, if it has one.
 
         Returns:
-            ``(B,)`` for each of ``rewards/{chosen,rejected,margins,accuracies}`` and ``logps/{chosen,rejected}``.
+            ``(B,)`` for each of ``metric_names``, except those that the pairs or lists do not have.
         """
 
     def optimum(
