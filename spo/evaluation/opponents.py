@@ -52,9 +52,9 @@ def _chosen_responses(
     answered = [prompt.prompt_id for prompt in prompts if prompt.prompt_id in responses]
     if not answered:
         raise UserError("evaluation.against=[chosen]: none of the test prompts has a pair; leave chosen out")
-    if left_out := len(prompts) - len(answered):
+    if without_pair := len(prompts) - len(answered):
         log.warning(
-            "%d of %d test prompts do not have a pair: no comparison with chosen responses", left_out, len(prompts)
+            "%d of %d test prompts do not have a pair: no comparison with chosen responses", without_pair, len(prompts)
         )
     return {
         (name, i): responses[name][i % len(responses[name])]

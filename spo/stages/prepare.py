@@ -120,8 +120,8 @@ def _prepare_pairs(
     if whole:
         counts = pairs.counts | dict.fromkeys(SPLITS, len(pairs.train))
         pairs = dataclasses.replace(pairs, selection=pairs.train, test=pairs.train, counts=counts)
-    if left_out := source.dropped_responses:
-        pairs.warnings.append(f"{sum(left_out.values())} responses were dropped from their lists ({_list(left_out)})")
+    if unused := source.dropped_responses:
+        pairs.warnings.append(f"{sum(unused.values())} responses were dropped from their lists ({_list(unused)})")
     lost = sum(dropped.values()) + len(source.bad_rows)
     counts = {**pairs.counts, "read": pairs.counts["read"] + lost, "dropped": pairs.counts["dropped"] + lost}
     return dataclasses.replace(pairs, counts=counts)
