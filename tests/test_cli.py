@@ -189,9 +189,9 @@ def test_flags_of_hydra_work(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_loss_in_the_current_folder_is_found(trained: Trained, tmp_path: Path) -> None:
-    (tmp_path / "beside_me.py").write_text("class Mine:\n    def __call__(self, pair, *, alpha, beta): ...\n")
+    (tmp_path / "my_losses.py").write_text("from spo.losses import DPOLoss\n\n\nclass Mine(DPOLoss): ...\n")
     (tmp_path / "own/method").mkdir(parents=True)
-    (tmp_path / "own/method/mine.yaml").write_text("name: mine\nloss:\n  _target_: beside_me.Mine\n")
+    (tmp_path / "own/method/mine.yaml").write_text("name: mine\nloss:\n  _target_: my_losses.Mine\n")
     sys.path = [path for path in sys.path if path not in ("", str(tmp_path))]
     assert cli.main(["train", "--config-dir", "own", "method=mine"]) == 0
     assert trained[0][0].method.name == "mine"
