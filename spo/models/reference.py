@@ -218,3 +218,6 @@ class NoReference(Reference):
 
     scores_pairs: ClassVar[bool] = False
     scores_samples: ClassVar[bool] = False
+
+    def describe(self) -> str:
+        return "none"
