@@ -26,9 +26,9 @@ FloatType = Literal["float32", "bfloat16", "float64"]
 """Number types of weights, by torch's names; the range of float16 is too small for summed log-probabilities."""
 
 Truncation = Literal["drop_pair", "trim_completion", "trim_prompt"]
-"""What happens to a pair that exceeds the length limit."""
+"""Treatment of a pair that exceeds the length limit."""
 OnBadRow = Literal["stop", "skip"]
-"""What happens when a row cannot be read."""
+"""Treatment of a row that cannot be read."""
 
 
 def validated_by(check: Callable[..., None]) -> Callable[[Function], Function]:

@@ -1,4 +1,4 @@
-"""Which of alpha and beta a configuration reads: one that nothing reads is not a part of what the run is."""
+"""The coefficients, alpha and beta, that a configuration reads; an unused one is not part of a run's identity."""
 
 from __future__ import annotations
 

@@ -129,10 +129,7 @@ class RankedFileSource(FileSource):
         return kept, dropped
 
     def _list(self, record: Record, name: str, where: str) -> list[Any]:
-        column = self.columns.get(name, name)
-        if column not in record:
-            raise RowError(where, f"missing; the row has {', '.join(map(str, record)) or 'no columns'}", column)
-        value = record[column]
+        column, value = self._required(record, name, where)
         if not isinstance(value, list):
             raise RowError(where, f"must be a list, not {describe_type(value)}", column)
         return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from spo.bounds import OnBadRow
 from spo.data.cells import count_shared_messages, describe_type, is_empty, shared_prompt_length, text_or_messages
@@ -147,10 +147,15 @@ class TableSource(Source):
         return chosen[:cut], chosen[cut:], rejected[cut:]
 
     def _text(self, record: Record, name: str, where: str) -> Text:
+        column, value = self._required(record, name, where)
+        return text_or_messages(value, where, column)
+
+    def _required(self, record: Record, name: str, where: str) -> tuple[str, Any]:
+        """Return the data's name of a column, and its value in a record that must have it."""
         column = self.columns.get(name, name)
         if column not in record:
             raise RowError(where, f"missing; the row has {', '.join(map(str, record)) or 'no columns'}", column)
-        return text_or_messages(record[column], where, column)
+        return column, record[column]
 
     def _number(self, record: Record, name: str, where: str, highest: float) -> float | None:
         column = self.columns.get(name, name)

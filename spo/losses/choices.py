@@ -12,7 +12,7 @@ from spo.types import ListLogps
 
 
 class SPOListLoss(ListLoss):
-    """What the losses of SPO on lists have in common: no reference, rewards alpha log pi(y|x), and the optimum."""
+    """Base class of SPO's losses on lists: no reference, rewards alpha log pi(y|x), and the optimum."""
 
     uses_reference: ClassVar[bool] = False
     uses_alpha: ClassVar[bool] = True

@@ -38,7 +38,7 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """How to load a model: the ``model`` config group without its defaults for training.
+    """Settings for loading a model: the ``model`` config group without its defaults for training.
 
     Attributes:
         path: Hugging Face folder or hub name; ``None`` if ``initial`` makes the model.

@@ -1,4 +1,4 @@
-"""What a part of the objective is, and what it uses of the run that it belongs to."""
+"""The interface of a part of the objective, and of the run that it belongs to."""
 
 from __future__ import annotations
 

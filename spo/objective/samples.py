@@ -22,7 +22,7 @@ MAX_REFERENCE_TOKENS = 16384
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How samples are drawn and reused; counts are over all processes.
+    """Settings for drawing and reusing samples; counts are over all processes.
 
     Attributes:
         refresh_every: Optimizer steps between two drawings.

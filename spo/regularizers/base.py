@@ -1,4 +1,4 @@
-"""What a regularizer is: a weighted divergence that builds its own part of the objective."""
+"""The base class of regularizers: a weighted divergence that builds its own part of the objective."""
 
 from __future__ import annotations
 

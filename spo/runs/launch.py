@@ -36,7 +36,7 @@ from spo.runs.secrets import command_line
 
 Train = Callable[[DictConfig], Any]
 MAX_ATTEMPTS = 3
-"""How often a multirun is started if its launcher does not survive the death of a process."""
+"""Largest number of starts of a multirun whose launcher does not survive the death of a process."""
 
 
 def launch_run(planned: Plan, train: Train) -> Any:
