@@ -385,7 +385,7 @@ def test_launcher_restarts_after_a_worker_is_killed(here: Path, cache: Path) -> 
     os.kill(worker, signal.SIGKILL)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    assert "starting again what is left" in err and "3 finished" in out
+    assert "starting the rest again" in err and "3 finished" in out
     every_run_is_whole(here, 3, 40)
 
 
