@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
@@ -18,6 +19,7 @@ from spo.config.coefficients import COEFFICIENTS
 from spo.data import SPLITS
 from spo.data.splits import REPORTED_COUNTS
 from spo.models.policy import save_policy, whole_state_dict
+from spo.notes import collect_notes
 from spo.pages.panels import result_panel, start_panel
 from spo.pages.run_page import render_report
 from spo.pages.start_facts import start_facts
@@ -57,11 +59,11 @@ def train(cfg: DictConfig, *, resumed: bool = False, checked: bool = False) -> d
     if not checked:
         check_config(cfg)
     run_dir = Path(cfg.paths.run)
-    with claim(run_dir, cfg, resumed=resumed) as status:
+    with claim(run_dir, cfg, resumed=resumed) as status, collect_notes() as notes:
         if status is Status.FINISHED:
             return _show_finished(run_dir)
         # Resolved only now, because the record has the names of environment variables and not the secrets in them.
-        return _run(resolve_values(cfg), run_dir, resume=status is Status.UNFINISHED)
+        return _run(resolve_values(cfg), run_dir, notes, resume=status is Status.UNFINISHED)
 
 
 def resume(run_dir: Path, overrides: list[str]) -> dict[str, float]:
@@ -77,7 +79,7 @@ def resume(run_dir: Path, overrides: list[str]) -> dict[str, float]:
     return train(resumed_config(run_dir, overrides), resumed=True)
 
 
-def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
+def _run(cfg: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: bool) -> dict[str, float]:
     started = perf_counter()
     seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint, step = last_checkpoint(run_dir) if resume else (None, None)
@@ -121,6 +123,7 @@ def _run(cfg: DictConfig, run_dir: Path, resume: bool) -> dict[str, float]:
             **record.latest,
             **evaluation.metrics,
             **{f"data/pairs_{key}": float(prepared.pairs.counts[key]) for key in REPORTED_COUNTS},
+            **notes,
             **{f"time/{key}": value for key, value in times.items()},
         }
         evaluation.write_samples(run_dir)

@@ -1,0 +1,51 @@
+"""Notes of a run: facts that a person should know, each as one line on the terminal and a count in metrics.json.
+
+A note is not an error. It states that something was done in another way than a reader might expect, such as rows that
+were cleaned or a model that runs without packing. Any part of the package may write one with :func:`note`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+log = logging.getLogger(__name__)
+
+PREFIX = "notes/"
+"""Beginning of the keys of notes in ``metrics.json``."""
+
+_collected: ContextVar[dict[str, float] | None] = ContextVar("collected", default=None)
+
+
+def note(key: str, sentence: str, count: float = 1) -> None:
+    """Log a note once, and count it for ``metrics.json`` if a run collects notes.
+
+    A second note with the same key in one run is not logged. It replaces the count, because a stage may be repeated.
+
+    Args:
+        key: Name of the note in snake case, such as ``repeated_prompts``.
+        sentence: One line for a person, with the count where it tells something.
+        count: Number of rows, tensors or other things that the note is about.
+    """
+    collected = _collected.get()
+    if collected is None or PREFIX + key not in collected:
+        log.warning(sentence)
+    if collected is not None:
+        collected[PREFIX + key] = float(count)
+
+
+@contextmanager
+def collect_notes() -> Iterator[dict[str, float]]:
+    """Collect the notes of a block of code.
+
+    Yields:
+        Counts by key, with :data:`PREFIX`. The mapping grows while the block runs.
+    """
+    collected: dict[str, float] = {}
+    token = _collected.set(collected)
+    try:
+        yield collected
+    finally:
+        _collected.reset(token)
