@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from spo.errors import DataError
 
@@ -43,6 +43,8 @@ class Row:
         split: Split that the source assigns; with ``None``, the hash of the prompt decides.
         where: Place that a person can open, such as file and line.
         worse: Completions of a ranked list after ``rejected``, each worse than the one before it.
+        tools: Tools of a conversation for the chat template, or ``None``.
+        template_kwargs: Arguments of the chat template that this row sets, or ``None``.
     """
 
     prompt: Text
@@ -53,6 +55,8 @@ class Row:
     split: Split | None = None
     where: str = ""
     worse: tuple[Text, ...] = ()
+    tools: tuple[dict[str, Any], ...] | None = None
+    template_kwargs: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
