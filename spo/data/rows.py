@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from spo.errors import DataError
 
-Message = dict[str, str]
-"""One turn of a conversation, with the keys ``role`` and ``content``."""
+Message = dict[str, Any]
+"""One turn of a conversation, with the keys ``role`` and ``content`` and any others that the chat template reads."""
 Text = str | tuple[Message, ...]
 """Prompt or completion: plain text, or the turns of a conversation."""
 Split = Literal["train", "selection", "test"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from spo.data.rendering import TRUNCATIONS, Dropped, Renderer, TokenizedPair
 from spo.data.rows import SPLITS, DataError, Row, Split
+from spo.notes import note
 
 REPORTED_COUNTS = ("read", "used", "dropped", "truncated")
 """Counts of pairs in the panel at the start and in ``metrics.json``."""
@@ -89,6 +90,8 @@ def prepare(
             reasons[result.reason] += 1
         else:
             used.append(result)
+    for key, sentence, count in renderer.notes():
+        note(key, sentence, count)
 
     given = _find_source_splits(used)
     split_of = _assign_splits(used, given, seed, {"selection": selection, "test": test})
