@@ -181,14 +181,14 @@ class ChatTemplate:
 
         def apply(turns: list[Message]) -> str:
             # `apply_chat_template` drops null content, which some templates look for; this is what it calls.
-            texts, _ = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 [turns],
                 tools=tools,  # type: ignore[arg-type]
                 chat_template=self.tokenizer.get_chat_template(None, tools),
                 add_generation_prompt=request.opens,
                 **{**self.tokenizer.special_tokens_map, **kwargs},
             )
-            return str(texts[0])
+            return str(rendered[0][0])
 
         text = _first_that_works(apply, messages)
         return text.rpartition(_TAIL)[0] if request.continues else text
@@ -361,7 +361,10 @@ def _with_arguments(message: Message, convert: Callable[[Any], Any]) -> Message:
         return message
     calls = []
     for call in message["tool_calls"]:
-        function = call.get("function", call)
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            calls.append(call)
+            continue
         function = {**function, "arguments": convert(function.get("arguments"))}
         calls.append({**call, "function": function} if "function" in call else function)
     return {**message, "tool_calls": calls}
