@@ -46,8 +46,8 @@ class Row:
         split: Split that the source assigns; with ``None``, the hash of the prompt decides.
         where: Place that a person can open, such as file and line.
         worse: Completions of a ranked list after ``rejected``, each worse than the one before it.
-        tools: Tools that the chat template describes to the model; ``None`` for none.
-        template_kwargs: Variables of the chat template that the row sets, such as ``enable_thinking``.
+        tools: Tools of a conversation for the chat template, or ``None``.
+        template_kwargs: Arguments of the chat template that this row sets, or ``None``.
     """
 
     prompt: Text
@@ -60,6 +60,11 @@ class Row:
     worse: tuple[Text, ...] = ()
     tools: tuple[dict[str, Any], ...] | None = None
     template_kwargs: Mapping[str, Any] | None = None
+
+    @property
+    def completions(self) -> tuple[Text, ...]:
+        """Return all completions, the best one first."""
+        return (self.chosen, *(() if self.rejected is None else (self.rejected,)), *self.worse)
 
 
 @dataclass(frozen=True)
