@@ -18,3 +18,9 @@ __all__ = [
     "concat_logits",
     "entropy",
     "kl",
+    "rows_of",
+    "sum_per_sequence",
+    "token_entropy",
+    "token_kl",
+    "token_logps",
+]
