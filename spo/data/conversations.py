@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spo.data.chat import ChatTemplate, Request, TemplateError, find_end
+from spo.data.messages import message_text
 from spo.data.remarks import Remarks
 from spo.data.rows import Message, Row, RowError
 
@@ -146,7 +147,7 @@ class ConversationWriter:
         areas = [_squash(self.chat.encoder.reveal(text)) for text in (before, after)]
         last = len(prompt) + len(completion) - 1
         for place, message in enumerate((*prompt, *completion)):
-            content = content_text(message)
+            content = message_text(message)
             if not content.strip():
                 continue
             lost = facts.lost is not None and place in facts.lost
@@ -177,7 +178,7 @@ class ConversationWriter:
     def _facts_of(self, row: Row, prompt: tuple[Message, ...], completion: tuple[Message, ...]) -> _Facts:
         messages = (*prompt, *completion)
         kwargs = dict(row.template_kwargs or {})
-        shape = [(m["role"], sorted(_fields(m)), bool(content_text(m).strip())) for m in messages]
+        shape = [(m["role"], sorted(_fields(m)), bool(message_text(m).strip())) for m in messages]
         key = repr((len(prompt), shape, bool(row.tools), kwargs))
         if key not in self._facts:
             self._facts[key] = _Facts(self._lost(row, prompt, completion), self._unread(row, messages))
@@ -187,7 +188,7 @@ class ConversationWriter:
         """Return the places of messages whose content the template does not show, whatever it is."""
         names = [f"zq{i}zq" for i in range(len(prompt) + len(completion))]
         marked = [
-            {**message, "content": name} if content_text(message).strip() else message
+            {**message, "content": name} if message_text(message).strip() else message
             for message, name in zip((*prompt, *completion), names, strict=True)
         ]
         first, rest = tuple(marked[: len(prompt)]), tuple(marked[len(prompt) :])
@@ -234,15 +235,7 @@ def _requests(row: Row, prompt: tuple[Message, ...], completions: Sequence[tuple
 
 
 def _joined(first: Message, second: Message) -> Message:
-    return {**first, **second, "content": content_text(first) + content_text(second)}
-
-
-def content_text(message: Message) -> str:
-    """Return the content of a message as text, also if it is null or a list of parts."""
-    content = message.get("content")
-    if isinstance(content, (list, tuple)):
-        return "".join(str(part.get("text") or "") for part in content)
-    return content or ""
+    return {**first, **second, "content": message_text(first) + message_text(second)}
 
 
 def shared_length(sequences: Sequence[Sequence[object]]) -> int:

@@ -240,10 +240,8 @@ class Renderer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of completion tokens with its leading space and without special tokens such as EOS."""
-        # A tokenizer may not flag the end of a turn as special.
-        kept = ids[:-1] if ids and ids[-1] in self._stop_ids else ids
         # Some decoders strip the space at the start of a text, so the completion is decoded after an anchor.
-        return self._decode([*self._anchor, *kept])[len(self._anchor_text) :]
+        return self._decode([*self._anchor, *ids])[len(self._anchor_text) :]
 
     def notes(self) -> Iterator[tuple[str, str, int]]:
         """Yield key, sentence and number of rows of each remark on the rows that were rendered."""
@@ -347,18 +345,16 @@ def _with_completions(
     )
 
 
-def prompt_id(
-    prompt: Text, tools: Sequence[Mapping[str, Any]] | None = None, template_kwargs: Mapping[str, Any] | None = None
-) -> str:
+def prompt_id(prompt: Text, *template_values: object) -> str:
     """Return 16 hex digits that identify a prompt, the same for every tokenizer.
 
     Args:
         prompt: Text or messages.
-        tools: Tools of a conversation, or ``None``.
-        template_kwargs: Arguments of the chat template that the row sets, or ``None``.
+        template_values: Tools and other values that a row gives to the chat template; ``None`` and empty ones for none.
     """
-    value: Any = [prompt, tools, template_kwargs] if tools or template_kwargs else prompt
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    if any(template_values):
+        text += json.dumps(template_values, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
