@@ -133,7 +133,7 @@ class ConversationWriter:
                 remedy = "data.chat_template_kwargs cannot make them agree"
             else:
                 [(name, value)] = kwargs.items()
-                remedy = f"data.chat_template_kwargs.{name}={str(value).lower()} makes them agree"
+                remedy = f"+data.chat_template_kwargs.{name}={str(value).lower()} makes them agree"
             self.remarks.set_remedy(key, remedy)
         self.remarks.add(key, [json.dumps(self.chat.encoder.reveal(missing), ensure_ascii=False)])
 

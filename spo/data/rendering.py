@@ -120,7 +120,7 @@ class Renderer:
             cuts the beginning of the prompt, but not its BOS, by the same amount for all completions.
         allow_empty: Whether a completion may consist of its end token only; otherwise such a pair is dropped.
         stop_ids: Tokens that end a generation of the model, as its generation config lists them.
-        template_kwargs: Arguments of the chat template for all rows; those of a row come before them.
+        chat_template_kwargs: Arguments of the chat template for all rows; those of a row come before them.
         split_special_tokens: Whether the text of a special token in a text column is encoded as text. Messages are
             always encoded so.
 
@@ -141,7 +141,7 @@ class Renderer:
         allow_empty: bool = False,
         *,
         stop_ids: Sequence[int] = (),
-        template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         split_special_tokens: bool = True,
     ) -> None:
         if truncation not in TRUNCATIONS:
@@ -153,7 +153,7 @@ class Renderer:
         self.bos_id: int | None = tokenizer.bos_token_id
         self._remarks = Remarks()
         stops = [token for token in tokenizer.convert_ids_to_tokens(sorted(stop_ids)) if token]
-        self._chat = ChatTemplate(tokenizer, template_kwargs, stops) if tokenizer.chat_template else None
+        self._chat = ChatTemplate(tokenizer, chat_template_kwargs, stops) if tokenizer.chat_template else None
         self.encoder = TextEncoder(tokenizer, stops) if self._chat is None else self._chat.encoder
         turn_ends = [] if self._chat is None else self._chat.ends
         if tokenizer.eos_token_id is None and not turn_ends:

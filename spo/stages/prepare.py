@@ -87,8 +87,6 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
     else:
         base = reference_model(model_from, spec, instantiate(model_from.data.source, _convert_="all"))
     tokenizer = spec.tokenizer(base)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masks depend on positions, so the two may coincide
     _check_context(cfg, spec, base)
     renderer = make_renderer(cfg, tokenizer, source, spec.stop_ids(base))
     rows, dropped = preference_rows(cfg, spec, source, base, renderer)
