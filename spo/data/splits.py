@@ -27,6 +27,8 @@ class PreparedPairs:
         counts: Numbers of pairs: ``read``, ``used``, ``dropped`` and each ``dropped/REASON``, the used ones that are
             ``truncated`` or have ``boundary_moved``, and the size of each split.
         warnings: Messages for the person who starts the run.
+        stop_ids: Tokens that end a completion, in ascending order: those of the renderer, and the last token of every
+            completion that was not cut.
     """
 
     train: list[TokenizedPair]
@@ -34,6 +36,7 @@ class PreparedPairs:
     test: list[TokenizedPair]
     counts: dict[str, int]
     warnings: list[str]
+    stop_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,9 @@ def prepare(
         warnings.append(f"{repeated} responses were dropped from their lists: a better one has the same tokens")
     if len(kept) < len(rows) / 2:
         warnings.append(f"{len(rows) - len(kept)} of {len(rows)} pairs were dropped{_explain_drops(reasons, renderer)}")
-    return PreparedPairs(parts["train"], parts["selection"], parts["test"], counts, warnings)
+    ends = {completion[-1] for pair in kept if not pair.truncated for completion in pair.completions}
+    stop_ids = tuple(sorted({*renderer.stop_ids, *ends}))
+    return PreparedPairs(parts["train"], parts["selection"], parts["test"], counts, warnings, stop_ids)
 
 
 def eval_prompts(pairs: Sequence[TokenizedPair]) -> list[EvalPrompt]:
