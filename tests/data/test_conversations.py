@@ -285,6 +285,11 @@ def test_findings_become_notes_with_count_and_place(caplog: pytest.LogCaptureFix
         assert "2" in line or kind == "ignored_columns"
 
 
+def test_every_kind_of_finding_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "data.md").read_text("utf-8")
+    assert [kind for kind in SENTENCES if f"| `{kind}` |" not in text] == []
+
+
 def test_prompt_id_changes_only_with_what_the_template_reads() -> None:
     # Stored results and splits depend on these digests.
     assert prompt_id("What is red?") == "d3bc5c20713e5600"
