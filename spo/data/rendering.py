@@ -177,7 +177,7 @@ class Renderer:
             prompt_text=text.prompt,
             chosen_text=text.completions[0],
             rejected_text=None,
-            prompt_id=prompt_id(row.prompt),
+            prompt_id=prompt_id(row.prompt, row.tools, row.template_kwargs),
             preference=row.preference,
             weight=row.weight,
             split=row.split,
@@ -316,9 +316,16 @@ def _with_completions(
     )
 
 
-def prompt_id(prompt: Text) -> str:
-    """Return 16 hex digits that identify a prompt, the same for every tokenizer."""
+def prompt_id(prompt: Text, *template_values: object) -> str:
+    """Return 16 hex digits that identify a prompt, the same for every tokenizer.
+
+    Args:
+        prompt: Text or messages.
+        template_values: Tools and other values that a row gives to the chat template; ``None`` and empty ones for none.
+    """
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    if any(template_values):
+        text += json.dumps(template_values, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

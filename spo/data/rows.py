@@ -8,8 +8,11 @@ from typing import Any, Literal
 
 from spo.errors import DataError
 
-Message = dict[str, str]
-"""One turn of a conversation, with the keys ``role`` and ``content``."""
+Message = dict[str, Any]
+"""One turn of a conversation: ``role``, ``content``, and all other fields of the data such as ``tool_calls``.
+
+``role`` is text. ``content`` is text, a list of text parts, or ``None`` if another field holds the message.
+"""
 Text = str | tuple[Message, ...]
 """Prompt or completion: plain text, or the turns of a conversation."""
 Split = Literal["train", "selection", "test"]
@@ -57,6 +60,11 @@ class Row:
     worse: tuple[Text, ...] = ()
     tools: tuple[dict[str, Any], ...] | None = None
     template_kwargs: Mapping[str, Any] | None = None
+
+    @property
+    def completions(self) -> tuple[Text, ...]:
+        """Return all completions, the best one first."""
+        return (self.chosen, *(() if self.rejected is None else (self.rejected,)), *self.worse)
 
 
 @dataclass(frozen=True)

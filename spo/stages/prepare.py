@@ -121,6 +121,7 @@ def _prepare_pairs(
     # The pairs of an enumerable language are a complete description, so every split consists of all of them.
     whole = source.language is not None
     selection, test = (0.0, 0.0) if whole else (cfg.data.splits.selection, cfg.data.splits.test)
+    source.findings.write_notes()
     pairs = prepare(rows, renderer, cfg.data.seed, selection, test, cfg.data.min_pairs)
     if whole:
         counts = pairs.counts | dict.fromkeys(SPLITS, len(pairs.train))
