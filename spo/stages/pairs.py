@@ -82,20 +82,20 @@ def _complete(
     """Draw ``n`` completions of each prompt from the reference model."""
     ids = [renderer.prompt_ids(prompt) for prompt in prompts for _ in range(n)]
     seeds = [derive_seed("pairs", cfg.data.seed, prompt, i) for prompt in prompts for i in range(n)]
-    drawn: dict[int, Completion] = {}
+    stop_ids, drawn = renderer.stop_ids, dict[int, Completion]()
     for rows in track(by_length([*map(len, ids)], COMPLETIONS_PER_BATCH), "sampling pairs", transient=True):
         sequences = sample(
             model,
             [ids[row] for row in rows],
             max_new_tokens=cfg.data.max_new_tokens,
             temperature=1.0,
-            stop_ids=renderer.stop_ids,
+            stop_ids=stop_ids,
             pad_token_id=renderer.tokenizer.pad_token_id,
             seeds=[seeds[row] for row in rows],
             sampler=cfg.speed.sampler,
         )
-        texts = map(renderer.decode, contents(sequences, renderer.stop_ids))
-        finished = is_finished(sequences, renderer.stop_ids).tolist()
+        texts = map(renderer.decode, contents(sequences, stop_ids))
+        finished = is_finished(sequences, stop_ids).tolist()
         drawn |= zip(rows, map(Completion, texts, finished), strict=True)
     return [[drawn[i] for i in range(first, first + n)] for first in range(0, len(ids), n)]
 
