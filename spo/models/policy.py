@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from spo.bounds import DropoutRate, PositiveFloat, PositiveInt
+from spo.models.tokenizer import load_tokenizer
 from spo.records import filenames
 
 Initial = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
@@ -64,7 +65,7 @@ class ModelSpec:
 
     def tokenizer(self, path: str | Path) -> PreTrainedTokenizerBase:
         """Load the tokenizer from a folder or hub name."""
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=self.trust_remote_code)
+        return load_tokenizer(path, trust_remote_code=self.trust_remote_code)
 
     def base(self, path: str | Path, *, dropout: float = 0.0) -> PreTrainedModel:
         """Load the model without an adapter, in eval mode.
