@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from spo.models.tokenizer import load_tokenizer
+from spo.models.tokenizer import as_in_file
 from spo.notes import collect_notes
 
 
@@ -35,7 +35,7 @@ def test_the_rules_of_tokenizer_json_encode(tmp_path: Path, named: str) -> None:
     ids = stored.encode(text, add_special_tokens=False).ids
     replaced = AutoTokenizer.from_pretrained(tmp_path)(text, add_special_tokens=False)["input_ids"] != ids
     with collect_notes() as notes:
-        found = load_tokenizer(tmp_path, trust_remote_code=False)
+        found = as_in_file(AutoTokenizer.from_pretrained(tmp_path), tmp_path)
     assert found(text, add_special_tokens=False)["input_ids"] == ids
     assert (found.bos_token, found.eos_token, found.chat_template) == ("<s>", "</s>", "{{ 1 }}")
     assert ("notes/tokenizer_class" in notes) >= replaced
@@ -46,5 +46,6 @@ def test_the_rules_of_tokenizer_json_encode(tmp_path: Path, named: str) -> None:
 def test_a_tokenizer_that_agrees_with_its_file_keeps_its_class(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, named="PreTrainedTokenizerFast")
     with collect_notes() as notes:
-        load_tokenizer(tmp_path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+        assert as_in_file(tokenizer, tmp_path) is tokenizer
     assert notes == {}

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spo.bounds import DropoutRate, PositiveFloat, PositiveInt
-from spo.models.tokenizer import load_tokenizer
+from spo.models.tokenizer import as_in_file
 from spo.records import filenames
 
 Initial = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
@@ -65,7 +65,7 @@ class ModelSpec:
 
     def tokenizer(self, path: str | Path) -> PreTrainedTokenizerBase:
         """Load the tokenizer from a folder or hub name."""
-        return load_tokenizer(path, trust_remote_code=self.trust_remote_code)
+        return as_in_file(AutoTokenizer.from_pretrained(path, trust_remote_code=self.trust_remote_code), path)
 
     def base(self, path: str | Path, *, dropout: float = 0.0) -> PreTrainedModel:
         """Load the model without an adapter, in eval mode.
