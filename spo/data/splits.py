@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from spo.data.rendering import TRUNCATIONS, Dropped, Renderer, TokenizedPair
-from spo.data.rows import SPLITS, DataError, Row, Split
+from spo.data.rows import SPLITS, DataError, Message, Row, Split
 
 REPORTED_COUNTS = ("read", "used", "dropped", "truncated")
 """Counts of pairs in the panel at the start and in ``metrics.json``."""
@@ -42,13 +42,15 @@ class EvalPrompt:
         prompt_id: Digest of the prompt.
         split: Split of its pair, or ``None``.
         ids: Tokens of the prompt, the same as in training.
-        text: Text of the prompt.
+        text: Text of the prompt, for a conversation with what the chat template writes.
+        messages: Messages of the prompt; empty for a text prompt.
     """
 
     prompt_id: str
     split: Split | None
     ids: tuple[int, ...]
     text: str
+    messages: tuple[Message, ...] = ()
 
 
 def prepare(
@@ -130,7 +132,10 @@ def eval_prompts(pairs: Sequence[TokenizedPair]) -> list[EvalPrompt]:
         first.setdefault(pair.prompt_id, pair)
     # Digests are as good as random, so this order is independent of the order in the file.
     chosen = [first[key] for key in sorted(first)]
-    return [EvalPrompt(pair.prompt_id, pair.split, pair.prompt_ids, pair.prompt_text) for pair in chosen]
+    return [
+        EvalPrompt(pair.prompt_id, pair.split, pair.prompt_ids, pair.prompt_text, pair.prompt_messages)
+        for pair in chosen
+    ]
 
 
 def _find_source_splits(pairs: Sequence[TokenizedPair]) -> dict[str, Split]:
