@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from spo.data.rendering import TRUNCATIONS, Dropped, Renderer, TokenizedPair
 from spo.data.rows import SPLITS, DataError, Message, Row, Split
+from spo.notes import note
 
 REPORTED_COUNTS = ("read", "used", "dropped", "truncated")
 """Counts of pairs in the panel at the start and in ``metrics.json``."""
@@ -25,6 +26,8 @@ class PreparedPairs:
         counts: Numbers of pairs: ``read``, ``used``, ``dropped`` and each ``dropped/REASON``, the used ones that are
             ``truncated`` or have ``boundary_moved``, and the size of each split.
         warnings: Messages for the person who starts the run.
+        stop_ids: Tokens that end a completion, in ascending order: those of the renderer, and the last token of every
+            completion that was not cut.
     """
 
     train: list[TokenizedPair]
@@ -32,6 +35,7 @@ class PreparedPairs:
     test: list[TokenizedPair]
     counts: dict[str, int]
     warnings: list[str]
+    stop_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ def prepare(
             reasons[result.reason] += 1
         else:
             used.append(result)
+    for key, sentence, count in renderer.notes():
+        note(key, sentence, count)
 
     given = _find_source_splits(used)
     split_of = _assign_splits(used, given, seed, {"selection": selection, "test": test})
@@ -122,7 +128,9 @@ def prepare(
         warnings.append(f"{repeated} responses were dropped from their lists: a better one has the same tokens")
     if len(kept) < len(rows) / 2:
         warnings.append(f"{len(rows) - len(kept)} of {len(rows)} pairs were dropped{_explain_drops(reasons, renderer)}")
-    return PreparedPairs(parts["train"], parts["selection"], parts["test"], counts, warnings)
+    ends = {completion[-1] for pair in kept if not pair.truncated for completion in pair.completions}
+    stop_ids = tuple(sorted({*renderer.stop_ids, *ends}))
+    return PreparedPairs(parts["train"], parts["selection"], parts["test"], counts, warnings, stop_ids)
 
 
 def eval_prompts(pairs: Sequence[TokenizedPair]) -> list[EvalPrompt]:
