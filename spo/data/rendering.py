@@ -34,7 +34,7 @@ from spo.data.chat import ChatTemplate, find_end
 from spo.data.conversations import ConversationWriter, Rendered, shared_length
 from spo.data.encoding import TextEncoder
 from spo.data.remarks import Remarks
-from spo.data.rows import DataError, Row, RowError, Split, Text
+from spo.data.rows import DataError, Message, Row, RowError, Split, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
