@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from spo.bounds import DropoutRate, PositiveFloat, PositiveInt
 from spo.forward.modes import default_generation_config
 from spo.models.generation import read_stop_ids, write_generation_config
+from spo.models.tokenizer import as_in_file
 from spo.records import filenames
 
 Initial = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
@@ -66,7 +67,7 @@ class ModelSpec:
 
     def tokenizer(self, path: str | Path) -> PreTrainedTokenizerBase:
         """Load the tokenizer from a folder or hub name."""
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=self.trust_remote_code)
+        return as_in_file(AutoTokenizer.from_pretrained(path, trust_remote_code=self.trust_remote_code), path)
 
     def stop_ids(self, path: str | Path) -> tuple[int, ...]:
         """Return the tokens by which the model of a folder or hub name ends a generation."""
