@@ -215,7 +215,7 @@ class AlignmentModule(LightningModule):
         """Add one batch of the selection split."""
         scored = self.pairs.score(batch)
         self._add_validated(self.pairs.validate(scored, self.global_step))
-        self.val_metrics.update(completion_health(scored, self.prompts.eos_token_id))
+        self.val_metrics.update(completion_health(scored, self.prompts.stop_ids))
 
     def _add_validated(self, metrics: dict[str, Tensor]) -> None:
         if self.loss.uses_alpha and "rewards/margins" in metrics:

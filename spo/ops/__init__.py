@@ -5,6 +5,7 @@ from spo.ops.logps import (
     Logits,
     completion_targets,
     concat_logits,
+    rows_of,
     sum_per_sequence,
     token_logps,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "concat_logits",
     "entropy",
     "kl",
+    "rows_of",
     "sum_per_sequence",
     "token_entropy",
     "token_kl",
