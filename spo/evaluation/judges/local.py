@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import count
 from typing import Annotated, Any, Literal
@@ -13,7 +14,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,13 +22,14 @@ from transformers import (
 from spo.bounds import FloatType, Fraction, NonNegativeFloat, PositiveInt
 from spo.data.encoding import Ids
 from spo.data.rows import Text
-from spo.errors import JudgeError
+from spo.errors import JudgeError, UserError
 from spo.evaluation.judges.base import JudgedPair, as_read, progress, with_answer
 from spo.evaluation.judges.inputs import Frame, JudgeEncoder, without_beginning
 from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, question
 from spo.evaluation.judges.reward import RewardJudge
 from spo.forward.head import completion_logits
-from spo.models.tokenizer import as_in_file
+from spo.models.library_errors import Origin
+from spo.models.loading import causal_part, check_causal, load_config, load_tokenizer, load_weights
 from spo.ops.logps import at_least_float32
 from spo.records.digests import code_version, model_digest
 from spo.types import Sequences
@@ -75,7 +76,8 @@ class LocalModel:
         Raises:
             JudgeError: The tokenizer cannot be loaded.
         """
-        return as_in_file(self._load(AutoTokenizer), self.path)
+        with self._as_judge_errors():
+            return load_tokenizer(self._origin, self.trust_remote_code)
 
     @cached_property
     def encoder(self) -> JudgeEncoder:
@@ -93,18 +95,26 @@ class LocalModel:
         Raises:
             JudgeError: The model cannot be loaded, or some of its weights are missing and would be random.
         """
-        model, found = self._load(self.auto_class, dtype=self.dtype, output_loading_info=True)
-        if absent := sorted(found["missing_keys"]):
-            raise JudgeError(
-                f"judge.path={self.path}: these are not the weights of a {type(model).__name__}, {absent[0]} is missing"
-            )
+        with self._as_judge_errors():
+            settings: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
+            writes = self.auto_class is AutoModelForCausalLM
+            if writes:
+                settings |= causal_part(self._origin, load_config(self._origin, self.trust_remote_code))
+            model = load_weights(self.auto_class, self._origin, **settings)
+            if writes:
+                check_causal(self._origin, model)
         return model.requires_grad_(False).eval().to(self.device)
 
-    def _load(self, auto_class: Any, **settings: Any) -> Any:
+    @property
+    def _origin(self) -> Origin:
+        return Origin(self.path, "judge.path")
+
+    @contextmanager
+    def _as_judge_errors(self) -> Iterator[None]:
         try:
-            return auto_class.from_pretrained(self.path, trust_remote_code=self.trust_remote_code, **settings)
-        except (OSError, ValueError) as error:
-            raise JudgeError(f"judge.path={self.path}: {auto_class.__name__} cannot load it ({error})") from error
+            yield
+        except UserError as error:
+            raise JudgeError(str(error)) from error
 
     @property
     def context(self) -> int:
