@@ -1,4 +1,4 @@
-"""Loading and saving of policies in Hugging Face folders, with or without an adapter."""
+"""Loading of policies from Hugging Face folders, with or without an adapter."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spo.bounds import DropoutRate, PositiveFloat, PositiveInt
-from spo.records import filenames
+from spo.models.given_adapter import add_reference_adapter, check_given_adapter
 
 Initial = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
@@ -109,11 +107,12 @@ class ModelSpec:
 
 def _with_adapter(model: nn.Module, lora: LoraSettings, adapter_path: str | None, seed: int) -> nn.Module:
     """Add a fresh adapter, or the given one twice: to train, and frozen under the name ``reference``."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
     if adapter_path is not None:
+        check_given_adapter(PeftConfig.from_pretrained(adapter_path))
         adapted = PeftModel.from_pretrained(model, adapter_path, is_trainable=True)
-        adapted.load_adapter(adapter_path, adapter_name="reference", is_trainable=False)
+        add_reference_adapter(adapted)
         return adapted
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     with torch.random.fork_rng():
@@ -136,33 +135,3 @@ def set_dropout(config: Any, value: float) -> None:
         is_dropout = "drop" in name and not name.startswith("classifier")
         if is_dropout and isinstance(current, int | float) and not isinstance(current, bool):
             setattr(config, name, value)
-
-
-def whole_state_dict(policy: nn.Module) -> dict[str, Any] | None:
-    """Gather the weights of a sharded policy on the first rank; return ``None`` otherwise. All ranks must call it."""
-    if not isinstance(policy, FSDPModule):
-        return None
-    return get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def save_policy(
-    policy: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Any] | None = None
-) -> None:
-    """Save a Hugging Face folder (safetensors, tokenizer) that ``AutoModelForCausalLM`` loads.
-
-    An adapter is saved in ``adapter/`` next to the folder, and merged into the weights inside it. A policy with an
-    adapter cannot be trained further afterwards.
-
-    Args:
-        policy: Policy to save.
-        tokenizer: Tokenizer of the policy.
-        folder: Folder to write.
-        weights: State that :func:`whole_state_dict` gathered, or ``None`` for that of ``policy``.
-    """
-    model: Any = policy  # Any, because nn.Module types undeclared attributes as tensors or modules.
-    if hasattr(model, "peft_config"):
-        model.save_pretrained(folder.parent / filenames.ADAPTER, selected_adapters=["default"])
-        model.set_adapter("default")
-        model = model.merge_and_unload(adapter_names=["default"])
-    model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
