@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spo.bounds import DropoutRate, PositiveFloat, PositiveInt
+from spo.models.generation import read_stop_ids
 from spo.models.given_adapter import add_reference_adapter, check_given_adapter
 
 Initial = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
@@ -63,6 +64,11 @@ class ModelSpec:
     def tokenizer(self, path: str | Path) -> PreTrainedTokenizerBase:
         """Load the tokenizer from a folder or hub name."""
         return AutoTokenizer.from_pretrained(path, trust_remote_code=self.trust_remote_code)
+
+    def stop_ids(self, path: str | Path) -> tuple[int, ...]:
+        """Return the tokens by which the model of a folder or hub name ends a generation."""
+        config = AutoConfig.from_pretrained(path, trust_remote_code=self.trust_remote_code)
+        return read_stop_ids(path, config.get_text_config().vocab_size)
 
     def base(self, path: str | Path, *, dropout: float = 0.0) -> PreTrainedModel:
         """Load the model without an adapter, in eval mode.

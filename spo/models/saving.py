@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,19 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from spo.errors import UserError
+from spo.forward.modes import default_generation_config
+from spo.models.generation import write_generation_config
 from spo.records import filenames
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def save_policy(
-    policy: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Any] | None = None
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, Any] | None = None,
+    stop_ids: Sequence[int] | None = None,
 ) -> None:
     """Save a Hugging Face folder (safetensors, tokenizer) that ``AutoModelForCausalLM`` loads.
 
@@ -34,6 +40,7 @@ def save_policy(
         tokenizer: Tokenizer of the policy.
         folder: Folder to write.
         weights: State that :func:`whole_state_dict` gathered, or ``None`` for that of ``policy``.
+        stop_ids: Tokens that end a generation; ``None`` for those of the model's generation config.
 
     Raises:
         UserError: The adapter cannot be merged. It is saved in ``adapter/`` nevertheless.
@@ -50,7 +57,9 @@ def save_policy(
                 model = _merge(model)
         except (NotImplementedError, RuntimeError, ValueError) as error:
             raise UserError(f"the trained adapter in {adapter} cannot be merged into the weights: {error}") from error
-    model.save_pretrained(folder, state_dict=weights)
+    with default_generation_config(model):
+        model.save_pretrained(folder, state_dict=weights)
+    write_generation_config(model, folder, stop_ids=stop_ids, pad_token_id=tokenizer.pad_token_id)
     tokenizer.save_pretrained(folder)
 
 

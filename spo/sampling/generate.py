@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from spo.batching import even_parts_by_length
 from spo.forward.head import base_model
-from spo.forward.modes import eval_mode
+from spo.forward.modes import default_generation_config, eval_mode
 from spo.logs import log_once
 from spo.sampling import static
 from spo.sampling.draw import next_tokens, uniform_numbers
@@ -26,21 +25,6 @@ log = logging.getLogger(__name__)
 MAX_BATCH_TOKENS = 32768
 """Largest number of tokens of a batch, with padding and room for completions: 4 GB of keys and values of an 8B model
 in 16 bits."""
-
-
-@contextmanager
-def _default_generation_config(model: nn.Module) -> Iterator[None]:
-    """Hide the generation configs of a model, from which ``generate`` takes each setting that a call leaves out."""
-    configs: dict[Any, Any] = {
-        module: module.generation_config for module in model.modules() if "generation_config" in vars(module)
-    }
-    for module in configs:
-        module.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        for module, config in configs.items():
-            module.generation_config = config
 
 
 def _uncompiled(model: nn.Module) -> AbstractContextManager[None]:
@@ -85,7 +69,7 @@ def _generate(
     numbers: Tensor,
     *,
     temperature: float,
-    eos_token_id: int,
+    stop_ids: Seq[int],
     pad_token_id: int,
 ) -> Tensor:
     """Do what :func:`spo.sampling.static.decode` does with Hugging Face's ``generate``.
@@ -97,13 +81,13 @@ def _generate(
         num_beams=1,
         num_return_sequences=1,
         max_new_tokens=numbers.shape[1],
-        eos_token_id=eos_token_id,
+        eos_token_id=list(stop_ids),
         pad_token_id=pad_token_id,
         use_cache=True,
     )
     draw = [_Draw(numbers, temperature, ids.shape[1])] if temperature > 0 else []
     generate: Any = model.generate  # Any, because nn.Module types undeclared attributes as tensors or modules.
-    with _default_generation_config(model):
+    with default_generation_config(model):
         return generate(
             input_ids=ids,
             attention_mask=mask,
@@ -120,7 +104,7 @@ def sample(
     *,
     max_new_tokens: int,
     temperature: float,
-    eos_token_id: int,
+    stop_ids: Seq[int],
     pad_token_id: int,
     seeds: Seq[int],
     sampler: Literal["static", "generate"],
@@ -129,7 +113,7 @@ def sample(
 
     The completion of a prompt depends on the weights, the prompt and its seed. It does not depend on other prompts,
     the sampler, or the global random state, except for rounding: other batch shapes add up in another order. A
-    completion ends with its first end-of-text token, which is part of it, or is cut at ``max_new_tokens``. Prompts of
+    completion ends with its first stop token, which is part of it, or is cut at ``max_new_tokens``. Prompts of
     similar length are forwarded together, as many as :data:`MAX_BATCH_TOKENS` allows.
 
     Args:
@@ -137,7 +121,7 @@ def sample(
         prompts: Token ids of each prompt, none empty.
         max_new_tokens: Length limit of a completion in tokens.
         temperature: Temperature of the softmax: 1 samples the model's own distribution, 0 decodes greedily.
-        eos_token_id: Token id that ends a completion; in a prompt it does not.
+        stop_ids: Tokens that end a completion, at least one; in a prompt they do not.
         pad_token_id: Token id of padding.
         seeds: Seed of each prompt.
         sampler: ``static`` for the loop of :mod:`spo.sampling.static`, with the models that it supports; ``generate``
@@ -164,13 +148,13 @@ def sample(
                 mask,
                 numbers[index],
                 temperature=temperature,
-                eos_token_id=eos_token_id,
+                stop_ids=stop_ids,
                 pad_token_id=pad_token_id,
             )
             generated[index, : drawn.shape[1]] = drawn
-    # A token is part of its completion if no end-of-text token comes before it.
-    is_eos = (generated == eos_token_id).long()
-    completion_length = (is_eos.cumsum(1) - is_eos == 0).sum(1)
+    # A token is part of its completion if no stop token comes before it.
+    is_stop = torch.isin(generated, torch.tensor(stop_ids, device=device)).long()
+    completion_length = (is_stop.cumsum(1) - is_stop == 0).sum(1)
     return _right_padded(prompts, generated, completion_length, pad_token_id)
 
 

@@ -113,7 +113,8 @@ def _run(cfg: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: boo
         trained = TrainedPolicy(
             module.policy, rows_to_compare(prepared.pairs.train), module.speed, eval_device(cfg), weights
         )
-        save_policy(module.policy, prepared.tokenizer, policy, weights and {**weights})  # saving empties the mapping
+        kept = None if weights is None else {**weights}  # Saving empties the mapping that it gets.
+        save_policy(module.policy, prepared.tokenizer, policy, kept, prepared.stop_ids)
 
         judge = next((callback.judge for callback in validation_samples(trainer)), None)
         models = load_models(cfg, prepared, run_dir)
