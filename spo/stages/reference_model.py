@@ -20,7 +20,7 @@ from spo.data.splits import prepare
 from spo.forward.speed import Speed
 from spo.losses import SFTLoss
 from spo.models import ModelSpec, NoReference
-from spo.models.policy import save_policy
+from spo.models.saving import save_policy
 from spo.module import AlignmentModule
 from spo.objective import Prompts
 from spo.records.cache import cached
