@@ -214,7 +214,7 @@ class AlignmentModule(LightningModule):
         """Add one batch of the selection split."""
         scored = self.pairs.score(batch)
         _, metrics = self.pairs.evaluate(scored, self.global_step)
-        metrics |= completion_health(scored, self.prompts.eos_token_id)
+        metrics |= completion_health(scored, self.prompts.stop_ids)
         if self.loss.uses_alpha and "rewards/margins" in metrics:
             metrics[LOSS_SCALE] = metrics["rewards/margins"].abs()
         self.val_metrics.update(metrics)

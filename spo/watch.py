@@ -13,8 +13,8 @@ from torch import Tensor
 from spo.metrics.repetition import repetition
 from spo.metrics.sums import SumsAndCounts
 from spo.objective import Run, ScoredBatch
-from spo.ops import sum_per_sequence, token_entropy, token_kl
-from spo.sampling import eval_mode, sample
+from spo.ops import rows_of, sum_per_sequence, token_entropy, token_kl, token_logps
+from spo.sampling import eval_mode, is_finished, sample
 from spo.schedules import Controller, Schedule
 from spo.seeds import derive_seed
 
@@ -75,7 +75,7 @@ class Probe:
             [prompts[order[i % len(order)]] for i in rows],
             max_new_tokens=self.settings.max_new_tokens,
             temperature=1.0,
-            eos_token_id=run.prompts.eos_token_id,
+            stop_ids=run.prompts.stop_ids,
             pad_token_id=run.prompts.pad_token_id,
             seeds=[derive_seed(sample_seed, i) for i in rows],
             sampler=run.speed.sampler,
@@ -89,7 +89,7 @@ class Probe:
                     reference_logits = run.speed.logits(reference, samples)
                 found["kl"] = sum_per_sequence(token_kl(logits, reference_logits), samples)
         found["length"] = samples.completion_length
-        found["finished"] = (samples.last_token == run.prompts.eos_token_id).float()
+        found["finished"] = is_finished(samples, run.prompts.stop_ids).float()
         found["repetition"] = torch.tensor([repetition(ids) for ids in samples.completions()])
         means = SumsAndCounts(PROBE_METRICS).to(run.device)
         if share:
@@ -156,25 +156,27 @@ def _warn_of_bound(name: str, controller: Controller, measured: float, step: int
     )
 
 
-def completion_health(scored: ScoredBatch, eos_token_id: int) -> dict[str, Tensor]:
+def completion_health(scored: ScoredBatch, stop_ids: Sequence[int]) -> dict[str, Tensor]:
     """Measure what a collapse shows in first.
 
     Args:
         scored: Batch as the policy sees it.
-        eos_token_id: Token that ends a completion.
+        stop_ids: Tokens that end a completion.
 
     Returns:
-        ``p_eos`` (probability of EOS where a chosen completion ends) and ``logps_per_token/{chosen,rejected}`` (nats),
-        one value per completion.
+        ``p_eos`` (probability of all stop tokens together where a chosen completion ends) and
+        ``logps_per_token/{chosen,rejected}`` (nats), one value per completion.
     """
-    batch, tokens = scored.batch, scored.policy_tokens
+    batch = scored.batch
     sequences, mask = batch.sequences, batch.mask()
     per_token = batch.per_completion(scored.policy_logps / sequences.completion_length)
-    # A truncated completion does not end in EOS.
-    ends = batch.per_completion(sequences.last_token == eos_token_id)[0]
-    last = batch.per_completion(tokens[sequences.completion_length.cumsum(0) - 1])[0]
+    # A truncated completion does not end in a stop token.
+    ends = batch.per_completion(is_finished(sequences, stop_ids))[0]
+    last = batch.per_completion(sequences.completion_length.cumsum(0) - 1)[0][ends]
+    logits = rows_of(scored.policy, last)
+    stop_logps = [token_logps(logits, torch.full_like(last, stop)) for stop in stop_ids]
     return {
-        "p_eos": last[ends].exp(),
+        "p_eos": torch.stack(stop_logps).logsumexp(0).exp(),
         "logps_per_token/chosen": per_token[0],
         "logps_per_token/rejected": per_token[1:][mask[1:]],
     }

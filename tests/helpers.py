@@ -198,7 +198,7 @@ def make_module(
     micro_batch_size: int | None = None,
     micro_batch_tokens: int | None = None,
     log_every_n_steps: int = 1,
-    eos_token_id: int = EOS,
+    stop_ids: Sequence[int] = (EOS,),
     seed: int = 0,
     speed: Speed | None = None,
 ) -> Spied:
@@ -213,7 +213,7 @@ def make_module(
         beta=beta if isinstance(beta, Schedule) else Constant(beta),
         optimizer=partial(optimizer, lr=lr),
         scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
-        prompts=Prompts(list(prompts), list(prompts), eos_token_id, PAD),
+        prompts=Prompts(list(prompts), list(prompts), stop_ids, PAD),
         probe=probe,
         clip_norm=clip_norm,
         micro_batch_size=micro_batch_size,

@@ -114,13 +114,20 @@ class Renderer:
             completions to the room that the prompt leaves, and a cut one does not have an EOS. ``trim_prompt`` cuts the
             beginning of the prompt, but not its BOS, by the same amount for all completions.
         allow_empty: Whether a completion may consist of its EOS only; otherwise such a pair is dropped.
+        stop_ids: Tokens that end a generation of the model, as its generation config lists them.
 
     Raises:
         DataError: If the tokenizer does not have an EOS, or if an argument is out of range.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: Truncation, allow_empty: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        truncation: Truncation,
+        allow_empty: bool = False,
+        *,
+        stop_ids: Sequence[int] = (),
     ) -> None:
         if truncation not in TRUNCATIONS:
             raise DataError(f"data.truncation={truncation}: choose {', '.join(TRUNCATIONS)}")
@@ -130,6 +137,7 @@ class Renderer:
             raise DataError("the tokenizer does not have an EOS token, so no completion can end; set its eos_token")
         self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
         self.allow_empty = allow_empty
+        self._model_stop_ids = tuple(stop_ids)
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int = tokenizer.eos_token_id
         # Tokenizers do not declare whether they add a BOS, so one letter is encoded with and without special tokens.
@@ -137,6 +145,11 @@ class Renderer:
         self._adds_bos = self.bos_id is not None and special[:1] == [self.bos_id] and plain[:1] != (self.bos_id,)
         self._anchor = list(plain)
         self._anchor_text = self._decode(self._anchor)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Return the tokens that end a completion, in ascending order."""
+        return tuple(sorted({self.eos_id, *self._model_stop_ids}))
 
     def render(self, row: Row) -> TokenizedPair | Dropped:
         """Return the row as tokens, or the reason why it was dropped.
@@ -164,7 +177,7 @@ class Renderer:
             prompt_text=text.prompt,
             chosen_text=text.completions[0],
             rejected_text=None,
-            prompt_id=prompt_id(row.prompt),
+            prompt_id=prompt_id(row.prompt, row.tools, row.template_kwargs),
             preference=row.preference,
             weight=row.weight,
             split=row.split,
@@ -303,9 +316,16 @@ def _with_completions(
     )
 
 
-def prompt_id(prompt: Text) -> str:
-    """Return 16 hex digits that identify a prompt, the same for every tokenizer."""
+def prompt_id(prompt: Text, *template_values: object) -> str:
+    """Return 16 hex digits that identify a prompt, the same for every tokenizer.
+
+    Args:
+        prompt: Text or messages.
+        template_values: Tools and other values that a row gives to the chat template; ``None`` and empty ones for none.
+    """
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    if any(template_values):
+        text += json.dumps(template_values, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

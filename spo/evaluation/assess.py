@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from spo.data import EvalPrompt
 from spo.evaluation.completions import Draws, draw
@@ -43,7 +43,8 @@ class Evaluation:
 def draw_both(
     policy: nn.Module,
     reference: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+    pad_token_id: int,
     prompts: Sequence[EvalPrompt],
     settings: EvaluationSettings,
     speed: Speed,
@@ -56,7 +57,8 @@ def draw_both(
     Args:
         policy: Trained model.
         reference: Model that training started from.
-        tokenizer: Tokenizer of both models.
+        stop_ids: Tokens that end a completion.
+        pad_token_id: Token that fills rows up.
         prompts: Prompts of one split.
         settings: Settings of the evaluation.
         speed: Speed settings, resolved for both models.
@@ -66,7 +68,8 @@ def draw_both(
     """
 
     def drawn(model: nn.Module, stage: str, other: nn.Module | None = None) -> Draws:
-        return cache(stage, lambda: draw(model, stage, prompts, settings, speed, tokenizer, decode, on_progress, other))
+        draws = partial(draw, model, stage, prompts, settings, speed, stop_ids, pad_token_id, decode)
+        return cache(stage, lambda: draws(on_progress, other))
 
     with eval_mode(policy), eval_mode(reference):
         return drawn(policy, "policy", reference), drawn(reference, "reference")

@@ -14,6 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spo.bounds import DropoutRate, PositiveFloat, PositiveInt
+from spo.forward.modes import default_generation_config
+from spo.models.generation import read_stop_ids, write_generation_config
 from spo.records import filenames
 
 Initial = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
@@ -65,6 +67,11 @@ class ModelSpec:
     def tokenizer(self, path: str | Path) -> PreTrainedTokenizerBase:
         """Load the tokenizer from a folder or hub name."""
         return AutoTokenizer.from_pretrained(path, trust_remote_code=self.trust_remote_code)
+
+    def stop_ids(self, path: str | Path) -> tuple[int, ...]:
+        """Return the tokens by which the model of a folder or hub name ends a generation."""
+        config = AutoConfig.from_pretrained(path, trust_remote_code=self.trust_remote_code)
+        return read_stop_ids(path, config.get_text_config().vocab_size)
 
     def base(self, path: str | Path, *, dropout: float = 0.0) -> PreTrainedModel:
         """Load the model without an adapter, in eval mode.
@@ -146,7 +153,11 @@ def whole_state_dict(policy: nn.Module) -> dict[str, Any] | None:
 
 
 def save_policy(
-    policy: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Any] | None = None
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, Any] | None = None,
+    stop_ids: Sequence[int] | None = None,
 ) -> None:
     """Save a Hugging Face folder (safetensors, tokenizer) that ``AutoModelForCausalLM`` loads.
 
@@ -158,11 +169,14 @@ def save_policy(
         tokenizer: Tokenizer of the policy.
         folder: Folder to write.
         weights: State that :func:`whole_state_dict` gathered, or ``None`` for that of ``policy``.
+        stop_ids: Tokens that end a generation; ``None`` for those of the model's generation config.
     """
     model: Any = policy  # Any, because nn.Module types undeclared attributes as tensors or modules.
     if hasattr(model, "peft_config"):
         model.save_pretrained(folder.parent / filenames.ADAPTER, selected_adapters=["default"])
         model.set_adapter("default")
         model = model.merge_and_unload(adapter_names=["default"])
-    model.save_pretrained(folder, state_dict=weights)
+    with default_generation_config(model):
+        model.save_pretrained(folder, state_dict=weights)
+    write_generation_config(model, folder, stop_ids=stop_ids, pad_token_id=tokenizer.pad_token_id)
     tokenizer.save_pretrained(folder)

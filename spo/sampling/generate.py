@@ -72,7 +72,7 @@ def _generate(
     numbers: Tensor,
     *,
     temperature: float,
-    eos_token_id: int,
+    stop_ids: Seq[int],
     pad_token_id: int,
 ) -> Tensor:
     """Do what :func:`spo.sampling.static.decode` does with Hugging Face's ``generate``.
@@ -84,7 +84,7 @@ def _generate(
         num_beams=1,
         num_return_sequences=1,
         max_new_tokens=numbers.shape[1],
-        eos_token_id=eos_token_id,
+        eos_token_id=list(stop_ids),
         pad_token_id=pad_token_id,
         use_cache=True,
     )
@@ -107,7 +107,7 @@ def sample(
     *,
     max_new_tokens: int,
     temperature: float,
-    eos_token_id: int,
+    stop_ids: Seq[int],
     pad_token_id: int,
     seeds: Seq[int],
     sampler: Literal["static", "generate"],
@@ -116,7 +116,7 @@ def sample(
 
     The completion of a prompt depends on the weights, the prompt and its seed. It does not depend on other prompts,
     the sampler, or the global random state, except for rounding: other batch shapes add up in another order. A
-    completion ends with its first end-of-text token, which is part of it, or is cut at ``max_new_tokens``. Prompts of
+    completion ends with its first stop token, which is part of it, or is cut at ``max_new_tokens``. Prompts of
     similar length are forwarded together, as many as :data:`MAX_BATCH_TOKENS` allows.
 
     Args:
@@ -124,7 +124,7 @@ def sample(
         prompts: Token ids of each prompt, none empty.
         max_new_tokens: Length limit of a completion in tokens.
         temperature: Temperature of the softmax: 1 samples the model's own distribution, 0 decodes greedily.
-        eos_token_id: Token id that ends a completion; in a prompt it does not.
+        stop_ids: Tokens that end a completion, at least one; in a prompt they do not.
         pad_token_id: Token id of padding.
         seeds: Seed of each prompt.
         sampler: ``static`` for the loop of :mod:`spo.sampling.static`, with the models that it supports; ``generate``
@@ -146,13 +146,13 @@ def sample(
                 mask,
                 numbers[index],
                 temperature=temperature,
-                eos_token_id=eos_token_id,
+                stop_ids=stop_ids,
                 pad_token_id=pad_token_id,
             )
             generated[index, : drawn.shape[1]] = drawn
-    # A token is part of its completion if no end-of-text token comes before it.
-    is_eos = (generated == eos_token_id).long()
-    completion_length = (is_eos.cumsum(1) - is_eos == 0).sum(1)
+    # A token is part of its completion if no stop token comes before it.
+    is_stop = torch.isin(generated, torch.tensor(stop_ids, device=device)).long()
+    completion_length = (is_stop.cumsum(1) - is_stop == 0).sum(1)
     return _right_padded(prompts, generated, completion_length, pad_token_id)
 
 

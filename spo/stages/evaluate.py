@@ -186,13 +186,14 @@ def _draw(
             split: draw_both(
                 models.policy,
                 models.reference,
-                prepared.tokenizer,
+                prepared.stop_ids,
+                prepared.tokenizer.pad_token_id,
                 of_split,
                 settings,
                 models.speed,
                 prepared.renderer.decode,
                 lambda done: progress.advance(task, done),
-                partial(cached_completions, cfg.paths.cache, settings, of_split, digests),
+                partial(cached_completions, cfg.paths.cache, settings, of_split, prepared.stop_ids, digests),
             )
             for split, of_split in prompts.items()
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,11 +35,20 @@ def model_spec(cfg: DictConfig) -> ModelSpec:
     return ModelSpec(**instantiate({name: cfg.model[name] for name in names}, _convert_="all"))
 
 
-def make_renderer(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, source: Source) -> Renderer:
-    """Return the conversion between the texts of a source and tokens."""
+def make_renderer(
+    cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, source: Source, stop_ids: Sequence[int]
+) -> Renderer:
+    """Return the conversion between the texts of a source and tokens.
+
+    Args:
+        cfg: Configuration of the run, resolved.
+        tokenizer: Tokenizer of the model.
+        source: Source of the rows.
+        stop_ids: Tokens by which the model ends a generation.
+    """
     # An enumerable language contains the empty response. In other data an empty response is a mistake.
     allow_empty = source.language is not None
-    return Renderer(tokenizer, cfg.data.max_length, cfg.data.truncation, allow_empty)
+    return Renderer(tokenizer, cfg.data.max_length, cfg.data.truncation, allow_empty, stop_ids=stop_ids)
 
 
 def data_key(cfg: DictConfig) -> dict[str, Any]:

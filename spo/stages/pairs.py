@@ -18,7 +18,7 @@ from spo.models import ModelSpec
 from spo.records.cache import cached
 from spo.records.digests import code_version, model_digest
 from spo.records.files import read_json, read_jsonl, write_json, write_jsonl
-from spo.sampling import derive_seed, sample
+from spo.sampling import contents, derive_seed, is_finished, sample
 from spo.stages.from_config import data_key, eval_device
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ def preference_rows(
         "dtype": spec.dtype,
         "data": data_key(cfg),
         "max_new_tokens": cfg.data.max_new_tokens,
+        "stop_ids": renderer.stop_ids,
         "seed": cfg.data.seed,
     }
     folder = cached(cfg.paths.cache, "pairs", key, write)
@@ -87,13 +88,14 @@ def _complete(
             [ids[row] for row in rows],
             max_new_tokens=cfg.data.max_new_tokens,
             temperature=1.0,
-            eos_token_id=renderer.eos_id,
+            stop_ids=renderer.stop_ids,
             pad_token_id=renderer.tokenizer.pad_token_id,
             seeds=[seeds[row] for row in rows],
             sampler=cfg.speed.sampler,
         )
-        for row, tokens in zip(rows, sequences.completions(), strict=True):
-            drawn[row] = Completion(renderer.decode(tokens), tokens[-1:] == [renderer.eos_id])
+        texts = map(renderer.decode, contents(sequences, renderer.stop_ids))
+        finished = is_finished(sequences, renderer.stop_ids).tolist()
+        drawn |= zip(rows, map(Completion, texts, finished), strict=True)
     return [[drawn[i] for i in range(first, first + n)] for first in range(0, len(ids), n)]
 
 

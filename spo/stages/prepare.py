@@ -45,6 +45,11 @@ class Prepared:
     bad_rows: list[RowError]
     language: Language | None
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Return the tokens that end a completion, in ascending order."""
+        return self.pairs.stop_ids
+
     def sampling_prompts(self, split: Split, max_new_tokens: int, limit: int | None = None) -> list[EvalPrompt]:
         """Return prompts of a split that leave room for ``max_new_tokens`` within the context.
 
@@ -85,7 +90,7 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks depend on positions, so the two may coincide
     _check_context(cfg, spec, base)
-    renderer = make_renderer(cfg, tokenizer, source)
+    renderer = make_renderer(cfg, tokenizer, source, spec.stop_ids(base))
     rows, dropped = preference_rows(cfg, spec, source, base, renderer)
     pairs = _prepare_pairs(cfg, source, renderer, rows, dropped)
     prompts = {split: _prompts(source, split, pairs, renderer) for split in SPLITS}
@@ -116,6 +121,7 @@ def _prepare_pairs(
     # The pairs of an enumerable language are a complete description, so every split consists of all of them.
     whole = source.language is not None
     selection, test = (0.0, 0.0) if whole else (cfg.data.splits.selection, cfg.data.splits.test)
+    source.findings.write_notes()
     pairs = prepare(rows, renderer, cfg.data.seed, selection, test, cfg.data.min_pairs)
     if whole:
         counts = pairs.counts | dict.fromkeys(SPLITS, len(pairs.train))

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import get_cosine_schedule_with_warmup
 
 from spo.callbacks import Progress
-from spo.data import Source, TokenizedPair
+from spo.data import PreparedPairs, Source
 from spo.data.datamodule import PreferenceDataModule
 from spo.data.splits import prepare
 from spo.forward.speed import Speed
@@ -79,9 +79,10 @@ def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path) -
     """Write a model to a folder: the initial or given weights after supervised fine-tuning on the data."""
     if spec.initial is not None:
         model, tokenizer = spec.initial()
+        stop_ids: tuple[int, ...] = ()
     else:
         assert spec.path is not None
-        model, tokenizer = spec.base(spec.path), spec.tokenizer(spec.path)
+        model, tokenizer, stop_ids = spec.base(spec.path), spec.tokenizer(spec.path), spec.stop_ids(spec.path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if cfg.sft.max_steps > 0:
@@ -89,13 +90,13 @@ def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path) -
         rows = source.sft_rows()
         if rows is None:
             rows = [dataclasses.replace(row, rejected=None, worse=()) for row in source.rows(no_completer)]
-        renderer = make_renderer(cfg, tokenizer, source)
-        train = prepare(rows, renderer, cfg.data.seed, 0.0, 0.0, min_pairs=1).train
-        _fit_supervised(cfg, model.train(), train, tokenizer)
+        renderer = make_renderer(cfg, tokenizer, source, stop_ids)
+        pairs = prepare(rows, renderer, cfg.data.seed, 0.0, 0.0, min_pairs=1)
+        _fit_supervised(cfg, model.train(), pairs, tokenizer)
     save_policy(model, tokenizer, folder)
 
 
-def _fit_supervised(cfg: DictConfig, model: Any, train: list[TokenizedPair], tokenizer: Any) -> None:
+def _fit_supervised(cfg: DictConfig, model: Any, pairs: PreparedPairs, tokenizer: Any) -> None:
     """Train the model on completions, in the module that trains all methods, with the loss of SFT."""
     sft = cfg.sft
     pad = tokenizer.pad_token_id
@@ -114,7 +115,7 @@ def _fit_supervised(cfg: DictConfig, model: Any, train: list[TokenizedPair], tok
             num_warmup_steps=sft.num_warmup_steps,
             num_training_steps=sft.max_steps,
         ),
-        prompts=Prompts([], [], tokenizer.eos_token_id, pad),
+        prompts=Prompts([], [], pairs.stop_ids, pad),
         probe=None,
         clip_norm=sft.clip_norm,
         micro_batch_size=None,
@@ -124,7 +125,7 @@ def _fit_supervised(cfg: DictConfig, model: Any, train: list[TokenizedPair], tok
         speed=Speed(**cfg.speed),
     )
     data = PreferenceDataModule(
-        train,
+        pairs.train,
         [],
         batch_size=sft.batch_size,
         micro_batch_size=None,

@@ -108,7 +108,7 @@ def _run(cfg: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: boo
         module.reference.to(torch.device("cpu"))  # frees memory for the evaluation, which loads what was saved
         final = {name: getattr(module, name)(trainer.global_step) for name in COEFFICIENTS}
         write_json(run_dir / filenames.COEFFICIENTS, final)
-        save_policy(module.policy, prepared.tokenizer, run_dir / filenames.POLICY, weights)
+        save_policy(module.policy, prepared.tokenizer, run_dir / filenames.POLICY, weights, prepared.stop_ids)
 
         judge = next((callback.judge for callback in validation_samples(trainer)), None)
         evaluation = evaluate_run(cfg, prepared, run_dir, judge)

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from spo.data import DataError, FileSource, HHSource, HubSource, NoPreference, Row, RowError
-from spo.data.cells import shared_prompt_length
+from spo.data.prompts import shared_prompt_length
 from spo.data.tables import TableSource
 
 GOOD = {"prompt": "What is red?", "chosen": " A rose.", "rejected": " The sky."}
@@ -114,7 +114,7 @@ def test_conversations_may_have_or_lack_a_prompt(tmp_path: Path) -> None:
     path = jsonl(
         tmp_path / "a.jsonl",
         {"prompt": turns, "chosen": [HELLO], "rejected": [BYE]},
-        {"chosen": [*turns, {**HELLO, "name": "x"}], "rejected": [*turns, BYE]},
+        {"chosen": [*turns, HELLO], "rejected": [*turns, BYE]},
         {"prompt": "again", "chosen": [*turns, HELLO], "rejected": [*turns, BYE]},
         {"prompt": None, "chosen": [USER, HELLO], "rejected": [USER, HELLO, BYE]},
     )
