@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from spo.batching import chunks
 from spo.bounds import FloatType, Fraction, NonNegativeFloat, PositiveInt
 from spo.data.encoding import Ids
 from spo.data.rows import Text
@@ -28,6 +29,8 @@ from spo.evaluation.judges.inputs import Frame, JudgeEncoder, without_beginning
 from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, question
 from spo.evaluation.judges.reward import RewardJudge
 from spo.forward.head import completion_logits
+from spo.forward.neighbors import groups_to_score
+from spo.forward.probe import probe_padding
 from spo.models.library_errors import Origin
 from spo.models.loading import causal_part, check_causal, load_config, load_tokenizer, load_weights
 from spo.ops.logps import at_least_float32
@@ -122,10 +125,11 @@ class LocalModel:
         most = self.tokenizer.model_max_length
         return min(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or most, most)
 
-    def batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Yield positions of rows in batches, rows of similar length together."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        return (order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size))
+    def batches(self, rows: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
+        """Yield positions of rows in batches, rows of similar length together, unless they would change each other."""
+        lengths = [len(row) for row in rows]
+        for group in groups_to_score(self.model, lambda: lengths) or [list(range(len(rows)))]:
+            yield from chunks(sorted(group, key=lengths.__getitem__), self.batch_size)
 
 
 class RewardModelJudge(RewardJudge):
@@ -315,6 +319,7 @@ class LanguageModelJudge(PairwiseJudge):
             JudgeError: The tokens of the answers A and B are the same.
         """
         context = self._local.context
+        probe_padding(self._local.model)
         questions = [self._encode(comparison) for comparison in comparisons]
         self._local.encoder.note_leaks()
         fitting = [i for i, (ids, _) in enumerate(questions) if len(ids) <= context]
