@@ -69,8 +69,8 @@ def load_tokenizer(origin: Origin, trust_remote_code: bool) -> PreTrainedTokeniz
     """
     config = load_config(origin, trust_remote_code)
     with in_words(origin):
-        tokenizer = AutoTokenizer.from_pretrained(origin.path, trust_remote_code=trust_remote_code)
-        tokenizer = as_in_file(tokenizer, origin.path)
+        loaded = AutoTokenizer.from_pretrained(origin.path, trust_remote_code=trust_remote_code)
+        tokenizer = as_in_file(loaded, origin.path)
     check_vocabulary(origin, tokenizer, getattr(config.get_text_config(), "vocab_size", None))
     return tokenizer
 
