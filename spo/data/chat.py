@@ -203,8 +203,8 @@ class ChatTemplate:
                 )
             if not self.reads_parts:
                 return {**message, "content": "".join(part["text"] for part in content)}
-        elif isinstance(content, str) and not self.reads_strings:
-            return {**message, "content": [{"type": "text", "text": content}]}
+        elif not self.reads_strings:
+            return {**message, "content": [{"type": "text", "text": content or ""}]}
         return message
 
     def _probe(self) -> set[str]:

@@ -79,8 +79,7 @@ class ConversationWriter:
         """
         assert isinstance(row.prompt, tuple)
         try:
-            prompt, *wholes = self.chat.render(_requests(row, row.prompt, completions))
-            cut = self._cut(prompt, wholes)
+            prompt, wholes, cut = self._render(row, row.prompt, completions)
             for messages, whole in zip(completions, wholes, strict=True):
                 self._check(row, row.prompt, messages, whole[:cut], whole[cut:])
         except TemplateError as error:
@@ -112,12 +111,21 @@ class ConversationWriter:
         start, stop, tokens = end
         return text[:stop], text[:start], len(tokens)
 
-    def _cut(self, prompt: str, wholes: Sequence[str]) -> int:
-        """Return the length of the prompt that whole conversations begin with."""
-        if all(whole.startswith(prompt) for whole in wholes):
-            return len(prompt)
+    def _render(
+        self, row: Row, prompt: tuple[Message, ...], completions: Sequence[tuple[Message, ...]]
+    ) -> tuple[str, list[str], int]:
+        """Return the prompt, the whole conversations, and the length of the prompt that they begin with."""
+        text, *wholes = self.chat.render(_requests(row, prompt, completions))
+        if all(whole.startswith(text) for whole in wholes):
+            return text, wholes, len(text)
+        following = {messages[0]["role"] for messages in completions}
+        if prompt and prompt[-1]["role"] == "assistant" and len(following) == 1 and "assistant" not in following:
+            # Templates write the last turn of a prompt unlike a turn that others follow, so the next one is begun.
+            begun = (*prompt, {"role": following.pop(), "content": ""})
+            request = Request(begun, continues=True, tools=row.tools, kwargs=row.template_kwargs)
+            text, *wholes = self.chat.render([request, *_requests(row, prompt, completions)[1:]])
         # Some templates open the assistant's turn with words that a finished turn does not contain.
-        return self.chat.encoder.before_token(prompt, shared_length([prompt, *wholes]))
+        return text, wholes, self.chat.encoder.before_token(text, shared_length([text, *wholes]))
 
     def _remark_cut(self, row: Row, completions: Sequence[tuple[Message, ...]], missing: str) -> None:
         key = "generation_prompt_cut"
@@ -193,10 +201,9 @@ class ConversationWriter:
         ]
         first, rest = tuple(marked[: len(prompt)]), tuple(marked[len(prompt) :])
         try:
-            text, whole = self.chat.render(_requests(row, first, [rest]))
+            _, [whole], cut = self._render(row, first, [rest])
         except TemplateError:
             return None
-        cut = self._cut(text, [whole])
         areas = (whole[:cut], whole[cut:])
         return frozenset(i for i, name in enumerate(names) if name not in areas[i >= len(prompt)])
 
