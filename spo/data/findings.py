@@ -14,8 +14,8 @@ SENTENCES = {
     "implied_prompts": "Rows without a prompt in data with a prompt column: {count} (first: {first}). The shared "
     "beginning of their completions is the prompt.",
     "empty_prompts": "Rows whose prompt is empty or does not have a message of the user: {count} (first: {first}).",
-    "other_turns": "Rows whose completions contain messages of the user or of tools: {count} (first: {first}). The "
-    "whole completion is a target, these messages included.",
+    "other_turns": "Rows whose completions contain turns of the user or of tools: {count} (first: {first}). The whole "
+    "completion is a target, these turns included.",
     "prompt_not_in_conversation": "Rows whose prompt text is not a message of their conversations: {count} (first: "
     "{first}). The shared beginning of the conversations is the prompt.",
     "duplicate_keys": "Records in which a key or column occurs twice: {count} (first: {first}). The last value is "

@@ -154,6 +154,8 @@ MALFORMED = {
                     "message 1 is a message of the user, but the conversations of the row already differ there (in co"),
     "JSON list": ({**TEXT, "chosen": json.dumps([HELLO])}, "chosen", "contains messages as JSON text; write them as"),
     "JSON object": ({**TEXT, "chosen": json.dumps({"messages": [ASK, HELLO], "tools": []})}, "chosen", "as JSON text"),
+    "JSON under any key": ({**TEXT, "chosen": json.dumps({"dialog": [HELLO]})}, "chosen", "as JSON text"),
+    "JSON twice": ({**TEXT, "chosen": json.dumps(json.dumps([HELLO]))}, "chosen", "as JSON text"),
     "JSON message": ({**TEXT, "prompt": json.dumps(ASK)}, "prompt", "as JSON text"),
     "printed by Python": ({**TEXT, "rejected": str([HELLO])}, "rejected", "as JSON text"),
     "other name": ({"question": "Why?", "chosen": "The sun", "rejected": "The moon"}, "prompt",
@@ -178,6 +180,8 @@ def test_json_that_is_not_messages_is_text(tmp_path: Path) -> None:
         "[1]",
         "[]",
         "[INST] hi",
+        '"hi"',
+        '"Hi," he said.',
         "{'role': 1}",
     ]
     assert [row.chosen for row in load(source(tmp_path, *({**TEXT, "chosen": text} for text in answers)))] == answers

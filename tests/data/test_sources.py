@@ -131,11 +131,16 @@ def test_hh_prompt_ends_after_the_last_shared_assistant_marker(tmp_path: Path) -
         {"chosen": start + " d", "rejected": start + " do"},
         {"chosen": start + " d\n\nHuman: e\n\nAssistant: f", "rejected": start + " g"},
     )
-    first, second = load(HHSource(str(path), "stop"))
+    source = HHSource(str(path), "stop")
+    first, second = load(source)
+    assert source.findings.counts == {"other_turns": 1}
     assert (first.prompt, first.chosen, first.rejected) == (start, " d", " do")
     assert (second.prompt, second.chosen, second.rejected) == (start, " d\n\nHuman: e\n\nAssistant: f", " g")
     with pytest.raises(RowError, match=r"line 1: column 'chosen': .*do not share a"):
         load(HHSource(str(jsonl(path, {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "c"})), "stop"))
+    ends = {"chosen": start + " d", "rejected": start + " e\n\nHuman: f"}
+    with pytest.raises(RowError, match=r"line 1: column 'rejected': ends with a turn of the human"):
+        load(HHSource(str(jsonl(path, ends)), "stop"))
     with pytest.raises(RowError, match="must be one text"):
         load(HHSource(str(jsonl(path, {"chosen": [USER, HELLO], "rejected": [USER, BYE]})), "stop"))
 
@@ -269,7 +274,8 @@ def test_damaged_csv_and_parquet_files_are_reported(tmp_path: Path) -> None:
 def test_csv_cell_of_any_length_is_read(tmp_path: Path) -> None:
     table = tmp_path / "a.csv"
     table.write_text(f"prompt,chosen,rejected\n{'long ' * 60_000},b,c\n")
-    limit = csv.field_size_limit()
+    limit = 131_072
+    csv.field_size_limit(limit)
     (row,) = read(table)
     assert len(row.prompt) == 300_000 and csv.field_size_limit() == limit
     table.write_text('prompt,chosen,rejected\n"a,b,c\n')
