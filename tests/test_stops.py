@@ -27,6 +27,7 @@ from spo.ops.logps import DeferredLogits
 from spo.sampling import SampleBuffer, contents, derive_seed, is_finished, sample
 from spo.types import Sequences
 from spo.watch import Probe, ProbeSettings, completion_health
+from tests.commands import TINY, job, rows
 from tests.helpers import (
     BOS,
     EOS,
@@ -100,9 +101,9 @@ def test_p_eos_is_the_probability_of_all_stop_tokens(deferred: bool) -> None:
     last = batch.sequences.completion_length.cumsum(0) - 1
     assert batch.completions is not None
     probability = logits.softmax(-1)[last[batch.completions[0]]]  # where the chosen completions end
-    for stop_ids, rows in (((EOS,), [0]), ((EOS, 9), [0, 1]), ((PAD, EOS, 9), [0, 1]), ((EOS, 5), [0, 2])):
+    for stop_ids, ended in (((EOS,), [0]), ((EOS, 9), [0, 1]), ((PAD, EOS, 9), [0, 1]), ((EOS, 5), [0, 2])):
         found = completion_health(scored, stop_ids)["p_eos"]
-        torch.testing.assert_close(found, probability[rows][:, list(stop_ids)].sum(-1))
+        torch.testing.assert_close(found, probability[ended][:, list(stop_ids)].sum(-1))
 
 
 def test_probe_counts_any_stop_token_as_finished(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,3 +275,55 @@ def test_reference_model_keeps_its_own_stop_tokens(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", eos_token_id=[5, EOS])
     save_policy(model_spec().base(folder), tiny_tokenizer(), tmp_path / "sft")
     assert GenerationConfig.from_pretrained(tmp_path / "sft").eos_token_id == [5, EOS]
+
+
+CHAT = (
+    "{% for message in messages %}{{ 'w20 ' if message.role == 'user' else 'w21 ' }}{{ message.content }}"
+    "{{ ' <end> ' }}{% endfor %}{% if add_generation_prompt %}{{ 'w21 ' }}{% endif %}"
+)
+
+
+@pytest.mark.slow
+def test_samples_of_a_chat_model_end_with_the_turn(tmp_path: Path) -> None:
+    """The end of a turn is not the tokenizer's EOS, and both end a generation."""
+    end, limit = VOCAB, 24
+    folder = save_model(tmp_path / "chat", scale=0.2, vocab_size=VOCAB + 1)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, end], **SAMPLING}))
+
+    def turn(role: str, *words: int) -> list[dict[str, str]]:
+        return [{"role": role, "content": " ".join(f"w{word}" for word in words)}]
+
+    pairs = [(turn("user", i, 6), turn("assistant", 5, i), turn("assistant", i, 4)) for i in range(7, 20)] * 2
+    data = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    words = ["method=spo", "model=hf", f"model.path={folder}", "data=jsonl", f"data.path={tmp_path / 'rows.jsonl'}"]
+    words += [TINY, "judge=none", f"data.max_new_tokens={limit}", "data.max_length=60"]
+    words += ["evaluation.num_prompts=5", "evaluation.samples_per_prompt=8"]
+    metrics = job(tmp_path / "run", tmp_path / "cache", *words)
+
+    drawn = rows(tmp_path / "run" / "samples.jsonl")
+    texts = [(row["completion"], row["tokens"]) for row in drawn]
+    texts += [(row["reference_completion"], row["reference_tokens"]) for row in drawn]
+    assert not any("<" in text for text, _ in texts)
+    # A draw ends a turn or the text with a probability of about 2 in 24, so few are as long as the limit.
+    assert sum(tokens < limit for _, tokens in texts) > 0.6 * len(texts)
+    assert all(text.count("w") <= tokens - (tokens < limit) for text, tokens in texts)
+    assert metrics["eval/length"] == pytest.approx(sum(row["tokens"] for row in drawn) / len(drawn))
+    assert metrics["val/finished"] > 0 and 0.02 < metrics["val/p_eos"] < 0.5
+
+    policy = tmp_path / "run" / "policy"
+    saved = json.loads((policy / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [EOS, end] and SAMPLING.items() <= saved.items()
+    assert AutoTokenizer.from_pretrained(policy).eos_token_id == EOS
+    model: Any = AutoModelForCausalLM.from_pretrained(policy)
+    prompt = torch.tensor([[BOS, 20, 7, 6, end, 21]] * 64)
+    torch.manual_seed(0)
+    generated = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=limit)[:, 6:].tolist()
+    assert any(end in ids for ids in generated)
+    for ids in generated:
+        stopped = cut(ids, (EOS, end))
+        assert ids == stopped + [PAD] * (len(ids) - len(stopped))
