@@ -20,7 +20,7 @@ from spo.evaluation.cached_completions import cached_completions
 from spo.exact import World
 from spo.models import NoReference
 from spo.models.generation import read_stop_ids
-from spo.models.policy import save_policy
+from spo.models.saving import save_policy
 from spo.notes import collect_notes
 from spo.objective import Prompts, ScoredBatch
 from spo.ops.logps import DeferredLogits
