@@ -24,7 +24,8 @@ from spo.models.saving import save_policy
 from spo.notes import collect_notes
 from spo.objective import Prompts, ScoredBatch
 from spo.ops.logps import DeferredLogits
-from spo.sampling import SampleBuffer, contents, derive_seed, is_finished, sample
+from spo.sampling import SampleBuffer, contents, derive_seed, generate, is_finished, sample, static, uncached
+from spo.sampling.draw import uniform_numbers
 from spo.types import Sequences
 from spo.watch import Probe, ProbeSettings, completion_health
 from tests.commands import TINY, job, rows
@@ -69,15 +70,29 @@ def cut(tokens: list[int], stop_ids: tuple[int, ...]) -> list[int]:
 @pytest.mark.parametrize("stop_ids", [(6,), (6, EOS), (6, 17, EOS), (PAD, 6), tuple(range(3, 23, 2))])
 def test_both_samplers_stop_at_the_first_of_the_stop_tokens(stop_ids: tuple[int, ...], temperature: float) -> None:
     model = tiny_llama(scale=0.3)
+    free = draw(model, NEVER, "static", temperature)
+    assert draw(model, NEVER, "generate", temperature) == free  # probes the model, which takes forward passes
     forwards: list[None] = []
     model.register_forward_hook(lambda *_: forwards.append(None))
-    free = draw(model, NEVER, "static", temperature)
     expected = [cut(tokens, stop_ids) for tokens in free]
     assert {len(tokens) for tokens in free} == {12} and len({*map(len, expected)}) > 1
     for sampler in ("static", "generate"):
         forwards.clear()
         assert draw(model, stop_ids, sampler, temperature) == expected
         assert len(forwards) == max(map(len, expected))  # no step after the last row has stopped
+
+
+def test_rows_of_every_decoding_loop_are_padded_after_the_stop_token() -> None:
+    model, stop_ids = tiny_llama(scale=0.3), (6, 17, EOS)
+    prompts = torch.tensor([[BOS, token] for token in range(3, 19)])
+    numbers = uniform_numbers(SEEDS[:16], 12, torch.device("cpu"))
+    shared: dict[str, Any] = {"temperature": 1.0, "pad_token_id": PAD}
+    loops = (static.decode, generate._generate, uncached.decode)
+    for decode in loops:
+        free = decode(model, prompts, torch.ones_like(prompts), numbers, stop_ids=NEVER, **shared).tolist()
+        drawn = decode(model, prompts, torch.ones_like(prompts), numbers, stop_ids=stop_ids, **shared).tolist()
+        expected = [cut(tokens, stop_ids) for tokens in free]
+        assert drawn == [tokens + [PAD] * (len(row) - len(tokens)) for tokens, row in zip(expected, drawn, strict=True)]
 
 
 def test_a_completion_is_finished_by_its_last_token_alone() -> None:
