@@ -19,7 +19,7 @@ from spo.evaluation import EvaluationSettings, completions
 from spo.evaluation.cached_completions import cached_completions
 from spo.exact import World
 from spo.models import NoReference
-from spo.models.generation import read_stop_ids
+from spo.models.generation import note_stops_in_text, read_stop_ids
 from spo.models.saving import save_policy
 from spo.notes import collect_notes
 from spo.objective import Prompts, ScoredBatch
@@ -235,6 +235,16 @@ def test_stop_token_beyond_the_vocabulary_is_noted(given: Any, tmp_path: Path, c
     with collect_notes() as notes:
         assert read_stop_ids(folder, 10) == (7,)
     assert notes == {"notes/unknown_stop_ids": 1} and "not one of its 10 tokens" in caplog.text
+
+
+def test_stop_token_that_is_a_word_is_noted(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<end>"])  # as a word that is never split, which is not a special token
+    with collect_notes() as notes:
+        note_stops_in_text("chat", (EOS, VOCAB), tokenizer)
+        assert not notes
+        note_stops_in_text("chat", (EOS, 5, VOCAB), tokenizer)
+    assert notes == {"notes/stop_ids_in_text": 1} and "completions end at 5 ('w5')" in caplog.text
 
 
 @pytest.mark.parametrize("content", ['{"eos_token_id": [7', "[]"])
