@@ -135,15 +135,19 @@ def load_causal_model(
     set_dropout(config, dropout)
     turn_router_loss_off(origin, config)
     requested = None if attn_implementation == AUTO_ATTENTION else attn_implementation
-    model = load_weights(
+    quantization = _dequantization(origin, whole)
+    model: Any = load_weights(
         AutoModelForCausalLM,
         origin,
         dtype=dtype,
         attn_implementation=requested,
         trust_remote_code=trust_remote_code,
-        quantization_config=_dequantization(origin, whole),
+        quantization_config=quantization,
         **part,
     ).eval()
+    if quantization is not None or "key_mapping" in part:
+        # Saving would quantize the weights again, or name them as in the checkpoint of several modalities.
+        model._weight_conversions = None
     own = getattr(model.config, "_attn_implementation", None)
     if requested is None and own != "sdpa" and getattr(config, "num_attention_heads", None):
         note(
