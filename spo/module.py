@@ -209,18 +209,22 @@ class AlignmentModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Clear the sums of the selection split."""
         self.val_metrics.reset()
+        self.pairs.validated.clear()
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Add one batch of the selection split."""
         scored = self.pairs.score(batch)
-        _, metrics = self.pairs.evaluate(scored, self.global_step)
-        metrics |= completion_health(scored, self.prompts.stop_ids)
+        self._add_validated(self.pairs.validate(scored, self.global_step))
+        self.val_metrics.update(completion_health(scored, self.prompts.stop_ids))
+
+    def _add_validated(self, metrics: dict[str, Tensor]) -> None:
         if self.loss.uses_alpha and "rewards/margins" in metrics:
             metrics[LOSS_SCALE] = metrics["rewards/margins"].abs()
         self.val_metrics.update(metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Log the row of the selection split."""
+        self._add_validated(self.pairs.finish_validation(self.global_step))
         means, step = self.val_metrics.compute(), self.global_step
         scale = means.pop(LOSS_SCALE, None)
         if scale is not None and step == 0:

@@ -20,7 +20,7 @@ from spo.data import TokenizedPair
 from spo.data.datamodule import PreferenceDataModule
 from spo.forward.head import completion_logits
 from spo.forward.speed import Speed
-from spo.losses import PreferenceLoss, SPOLoss
+from spo.losses import Loss, SPOLoss
 from spo.models import ModelSpec, NoReference, Reference
 from spo.module import AlignmentModule
 from spo.objective import Prompts, SampleDivergence
@@ -184,7 +184,7 @@ class Spied(AlignmentModule):
 def make_module(
     policy: nn.Module,
     *,
-    loss: PreferenceLoss | None = None,
+    loss: Loss[Any] | None = None,
     regularizer: Regularizer | None = None,
     reference: Reference | None = None,
     reference_model: nn.Module | None = None,

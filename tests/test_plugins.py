@@ -123,7 +123,9 @@ def test_module_without_files_is_left_out(monkeypatch: pytest.MonkeyPatch) -> No
     assert plugin_sources(["plug_made_up.Loss", "__main__.Loss", "plug_nowhere.Loss"]).keys() <= {"__main__"}
 
 
-@pytest.mark.parametrize("words", [(), ("strategy=fsdp", "trainer.devices=2"), ("logger=csv",), ("model=hf_lora", "model.path=x")])
+@pytest.mark.parametrize(
+    "words", [(), ("strategy=fsdp", "trainer.devices=2"), ("logger=csv",), ("model=hf_lora", "model.path=x")]
+)
 def test_shipped_configuration_does_not_name_plugins(words: tuple[str, ...], tmp_path: Path) -> None:
     found = targets(compose(words, run_dir=tmp_path))
     assert {target.partition(".")[0] for target in found.values()} <= LIBRARIES
