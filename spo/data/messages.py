@@ -125,7 +125,8 @@ def _is_printed_messages(text: str) -> bool:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return _PRINTED_MESSAGES.match(text) is not None and ("'role'" in text or "'from'" in text)
+        keys = (("'role'", "'content'"), ("'from'", "'value'"))
+        return _PRINTED_MESSAGES.match(text) is not None and any(one in text and two in text for one, two in keys)
     if isinstance(value, dict):
         lists = (value[key] for key in ("messages", "conversations", "conversation") if key in value)
         value = next((messages for messages in lists if isinstance(messages, list)), [value])

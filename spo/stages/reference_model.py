@@ -20,14 +20,14 @@ from spo.data.splits import prepare
 from spo.forward.speed import Speed
 from spo.losses import SFTLoss
 from spo.models import ModelSpec, NoReference
-from spo.models.policy import save_policy
+from spo.models.saving import save_policy
 from spo.module import AlignmentModule
 from spo.objective import Prompts
 from spo.records.cache import cached
 from spo.records.digests import code_version, model_digest
 from spo.regularizers import NoRegularizer
 from spo.schedules import Constant
-from spo.stages.from_config import data_key, eval_device, make_renderer
+from spo.stages.from_config import data_key, eval_device, make_renderer, rendering_key
 from spo.stages.pairs import no_completer
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def reference_model(cfg: DictConfig, spec: ModelSpec, source: Source) -> str:
         "dtype": spec.dtype,
         "sft": OmegaConf.to_container(cfg.sft, resolve=True),
         "data": data_key(cfg),
-        "rendering": [cfg.data.max_length, cfg.data.truncation, cfg.data.seed],
+        "rendering": rendering_key(cfg),
     }
     return str(cached(cfg.paths.cache, "sft", key, partial(_fine_tune, cfg, spec, source)))
 

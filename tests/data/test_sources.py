@@ -266,6 +266,30 @@ def test_damaged_csv_and_parquet_files_are_reported(tmp_path: Path) -> None:
         read(parquet)
 
 
+def test_csv_cell_of_any_length_is_read(tmp_path: Path) -> None:
+    table = tmp_path / "a.csv"
+    table.write_text(f"prompt,chosen,rejected\n{'long ' * 60_000},b,c\n")
+    limit = csv.field_size_limit()
+    (row,) = read(table)
+    assert len(row.prompt) == 300_000 and csv.field_size_limit() == limit
+    table.write_text('prompt,chosen,rejected\n"a,b,c\n')
+    with pytest.raises(RowError, match="line 2: not valid csv"):
+        read(table)
+    assert csv.field_size_limit() == limit
+
+
+def test_columns_with_the_same_name_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,chosen,chosen,rejected\na,b,c,d\nb,b,c,d\n")
+    columns = [pyarrow.array([text, text]) for text in "abcd"]
+    table = pyarrow.Table.from_arrays(columns, names=["prompt", "chosen", "chosen", "rejected"])
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    for name, where in (("a.csv", "line 2"), ("b.parquet", "row 1")):
+        source = FileSource(str(tmp_path / name), None, "stop")
+        assert {row.chosen for row in load(source)} == {"c"}
+        assert source.findings.counts["duplicate_keys"] == 2
+        assert source.findings.first["duplicate_keys"].endswith(where)
+
+
 def test_missing_empty_and_unusable_paths_raise(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.path=.*nowhere\.jsonl: no such file or folder"):
         read(tmp_path / "nowhere.jsonl")

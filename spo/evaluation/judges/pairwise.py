@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from spo.data.rows import Text
 from spo.errors import JudgeError
 from spo.evaluation.judges.base import JudgedPair, progress
 from spo.records.digests import digest
@@ -54,7 +55,7 @@ class PairwiseJudge(ABC):
             why there is none.
         """
 
-    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> None:
+    def scores(self, prompts: Sequence[Text], completions: Sequence[str]) -> None:
         """Return ``None``: the judge compares and does not score."""
         return None
 
