@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from spo.data.rendering import Renderer, TokenizedPair
+from spo.data.rows import DataError, Row
 from spo.models.tokenizer import as_in_file
 from spo.notes import collect_notes
+from tests.data.tokenizers_built_here import ENDS_IN_EOS, build
 
 
 def save_tokenizer(folder: Path, *, named: str) -> Tokenizer:
@@ -49,3 +53,29 @@ def test_a_tokenizer_that_agrees_with_its_file_keeps_its_class(tmp_path: Path) -
         tokenizer = AutoTokenizer.from_pretrained(tmp_path)
         assert as_in_file(tokenizer, tmp_path) is tokenizer
     assert notes == {}
+
+
+DATED = (
+    "{% if not day is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}"
+    '{{ day }}|{{ strftime_now("%H:%M:%S") }}'
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+)
+
+
+def test_a_chat_template_reads_a_clock_that_stands_still() -> None:
+    chosen, rejected = (({"role": "assistant", "content": text},) for text in "cd")
+    row = Row(({"role": "user", "content": "p"},), chosen, rejected)
+
+    def rendered(template: str, **kwargs: object) -> tuple[str, list[str]]:
+        renderer = Renderer(build("adds_bos", template), 99, "drop_pair", chat_template_kwargs=kwargs)
+        pair = renderer.render(row)
+        assert isinstance(pair, TokenizedPair)
+        return pair.prompt_text, [key for key, _, _ in renderer.notes()]
+
+    assert rendered(DATED, strftime_now="2024-07-26") == ("26 Jul 2024|00:00:00[user]p</s>", [])
+    assert rendered(DATED, strftime_now="2024-07-26 10:00", day="D")[0].startswith("D|10:00:00[")
+    text, notes = rendered(DATED)
+    assert text.startswith(f"{datetime.now():%d %b %Y}|") and notes == ["current_date"]
+    assert rendered("{% if strftime_now is defined %}now{% endif %}" + ENDS_IN_EOS)[1] == []
+    with pytest.raises(DataError, match=r"strftime_now=today: write a date such as 2026-01-31"):
+        rendered(DATED, strftime_now="today")
