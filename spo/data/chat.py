@@ -13,13 +13,14 @@ from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from spo.data.clock import CLOCK, Clock
 from spo.data.encoding import Ids, TextEncoder
 from spo.data.rows import DataError, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
+_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", CLOCK}
 """Variables of templates that are not arguments of the user."""
 REASONING_TAG = re.compile(r"</?(?:think|thinking|reasoning)>")
 """Tag around the reasoning in an assistant's message."""
@@ -63,6 +64,7 @@ class ChatTemplate:
         control: Control tokens besides those of the tokenizer and the template.
 
     Attributes:
+        clock: Time that the template may write.
         encoder: Encoder of renderings.
         end: Token after the last turn, or ``None`` if the template does not write one.
         inner_end: Token after a turn inside a conversation, or ``None``.
@@ -76,6 +78,7 @@ class ChatTemplate:
         control: Iterable[str] = (),
     ) -> None:
         self.tokenizer, self.kwargs = tokenizer, dict(kwargs or {})
+        self.clock, self._probed = Clock(self.kwargs.pop(CLOCK, None)), Request(())
         self.end: str | None = None
         self.inner_end: str | None = None
         self.reads_strings = self.reads_parts = self._shows_content = True
@@ -104,6 +107,15 @@ class ChatTemplate:
             plain = re.sub(r"{%-?\s*(?:end)?generation\s*-?%}", "", text)
             names |= jinja2.meta.find_undeclared_variables(environment.parse(plain))
         return frozenset(names - _GIVEN - self.tokenizer.special_tokens_map.keys())
+
+    @cached_property
+    def writes_date(self) -> bool:
+        """Return whether the template writes the current date."""
+        now, text = self.clock, self._write(self._probed)
+        self.clock = Clock("1999-12-31")
+        other = self._write(self._probed)
+        self.clock = now
+        return other != text
 
     def render(self, requests: Sequence[Request]) -> list[str]:
         """Return the text of each conversation.
@@ -191,7 +203,7 @@ class ChatTemplate:
             rendered: Any = render_jinja_template(
                 [turns],
                 tools=tools,  # type: ignore[arg-type]
-                chat_template=self.tokenizer.get_chat_template(None, tools),
+                chat_template=self.clock.stop_in(self.tokenizer.get_chat_template(None, tools)),
                 add_generation_prompt=request.opens,
                 **{**self.tokenizer.special_tokens_map, **kwargs},
             )
@@ -243,6 +255,7 @@ class ChatTemplate:
                 self.reads_strings = False in shown
                 # A template that reads text only may write a list as Python does.
                 self.reads_parts = shown.get(True) == text
+                self._probed = Request(tuple(turns))
                 return self._read_ends(text, names, token)
             rejected = rejected or not texts
         self.reads_strings, self.reads_parts = True, False

@@ -85,6 +85,8 @@ class ConversationWriter:
                 self._check(row, row.prompt, messages, whole[:cut], whole[cut:])
         except TemplateError as error:
             raise RowError(row.where, str(error)) from error
+        if self.chat.writes_date and not self.chat.clock.is_set:
+            self.remarks.add("current_date")
         if cut < len(prompt):
             self._remark_cut(row, completions, prompt[cut:])
         if found := self.chat.encoder.occurring((row.prompt, list(completions), row.tools)):

@@ -34,7 +34,7 @@ from spo.data.chat import ChatTemplate, find_end
 from spo.data.conversations import ConversationWriter, Rendered, shared_length
 from spo.data.encoding import TextEncoder
 from spo.data.remarks import Remarks
-from spo.data.rows import DataError, Row, RowError, Split, Text
+from spo.data.rows import DataError, Message, Row, RowError, Split, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +62,7 @@ class TokenizedPair:
         boundary_moved: Whether tokens merged at the end of the prompt.
         worse_ids: Tokens of a list's completions after the rejected one, best first.
         worse_texts: Texts of the completions in ``worse_ids``.
+        prompt_messages: Messages of the row's prompt; empty for a text prompt.
         repeated: Number of completions that were dropped because a better one has the same tokens.
     """
 
@@ -80,6 +81,7 @@ class TokenizedPair:
     boundary_moved: bool = False
     worse_ids: tuple[tuple[int, ...], ...] = ()
     worse_texts: tuple[str, ...] = ()
+    prompt_messages: tuple[Message, ...] = ()
     repeated: int = 0
 
     @property
@@ -214,6 +216,7 @@ class Renderer:
             split=row.split,
             where=row.where,
             boundary_moved=cut < len(plain),
+            prompt_messages=() if isinstance(row.prompt, str) else row.prompt,
         )
         pair = _with_completions(best_alone, completions, text.texts)
         if isinstance(pair, Dropped) or len(prompt) + max(map(len, completions)) <= self.max_length:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -15,8 +16,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from spo.batching import even_parts_by_length
 from spo.forward.head import base_model
 from spo.forward.modes import default_generation_config, eval_mode
+from spo.forward.neighbors import alike, note_once, refuse_if_sharded, scale_of
+from spo.forward.probe import Drawing, probe_drawing
 from spo.logs import log_once
-from spo.sampling import static
+from spo.sampling import static, uncached
 from spo.sampling.draw import next_tokens, uniform_numbers
 from spo.types import Sequences
 
@@ -131,15 +134,10 @@ def sample(
         ``len(prompts)`` sequences, right-padded.
     """
     device = next(model.parameters()).device
-    decode = static.decode if sampler == "static" and _is_static(model) else _generate
     numbers = uniform_numbers(seeds, max_new_tokens, device)
     generated = torch.full(numbers.shape, pad_token_id, dtype=torch.long, device=device)
-    batches: Seq[Seq[int]] = even_parts_by_length([*map(len, prompts)], max_new_tokens, MAX_BATCH_TOKENS)
-    if isinstance(model, FSDPModule):
-        # Ranks gather shards together, so they need equally many batches. Their prompts are as many, but not as long.
-        batches = [range(len(prompts))]
     with eval_mode(model), _uncompiled(model):
-        for rows in batches:
+        for rows, decode in _batches(model, [*map(len, prompts)], max_new_tokens, sampler):
             ids, mask = _left_padded([prompts[row] for row in rows], pad_token_id, device)
             index = torch.tensor(rows, device=device)
             drawn = decode(
@@ -156,6 +154,44 @@ def sample(
     is_stop = torch.isin(generated, torch.tensor(stop_ids, device=device)).long()
     completion_length = (is_stop.cumsum(1) - is_stop == 0).sum(1)
     return _right_padded(prompts, generated, completion_length, pad_token_id)
+
+
+def _batches(
+    model: nn.Module, lengths: list[int], max_new_tokens: int, sampler: Literal["static", "generate"]
+) -> list[tuple[Seq[int], Callable[..., Tensor]]]:
+    """Return the rows of each batch, and the function that decodes them.
+
+    Rows that would change each other are drawn apart: only with rows of equal length, and so without padding, where
+    padding changes a row; without a cache where positions change with the length that a completion may reach.
+    """
+    causal = base_model(model)
+    is_static = sampler == "static" and _is_static(model)
+    # The static loop supports only models that padding does not change.
+    drawing, scale = Drawing() if is_static else probe_drawing(model), scale_of(causal)
+
+    def traits(row: int) -> tuple[bool, object]:
+        length = lengths[row]
+        scales = None if scale is None else (scale(length), scale(length + max_new_tokens - 1))
+        cached = drawing.cache and (scales is None or scales[0] == scales[1])
+        return cached, scales if cached and drawing.left_padding else length
+
+    groups = alike(range(len(lengths)), traits)
+    if len(groups) > 1 or not traits(0)[0]:
+        refuse_if_sharded(model, causal)
+        note_once(
+            causal,
+            "samples_drawn_alone",
+            "a sample changes with the prompts beside it or with a cache, so prompts of other lengths are drawn apart",
+        )
+    if isinstance(model, FSDPModule):
+        # Ranks gather shards together, so they need equally many batches. Their prompts are as many, but not as long.
+        return [(range(len(lengths)), _generate)]
+    batches: list[tuple[Seq[int], Callable[..., Tensor]]] = []
+    for rows in groups:
+        decode = (static.decode if is_static else _generate) if traits(rows[0])[0] else uncached.decode
+        parts = even_parts_by_length([lengths[row] for row in rows], max_new_tokens, MAX_BATCH_TOKENS)
+        batches += [([rows[place] for place in part], decode) for part in parts]
+    return batches
 
 
 def _is_static(model: nn.Module) -> bool:
