@@ -234,7 +234,7 @@ def test_references_without_model_raise() -> None:
 def test_every_dropout_field_of_config_is_set(config: str, fields: list[str]) -> None:
     import transformers
 
-    from spo.models.policy import set_dropout
+    from spo.models.loading import set_dropout
 
     made = getattr(transformers, config)(**dict.fromkeys(fields, 0.3))
     set_dropout(made, 0.0)
