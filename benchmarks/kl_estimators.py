@@ -203,7 +203,7 @@ def of_a_model(samples: int, seed: int, overrides: Sequence[str], size: int = 16
                 [prompts[(i * size + j) % len(prompts)] for j in range(size)],
                 max_new_tokens=cfg.data.max_new_tokens,
                 temperature=1.0,
-                eos_token_id=prepared.tokenizer.eos_token_id,
+                stop_ids=prepared.stop_ids,
                 pad_token_id=prepared.tokenizer.pad_token_id,
                 seeds=[derive_seed(seed, i, j) for j in range(size)],
                 sampler="static",

@@ -114,7 +114,7 @@ def draws(
             prompts,
             max_new_tokens=max_new_tokens,
             temperature=1.0,
-            eos_token_id=eos_token_id,
+            stop_ids=(eos_token_id,),
             pad_token_id=pad_token_id,
             seeds=seeds,
             sampler=sampler,

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from spo.errors import UserError
 from spo.metrics.repetition import repetition
 from spo.metrics.sums import SumsAndCounts
+from spo.notes import note
 from spo.objective import Run, ScoredBatch
-from spo.ops import sum_per_sequence, token_entropy, token_kl
-from spo.sampling import eval_mode, sample
+from spo.ops import rows_of, sum_per_sequence, token_entropy, token_kl, token_logps
+from spo.sampling import eval_mode, is_finished, sample
 from spo.schedules import Controller, Schedule
 from spo.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from spo.data import TokenizedPair
 
 log = logging.getLogger(__name__)
 PROBE_METRICS = ("kl", "entropy", "length", "repetition", "finished")
@@ -75,7 +82,7 @@ class Probe:
             [prompts[order[i % len(order)]] for i in rows],
             max_new_tokens=self.settings.max_new_tokens,
             temperature=1.0,
-            eos_token_id=run.prompts.eos_token_id,
+            stop_ids=run.prompts.stop_ids,
             pad_token_id=run.prompts.pad_token_id,
             seeds=[derive_seed(sample_seed, i) for i in rows],
             sampler=run.speed.sampler,
@@ -89,7 +96,7 @@ class Probe:
                     reference_logits = run.speed.logits(reference, samples)
                 found["kl"] = sum_per_sequence(token_kl(logits, reference_logits), samples)
         found["length"] = samples.completion_length
-        found["finished"] = (samples.last_token == run.prompts.eos_token_id).float()
+        found["finished"] = is_finished(samples, run.prompts.stop_ids).float()
         found["repetition"] = torch.tensor([repetition(ids) for ids in samples.completions()])
         means = SumsAndCounts(PROBE_METRICS).to(run.device)
         if share:
@@ -156,28 +163,58 @@ def _warn_of_bound(name: str, controller: Controller, measured: float, step: int
     )
 
 
-def completion_health(scored: ScoredBatch, eos_token_id: int) -> dict[str, Tensor]:
+def completion_health(scored: ScoredBatch, stop_ids: Sequence[int]) -> dict[str, Tensor]:
     """Measure what a collapse shows in first.
 
     Args:
         scored: Batch as the policy sees it.
-        eos_token_id: Token that ends a completion.
+        stop_ids: Tokens that end a completion.
 
     Returns:
-        ``p_eos`` (probability of EOS where a chosen completion ends) and ``logps_per_token/{chosen,rejected}`` (nats),
-        one value per completion.
+        ``p_eos`` (probability of all stop tokens together where a chosen completion ends) and
+        ``logps_per_token/{chosen,rejected}`` (nats), one value per completion.
     """
-    batch, tokens = scored.batch, scored.policy_tokens
+    batch = scored.batch
     sequences, mask = batch.sequences, batch.mask()
     per_token = batch.per_completion(scored.policy_logps / sequences.completion_length)
-    # A truncated completion does not end in EOS.
-    ends = batch.per_completion(sequences.last_token == eos_token_id)[0]
-    last = batch.per_completion(tokens[sequences.completion_length.cumsum(0) - 1])[0]
+    # A truncated completion does not end in a stop token.
+    ends = batch.per_completion(is_finished(sequences, stop_ids))[0]
+    last = batch.per_completion(sequences.completion_length.cumsum(0) - 1)[0][ends]
+    logits = rows_of(scored.policy, last)
+    stop_logps = [token_logps(logits, torch.full_like(last, stop)) for stop in stop_ids]
     return {
-        "p_eos": last[ends].exp(),
+        "p_eos": torch.stack(stop_logps).logsumexp(0).exp(),
         "logps_per_token/chosen": per_token[0],
         "logps_per_token/rejected": per_token[1:][mask[1:]],
     }
+
+
+def refuse_impossible(positions: Sequence[int], pairs: Sequence[TokenizedPair], split: str) -> None:
+    """Stop a run that cannot go on, because a model gives a completion of its data the probability zero.
+
+    Args:
+        positions: Positions of such pairs.
+        pairs: Pairs of the split.
+        split: Name of the split for people.
+
+    Raises:
+        UserError: There are such pairs.
+    """
+    if positions:
+        raise UserError(
+            f"{len(positions)} {split} pairs, the first at {pairs[positions[0]].where}, have a completion whose "
+            "probability under the policy or the reference is 0, because the model masks one of its tokens by a logit "
+            "of -inf: remove these rows from data.path, or choose a model.path that does not mask their tokens"
+        )
+
+
+def note_nonfinite(value: float, key: str, step: int) -> None:
+    """Note a metric that is infinite or not a number, since a training does not recover from it."""
+    if not math.isfinite(value):
+        note(
+            f"nonfinite_{key.replace('/', '_')}",
+            f"{key} is {value} at step {step}, and the weights may be lost: lower optimizer.lr, or look at model.dtype",
+        )
 
 
 @rank_zero_only

@@ -29,14 +29,15 @@ from spo.forward.speed import Speed
 from spo.stats import Bootstrap
 from tests.helpers import (
     BOS,
+    EOS,
     FAST,
+    PAD,
     PLAIN,
     VOCAB,
     completion_logps,
     every_completion,
     sequences,
     tiny_llama,
-    tiny_tokenizer,
 )
 
 FAVOURITE = 9
@@ -68,6 +69,14 @@ def decode(ids: Sequence[int]) -> str:
     return " ".join(f"w{token}" for token in ids)
 
 
+def tokens_of(row: dict[str, Any]) -> list[int]:
+    """Return the tokens of a sample: those of its text, and the EOS that its length counts if it is finished."""
+    ids = [int(word[1:]) for word in row["completion"].split()]
+    ids += [EOS] * (row["tokens"] - len(ids))
+    assert ids.count(EOS) == (ids[-1] == EOS)
+    return ids
+
+
 def prompts(n: int) -> list[EvalPrompt]:
     return [EvalPrompt(f"id{i}", "test", (BOS, 3 + i % 20, 3 + i // 20), f"prompt {i}") for i in range(n)]
 
@@ -83,7 +92,7 @@ def evaluate(
 ) -> Evaluation:
     chosen = EvaluationSettings(**SETTINGS | {"num_prompts": n} | changes)
     speed = speed or FAST.resolve_for(policy, reference)
-    drawn = draw_both(policy, reference, tiny_tokenizer(), prompts(n), chosen, speed, decode)
+    drawn = draw_both(policy, reference, (EOS,), PAD, prompts(n), chosen, speed, decode)
     return assess(prompts(n), *drawn, chosen, reward_judge(reward), all_prompts)
 
 
@@ -184,11 +193,11 @@ def test_metrics_can_be_recomputed_from_the_samples() -> None:
         mine, other = (count_reward([""], [row[key]])["reward"][0] for key in ("completion", "reference_completion"))
         assert (row["reward"], row["reference_reward"]) == (mine, other)
         assert row["verdict"] == (1.0 if mine > other else 0.0 if mine < other else 0.5)
-        assert row["tokens"] == len(row["completion"].split())
+        assert row["tokens"] == len(tokens_of(row))
         wins.append(row["verdict"])
     assert metrics["eval/win_rate"] == pytest.approx(np.mean(wins))
     assert metrics["eval/reward"] == pytest.approx(np.mean([row["reward"] for row in rows]))
-    assert metrics["eval/reward/shortness"] == pytest.approx(-metrics["eval/length"])
+    assert metrics["eval/reward/shortness"] == pytest.approx(-np.mean([len(row["completion"].split()) for row in rows]))
     assert metrics["eval/length"] == pytest.approx(np.mean([row["tokens"] for row in rows]))
     texts = [row["completion"] for row in rows]
     assert metrics["eval/distinct_2"] == distinct_n(texts, 2)
@@ -201,7 +210,7 @@ def test_log_probs_of_samples_match_the_models() -> None:
     policy, reference = favoring(1.0), favoring(0.0)
     rows = evaluate(policy, reference, n=10, batch_size=3).samples
     ids = [prompt.ids for prompt in prompts(60)[:10] for _ in range(2)]
-    completions = [[int(word[1:]) for word in row["completion"].split()] for row in rows]
+    completions = [tokens_of(row) for row in rows]
     batch = sequences(list(zip(ids, completions, strict=True)))
     for key, model in (("logp_policy", policy), ("logp_reference", reference)):
         np.testing.assert_allclose([row[key] for row in rows], completion_logps(model, batch).detach(), rtol=1e-6)
@@ -229,7 +238,7 @@ def test_deferred_logits_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> N
     for model in models:
         model.lm_head.register_forward_hook(lambda _, args, out: made.append(out.shape[-2]))  # type: ignore[union-attr]
     chosen = EvaluationSettings(**SETTINGS | {"num_prompts": 6, "samples_per_prompt": 4})
-    found = completions.draw(models[0], "policy", prompts(6), chosen, speed, tiny_tokenizer(), decode, other=models[1])
+    found = completions.draw(models[0], "policy", prompts(6), chosen, speed, (EOS,), PAD, decode, other=models[1])
     scored = made[next(i for i, rows in enumerate(made) if rows == 0) :]  # after the sampling
     assert max(scored) == 8 and sum(scored) == 2 * sum(found.tokens)
 
@@ -241,7 +250,7 @@ def test_metrics_use_the_distribution_at_the_sampling_temperature() -> None:
     logps: list[list[float]] = []
     entropies, kls = [], []
     for prompt, row in zip(ids, found.samples, strict=True):
-        completion = torch.tensor([int(word[1:]) for word in row["completion"].split()])
+        completion = torch.tensor(tokens_of(row))
         with torch.no_grad():
             logits = [model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1] for model in models]
         ours, theirs = (torch.log_softmax(values / 0.5, -1) for values in logits)
@@ -262,12 +271,11 @@ def test_kl_and_entropy_agree_with_enumeration() -> None:
     everything = every_completion([1], 4, 3)
     with torch.no_grad():
         log_p, log_q = completion_logps(policy, everything), completion_logps(reference, everything)
-    tokenizer = tiny_tokenizer()
-    tokenizer.eos_token = "w20"  # no token of this vocabulary, so nothing ends early
+    nothing = (20,)  # no token of this vocabulary, so nothing ends early
     many = {"num_prompts": 1, "samples_per_prompt": 3000, "max_new_tokens": 3, "batch_size": 3000}
     settings = EvaluationSettings(**SETTINGS | many | {"bootstrap_samples": 10, "self_bleu_samples": 2})
     prompt = EvalPrompt("id", "test", (1,), "")
-    drawn = draw_both(policy, reference, tokenizer, [prompt], settings, FAST, decode)
+    drawn = draw_both(policy, reference, nothing, PAD, [prompt], settings, FAST, decode)
     result = assess([prompt], *drawn, settings, None)
     metrics = result.metrics
     assert metrics["eval/length"] == 3
@@ -304,7 +312,7 @@ def test_evaluation_is_seeded_and_reports_progress() -> None:
     done: list[int] = []
     settings = EvaluationSettings(**SETTINGS | {"num_prompts": 7, "samples_per_prompt": 1, "batch_size": 3})
     model = tiny_llama()
-    draw_both(model, model, tiny_tokenizer(), prompts(7), settings, FAST, decode, done.append)
+    draw_both(model, model, (EOS,), PAD, prompts(7), settings, FAST, decode, done.append)
     assert sum(done) == 14 and max(done) == 3
 
 
@@ -339,7 +347,7 @@ class Favourable:
 def judged(judge: Judge, n: int = 20, opponents: dict[str, Opponent] | None = None, **changes: Any) -> Evaluation:
     settings = EvaluationSettings(**SETTINGS | {"num_prompts": n} | changes)
     models = favoring(1.0), favoring(0.0)
-    drawn = draw_both(*models, tiny_tokenizer(), prompts(n), settings, FAST, decode)
+    drawn = draw_both(*models, (EOS,), PAD, prompts(n), settings, FAST, decode)
     return assess(prompts(n), *drawn, settings, judge, opponents=opponents)
 
 
@@ -437,8 +445,6 @@ def test_cached_completions_are_not_drawn_again() -> None:
 
     settings = EvaluationSettings(**SETTINGS | {"num_prompts": 6})
     models = favoring(1.0), favoring(0.0)
-    first, again = (
-        draw_both(*models, tiny_tokenizer(), prompts(6), settings, FAST, decode, cache=cache) for _ in range(2)
-    )
+    first, again = (draw_both(*models, (EOS,), PAD, prompts(6), settings, FAST, decode, cache=cache) for _ in range(2))
     assert first == again and drawn == ["policy", "reference"]
-    assert first == draw_both(*models, tiny_tokenizer(), prompts(6), settings, FAST, decode)
+    assert first == draw_both(*models, (EOS,), PAD, prompts(6), settings, FAST, decode)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from spo.errors import UserError
 from spo.exact import Objective, World, find_optimum
-from spo.exact.optimum import entropy, kl, total_variation
+from spo.exact.optimum import total_variation
 from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SPOLoss, WeightedSPOLoss
+from spo.ops import entropy, kl
 from spo.types import Sequences
 
 P, R = 2, 6

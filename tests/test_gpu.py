@@ -75,7 +75,7 @@ def test_step_gradients_equal_those_of_the_cpu(loss: PreferenceLoss, tmp_path: P
 def test_samplers_agree_and_rarely_wait_for_the_device(dtype: torch.dtype, temperature: float) -> None:
     model = tiny_llama(1, dtype=dtype, scale=0.3).cuda()
     prompts = [[BOS, *range(3, 3 + i % 7)] for i in range(24)]
-    settings = {"max_new_tokens": 40, "temperature": temperature, "eos_token_id": EOS, "pad_token_id": PAD}
+    settings = {"max_new_tokens": 40, "temperature": temperature, "stop_ids": (EOS,), "pad_token_id": PAD}
     drawn = {
         sampler: sample(model, prompts, seeds=range(24), sampler=sampler, **settings)  # type: ignore[arg-type]
         for sampler in ("static", "generate")
@@ -90,7 +90,7 @@ def test_samplers_agree_and_rarely_wait_for_the_device(dtype: torch.dtype, tempe
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                decode(model, ids, mask, numbers, temperature=temperature, eos_token_id=EOS, pad_token_id=PAD)
+                decode(model, ids, mask, numbers, temperature=temperature, stop_ids=(EOS,), pad_token_id=PAD)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         assert len(waits) <= 5, f"once for the lengths, and a few times in the prompts' forward: {length} tokens"

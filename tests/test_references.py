@@ -22,7 +22,7 @@ from spo.models import (
     NoReference,
     PrecomputedReference,
 )
-from spo.models.policy import save_policy
+from spo.models.saving import save_policy
 from spo.records.digests import model_digest
 from tests.helpers import (
     PAD,

@@ -47,7 +47,7 @@ def draw(model: nn.Module, prompts: Any = PROMPTS, seed: int = 1, **changes: Any
     settings: dict[str, Any] = {
         "max_new_tokens": 6,
         "temperature": 1.0,
-        "eos_token_id": EOS,
+        "stop_ids": (EOS,),
         "pad_token_id": PAD,
         "seeds": [derive_seed(seed, i) for i in range(len(prompts))],
         "sampler": "static",
@@ -139,7 +139,7 @@ class Scripted(nn.Module):
 def test_first_generated_eos_ends_a_completion(bos: int, eos: int, pad: int) -> None:
     model = Scripted([7, 8, eos, pad, pad], [eos, pad, pad, pad, pad], [7, 8, 9, 7, 8], [7, 8, 9, 7, eos])
     prompts = [[bos], [bos, 5], [bos, eos], [bos, eos, eos, 5]]
-    drawn = draw(model, prompts, max_new_tokens=5, eos_token_id=eos, pad_token_id=pad)
+    drawn = draw(model, prompts, max_new_tokens=5, stop_ids=(eos,), pad_token_id=pad)
     assert completions(drawn) == [[7, 8, eos], [eos], [7, 8, 9, 7, 8], [7, 8, 9, 7, eos]]
     assert drawn.length.tolist() == [4, 3, 7, 9]
     # generate is given every prompt against its right edge, the padding masked by position
@@ -150,7 +150,7 @@ def test_first_generated_eos_ends_a_completion(bos: int, eos: int, pad: int) -> 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_sampling_with_one_id_for_bos_eos_and_pad(sampler: str) -> None:
     model = tiny_llama(scale=0.2, bos_token_id=4, eos_token_id=4, pad_token_id=4)
-    ids = {"eos_token_id": 4, "pad_token_id": 4}
+    ids = {"stop_ids": (4,), "pad_token_id": 4}
     drawn = draw(model, [[4, 4, 5], [4], [4, 6]] * 20, max_new_tokens=40, sampler=sampler, **ids)
     ended = 0
     for completion in completions(drawn):
@@ -193,7 +193,7 @@ def test_samples_follow_the_exact_distribution(sampler: str) -> None:
     n, prompt = 4000, [1]
     with torch.no_grad():
         probability = completion_logps(model, every_completion(prompt, 4, 3)).exp()
-    drawn = draw(model, [prompt] * n + [[1, 2, 3, 0]], max_new_tokens=3, eos_token_id=99, sampler=sampler)
+    drawn = draw(model, [prompt] * n + [[1, 2, 3, 0]], max_new_tokens=3, stop_ids=(99,), sampler=sampler)
     counts = Counter(map(tuple, completions(drawn)[:n]))
     expected = dict(zip(itertools.product(range(4), repeat=3), (n * probability).tolist(), strict=True))
     assert min(expected.values()) > 3
@@ -388,7 +388,7 @@ def test_loop_ends_when_all_rows_finish_at_once() -> None:
     counted = Counted(model)
     token = both(model, [[BOS]], max_new_tokens=1, temperature=0.0)[0][0]
     counted.shapes.clear()
-    drawn = draw(model, [[BOS]] * 4, temperature=0.0, eos_token_id=token, max_new_tokens=30)
+    drawn = draw(model, [[BOS]] * 4, temperature=0.0, stop_ids=(token,), max_new_tokens=30)
     assert completions(drawn) == [[token]] * 4
     assert counted.shapes == [(4, 1)]
 
@@ -521,7 +521,7 @@ def buffer(**changes: Any) -> SampleBuffer:
         "num_samples": 4,
         "batch_size": 2,
         "max_new_tokens": 5,
-        "eos_token_id": EOS,
+        "stop_ids": (EOS,),
         "pad_token_id": PAD,
         "sampler": "static",
         "seed": 0,

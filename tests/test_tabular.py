@@ -77,7 +77,7 @@ def test_log_probs_follow_from_the_table_rows(model: TabularForCausalLM) -> None
 
 def test_sample_frequencies_match_enumeration(model: TabularForCausalLM) -> None:
     number = 20_000
-    settings = dict(max_new_tokens=NEW, temperature=1.0, eos_token_id=0, pad_token_id=0, sampler="static")
+    settings = dict(max_new_tokens=NEW, temperature=1.0, stop_ids=(0,), pad_token_id=0, sampler="static")
     drawn = sample(model, [PROMPT] * number, **settings, seeds=range(number))  # type: ignore[arg-type]
     ids = [row[2:length] for row, length in zip(drawn.input_ids.tolist(), drawn.length.tolist(), strict=True)]
     counts, probabilities = Counter(map(tuple, ids)), completion_logps(model, every_response()).exp().tolist()
@@ -98,7 +98,7 @@ def test_table_ignores_padding_on_either_side(model: TabularForCausalLM) -> None
     assert torch.equal(left.logits[:, 2:], plain) and torch.equal(right.logits[:, :3], plain)
     long = model(torch.cat([wrong, wrong, ids], 1), attention_mask=torch.cat([none, none, torch.ones_like(ids)], 1))
     assert torch.equal(long.logits[:, 4:], plain)  # wider than the context, and yet no longer
-    settings = dict(max_new_tokens=2, temperature=0.0, eos_token_id=0, pad_token_id=0, sampler="static")
+    settings = dict(max_new_tokens=2, temperature=0.0, stop_ids=(0,), pad_token_id=0, sampler="static")
     alone = sample(model, [(0,)], **settings, seeds=[0])  # type: ignore[arg-type]
     beside = sample(model, [(0,), (0, 2, 1)], **settings, seeds=[0, 1])  # type: ignore[arg-type]
     assert beside.input_ids[0, : alone.length[0]].tolist() == alone.input_ids[0].tolist()

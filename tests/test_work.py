@@ -78,7 +78,7 @@ def counted(folder: Path, loss: PreferenceLoss, regularizer: Regularizer, speed:
         reference=FrozenReference(),
         reference_model=tiny_llama(1, dtype=torch.float32, attn_implementation="sdpa", **SHAPE),
         prompts=[pair(i).prompt_ids for i in range(SAMPLES)],
-        eos_token_id=VOCAB + 1,  # never drawn, so that every sample has the length of the limit
+        stop_ids=(VOCAB + 1,),  # never drawn, so that every sample has the length of the limit
         speed=speed,
         log_every_n_steps=10,
     )

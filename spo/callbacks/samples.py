@@ -10,7 +10,6 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from transformers import PreTrainedTokenizerBase
 
 from spo.bounds import PositiveInt
 from spo.data import EvalPrompt
@@ -51,7 +50,8 @@ class ValidationSamples(Callback):
         prompts: Sequence[EvalPrompt],
         settings: EvaluationSettings,
         judge: Judge | None,
-        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Sequence[int],
+        pad_token_id: int,
         decode: Callable[[Sequence[int]], str],
     ) -> None:
         """Take what the final evaluation of the run takes, except for the number of prompts and the opponents.
@@ -60,12 +60,14 @@ class ValidationSamples(Callback):
             prompts: Prompts of the selection split; the first ``num_prompts`` are used.
             settings: Settings of the final evaluation.
             judge: Judge of the final evaluation, or ``None``.
-            tokenizer: Tokenizer of the policy.
+            stop_ids: Tokens that end a completion.
+            pad_token_id: Token that fills rows up.
             decode: Function from token ids of a completion to its text.
         """
         self.prompts = prompts[: self.num_prompts]
         self.settings = replace(settings, against=["reference"])
-        self.judge, self.tokenizer, self.decode = judge, tokenizer, decode
+        self.judge, self.decode = judge, decode
+        self.stop_ids, self.pad_token_id = stop_ids, pad_token_id
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample on every process, as a sharded policy needs; judge and write on the first."""
@@ -100,7 +102,9 @@ class ValidationSamples(Callback):
             return assess(self.prompts, ours, self._reference, self.settings, None)
 
     def _draw(self, model: Any, stage: str, speed: Speed) -> Draws:
-        return draw(model, stage, self.prompts, self.settings, speed.resolve_for(model), self.tokenizer, self.decode)
+        speed = speed.resolve_for(model)
+        tokens = (self.stop_ids, self.pad_token_id)
+        return draw(model, stage, self.prompts, self.settings, speed, *tokens, self.decode)
 
     def _write(self, samples: Sequence[dict[str, Any]], step: int) -> None:
         """Add the rows of a step, in place of those that an interrupted run wrote at this step or later."""

@@ -1,55 +1,12 @@
-"""Checks of the values in a record's columns, and lengths of the beginnings that two values share."""
+"""Checks of the values in a record's columns: text that is UTF-8, and JSON values such as tools."""
 
 from __future__ import annotations
 
+import datetime
+import json
 from typing import Any
 
-from spo.data.rows import Message, RowError, Text
-
-
-def text_or_messages(value: Any, where: str, column: str, name: str = "") -> Text:
-    """Return a value as text or a tuple of messages.
-
-    Args:
-        value: Value of a column, or an item of its list.
-        where: Place of the record for messages, such as file and line.
-        column: Name of the column.
-        name: Name of the item in a column of lists, such as ``response 2``.
-
-    Raises:
-        RowError: If the value is neither text nor a list of messages, or if it is not UTF-8.
-    """
-    if isinstance(value, str):
-        return _require_utf8(value, where, column)
-    if not isinstance(value, (list, tuple)):
-        raise RowError(where, f"{name} must be text or a list of messages, not {describe_type(value)}".strip(), column)
-    return tuple(_message(item, i, where, column) for i, item in enumerate(value, 1))
-
-
-def _require_utf8(text: str, where: str, column: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(where, f"not UTF-8 at character {error.start + 1}", column) from None
-    return text
-
-
-def _message(item: Any, number: int, where: str, column: str) -> Message:
-    if not isinstance(item, dict):
-        raise RowError(
-            where, f"message {number} must be an object with role and content, not {describe_type(item)}", column
-        )
-    for key in ("role", "content"):
-        if not isinstance(item.get(key), str):
-            raise RowError(where, f"message {number}: {key!r} must be text, not {describe_type(item.get(key))}", column)
-    return {key: _require_utf8(item[key], where, column) for key in ("role", "content")}
-
-
-def is_empty(completion: Text) -> bool:
-    """Return whether a completion consists of white space only."""
-    if isinstance(completion, str):
-        return not completion.strip()
-    return not any(message["content"].strip() for message in completion)
+from spo.data.rows import RowError
 
 
 def describe_type(value: Any) -> str:
@@ -58,32 +15,99 @@ def describe_type(value: Any) -> str:
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
 
 
-def shared_prompt_length(chosen: str, rejected: str) -> int:
-    """Return the length of the prompt that two whole texts share, without splitting a word.
+def require_utf8(text: str, where: str, column: str) -> str:
+    """Return a text that UTF-8 can encode.
 
-    A space after the prompt belongs to the completions: ``"The sky is" + " blue"``. Tokenizers merge a space into the
-    word that follows it.
+    Raises:
+        RowError: If the text contains a lone surrogate.
     """
-    cut = common_prefix_length(chosen, rejected)
-    if chosen[cut : cut + 1].isspace() and rejected[cut : cut + 1].isspace():
-        return cut
-    # At least one character is left to each completion.
-    cut = min(cut, len(chosen) - 1, len(rejected) - 1)
-    while cut > 0 and not chosen[cut - 1].isspace():
-        cut -= 1
-    return cut - 1 if cut > 0 and chosen[cut - 1] == " " else max(cut, 0)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(where, f"not UTF-8 at character {error.start + 1}", column) from None
+    return text
 
 
-def common_prefix_length(first: str, second: str) -> int:
-    """Return the number of leading characters that two texts share."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
+def json_value(value: Any, where: str, column: str) -> Any:
+    """Return a copy of a value that consists of JSON's types only; dates become text in ISO format.
+
+    Args:
+        value: Value of a column, or a part of it.
+        where: Place of the record for messages, such as file and line.
+        column: Name of the column.
+
+    Raises:
+        RowError: If JSON cannot express the value, or if a text is not UTF-8.
+    """
+    if isinstance(value, str):
+        return require_utf8(value, where, column)
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, dict):
+        return {json_value(str(key), where, column): json_value(item, where, column) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_value(item, where, column) for item in value]
+    raise RowError(where, f"contains a value of the type {describe_type(value)}, which JSON does not have", column)
 
 
-def count_shared_messages(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> int:
-    """Return the number of leading messages that two conversations share, with at least one left to each."""
-    cut = 0
-    while cut < min(len(chosen), len(rejected)) - 1 and chosen[cut] == rejected[cut]:
-        cut += 1
-    return cut
+def json_cell(value: Any, where: str, column: str) -> Any:
+    """Return a JSON value that a column holds as it is or as JSON text; white space is ``None``.
+
+    Raises:
+        RowError: If a text is not JSON, or if JSON cannot express the value.
+    """
+    if isinstance(value, str):
+        if not value.strip():
+            return None
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RowError(where, f"not valid JSON: {error}", column) from None
+    return json_value(value, where, column)
+
+
+def tool_list(value: Any, where: str, column: str) -> tuple[dict[str, Any], ...] | None:
+    """Return the tools of a row, ``None`` for none.
+
+    Args:
+        value: List of objects, or JSON text of such a list or of its items.
+        where: Place of the record for messages, such as file and line.
+        column: Name of the column.
+
+    Raises:
+        RowError: If the value is something else.
+    """
+    tools = json_cell(value, where, column)
+    if isinstance(tools, list):
+        tools = [json_cell(tool, where, column) for tool in tools]
+    if not tools and (tools is None or isinstance(tools, list)):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        item = next((tool for tool in tools if not isinstance(tool, dict)), None) if isinstance(tools, list) else tools
+        within = " with " if isinstance(tools, list) else " "
+        raise RowError(where, f"must be a list of objects, one for each tool, not{within}{describe_type(item)}", column)
+    return tuple(tools)
+
+
+def json_object(value: Any, where: str, column: str) -> dict[str, Any] | None:
+    """Return an object that a column holds as it is or as JSON text, ``None`` for null or an empty one.
+
+    Raises:
+        RowError: If the value is something else.
+    """
+    content = json_cell(value, where, column)
+    if content is not None and not isinstance(content, dict):
+        raise RowError(where, f"must be an object, not {describe_type(content)}", column)
+    return content or None
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without the null fields of its objects, at any depth.
+
+    Columnar files give every object of a column the same fields, and null where a field was absent.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from spo.bounds import OnBadRow
-from spo.data.cells import common_prefix_length
+from spo.data.prompts import Candidate, common_prefix_length
 from spo.data.readers import Record, data_files, read_records
 from spo.data.rows import Row, RowError, Split, Text
 from spo.data.tables import TableSource
 
-_ASSISTANT = "\n\nAssistant:"
+_ASSISTANT, _HUMAN = "\n\nAssistant:", "\n\nHuman:"
 
 
 class FileSource(TableSource):
@@ -19,7 +19,7 @@ class FileSource(TableSource):
 
     A row has ``chosen``, ``rejected`` and ``prompt``. Each is text or a list of ``{"role", "content"}`` messages.
     Without ``prompt``, the beginning that chosen and rejected share becomes the prompt. ``preference`` (in [0, 1]) and
-    ``weight`` (>= 0) are optional.
+    ``weight`` (>= 0) are optional. So are ``tools`` and ``chat_template_kwargs`` of conversations.
 
     Args:
         path: Path of the file or folder.
@@ -42,7 +42,7 @@ class FileSource(TableSource):
         """Yield the records of all files, and an error for an empty file; files do not assign splits."""
         for file in data_files(self.path):
             empty = True
-            for where, record in read_records(file):
+            for where, record in read_records(file, self.findings):
                 empty = False
                 yield where, None, record
             if empty:
@@ -67,13 +67,19 @@ class HHSource(FileSource):
         """Convert a pair of dialogues to a row and ignore a ``prompt`` column, since the dialogues contain it."""
         return super().parse({k: v for k, v in record.items() if k != "prompt"}, where, split)
 
-    def split_prompt(self, chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
+    def split_prompt(self, chosen: Candidate, rejected: Candidate, where: str) -> tuple[Text, Text, Text]:
         """Split two dialogues after the last turn marker of the assistant that both share."""
-        if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        better, worse = chosen.text, rejected.text
+        if not (isinstance(better, str) and isinstance(worse, str)):
             raise RowError(where, "a transcript must be one text; for lists of messages use data=jsonl", "chosen")
         # The last marker, since both dialogues may share several turns before they differ.
-        cut = chosen[: common_prefix_length(chosen, rejected)].rfind(_ASSISTANT)
+        cut = better[: common_prefix_length(better, worse)].rfind(_ASSISTANT)
         if cut < 0:
             raise RowError(where, f"chosen and rejected do not share a {_ASSISTANT!r} turn", "chosen")
         cut += len(_ASSISTANT)
-        return chosen[:cut], chosen[cut:], rejected[cut:]
+        for dialogue, column in ((better, chosen.column), (worse, rejected.column)):
+            if dialogue.rfind(_HUMAN) > dialogue.rfind(_ASSISTANT):
+                raise RowError(where, "ends with a turn of the human; the last turn must be the assistant's", column)
+        if _HUMAN in better[cut:] + worse[cut:]:
+            self.findings.add("other_turns", where)
+        return better[:cut], better[cut:], worse[cut:]

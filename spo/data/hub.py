@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from spo.bounds import OnBadRow
+from spo.data.cells import without_nulls
 from spo.data.readers import Record
 from spo.data.rows import DataError, RowError, Split
-from spo.data.tables import COLUMNS, TableSource
+from spo.data.tables import COLUMNS, NOTED_COLUMNS, TableSource
 
 
 class HubSource(TableSource):
@@ -66,8 +67,11 @@ class HubSource(TableSource):
                 raise DataError(
                     f"data.path={self.path}, split {theirs!r}: cannot be loaded ({type(error).__name__}: {error})"
                 ) from error
-            wanted = {self.columns.get(column, column) for column in COLUMNS}
+            media = {"image", "images"} & {*table.column_names}
+            self.ignored.update(dict.fromkeys(media, len(table)))
+            wanted = {*(self.columns.get(column, column) for column in COLUMNS), *NOTED_COLUMNS}
             # Other columns may be images or audio, which are costly to decode.
-            table = table.select_columns([column for column in table.column_names if column in wanted])
+            table = table.select_columns([name for name in table.column_names if name in wanted - media])
             for i, record in enumerate(table):
-                yield f"{self.path}[{theirs}], row {i}", ours, record
+                row = {column: without_nulls(value) for column, value in record.items()}
+                yield f"{self.path}[{theirs}], row {i}", ours, row

@@ -12,12 +12,14 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from spo.bounds import OnBadRow
-from spo.data.cells import describe_type, is_empty, text_or_messages
+from spo.data.cells import describe_type
 from spo.data.files import FileSource
+from spo.data.messages import is_empty, text_or_messages
+from spo.data.prompts import Candidate, separate_prompt
 from spo.data.readers import Record
 from spo.data.rendering import prompt_id
 from spo.data.rows import Completer, DataError, Row, RowError, Split, Text
-from spo.data.tables import NoPreference
+from spo.data.tables import TEMPLATE_COLUMNS, NoPreference
 
 
 class RankedFileSource(FileSource):
@@ -25,7 +27,7 @@ class RankedFileSource(FileSource):
 
     Prompt and responses are text, or lists of messages. The ranking is ``order``: positions in ``responses``, counted
     from 0, the best first. A row without ``order`` has ``scores``: one number per response, higher is better.
-    ``weight`` (>= 0) is optional.
+    ``weight`` (>= 0) is optional. So are ``tools`` and ``chat_template_kwargs`` of conversations.
 
     Three kinds of responses are dropped from a list and counted in ``dropped_responses``: empty ones, those equal to a
     better one, and all but one of those with equal scores. The digest of the text decides which of these stays, so
@@ -40,7 +42,7 @@ class RankedFileSource(FileSource):
             which ones stay. Their ranks must not: the best few of a ranking do not follow the Plackett-Luce model.
     """
 
-    known = ("prompt", "responses", "scores", "order", "weight")
+    known = ("prompt", "responses", "scores", "order", "weight", *TEMPLATE_COLUMNS)
 
     def __init__(
         self,
@@ -76,9 +78,15 @@ class RankedFileSource(FileSource):
         items = self._list(record, "responses", where)
         if len(items) < 2:
             raise RowError(where, f"a ranking needs at least 2 responses, not {len(items)}", column)
-        responses = [text_or_messages(item, where, column, f"response {i}") for i, item in enumerate(items, 1)]
-        if any(isinstance(response, str) != isinstance(prompt, str) for response in responses):
-            raise RowError(where, "prompt and responses must all be text, or all lists of messages", column)
+        names = [f"response {i}" for i in range(1, len(items) + 1)]
+        candidates = [Candidate(text_or_messages(item, where, column, name), column, name)
+                      for item, name in zip(items, names, strict=True)]  # fmt: skip
+        if len({isinstance(candidate.text, str) for candidate in candidates}) > 1:
+            raise RowError(where, "responses must all be text, or all lists of messages", column)
+        prompt, responses = separate_prompt(
+            prompt, candidates, self.columns.get("prompt", "prompt"), where, self.findings
+        )
+        self._count_turns(prompt, responses, where)
         kept, dropped = self._drop_uninformative(responses, self._ranks(record, responses, where))
         if len(kept) < 2:
             raise NoPreference(where, "fewer than 2 responses are left without empty, equal and tied ones", column)
@@ -87,7 +95,8 @@ class RankedFileSource(FileSource):
         chosen, rejected, *worse = (response for digest, response in kept.items() if digest in selected)
         weight = self._number(record, "weight", where, math.inf)
         self.dropped_responses += dropped
-        return Row(prompt, chosen, rejected, weight=weight, split=split, where=where, worse=tuple(worse))
+        values = self._template_values(record, prompt, where)
+        return Row(prompt, chosen, rejected, weight=weight, split=split, where=where, worse=tuple(worse), **values)
 
     def _ranks(self, record: Record, responses: Sequence[Text], where: str) -> list[list[int]]:
         """Return positions in ``responses``, best first, one list for each rank."""

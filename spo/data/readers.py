@@ -8,13 +8,16 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from spo.data.cells import describe_type
+from spo.data.cells import describe_type, without_nulls
+from spo.data.findings import Findings
 from spo.data.rows import DataError, RowError
 
 Record = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
+_csv_limit = Lock()
 
 
 def data_files(path: Path) -> list[Path]:
@@ -37,14 +40,27 @@ def data_files(path: Path) -> list[Path]:
     return [path]
 
 
-def read_records(file: Path) -> Iterator[tuple[str, Record | RowError]]:
-    """Yield the records of a file, each with its file and line; the error takes the place of an unreadable record."""
+def read_records(file: Path, findings: Findings) -> Iterator[tuple[str, Record | RowError]]:
+    """Yield the records of a file, each with its file and line; the error takes the place of an unreadable record.
+
+    Args:
+        file: Data file.
+        findings: Counts, to which records with duplicate keys are added.
+    """
     if file.suffix == ".parquet":
-        return _parquet_records(file)
-    return _csv_records(file) if file.suffix == ".csv" else _jsonl_records(file)
+        return _parquet_records(file, findings)
+    return _csv_records(file, findings) if file.suffix == ".csv" else _jsonl_records(file, findings)
 
 
-def _jsonl_records(file: Path) -> Iterator[tuple[str, Record | RowError]]:
+def _jsonl_records(file: Path, findings: Findings) -> Iterator[tuple[str, Record | RowError]]:
+    duplicates = 0
+
+    def build(pairs: list[tuple[str, Any]]) -> Record:
+        nonlocal duplicates
+        built = dict(pairs)
+        duplicates += len(built) < len(pairs)
+        return built
+
     for where, line in _lines(file):
         if isinstance(line, RowError):
             yield where, line
@@ -53,12 +69,15 @@ def _jsonl_records(file: Path) -> Iterator[tuple[str, Record | RowError]]:
             text = line.decode("utf-8-sig")  # This codec drops a byte order mark.
             if not text.strip():
                 continue
-            record = json.loads(text)
+            duplicates = 0
+            record = json.loads(text, object_pairs_hook=build)
         except UnicodeDecodeError as error:
             yield where, RowError(where, f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x})")
         except (ValueError, RecursionError) as error:  # Deeply nested JSON exceeds the recursion limit.
             yield where, RowError(where, f"not valid JSON: {error}")
         else:
+            if duplicates:
+                findings.add("duplicate_keys", where)
             if isinstance(record, dict):
                 yield where, record
             else:
@@ -77,7 +96,7 @@ def _lines(file: Path) -> Iterator[tuple[str, bytes | RowError]]:
         yield where, RowError(where, f"the gzip file is cut off or damaged here ({error}); the rest is lost")
 
 
-def _csv_records(file: Path) -> Iterator[tuple[str, Record | RowError]]:
+def _csv_records(file: Path, findings: Findings) -> Iterator[tuple[str, Record | RowError]]:
     # Undecodable bytes become lone surrogates, so that `cells` reports them with their row.
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.reader(stream, strict=True)
@@ -85,7 +104,13 @@ def _csv_records(file: Path) -> Iterator[tuple[str, Record | RowError]]:
         while True:
             where = f"{file}, line {reader.line_num + 1}"
             try:
-                fields = next(reader, None)
+                with _csv_limit:
+                    # The limit on the length of a field is global, so it is raised for this record only.
+                    limit = csv.field_size_limit(2**31 - 1)
+                    try:
+                        fields = next(reader, None)
+                    finally:
+                        csv.field_size_limit(limit)
             except csv.Error as error:
                 yield where, RowError(where, f"not valid csv: {error}")
                 continue
@@ -94,6 +119,8 @@ def _csv_records(file: Path) -> Iterator[tuple[str, Record | RowError]]:
             if header is None:
                 header = fields
             elif len(fields) == len(header):
+                if len(set(header)) < len(header):
+                    findings.add("duplicate_keys", where)
                 yield where, {column: _csv_value(column, value) for column, value in zip(header, fields, strict=True)}
             elif fields:
                 yield where, RowError(where, f"has {len(fields)} fields, but the header has {len(header)}")
@@ -109,18 +136,22 @@ def _csv_value(column: str, value: str) -> Any:
         return value
 
 
-def _parquet_records(file: Path) -> Iterator[tuple[str, Record | RowError]]:
+def _parquet_records(file: Path, findings: Findings) -> Iterator[tuple[str, Record | RowError]]:
     import pyarrow
     import pyarrow.parquet
 
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
             # Batch by batch, so that the whole table is not in memory twice.
             for batch in table.iter_batches():
                 for record in batch.to_pylist():
                     row += 1
-                    yield f"{file}, row {row}", record
+                    where = f"{file}, row {row}"
+                    if len(record) < len(names):
+                        findings.add("duplicate_keys", where)
+                    yield where, {column: without_nulls(value) for column, value in record.items()}
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         where = f"{file}, row {row + 1}"
         yield where, RowError(where, f"not a readable parquet file: {error}")

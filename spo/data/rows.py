@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from spo.errors import DataError
 
-Message = dict[str, str]
-"""One turn of a conversation, with the keys ``role`` and ``content``."""
+Message = dict[str, Any]
+"""One turn of a conversation: ``role``, ``content``, and all other fields of the data such as ``tool_calls``.
+
+``role`` is text. ``content`` is text, a list of text parts, or ``None`` if another field holds the message.
+"""
 Text = str | tuple[Message, ...]
 """Prompt or completion: plain text, or the turns of a conversation."""
 Split = Literal["train", "selection", "test"]
@@ -43,6 +46,8 @@ class Row:
         split: Split that the source assigns; with ``None``, the hash of the prompt decides.
         where: Place that a person can open, such as file and line.
         worse: Completions of a ranked list after ``rejected``, each worse than the one before it.
+        tools: Tools of a conversation for the chat template, or ``None``.
+        template_kwargs: Arguments of the chat template that this row sets, or ``None``.
     """
 
     prompt: Text
@@ -53,6 +58,13 @@ class Row:
     split: Split | None = None
     where: str = ""
     worse: tuple[Text, ...] = ()
+    tools: tuple[dict[str, Any], ...] | None = None
+    template_kwargs: Mapping[str, Any] | None = None
+
+    @property
+    def completions(self) -> tuple[Text, ...]:
+        """Return all completions, the best one first."""
+        return (self.chosen, *(() if self.rejected is None else (self.rejected,)), *self.worse)
 
 
 @dataclass(frozen=True)

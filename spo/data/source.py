@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from spo.data.findings import Findings
 from spo.data.rows import Completer, Row, RowError, Split
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Source(ABC):
         bad_rows: Rows that the last call of :meth:`rows` skipped, with the reasons.
         dropped_pairs: Number of pairs that the last call of :meth:`rows` dropped, by reason.
         dropped_responses: Number of responses that the last call of :meth:`rows` dropped from lists, by reason.
+        findings: Peculiarities of the rows that the last call of :meth:`rows` read.
     """
 
     samples_rows: bool = False
@@ -36,6 +38,7 @@ class Source(ABC):
         self.bad_rows: list[RowError] = []
         self.dropped_pairs: Counter[str] = Counter()
         self.dropped_responses: Counter[str] = Counter()
+        self.findings = Findings()
 
     def check_limits(self, max_length: int, truncation: str) -> None:  # noqa: B027, most data takes any limits
         """Check that the length limit suits the data.

@@ -7,8 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from spo.data.rendering import TRUNCATIONS, Dropped, Renderer, TokenizedPair
-from spo.data.rows import SPLITS, DataError, Row, Split
+from spo.data.findings import Findings
+from spo.data.messages import message_text
+from spo.data.rendering import TRUNCATIONS, Dropped, Renderer, TokenizedPair, prompt_id
+from spo.data.rows import SPLITS, DataError, Message, Row, Split, Text
+from spo.notes import note
 
 REPORTED_COUNTS = ("read", "used", "dropped", "truncated")
 """Counts of pairs in the panel at the start and in ``metrics.json``."""
@@ -25,6 +28,8 @@ class PreparedPairs:
         counts: Numbers of pairs: ``read``, ``used``, ``dropped`` and each ``dropped/REASON``, the used ones that are
             ``truncated`` or have ``boundary_moved``, and the size of each split.
         warnings: Messages for the person who starts the run.
+        stop_ids: Tokens that end a completion, in ascending order: those of the renderer, and the last token of every
+            completion that was not cut.
     """
 
     train: list[TokenizedPair]
@@ -32,6 +37,7 @@ class PreparedPairs:
     test: list[TokenizedPair]
     counts: dict[str, int]
     warnings: list[str]
+    stop_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,15 @@ class EvalPrompt:
         prompt_id: Digest of the prompt.
         split: Split of its pair, or ``None``.
         ids: Tokens of the prompt, the same as in training.
-        text: Text of the prompt.
+        text: Text of the prompt, for a conversation with what the chat template writes.
+        messages: Messages of the prompt; empty for a text prompt.
     """
 
     prompt_id: str
     split: Split | None
     ids: tuple[int, ...]
     text: str
+    messages: tuple[Message, ...] = ()
 
 
 def prepare(
@@ -57,7 +65,8 @@ def prepare(
     """Tokenize the rows and split them by prompt.
 
     The split of a prompt depends on the seed and the prompt only. It is the same for every tokenizer, truncation policy
-    and order of rows, except for tiny data: a split that would be empty gets a prompt of the largest one.
+    and order of rows, except for tiny data: a split that would be empty gets a prompt of the largest one. Prompts that
+    differ only in white space, or in fields beside the text of their messages, are in the same split.
 
     Splits that the source assigns are kept. A split that it does not assign is taken from its training rows. If the
     source has a prompt in several splits, only the pairs in the last of train, selection and test are used.
@@ -86,14 +95,18 @@ def prepare(
             reasons[result.reason] += 1
         else:
             used.append(result)
+    for key, sentence, count in renderer.notes():
+        note(key, sentence, count)
 
-    given = _find_source_splits(used)
-    split_of = _assign_splits(used, given, seed, {"selection": selection, "test": test})
-    kept = [pair for pair in used if pair.split in (None, given.get(pair.prompt_id))]
+    group_of = _group_prompts(rows)
+    given = _find_source_splits(used, group_of)
+    groups = [group_of[pair.prompt_id] for pair in used]
+    split_of = _assign_splits(groups, given, seed, {"selection": selection, "test": test})
+    kept = [pair for pair in used if pair.split in (None, given.get(group_of[pair.prompt_id]))]
     if overlap := len(used) - len(kept):
         reasons["prompt_in_other_split"] = overlap
     parts: dict[str, list[TokenizedPair]] = {
-        split: [pair for pair in kept if split_of[pair.prompt_id] == split] for split in SPLITS
+        split: [pair for pair in kept if split_of[group_of[pair.prompt_id]] == split] for split in SPLITS
     }
     counts: dict[str, int] = {
         "read": len(rows),
@@ -120,7 +133,9 @@ def prepare(
         warnings.append(f"{repeated} responses were dropped from their lists: a better one has the same tokens")
     if len(kept) < len(rows) / 2:
         warnings.append(f"{len(rows) - len(kept)} of {len(rows)} pairs were dropped{_explain_drops(reasons, renderer)}")
-    return PreparedPairs(parts["train"], parts["selection"], parts["test"], counts, warnings)
+    ends = {completion[-1] for pair in kept if not pair.truncated for completion in pair.completions}
+    stop_ids = tuple(sorted({*renderer.stop_ids, *ends}))
+    return PreparedPairs(parts["train"], parts["selection"], parts["test"], counts, warnings, stop_ids)
 
 
 def eval_prompts(pairs: Sequence[TokenizedPair]) -> list[EvalPrompt]:
@@ -130,30 +145,56 @@ def eval_prompts(pairs: Sequence[TokenizedPair]) -> list[EvalPrompt]:
         first.setdefault(pair.prompt_id, pair)
     # Digests are as good as random, so this order is independent of the order in the file.
     chosen = [first[key] for key in sorted(first)]
-    return [EvalPrompt(pair.prompt_id, pair.split, pair.prompt_ids, pair.prompt_text) for pair in chosen]
+    return [
+        EvalPrompt(pair.prompt_id, pair.split, pair.prompt_ids, pair.prompt_text, pair.prompt_messages)
+        for pair in chosen
+    ]
 
 
-def _find_source_splits(pairs: Sequence[TokenizedPair]) -> dict[str, Split]:
-    """Return the split that the source assigns to each prompt, the last of :data:`SPLITS` if it assigns several."""
+def _group_prompts(rows: Sequence[Row]) -> dict[str, str]:
+    """Return the group of each prompt: the smallest digest among the prompts of the same words."""
+    words_of: dict[str, str] = {}
+    smallest: dict[str, str] = {}
+    findings = Findings()
+    for row in rows:
+        prompt = prompt_id(row.prompt, row.tools, row.template_kwargs)
+        if prompt in words_of:
+            continue
+        words = words_of[prompt] = prompt_id(_words(row.prompt))
+        if words in smallest:
+            findings.add("similar_prompts", row.where)
+        smallest[words] = min(prompt, smallest.get(words, prompt))
+    findings.write_notes()
+    return {prompt: smallest[words] for prompt, words in words_of.items()}
+
+
+def _words(prompt: Text) -> str:
+    """Return the words of a prompt, with the roles of its messages, without differences in white space."""
+    if isinstance(prompt, str):
+        return " ".join(prompt.split())
+    return "\n".join(f"{message['role']}: {' '.join(message_text(message).split())}" for message in prompt)
+
+
+def _find_source_splits(pairs: Sequence[TokenizedPair], group_of: Mapping[str, str]) -> dict[str, Split]:
+    """Return the split that the source assigns to each group, the last of :data:`SPLITS` if it assigns several."""
     given: dict[str, Split] = {}
     for pair in pairs:
         if pair.split is not None:
+            group = group_of[pair.prompt_id]
             # The last split wins, so that a prompt of the test split is never trained on.
-            given[pair.prompt_id] = max(given.get(pair.prompt_id, "train"), pair.split, key=SPLITS.index)
+            given[group] = max(given.get(group, "train"), pair.split, key=SPLITS.index)
     return given
 
 
 def _assign_splits(
-    pairs: Sequence[TokenizedPair], given: Mapping[str, Split], seed: int, shares: Mapping[Split, float]
+    groups: Sequence[str], given: Mapping[str, Split], seed: int, shares: Mapping[Split, float]
 ) -> dict[str, Split]:
-    """Return the split of each prompt, from the source or from the hash of the prompt."""
+    """Return the split of each group of prompts, from the source or from the hash of the group."""
     # Only splits that the source does not have are cut out of its training prompts.
     supplied = set(given.values())
     shares = {split: share for split, share in shares.items() if split not in supplied and share > 0}
     fractions = {
-        pair.prompt_id: _hash_fraction(seed, pair.prompt_id)
-        for pair in pairs
-        if given.get(pair.prompt_id, "train") == "train"
+        group: _hash_fraction(seed, group) for group in dict.fromkeys(groups) if given.get(group, "train") == "train"
     }
     free: dict[str, Split] = {}
     for prompt, fraction in fractions.items():

@@ -7,17 +7,35 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from typing import Any, ClassVar
 
 from spo.bounds import OnBadRow
-from spo.data.cells import count_shared_messages, describe_type, is_empty, shared_prompt_length, text_or_messages
+from spo.data.cells import describe_type, json_object, tool_list
+from spo.data.findings import Findings
+from spo.data.messages import is_empty, text_or_messages
+from spo.data.prompts import (
+    Candidate,
+    remove_repeated_texts,
+    separate_prompt,
+    shared_prompt_length,
+    split_conversations,
+)
 from spo.data.readers import Record
+from spo.data.rendering import prompt_id
 from spo.data.rows import Completer, DataError, Row, RowError, Split, Text
 from spo.data.source import Source
 
-COLUMNS = ("prompt", "chosen", "rejected", "preference", "weight")
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""Columns that only the chat template reads, so that rows of text do not use them."""
+COLUMNS = ("prompt", "chosen", "rejected", "preference", "weight", *TEMPLATE_COLUMNS)
 """Columns that a table of pairs may have."""
+PROMPT_LIKE_COLUMNS = ("question", "query", "instruction", "input", "conversation", "conversations", "dialogue")
+"""Columns that other tools use for the prompt."""
+NOTED_COLUMNS = ("system", "system_prompt", *PROMPT_LIKE_COLUMNS, "history", "context", "documents", "image", "images")
+"""Columns that other tools put in front of the model. A note states that they are not read."""
 
 
 class NoPreference(RowError):
@@ -30,7 +48,8 @@ class NoPreference(RowError):
 class TableSource(Source):
     """A source of records with the columns ``chosen`` and ``rejected``.
 
-    The columns ``prompt``, ``preference`` and ``weight`` are optional, and other columns are ignored.
+    The columns ``prompt``, ``preference`` and ``weight`` are optional. Conversations may have ``tools`` and
+    ``chat_template_kwargs``. Other columns are ignored, those in :data:`NOTED_COLUMNS` with a note.
 
     Args:
         on_bad_row: Policy for a malformed row: ``stop`` raises its error; ``skip`` skips, counts and lists the row.
@@ -39,6 +58,7 @@ class TableSource(Source):
     Attributes:
         known: Names of the columns that this source reads.
         counts: Number of rows that the last call of :meth:`rows` ``read`` and ``skipped``.
+        ignored: Number of rows with a value in a column that is not read, by column of :data:`NOTED_COLUMNS`.
     """
 
     known: ClassVar[tuple[str, ...]] = COLUMNS
@@ -52,6 +72,8 @@ class TableSource(Source):
         self.on_bad_row = on_bad_row
         self.columns = dict(columns or {})
         self.counts: dict[str, int] = {"read": 0, "skipped": 0}
+        self.ignored: Counter[str] = Counter()
+        self._has_prompts = False
 
     @property
     @abstractmethod
@@ -77,6 +99,9 @@ class TableSource(Source):
         """
         rows: list[Row] = []
         self.bad_rows = []
+        self.findings.clear()
+        self.ignored.clear()
+        self._has_prompts = False
         read = 0
         for where, split, record in self.records():
             read += 1
@@ -89,11 +114,28 @@ class TableSource(Source):
                 if self.on_bad_row == "stop" and not isinstance(error, NoPreference):
                     raise
                 self.bad_rows.append(error)
+        rows = self._remove_repeated_texts(rows)
         self.counts = {"read": read, "skipped": len(self.bad_rows)}
         if not rows:
             first = f"; the first problem: {self.bad_rows[0]}" if self.bad_rows else ""
             raise DataError(f"{self.name}: none of its {read} rows can be used{first}")
+        if not self._has_prompts:
+            self.findings.remove("implied_prompts")
+        if self.ignored:
+            columns = ", ".join(f"{column} ({count} rows)" for column, count in self.ignored.items())
+            self.findings.add("ignored_columns", columns, max(self.ignored.values()))
+        _find_repeats(rows, self.findings)
         return rows
+
+    def _remove_repeated_texts(self, rows: Sequence[Row]) -> list[Row]:
+        """Return the rows without repeated text prompts; a row that then has an empty completion is skipped."""
+        kept: list[Row] = []
+        for row in remove_repeated_texts(rows, self.findings):
+            if any(map(is_empty, row.completions)):
+                self.bad_rows.append(NoPreference(row.where, "a completion only repeats the prompt"))
+            else:
+                kept.append(row)
+        return kept
 
     def parse(self, record: Record, where: str, split: Split | None) -> Row:
         """Convert a record to a row.
@@ -107,29 +149,31 @@ class TableSource(Source):
             RowError: If the record is malformed, with the column and the reason.
             NoPreference: If a completion is empty, or if both are equal.
         """
-        chosen, rejected = (self._text(record, name, where) for name in ("chosen", "rejected"))
-        if isinstance(chosen, str) != isinstance(rejected, str):
-            raise RowError(where, "one of chosen and rejected is text, the other a list of messages", "rejected")
+        chosen, rejected = (self._candidate(record, name, where) for name in ("chosen", "rejected"))
+        if isinstance(chosen.text, str) != isinstance(rejected.text, str):
+            raise RowError(where, "one of chosen and rejected is text, the other a list of messages", rejected.column)
         column = self.columns.get("prompt", "prompt")
-        prompt: Text | None = None
-        # A column that the user mapped must exist; an unmapped prompt may be absent or null.
-        if "prompt" in self.columns or record.get(column) is not None:
-            prompt = self._text(record, "prompt", where)
-        # In UltraFeedback's form, chosen and rejected are whole conversations that already begin with the prompt.
-        if prompt is None or (isinstance(prompt, str) and not isinstance(chosen, str)):
-            prompt, chosen, rejected = self.split_prompt(chosen, rejected, where)
-        elif isinstance(chosen, str) and not isinstance(prompt, str):
-            raise RowError(where, "a list of messages, but the completions are text", column)
-        for name, completion in (("chosen", chosen), ("rejected", rejected)):
+        self._has_prompts |= column in record
+        # A column that the user mapped must exist; an unmapped prompt may be absent, null or an empty list.
+        if "prompt" not in self.columns and record.get(column) in (None, []):
+            prompt, *completions = self.split_prompt(chosen, rejected, where)
+            self._check_implied_prompt(record, prompt, where)
+        else:
+            given = self._text(record, "prompt", where)
+            prompt, completions = separate_prompt(given, [chosen, rejected], column, where, self.findings)
+        self._count_turns(prompt, completions, where)
+        better, worse = completions
+        for candidate, completion in ((chosen, better), (rejected, worse)):
             if is_empty(completion):
-                raise NoPreference(where, "the completion is empty", self.columns.get(name, name))
-        if chosen == rejected:
-            raise NoPreference(where, "chosen and rejected are equal", self.columns.get("rejected", "rejected"))
+                raise NoPreference(where, "the completion is empty", candidate.column)
+        if better == worse:
+            raise NoPreference(where, "chosen and rejected are equal", rejected.column)
         preference = self._number(record, "preference", where, 1.0)
         weight = self._number(record, "weight", where, math.inf)
-        return Row(prompt, chosen, rejected, preference, weight, split, where)
+        values = self._template_values(record, prompt, where)
+        return Row(prompt, better, worse, preference, weight, split, where, **values)
 
-    def split_prompt(self, chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
+    def split_prompt(self, chosen: Candidate, rejected: Candidate, where: str) -> tuple[Text, Text, Text]:
         """Split two whole texts or conversations into the shared prompt and the two completions.
 
         Args:
@@ -139,16 +183,58 @@ class TableSource(Source):
 
         Returns:
             Prompt, better completion and worse completion.
+
+        Raises:
+            RowError: If the shared beginning of two conversations is not followed by messages of the assistant.
         """
-        if isinstance(chosen, str) and isinstance(rejected, str):
-            cut = shared_prompt_length(chosen, rejected)
+        if isinstance(chosen.text, str):
+            cut = shared_prompt_length(chosen.text, str(rejected.text))
+            return chosen.text[:cut], chosen.text[cut:], rejected.text[cut:]
+        prompt, completions = split_conversations([chosen, rejected], where)
+        return prompt, completions[0], completions[1]
+
+    def _check_implied_prompt(self, record: Record, prompt: Text, where: str) -> None:
+        """Count a row without a prompt, and reject it if another column holds the prompt."""
+        self.findings.add("implied_prompts", where)
+        values = {name: record[name] for name in PROMPT_LIKE_COLUMNS if record.get(name)}
+        missing = {name for name, value in values.items() if not (isinstance(value, str) and value.strip() in prompt)}
+        # Text of one such column in the shared beginning shows that chosen and rejected contain the prompt.
+        if values and missing == values.keys() and (not prompt or isinstance(prompt, str)):
+            column, [name, *_] = self.columns.get("prompt", "prompt"), values
+            reason = (
+                f"there is no prompt, and chosen and rejected do not begin with {name!r}; set "
+                f"data.source.columns={{prompt: {name}}}, or rename the column to prompt"
+            )
+            raise RowError(where, reason, column)
+
+    def _count_turns(self, prompt: Text, completions: Sequence[Text], where: str) -> None:
+        """Count a row whose prompt does not ask anything, or whose completions contain turns of others."""
+        if is_empty(prompt) or (not isinstance(prompt, str) and all(turn["role"] != "user" for turn in prompt)):
+            self.findings.add("empty_prompts", where)
+        turns = [turn for completion in completions if not isinstance(completion, str) for turn in completion]
+        if any(turn["role"] != "assistant" for turn in turns):
+            self.findings.add("other_turns", where)
+
+    def _template_values(self, record: Record, prompt: Text, where: str) -> dict[str, Any]:
+        """Return the fields of a row that the chat template reads, and count the columns that nothing reads."""
+        used = {self.columns.get(name, name) for name in self.known}
+        ignored = [column for column in NOTED_COLUMNS if column not in used]
+        tools, kwargs = (self.columns.get(name, name) for name in TEMPLATE_COLUMNS)
+        values: dict[str, Any] = {}
+        if isinstance(prompt, str):
+            ignored += [tools, kwargs]
         else:
-            cut = count_shared_messages(chosen, rejected)  # type: ignore[arg-type]
-        return chosen[:cut], chosen[cut:], rejected[cut:]
+            values["tools"] = tool_list(record.get(tools), where, tools)
+            values["template_kwargs"] = json_object(record.get(kwargs), where, kwargs)
+        self.ignored.update(column for column in ignored if record.get(column))
+        return values
 
     def _text(self, record: Record, name: str, where: str) -> Text:
         column, value = self._required(record, name, where)
         return text_or_messages(value, where, column)
+
+    def _candidate(self, record: Record, name: str, where: str) -> Candidate:
+        return Candidate(self._text(record, name, where), self.columns.get(name, name))
 
     def _required(self, record: Record, name: str, where: str) -> tuple[str, Any]:
         """Return the data's name of a column, and its value in a record that must have it."""
@@ -171,3 +257,30 @@ class TableSource(Source):
             allowed = "between 0 and 1" if highest == 1 else "finite and not negative"
             raise RowError(where, f"must be {allowed}, not {value}", column)
         return float(value)
+
+
+def _find_repeats(rows: Sequence[Row], findings: Findings) -> None:
+    """Count rows that repeat another row, and pairs of completions that rows of a prompt rank both ways."""
+    by_prompt: defaultdict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_prompt[prompt_id(row.prompt, row.tools, row.template_kwargs)].append(row)
+    for group in by_prompt.values():
+        if len(group) == 1:
+            continue
+        seen: set[tuple[Any, ...]] = set()
+        ranked: set[tuple[str, ...]] = set()
+        for row in group:
+            ranking = [prompt_id(text) for text in row.completions]
+            key = (*ranking, row.preference, row.weight)
+            if key in seen:
+                findings.add("repeated_rows", row.where)
+                continue
+            seen.add(key)
+            if row.preference == 0.5:
+                continue
+            if row.preference is not None and row.preference < 0.5:
+                ranking.reverse()
+            for pair in combinations(ranking, 2):
+                if pair not in ranked and pair[::-1] in ranked:
+                    findings.add("contradicting_pairs", row.where)
+                ranked.add(pair)

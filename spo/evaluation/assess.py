@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from spo.data import EvalPrompt
+from spo.data.rows import Text
 from spo.evaluation.completions import Draws, draw
 from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
 from spo.evaluation.judges import Judge, JudgedPair
+from spo.evaluation.judges.base import as_read
 from spo.evaluation.settings import REFERENCE, EvaluationSettings
 from spo.evaluation.winrate import verdict_of_rewards, win_rates
 from spo.forward.modes import eval_mode
@@ -43,7 +45,8 @@ class Evaluation:
 def draw_both(
     policy: nn.Module,
     reference: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+    pad_token_id: int,
     prompts: Sequence[EvalPrompt],
     settings: EvaluationSettings,
     speed: Speed,
@@ -56,7 +59,8 @@ def draw_both(
     Args:
         policy: Trained model.
         reference: Model that training started from.
-        tokenizer: Tokenizer of both models.
+        stop_ids: Tokens that end a completion.
+        pad_token_id: Token that fills rows up.
         prompts: Prompts of one split.
         settings: Settings of the evaluation.
         speed: Speed settings, resolved for both models.
@@ -66,7 +70,8 @@ def draw_both(
     """
 
     def drawn(model: nn.Module, stage: str, other: nn.Module | None = None) -> Draws:
-        return cache(stage, lambda: draw(model, stage, prompts, settings, speed, tokenizer, decode, on_progress, other))
+        draws = partial(draw, model, stage, prompts, settings, speed, stop_ids, pad_token_id, decode)
+        return cache(stage, lambda: draws(on_progress, other))
 
     with eval_mode(policy), eval_mode(reference):
         return drawn(policy, "policy", reference), drawn(reference, "reference")
@@ -126,16 +131,21 @@ def assess(
     if theirs is not None:
         metrics |= {f"reference/{key}": value for key, value in _summarize(theirs, settings).items()}
     if judge is not None:
+        asked = [prompt.messages or prompt.text for prompt, _ in wanted]
         against = {}
         if theirs is not None:
-            against[REFERENCE] = [_Reply(*one) for one in zip(rows, units, theirs.texts, theirs.tokens, strict=True)]
+            against[REFERENCE] = [
+                _Reply(*one) for one in zip(rows, asked, units, theirs.texts, theirs.tokens, strict=True)
+            ]
         for name, opponent in (opponents or {}).items():
             found = (
-                (row, unit, opponent.get((row["prompt_id"], row["sample_index"])))
-                for row, unit in zip(rows, units, strict=True)
+                (row, prompt, unit, opponent.get((row["prompt_id"], row["sample_index"])))
+                for row, prompt, unit in zip(rows, asked, units, strict=True)
             )
-            against[name] = [_Reply(row, unit, *reply) for row, unit, reply in found if reply is not None]
-        metrics |= _judge_rows(judge, rows, against, REFERENCE in settings.against, bootstrap, resamples)
+            against[name] = [
+                _Reply(row, prompt, unit, *reply) for row, prompt, unit, reply in found if reply is not None
+            ]
+        metrics |= _judge_rows(judge, rows, asked, against, REFERENCE in settings.against, bootstrap, resamples)
     return Evaluation({f"eval/{key}": value for key, value in metrics.items()}, rows)
 
 
@@ -168,6 +178,7 @@ class _Reply:
 
     Attributes:
         row: Row of the policy's sample.
+        prompt: Prompt of the row as the judge is given it: text, or messages.
         unit: Unit of the bootstrap that the row belongs to.
         completion: Completion of the opponent.
         tokens: Length of the completion in tokens.
@@ -176,6 +187,7 @@ class _Reply:
     """
 
     row: dict[str, Any]
+    prompt: Text
     unit: Hashable
     completion: str
     tokens: int
@@ -186,13 +198,14 @@ class _Reply:
 def _judge_rows(
     judge: Judge,
     rows: Sequence[dict[str, Any]],
+    prompts: Sequence[Text],
     against: Mapping[str, Sequence[_Reply]],
     with_reference: bool,
     bootstrap: Bootstrap,
     resamples: Resamples,
 ) -> dict[str, float]:
     """Ask the judge, write rewards and verdicts into the rows, and return their metrics."""
-    scores = judge.scores([row["prompt"] for row in rows], [row["completion"] for row in rows]) or {}
+    scores = judge.scores(prompts, [row["completion"] for row in rows]) or {}
     metrics = {_reward_key(name): fmean(values) for name, values in scores.items()}
     if scores:
         metrics |= resamples.mean(scores["reward"]).as_metrics("reward")
@@ -202,7 +215,7 @@ def _judge_rows(
         if not replies:
             continue
         is_reference = opponent == REFERENCE
-        theirs = judge.scores([one.row["prompt"] for one in replies], [one.completion for one in replies]) or {}
+        theirs = judge.scores([one.prompt for one in replies], [one.completion for one in replies]) or {}
         for one, reward in zip(replies, theirs.get("reward", ()), strict=False):
             one.reward = reward
         if is_reference:
@@ -232,7 +245,7 @@ def _set_verdicts(judge: Judge, replies: Sequence[_Reply]) -> None:
         for one in replies:
             one.verdict = verdict_of_rewards(one.row["reward"], one.reward)  # type: ignore[arg-type]
         return
-    asked = [JudgedPair(one.row["prompt"], one.row["completion"], one.completion) for one in replies]
+    asked = [JudgedPair(as_read(one.prompt), one.row["completion"], one.completion) for one in replies]
     for one, verdict in zip(replies, judge.verdicts(asked), strict=True):
         one.verdict = verdict
 

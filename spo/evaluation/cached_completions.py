@@ -22,6 +22,7 @@ CODE_DEPENDENCIES = (
     "sampling",
     "seeds.py",
     "forward",
+    "data/encoding.py",
     "data/rendering.py",
     "evaluation/completions.py",
 )
@@ -35,6 +36,7 @@ def cached_completions(
     cache_dir: str | Path,
     settings: EvaluationSettings,
     prompts: Sequence[EvalPrompt],
+    stop_ids: Sequence[int],
     model_digests: Mapping[str, Any],
     stage: str,
     draw: Callable[[], Draws],
@@ -45,6 +47,7 @@ def cached_completions(
         cache_dir: Folder of the cache.
         settings: Settings of the evaluation.
         prompts: Prompts of the completions.
+        stop_ids: Tokens that end a completion.
         model_digests: Digests of the models for each stage.
         stage: ``policy`` or ``reference``, the model that draws.
         draw: Function that draws the completions.
@@ -53,6 +56,7 @@ def cached_completions(
         "code": code_version(*CODE_DEPENDENCIES),
         "models": model_digests[stage],
         "stage": stage,
+        "stop_ids": list(stop_ids),
         "prompts": digest([[prompt.prompt_id, prompt.ids] for prompt in prompts]),
         **{name: getattr(settings, name) for name in SAMPLING_SETTINGS},
     }

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from spo.batching import by_length, split_by_tokens
 from spo.data import EvalPrompt
@@ -15,7 +14,7 @@ from spo.evaluation.settings import EvaluationSettings
 from spo.forward.speed import Speed
 from spo.ops import completion_targets, sum_per_sequence, token_entropy, token_kl, token_logps
 from spo.ops.logps import at_least_float32, by_rows
-from spo.sampling import derive_seed, sample
+from spo.sampling import contents, derive_seed, sample
 from spo.types import Sequences
 
 SCORED_TOKENS = 16384
@@ -29,8 +28,8 @@ class Draws:
     Log-probs, entropies and the KL belong to the distributions at the sampling temperature, for both models.
 
     Attributes:
-        texts: Completions without their EOS.
-        tokens: Lengths in tokens, EOS included.
+        texts: Completions without the token that ends them.
+        tokens: Lengths in tokens, with the token that ends them.
         logps: Log-probs under the model that drew the completions, nats.
         entropy: Sums over tokens of next-token entropies of that model, nats.
         other_logps: Log-probs under the other model, nats; empty if there is none.
@@ -52,7 +51,8 @@ def draw(
     prompts: Sequence[EvalPrompt],
     settings: EvaluationSettings,
     speed: Speed,
-    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+    pad_token_id: int,
     decode: Callable[[Sequence[int]], str],
     on_progress: Callable[[int], None] = lambda _: None,
     other: nn.Module | None = None,
@@ -68,7 +68,8 @@ def draw(
         prompts: Prompts of one split.
         settings: Settings of the evaluation.
         speed: Speed settings, resolved for both models. They change no number.
-        tokenizer: Tokenizer of both models.
+        stop_ids: Tokens that end a completion.
+        pad_token_id: Token that fills rows up.
         decode: Function from the token ids of a completion to its text.
         on_progress: Function to call with the number of completions just drawn.
         other: Model to compare with, ``None`` for none.
@@ -83,12 +84,12 @@ def draw(
             [prompt.ids for prompt, _ in chunk],
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            stop_ids=stop_ids,
+            pad_token_id=pad_token_id,
             seeds=[derive_seed("evaluation", stage, settings.seed, prompt.prompt_id, i) for prompt, i in chunk],
             sampler=speed.sampler,
         )
-        texts, tokens = map(decode, sequences.completions()), sequences.completion_length.tolist()
+        texts, tokens = map(decode, contents(sequences, stop_ids)), sequences.completion_length.tolist()
         numbers = [
             row for part in _split_for_scoring(sequences) for row in _measure(models, part, speed, settings.temperature)
         ]

@@ -8,9 +8,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from spo.exact.optimum import Objective, Optimum, entropy, find_optimum, kl, total_variation
+from spo.exact.optimum import Objective, Optimum, find_optimum, total_variation
 from spo.exact.world import World
 from spo.module import AlignmentModule
+from spo.ops import entropy, kl
 
 
 class ExactMetrics(Callback):

@@ -12,6 +12,7 @@ from torch import Tensor
 from spo.errors import UserError
 from spo.exact.world import World
 from spo.losses import Loss
+from spo.ops import kl
 
 MAX_NEWTON_RESPONSES = 1000
 """Most responses, of all prompts together, for which second derivatives are computed."""
@@ -87,16 +88,6 @@ class Objective:
                 break
             group = merged
         return bool((group.view_as(self.world.rewards) == group.view_as(self.world.rewards)[:, :1]).all())
-
-
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    """Return KL(p || q) in nats over the last dimension, from log-probabilities."""
-    return (p.exp() * (p - q)).sum(-1)
-
-
-def entropy(p: Tensor) -> Tensor:
-    """Return the entropy in nats over the last dimension, from log-probabilities."""
-    return -(p.exp() * p).sum(-1)
 
 
 def total_variation(p: Tensor, q: Tensor) -> Tensor:

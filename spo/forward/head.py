@@ -10,6 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from spo.forward.neighbors import forward_apart
 from spo.ops.logps import DeferredLogits, Logits
 from spo.types import Sequences
 
@@ -130,15 +131,19 @@ def _predictors(sequences: Sequences) -> Tensor:
 
 def completion_states(model: nn.Module, sequences: Sequences) -> Tensor:
     """Return ``(M, H)``: the head's input from which the completion tokens are predicted."""
-    found: list[Tensor] = []
 
-    def keep(hidden: Tensor) -> Tensor:
-        found.append(hidden.flatten(0, 1).index_select(0, _predictors(sequences)))
-        return hidden[:1, :0]  # Zero rows, so that the head costs nothing.
+    def states(sequences: Sequences) -> Tensor:
+        found: list[Tensor] = []
 
-    with _head_input(model, keep):
-        _forward(model, sequences)
-    return found[0]
+        def keep(hidden: Tensor) -> Tensor:
+            found.append(hidden.flatten(0, 1).index_select(0, _predictors(sequences)))
+            return hidden[:1, :0]  # Zero rows, so that the head costs nothing.
+
+        with _head_input(model, keep):
+            _forward(model, sequences)
+        return found[0]
+
+    return forward_apart(model, base_model(model), sequences, states)
 
 
 def can_defer(model: nn.Module) -> bool:
@@ -187,14 +192,19 @@ def completion_logits(
             ``completion_only``.
 
     Returns:
-        ``(M, V)`` in the model's dtype, sequence after sequence; deferred if they are more than ``max_logits``.
+        ``(M, V)`` in the model's dtype, sequence after sequence; deferred if they are more than ``max_logits``. They
+        equal those of each sequence alone: where a batch would change them, it is forwarded in parts.
     """
-    rows = _predictors(sequences)
-    if not completion_only:
-        return _forward(model, sequences).flatten(0, 1).index_select(0, rows)
-    if max_logits is not None and can_defer(model):
+    if completion_only and max_logits is not None and can_defer(model):
         vocab_size = _head(model).weight.shape[0]
-        if len(rows) * vocab_size > max_logits:
+        if len(sequences.completion_index) * vocab_size > max_logits:
             return deferred_logits(model, completion_states(model, sequences), max_logits)
-    with _head_input(model, lambda hidden: hidden.flatten(0, 1).index_select(0, rows).unsqueeze(0)):
-        return _forward(model, sequences).squeeze(0)
+
+    def logits(sequences: Sequences) -> Tensor:
+        rows = _predictors(sequences)
+        if not completion_only:
+            return _forward(model, sequences).flatten(0, 1).index_select(0, rows)
+        with _head_input(model, lambda hidden: hidden.flatten(0, 1).index_select(0, rows).unsqueeze(0)):
+            return _forward(model, sequences).squeeze(0)
+
+    return forward_apart(model, base_model(model), sequences, logits)

@@ -1,17 +1,20 @@
-"""The probe that decides whether a model may run on packed rows: it compares packed and padded log-probs."""
+"""The probes that decide in which batches a model may run: they compare log-probs in packed, padded and single rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import GenerationConfig
 
 from spo.forward.attention import back_ends, is_registered, record_attention_modules, register_packed_attention
 from spo.forward.head import base_model, completion_logits
-from spo.forward.modes import eval_mode
+from spo.forward.modes import default_generation_config, eval_mode
+from spo.forward.neighbors import rope_thresholds, takes_padding
 from spo.forward.packing import pack
 from spo.ops import completion_targets, token_logps
 from spo.types import pad_sequences
@@ -22,7 +25,149 @@ MAX_DIFFERENCE_NATS = {torch.float64: 1e-4, torch.float32: 1e-4}
 transformers rounds to float32 inside of float64 models too. In half precision, where the limit is 0.1, rounding hides
 small errors; the check that no sequence changes another one is exact in every dtype.
 """
+MAX_SHARING_DIFFERENCE_NATS = 1e-3
+"""Largest accepted difference of a token's log-probs in a batch and alone, in float32 and float64.
+
+In half precision, where mixtures of experts choose other experts after rounding, the median over the tokens of a row
+may reach 0.1.
+"""
+LENGTH_SETTING = re.compile("window|chunk|block_size|conv|index_topk")
+"""Settings of architectures that, as numbers of tokens, may be a length beyond which a model computes otherwise."""
+MAX_PROBED_SETTING = 256
+"""Longest of these lengths that the probe exceeds; beyond it, the cost of the probe would show."""
+PROBED_NEW_TOKENS = 3
 Rows = Sequence[tuple[list[int], list[int]]]
+
+
+# --- rows beside other rows ---------------------------------------------------------------------------------------
+
+
+class Drawing(NamedTuple):
+    """How samples of a model can be drawn.
+
+    Attributes:
+        left_padding: Whether prompts with padding on the left have the samples of single ones.
+        cache: Whether ``generate`` with a cache computes what a plain forward pass over the whole prefix does.
+    """
+
+    left_padding: bool = True
+    cache: bool = True
+
+
+def probe_padding(model: nn.Module) -> bool:
+    """Return whether a model computes for right-padded sequences what it does for each of them alone.
+
+    A few short rows are compared when the function is called first for a model. Lengths of which the configuration
+    says that they change positions are left out: :func:`spo.forward.neighbors.scale_of` keeps them apart.
+
+    Args:
+        model: Hugging Face causal language model, or one with an adapter. It keeps the result as ``takes_padding``.
+    """
+    causal = base_model(model)
+    if not hasattr(causal, "takes_padding"):
+
+        def alike(rows: Rows) -> bool:
+            batch = _token_logps(model, rows, packed=False).split([len(completion) for _, completion in rows])
+            return all(
+                _same(got, _token_logps(model, [row], packed=False)) for got, row in zip(batch, rows, strict=True)
+            )
+
+        causal.takes_padding = _probed(model, alike)
+    return takes_padding(causal)
+
+
+def probe_drawing(model: nn.Module) -> Drawing:
+    """Return how ``generate`` draws from a model what plain forward passes over each sequence alone would draw.
+
+    Args:
+        model: Hugging Face causal language model, or one with an adapter. It keeps the result as ``drawing``.
+    """
+    causal = base_model(model)
+    if not hasattr(causal, "drawing"):
+        left_padding = _probed(model, lambda rows: _generates_as_alone(model, rows))
+        cache = left_padding or _probed(model, lambda rows: all(_generates_as_alone(model, [row]) for row in rows))
+        causal.drawing = Drawing(left_padding, cache)
+    return causal.drawing
+
+
+def _probed(model: nn.Module, claim: Callable[[Rows], bool]) -> bool:
+    """Return whether a claim about a model holds for short rows; true if the model does not take such rows at all."""
+    device = next(model.parameters()).device
+    with eval_mode(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        try:
+            rows = _rows_around_lengths(base_model(model).config.get_text_config())
+            _token_logps(model, rows[:1], packed=False)
+        except Exception:  # Such as a table of few prefixes.
+            return True
+        try:
+            return claim(rows)
+        except Exception:  # Architectures fail in many ways on input that they were not made for.
+            return False
+
+
+def _same(got: Tensor, want: Tensor) -> bool:
+    difference = (got - want).abs().masked_fill(got == want, 0)  # Log-probs of masked tokens are -inf in both.
+    if got.dtype in (torch.float32, torch.float64):
+        return bool(difference.max() <= MAX_SHARING_DIFFERENCE_NATS)
+    return bool(difference.median() <= 0.1)
+
+
+def _rows_around_lengths(config: Any) -> Rows:
+    """Return random rows: two that exceed the lengths in a configuration, one that does when it grows, a short one."""
+    longest = max([8, *(length for length in _lengths(config.to_dict()) if length <= MAX_PROBED_SETTING)]) + 8
+    limits = [length for _, length in rope_thresholds(config)]
+    limits.append(getattr(config, "max_position_embeddings", None) or longest + PROBED_NEW_TOKENS)
+    longest = max(min(longest, min(limits) - PROBED_NEW_TOKENS), 3)
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(config.vocab_size, (n,), generator=generator).tolist()
+
+    return [(ids(1), ids(n - 1)) for n in (longest, longest - 1, max(longest - 9, 3), 2)]
+
+
+def _lengths(settings: dict[str, Any]) -> Iterator[int]:
+    """Yield the numbers among nested settings that may be lengths."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _lengths(value)
+        elif isinstance(value, int) and not isinstance(value, bool) and LENGTH_SETTING.search(name):
+            yield value
+
+
+def _generates_as_alone(model: Any, rows: Rows) -> bool:
+    """Return whether ``generate`` computes for padded prompts what a forward pass over each of them alone does."""
+    prompts = [prompt + completion for prompt, completion in rows]
+    width, device = max(map(len, prompts)), next(model.parameters()).device
+    ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = torch.tensor(prompt), 1
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=PROBED_NEW_TOKENS,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+        use_cache=True,
+    )
+    with default_generation_config(model):
+        drawn = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            synced_gpus=isinstance(model, FSDPModule),
+        )
+    dtype = next(model.parameters()).dtype
+    completions = drawn.sequences[:, width:].tolist()
+    found = torch.stack(drawn.logits, dim=1).to(dtype).log_softmax(-1)
+    for got, prompt, completion in zip(found, prompts, completions, strict=True):
+        alone = completion_logits(model, pad_sequences([(prompt, completion)], pad_token_id=0).to(device))
+        if not _same(got, alone.log_softmax(-1)):
+            return False
+    return True
+
+
+# --- packed rows --------------------------------------------------------------------------------------------------
 
 
 def enable_packing(model: nn.Module) -> str | None:
@@ -77,6 +222,8 @@ def _reason_to_reject(model: nn.Module, config: Any) -> str | None:
         with eval_mode(model):
             if _leaks(model, rows):
                 return "a sequence in a packed row changes another one"
+        if not probe_padding(model):
+            return "a sequence in a batch changes another one"
         if model.training:  # Dropout acts in this mode only, and not every back end supports it.
             with torch.no_grad(), torch.random.fork_rng():
                 _token_logps(model, rows, packed=True)

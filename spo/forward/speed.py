@@ -8,9 +8,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from spo.forward.head import can_defer, completion_logits
+from spo.forward.head import base_model, can_defer, completion_logits
+from spo.forward.neighbors import refuse_if_sharded
 from spo.forward.packing import pack
-from spo.forward.probe import enable_packing
+from spo.forward.probe import enable_packing, probe_padding
 from spo.logs import log_once
 from spo.ops import completion_targets, sum_per_sequence, token_logps
 from spo.ops.logps import Logits
@@ -46,8 +47,15 @@ class Speed:
     def resolve_for(self, *models: nn.Module) -> Speed:
         """Return the settings for these models: ready to pack, or without packing if a model does not support it.
 
-        A setting that cannot act is reported by a warning, once for each kind of model.
+        Each model is probed for what its sequences may share. A setting that cannot act is reported by a warning, once
+        for each kind of model.
+
+        Raises:
+            UserError: A sharded model needs more forward passes for some batches than for others.
         """
+        for model in models:
+            if not probe_padding(model):
+                refuse_if_sharded(model, base_model(model))
         limited = self.max_logits is not None and self.completion_only
         for model in models:
             if limited and hasattr(model, "peft_config") and not can_defer(model):

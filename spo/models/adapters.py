@@ -14,11 +14,10 @@ from torch import nn
 
 from spo.bounds import DropoutRate, PositiveFloat, PositiveInt
 from spo.errors import UserError
+from spo.models.given_adapter import add_reference_adapter, check_given_adapter
 from spo.models.library_errors import Origin, first_line, in_words, some
 
 ALL_LINEAR = "all-linear"
-REFERENCE_ADAPTER = "reference"
-"""Name of the frozen second copy of a given adapter."""
 SIZE_MISMATCH = re.compile(r"size mismatch for (\S+):.*?Size\((.*?)\).*?Size\((.*?)\)", re.DOTALL)
 
 
@@ -149,6 +148,7 @@ def with_given_adapter(model: nn.Module, path: str, *, is_trainable: bool) -> nn
             f"{origin} cannot be used: this is a {kind} adapter for {config.task_type}; choose a LORA adapter of a "
             "causal language model"
         )
+    check_given_adapter(config)
     base = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
     made_for = f"choose the model it was made for{base}"
     with in_words(origin), _quiet():
@@ -157,7 +157,7 @@ def with_given_adapter(model: nn.Module, path: str, *, is_trainable: bool) -> nn
             # peft only warns about tensors that do not fit. Loading them once more returns their names.
             report = adapted.load_adapter(path, adapter_name="default", is_trainable=is_trainable)
             if is_trainable:
-                adapted.load_adapter(path, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+                add_reference_adapter(adapted)
         except RuntimeError as error:
             mismatch = SIZE_MISMATCH.search(str(error))
             if mismatch is None:

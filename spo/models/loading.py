@@ -21,6 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from spo.errors import UserError
 from spo.models.library_errors import Origin, in_words, some
+from spo.models.tokenizer import as_in_file
 from spo.notes import note
 
 AUTO_ATTENTION = "auto"
@@ -68,7 +69,8 @@ def load_tokenizer(origin: Origin, trust_remote_code: bool) -> PreTrainedTokeniz
     """
     config = load_config(origin, trust_remote_code)
     with in_words(origin):
-        tokenizer = AutoTokenizer.from_pretrained(origin.path, trust_remote_code=trust_remote_code)
+        loaded = AutoTokenizer.from_pretrained(origin.path, trust_remote_code=trust_remote_code)
+        tokenizer = as_in_file(loaded, origin.path)
     check_vocabulary(origin, tokenizer, getattr(config.get_text_config(), "vocab_size", None))
     return tokenizer
 

@@ -1,22 +1,19 @@
-"""Loading and saving of policies in Hugging Face folders, with or without an adapter."""
+"""Loading of policies from Hugging Face folders, with or without an adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spo.models.adapters import LoraSettings, with_fresh_adapter, with_given_adapter
+from spo.models.generation import read_stop_ids
 from spo.models.library_errors import Origin
-from spo.models.loading import load_causal_model, load_tokenizer
-from spo.records import filenames
+from spo.models.loading import load_causal_model, load_config, load_tokenizer
 
 Initial = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
@@ -56,6 +53,11 @@ class ModelSpec:
         """Load the tokenizer from a folder or hub name."""
         return load_tokenizer(self.origin(path), self.trust_remote_code)
 
+    def stop_ids(self, path: str | Path) -> tuple[int, ...]:
+        """Return the tokens by which the model of a folder or hub name ends a generation."""
+        config = load_config(self.origin(path), self.trust_remote_code)
+        return read_stop_ids(path, config.get_text_config().vocab_size)
+
     def base(self, path: str | Path, *, dropout: float = 0.0) -> PreTrainedModel:
         """Load the model without an adapter, in eval mode.
 
@@ -94,33 +96,3 @@ class ModelSpec:
         if self.adapter_path is not None:
             model = with_given_adapter(model, self.adapter_path, is_trainable=False)
         return model.requires_grad_(False).eval()
-
-
-def whole_state_dict(policy: nn.Module) -> dict[str, Any] | None:
-    """Gather the weights of a sharded policy on the first rank; return ``None`` otherwise. All ranks must call it."""
-    if not isinstance(policy, FSDPModule):
-        return None
-    return get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def save_policy(
-    policy: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Any] | None = None
-) -> None:
-    """Save a Hugging Face folder (safetensors, tokenizer) that ``AutoModelForCausalLM`` loads.
-
-    An adapter is saved in ``adapter/`` next to the folder, and merged into the weights inside it. A policy with an
-    adapter cannot be trained further afterwards.
-
-    Args:
-        policy: Policy to save.
-        tokenizer: Tokenizer of the policy.
-        folder: Folder to write.
-        weights: State that :func:`whole_state_dict` gathered, or ``None`` for that of ``policy``.
-    """
-    model: Any = policy  # Any, because nn.Module types undeclared attributes as tensors or modules.
-    if hasattr(model, "peft_config"):
-        model.save_pretrained(folder.parent / filenames.ADAPTER, selected_adapters=["default"])
-        model.set_adapter("default")
-        model = model.merge_and_unload(adapter_names=["default"])
-    model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)

@@ -30,13 +30,13 @@ class Prompts:
     Attributes:
         train: Token ids of the prompts of the training split.
         selection: Token ids of the prompts of the selection split.
-        eos_token_id: Token that ends a completion.
+        stop_ids: Tokens that end a completion.
         pad_token_id: Token that fills rows up.
     """
 
     train: Sequence[Sequence[int]]
     selection: Sequence[Sequence[int]]
-    eos_token_id: int
+    stop_ids: Sequence[int]
     pad_token_id: int
 
 

@@ -69,7 +69,7 @@ class SampleDivergence(Divergence):
             num_samples=settings.num_samples,
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,
-            eos_token_id=run.prompts.eos_token_id,
+            stop_ids=run.prompts.stop_ids,
             pad_token_id=run.prompts.pad_token_id,
             sampler=run.speed.sampler,
             seed=run.seed,

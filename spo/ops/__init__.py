@@ -1,10 +1,11 @@
 """Log-probabilities, entropies and divergences of completions: the only place where logits become numbers."""
 
-from spo.ops.divergence import KL_ESTIMATORS, KLEstimator, token_entropy, token_kl
+from spo.ops.divergence import KL_ESTIMATORS, KLEstimator, entropy, kl, token_entropy, token_kl
 from spo.ops.logps import (
     Logits,
     completion_targets,
     concat_logits,
+    rows_of,
     sum_per_sequence,
     token_logps,
 )
@@ -15,6 +16,9 @@ __all__ = [
     "Logits",
     "completion_targets",
     "concat_logits",
+    "entropy",
+    "kl",
+    "rows_of",
     "sum_per_sequence",
     "token_entropy",
     "token_kl",

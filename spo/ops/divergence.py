@@ -27,29 +27,45 @@ def token_kl(policy_logits: Logits, reference_logits: Logits) -> Tensor:
         reference_logits: ``(M, V)`` logits of the reference; they do not get a gradient.
 
     Returns:
-        ``(M,)`` nats, non-negative up to rounding.
+        ``(M,)`` nats, non-negative up to rounding. A token of probability zero under the policy, such as one whose
+        logit is -inf, counts as zero in value and gradient. A token of probability zero under the reference alone
+        makes the value of its position infinite and the gradient of that position zero.
     """
     return by_rows(_TokenKL.apply, policy_logits, reference_logits)
 
 
+def token_entropy(logits: Logits) -> Tensor:
+    """Return the ``(M,)`` entropy in nats of each next-token distribution given by ``(M, V)`` logits.
+
+    A token of probability zero counts as zero in value and gradient.
+    """
+    return -by_rows(_TokenKL.apply, logits)
+
+
 class _TokenKL(torch.autograd.Function):
-    """The divergence, and its gradient p * (log p - log q - KL) from the same passes over the logits."""
+    """The divergence, and its gradient p * (log p - log q) - p * KL from the same passes over the logits.
+
+    Without a reference, log q is 0, and the value is the negative entropy.
+    """
 
     @staticmethod
-    def forward(ctx: Any, policy: Tensor, reference: Tensor) -> Tensor:
+    def forward(ctx: Any, policy: Tensor, reference: Tensor | None = None) -> Tensor:
         wide = torch.promote_types(policy.dtype, torch.float32)
         slope = torch.empty_like(policy, dtype=wide) if ctx.needs_input_grad[0] else None
-        parts = [policy, reference] if slope is None else [policy, reference, slope]
         values = []
-        for p, q, *out in in_cache(*parts):
-            log_p, log_q = (at_least_float32(logits).log_softmax(-1) for logits in (p, q))
-            ratio = log_p - log_q
-            probability = log_p.exp_()
-            # Not a dot product: autocast would compute it in half precision.
-            divergence = (probability * ratio).sum(-1)
+        for rows in in_cache(*(tensor for tensor in (policy, reference, slope) if tensor is not None)):
+            log_p = at_least_float32(rows[0]).log_softmax(-1)
+            log_q = None if reference is None else at_least_float32(rows[1]).log_softmax(-1)
+            probability = log_p.exp()
+            # In a row with NaN among its logits, all log-probs are NaN.
+            is_nan = (probability[:, 0] if log_q is None else probability[:, 0] + log_q[:, 0]).isnan()
+            # Not a dot product: autocast would compute it in half precision. A term whose probability is 0 may be NaN.
+            terms = (log_p if log_q is None else log_p.sub_(log_q)).mul_(probability)
+            divergence = terms.nansum(-1).masked_fill_(is_nan, torch.nan)
             values.append(divergence)
-            for rows in out:
-                torch.mul(ratio.sub_(divergence[:, None]), probability, out=rows)
+            if slope is not None:
+                torch.addcmul(terms, probability, divergence[:, None], value=-1, out=rows[-1])
+                rows[-1].nan_to_num_(0, 0, 0)  # No slope is finite in a row whose divergence is infinite.
         ctx.save_for_backward(slope)
         ctx.dtype = policy.dtype
         return torch.cat(values)
@@ -61,14 +77,23 @@ class _TokenKL(torch.autograd.Function):
         return (slope * gradient[:, None]).to(ctx.dtype), None
 
 
-def token_entropy(logits: Logits) -> Tensor:
-    """Return the ``(M,)`` entropy in nats of each next-token distribution given by ``(M, V)`` logits."""
+def entropy(logps: Tensor) -> Tensor:
+    """Return the entropy in nats over the last dimension, from log-probabilities; a probability of 0 counts as 0."""
+    probability = logps.exp()
+    # Without the mask, 0 * -inf would be NaN in value and gradient.
+    return -(probability * logps.masked_fill(probability == 0, 0)).sum(-1)
 
-    def rows(logits: Tensor) -> Tensor:
-        log_p = at_least_float32(logits).log_softmax(-1)
-        return -(log_p.exp() * log_p).sum(-1)
 
-    return by_rows(rows, logits)
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """Return KL(p || q) in nats over the last dimension, from log-probabilities.
+
+    Where p is zero, a term counts as zero. Where q alone is zero, the value is infinite and its gradient is zero.
+    """
+    probability = p.exp()
+    ratio = (p - q).masked_fill(probability == 0, 0)
+    infinite = ratio == torch.inf
+    finite = (probability * ratio.masked_fill(infinite, 0)).sum(-1)
+    return finite.masked_fill(infinite.any(-1), torch.inf)
 
 
 # --- estimators of the sequence KL --------------------------------------------------------------------------------
@@ -99,7 +124,8 @@ def unbiased_kl(policy_logits: Logits, reference_logits: Logits, sequences: Sequ
     """
     per_token = token_kl(policy_logits, reference_logits)
     logps = token_logps(policy_logits, completion_targets(sequences))
-    score = sum_per_sequence(logps * _later_minus_baseline(per_token.detach(), sequences), sequences)
+    later = per_token.detach().masked_fill(per_token == torch.inf, 0)  # An infinite divergence gives no direction.
+    score = sum_per_sequence(logps * _later_minus_baseline(later, sequences), sequences)
     # The score has the value 0 here, and only its gradient counts.
     return sum_per_sequence(per_token, sequences) + (score - score.detach())
 

@@ -57,6 +57,11 @@ def concat_logits(parts: list[Logits]) -> Logits:
     return replace(deferred[0], states=torch.cat([part.states for part in deferred]))
 
 
+def rows_of(logits: Logits, index: Tensor) -> Logits:
+    """Return the rows of logits at ``index``, a tensor of positions."""
+    return replace(logits, states=logits.states[index]) if isinstance(logits, DeferredLogits) else logits[index]
+
+
 def by_rows(function: Callable[..., Tensor], *arguments: Logits) -> Tensor:
     """Apply a row-wise function. Deferred logits are computed chunk by chunk, and again in the backward pass.
 

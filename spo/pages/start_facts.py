@@ -7,9 +7,10 @@ from omegaconf import DictConfig
 
 from spo.data import PreparedPairs
 from spo.data.splits import REPORTED_COUNTS
-from spo.exact import ExactMetrics, entropy
+from spo.exact import ExactMetrics
 from spo.metrics.catalogue import unit
 from spo.module import AlignmentModule
+from spo.ops import entropy
 from spo.schedules import Controller, Schedule
 
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from spo.objective import EnumeratedDivergence, Run
+from spo.ops import kl
 from spo.regularizers.base import Regularizer
 
 
@@ -24,7 +25,7 @@ class EnumeratedKL(Regularizer):
 
     def __call__(self, policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
         """Return ``(P,)`` nats from ``(P, R)`` log-probabilities of all ``R`` responses to ``P`` prompts."""
-        return (policy_logps.exp() * (policy_logps - reference_logps)).sum(-1)
+        return kl(policy_logps, reference_logps)
 
     def part(self, run: Run) -> EnumeratedDivergence:
         """Build the part that holds every response.

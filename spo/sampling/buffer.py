@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as Seq
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from spo.ops import Logits
 from spo.sampling.generate import sample
 from spo.seeds import derive_seed
 from spo.types import Sequences
+
+log = logging.getLogger(__name__)
 
 
 class SampleBuffer:
@@ -31,7 +34,7 @@ class SampleBuffer:
         num_samples: Number of samples in the buffer, over all ranks.
         batch_size: Number of samples per step, over all ranks.
         max_new_tokens: Length limit of a sample in tokens.
-        eos_token_id: Token id of end-of-text.
+        stop_ids: Tokens that end a sample.
         pad_token_id: Token id of padding.
         sampler: Sampler to use, see :func:`~spo.sampling.generate.sample`.
         seed: Seed of the run.
@@ -47,7 +50,7 @@ class SampleBuffer:
         num_samples: int,
         batch_size: int,
         max_new_tokens: int,
-        eos_token_id: int,
+        stop_ids: Seq[int],
         pad_token_id: int,
         sampler: Literal["static", "generate"],
         seed: int,
@@ -58,9 +61,10 @@ class SampleBuffer:
         self.refresh_every = refresh_every
         self.num_samples = max(num_samples // world_size, 1)
         self.batch_size = max(batch_size // world_size, 1)
+        self.stop_ids = list(stop_ids)
         self.sampling: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
-            "eos_token_id": eos_token_id,
+            "stop_ids": self.stop_ids,
             "pad_token_id": pad_token_id,
             "sampler": sampler,
         }
@@ -121,13 +125,23 @@ class SampleBuffer:
         held = self.samples
         return {
             "drawn_at": self.drawn_at,
+            "stop_ids": self.stop_ids,
             "input_ids": held.input_ids,
             "prompt_length": held.prompt_length,
             "length": held.length,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state that :meth:`state_dict` returned."""
-        if state:
-            self.drawn_at = state["drawn_at"]
-            self.samples = Sequences(state["input_ids"], state["prompt_length"], state["length"]).to("cpu")
+        """Restore a state that :meth:`state_dict` returned, unless its samples end in other tokens.
+
+        The buffer stays empty then, and the next step refreshes it.
+        """
+        if not state:
+            return
+        # Version 0.1.0 stopped at one token, the EOS, and did not record it.
+        before = state.get("stop_ids", self.stop_ids[:1])
+        if before != self.stop_ids:
+            log.warning("other tokens end a sample now (%s before, %s now): drawing new samples", before, self.stop_ids)
+            return
+        self.drawn_at = state["drawn_at"]
+        self.samples = Sequences(state["input_ids"], state["prompt_length"], state["length"]).to("cpu")

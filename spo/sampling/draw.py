@@ -20,7 +20,9 @@ def uniform_numbers(seeds: Seq[int], length: int, device: torch.device) -> Tenso
         ``(N, length)`` float64, or float32 on MPS, which does not support float64.
     """
     rows = [torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows).to(device, torch.float32 if device.type == "mps" else torch.float64)
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    # Rounded to float32, the largest numbers would be 1, which stands for the last token even if it is impossible.
+    return torch.stack(rows).to(dtype).clamp(max=1 - torch.finfo(dtype).eps / 2).to(device)
 
 
 def next_tokens(logits: Tensor, numbers: Tensor, temperature: float) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -15,9 +15,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from spo.batching import even_parts_by_length
 from spo.forward.head import base_model
-from spo.forward.modes import eval_mode
+from spo.forward.modes import default_generation_config, eval_mode
+from spo.forward.neighbors import alike, note_once, refuse_if_sharded, scale_of
+from spo.forward.probe import Drawing, probe_drawing
 from spo.logs import log_once
-from spo.sampling import static
+from spo.sampling import static, uncached
 from spo.sampling.draw import next_tokens, uniform_numbers
 from spo.types import Sequences
 
@@ -26,21 +28,6 @@ log = logging.getLogger(__name__)
 MAX_BATCH_TOKENS = 32768
 """Largest number of tokens of a batch, with padding and room for completions: 4 GB of keys and values of an 8B model
 in 16 bits."""
-
-
-@contextmanager
-def _default_generation_config(model: nn.Module) -> Iterator[None]:
-    """Hide the generation configs of a model, from which ``generate`` takes each setting that a call leaves out."""
-    configs: dict[Any, Any] = {
-        module: module.generation_config for module in model.modules() if "generation_config" in vars(module)
-    }
-    for module in configs:
-        module.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        for module, config in configs.items():
-            module.generation_config = config
 
 
 def _uncompiled(model: nn.Module) -> AbstractContextManager[None]:
@@ -85,7 +72,7 @@ def _generate(
     numbers: Tensor,
     *,
     temperature: float,
-    eos_token_id: int,
+    stop_ids: Seq[int],
     pad_token_id: int,
 ) -> Tensor:
     """Do what :func:`spo.sampling.static.decode` does with Hugging Face's ``generate``.
@@ -97,13 +84,13 @@ def _generate(
         num_beams=1,
         num_return_sequences=1,
         max_new_tokens=numbers.shape[1],
-        eos_token_id=eos_token_id,
+        eos_token_id=list(stop_ids),
         pad_token_id=pad_token_id,
         use_cache=True,
     )
     draw = [_Draw(numbers, temperature, ids.shape[1])] if temperature > 0 else []
     generate: Any = model.generate  # Any, because nn.Module types undeclared attributes as tensors or modules.
-    with _default_generation_config(model):
+    with default_generation_config(model):
         return generate(
             input_ids=ids,
             attention_mask=mask,
@@ -120,7 +107,7 @@ def sample(
     *,
     max_new_tokens: int,
     temperature: float,
-    eos_token_id: int,
+    stop_ids: Seq[int],
     pad_token_id: int,
     seeds: Seq[int],
     sampler: Literal["static", "generate"],
@@ -129,7 +116,7 @@ def sample(
 
     The completion of a prompt depends on the weights, the prompt and its seed. It does not depend on other prompts,
     the sampler, or the global random state, except for rounding: other batch shapes add up in another order. A
-    completion ends with its first end-of-text token, which is part of it, or is cut at ``max_new_tokens``. Prompts of
+    completion ends with its first stop token, which is part of it, or is cut at ``max_new_tokens``. Prompts of
     similar length are forwarded together, as many as :data:`MAX_BATCH_TOKENS` allows.
 
     Args:
@@ -137,7 +124,7 @@ def sample(
         prompts: Token ids of each prompt, none empty.
         max_new_tokens: Length limit of a completion in tokens.
         temperature: Temperature of the softmax: 1 samples the model's own distribution, 0 decodes greedily.
-        eos_token_id: Token id that ends a completion; in a prompt it does not.
+        stop_ids: Tokens that end a completion, at least one; in a prompt they do not.
         pad_token_id: Token id of padding.
         seeds: Seed of each prompt.
         sampler: ``static`` for the loop of :mod:`spo.sampling.static`, with the models that it supports; ``generate``
@@ -147,15 +134,10 @@ def sample(
         ``len(prompts)`` sequences, right-padded.
     """
     device = next(model.parameters()).device
-    decode = static.decode if sampler == "static" and _is_static(model) else _generate
     numbers = uniform_numbers(seeds, max_new_tokens, device)
     generated = torch.full(numbers.shape, pad_token_id, dtype=torch.long, device=device)
-    batches: Seq[Seq[int]] = even_parts_by_length([*map(len, prompts)], max_new_tokens, MAX_BATCH_TOKENS)
-    if isinstance(model, FSDPModule):
-        # Ranks gather shards together, so they need equally many batches. Their prompts are as many, but not as long.
-        batches = [range(len(prompts))]
     with eval_mode(model), _uncompiled(model):
-        for rows in batches:
+        for rows, decode in _batches(model, [*map(len, prompts)], max_new_tokens, sampler):
             ids, mask = _left_padded([prompts[row] for row in rows], pad_token_id, device)
             index = torch.tensor(rows, device=device)
             drawn = decode(
@@ -164,14 +146,52 @@ def sample(
                 mask,
                 numbers[index],
                 temperature=temperature,
-                eos_token_id=eos_token_id,
+                stop_ids=stop_ids,
                 pad_token_id=pad_token_id,
             )
             generated[index, : drawn.shape[1]] = drawn
-    # A token is part of its completion if no end-of-text token comes before it.
-    is_eos = (generated == eos_token_id).long()
-    completion_length = (is_eos.cumsum(1) - is_eos == 0).sum(1)
+    # A token is part of its completion if no stop token comes before it.
+    is_stop = torch.isin(generated, torch.tensor(stop_ids, device=device)).long()
+    completion_length = (is_stop.cumsum(1) - is_stop == 0).sum(1)
     return _right_padded(prompts, generated, completion_length, pad_token_id)
+
+
+def _batches(
+    model: nn.Module, lengths: list[int], max_new_tokens: int, sampler: Literal["static", "generate"]
+) -> list[tuple[Seq[int], Callable[..., Tensor]]]:
+    """Return the rows of each batch, and the function that decodes them.
+
+    Rows that would change each other are drawn apart: only with rows of equal length, and so without padding, where
+    padding changes a row; without a cache where positions change with the length that a completion may reach.
+    """
+    causal = base_model(model)
+    is_static = sampler == "static" and _is_static(model)
+    # The static loop supports only models that padding does not change.
+    drawing, scale = Drawing() if is_static else probe_drawing(model), scale_of(causal)
+
+    def traits(row: int) -> tuple[bool, object]:
+        length = lengths[row]
+        scales = None if scale is None else (scale(length), scale(length + max_new_tokens - 1))
+        cached = drawing.cache and (scales is None or scales[0] == scales[1])
+        return cached, scales if cached and drawing.left_padding else length
+
+    groups = alike(range(len(lengths)), traits)
+    if len(groups) > 1 or not traits(0)[0]:
+        refuse_if_sharded(model, causal)
+        note_once(
+            causal,
+            "samples_drawn_alone",
+            "a sample changes with the prompts beside it or with a cache, so prompts of other lengths are drawn apart",
+        )
+    if isinstance(model, FSDPModule):
+        # Ranks gather shards together, so they need equally many batches. Their prompts are as many, but not as long.
+        return [(range(len(lengths)), _generate)]
+    batches: list[tuple[Seq[int], Callable[..., Tensor]]] = []
+    for rows in groups:
+        decode = (static.decode if is_static else _generate) if traits(rows[0])[0] else uncached.decode
+        parts = even_parts_by_length([lengths[row] for row in rows], max_new_tokens, MAX_BATCH_TOKENS)
+        batches += [([rows[place] for place in part], decode) for part in parts]
+    return batches
 
 
 def _is_static(model: nn.Module) -> bool:

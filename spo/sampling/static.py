@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
@@ -152,7 +153,7 @@ def decode(
     numbers: Tensor,
     *,
     temperature: float,
-    eos_token_id: int,
+    stop_ids: Seq[int],
     pad_token_id: int,
 ) -> Tensor:
     """Draw completions of a batch of prompts.
@@ -163,7 +164,7 @@ def decode(
         mask: ``(N, T)`` 1 on their tokens, 0 on padding.
         numbers: ``(N, new)`` uniform numbers in [0, 1), one for each token to draw; ``new`` is the length limit.
         temperature: Temperature of the softmax; 0 decodes greedily.
-        eos_token_id: Token id that ends a completion.
+        stop_ids: Tokens that end a completion.
         pad_token_id: Token id that fills the rest of the row.
 
     Returns:
@@ -199,13 +200,13 @@ def decode(
     # `active` has their row in the batch.
     attended = nn.functional.pad(mask, (0, limit), value=1) if states.padded else None
     positions = positions[:, -1]
-    completions = ids.new_full((n, limit), pad_token_id)
+    completions, stops = ids.new_full((n, limit), pad_token_id), torch.tensor(stop_ids, device=ids.device)
     active, finished = torch.arange(n, device=ids.device), torch.zeros(n, dtype=torch.bool, device=ids.device)
     every = 1 if ids.device.type == "cpu" else TOKENS_BETWEEN_CHECKS
     for step in range(limit):
         tokens = next_tokens(logits, numbers[:, step], temperature).masked_fill(finished, pad_token_id)
         completions[active, step] = tokens
-        finished |= tokens == eos_token_id
+        finished |= torch.isin(tokens, stops)
         if step + 1 == limit:
             break
         if (step + 1) % every == 0 and any(ended := finished.tolist()):

@@ -18,6 +18,7 @@ from spo.exact import ExactMetrics, World
 from spo.forward.speed import Speed
 from spo.losses import Loss
 from spo.models import Reference
+from spo.models.saving import check_mergeable
 from spo.module import AlignmentModule
 from spo.objective import Enumeration, Prompts
 from spo.regularizers import Regularizer
@@ -52,6 +53,7 @@ def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
         loggers: Loggers of the Trainer.
     """
     policy = prepared.spec.policy(prepared.base, seed=cfg.seed)
+    check_mergeable(policy)
     reference: Reference = instantiate(cfg.reference)
     exact = build_exact(cfg, prepared)
     enumeration = None if exact is None else Enumeration(exact.world.sequences, len(exact.world.rewards))
@@ -85,7 +87,6 @@ def build_module(
     loss: Loss[Any] = instantiate(cfg.method.loss, _convert_="all")
     regularizer: Regularizer = instantiate(cfg.regularizer, _convert_="all")
     probe = ProbeSettings(**cfg.probe) if cfg.probe.num_prompts > 0 else None
-    tokenizer = prepared.tokenizer
     return AlignmentModule(
         policy,
         loss,
@@ -98,8 +99,8 @@ def build_module(
         prompts=Prompts(
             [prompt.ids for prompt in prepared.sampling_prompts("train", cfg.data.max_new_tokens)],
             [prompt.ids for prompt in prepared.sampling_prompts("selection", cfg.data.max_new_tokens)],
-            tokenizer.eos_token_id,
-            tokenizer.pad_token_id,
+            prepared.stop_ids,
+            prepared.tokenizer.pad_token_id,
         ),
         probe=probe,
         clip_norm=cfg.trainer.gradient_clip_val,
@@ -163,7 +164,8 @@ def _attach_validation_samples(cfg: DictConfig, prepared: Prepared, trainer: Tra
         settings: EvaluationSettings = instantiate(cfg.evaluation, _convert_="all")
         prompts = prepared.sampling_prompts("selection", settings.max_new_tokens)
         judge = instantiate(cfg.judge, _convert_="all")
-        callback.attach(prompts, settings, judge, prepared.tokenizer, prepared.renderer.decode)
+        stop_ids, pad_token_id = prepared.stop_ids, prepared.tokenizer.pad_token_id
+        callback.attach(prompts, settings, judge, stop_ids, pad_token_id, prepared.renderer.decode)
     return bool(callbacks)
 
 

@@ -16,6 +16,7 @@ from spo.data.enumerable import Language
 from spo.data.rows import SPLITS, Split
 from spo.data.splits import prepare
 from spo.models import ModelSpec
+from spo.models.generation import note_stops_in_text
 from spo.models.loading import load_config
 from spo.stages.from_config import make_renderer, model_spec
 from spo.stages.pairs import preference_rows
@@ -45,6 +46,11 @@ class Prepared:
     prompts: dict[Split, list[EvalPrompt]]
     bad_rows: list[RowError]
     language: Language | None
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Return the tokens that end a completion, in ascending order."""
+        return self.pairs.stop_ids
 
     def sampling_prompts(self, split: Split, max_new_tokens: int, limit: int | None = None) -> list[EvalPrompt]:
         """Return prompts of a split that leave room for ``max_new_tokens`` within the context.
@@ -85,11 +91,11 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
     else:
         base = reference_model(model_from, spec, instantiate(model_from.data.source, _convert_="all"))
     tokenizer = spec.tokenizer(base)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masks depend on positions, so the two may coincide
     if spec.path is None:
         _check_context(cfg, spec, base)
-    renderer = make_renderer(cfg, tokenizer, source)
+    stop_ids = spec.stop_ids(base)
+    note_stops_in_text(base, stop_ids, tokenizer)
+    renderer = make_renderer(cfg, tokenizer, source, stop_ids)
     rows, dropped = preference_rows(cfg, spec, source, base, renderer)
     pairs = _prepare_pairs(cfg, source, renderer, rows, dropped)
     prompts = {split: _prompts(source, split, pairs, renderer) for split in SPLITS}
@@ -118,6 +124,7 @@ def _prepare_pairs(
     # The pairs of an enumerable language are a complete description, so every split consists of all of them.
     whole = source.language is not None
     selection, test = (0.0, 0.0) if whole else (cfg.data.splits.selection, cfg.data.splits.test)
+    source.findings.write_notes()
     pairs = prepare(rows, renderer, cfg.data.seed, selection, test, cfg.data.min_pairs)
     if whole:
         counts = pairs.counts | dict.fromkeys(SPLITS, len(pairs.train))

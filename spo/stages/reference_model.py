@@ -14,20 +14,20 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import get_cosine_schedule_with_warmup
 
 from spo.callbacks import Progress
-from spo.data import Source, TokenizedPair
+from spo.data import PreparedPairs, Source
 from spo.data.datamodule import PreferenceDataModule
 from spo.data.splits import prepare
 from spo.forward.speed import Speed
 from spo.losses import SFTLoss
 from spo.models import ModelSpec, NoReference
-from spo.models.policy import save_policy
+from spo.models.saving import save_policy
 from spo.module import AlignmentModule
 from spo.objective import Prompts
 from spo.records.cache import cached
 from spo.records.digests import code_version, model_digest
 from spo.regularizers import NoRegularizer
 from spo.schedules import Constant
-from spo.stages.from_config import data_key, eval_device, make_renderer
+from spo.stages.from_config import data_key, eval_device, make_renderer, model_plugins, rendering_key
 from spo.stages.pairs import no_completer
 
 log = logging.getLogger(__name__)
@@ -67,10 +67,11 @@ def reference_model(cfg: DictConfig, spec: ModelSpec, source: Source) -> str:
         "code": code_version(*CODE_DEPENDENCIES),
         "initial": OmegaConf.to_container(cfg.model.initial, resolve=True) if cfg.model.initial else None,
         "weights": None if spec.path is None else model_digest(spec.path),
+        "plugins": model_plugins(cfg),
         "dtype": spec.dtype,
         "sft": OmegaConf.to_container(cfg.sft, resolve=True),
         "data": data_key(cfg),
-        "rendering": [cfg.data.max_length, cfg.data.truncation, cfg.data.seed],
+        "rendering": rendering_key(cfg),
     }
     return str(cached(cfg.paths.cache, "sft", key, partial(_fine_tune, cfg, spec, source)))
 
@@ -79,9 +80,10 @@ def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path) -
     """Write a model to a folder: the initial or given weights after supervised fine-tuning on the data."""
     if spec.initial is not None:
         model, tokenizer = spec.initial()
+        stop_ids: tuple[int, ...] = ()
     else:
         assert spec.path is not None
-        model, tokenizer = spec.base(spec.path), spec.tokenizer(spec.path)
+        model, tokenizer, stop_ids = spec.base(spec.path), spec.tokenizer(spec.path), spec.stop_ids(spec.path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if cfg.sft.max_steps > 0:
@@ -89,13 +91,13 @@ def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path) -
         rows = source.sft_rows()
         if rows is None:
             rows = [dataclasses.replace(row, rejected=None, worse=()) for row in source.rows(no_completer)]
-        renderer = make_renderer(cfg, tokenizer, source)
-        train = prepare(rows, renderer, cfg.data.seed, 0.0, 0.0, min_pairs=1).train
-        _fit_supervised(cfg, model.train(), train, tokenizer)
+        renderer = make_renderer(cfg, tokenizer, source, stop_ids)
+        pairs = prepare(rows, renderer, cfg.data.seed, 0.0, 0.0, min_pairs=1)
+        _fit_supervised(cfg, model.train(), pairs, tokenizer)
     save_policy(model, tokenizer, folder)
 
 
-def _fit_supervised(cfg: DictConfig, model: Any, train: list[TokenizedPair], tokenizer: Any) -> None:
+def _fit_supervised(cfg: DictConfig, model: Any, pairs: PreparedPairs, tokenizer: Any) -> None:
     """Train the model on completions, in the module that trains all methods, with the loss of SFT."""
     sft = cfg.sft
     pad = tokenizer.pad_token_id
@@ -114,7 +116,7 @@ def _fit_supervised(cfg: DictConfig, model: Any, train: list[TokenizedPair], tok
             num_warmup_steps=sft.num_warmup_steps,
             num_training_steps=sft.max_steps,
         ),
-        prompts=Prompts([], [], tokenizer.eos_token_id, pad),
+        prompts=Prompts([], [], pairs.stop_ids, pad),
         probe=None,
         clip_norm=sft.clip_norm,
         micro_batch_size=None,
@@ -124,7 +126,7 @@ def _fit_supervised(cfg: DictConfig, model: Any, train: list[TokenizedPair], tok
         speed=Speed(**cfg.speed),
     )
     data = PreferenceDataModule(
-        train,
+        pairs.train,
         [],
         batch_size=sft.batch_size,
         micro_batch_size=None,

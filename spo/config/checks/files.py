@@ -18,6 +18,8 @@ def file_problems(cfg: DictConfig) -> Iterator[str]:
     path = select(cfg, "data.path")
     if path is not None and looks_like_path(str(path)) and (problem := missing_data(str(path))):
         yield problem
+    if (template := select(cfg, "data.chat_template")) is not None:
+        yield from _template_problems(str(template))
     if (judge := select(cfg, "judge.path")) is not None:
         yield from folder_problems("judge.path", str(judge))
     yield from _opponents(cfg)
@@ -28,6 +30,19 @@ def missing_data(path: str) -> str | None:
     if Path(path).expanduser().exists():
         return None
     return f"data.path={path}: there is no such file or folder (seen from {Path.cwd()})"
+
+
+def _template_problems(path: str) -> Iterator[str]:
+    """Yield why ``data.chat_template`` cannot be read."""
+    try:
+        empty = not Path(path).expanduser().read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        yield f"data.chat_template={path}: there is no such file (seen from {Path.cwd()})"
+    except (OSError, UnicodeDecodeError) as error:
+        yield f"data.chat_template={path}: give a text file with a Jinja template ({error})"
+    else:
+        if empty:
+            yield f"data.chat_template={path}: the file is empty; null keeps the tokenizer's own template"
 
 
 def _model(cfg: DictConfig) -> Iterator[str]:
