@@ -105,8 +105,12 @@ def _probed(model: nn.Module, claim: Callable[[Rows], bool]) -> bool:
             return False
 
 
+def _differences(got: Tensor, want: Tensor) -> Tensor:
+    return (got - want).abs().masked_fill(got == want, 0)  # Log-probs of masked tokens are -inf in both.
+
+
 def _same(got: Tensor, want: Tensor) -> bool:
-    difference = (got - want).abs().masked_fill(got == want, 0)  # Log-probs of masked tokens are -inf in both.
+    difference = _differences(got, want)
     if got.dtype in (torch.float32, torch.float64):
         return bool(difference.max() <= MAX_SHARING_DIFFERENCE_NATS)
     return bool(difference.median() <= 0.1)
@@ -215,7 +219,7 @@ def _reason_to_reject(model: nn.Module, config: Any) -> str | None:
         calls, distinct = len(modules), len(set(modules))
         if not calls == distinct == config.num_hidden_layers:
             return f"attention was called {calls} times in {distinct} places, for {config.num_hidden_layers} layers"
-        difference = float((packed - padded).abs().max())
+        difference = float(_differences(packed, padded).max())
         # Written so that NaN is rejected.
         if not difference <= MAX_DIFFERENCE_NATS.get(next(model.parameters()).dtype, 0.1):
             return f"packed and padded log-probs differ by {difference:.2g} nats"
