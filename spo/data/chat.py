@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", CLOCK}
 """Variables of templates that are not arguments of the user."""
-_TAIL = "zqTAILzq"
-"""Text after the content of a message that is continued."""
+REASONING_TAG = re.compile(r"</?(?:think|thinking|reasoning)>")
+"""Tag around the reasoning in an assistant's message."""
+_TAIL = "730594846197"
+"""Text after the content of a message that is continued. Templates that change letters do not change digits."""
 
 
 class TemplateError(DataError):
@@ -82,6 +84,8 @@ class ChatTemplate:
         self.reads_strings = self.reads_parts = self._shows_content = True
         turn_tokens = self._probe()
         self.encoder = TextEncoder(tokenizer, [*control, *turn_tokens, *self.ends])
+        source = str(tokenizer.chat_template)
+        self._reasoning = {t for t in self.encoder.control if REASONING_TAG.fullmatch(t) and t in source}
 
     @property
     def ends(self) -> list[str]:
@@ -117,7 +121,8 @@ class ChatTemplate:
         """Return the text of each conversation.
 
         The same control tokens are hidden in all texts: those that occur in the messages, except for tokens that the
-        template looks for, such as ``</think>``. A hidden token is one that does not change what the template writes.
+        template looks for. A token can be hidden if that does not change what the template writes. Tags of reasoning
+        that the template mentions stay tokens in an assistant's messages.
 
         Raises:
             TemplateError: If the template rejects the messages, or if it never shows the content of messages.
@@ -174,10 +179,12 @@ class ChatTemplate:
         return None
 
     def _hide(self, request: Request, tokens: set[str]) -> Request:
-        messages, tools, kwargs = self.encoder.hide(
-            (request.messages, request.tools, dict(request.kwargs or {})), tokens
+        hide = self.encoder.hide
+        messages = tuple(
+            hide(m, tokens - self._reasoning if m["role"] == "assistant" else tokens) for m in request.messages
         )
-        return replace(request, messages=tuple(messages), tools=tools and tuple(tools), kwargs=kwargs)
+        tools = request.tools and tuple(hide(request.tools, tokens))
+        return replace(request, messages=messages, tools=tools, kwargs=hide(dict(request.kwargs or {}), tokens))
 
     def _write(self, request: Request) -> str:
         """Return the text that the template writes."""
@@ -230,10 +237,10 @@ class ChatTemplate:
         rejected = False
         # Templates may want a system turn, or only one question.
         for n, system in product((2, 1), (False, True)):
-            names = [f"zq{role}{i}zq" for i in range(n) for role in ("user", "assistant")]
-            turns = [{"role": name[2:-3], "content": name} for name in names]
+            names = [marker(i) for i in range(2 * n)]
+            turns = [{"role": ("user", "assistant")[i % 2], "content": name} for i, name in enumerate(names)]
             if system:
-                turns.insert(0, {"role": "system", "content": "zqsystemzq"})
+                turns.insert(0, {"role": "system", "content": marker(2 * n)})
             texts = {}
             for parts in (False, True):
                 shaped = [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in turns] if parts else turns
@@ -271,6 +278,11 @@ class ChatTemplate:
         if tokens and len(inside) >= len(tokens):
             self.inner_end = inside[len(tokens) - 1]
         return set(re.findall(token, text[first : text.rindex(names[2])])) if names[2] in text else set()
+
+
+def marker(number: int) -> str:
+    """Return a text that stands for content and that neither data nor templates contain."""
+    return f"7305{number:04d}9461"
 
 
 def find_end(text: str, control: Sequence[str], ends: Iterable[str]) -> tuple[int, int, list[str]] | None:
