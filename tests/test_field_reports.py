@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -19,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from spo.config.checks import problems
+from spo.config.compose import compose
 from spo.data.rendering import Renderer, TokenizedPair
 from spo.data.rows import DataError, Row
 from spo.models.adapters import with_given_adapter
@@ -90,6 +93,20 @@ def test_a_chat_template_reads_a_clock_that_stands_still() -> None:
     assert rendered("{% if strftime_now is defined %}now{% endif %}" + ENDS_IN_EOS)[1] == []
     with pytest.raises(DataError, match=r"strftime_now=today: write a date such as 2026-01-31"):
         rendered(DATED, strftime_now="today")
+
+
+def test_every_test_of_the_page_exists() -> None:
+    root = Path(__file__).parent
+    page = (root.parent / "docs" / "explanation" / "field-reports.md").read_text()
+    rows = [line.strip("|").rpartition("|")[2] for line in page.splitlines() if line.startswith("| [")]
+    defined = {name for file in root.rglob("test_*.py") for name in re.findall(r"def test_(\w+)", file.read_text())}
+    named = [re.findall(r"`(\w+)`", row) for row in rows]
+    assert len(rows) > 15 and all(named) and {name for names in named for name in names} <= defined
+
+
+def test_weights_are_not_trained_in_float16(tmp_path: Path) -> None:
+    words = problems(compose(["model=hf", f"model.path={save_model(tmp_path)}", "model.dtype=float16"]))
+    assert any("model.dtype=float16: choose float32" in problem for problem in words)
 
 
 def rows_of(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row] = ()) -> list[tuple[tuple[int, ...], ...]]:
