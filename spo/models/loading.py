@@ -217,14 +217,16 @@ def load_weights(auto_class: Any, origin: Origin, *, part_of_checkpoint: bool = 
     return model
 
 
-def _check_report(origin: Origin, model: nn.Module, report: Mapping[str, Any], part_of_checkpoint: bool) -> None:
+def _check_report(origin: Origin, model: PreTrainedModel, report: Mapping[str, Any], part_of_checkpoint: bool) -> None:
     config: Any = model.config
     own = {_beginning(key) for key in model.state_dict()}
+    has_head = model.get_output_embeddings() is not None  # Reward models may bring an unused head along.
     missing = sorted(report["missing_keys"])
     unexpected = sorted(
         key
         for key in report["unexpected_keys"]
         if not HARMLESS_KEYS.search(key)
+        and (has_head or not key.startswith("lm_head."))
         and not _is_prediction_layer(key, config)
         and not (part_of_checkpoint and _beginning(key) not in own)
     )
