@@ -33,6 +33,8 @@ from spo.watch import (
     Probe,
     ProbeSettings,
     completion_health,
+    note_nonfinite,
+    refuse_impossible,
     warn_of_loss_scale,
 )
 
@@ -194,7 +196,10 @@ class AlignmentModule(LightningModule):
         self.train_metrics.update(self.controllers.adjust(measured, step))
         if not self.is_log_step:
             return
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        refuse_impossible(self.pairs.take_impossible(), data.train, "training")
         means = self.train_metrics.compute()
+        note_nonfinite(means["loss"], "train/loss", step)
         self.train_metrics.reset()
         row = {f"time/{key}" if key in TIME_METRICS else f"train/{key}": value for key, value in means.items()}
         self._log(row | {f"train/{key}": value for key, value in measured.items()})
@@ -224,6 +229,8 @@ class AlignmentModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the row of the selection split."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        refuse_impossible(self.pairs.take_impossible(), data.selection, "validation")
         self._add_validated(self.pairs.finish_validation(self.global_step))
         means, step = self.val_metrics.compute(), self.global_step
         scale = means.pop(LOSS_SCALE, None)
@@ -234,6 +241,7 @@ class AlignmentModule(LightningModule):
         if divergence is not None:
             means["loss/regularizer"] = divergence
         means["loss"] = means["loss/preference"] + self.regularization.weight(step) * means.get("loss/regularizer", 0.0)
+        note_nonfinite(means["loss"], "val/loss", step)
         self.validated = means
         self._log({f"val/{key}": value for key, value in means.items()})
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -149,6 +150,23 @@ def model_spec(**changes: Any) -> ModelSpec:
         "adapter_path": None,
     }
     return ModelSpec(**settings | changes)
+
+
+class Bigrams(nn.Module):
+    """A model whose every number is float64."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.states = nn.Embedding(VOCAB, 4, dtype=torch.float64)
+            self.head = nn.Linear(4, VOCAB, dtype=torch.float64)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=self.head(self.states(input_ids)))
 
 
 class Spied(AlignmentModule):

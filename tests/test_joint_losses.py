@@ -26,7 +26,7 @@ from spo.types import ListLogps, PairLogps
 from tests.helpers import (
     PAD,
     PLAIN,
-    VOCAB,
+    Bigrams,
     Spied,
     completion_logps,
     make_data,
@@ -49,23 +49,6 @@ class ShareLoss(ListLoss):
     def of_ranking(self, lists: ListLogps, *, alpha: float, beta: float) -> Tensor:
         best, others = lists.policy[:, 0], lists.policy[:, 1:].masked_fill(~lists.mask[:, 1:], 0).sum(-1)
         return (best - best.mean()).square() + (others * best.mean().exp())
-
-
-class Bigrams(nn.Module):
-    """A model whose every number is float64."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.states = nn.Embedding(VOCAB, 4, dtype=torch.float64)
-            self.head = nn.Linear(4, VOCAB, dtype=torch.float64)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.head
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
-        return SimpleNamespace(logits=self.head(self.states(input_ids)))
 
 
 def some_pairs() -> list[TokenizedPair]:

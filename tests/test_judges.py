@@ -649,7 +649,7 @@ def test_a_classifier_is_rejected_as_reward_model(tmp_path: Path) -> None:
     found = problems(compose(["judge=reward_model", f"judge.path={folder}"]))
     assert len(found) == 1 and "3 outputs" in found[0]
     tiny_llama(dtype=torch.float32, num_labels=1).save_pretrained(folder)  # no head for rewards: it would be random
-    with pytest.raises(JudgeError, match=r"not the weights of a LlamaForSequenceClassification, score\.weight is"):
+    with pytest.raises(JudgeError, match=r"not those of the LlamaForSequenceClassification.*score\.weight"):
         reward_model(folder).scores(["w3"], ["w4"])
     with pytest.raises(JudgeError, match=r"judge\.path=.*nothing: Auto\w+ cannot load it"):
         reward_model(tmp_path / "nothing").scores(["w3"], ["w4"])

@@ -68,11 +68,11 @@ def merged_by_hand(base: nn.Module, folder: Path) -> nn.Module:
         for name in weights:
             module = name.rpartition(".lora_A")[0]
             if name.endswith(".lora_A"):
-                whole.get_submodule(module).weight.add_(SCALE * weights[f"{module}.lora_B"] @ weights[name])
+                whole.get_parameter(f"{module}.weight").add_(SCALE * weights[f"{module}.lora_B"] @ weights[name])
             elif name.endswith("lora_embedding_A"):
                 module = name.removesuffix(".lora_embedding_A")
                 delta = weights[f"{module}.lora_embedding_B"] @ weights[name]
-                whole.get_submodule(module).weight.add_(SCALE * delta.T)
+                whole.get_parameter(f"{module}.weight").add_(SCALE * delta.T)
     return whole
 
 
@@ -132,9 +132,9 @@ def test_half_precision_is_merged_in_float32(tmp_path: Path) -> None:
     reloaded = saved(policy, tmp_path, torch.bfloat16)
     weights = adapter_weights(tmp_path)
     name = "model.layers.1.self_attn.q_proj"
-    base = tiny_llama(dtype=torch.float32).get_submodule(name).weight.bfloat16().float()
+    base = tiny_llama(dtype=torch.float32).get_parameter(f"{name}.weight").bfloat16().float()
     expected = base + SCALE * weights[f"{name}.lora_B"].float() @ weights[f"{name}.lora_A"].float()
-    assert torch.equal(reloaded.get_submodule(name).weight, expected.bfloat16())
+    assert torch.equal(reloaded.get_parameter(f"{name}.weight"), expected.bfloat16())
     with collect_notes() as notes:
         gap = trained.gap(reloaded, tmp_path / "policy")
     assert gap is not None and 1e-3 < gap < 0.5
@@ -163,7 +163,7 @@ def test_given_adapter_is_the_start_the_reference_and_the_saved_policy(kind: str
         LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, **GIVEN[kind]),
     )
     shake(made)
-    made.save_pretrained(tmp_path / "given")
+    made.save_pretrained(str(tmp_path / "given"))
     start = logps(made)
 
     spec = model_spec(lora=lora(), adapter_path=str(tmp_path / "given"))

@@ -19,14 +19,16 @@ from spo.evaluation import EvaluationSettings, completions
 from spo.evaluation.cached_completions import cached_completions
 from spo.exact import World
 from spo.models import NoReference
-from spo.models.generation import read_stop_ids
+from spo.models.generation import note_stops_in_text, read_stop_ids
 from spo.models.saving import save_policy
 from spo.notes import collect_notes
 from spo.objective import Prompts, ScoredBatch
 from spo.ops.logps import DeferredLogits
-from spo.sampling import SampleBuffer, contents, derive_seed, is_finished, sample
+from spo.sampling import SampleBuffer, contents, derive_seed, generate, is_finished, sample, static, uncached
+from spo.sampling.draw import uniform_numbers
 from spo.types import Sequences
 from spo.watch import Probe, ProbeSettings, completion_health
+from tests.commands import TINY, job, rows
 from tests.helpers import (
     BOS,
     EOS,
@@ -68,15 +70,29 @@ def cut(tokens: list[int], stop_ids: tuple[int, ...]) -> list[int]:
 @pytest.mark.parametrize("stop_ids", [(6,), (6, EOS), (6, 17, EOS), (PAD, 6), tuple(range(3, 23, 2))])
 def test_both_samplers_stop_at_the_first_of_the_stop_tokens(stop_ids: tuple[int, ...], temperature: float) -> None:
     model = tiny_llama(scale=0.3)
+    free = draw(model, NEVER, "static", temperature)
+    assert draw(model, NEVER, "generate", temperature) == free  # probes the model, which takes forward passes
     forwards: list[None] = []
     model.register_forward_hook(lambda *_: forwards.append(None))
-    free = draw(model, NEVER, "static", temperature)
     expected = [cut(tokens, stop_ids) for tokens in free]
     assert {len(tokens) for tokens in free} == {12} and len({*map(len, expected)}) > 1
     for sampler in ("static", "generate"):
         forwards.clear()
         assert draw(model, stop_ids, sampler, temperature) == expected
         assert len(forwards) == max(map(len, expected))  # no step after the last row has stopped
+
+
+def test_rows_of_every_decoding_loop_are_padded_after_the_stop_token() -> None:
+    model, stop_ids = tiny_llama(scale=0.3), (6, 17, EOS)
+    prompts = torch.tensor([[BOS, token] for token in range(3, 19)])
+    numbers = uniform_numbers(SEEDS[:16], 12, torch.device("cpu"))
+    shared: dict[str, Any] = {"temperature": 1.0, "pad_token_id": PAD}
+    loops = (static.decode, generate._generate, uncached.decode)
+    for decode in loops:
+        free = decode(model, prompts, torch.ones_like(prompts), numbers, stop_ids=NEVER, **shared).tolist()
+        drawn = decode(model, prompts, torch.ones_like(prompts), numbers, stop_ids=stop_ids, **shared).tolist()
+        expected = [cut(tokens, stop_ids) for tokens in free]
+        assert drawn == [tokens + [PAD] * (len(row) - len(tokens)) for tokens, row in zip(expected, drawn, strict=True)]
 
 
 def test_a_completion_is_finished_by_its_last_token_alone() -> None:
@@ -100,9 +116,9 @@ def test_p_eos_is_the_probability_of_all_stop_tokens(deferred: bool) -> None:
     last = batch.sequences.completion_length.cumsum(0) - 1
     assert batch.completions is not None
     probability = logits.softmax(-1)[last[batch.completions[0]]]  # where the chosen completions end
-    for stop_ids, rows in (((EOS,), [0]), ((EOS, 9), [0, 1]), ((PAD, EOS, 9), [0, 1]), ((EOS, 5), [0, 2])):
+    for stop_ids, ended in (((EOS,), [0]), ((EOS, 9), [0, 1]), ((PAD, EOS, 9), [0, 1]), ((EOS, 5), [0, 2])):
         found = completion_health(scored, stop_ids)["p_eos"]
-        torch.testing.assert_close(found, probability[rows][:, list(stop_ids)].sum(-1))
+        torch.testing.assert_close(found, probability[ended][:, list(stop_ids)].sum(-1))
 
 
 def test_probe_counts_any_stop_token_as_finished(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +237,16 @@ def test_stop_token_beyond_the_vocabulary_is_noted(given: Any, tmp_path: Path, c
     assert notes == {"notes/unknown_stop_ids": 1} and "not one of its 10 tokens" in caplog.text
 
 
+def test_stop_token_that_is_a_word_is_noted(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<end>"])  # as a word that is never split, which is not a special token
+    with collect_notes() as notes:
+        note_stops_in_text("chat", (EOS, VOCAB), tokenizer)
+        assert not notes
+        note_stops_in_text("chat", (EOS, 5, VOCAB), tokenizer)
+    assert notes == {"notes/stop_ids_in_text": 1} and "completions end at 5 ('w5')" in caplog.text
+
+
 @pytest.mark.parametrize("content", ['{"eos_token_id": [7', "[]"])
 def test_damaged_generation_config_is_an_error(content: str, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model", {"eos_token_id": 3}, content)
@@ -274,3 +300,55 @@ def test_reference_model_keeps_its_own_stop_tokens(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", eos_token_id=[5, EOS])
     save_policy(model_spec().base(folder), tiny_tokenizer(), tmp_path / "sft")
     assert GenerationConfig.from_pretrained(tmp_path / "sft").eos_token_id == [5, EOS]
+
+
+CHAT = (
+    "{% for message in messages %}{{ 'w20 ' if message.role == 'user' else 'w21 ' }}{{ message.content }}"
+    "{{ ' <end> ' }}{% endfor %}{% if add_generation_prompt %}{{ 'w21 ' }}{% endif %}"
+)
+
+
+@pytest.mark.slow
+def test_samples_of_a_chat_model_end_with_the_turn(tmp_path: Path) -> None:
+    """The end of a turn is not the tokenizer's EOS, and both end a generation."""
+    end, limit = VOCAB, 24
+    folder = save_model(tmp_path / "chat", scale=0.2, vocab_size=VOCAB + 1)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, end], **SAMPLING}))
+
+    def turn(role: str, *words: int) -> list[dict[str, str]]:
+        return [{"role": role, "content": " ".join(f"w{word}" for word in words)}]
+
+    pairs = [(turn("user", i, 6), turn("assistant", 5, i), turn("assistant", i, 4)) for i in range(7, 20)] * 2
+    data = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    words = ["method=spo", "model=hf", f"model.path={folder}", "data=jsonl", f"data.path={tmp_path / 'rows.jsonl'}"]
+    words += [TINY, "judge=none", f"data.max_new_tokens={limit}", "data.max_length=60"]
+    words += ["evaluation.num_prompts=5", "evaluation.samples_per_prompt=8"]
+    metrics = job(tmp_path / "run", tmp_path / "cache", *words)
+
+    drawn = rows(tmp_path / "run" / "samples.jsonl")
+    texts = [(row["completion"], row["tokens"]) for row in drawn]
+    texts += [(row["reference_completion"], row["reference_tokens"]) for row in drawn]
+    assert not any("<" in text for text, _ in texts)
+    # A draw ends a turn or the text with a probability of about 2 in 24, so few are as long as the limit.
+    assert sum(tokens < limit for _, tokens in texts) > 0.6 * len(texts)
+    assert all(text.count("w") <= tokens - (tokens < limit) for text, tokens in texts)
+    assert metrics["eval/length"] == pytest.approx(sum(row["tokens"] for row in drawn) / len(drawn))
+    assert metrics["val/finished"] > 0 and 0.02 < metrics["val/p_eos"] < 0.5
+
+    policy = tmp_path / "run" / "policy"
+    saved = json.loads((policy / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [EOS, end] and SAMPLING.items() <= saved.items()
+    assert AutoTokenizer.from_pretrained(policy).eos_token_id == EOS
+    model: Any = AutoModelForCausalLM.from_pretrained(policy)
+    prompt = torch.tensor([[BOS, 20, 7, 6, end, 21]] * 64)
+    torch.manual_seed(0)
+    generated = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=limit)[:, 6:].tolist()
+    assert any(end in ids for ids in generated)
+    for ids in generated:
+        stopped = cut(ids, (EOS, end))
+        assert ids == stopped + [PAD] * (len(ids) - len(stopped))

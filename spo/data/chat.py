@@ -13,16 +13,19 @@ from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from spo.data.clock import CLOCK, Clock
 from spo.data.encoding import Ids, TextEncoder
 from spo.data.rows import DataError, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
+_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", CLOCK}
 """Variables of templates that are not arguments of the user."""
-_TAIL = "zqTAILzq"
-"""Text after the content of a message that is continued."""
+REASONING_TAG = re.compile(r"</?(?:think|thinking|reasoning)>")
+"""Tag around the reasoning in an assistant's message."""
+_TAIL = "730594846197"
+"""Text after the content of a message that is continued. Templates that change letters do not change digits."""
 
 
 class TemplateError(DataError):
@@ -61,6 +64,7 @@ class ChatTemplate:
         control: Control tokens besides those of the tokenizer and the template.
 
     Attributes:
+        clock: Time that the template may write.
         encoder: Encoder of renderings.
         end: Token after the last turn, or ``None`` if the template does not write one.
         inner_end: Token after a turn inside a conversation, or ``None``.
@@ -74,11 +78,14 @@ class ChatTemplate:
         control: Iterable[str] = (),
     ) -> None:
         self.tokenizer, self.kwargs = tokenizer, dict(kwargs or {})
+        self.clock, self._probed = Clock(self.kwargs.pop(CLOCK, None)), Request(())
         self.end: str | None = None
         self.inner_end: str | None = None
         self.reads_strings = self.reads_parts = self._shows_content = True
         turn_tokens = self._probe()
         self.encoder = TextEncoder(tokenizer, [*control, *turn_tokens, *self.ends])
+        source = str(tokenizer.chat_template)
+        self._reasoning = {t for t in self.encoder.control if REASONING_TAG.fullmatch(t) and t in source}
 
     @property
     def ends(self) -> list[str]:
@@ -101,11 +108,21 @@ class ChatTemplate:
             names |= jinja2.meta.find_undeclared_variables(environment.parse(plain))
         return frozenset(names - _GIVEN - self.tokenizer.special_tokens_map.keys())
 
+    @cached_property
+    def writes_date(self) -> bool:
+        """Return whether the template writes the current date."""
+        now, text = self.clock, self._write(self._probed)
+        self.clock = Clock("1999-12-31")
+        other = self._write(self._probed)
+        self.clock = now
+        return other != text
+
     def render(self, requests: Sequence[Request]) -> list[str]:
         """Return the text of each conversation.
 
         The same control tokens are hidden in all texts: those that occur in the messages, except for tokens that the
-        template looks for, such as ``</think>``. A hidden token is one that does not change what the template writes.
+        template looks for. A token can be hidden if that does not change what the template writes. Tags of reasoning
+        that the template mentions stay tokens in an assistant's messages.
 
         Raises:
             TemplateError: If the template rejects the messages, or if it never shows the content of messages.
@@ -162,10 +179,12 @@ class ChatTemplate:
         return None
 
     def _hide(self, request: Request, tokens: set[str]) -> Request:
-        messages, tools, kwargs = self.encoder.hide(
-            (request.messages, request.tools, dict(request.kwargs or {})), tokens
+        hide = self.encoder.hide
+        messages = tuple(
+            hide(m, tokens - self._reasoning if m["role"] == "assistant" else tokens) for m in request.messages
         )
-        return replace(request, messages=tuple(messages), tools=tools and tuple(tools), kwargs=kwargs)
+        tools = request.tools and tuple(hide(request.tools, tokens))
+        return replace(request, messages=messages, tools=tools, kwargs=hide(dict(request.kwargs or {}), tokens))
 
     def _write(self, request: Request) -> str:
         """Return the text that the template writes."""
@@ -184,7 +203,7 @@ class ChatTemplate:
             rendered: Any = render_jinja_template(
                 [turns],
                 tools=tools,  # type: ignore[arg-type]
-                chat_template=self.tokenizer.get_chat_template(None, tools),
+                chat_template=self.clock.stop_in(self.tokenizer.get_chat_template(None, tools)),
                 add_generation_prompt=request.opens,
                 **{**self.tokenizer.special_tokens_map, **kwargs},
             )
@@ -203,8 +222,8 @@ class ChatTemplate:
                 )
             if not self.reads_parts:
                 return {**message, "content": "".join(part["text"] for part in content)}
-        elif isinstance(content, str) and not self.reads_strings:
-            return {**message, "content": [{"type": "text", "text": content}]}
+        elif not self.reads_strings:
+            return {**message, "content": [{"type": "text", "text": content or ""}]}
         return message
 
     def _probe(self) -> set[str]:
@@ -218,10 +237,10 @@ class ChatTemplate:
         rejected = False
         # Templates may want a system turn, or only one question.
         for n, system in product((2, 1), (False, True)):
-            names = [f"zq{role}{i}zq" for i in range(n) for role in ("user", "assistant")]
-            turns = [{"role": name[2:-3], "content": name} for name in names]
+            names = [marker(i) for i in range(2 * n)]
+            turns = [{"role": ("user", "assistant")[i % 2], "content": name} for i, name in enumerate(names)]
             if system:
-                turns.insert(0, {"role": "system", "content": "zqsystemzq"})
+                turns.insert(0, {"role": "system", "content": marker(2 * n)})
             texts = {}
             for parts in (False, True):
                 shaped = [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in turns] if parts else turns
@@ -236,6 +255,7 @@ class ChatTemplate:
                 self.reads_strings = False in shown
                 # A template that reads text only may write a list as Python does.
                 self.reads_parts = shown.get(True) == text
+                self._probed = Request(tuple(turns))
                 return self._read_ends(text, names, token)
             rejected = rejected or not texts
         self.reads_strings, self.reads_parts = True, False
@@ -258,6 +278,11 @@ class ChatTemplate:
         if tokens and len(inside) >= len(tokens):
             self.inner_end = inside[len(tokens) - 1]
         return set(re.findall(token, text[first : text.rindex(names[2])])) if names[2] in text else set()
+
+
+def marker(number: int) -> str:
+    """Return a text that stands for content and that neither data nor templates contain."""
+    return f"7305{number:04d}9461"
 
 
 def find_end(text: str, control: Sequence[str], ends: Iterable[str]) -> tuple[int, int, list[str]] | None:

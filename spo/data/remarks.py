@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import date
+
+from spo.data.clock import CLOCK
 
 SENTENCES = {
     "control_text": (
@@ -18,6 +21,10 @@ SENTENCES = {
     "control_text_leaks": (
         "{count} rows contain text that this tokenizer cannot encode as text: it became a control token. Clean the "
         "rows, or use the fast version of the tokenizer"
+    ),
+    "current_date": (
+        "the chat template writes the current date into {count} rows, so their tokens are others on another day: "
+        f"data.chat_template_kwargs={{{{{CLOCK}:{date.today()}}}}} fixes it"
     ),
     "eos_in_completion": "{count} rows contain the text of the EOS token inside a completion ({names})",
     "end_token_added": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,10 +15,12 @@ from transformers import GenerationConfig
 from spo.forward.attention import back_ends, is_registered, record_attention_modules, register_packed_attention
 from spo.forward.head import base_model, completion_logits
 from spo.forward.modes import default_generation_config, eval_mode
-from spo.forward.neighbors import rope_thresholds, takes_padding
+from spo.forward.neighbors import Company, company_of, rope_thresholds
 from spo.forward.packing import pack
 from spo.ops import completion_targets, token_logps
 from spo.types import pad_sequences
+
+log = logging.getLogger(__name__)
 
 MAX_DIFFERENCE_NATS = {torch.float64: 1e-4, torch.float32: 1e-4}
 """Largest accepted difference of packed and padded log-probs of a token, which is rounding in another order.
@@ -28,8 +31,8 @@ small errors; the check that no sequence changes another one is exact in every d
 MAX_SHARING_DIFFERENCE_NATS = 1e-3
 """Largest accepted difference of a token's log-probs in a batch and alone, in float32 and float64.
 
-In half precision, where mixtures of experts choose other experts after rounding, the median over the tokens of a row
-may reach 0.1.
+In half precision, rounding can send tokens to other experts and so on. There, the median over the tokens of a row may
+reach 0.1 nats, or four times the largest difference that a second row of equal length makes.
 """
 LENGTH_SETTING = re.compile("window|chunk|block_size|conv|index_topk")
 """Settings of architectures that, as numbers of tokens, may be a length beyond which a model computes otherwise."""
@@ -46,34 +49,28 @@ class Drawing(NamedTuple):
     """How samples of a model can be drawn.
 
     Attributes:
-        left_padding: Whether prompts with padding on the left have the samples of single ones.
+        company: Prompts that may be drawn in one batch, padded on the left.
         cache: Whether ``generate`` with a cache computes what a plain forward pass over the whole prefix does.
     """
 
-    left_padding: bool = True
+    company: Company = Company.ANY
     cache: bool = True
 
 
-def probe_padding(model: nn.Module) -> bool:
-    """Return whether a model computes for right-padded sequences what it does for each of them alone.
+def probe_company(model: nn.Module) -> Company:
+    """Return the rows beside which a model computes for a right-padded sequence what it does for it alone.
 
     A few short rows are compared when the function is called first for a model. Lengths of which the configuration
     says that they change positions are left out: :func:`spo.forward.neighbors.scale_of` keeps them apart.
 
     Args:
-        model: Hugging Face causal language model, or one with an adapter. It keeps the result as ``takes_padding``.
+        model: Hugging Face causal language model, or one with an adapter. It keeps the result as ``company``.
     """
     causal = base_model(model)
-    if not hasattr(causal, "takes_padding"):
-
-        def alike(rows: Rows) -> bool:
-            batch = _token_logps(model, rows, packed=False).split([len(completion) for _, completion in rows])
-            return all(
-                _same(got, _token_logps(model, [row], packed=False)) for got, row in zip(batch, rows, strict=True)
-            )
-
-        causal.takes_padding = _probed(model, alike)
-    return takes_padding(causal)
+    if not hasattr(causal, "company"):
+        found = _probed(model, _scores_as_alone)
+        causal.company = Company.NONE if found is None else found
+    return company_of(causal)
 
 
 def probe_drawing(model: nn.Module) -> Drawing:
@@ -84,32 +81,64 @@ def probe_drawing(model: nn.Module) -> Drawing:
     """
     causal = base_model(model)
     if not hasattr(causal, "drawing"):
-        left_padding = _probed(model, lambda rows: _generates_as_alone(model, rows))
-        cache = left_padding or _probed(model, lambda rows: all(_generates_as_alone(model, [row]) for row in rows))
-        causal.drawing = Drawing(left_padding, cache)
+        company = _probed(model, _generates_as_alone)
+        # Without a cache, rows of a batch have equal lengths, which is a matter of the forward pass.
+        causal.drawing = Drawing(probe_company(model), cache=False) if company is None else Drawing(company)
     return causal.drawing
 
 
-def _probed(model: nn.Module, claim: Callable[[Rows], bool]) -> bool:
-    """Return whether a claim about a model holds for short rows; true if the model does not take such rows at all."""
+def _probed(model: nn.Module, holds: Callable[[nn.Module, Rows], bool]) -> Company | None:
+    """Return the company in which a claim about a model holds for short rows; ``None`` if not even for single rows.
+
+    Any company is right for a model that does not take such rows at all.
+    """
     device = next(model.parameters()).device
     with eval_mode(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
         try:
             rows = _rows_around_lengths(base_model(model).config.get_text_config())
             _token_logps(model, rows[:1], packed=False)
         except Exception:  # Such as a table of few prefixes.
-            return True
-        try:
-            return claim(rows)
-        except Exception:  # Architectures fail in many ways on input that they were not made for.
-            return False
+            return Company.ANY
+        batches: dict[Company, list[Rows]] = {
+            Company.ANY: [rows],
+            Company.EQUAL_LENGTHS: [[row, (row[0], row[1][::-1])] for row in rows],
+            Company.NONE: [[row] for row in rows],
+        }
+        for company, of_company in batches.items():
+            try:
+                if all(holds(model, batch) for batch in of_company):
+                    return company
+            except Exception as error:  # Architectures fail in many ways on input that they were not made for.
+                log.debug("%s in batches of %s: %s", type(model).__name__, company.name, error)
+    return None
 
 
-def _same(got: Tensor, want: Tensor) -> bool:
-    difference = (got - want).abs().masked_fill(got == want, 0)  # Log-probs of masked tokens are -inf in both.
-    if got.dtype in (torch.float32, torch.float64):
-        return bool(difference.max() <= MAX_SHARING_DIFFERENCE_NATS)
-    return bool(difference.median() <= 0.1)
+def _scores_as_alone(model: nn.Module, rows: Rows) -> bool:
+    """Return whether the log-probs of a right-padded batch are those of each row alone."""
+    batch = _token_logps(model, rows, packed=False).split([len(completion) for _, completion in rows])
+    alone = [_token_logps(model, [row], packed=False) for row in rows]
+    tolerance = _tolerance(model, rows)
+    return all(_same(got, want, tolerance) for got, want in zip(batch, alone, strict=True))
+
+
+def _tolerance(model: nn.Module, rows: Rows) -> float:
+    """Return the accepted difference of log-probs in a batch and alone."""
+    if next(model.parameters()).dtype in MAX_DIFFERENCE_NATS:
+        return MAX_SHARING_DIFFERENCE_NATS
+    row = rows[0]
+    alone = _token_logps(model, [row], packed=False)
+    beside = _token_logps(model, [row, (row[0], row[1][::-1])], packed=False)[: len(alone)]
+    return max(0.1, 4 * float((beside - alone).abs().max()))
+
+
+def _differences(got: Tensor, want: Tensor) -> Tensor:
+    return (got - want).abs().masked_fill(got == want, 0)  # Log-probs of masked tokens are -inf in both.
+
+
+def _same(got: Tensor, want: Tensor, tolerance: float) -> bool:
+    difference = _differences(got, want)
+    exact = tolerance == MAX_SHARING_DIFFERENCE_NATS
+    return bool((difference.max() if exact else difference.median()) <= tolerance)
 
 
 def _rows_around_lengths(config: Any) -> Rows:
@@ -157,12 +186,11 @@ def _generates_as_alone(model: Any, rows: Rows) -> bool:
             generation_config=config,
             synced_gpus=isinstance(model, FSDPModule),
         )
-    dtype = next(model.parameters()).dtype
     completions = drawn.sequences[:, width:].tolist()
-    found = torch.stack(drawn.logits, dim=1).to(dtype).log_softmax(-1)
+    found, tolerance = torch.stack(drawn.logits, dim=1).float().log_softmax(-1), _tolerance(model, rows)
     for got, prompt, completion in zip(found, prompts, completions, strict=True):
         alone = completion_logits(model, pad_sequences([(prompt, completion)], pad_token_id=0).to(device))
-        if not _same(got, alone.log_softmax(-1)):
+        if not _same(got, alone.float().log_softmax(-1), tolerance):
             return False
     return True
 
@@ -215,14 +243,14 @@ def _reason_to_reject(model: nn.Module, config: Any) -> str | None:
         calls, distinct = len(modules), len(set(modules))
         if not calls == distinct == config.num_hidden_layers:
             return f"attention was called {calls} times in {distinct} places, for {config.num_hidden_layers} layers"
-        difference = float((packed - padded).abs().max())
+        difference = float(_differences(packed, padded).max())
         # Written so that NaN is rejected.
         if not difference <= MAX_DIFFERENCE_NATS.get(next(model.parameters()).dtype, 0.1):
             return f"packed and padded log-probs differ by {difference:.2g} nats"
         with eval_mode(model):
             if _leaks(model, rows):
                 return "a sequence in a packed row changes another one"
-        if not probe_padding(model):
+        if probe_company(model) is not Company.ANY:
             return "a sequence in a batch changes another one"
         if model.training:  # Dropout acts in this mode only, and not every back end supports it.
             with torch.no_grad(), torch.random.fork_rng():

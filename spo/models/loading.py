@@ -135,15 +135,19 @@ def load_causal_model(
     set_dropout(config, dropout)
     turn_router_loss_off(origin, config)
     requested = None if attn_implementation == AUTO_ATTENTION else attn_implementation
-    model = load_weights(
+    quantization = _dequantization(origin, whole)
+    model: Any = load_weights(
         AutoModelForCausalLM,
         origin,
         dtype=dtype,
         attn_implementation=requested,
         trust_remote_code=trust_remote_code,
-        quantization_config=_dequantization(origin, whole),
+        quantization_config=quantization,
         **part,
     ).eval()
+    if quantization is not None or "key_mapping" in part:
+        # Saving would quantize the weights again, or name them as in the checkpoint of several modalities.
+        model._weight_conversions = None
     own = getattr(model.config, "_attn_implementation", None)
     if requested is None and own != "sdpa" and getattr(config, "num_attention_heads", None):
         note(
@@ -213,14 +217,16 @@ def load_weights(auto_class: Any, origin: Origin, *, part_of_checkpoint: bool = 
     return model
 
 
-def _check_report(origin: Origin, model: nn.Module, report: Mapping[str, Any], part_of_checkpoint: bool) -> None:
+def _check_report(origin: Origin, model: PreTrainedModel, report: Mapping[str, Any], part_of_checkpoint: bool) -> None:
     config: Any = model.config
     own = {_beginning(key) for key in model.state_dict()}
+    has_head = model.get_output_embeddings() is not None  # Reward models may bring an unused head along.
     missing = sorted(report["missing_keys"])
     unexpected = sorted(
         key
         for key in report["unexpected_keys"]
         if not HARMLESS_KEYS.search(key)
+        and (has_head or not key.startswith("lm_head."))
         and not _is_prediction_layer(key, config)
         and not (part_of_checkpoint and _beginning(key) not in own)
     )

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from spo.losses import Loss
 
 
+IMPOSSIBLE_LOGP = -1e8
+"""Log-prob in nats that only a completion with a masked token has, whose logit is -inf or as low as a dtype allows."""
 Scores = tuple[PreferenceBatch, Tensor, Tensor | None]
 """A batch, and ``(N,)`` log-probs of its sequences under the policy and, if the loss reads it, the reference."""
 
@@ -60,6 +62,7 @@ class Pairs(Part):
         self.run, self.loss = run, loss
         self.regularization, self.needs_reference_logits = regularization, needs_reference_logits
         self.validated: list[PairLogps | ListLogps] = []
+        self._is_impossible: list[tuple[Tensor, Tensor]] = []
 
     def terms(self, window: Window, step: int) -> Iterator[Term]:
         """Prepare one term per micro-batch, see :meth:`Part.terms`."""
@@ -119,6 +122,21 @@ class Pairs(Part):
 
     def score(self, batch: PreferenceBatch) -> ScoredBatch:
         """Run the policy on a batch, and the reference where its log-probs are read and not stored."""
+        scored = self._score(batch)
+        known = [logps for logps in (scored.policy_logps, scored.reference_logps) if logps is not None]
+        is_impossible = torch.stack([logps <= IMPOSSIBLE_LOGP for logps in known]).any(0)
+        self._is_impossible.append((batch.index, batch.per_completion(is_impossible).any(0)))
+        return scored
+
+    def take_impossible(self) -> list[int]:
+        """Return the positions of pairs scored since the last call of which a completion has the probability zero.
+
+        Their losses are infinite or undefined. This waits for the device, as a step does not.
+        """
+        seen, self._is_impossible = self._is_impossible, []
+        return sorted({row for index, found in seen for row in index[found].tolist()})
+
+    def _score(self, batch: PreferenceBatch) -> ScoredBatch:
         run, sequences = self.run, batch.sequences
         policy = run.speed.logits(run.policy, sequences)
         if self.needs_reference_logits:

@@ -34,7 +34,7 @@ from spo.records.digests import model_digest
 from spo.records.files import read_json, write_json, write_jsonl, write_text
 from spo.runs.saved_config import load_config, resolved
 from spo.stages.evaluation_config import evaluation_config
-from spo.stages.from_config import eval_device, resolve_values
+from spo.stages.from_config import eval_device, model_plugins, resolve_values
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
 
@@ -190,7 +190,7 @@ def _draw(
     settings: EvaluationSettings,
 ) -> dict[Split, tuple[Draws, Draws]]:
     """Return completions of policy and reference for each split, from the cache if they are there."""
-    digests = _model_digests(prepared, run_dir)
+    digests = _model_digests(cfg, prepared, run_dir)
     total = 2 * sum(map(len, prompts.values())) * settings.samples_per_prompt
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as progress:
         task = progress.add_task("evaluating", total=total)
@@ -211,11 +211,16 @@ def _draw(
         }
 
 
-def _model_digests(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
+def _model_digests(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> dict[str, Any]:
     """Return what completions of each stage depend on. The policy's rows hold log-probs of the reference too."""
     spec = prepared.spec
     reference = [model_digest(prepared.base), spec.adapter_path and model_digest(spec.adapter_path)]
-    shared = {"dtype": spec.dtype, "attn_implementation": spec.attn_implementation, "reference": reference}
+    shared = {
+        "dtype": spec.dtype,
+        "attn_implementation": spec.attn_implementation,
+        "reference": reference,
+        "plugins": model_plugins(cfg),
+    }
     return {"reference": shared, "policy": {**shared, "policy": model_digest(run_dir / filenames.POLICY)}}
 
 

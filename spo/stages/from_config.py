@@ -12,9 +12,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
+from spo.config.nodes import targets
 from spo.data import Renderer, Source
 from spo.models import ModelSpec
 from spo.records.digests import path_digest
+from spo.records.plugins import plugin_digests
 
 
 def resolve_values(cfg: DictConfig) -> DictConfig:
@@ -77,9 +79,17 @@ def _rendering(cfg: DictConfig) -> dict[str, Any]:
     return values
 
 
+def model_plugins(cfg: DictConfig) -> dict[str, str]:
+    """Return the part of a cache key that identifies code outside the package by which the model runs."""
+    return plugin_digests(targets(cfg.model).values())
+
+
 def data_key(cfg: DictConfig) -> dict[str, Any]:
     """Return the part of a cache key that identifies the data: settings of the source and content of its files."""
-    key: dict[str, Any] = {"source": OmegaConf.to_container(cfg.data.source, resolve=True)}
+    key: dict[str, Any] = {
+        "source": OmegaConf.to_container(cfg.data.source, resolve=True),
+        "plugins": plugin_digests(targets(cfg.data).values()),
+    }
     if cfg.data.path is not None:
         key["content"] = path_digest(cfg.data.path)
     return key

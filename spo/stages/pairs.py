@@ -19,7 +19,7 @@ from spo.records.cache import cached
 from spo.records.digests import code_version, model_digest
 from spo.records.files import read_json, read_jsonl, write_json, write_jsonl
 from spo.sampling import contents, derive_seed, is_finished, sample
-from spo.stages.from_config import data_key, eval_device, rendering_key
+from spo.stages.from_config import data_key, eval_device, model_plugins, rendering_key
 
 log = logging.getLogger(__name__)
 COMPLETIONS_PER_BATCH = 512
@@ -65,6 +65,7 @@ def preference_rows(
         "code": code_version(*CODE_DEPENDENCIES),
         "base": model_digest(base),
         "adapter": spec.adapter_path and model_digest(spec.adapter_path),
+        "plugins": model_plugins(cfg),
         "dtype": spec.dtype,
         "data": data_key(cfg),
         "rendering": rendering_key(cfg),

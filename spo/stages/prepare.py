@@ -16,6 +16,7 @@ from spo.data.enumerable import Language
 from spo.data.rows import SPLITS, Split
 from spo.data.splits import prepare
 from spo.models import ModelSpec
+from spo.models.generation import note_stops_in_text
 from spo.models.loading import load_config
 from spo.stages.from_config import make_renderer, model_spec
 from spo.stages.pairs import preference_rows
@@ -92,7 +93,9 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
     tokenizer = spec.tokenizer(base)
     if spec.path is None:
         _check_context(cfg, spec, base)
-    renderer = make_renderer(cfg, tokenizer, source, spec.stop_ids(base))
+    stop_ids = spec.stop_ids(base)
+    note_stops_in_text(base, stop_ids, tokenizer)
+    renderer = make_renderer(cfg, tokenizer, source, stop_ids)
     rows, dropped = preference_rows(cfg, spec, source, base, renderer)
     pairs = _prepare_pairs(cfg, source, renderer, rows, dropped)
     prompts = {split: _prompts(source, split, pairs, renderer) for split in SPLITS}

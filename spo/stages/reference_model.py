@@ -27,7 +27,7 @@ from spo.records.cache import cached
 from spo.records.digests import code_version, model_digest
 from spo.regularizers import NoRegularizer
 from spo.schedules import Constant
-from spo.stages.from_config import data_key, eval_device, make_renderer, rendering_key
+from spo.stages.from_config import data_key, eval_device, make_renderer, model_plugins, rendering_key
 from spo.stages.pairs import no_completer
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ def reference_model(cfg: DictConfig, spec: ModelSpec, source: Source) -> str:
         "code": code_version(*CODE_DEPENDENCIES),
         "initial": OmegaConf.to_container(cfg.model.initial, resolve=True) if cfg.model.initial else None,
         "weights": None if spec.path is None else model_digest(spec.path),
+        "plugins": model_plugins(cfg),
         "dtype": spec.dtype,
         "sft": OmegaConf.to_container(cfg.sft, resolve=True),
         "data": data_key(cfg),

@@ -85,7 +85,7 @@ def _run(cfg: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: boo
     seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint, step = last_checkpoint(run_dir) if resume else (None, None)
     if step is not None:
-        record_continuation(run_dir, max(step, 0))
+        record_continuation(run_dir, cfg, max(step, 0))
     prepared = prepare_run(cfg)
     _record_inputs(prepared, run_dir, max(step or 0, 0))
     prepared_at = perf_counter()

@@ -17,6 +17,7 @@ from spo.data.rows import Text
 from spo.errors import JudgeError
 from spo.evaluation.judges.base import JudgedPair, progress
 from spo.records.digests import digest
+from spo.records.plugins import plugin_digests
 from spo.records.store import SharedStore
 
 PLACEHOLDERS = ("prompt", "first", "second")
@@ -68,7 +69,8 @@ class PairwiseJudge(ABC):
         Raises:
             JudgeError: More than ``max_unanswered`` of the questions stay without an answer, or none can be asked.
         """
-        own = json.dumps(self.identity, sort_keys=True)
+        code = plugin_digests([type(self).__module__])  # A judge from outside the package has code of its own.
+        own = json.dumps(self.identity | ({"plugins": code} if code else {}), sort_keys=True)
         keys = {
             shown: digest([own, shown.prompt, shown.first, shown.second])
             for comparison in comparisons
