@@ -107,6 +107,10 @@ class ConversationWriter:
 
     def _split_end(self, text: str) -> tuple[str, str, int]:
         """Return a completion up to its end token, without its end tokens, and their number."""
+        tail, tail_end = self.chat.tail, self.chat.tail_end
+        if tail_end and text.endswith(tail):
+            # The template may write more than control tokens after the turn, such as the beginning of another one.
+            text = text[: len(text) - len(tail) + tail_end]
         end = find_end(text, self.chat.encoder.control, self.ends)
         if end is None:
             self.remarks.add("end_token_added", [self.added_end])
@@ -172,7 +176,7 @@ class ConversationWriter:
                     continue
             part = "prompt" if place < len(prompt) else "completion"
             raise TemplateError(
-                f"the chat template leaves out content of the {part}'s message {place + 1} ({message['role']}: "
+                f"the chat template leaves out content of message {place + 1}, in the {part} ({message['role']}: "
                 f"{_shorten(content)}). Change the row, or the template: {_FILE_HINT}"
             )
 

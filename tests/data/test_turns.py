@@ -24,6 +24,7 @@ PHI = each("<turn>{{ m.role }}\n{{ m.content }}<end>\n", OPEN + "{% if not add_g
 GPT_OSS = each("<turn>{{ m.role }}\n{{ m.content }}{{ '<over>' if loop.last and m.role == 'assistant' else '<end>' }}")
 COHERE = each("<turn>{{ m.role }}\n{{ m.content }}{{ '<over>' if m.role == 'assistant' else '' }}<end>")
 GLM = each("<turn>{{ m.role }}\n{{ m.content }}")
+OPENING = each("<turn>{{ m.role }}\n{{ m.content }}<end>\n", "{{ '<turn>assistant\n' }}")
 LLAMA_2 = each("{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + ' </s>' }}", "")
 DEEPSEEK = each(
     "<turn>{{ m.role }}\n{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}<end>",
@@ -99,10 +100,11 @@ def row(prompt: Any = CONVERSATION, chosen: str = "the cat", rejected: str = "on
         (PHI, "the cat<end>", {"<end>"}),
         (GPT_OSS, "the cat<over>", {"<end>", "<over>"}),
         (COHERE, "the cat<over><end>", {"<end>"}),
+        (OPENING, "the cat<end>", {"<end>"}),
         (LLAMA_2, " the cat </s>", {"</s>"}),
         (GLM, "the cat</s>", {"</s>"}),
     ],
-    ids=["gemma", "phi", "gpt-oss", "cohere", "llama-2", "glm"],
+    ids=["gemma", "phi", "gpt-oss", "cohere", "opening", "llama-2", "glm"],
 )
 def test_completion_ends_in_the_end_of_its_turn(template: str, chosen: str, stops: set[str]) -> None:
     found = Rendering(template, row())
@@ -204,7 +206,9 @@ def test_prompt_that_ends_in_an_answer_may_be_followed_by_a_question() -> None:
 
 def test_content_that_vanishes_is_an_error() -> None:
     system = {"role": "system", "content": "the cat at"}
-    with pytest.raises(RowError, match=r'line 3: .*prompt\'s message 1 \(system: "the cat at"\).*data.chat_template=F'):
+    with pytest.raises(
+        RowError, match=r'line 3: .*message 1, in the prompt \(system: "the cat at"\).*data.chat_template=F'
+    ):
         Rendering(MISTRAL, row((system, *CONVERSATION)))
     # A short content that occurs elsewhere by chance is missing all the same.
     with pytest.raises(RowError, match="message 1"):
@@ -214,7 +218,7 @@ def test_content_that_vanishes_is_an_error() -> None:
 
 def test_reasoning_that_vanishes_is_an_error_in_the_answer_and_a_note_before_it() -> None:
     answer = "<think>at</think>cat"
-    with pytest.raises(RowError, match="leaves out content of the completion's message 4"):
+    with pytest.raises(RowError, match="leaves out content of message 4, in the completion"):
         Rendering(DEEPSEEK, row(chosen=answer))
     found = Rendering(DEEPSEEK, row((user("on?"), assistant(answer), user("the?"))))
     assert "<turn>assistant\ncat<end>" in found.prompt and found.notes["reasoning_stripped"][1] == 1
