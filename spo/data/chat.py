@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from spo.data.clock import CLOCK, Clock
 from spo.data.encoding import Ids, TextEncoder
-from spo.data.message_forms import call_texts, message_forms
+from spo.data.message_forms import called_names, message_forms, with_object_arguments
 from spo.data.rows import DataError, Message
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ class ChatTemplate:
             )
             return str(rendered[0][0])
 
-        text = _first_that_works(apply, messages)
+        text = _written(apply, messages)
         return text.rpartition(_TAIL)[0] if request.continues else text
 
     def _shaped(self, message: Message) -> Message:
@@ -322,11 +322,25 @@ def find_end(text: str, control: Sequence[str], ends: Iterable[str]) -> tuple[in
     return next((run for run in runs if run[2][-1] in known), runs[0] if runs else None)
 
 
-def _first_that_works(apply: Callable[[list[Message]], str], messages: list[Message]) -> str:
-    """Return what a template writes, given the messages in the first of their usual forms that it reads.
+def _written(apply: Callable[[list[Message]], str], messages: list[Message]) -> str:
+    """Return what a template writes, given the messages as they are or in the form that it reads.
 
-    A form is read if the template writes the names of all called tools, and does not quote JSON once more.
+    Templates quote the JSON of a tool call's arguments once more, or put braces around it. Given the object, they write
+    what the model knows. The JSON stays if the template writes the same for both, apart from white space.
     """
+    objects = [with_object_arguments(message) for message in messages]
+    if objects == messages:
+        return _first_that_works(apply, messages)
+    try:
+        text = _first_that_works(apply, objects)
+        given = _first_that_works(apply, messages)
+    except TemplateError:
+        return _first_that_works(apply, messages)
+    return given if "".join(given.split()) == "".join(text.split()) else text
+
+
+def _first_that_works(apply: Callable[[list[Message]], str], messages: list[Message]) -> str:
+    """Return what a template writes for the first form of the messages with which it names all called tools."""
     problem: Exception | None = None
     written: list[str] = []
     for form in message_forms(messages):
@@ -335,7 +349,7 @@ def _first_that_works(apply: Callable[[list[Message]], str], messages: list[Mess
         except Exception as error:  # Templates may raise any error that their author chose.
             problem = problem or error
             continue
-        if all(part in text for message in form for part in call_texts(message)):
+        if all(name in text for message in form for name in called_names(message)):
             return text
         written.append(text)
     if written:

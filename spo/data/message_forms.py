@@ -12,24 +12,28 @@ from spo.data.rows import Message
 def message_forms(messages: list[Message]) -> Iterator[list[Message]]:
     """Yield messages in the forms that templates read: as they are, and others with the same meaning.
 
-    Content may be absent, null or empty text. The arguments of a tool call may be an object or its JSON.
+    Content may be absent, null or empty text. The arguments of a tool call may have to be JSON instead of an object.
     """
     absent = [{key: value for key, value in message.items() if value is not None} for message in messages]
     empty = [message if message.get("content") else {**message, "content": ""} for message in absent]
     null = [{**m, "content": None} if m.get("tool_calls") and not m["content"] else m for m in empty]
     forms = [form for i, form in enumerate([absent, empty, null]) if form not in [absent, empty][:i]]
     yield from forms
-    for convert in (_read_json, _write_json):
-        for form in forms:
-            changed = [_with_arguments(message, convert) for message in form]
-            if changed != form:
-                yield changed
+    for form in forms:
+        changed = [_with_arguments(message, _write_json) for message in form]
+        if changed != form:
+            yield changed
+
+
+def with_object_arguments(message: Message) -> Message:
+    """Return a message in which the arguments of tool calls are objects, where they are the JSON of one."""
+    return _with_arguments(message, _read_json)
 
 
 def _read_json(arguments: Any) -> Any:
     try:
         return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
 
 
@@ -45,10 +49,9 @@ def _functions(message: Message) -> Iterator[Mapping[str, Any]]:
             yield function if isinstance(function, dict) else {}
 
 
-def call_texts(message: Message) -> Iterator[str]:
-    """Yield what a template that reads tool calls writes for certain: their names, and arguments that are text."""
-    for function in _functions(message):
-        yield from (function[key] for key in ("name", "arguments") if isinstance(function.get(key), str))
+def called_names(message: Message) -> Iterator[str]:
+    """Yield the names of the tools that a message calls."""
+    yield from (function["name"] for function in _functions(message) if isinstance(function.get("name"), str))
 
 
 def _with_arguments(message: Message, convert: Callable[[Any], Any]) -> Message:

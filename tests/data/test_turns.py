@@ -201,6 +201,11 @@ def test_prompt_that_ends_in_an_answer_may_be_followed_by_a_question() -> None:
     assert found.chosen == "cat<end><turn>assistant\n<think>on<end>"
 
 
+def test_conversation_without_a_prompt_begins_with_the_opening_of_its_first_turn() -> None:
+    found = Rendering(GEMMA, Row((), (user("on?"), assistant("cat")), (user("the?"), assistant("cat"))))
+    assert found.prompt == "<s><turn>user\n" and found.chosen == "on?<end>\n<turn>assistant\ncat<end>"
+
+
 # ---------------------------------------------------------------------------------------------------------- content
 
 
@@ -279,8 +284,22 @@ def test_arguments_of_calls_are_not_quoted_twice(arguments: Any) -> None:
     call = {**CALL, "function": {"name": "at", "arguments": arguments}}
     answer = (assistant(None, tool_calls=[call]),)
     assert Rendering(TOOLS, Row((user("on?"),), answer, (assistant("on"),))).chosen == 'at({"c": "on"})<call>'
+    braces = TOOLS.replace(
+        "{{ c.function.arguments | tojson }}",
+        "{ {% if c.function.arguments is string %}{{ c.function.arguments }}{% else %}"
+        "{% for k, v in c.function.arguments.items() %}{{ k }}:{{ v }}{% endfor %}{% endif %} }",
+    )
+    assert Rendering(braces, Row((user("on?"),), answer, (assistant("on"),))).chosen == "at({ c:on })<call>"
     joined = TOOLS.replace("{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}")
     assert Rendering(joined, Row((user("on?"),), answer, (assistant("on"),))).chosen == 'at({"c": "on"})<call>'
+
+
+def test_arguments_stay_as_they_are_where_the_template_reads_both() -> None:
+    both = "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}"
+    template = TOOLS.replace("{{ c.function.arguments | tojson }}", both)
+    call = {**CALL, "function": {"name": "at", "arguments": '{"c":"on"}'}}
+    answer = (assistant(None, tool_calls=[call]),)
+    assert Rendering(template, Row((user("on?"),), answer, (assistant("on"),))).chosen == 'at({"c":"on"})<call>'
 
 
 def test_call_is_shown_by_a_template_that_wants_null_content() -> None:
