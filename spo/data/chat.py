@@ -331,12 +331,15 @@ def _written(apply: Callable[[list[Message]], str], messages: list[Message]) -> 
     objects = [with_object_arguments(message) for message in messages]
     if objects == messages:
         return _first_that_works(apply, messages)
-    try:
-        text = _first_that_works(apply, objects)
-        given = _first_that_works(apply, messages)
-    except TemplateError:
-        return _first_that_works(apply, messages)
-    return given if "".join(given.split()) == "".join(text.split()) else text
+    texts: list[str] = []
+    for form in (messages, objects):
+        try:
+            texts.append(_first_that_works(apply, form))
+        except TemplateError:
+            if form is objects and not texts:
+                raise
+    same = len({"".join(text.split()) for text in texts}) == 1
+    return texts[0] if same else texts[-1]
 
 
 def _first_that_works(apply: Callable[[list[Message]], str], messages: list[Message]) -> str:

@@ -290,6 +290,8 @@ def test_arguments_of_calls_are_not_quoted_twice(arguments: Any) -> None:
         "{% for k, v in c.function.arguments.items() %}{{ k }}:{{ v }}{% endfor %}{% endif %} }",
     )
     assert Rendering(braces, Row((user("on?"),), answer, (assistant("on"),))).chosen == "at({ c:on })<call>"
+    mapping = TOOLS.replace("c.function.arguments | tojson", "c.function.arguments.items() | list")
+    assert Rendering(mapping, Row((user("on?"),), answer, (assistant("on"),))).chosen == "at([('c', 'on')])<call>"
     joined = TOOLS.replace("{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}")
     assert Rendering(joined, Row((user("on?"),), answer, (assistant("on"),))).chosen == 'at({"c": "on"})<call>'
 
