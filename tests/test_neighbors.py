@@ -79,7 +79,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         **STATES, expand=2, num_heads=4, head_dim=8, n_groups=1, chunk_size=4, initializer_range=0.5
     ),
     "recurrent_gemma": lambda: _config(
-        "RecurrentGemmaConfig", num_hidden_layers=3, lru_width=16, attention_window_size=5, head_dim=8
+        "RecurrentGemmaConfig", num_hidden_layers=4, lru_width=16, attention_window_size=5, head_dim=8
     ),
     "rwkv": lambda: transformers.RwkvConfig(
         vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, context_length=64, use_cache=True
@@ -208,7 +208,7 @@ def test_samples_are_those_of_each_prompt_alone(name: str, sampler: str) -> None
     with torch.no_grad():
         assert drawn(model, PROMPTS, sampler, temperature=0.0) == [greedy(built(name), prompt) for prompt in PROMPTS]
     assert (static.unsupported(model) is None) == (name in STATIC)
-    apart = name in (*SCALED, "bart", "rwkv")
+    apart = name in (*SCALED, "bart", "recurrent_gemma", "rwkv")
     assert apart == (vars(model).get("_noted") == {"samples_drawn_alone"})
 
 
@@ -349,7 +349,9 @@ def test_probe_finds_a_model_whose_sequences_change_each_other(
         single = sequences([row])
         expected = token_logps(completion_logits(model, single), completion_targets(single))
         torch.testing.assert_close(part, expected, rtol=0, atol=1e-5)
-    assert drawn(model, PROMPTS, "generate") == [drawn(model, [prompt], "generate")[0] for prompt in PROMPTS]
+    # Widthwise reads the width where a batch is not decoded yet, which is why only `generate` is asked about its cache.
+    for sampler in ("static", "generate") if double is Crowded else ("generate",):
+        assert drawn(model, PROMPTS, sampler) == [drawn(model, [prompt], sampler)[0] for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom", "gemma3_sliding", "mixtral", "mamba", "mamba2"])
@@ -365,9 +367,9 @@ def test_probe_runs_once_for_a_model_and_is_short() -> None:
     model, tokens = built("gemma3_sliding"), []
     model.register_forward_pre_hook(lambda _, __, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True)
     PLAIN.resolve_for(model, model)
-    assert len(tokens) == 6 and sum(tokens) < 200
+    assert len(tokens) == 8 and sum(tokens) < 250
     PLAIN.resolve_for(model)
-    assert len(tokens) == 6
+    assert len(tokens) == 8
 
 
 @pytest.mark.parametrize(
@@ -396,7 +398,8 @@ def test_thresholds_of_rotary_positions() -> None:
 
 
 def test_probed_models_that_draw_otherwise_than_they_score() -> None:
-    assert probe_drawing(built("bart")) == Drawing(Company.EQUAL_LENGTHS)
+    for name in ("bart", "recurrent_gemma"):
+        assert probe_drawing(built(name)) == Drawing(Company.EQUAL_LENGTHS)
     assert probe_drawing(built("rwkv")) == Drawing(Company.NONE)
     assert probe_company(built("bart")) is probe_company(built("rwkv")) is Company.ANY
 
