@@ -175,6 +175,7 @@ def _inspect(arguments: list[str]) -> int:
     parser = _Parser(COMMANDS["inspect"].usage)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--limit", type=int, default=3, metavar="N")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--config-dir", "-cd", metavar="DIR")
     given = parser.parse_intermixed_args(arguments)
     from spo.config.plan import check_plan, compose_plan
@@ -183,7 +184,7 @@ def _inspect(arguments: list[str]) -> int:
     check_plan(planned, _note)
     from spo.stages.inspect import inspect
 
-    inspect(planned.jobs[0].cfg, given.limit)
+    inspect(planned.jobs[0].cfg, given.limit, given.json)
     return 0
 
 

@@ -166,8 +166,14 @@ COMMANDS = {
     ),
     "inspect": Command(
         "show the rows of a data set as tokens, masks and text",
-        "spo inspect [data=MEMBER] [model=MEMBER] [KEY=VALUE] ... [--limit N] [--config-dir DIR]",
-        "Prints pairs exactly as the model sees them in training, and counts the used, dropped and truncated ones.",
+        "spo inspect [data=MEMBER] [model=MEMBER] [KEY=VALUE] ... [--limit N] [--json FILE] [--config-dir DIR]",
+        """
+        Prints pairs exactly as the model sees them in training, and counts the used, dropped and truncated ones.
+
+        --limit N         number of rows to print; 3 by default
+        --json FILE       write a list of all rows of all splits to FILE: where, split, prompt_ids, chosen_ids,
+                          rejected_ids, stop_ids, and the texts
+        """,
         ["spo inspect data=jsonl data.path=PAIRS.jsonl model=hf model.path=MODEL"],
         groups=True,
     ),

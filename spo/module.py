@@ -33,6 +33,8 @@ from spo.watch import (
     Probe,
     ProbeSettings,
     completion_health,
+    note_nonfinite,
+    refuse_impossible,
     warn_of_loss_scale,
 )
 
@@ -194,7 +196,10 @@ class AlignmentModule(LightningModule):
         self.train_metrics.update(self.controllers.adjust(measured, step))
         if not self.is_log_step:
             return
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        refuse_impossible(self.pairs.take_impossible(), data.train, "training")
         means = self.train_metrics.compute()
+        note_nonfinite(means["loss"], "train/loss", step)
         self.train_metrics.reset()
         row = {f"time/{key}" if key in TIME_METRICS else f"train/{key}": value for key, value in means.items()}
         self._log(row | {f"train/{key}": value for key, value in measured.items()})
@@ -209,18 +214,24 @@ class AlignmentModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Clear the sums of the selection split."""
         self.val_metrics.reset()
+        self.pairs.validated.clear()
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Add one batch of the selection split."""
         scored = self.pairs.score(batch)
-        _, metrics = self.pairs.evaluate(scored, self.global_step)
-        metrics |= completion_health(scored, self.prompts.stop_ids)
+        self._add_validated(self.pairs.validate(scored, self.global_step))
+        self.val_metrics.update(completion_health(scored, self.prompts.stop_ids))
+
+    def _add_validated(self, metrics: dict[str, Tensor]) -> None:
         if self.loss.uses_alpha and "rewards/margins" in metrics:
             metrics[LOSS_SCALE] = metrics["rewards/margins"].abs()
         self.val_metrics.update(metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Log the row of the selection split."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        refuse_impossible(self.pairs.take_impossible(), data.selection, "validation")
+        self._add_validated(self.pairs.finish_validation(self.global_step))
         means, step = self.val_metrics.compute(), self.global_step
         scale = means.pop(LOSS_SCALE, None)
         if scale is not None and step == 0:
@@ -230,6 +241,7 @@ class AlignmentModule(LightningModule):
         if divergence is not None:
             means["loss/regularizer"] = divergence
         means["loss"] = means["loss/preference"] + self.regularization.weight(step) * means.get("loss/regularizer", 0.0)
+        note_nonfinite(means["loss"], "val/loss", step)
         self.validated = means
         self._log({f"val/{key}": value for key, value in means.items()})
 

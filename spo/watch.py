@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from spo.errors import UserError
 from spo.metrics.repetition import repetition
 from spo.metrics.sums import SumsAndCounts
+from spo.notes import note
 from spo.objective import Run, ScoredBatch
 from spo.ops import rows_of, sum_per_sequence, token_entropy, token_kl, token_logps
 from spo.sampling import eval_mode, is_finished, sample
 from spo.schedules import Controller, Schedule
 from spo.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from spo.data import TokenizedPair
 
 log = logging.getLogger(__name__)
 PROBE_METRICS = ("kl", "entropy", "length", "repetition", "finished")
@@ -180,6 +187,34 @@ def completion_health(scored: ScoredBatch, stop_ids: Sequence[int]) -> dict[str,
         "logps_per_token/chosen": per_token[0],
         "logps_per_token/rejected": per_token[1:][mask[1:]],
     }
+
+
+def refuse_impossible(positions: Sequence[int], pairs: Sequence[TokenizedPair], split: str) -> None:
+    """Stop a run that cannot go on, because a model gives a completion of its data the probability zero.
+
+    Args:
+        positions: Positions of such pairs.
+        pairs: Pairs of the split.
+        split: Name of the split for people.
+
+    Raises:
+        UserError: There are such pairs.
+    """
+    if positions:
+        raise UserError(
+            f"{len(positions)} {split} pairs, the first at {pairs[positions[0]].where}, have a completion whose "
+            "probability under the policy or the reference is 0, because the model masks one of its tokens by a logit "
+            "of -inf: remove these rows from data.path, or choose a model.path that does not mask their tokens"
+        )
+
+
+def note_nonfinite(value: float, key: str, step: int) -> None:
+    """Note a metric that is infinite or not a number, since a training does not recover from it."""
+    if not math.isfinite(value):
+        note(
+            f"nonfinite_{key.replace('/', '_')}",
+            f"{key} is {value} at step {step}, and the weights may be lost: lower optimizer.lr, or look at model.dtype",
+        )
 
 
 @rank_zero_only

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from spo.data import TokenizedPair
 from spo.data.datamodule import PreferenceDataModule
 from spo.forward.head import completion_logits
 from spo.forward.speed import Speed
-from spo.losses import PreferenceLoss, SPOLoss
+from spo.losses import Loss, SPOLoss
 from spo.models import ModelSpec, NoReference, Reference
 from spo.module import AlignmentModule
 from spo.objective import Prompts, SampleDivergence
@@ -151,6 +152,23 @@ def model_spec(**changes: Any) -> ModelSpec:
     return ModelSpec(**settings | changes)
 
 
+class Bigrams(nn.Module):
+    """A model whose every number is float64."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.states = nn.Embedding(VOCAB, 4, dtype=torch.float64)
+            self.head = nn.Linear(4, VOCAB, dtype=torch.float64)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=self.head(self.states(input_ids)))
+
+
 class Spied(AlignmentModule):
     """Keeps each step's gradients, as the optimizer sees them, and the sampled rows that the step used."""
 
@@ -184,7 +202,7 @@ class Spied(AlignmentModule):
 def make_module(
     policy: nn.Module,
     *,
-    loss: PreferenceLoss | None = None,
+    loss: Loss[Any] | None = None,
     regularizer: Regularizer | None = None,
     reference: Reference | None = None,
     reference_model: nn.Module | None = None,

@@ -616,8 +616,6 @@ def test_settings_without_effect_are_warned_about() -> None:
     assert len(warned("method=dpo", "alpha=linear")) == 1
     assert "nothing reads beta in sft" in warned("method=sft", "beta=3")[0]
     assert "nothing reads beta in spo" in warned("regularizer=none", "beta=3")[0]
-    assert "data.micro_batch_size=4 changes" in warned("method=spo_weighted", "data.micro_batch_size=4")[0]
-    assert "data.micro_batch_tokens=999 changes" in warned("method=spo_weighted", "data.micro_batch_tokens=999")[0]
     assert warned("alpha=0.3", "beta=3") == warned("method=dpo", "beta=3") == []
 
 

@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from spo.errors import UserError
 from spo.exact.optimum import total_variation
+from spo.forward.probe import enable_packing
+from spo.losses import DPOLoss, PreferenceLoss, SPOLoss, WeightedSPOLoss
+from spo.losses.base import expected_loss
+from spo.models import FrozenReference
+from spo.notes import collect_notes
 from spo.ops import KL_ESTIMATORS, KLEstimator, Logits, entropy, kl, token_entropy, token_kl, token_logps
 from spo.ops.logps import DeferredLogits
-from spo.regularizers import EnumeratedKL
+from spo.regularizers import EnumeratedKL, LocalKL
 from spo.sampling.draw import next_tokens
-from tests.helpers import VOCAB, random_rows, sequences
+from tests.helpers import (
+    PLAIN,
+    VOCAB,
+    Bigrams,
+    Spied,
+    make_data,
+    make_module,
+    make_trainer,
+    random_pairs,
+    random_rows,
+    sequences,
+)
+from tests.test_ops import build
 
 M = 9
 SUPPORT = torch.tensor([i for i in range(VOCAB) if i % 3 or i == 0])
@@ -152,3 +173,83 @@ def test_masked_tokens_are_never_drawn(dtype: torch.dtype) -> None:
     for number in (0.0, 1 - torch.finfo(dtype).eps / 2, 0.5):
         tokens = next_tokens(logits.clone(), torch.full((50,), number, dtype=dtype), 1.0)
         assert logits.gather(1, tokens[:, None]).isfinite().all()
+
+
+class Masking(Bigrams):
+    """A model that masks some tokens of its vocabulary."""
+
+    def __init__(self, seed: int, lowest: float, *tokens: int) -> None:
+        super().__init__(seed)
+        with torch.no_grad():
+            self.head.bias[list(tokens)] = lowest
+
+
+@pytest.mark.parametrize("loss", [SPOLoss(), DPOLoss(), WeightedSPOLoss()], ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min])
+def test_training_with_masked_vocabulary_stays_finite(loss: PreferenceLoss, lowest: float, tmp_path: Path) -> None:
+    """Tokens that no completion has are masked: all numbers are those of a model without them."""
+    pairs = random_pairs(6, seed=1, vocab=VOCAB - 4)
+    last = range(VOCAB - 4, VOCAB)
+
+    def train(models: list[nn.Module]) -> Spied:
+        module = make_module(
+            models[0],
+            loss=loss,
+            regularizer=LocalKL(0.3),
+            reference=FrozenReference(),
+            reference_model=models[1],
+            speed=PLAIN,
+            optimizer=torch.optim.AdamW,
+        )
+        make_trainer(tmp_path, max_steps=2).fit(module, datamodule=make_data(pairs, pairs, max_steps=2))
+        return module
+
+    masked = train([Masking(seed, lowest, *last) for seed in (0, 1)])
+    small = [Bigrams(seed) for seed in (0, 1)]
+    for model in small:
+        model.head.weight = nn.Parameter(model.head.weight[:-4].detach().clone())
+        model.head.bias = nn.Parameter(model.head.bias[:-4].detach().clone())
+    whole = train([*small])
+    for name, gradient in whole.gradients[1].items():
+        torch.testing.assert_close(masked.gradients[1][name][: len(gradient)], gradient)
+    assert not any(masked.gradients[1]["head.bias"][-4:])
+    assert masked.trainer.callback_metrics["train/loss"].item() == pytest.approx(
+        whole.trainer.callback_metrics["train/loss"].item()
+    )
+
+
+@pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_pair_with_a_masked_token_is_named(split: str, lowest: float, tmp_path: Path) -> None:
+    pairs = random_pairs(6, seed=1, vocab=VOCAB - 4)
+    bad = replace(pairs[4], chosen_ids=(VOCAB - 1, *pairs[4].chosen_ids), where="rows.jsonl:5")
+    both = [*pairs[:4], bad, *pairs[5:]]
+    models: list[nn.Module] = [Masking(seed, lowest, VOCAB - 1) for seed in (0, 1)]
+    module = make_module(models[0], loss=DPOLoss(), reference=FrozenReference(), reference_model=models[1], speed=PLAIN)
+    data = make_data(both, pairs) if split == "training" else make_data(pairs, both)
+    with pytest.raises(UserError, match=f"1 {split} pairs, the first at rows.jsonl:5, .*probability .* is 0"):
+        make_trainer(tmp_path, num_sanity_val_steps=-1).fit(module, datamodule=data)
+
+
+def test_infinite_loss_is_noted(tmp_path: Path) -> None:
+    module = make_module(Masking(0, torch.nan, *range(VOCAB)), loss=SPOLoss(), speed=PLAIN)
+    with collect_notes() as notes:
+        make_trainer(tmp_path).fit(module, datamodule=make_data(random_pairs(4, seed=1)))
+    assert notes == {"notes/nonfinite_train_loss": 1}
+
+
+@pytest.mark.parametrize("preference", [0.0, 1.0])
+def test_label_of_probability_zero_counts_as_zero(preference: float) -> None:
+    margin = torch.tensor([torch.inf, -torch.inf, 1.0], requires_grad=True)
+    label = torch.full((3,), preference)
+    sign = 1 if preference else -1
+    losses = expected_loss(lambda m: -nn.functional.logsigmoid(m), margin, label)
+    torch.testing.assert_close(losses, -nn.functional.logsigmoid(sign * margin))
+    assert not torch.autograd.grad(losses[2], margin)[0].isnan().any()
+
+
+def test_masked_vocabulary_does_not_keep_a_model_from_packing() -> None:
+    model: Any = build("phi_with_bias")
+    with torch.no_grad():
+        model.lm_head.bias[5:15] = -torch.inf
+    assert enable_packing(model) is None

@@ -49,6 +49,7 @@ from spo.evaluation.judges import (
 )
 from spo.evaluation.judges.http import Pace
 from spo.evaluation.judges.pairwise import VerdictStore, question
+from spo.notes import collect_notes
 from spo.runs.identity import identity
 from tests.commands import enter, environment, job, rows, shared_cache, spo
 from tests.endpoint import Endpoint, Reply, serving
@@ -349,6 +350,14 @@ def test_requests_and_usage_of_an_endpoint(endpoint: Endpoint, tmp_path: Path) -
     assert "cost" not in http_judge(endpoint, tmp_path).usage()
 
 
+def test_text_that_an_endpoint_may_read_as_control_is_noted(endpoint: Endpoint, tmp_path: Path) -> None:
+    with collect_notes() as notes:
+        http_judge(endpoint, tmp_path).verdicts([JudgedPair("p", "1 < 2 |x| [a]", "b")])
+        assert notes == {}
+        http_judge(endpoint, tmp_path).verdicts([JudgedPair("p", "so<|im_end|>", "b"), JudgedPair("p", "c", "d</s>")])
+    assert notes == {"notes/http_control_text": 2.0}
+
+
 def test_an_endpoint_without_a_key_and_ties(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.script = lambda *_: Reply(says="Tie")
     assert http_judge(endpoint, tmp_path, key_variable=None).verdicts(comparisons(2)) == [0.5, 0.5]
@@ -640,7 +649,7 @@ def test_a_classifier_is_rejected_as_reward_model(tmp_path: Path) -> None:
     found = problems(compose(["judge=reward_model", f"judge.path={folder}"]))
     assert len(found) == 1 and "3 outputs" in found[0]
     tiny_llama(dtype=torch.float32, num_labels=1).save_pretrained(folder)  # no head for rewards: it would be random
-    with pytest.raises(JudgeError, match=r"not the weights of a LlamaForSequenceClassification, score\.weight is"):
+    with pytest.raises(JudgeError, match=r"not those of the LlamaForSequenceClassification.*score\.weight"):
         reward_model(folder).scores(["w3"], ["w4"])
     with pytest.raises(JudgeError, match=r"judge\.path=.*nothing: Auto\w+ cannot load it"):
         reward_model(tmp_path / "nothing").scores(["w3"], ["w4"])
@@ -730,7 +739,9 @@ def test_differences_within_the_margin_are_ties(tmp_path: Path) -> None:
     assert language_model(folder, tmp_path, margin=1e6).verdicts(QUESTIONS) == [0.5] * 4
 
 
-def test_a_changed_model_template_or_margin_is_another_judge(tmp_path: Path) -> None:
+def test_a_changed_model_template_margin_or_encoding_is_another_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = save_language_model(tmp_path / "model")
     language_model(folder, tmp_path).verdicts(QUESTIONS)
 
@@ -745,6 +756,8 @@ def test_a_changed_model_template_or_margin_is_another_judge(tmp_path: Path) -> 
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
+    assert calls() == (8, 0)
+    monkeypatch.setattr("spo.evaluation.judges.local.code_version", lambda *_: "other code")
     assert calls() == (8, 0)
 
 

@@ -127,7 +127,14 @@ class Dies(Exception):
     """The death of the process."""
 
 
-def search(directory: Path, trials: int, jobs: int = 1, fails: Any = lambda number: False, **objective: Any) -> Formula:
+def search(
+    directory: Path,
+    trials: int,
+    jobs: int = 1,
+    fails: Any = lambda number: False,
+    plugins: dict[str, str] | None = None,
+    **objective: Any,
+) -> Formula:
     """Run a search over the learning rate, or resume it."""
     wanted = {"metric": "val/win_rate", "direction": "maximize", "constraints": {}, **objective}
     sweeper = OptunaSweeper(
@@ -141,6 +148,7 @@ def search(directory: Path, trials: int, jobs: int = 1, fails: Any = lambda numb
     )
     formula = Formula(directory, fails)
     sweeper.directory, sweeper.ledger, sweeper.launcher, sweeper.unused = directory, formula.ledger, formula, []
+    sweeper.plugins = plugins or {}
     sweeper.sweep([])
     return formula
 
@@ -209,6 +217,8 @@ def test_another_search_in_the_directory_is_rejected(tmp_path: Path) -> None:
     search(tmp_path, 1)
     with pytest.raises(UserError, match="holds another search"):
         search(tmp_path, 1, direction="minimize")
+    with pytest.raises(UserError, match=r"(?s)holds another search.*mypkg"):
+        search(tmp_path, 1, plugins={"mypkg": "0"})
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

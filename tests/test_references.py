@@ -22,7 +22,7 @@ from spo.models import (
     NoReference,
     PrecomputedReference,
 )
-from spo.models.policy import save_policy
+from spo.models.saving import save_policy
 from spo.records.digests import model_digest
 from tests.helpers import (
     PAD,
@@ -234,7 +234,7 @@ def test_references_without_model_raise() -> None:
 def test_every_dropout_field_of_config_is_set(config: str, fields: list[str]) -> None:
     import transformers
 
-    from spo.models.policy import set_dropout
+    from spo.models.loading import set_dropout
 
     made = getattr(transformers, config)(**dict.fromkeys(fields, 0.3))
     set_dropout(made, 0.0)

@@ -149,7 +149,7 @@ def test_claim_with_other_code_needs_an_explicit_resume(
                 pass
         with claim(tmp_path, cfg, resumed=True) as status:
             assert status is Status.UNFINISHED
-            record_continuation(tmp_path, step)
+            record_continuation(tmp_path, cfg, step)
         versions.append(capsys.readouterr().err.count("note: code"))
     assert versions == [1, 0, 1]
     continued = json.loads((tmp_path / "provenance.json").read_text())["continued_with"]

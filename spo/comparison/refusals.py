@@ -70,11 +70,12 @@ def _duplicates(runs: Sequence[Run]) -> list[Problem]:
 def _reason(runs: Sequence[Run]) -> str:
     parts = {
         "code": "the code of spo",
+        "plugins": "the code of plugins",
         "data": "the data files",
         "weights": "the model",
         "adapter": "the adapter",
     }
-    differing = [text for key, text in parts.items() if len({run.identity.get(key) for run in runs}) > 1]
+    differing = [text for key, text in parts.items() if len({str(run.identity.get(key)) for run in runs}) > 1]
     verb = "differs" if len(differing) == 1 else "differ"
     return f"{' and '.join(differing)} {verb}" if differing else "their configurations differ"
 

@@ -70,6 +70,11 @@ def nodes_with_target(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
             yield key.rpartition(".")[0], node
 
 
+def targets(cfg: DictConfig | None) -> dict[str, str]:
+    """Return the ``_target_`` of every node, by the key of the node; nothing for ``None``."""
+    return {} if cfg is None else {key: str(node["_target_"]) for key, node in nodes_with_target(cfg)}
+
+
 def in_target(cfg: DictConfig, key: str) -> bool:
     """Return whether a key lies below a node with a ``_target_``, whose signature decides about it."""
     parents = list(itertools.accumulate(key.split(".")[:-1], lambda a, b: f"{a}.{b}"))

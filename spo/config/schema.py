@@ -67,6 +67,9 @@ class Data:
     max_length: Annotated[int, Ge(2)]
     max_new_tokens: PositiveInt
     truncation: Truncation
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any] | None
+    split_special_tokens: bool
     on_bad_row: OnBadRow
     min_pairs: PositiveInt
     splits: Splits | None

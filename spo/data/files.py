@@ -11,7 +11,7 @@ from spo.data.readers import Record, data_files, read_records
 from spo.data.rows import Row, RowError, Split, Text
 from spo.data.tables import TableSource
 
-_ASSISTANT = "\n\nAssistant:"
+_ASSISTANT, _HUMAN = "\n\nAssistant:", "\n\nHuman:"
 
 
 class FileSource(TableSource):
@@ -77,4 +77,9 @@ class HHSource(FileSource):
         if cut < 0:
             raise RowError(where, f"chosen and rejected do not share a {_ASSISTANT!r} turn", "chosen")
         cut += len(_ASSISTANT)
+        for dialogue, column in ((better, chosen.column), (worse, rejected.column)):
+            if dialogue.rfind(_HUMAN) > dialogue.rfind(_ASSISTANT):
+                raise RowError(where, "ends with a turn of the human; the last turn must be the assistant's", column)
+        if _HUMAN in better[cut:] + worse[cut:]:
+            self.findings.add("other_turns", where)
         return better[:cut], better[cut:], worse[cut:]

@@ -13,7 +13,9 @@ SENTENCES = {
     "The completions were not changed.",
     "implied_prompts": "Rows without a prompt in data with a prompt column: {count} (first: {first}). The shared "
     "beginning of their completions is the prompt.",
-    "empty_prompts": "Rows with an empty prompt: {count} (first: {first}).",
+    "empty_prompts": "Rows whose prompt is empty or does not have a message of the user: {count} (first: {first}).",
+    "other_turns": "Rows whose completions contain turns of the user or of tools: {count} (first: {first}). The whole "
+    "completion is a target, these turns included.",
     "prompt_not_in_conversation": "Rows whose prompt text is not a message of their conversations: {count} (first: "
     "{first}). The shared beginning of the conversations is the prompt.",
     "duplicate_keys": "Records in which a key or column occurs twice: {count} (first: {first}). The last value is "
@@ -22,8 +24,8 @@ SENTENCES = {
     "repeated_rows": "Rows that repeat an earlier row: {count} (first: {first}).",
     "contradicting_pairs": "Pairs of completions that rows of the same prompt rank both ways: {count} (first: "
     "{first}).",
-    "similar_prompts": "Prompts with the words of another prompt that differ in white space or in fields beside the "
-    "text: {count} (first: {first}). They are in the same split.",
+    "similar_prompts": "Prompts that differ from another prompt only in white space, or in fields beside the text: "
+    "{count} (first: {first}). They are in the same split.",
 }
 """Sentence for each kind of finding, with its count and the place of the first one."""
 

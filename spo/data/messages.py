@@ -120,18 +120,23 @@ def _is_number(field: Any) -> bool:
 
 def _is_printed_messages(text: str) -> bool:
     """Return whether a text is a printed list of messages, one message, or an object that holds such a list."""
-    if not text.lstrip().startswith(("[", "{")):
+    if not text.lstrip().startswith(("[", "{", '"')):
         return False
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return _PRINTED_MESSAGES.match(text) is not None and ("'role'" in text or "'from'" in text)
-    if isinstance(value, dict):
-        lists = (value[key] for key in ("messages", "conversations", "conversation") if key in value)
-        value = next((messages for messages in lists if isinstance(messages, list)), [value])
-    return bool(value) and all(isinstance(item, dict) and _is_printed_message(item) for item in value)
+        keys = (("'role'", "'content'"), ("'from'", "'value'"))
+        return _PRINTED_MESSAGES.match(text) is not None and any(one in text and two in text for one, two in keys)
+    if isinstance(value, str):  # JSON text inside JSON text
+        return _is_printed_messages(value)
+    lists = [value, *value.values()] if isinstance(value, dict) else [value]
+    return any(_holds_messages([one] if isinstance(one, dict) else one) for one in lists)
 
 
-def _is_printed_message(item: dict[str, Any]) -> bool:
-    role = item.get("role", item.get("from"))
+def _holds_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_printed_message, value))
+
+
+def _is_printed_message(item: Any) -> bool:
+    role = item.get("role", item.get("from")) if isinstance(item, dict) else None
     return isinstance(role, str) and role.lower() in _ROLES and not {"content", "value", "tool_calls"}.isdisjoint(item)

@@ -6,14 +6,15 @@ Data sets write the prompt in a column of its own, at the beginning of each comp
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from spo.data.findings import Findings
 from spo.data.messages import message_text
-from spo.data.rows import Message, RowError, Text
+from spo.data.rows import Message, Row, RowError, Text
 
 MIN_REPEATED_CHARACTERS = 12
-"""Length from which a text prompt at the beginning of all completions is a repetition and not chance."""
+"""Length from which a text prompt at the beginning of all completions of a row is a repetition and not chance."""
 
 
 class Candidate(NamedTuple):
@@ -37,7 +38,7 @@ class Candidate(NamedTuple):
 def separate_prompt(
     prompt: Text, candidates: Sequence[Candidate], column: str, where: str, findings: Findings
 ) -> tuple[Text, list[Text]]:
-    """Return the prompt and the completions in the same form, without repetitions of the prompt.
+    """Return the prompt and the completions in the same form, conversations without repetitions of the prompt.
 
     A text prompt of conversations is a turn of the user. If the conversations begin with another turn than the
     assistant's, they contain the prompt (UltraFeedback's form), and their shared beginning replaces it.
@@ -57,7 +58,7 @@ def separate_prompt(
     if isinstance(texts[0], str):
         if not isinstance(prompt, str):
             raise RowError(where, "a list of messages, but the completions are text; write both in one form", column)
-        return prompt, _without_repeated_text(prompt, texts, where, findings)
+        return prompt, texts
     if isinstance(prompt, str):
         if all(text and text[0]["role"] != "assistant" for text in texts):  # type: ignore[index]
             shared, rests = split_conversations(candidates, where)
@@ -109,10 +110,8 @@ def _check_start(
 ) -> None:
     role = completion[0]["role"]
     if role != "assistant":
-        reason = (
-            f"begins with a message of the {role} that is not the prompt's; a completion begins with the assistant's"
-        )
-        raise candidate.error(where, reason)
+        reason = f"begins with a message of the {role} that does not repeat the prompt; a completion begins with"
+        raise candidate.error(where, f"{reason} the assistant's")
     if prompt[-1:] == completion[:1]:
         raise candidate.error(where, "begins with the last message of the prompt; remove that message from the prompt")
 
@@ -141,25 +140,45 @@ def _without_repeated_turns(prompt: tuple[Message, ...], completion: tuple[Messa
     return completion
 
 
-def _without_repeated_text(prompt: str, texts: Sequence[Text], where: str, findings: Findings) -> list[Text]:
-    """Return the texts without the prompt at their beginning, if all have it and it is long enough."""
-    rests = [_rest(prompt, str(text)) for text in texts]
-    if not prompt.strip() or None in rests:
-        return list(texts)
-    if len(prompt.strip()) >= MIN_REPEATED_CHARACTERS:
-        findings.add("repeated_prompts", where)
-        return rests  # type: ignore[return-value]
-    if not any(rest[:1].isalnum() for rest in rests):  # type: ignore[index]
-        findings.add("short_repeats", where)
-    return list(texts)
+def remove_repeated_texts(rows: Sequence[Row], findings: Findings) -> list[Row]:
+    """Return the rows without text prompts that all completions of their row repeat at the beginning.
+
+    A short prompt may recur by chance. It is removed if most rows of the data repeat their prompt.
+
+    Args:
+        rows: Rows of one data set. Conversations do not change.
+        findings: Counts, to which repetitions are added.
+    """
+    rests = [_completions_after_prompt(row) for row in rows]
+    usual = sum(rest is not None for rest in rests) > len(rows) / 2
+    result: list[Row] = []
+    for row, rest in zip(rows, rests, strict=True):
+        if rest is None:
+            result.append(row)
+        elif usual or len(str(row.prompt).strip()) >= MIN_REPEATED_CHARACTERS:
+            findings.add("repeated_prompts", row.where)
+            chosen, *others = rest
+            result.append(replace(row, chosen=chosen, rejected=(*others, None)[0], worse=tuple(others[1:])))
+        else:
+            findings.add("short_repeats", row.where)
+            result.append(row)
+    return result
 
 
-def _rest(prompt: str, text: str) -> str | None:
-    """Return the text after the prompt at its beginning, ``None`` if it begins in another way."""
-    if text.startswith(prompt):
-        return text[len(prompt) :]
-    text, prompt = text.lstrip(), prompt.strip()
-    return text[len(prompt) :] if text.startswith(prompt) else None
+def _completions_after_prompt(row: Row) -> list[str] | None:
+    """Return the parts of the completions after the prompt's text, ``None`` unless all begin with it."""
+    if not isinstance(row.prompt, str) or not row.prompt.strip():
+        return None
+    prompt, rests = row.prompt, []
+    for text in map(str, row.completions):
+        # White space around the prompt may be missing or doubled in the repetition.
+        begin = prompt if text.startswith(prompt) else text[: len(text) - len(text.lstrip())] + prompt.strip()
+        rest = text.removeprefix(begin)
+        in_word = begin[-1].isalnum() and rest[:1].isalnum() and len(prompt.strip()) < MIN_REPEATED_CHARACTERS
+        if len(rest) == len(text) or in_word:
+            return None
+        rests.append(rest)
+    return rests
 
 
 def shared_prompt_length(chosen: str, rejected: str) -> int:

@@ -86,8 +86,7 @@ class RankedFileSource(FileSource):
         prompt, responses = separate_prompt(
             prompt, candidates, self.columns.get("prompt", "prompt"), where, self.findings
         )
-        if not prompt:
-            self.findings.add("empty_prompts", where)
+        self._count_turns(prompt, responses, where)
         kept, dropped = self._drop_uninformative(responses, self._ranks(record, responses, where))
         if len(kept) < 2:
             raise NoPreference(where, "fewer than 2 responses are left without empty, equal and tied ones", column)

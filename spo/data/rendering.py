@@ -4,10 +4,20 @@ Training, sampling and scoring all use :class:`Renderer`, so they see the same t
 
 * Prompt and completion are tokenized together, once, and split where the tokens of the prompt end. If tokens merge
   across that boundary, the merged tail of the prompt belongs to both completions.
+* Content is text, never control: the text of a special token inside a message or a text column is encoded as text. The
+  exceptions are tokens that the chat template looks for (``</think>``), and text columns with
+  ``data.split_special_tokens=false``. See :mod:`spo.data.encoding`.
 * A text begins with exactly one BOS if the tokenizer has one, even if the tokenizer does not add it. GPT-2, for
   example, saw it between documents. A tokenizer without BOS (Qwen) gets none. For conversations the chat template
   decides: a BOS is added only if the tokenizer adds one and the template does not.
-* A completion that was not cut ends in exactly one EOS. Text that a chat template writes after it is removed.
+* A text completion that was not cut ends in exactly one EOS.
+* A conversation is what the chat template writes, given whole messages, tools and arguments. The prompt is the
+  template's generation prompt wherever the whole conversation begins with it; elsewhere it ends at the last token that
+  both share. A prompt that ends in an assistant's turn is continued by an assistant's message: it does not contain the
+  end of that turn. Content that the template leaves out is an error. See :mod:`spo.data.conversations`.
+* The turn of an assistant ends in the run of special tokens that the template writes directly after the content; white
+  space in front of it stays. The completion ends with the last token of that run, and what the template writes after
+  it is removed. If the template does not write such a token, the completion ends in EOS.
 * Positions decide, never ids: BOS, EOS and PAD may be the same id.
 """
 
@@ -15,19 +25,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from spo.bounds import Truncation
+from spo.data.chat import ChatTemplate, find_end
+from spo.data.conversations import ConversationWriter, Rendered, shared_length
+from spo.data.encoding import TextEncoder
+from spo.data.remarks import Remarks
 from spo.data.rows import DataError, Message, Row, RowError, Split, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRUNCATIONS: tuple[Truncation, ...] = get_args(Truncation)
-_MARKER = "\u27e6the answer\u27e7"
-"""Text that does not occur in data or templates."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +48,11 @@ class TokenizedPair:
 
     Attributes:
         prompt_ids: Tokens of the prompt, after BOS if the tokenizer has one.
-        chosen_ids: Tokens of the better completion, with EOS at the end unless it was cut.
+        chosen_ids: Tokens of the better completion, with its end token unless it was cut.
         rejected_ids: Tokens of the worse completion; ``None`` for supervised data.
         prompt_text: Prompt as the model sees it; for conversations, the rendered template.
-        chosen_text: Better completion without EOS.
-        rejected_text: Worse completion without EOS; ``None`` for supervised data.
+        chosen_text: Better completion without the tokens that end it.
+        rejected_text: Worse completion without the tokens that end it; ``None`` for supervised data.
         prompt_id: Digest of the row's prompt, the same for every tokenizer.
         preference: Probability that chosen is better; ``None`` means 1.
         weight: Weight of the pair; ``None`` means 1.
@@ -50,6 +62,7 @@ class TokenizedPair:
         boundary_moved: Whether tokens merged at the end of the prompt.
         worse_ids: Tokens of a list's completions after the rejected one, best first.
         worse_texts: Texts of the completions in ``worse_ids``.
+        prompt_messages: Messages of the row's prompt; empty for a text prompt.
         repeated: Number of completions that were dropped because a better one has the same tokens.
     """
 
@@ -68,6 +81,7 @@ class TokenizedPair:
     boundary_moved: bool = False
     worse_ids: tuple[tuple[int, ...], ...] = ()
     worse_texts: tuple[str, ...] = ()
+    prompt_messages: tuple[Message, ...] = ()
     repeated: int = 0
 
     @property
@@ -97,27 +111,28 @@ class Dropped:
     where: str
 
 
-@dataclass(frozen=True)
-class _Rendered:
-    prompt: str
-    completions: tuple[str, ...]
-    conversation: bool
-
-
 class Renderer:
     """A converter of rows to tokens.
 
     Args:
         tokenizer: Tokenizer of the policy.
-        max_length: Largest number of tokens of prompt and completion together, BOS and EOS included.
+        max_length: Largest number of tokens of prompt and completion together, BOS and end token included.
         truncation: Policy for longer pairs and lists. ``drop_pair`` drops the pair. ``trim_completion`` cuts all
-            completions to the room that the prompt leaves, and a cut one does not have an EOS. ``trim_prompt`` cuts the
-            beginning of the prompt, but not its BOS, by the same amount for all completions.
-        allow_empty: Whether a completion may consist of its EOS only; otherwise such a pair is dropped.
+            completions to the room that the prompt leaves, and a cut one does not have an end token. ``trim_prompt``
+            cuts the beginning of the prompt, but not its BOS, by the same amount for all completions.
+        allow_empty: Whether a completion may consist of its end token only; otherwise such a pair is dropped.
         stop_ids: Tokens that end a generation of the model, as its generation config lists them.
+        chat_template_kwargs: Arguments of the chat template for all rows; those of a row come before them.
+        split_special_tokens: Whether the text of a special token in a text column is encoded as text. Messages are
+            always encoded so.
+
+    Attributes:
+        encoder: Encoder of all texts.
+        eos_id: Token that ends a text: EOS, or the end of a turn if the tokenizer does not have an EOS.
 
     Raises:
-        DataError: If the tokenizer does not have an EOS, or if an argument is out of range.
+        DataError: If neither the tokenizer nor its chat template has a token that ends a completion, or if an argument
+            is out of range.
     """
 
     def __init__(
@@ -128,54 +143,72 @@ class Renderer:
         allow_empty: bool = False,
         *,
         stop_ids: Sequence[int] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        split_special_tokens: bool = True,
     ) -> None:
         if truncation not in TRUNCATIONS:
             raise DataError(f"data.truncation={truncation}: choose {', '.join(TRUNCATIONS)}")
         if max_length < 2:
             raise DataError(f"data.max_length={max_length}: must be at least 2")
-        if tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer does not have an EOS token, so no completion can end; set its eos_token")
         self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
-        self.allow_empty = allow_empty
-        self._model_stop_ids = tuple(stop_ids)
+        self.allow_empty, self.split_special_tokens = allow_empty, split_special_tokens
         self.bos_id: int | None = tokenizer.bos_token_id
-        self.eos_id: int = tokenizer.eos_token_id
-        # Tokenizers do not declare whether they add a BOS, so one letter is encoded with and without special tokens.
-        plain, special = self._encode(["a"])[0], tokenizer("a")["input_ids"]
-        self._adds_bos = self.bos_id is not None and special[:1] == [self.bos_id] and plain[:1] != (self.bos_id,)
-        self._anchor = list(plain)
+        self._remarks = Remarks()
+        stops = [token for token in tokenizer.convert_ids_to_tokens(sorted(stop_ids)) if token]
+        self._chat = ChatTemplate(tokenizer, chat_template_kwargs, stops) if tokenizer.chat_template else None
+        self.encoder = TextEncoder(tokenizer, stops) if self._chat is None else self._chat.encoder
+        turn_ends = [] if self._chat is None else self._chat.ends
+        if tokenizer.eos_token_id is None and not turn_ends:
+            raise DataError("the tokenizer does not have an EOS token, so no completion can end; set its eos_token")
+        end_token = turn_ends[0] if tokenizer.eos_token_id is None else str(tokenizer.eos_token)
+        self.eos_id = _token_id(tokenizer, end_token)
+        self._ends = frozenset([*turn_ends, *stops])
+        self._writer: ConversationWriter | None = None
+        if self._chat is not None:
+            self._writer = ConversationWriter(self._chat, self._ends, end_token, self._remarks)
+        turn_ids = {_token_id(tokenizer, end) for end in turn_ends}
+        # EOS ends texts, and conversations whose template does not end a turn.
+        self._stop_ids = {*turn_ids, *stop_ids, *([] if self._chat and self._chat.end else [self.eos_id])}
+        self._anchor = list(self.encoder.encode(["a"])[0])
         self._anchor_text = self._decode(self._anchor)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Return the tokens that end a completion, in ascending order."""
-        return tuple(sorted({self.eos_id, *self._model_stop_ids}))
+        """Return the tokens that end a completion, in ascending order; EOS is one once a text was rendered."""
+        return tuple(sorted(self._stop_ids))
 
     def render(self, row: Row) -> TokenizedPair | Dropped:
         """Return the row as tokens, or the reason why it was dropped.
 
         Raises:
-            RowError: If neither a prompt nor a BOS can begin the text, or if the chat template rejects the messages.
+            RowError: If neither a prompt nor a BOS can begin the text, if the chat template rejects the messages, or if
+                it leaves out their content.
             DataError: If the row is a conversation and the tokenizer does not have a chat template.
         """
+        leaks = self.encoder.leaks
         text = self._as_text(row)
-        plain, *whole = self._encode([text.prompt, *(text.prompt + completion for completion in text.completions)])
+        plain, *whole = self.encoder.encode([text.prompt, *text.wholes])
+        if self.encoder.leaks > leaks:
+            self._remarks.add("control_text_leaks")
+        self._remarks.end_row()
         bos = self._bos(text, plain or whole[0])
-        cut = _shared_length([plain, *whole])
+        cut = shared_length([plain, *whole])
         prompt = bos + plain[:cut]
         if not prompt:
             if plain:
                 return Dropped("no_prompt_token", row.where)
             raise RowError(row.where, "the prompt is empty, and the tokenizer does not have a BOS", "prompt")
-        if any(len(ids) == cut for ids in whole) and not self.allow_empty:
+        if any(len(ids) - n == cut for ids, n in zip(whole, text.end_tokens, strict=True)) and not self.allow_empty:
             return Dropped("empty", row.where)
-        completions = tuple((*ids[cut:], self.eos_id) for ids in whole)
+        completions = tuple(
+            ids[cut:] if n else (*ids[cut:], self.eos_id) for ids, n in zip(whole, text.end_tokens, strict=True)
+        )
         best_alone = TokenizedPair(
             prompt_ids=prompt,
             chosen_ids=completions[0],
             rejected_ids=None,
-            prompt_text=text.prompt,
-            chosen_text=text.completions[0],
+            prompt_text=self.encoder.reveal(text.prompt),
+            chosen_text=text.texts[0],
             rejected_text=None,
             prompt_id=prompt_id(row.prompt, row.tools, row.template_kwargs),
             preference=row.preference,
@@ -183,8 +216,9 @@ class Renderer:
             split=row.split,
             where=row.where,
             boundary_moved=cut < len(plain),
+            prompt_messages=() if isinstance(row.prompt, str) else row.prompt,
         )
-        pair = _with_completions(best_alone, completions, text.completions)
+        pair = _with_completions(best_alone, completions, text.texts)
         if isinstance(pair, Dropped) or len(prompt) + max(map(len, completions)) <= self.max_length:
             return pair
         if self.truncation == "drop_pair":
@@ -200,7 +234,8 @@ class Renderer:
             DataError: If the prompt is empty and the tokenizer does not have a BOS.
         """
         text = self._as_text(Row(prompt=prompt, chosen="" if isinstance(prompt, str) else ()))
-        plain = self._encode([text.prompt])[0]
+        self._remarks.end_row()
+        plain = self.encoder.encode([text.prompt])[0]
         ids = self._bos(text, plain) + plain
         if not ids:
             raise DataError("the prompt is empty, and the tokenizer does not have a BOS")
@@ -211,66 +246,63 @@ class Renderer:
         # Some decoders strip the space at the start of a text, so the completion is decoded after an anchor.
         return self._decode([*self._anchor, *ids])[len(self._anchor_text) :]
 
+    def notes(self) -> Iterator[tuple[str, str, int]]:
+        """Yield key, sentence and number of rows of each remark on the rows that were rendered."""
+        return self._remarks.notes()
+
     def _decode(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 
-    def _encode(self, texts: list[str]) -> list[tuple[int, ...]]:
-        # verbose=False silences the tokenizer's warning about long texts, since `render` checks their lengths itself.
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [tuple(ids) for ids in encoded["input_ids"]]
+    def _bos(self, text: Rendered, ids: tuple[int, ...]) -> tuple[int, ...]:
+        if text.conversation:
+            return self.encoder.added_bos(ids)
+        return () if self.bos_id is None or ids[:1] == (self.bos_id,) else (self.bos_id,)
 
-    def _bos(self, text: _Rendered, ids: tuple[int, ...]) -> tuple[int, ...]:
-        wanted = self._adds_bos if text.conversation else self.bos_id is not None
-        return (self.bos_id,) if wanted and ids[:1] != (self.bos_id,) else ()  # type: ignore[return-value]
-
-    def _as_text(self, row: Row) -> _Rendered:
+    def _as_text(self, row: Row) -> Rendered:
         if isinstance(row.prompt, str):
-            texts = [self._without_eos(str(text)) for text in _completions(row)]
-            return _Rendered(row.prompt, tuple(texts), False)
-        if not self.tokenizer.chat_template:
+            return self._columns(row.prompt, [str(text) for text in _completions(row)])
+        if self._writer is None:
             raise DataError(
                 f"{row.where}: the row is a list of messages, but the tokenizer does not have a chat template. Use the "
-                "model's chat version, set tokenizer.chat_template, or write the data as text"
+                "model's chat version, give a template as data.chat_template=FILE, or write the data as text"
             )
-        # A prompt that ends in an assistant's turn is continued; the template must not open another turn.
-        opens = not row.prompt or row.prompt[-1]["role"] != "assistant"
-        prompt = self._template(row.prompt, opens, row.where)
-        completions = [
-            self._conversation(row.prompt, messages, row.where)  # type: ignore[arg-type]
-            for messages in _completions(row)
-            if messages
-        ]
-        if not all(text.startswith(prompt) for text in completions):
-            # Some templates open the assistant's turn with words that a finished turn does not contain.
-            prompt = prompt[: _shared_length([prompt, *completions])]
-        return _Rendered(prompt, tuple(text[len(prompt) :] for text in completions), True)
+        return self._writer.write(row, [messages for messages in _completions(row) if messages])  # type: ignore[misc]
 
-    def _conversation(self, prompt: tuple[Message, ...], completion: tuple[Message, ...], where: str) -> str:
-        text = self._template((*prompt, *completion), False, where)
-        # A marker in place of the last message shows which text the template writes after it.
-        marked = self._template((*prompt, *completion[:-1], {**completion[-1], "content": _MARKER}), False, where)
-        after = marked.rpartition(_MARKER)[2]
-        eos = after.find(self.tokenizer.eos_token) if text.endswith(after) else -1
-        return text if eos < 0 else text[: len(text) - len(after) + eos]
+    def _columns(self, prompt: str, completions: Sequence[str]) -> Rendered:
+        """Return text columns as they are, apart from BOS and EOS that other tools write into them."""
+        self._stop_ids.add(self.eos_id)
+        bos = self.tokenizer.bos_token
+        while bos and prompt.startswith(bos):
+            prompt = prompt.removeprefix(bos)
+        bare = [self._without_eos(text) for text in completions]
+        if (eos := self.tokenizer.eos_token) and any(eos in text for text in bare):
+            self._remarks.add("eos_in_completion", [eos])
+        if not self.split_special_tokens:
+            return self._rendered_before(prompt, bare)
+        # A token may consist of the end of the prompt and the beginning of a completion, so both are hidden together.
+        wholes = [prompt + text for text in bare]
+        if found := self.encoder.occurring([prompt, *wholes]):
+            self._remarks.add("control_text_in_columns", sorted(found))
+        hide = self.encoder.hide
+        return Rendered(hide(prompt), tuple(map(hide, wholes)), tuple(bare), (0,) * len(bare), False)
 
-    def _template(self, messages: tuple[Message, ...], opens: bool, where: str) -> str:
-        if not messages:
-            return ""
-        try:
-            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opens)
-        except Exception as error:  # Templates may raise any error that their author chose.
-            raise RowError(where, f"the chat template rejects the messages: {error}") from error
-        assert isinstance(text, str)
-        return text
+    def _rendered_before(self, prompt: str, completions: Sequence[str]) -> Rendered:
+        """Return text columns to which another tool has applied a chat template: control tokens are tokens."""
+        ends = [find_end(text, self.encoder.control, self._ends) for text in completions]
+        return Rendered(
+            prompt,
+            tuple(prompt + (text[: end[1]] if end else text) for text, end in zip(completions, ends, strict=True)),
+            tuple(text[: end[0]] if end else text for text, end in zip(completions, ends, strict=True)),
+            tuple(len(end[2]) if end else 0 for end in ends),
+            False,
+        )
 
     def _without_eos(self, text: str) -> str:
-        eos = self.tokenizer.eos_token
-        if not text.rstrip().endswith(eos):
-            return text
         # Data written by other tools may end in EOS already; `render` appends exactly one.
-        while text.rstrip().endswith(eos):
+        eos = self.tokenizer.eos_token
+        while eos and text.rstrip().endswith(eos):
             text = text.rstrip().removesuffix(eos)
         return text
 
@@ -334,11 +366,7 @@ def _completions(row: Row) -> tuple[Text, ...]:
     return (row.chosen, *(() if row.rejected is None else (row.rejected,)), *row.worse)
 
 
-def _shared_length(sequences: Sequence[Sequence[object]]) -> int:
-    """Return the number of leading items that all sequences share."""
-    length = 0
-    for items in zip(*sequences, strict=False):
-        if any(item != items[0] for item in items):
-            break
-        length += 1
-    return length
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(token_id, int)
+    return token_id

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from spo.data.findings import Findings
 from spo.data.messages import message_text
 from spo.data.rendering import TRUNCATIONS, Dropped, Renderer, TokenizedPair, prompt_id
-from spo.data.rows import SPLITS, DataError, Row, Split, Text
+from spo.data.rows import SPLITS, DataError, Message, Row, Split, Text
+from spo.notes import note
 
 REPORTED_COUNTS = ("read", "used", "dropped", "truncated")
 """Counts of pairs in the panel at the start and in ``metrics.json``."""
@@ -47,13 +48,15 @@ class EvalPrompt:
         prompt_id: Digest of the prompt.
         split: Split of its pair, or ``None``.
         ids: Tokens of the prompt, the same as in training.
-        text: Text of the prompt.
+        text: Text of the prompt, for a conversation with what the chat template writes.
+        messages: Messages of the prompt; empty for a text prompt.
     """
 
     prompt_id: str
     split: Split | None
     ids: tuple[int, ...]
     text: str
+    messages: tuple[Message, ...] = ()
 
 
 def prepare(
@@ -92,6 +95,8 @@ def prepare(
             reasons[result.reason] += 1
         else:
             used.append(result)
+    for key, sentence, count in renderer.notes():
+        note(key, sentence, count)
 
     group_of = _group_prompts(rows)
     given = _find_source_splits(used, group_of)
@@ -140,7 +145,10 @@ def eval_prompts(pairs: Sequence[TokenizedPair]) -> list[EvalPrompt]:
         first.setdefault(pair.prompt_id, pair)
     # Digests are as good as random, so this order is independent of the order in the file.
     chosen = [first[key] for key in sorted(first)]
-    return [EvalPrompt(pair.prompt_id, pair.split, pair.prompt_ids, pair.prompt_text) for pair in chosen]
+    return [
+        EvalPrompt(pair.prompt_id, pair.split, pair.prompt_ids, pair.prompt_text, pair.prompt_messages)
+        for pair in chosen
+    ]
 
 
 def _group_prompts(rows: Sequence[Row]) -> dict[str, str]:

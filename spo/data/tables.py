@@ -16,7 +16,13 @@ from spo.bounds import OnBadRow
 from spo.data.cells import describe_type, json_object, tool_list
 from spo.data.findings import Findings
 from spo.data.messages import is_empty, text_or_messages
-from spo.data.prompts import Candidate, separate_prompt, shared_prompt_length, split_conversations
+from spo.data.prompts import (
+    Candidate,
+    remove_repeated_texts,
+    separate_prompt,
+    shared_prompt_length,
+    split_conversations,
+)
 from spo.data.readers import Record
 from spo.data.rendering import prompt_id
 from spo.data.rows import Completer, DataError, Row, RowError, Split, Text
@@ -26,16 +32,10 @@ TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 """Columns that only the chat template reads, so that rows of text do not use them."""
 COLUMNS = ("prompt", "chosen", "rejected", "preference", "weight", *TEMPLATE_COLUMNS)
 """Columns that a table of pairs may have."""
-PROMPT_LIKE_COLUMNS = (
-    "question", "query", "instruction", "instructions", "input", "history", "context", "conversation", "conversations",
-    "messages", "dialogue",
-)  # fmt: skip
-"""Columns that may hold the prompt of a row whose completions do not share a beginning."""
-NOTED_COLUMNS = (
-    "system", "system_prompt", "instruction", "instructions", "input", "question", "query", "history", "context",
-    "documents", "functions", "image", "images",
-)  # fmt: skip
-"""Columns that other tools may put in front of the model. A note states that they are not read."""
+PROMPT_LIKE_COLUMNS = ("question", "query", "instruction", "input", "conversation", "conversations", "dialogue")
+"""Columns that other tools use for the prompt."""
+NOTED_COLUMNS = ("system", "system_prompt", *PROMPT_LIKE_COLUMNS, "history", "context", "documents", "image", "images")
+"""Columns that other tools put in front of the model. A note states that they are not read."""
 
 
 class NoPreference(RowError):
@@ -114,6 +114,7 @@ class TableSource(Source):
                 if self.on_bad_row == "stop" and not isinstance(error, NoPreference):
                     raise
                 self.bad_rows.append(error)
+        rows = self._remove_repeated_texts(rows)
         self.counts = {"read": read, "skipped": len(self.bad_rows)}
         if not rows:
             first = f"; the first problem: {self.bad_rows[0]}" if self.bad_rows else ""
@@ -125,6 +126,16 @@ class TableSource(Source):
             self.findings.add("ignored_columns", columns, max(self.ignored.values()))
         _find_repeats(rows, self.findings)
         return rows
+
+    def _remove_repeated_texts(self, rows: Sequence[Row]) -> list[Row]:
+        """Return the rows without repeated text prompts; a row that then has an empty completion is skipped."""
+        kept: list[Row] = []
+        for row in remove_repeated_texts(rows, self.findings):
+            if any(map(is_empty, row.completions)):
+                self.bad_rows.append(NoPreference(row.where, "a completion only repeats the prompt"))
+            else:
+                kept.append(row)
+        return kept
 
     def parse(self, record: Record, where: str, split: Split | None) -> Row:
         """Convert a record to a row.
@@ -150,8 +161,7 @@ class TableSource(Source):
         else:
             given = self._text(record, "prompt", where)
             prompt, completions = separate_prompt(given, [chosen, rejected], column, where, self.findings)
-        if not prompt:
-            self.findings.add("empty_prompts", where)
+        self._count_turns(prompt, completions, where)
         better, worse = completions
         for candidate, completion in ((chosen, better), (rejected, worse)):
             if is_empty(completion):
@@ -184,15 +194,26 @@ class TableSource(Source):
         return prompt, completions[0], completions[1]
 
     def _check_implied_prompt(self, record: Record, prompt: Text, where: str) -> None:
+        """Count a row without a prompt, and reject it if another column holds the prompt."""
         self.findings.add("implied_prompts", where)
-        candidates = [name for name in PROMPT_LIKE_COLUMNS if record.get(name) and name not in self.columns.values()]
-        if candidates and not prompt:
-            raise RowError(
-                where,
-                f"chosen and rejected do not share a beginning, and there is no prompt, but {candidates[0]!r} is not "
-                f"read; set data.source.columns={{prompt: {candidates[0]}}}, or rewrite the column as prompt",
-                self.columns.get("prompt", "prompt"),
+        values = {name: record[name] for name in PROMPT_LIKE_COLUMNS if record.get(name)}
+        missing = {name for name, value in values.items() if not (isinstance(value, str) and value.strip() in prompt)}
+        # Text of one such column in the shared beginning shows that chosen and rejected contain the prompt.
+        if values and missing == values.keys() and (not prompt or isinstance(prompt, str)):
+            column, [name, *_] = self.columns.get("prompt", "prompt"), values
+            reason = (
+                f"there is no prompt, and chosen and rejected do not begin with {name!r}; set "
+                f"data.source.columns={{prompt: {name}}}, or rename the column to prompt"
             )
+            raise RowError(where, reason, column)
+
+    def _count_turns(self, prompt: Text, completions: Sequence[Text], where: str) -> None:
+        """Count a row whose prompt does not ask anything, or whose completions contain turns of others."""
+        if is_empty(prompt) or (not isinstance(prompt, str) and all(turn["role"] != "user" for turn in prompt)):
+            self.findings.add("empty_prompts", where)
+        turns = [turn for completion in completions if not isinstance(completion, str) for turn in completion]
+        if any(turn["role"] != "assistant" for turn in turns):
+            self.findings.add("other_turns", where)
 
     def _template_values(self, record: Record, prompt: Text, where: str) -> dict[str, Any]:
         """Return the fields of a row that the chat template reads, and count the columns that nothing reads."""

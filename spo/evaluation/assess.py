@@ -11,9 +11,11 @@ from typing import Any
 from torch import nn
 
 from spo.data import EvalPrompt
+from spo.data.rows import Text
 from spo.evaluation.completions import Draws, draw
 from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
 from spo.evaluation.judges import Judge, JudgedPair
+from spo.evaluation.judges.base import as_read
 from spo.evaluation.settings import REFERENCE, EvaluationSettings
 from spo.evaluation.winrate import verdict_of_rewards, win_rates
 from spo.forward.modes import eval_mode
@@ -129,16 +131,21 @@ def assess(
     if theirs is not None:
         metrics |= {f"reference/{key}": value for key, value in _summarize(theirs, settings).items()}
     if judge is not None:
+        asked = [prompt.messages or prompt.text for prompt, _ in wanted]
         against = {}
         if theirs is not None:
-            against[REFERENCE] = [_Reply(*one) for one in zip(rows, units, theirs.texts, theirs.tokens, strict=True)]
+            against[REFERENCE] = [
+                _Reply(*one) for one in zip(rows, asked, units, theirs.texts, theirs.tokens, strict=True)
+            ]
         for name, opponent in (opponents or {}).items():
             found = (
-                (row, unit, opponent.get((row["prompt_id"], row["sample_index"])))
-                for row, unit in zip(rows, units, strict=True)
+                (row, prompt, unit, opponent.get((row["prompt_id"], row["sample_index"])))
+                for row, prompt, unit in zip(rows, asked, units, strict=True)
             )
-            against[name] = [_Reply(row, unit, *reply) for row, unit, reply in found if reply is not None]
-        metrics |= _judge_rows(judge, rows, against, REFERENCE in settings.against, bootstrap, resamples)
+            against[name] = [
+                _Reply(row, prompt, unit, *reply) for row, prompt, unit, reply in found if reply is not None
+            ]
+        metrics |= _judge_rows(judge, rows, asked, against, REFERENCE in settings.against, bootstrap, resamples)
     return Evaluation({f"eval/{key}": value for key, value in metrics.items()}, rows)
 
 
@@ -171,6 +178,7 @@ class _Reply:
 
     Attributes:
         row: Row of the policy's sample.
+        prompt: Prompt of the row as the judge is given it: text, or messages.
         unit: Unit of the bootstrap that the row belongs to.
         completion: Completion of the opponent.
         tokens: Length of the completion in tokens.
@@ -179,6 +187,7 @@ class _Reply:
     """
 
     row: dict[str, Any]
+    prompt: Text
     unit: Hashable
     completion: str
     tokens: int
@@ -189,13 +198,14 @@ class _Reply:
 def _judge_rows(
     judge: Judge,
     rows: Sequence[dict[str, Any]],
+    prompts: Sequence[Text],
     against: Mapping[str, Sequence[_Reply]],
     with_reference: bool,
     bootstrap: Bootstrap,
     resamples: Resamples,
 ) -> dict[str, float]:
     """Ask the judge, write rewards and verdicts into the rows, and return their metrics."""
-    scores = judge.scores([row["prompt"] for row in rows], [row["completion"] for row in rows]) or {}
+    scores = judge.scores(prompts, [row["completion"] for row in rows]) or {}
     metrics = {_reward_key(name): fmean(values) for name, values in scores.items()}
     if scores:
         metrics |= resamples.mean(scores["reward"]).as_metrics("reward")
@@ -205,7 +215,7 @@ def _judge_rows(
         if not replies:
             continue
         is_reference = opponent == REFERENCE
-        theirs = judge.scores([one.row["prompt"] for one in replies], [one.completion for one in replies]) or {}
+        theirs = judge.scores([one.prompt for one in replies], [one.completion for one in replies]) or {}
         for one, reward in zip(replies, theirs.get("reward", ()), strict=False):
             one.reward = reward
         if is_reference:
@@ -235,7 +245,7 @@ def _set_verdicts(judge: Judge, replies: Sequence[_Reply]) -> None:
         for one in replies:
             one.verdict = verdict_of_rewards(one.row["reward"], one.reward)  # type: ignore[arg-type]
         return
-    asked = [JudgedPair(one.row["prompt"], one.row["completion"], one.completion) for one in replies]
+    asked = [JudgedPair(as_read(one.prompt), one.row["completion"], one.completion) for one in replies]
     for one, verdict in zip(replies, judge.verdicts(asked), strict=True):
         one.verdict = verdict
 

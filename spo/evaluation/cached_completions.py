@@ -22,6 +22,7 @@ CODE_DEPENDENCIES = (
     "sampling",
     "seeds.py",
     "forward",
+    "data/encoding.py",
     "data/rendering.py",
     "evaluation/completions.py",
 )

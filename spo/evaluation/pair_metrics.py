@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spo.data import TokenizedPair
 from spo.data.collate import collate
@@ -14,6 +14,8 @@ from spo.forward.speed import Speed
 from spo.losses import Loss
 from spo.metrics.calibration import Calibration
 from spo.metrics.sums import SumsAndCounts
+from spo.objective import concat_logps, loss_inputs
+from spo.types import ListLogps, PairLogps
 
 _NAMES = ("rewards/accuracies", "rewards/margins")
 
@@ -45,18 +47,25 @@ def pair_metrics(
     Returns:
         Metrics under ``eval/``. Calibration is absent for lists and for completions without a rejected one.
     """
-    metric, calibration = SumsAndCounts(_NAMES, over_ranks=False), Calibration(over_ranks=False)
+    if not pairs:
+        return {}
     device = next(policy.parameters()).device
+    parts: list[PairLogps | ListLogps] = []
+    sizes: list[Tensor] = []
     for first in range(0, len(pairs), batch_size):
         chunk = pairs[first : first + batch_size]
         batch = collate(chunk, range(len(chunk)), pad_token_id, arrange=speed.arrange).to(device)
-        inputs = batch.list_logps if loss.uses_lists else batch.pair_logps
-        logps = inputs(*(speed.logps(model, batch.sequences) for model in (policy, reference)))
-        values = loss.metrics(logps, alpha=coefficients["alpha"], beta=coefficients["beta"])
-        metric.update({name: values[name].cpu() for name in _NAMES if name in values})
-        if "rewards/margins" in values and len(batch.mask()) == 2:  # a longer list does not have a single preference
-            preference = None if batch.preference is None else batch.preference.cpu()
-            calibration.update(values["rewards/margins"].cpu(), preference)
+        parts.append(loss_inputs(loss, batch, *(speed.logps(model, batch.sequences) for model in (policy, reference))))
+        sizes.append(batch.mask().sum(0))
+    # The loss sees all pairs at once, because its metrics may depend on their company.
+    whole = concat_logps(parts)
+    values = loss.metrics(whole, alpha=coefficients["alpha"], beta=coefficients["beta"])
+    metric, calibration = SumsAndCounts(_NAMES, over_ranks=False), Calibration(over_ranks=False)
+    metric.update({name: values[name].cpu() for name in _NAMES if name in values})
+    is_pair = torch.cat(sizes) == 2  # a longer list does not have a single preference
+    if "rewards/margins" in values and is_pair.any():
+        preference = None if whole.preference is None else whole.preference[is_pair].cpu()
+        calibration.update(values["rewards/margins"][is_pair].cpu(), preference)
     reliability = calibration.compute() if calibration.update_called else {}
     found = metric.compute() | {f"calibration/{name}": value for name, value in reliability.items()}
     return {f"eval/{key}": value for key, value in found.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spo.data import Renderer, Row, TokenizedPair
+from spo.data import DataError, Renderer, Row, TokenizedPair
 from spo.data.collate import collate
 from spo.data.enumerable import Language
 from spo.forward.head import completion_logits
@@ -46,7 +46,17 @@ class World:
 
     @classmethod
     def of(cls, language: Language, renderer: Renderer, rows: Sequence[TokenizedPair]) -> World:
-        """Tokenize the language, and find each row's completions in it."""
+        """Tokenize the language, and find each row's completions in it.
+
+        Raises:
+            DataError: If several tokens end a completion, since the responses are enumerated with one of them.
+        """
+        if len(renderer.stop_ids) > 1:
+            ends = ", ".join(map(str, renderer.stop_ids))
+            raise DataError(
+                f"model.path: an enumerable language needs one token that ends a response, and this model has {ends}: "
+                "set eos_token_id in its generation_config.json to the tokenizer's EOS"
+            )
         texts = [Row(prompt, response) for prompt in language.prompts for response in language.responses]
         leaves = [leaf for leaf in map(renderer.render, texts) if isinstance(leaf, TokenizedPair)]
         assert len(leaves) == len(texts), "a response of the language cannot be written in tokens"

@@ -132,13 +132,17 @@ def _comparison(model: nn.Module, rows: Rows) -> Callable[[Tensor, Tensor], bool
     exact = next(model.parameters()).dtype in MAX_DIFFERENCE_NATS
 
     def same(got: Tensor, want: Tensor) -> bool:
-        difference = (got - want).abs().masked_fill(got == want, 0)  # Log-probs of masked tokens are -inf in both.
+        difference = _differences(got, want)
         if not exact:
             return bool(difference.median() <= max(MAX_MEDIAN_NATS, 4 * rounding))
         size = float(want[want.isfinite()].abs().max())
         return bool(difference.max() <= min(max(RELATIVE_ROUNDING * size, 10 * rounding), MAX_ROUNDING_NATS))
 
     return same
+
+
+def _differences(got: Tensor, want: Tensor) -> Tensor:
+    return (got - want).abs().masked_fill(got == want, 0)  # Log-probs of masked tokens are -inf in both.
 
 
 def _rows_around_lengths(config: Any) -> Rows:
@@ -244,7 +248,7 @@ def _reason_to_reject(model: nn.Module, config: Any) -> str | None:
         calls, distinct = len(modules), len(set(modules))
         if not calls == distinct == config.num_hidden_layers:
             return f"attention was called {calls} times in {distinct} places, for {config.num_hidden_layers} layers"
-        difference = float((packed - padded).abs().max())
+        difference = float(_differences(packed, padded).max())
         # Written so that NaN is rejected.
         if not difference <= MAX_DIFFERENCE_NATS.get(next(model.parameters()).dtype, 0.1):
             return f"packed and padded log-probs differ by {difference:.2g} nats"

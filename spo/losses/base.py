@@ -24,8 +24,8 @@ class Loss(ABC, Generic[Logps]):
         uses_rejected: The loss reads ``policy_rejected``; false only for methods that learn from completions alone.
         uses_alpha: The loss reads alpha.
         uses_beta: The loss reads beta; if false, beta is free to be the weight of the regularizer.
-        uses_batch_statistics: The loss of a pair depends on the other pairs of its forward pass, so gradients change
-            with the size of the micro-batch.
+        uses_batch_statistics: The loss of a pair depends on the other pairs. It is then called once with all pairs of
+            the optimizer step, over micro-batches and processes, or with all pairs of the split in a validation.
         uses_lists: The loss takes whole lists of completions, best first, as :class:`~spo.types.ListLogps`. A pair is
             a list of two.
         metric_names: Keys that :meth:`metrics` can return. Processes exchange metrics by position, so the keys are
@@ -229,7 +229,9 @@ def expected_loss(of_margin: Callable[[Tensor], Tensor], margin: Tensor, prefere
     """
     if preference is None:
         return of_margin(margin)
-    return preference * of_margin(margin) + (1 - preference) * of_margin(-margin)
+    # A label of probability zero counts as zero, also where its loss would be infinite.
+    right, wrong = margin.masked_fill(preference == 0, 0), (-margin).masked_fill(preference == 1, 0)
+    return preference * of_margin(right) + (1 - preference) * of_margin(wrong)
 
 
 def weighted(losses: Tensor, logps: PairLogps | ListLogps) -> Tensor:

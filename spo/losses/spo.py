@@ -55,14 +55,15 @@ class WeightedSPOLoss(SPOLoss):
 
     .. math:: L = \mu \, L_{SPO}, \quad \mu \propto (\pi(y_w|x) + \pi(y_l|x))^\gamma
 
-    where mu is ``(B,)``, constant in the gradient, and has mean 1 over the pairs of a forward pass. It is computed in
-    log space, because sequence probabilities span hundreds of nats, and log mu stays within ``clip`` nats of its mean.
-    The weight is a reconstruction from the reviews of the paper. Any positive weight that is symmetric in the pair and
-    constant in the gradient leaves the optimum at softmax(r / alpha).
+    where mu is ``(B,)``, constant in the gradient, and has mean 1 over all pairs of the optimizer step, whatever the
+    micro-batches and processes, or over all pairs of the split in a validation. It is computed in log space, because
+    sequence probabilities span hundreds of nats, and log mu stays within ``clip`` nats of its mean. The weight is a
+    reconstruction from the reviews of the paper. Any positive weight that is symmetric in the pair and constant in the
+    gradient leaves the optimum at softmax(r / alpha).
 
     Args:
         gamma: Exponent of the weight; 0 is exactly the basic loss.
-        clip: Largest distance of log mu from its batch mean in nats.
+        clip: Largest distance of log mu from its mean in nats.
 
     Raises:
         ValueError: ``gamma`` is negative or ``clip`` is not positive.

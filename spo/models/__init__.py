@@ -1,6 +1,7 @@
 """Policies and references: Hugging Face causal language models, adapters, and the built-in small ones."""
 
-from spo.models.policy import LoraSettings, ModelSpec
+from spo.models.adapters import LoraSettings
+from spo.models.policy import ModelSpec
 from spo.models.reference import (
     AdapterOffReference,
     CachedReference,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from spo.errors import UserError
@@ -46,6 +47,27 @@ def read_stop_ids(path: str | Path, vocab_size: int) -> tuple[int, ...]:
             len(unknown),
         )
     return tuple(sorted(known))
+
+
+def note_stops_in_text(path: str | Path, stop_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a note if a token that ends a generation is a piece of ordinary text.
+
+    A config that was made for another vocabulary has such ids, and every completion would stop at a common word.
+
+    Args:
+        path: Hugging Face folder or hub name.
+        stop_ids: Tokens by which the model ends a generation.
+        tokenizer: Tokenizer of the model.
+    """
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    if pieces := [token for token in stop_ids if token not in special]:
+        names = ", ".join(f"{token} ({tokenizer.convert_ids_to_tokens(token)!r})" for token in pieces)
+        note(
+            "stop_ids_in_text",
+            f"model.path={path}: completions end at {names}, which its tokenizer does not list as special; if that is "
+            f"not intended, mend eos_token_id in {GENERATION_CONFIG_NAME}",
+            len(pieces),
+        )
 
 
 def _read(path: str | Path, name: str) -> dict[str, Any] | None:

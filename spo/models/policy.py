@@ -1,41 +1,21 @@
-"""Loading and saving of policies in Hugging Face folders, with or without an adapter."""
+"""Loading of policies from Hugging Face folders, with or without an adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spo.bounds import DropoutRate, PositiveFloat, PositiveInt
-from spo.forward.modes import default_generation_config
-from spo.models.generation import read_stop_ids, write_generation_config
-from spo.records import filenames
+from spo.models.adapters import LoraSettings, with_fresh_adapter, with_given_adapter
+from spo.models.generation import read_stop_ids
+from spo.models.library_errors import Origin
+from spo.models.loading import load_causal_model, load_config, load_tokenizer
 
 Initial = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """A low-rank adapter (arXiv:2106.09685) of peft.
-
-    Attributes:
-        r: Rank of the update.
-        alpha: Scale of the update, which is multiplied by alpha / r.
-        dropout: Dropout probability of the adapter's input.
-        target_modules: Names of the modules to adapt, or ``"all-linear"``.
-    """
-
-    r: PositiveInt
-    alpha: PositiveFloat
-    dropout: DropoutRate
-    target_modules: str | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -46,7 +26,8 @@ class ModelSpec:
         path: Hugging Face folder or hub name; ``None`` if ``initial`` makes the model.
         initial: Function that makes fresh weights and their tokenizer; ``None`` if ``path`` is given.
         dtype: Name of a torch dtype.
-        attn_implementation: Name of an attention implementation of transformers.
+        attn_implementation: Name of an attention implementation of transformers; ``auto`` for SDPA where the model
+            supports it, and the model's own default elsewhere.
         trust_remote_code: Whether code in the model folder may run.
         dropout: Dropout probability of the policy in training; the reference does not use dropout.
         gradient_checkpointing: Recompute activations in the backward pass.
@@ -64,13 +45,17 @@ class ModelSpec:
     lora: LoraSettings | None
     adapter_path: str | None
 
+    def origin(self, path: str | Path) -> Origin:
+        """Return a place to load from, named by its key if it is the configured one."""
+        return Origin(path, "model.path" if str(path) == self.path else None)
+
     def tokenizer(self, path: str | Path) -> PreTrainedTokenizerBase:
         """Load the tokenizer from a folder or hub name."""
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=self.trust_remote_code)
+        return load_tokenizer(self.origin(path), self.trust_remote_code)
 
     def stop_ids(self, path: str | Path) -> tuple[int, ...]:
         """Return the tokens by which the model of a folder or hub name ends a generation."""
-        config = AutoConfig.from_pretrained(path, trust_remote_code=self.trust_remote_code)
+        config = load_config(self.origin(path), self.trust_remote_code)
         return read_stop_ids(path, config.get_text_config().vocab_size)
 
     def base(self, path: str | Path, *, dropout: float = 0.0) -> PreTrainedModel:
@@ -80,16 +65,13 @@ class ModelSpec:
             path: Hugging Face folder or hub name.
             dropout: Dropout probability wherever the architecture has dropout.
         """
-        config = AutoConfig.from_pretrained(path, trust_remote_code=self.trust_remote_code)
-        set_dropout(config, dropout)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
+        return load_causal_model(
+            self.origin(path),
             dtype=getattr(torch, self.dtype),
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
+            dropout=dropout,
         )
-        return model.eval()
 
     def policy(self, path: str | Path, *, seed: int) -> nn.Module:
         """Load the model to train, in train mode.
@@ -101,82 +83,16 @@ class ModelSpec:
         base = self.base(path, dropout=self.dropout)
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        policy = base if self.lora is None else _with_adapter(base, self.lora, self.adapter_path, seed)
+        policy: nn.Module = base
+        if self.adapter_path is not None:
+            policy = with_given_adapter(base, self.adapter_path, is_trainable=True)
+        elif self.lora is not None:
+            policy = with_fresh_adapter(base, self.lora, seed)
         return policy.train()
 
     def start(self, path: str | Path) -> nn.Module:
         """Load the initial policy, frozen and in eval mode: the base weights with a given adapter."""
         model: nn.Module = self.base(path)
         if self.adapter_path is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, self.adapter_path)
+            model = with_given_adapter(model, self.adapter_path, is_trainable=False)
         return model.requires_grad_(False).eval()
-
-
-def _with_adapter(model: nn.Module, lora: LoraSettings, adapter_path: str | None, seed: int) -> nn.Module:
-    """Add a fresh adapter, or the given one twice: to train, and frozen under the name ``reference``."""
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    if adapter_path is not None:
-        adapted = PeftModel.from_pretrained(model, adapter_path, is_trainable=True)
-        adapted.load_adapter(adapter_path, adapter_name="reference", is_trainable=False)
-        return adapted
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return get_peft_model(
-            model,
-            LoraConfig(
-                task_type="CAUSAL_LM",
-                r=lora.r,
-                lora_alpha=lora.alpha,  # type: ignore[arg-type]  # Declared as int, but peft takes any number.
-                lora_dropout=lora.dropout,
-                target_modules=targets,
-            ),
-        )
-
-
-def set_dropout(config: Any, value: float) -> None:
-    """Set every dropout probability of a model config, whatever name the architecture gives it."""
-    for name, current in vars(config).items():
-        is_dropout = "drop" in name and not name.startswith("classifier")
-        if is_dropout and isinstance(current, int | float) and not isinstance(current, bool):
-            setattr(config, name, value)
-
-
-def whole_state_dict(policy: nn.Module) -> dict[str, Any] | None:
-    """Gather the weights of a sharded policy on the first rank; return ``None`` otherwise. All ranks must call it."""
-    if not isinstance(policy, FSDPModule):
-        return None
-    return get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def save_policy(
-    policy: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    weights: dict[str, Any] | None = None,
-    stop_ids: Sequence[int] | None = None,
-) -> None:
-    """Save a Hugging Face folder (safetensors, tokenizer) that ``AutoModelForCausalLM`` loads.
-
-    An adapter is saved in ``adapter/`` next to the folder, and merged into the weights inside it. A policy with an
-    adapter cannot be trained further afterwards.
-
-    Args:
-        policy: Policy to save.
-        tokenizer: Tokenizer of the policy.
-        folder: Folder to write.
-        weights: State that :func:`whole_state_dict` gathered, or ``None`` for that of ``policy``.
-        stop_ids: Tokens that end a generation; ``None`` for those of the model's generation config.
-    """
-    model: Any = policy  # Any, because nn.Module types undeclared attributes as tensors or modules.
-    if hasattr(model, "peft_config"):
-        model.save_pretrained(folder.parent / filenames.ADAPTER, selected_adapters=["default"])
-        model.set_adapter("default")
-        model = model.merge_and_unload(adapter_names=["default"])
-    with default_generation_config(model):
-        model.save_pretrained(folder, state_dict=weights)
-    write_generation_config(model, folder, stop_ids=stop_ids, pad_token_id=tokenizer.pad_token_id)
-    tokenizer.save_pretrained(folder)

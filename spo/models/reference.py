@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spo.bounds import PositiveInt
 from spo.data.logps_store import LogpsStore
+from spo.models.given_adapter import REFERENCE_ADAPTER
 from spo.types import PreferenceBatch
 
 if TYPE_CHECKING:
@@ -199,8 +200,8 @@ class AdapterOffReference(Reference):
         policy.eval()  # Adapter dropout must not reach the reference.
         try:
             with torch.no_grad():
-                if "reference" in policy.peft_config:  # type: ignore[operator]
-                    policy.set_adapter("reference")  # type: ignore[operator]
+                if REFERENCE_ADAPTER in policy.peft_config:  # type: ignore[operator]
+                    policy.set_adapter(REFERENCE_ADAPTER)  # type: ignore[operator]
                     try:
                         yield policy
                     finally:

@@ -2,9 +2,10 @@
 
 from spo.objective.base import Divergence, Part, Prompts, Run, Term
 from spo.objective.enumerated import EnumeratedDivergence, Enumeration
+from spo.objective.joint import concat_logps
 from spo.objective.pairs import PairDivergence, Pairs
 from spo.objective.samples import SampleDivergence, SampleSettings
-from spo.objective.scored import ScoredBatch
+from spo.objective.scored import ScoredBatch, loss_inputs
 
 __all__ = [
     "Divergence",
@@ -19,4 +20,6 @@ __all__ = [
     "SampleSettings",
     "ScoredBatch",
     "Term",
+    "concat_logps",
+    "loss_inputs",
 ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from spo.objective.base import Divergence, Part, Run, Term
-from spo.objective.scored import ScoredBatch
+from spo.objective.joint import concat_logps, gather_logps
+from spo.objective.scored import ScoredBatch, loss_inputs
 from spo.ops import Logits
 from spo.types import ListLogps, PairLogps, PreferenceBatch, Sequences, Window
 
@@ -17,8 +19,30 @@ if TYPE_CHECKING:
     from spo.losses import Loss
 
 
+IMPOSSIBLE_LOGP = -1e8
+"""Log-prob in nats that only a completion with a masked token has, whose logit is -inf or as low as a dtype allows."""
+Scores = tuple[PreferenceBatch, Tensor, Tensor | None]
+"""A batch, and ``(N,)`` log-probs of its sequences under the policy and, if the loss reads it, the reference."""
+
+
+class Joint(NamedTuple):
+    """What a micro-batch needs of a loss that was called with all pairs of a step.
+
+    Attributes:
+        slopes: ``(N,)`` derivative of the sum of all losses by the log-prob of each sequence of the micro-batch.
+        metrics: ``(B,)`` values of each metric.
+    """
+
+    slopes: Tensor
+    metrics: dict[str, Tensor]
+
+
 class Pairs(Part):
     """The mean loss of the pairs of a window, one term per micro-batch.
+
+    A loss that declares ``uses_batch_statistics`` is called once with all pairs of the window, on all processes, and
+    its slopes are then carried into each micro-batch. With several micro-batches this takes a second forward pass of
+    each. A validation calls it with all pairs of the split.
 
     Args:
         run: Run that the part belongs to.
@@ -37,21 +61,82 @@ class Pairs(Part):
     ) -> None:
         self.run, self.loss = run, loss
         self.regularization, self.needs_reference_logits = regularization, needs_reference_logits
+        self.validated: list[PairLogps | ListLogps] = []
+        self._is_impossible: list[tuple[Tensor, Tensor]] = []
 
     def terms(self, window: Window, step: int) -> Iterator[Term]:
         """Prepare one term per micro-batch, see :meth:`Part.terms`."""
         # Gradients are averaged over processes, so the sum over this process's pairs is multiplied by their number.
         scale = self.run.world_size / window.num_pairs
+        joint = self._score_ahead(window, step)
 
-        def term(batch: PreferenceBatch) -> Tensor:
-            total, metrics = self.evaluate(self.score(batch), step)
+        def term(batch: PreferenceBatch, known: Joint | None) -> Tensor:
+            scored = self.score(batch)
+            if known is None and self.loss.uses_batch_statistics:
+                [known] = self.joint([(batch, scored.policy_logps, scored.reference_logps)], step)
+            total, metrics = self.evaluate(scored, step, known)
             self.run.train_metrics.update(metrics)
             return total * scale
 
-        return (partial(term, batch) for batch in window)
+        return (partial(term, batch, known) for batch, known in zip(window, joint, strict=True))
+
+    def _score_ahead(self, window: Window, step: int) -> Sequence[Joint | None]:
+        """Return what a loss of all pairs of the step needs to know before the first of several micro-batches."""
+        batches, run = window.micro_batches, self.run
+        if len(batches) == 1 or not self.loss.uses_batch_statistics:
+            return [None] * len(batches)
+        scores = []
+        # Dropout draws the same numbers again in the passes with gradient.
+        with torch.no_grad(), torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+            for batch in batches:
+                scored = self.score(batch)
+                scores.append((batch, scored.policy_logps, scored.reference_logps))
+        return self.joint(scores, step)
+
+    def joint(self, scores: Sequence[Scores], step: int) -> list[Joint]:
+        """Call the loss once with all pairs of a step, over micro-batches and processes.
+
+        Args:
+            scores: Batch, policy and reference log-probs of each micro-batch of this process.
+            step: Optimizer steps taken so far.
+
+        Returns:
+            Slopes and metrics of each micro-batch.
+        """
+        leaves = [policy.detach().requires_grad_() for _, policy, _ in scores]
+        with torch.enable_grad():
+            parts = [
+                loss_inputs(self.loss, batch, leaf, reference)
+                for (batch, _, reference), leaf in zip(scores, leaves, strict=True)
+            ]
+            losses, metrics, own = self._of_all(parts, step)
+            slopes = torch.autograd.grad(losses.sum(), leaves)
+        sizes = [len(batch) for batch, _, _ in scores]
+        split = {name: values[own].detach().split(sizes) for name, values in metrics.items()}
+        return [Joint(slope, {name: parts[i] for name, parts in split.items()}) for i, slope in enumerate(slopes)]
+
+    def _of_all(self, parts: Sequence[PairLogps | ListLogps], step: int) -> tuple[Tensor, dict[str, Tensor], slice]:
+        """Return losses and metrics of the pairs of all processes, and which of them are those of this process."""
+        whole, place = gather_logps(concat_logps(parts), self.run.global_rank, self.run.world_size)
+        return *self.losses(whole, step), place
 
     def score(self, batch: PreferenceBatch) -> ScoredBatch:
         """Run the policy on a batch, and the reference where its log-probs are read and not stored."""
+        scored = self._score(batch)
+        known = [logps for logps in (scored.policy_logps, scored.reference_logps) if logps is not None]
+        is_impossible = torch.stack([logps <= IMPOSSIBLE_LOGP for logps in known]).any(0)
+        self._is_impossible.append((batch.index, batch.per_completion(is_impossible).any(0)))
+        return scored
+
+    def take_impossible(self) -> list[int]:
+        """Return the positions of pairs scored since the last call of which a completion has the probability zero.
+
+        Their losses are infinite or undefined. This waits for the device, as a step does not.
+        """
+        seen, self._is_impossible = self._is_impossible, []
+        return sorted({row for index, found in seen for row in index[found].tolist()})
+
+    def _score(self, batch: PreferenceBatch) -> ScoredBatch:
         run, sequences = self.run, batch.sequences
         policy = run.speed.logits(run.policy, sequences)
         if self.needs_reference_logits:
@@ -61,15 +146,42 @@ class Pairs(Part):
             return ScoredBatch(batch, policy, stored_reference=run.reference.pair_logps(batch, run.policy, run.speed))
         return ScoredBatch(batch, policy)
 
-    def evaluate(self, scored: ScoredBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the objective summed over a batch, and ``(B,)`` of each metric."""
-        losses, metrics = self.losses(scored.inputs_of(self.loss), step)
-        total = losses.sum()
+    def evaluate(self, scored: ScoredBatch, step: int, joint: Joint | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the objective summed over a batch, and ``(B,)`` of each metric.
+
+        Args:
+            scored: Batch as the models see it.
+            step: Optimizer steps taken so far.
+            joint: Slopes and metrics of the batch, if its losses depend on other batches.
+        """
+        if joint is None:
+            losses, metrics = self.losses(scored.inputs_of(self.loss), step)
+            total = losses.sum()
+        else:
+            metrics = dict(joint.metrics)
+            change = (scored.policy_logps * joint.slopes).sum()
+            total = metrics["loss/preference"].sum() + (change - change.detach())
         divergence = self.regularization.on_pairs(scored)
         if divergence is not None:
             metrics["loss/regularizer"] = divergence
             total = total + self.regularization.weight(step) * divergence.sum()
         return total, metrics
+
+    def validate(self, scored: ScoredBatch, step: int) -> dict[str, Tensor]:
+        """Return ``(B,)`` of each metric of a batch that is known before the other batches of the split."""
+        if not self.loss.uses_batch_statistics:
+            return self.evaluate(scored, step)[1]
+        self.validated.append(scored.inputs_of(self.loss))
+        divergence = self.regularization.on_pairs(scored)
+        return {} if divergence is None else {"loss/regularizer": divergence}
+
+    def finish_validation(self, step: int) -> dict[str, Tensor]:
+        """Return the metrics of this process's pairs that depend on all pairs of the split, if there are any."""
+        parts, self.validated = self.validated, []
+        if not parts:
+            return {}
+        _, metrics, own = self._of_all(parts, step)
+        return {name: values[own] for name, values in metrics.items()}
 
     def losses(self, logps: PairLogps | ListLogps, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each pair or list, ``(B,)``, and the metrics that follow from its log-probs."""

@@ -53,5 +53,12 @@ class ScoredBatch:
 
     def inputs_of(self, loss: Loss[Any]) -> PairLogps | ListLogps:
         """Return the log-probs in the shape that a loss reads."""
-        shaped = self.batch.list_logps if loss.uses_lists else self.batch.pair_logps
-        return shaped(self.policy_logps, self.reference_logps)
+        return loss_inputs(loss, self.batch, self.policy_logps, self.reference_logps)
+
+
+def loss_inputs(
+    loss: Loss[Any], batch: PreferenceBatch, policy_logps: Tensor, reference_logps: Tensor | None
+) -> PairLogps | ListLogps:
+    """Return ``(N,)`` log-probs of the sequences of a batch in the shape that a loss reads."""
+    shaped = batch.list_logps if loss.uses_lists else batch.pair_logps
+    return shaped(policy_logps, reference_logps)

@@ -11,7 +11,7 @@ from typing import Any
 import spo
 
 # Suffixes of the files of a model folder that decide what the model computes.
-MODEL_SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
+MODEL_SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"}
 
 
 def digest(value: Any) -> str:

@@ -15,6 +15,8 @@ from spo.records.files import read_json
 from spo.runs.identity import differences, identity
 from spo.runs.processes import is_first_process
 
+_NO_CODE = {"code": None, "plugins": None}
+
 
 def refuse_another_run(run_dir: Path, cfg: DictConfig) -> None:
     """Refuse a directory whose run differs from ours, from its files and our configuration alone.
@@ -39,12 +41,9 @@ def refuse_another_run(run_dir: Path, cfg: DictConfig) -> None:
 def refuse_differences(run_dir: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise :class:`UserError` with what differs between two identities, unless nothing does."""
     if lines := differences(theirs, ours):
-        raise UserError(
-            "\n".join(
-                [
-                    f"{run_dir} holds another run. What differs:",
-                    *(f"  - {line}" for line in lines),
-                    "choose another hydra.run.dir, or add rerun=true to move the old one aside",
-                ]
-            )
-        )
+        remedy = "choose another hydra.run.dir, or add rerun=true to move the old one aside"
+        only_code = not differences({**theirs, **_NO_CODE}, {**ours, **_NO_CODE})
+        if only_code and read_json(run_dir / filenames.METRICS) is None:
+            remedy += f"; spo train --resume {run_dir} continues it with the code as it is now"
+        what = [f"{run_dir} holds another run. What differs:", *(f"  - {line}" for line in lines), remedy]
+        raise UserError("\n".join(what))

@@ -19,7 +19,7 @@ from spo.errors import UserError, error_line
 from spo.records import filenames
 from spo.records.files import read_json, write_json
 from spo.runs.another_run import refuse_differences
-from spo.runs.identity import identity
+from spo.runs.identity import changed_plugins, identity
 from spo.runs.processes import is_first_process, sweep_dir
 from spo.runs.provenance import write_provenance
 from spo.runs.saved_config import write_config
@@ -49,7 +49,7 @@ def claim(run_dir: Path, cfg: DictConfig, *, resumed: bool = False) -> Iterator[
     Args:
         run_dir: Run directory, created where it is missing.
         cfg: Configuration of the run.
-        resumed: Continue the run in it by explicit request, with another version of the code too.
+        resumed: Continue the run in it by explicit request, with another version of the code or of plugins too.
 
     Yields:
         The state of the run.
@@ -149,11 +149,12 @@ def _status(run_dir: Path, cfg: DictConfig, resumed: bool) -> Status:
         write_provenance(run_dir, cfg, ours)
         write_json(run_dir / filenames.IDENTITY, ours)  # Last: from here on the directory belongs to this run.
         return Status.NEW
-    if resumed and theirs.get("code") != ours["code"]:
+    if resumed and (theirs.get("code") != ours["code"] or changed_plugins(theirs, ours)):
         # Another version may count other keys as part of a run, so only keys that both versions know are compared.
         shared = theirs.get("config", {}).keys() & ours["config"].keys()
         theirs, ours = (
-            {**one, "config": {key: one["config"][key] for key in shared}, "code": None} for one in (theirs, ours)
+            {**one, "config": {key: one["config"][key] for key in shared}, "code": None, "plugins": None}
+            for one in (theirs, ours)
         )
     refuse_differences(run_dir, theirs, ours)
     return Status.FINISHED if is_finished(run_dir) else Status.UNFINISHED

@@ -10,9 +10,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from spo.config.coefficients import unused_coefficients
+from spo.config.nodes import targets
 from spo.records.digests import code_version, digest, model_digest, path_digest
 from spo.records.files import flatten
 from spo.records.operational_keys import is_operational
+from spo.records.plugins import PluginSource, plugin_sources
 from spo.runs.saved_config import resolved
 
 _ABSENT = object()
@@ -25,7 +27,7 @@ _FILES = {
 
 
 def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return what makes two runs the same: configuration, bytes of data and weights, and code.
+    """Return what makes two runs the same: configuration, bytes of data and weights, and code, plugins included.
 
     Args:
         cfg: Configuration of the run.
@@ -34,7 +36,7 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
     Returns:
         A mapping with ``config`` (flat keys, without operational keys and without a coefficient that the method does
         not use), the digests ``data``, ``weights``, ``adapter`` and ``judge`` (``None`` where the configuration names
-        no such file), ``code``, and the ``digest`` of all of these.
+        no such file), ``code``, ``plugins`` (a digest by module), and the ``digest`` of all of these.
     """
     unused = unused_coefficients(cfg) if unused is None else unused
     flat = {
@@ -53,8 +55,20 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
             "adapter": _model_digest(OmegaConf.select(cfg, "model.adapter_path")),
             "judge": _model_digest(OmegaConf.select(cfg, "judge.path")),
             "code": code_version(),
+            "plugins": {name: source.sha256 for name, source in plugins(cfg, unused).items()},
         }
     )
+
+
+def plugins(cfg: DictConfig, unused: Sequence[str] = ()) -> dict[str, PluginSource]:
+    """Return the sources of the plugins that a run's configuration names, by top-level module.
+
+    Args:
+        cfg: Configuration of the run.
+        unused: Coefficients to leave out.
+    """
+    counting = ((key, target) for key, target in targets(cfg).items() if not is_operational(key))
+    return plugin_sources(target for key, target in counting if key.partition(".")[0] not in unused)
 
 
 def with_digest(parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,9 +85,18 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         if before.get(key, _ABSENT) != after.get(key, _ABSENT)
     ]
     lines += [f"the {words} have changed" for name, words in _FILES.items() if old.get(name) != new.get(name)]
+    lines += [f"the code of {name}, which the configuration names, has changed" for name in changed_plugins(old, new)]
     if old.get("code") != new.get("code"):
         lines.append(f"the code of spo: {old.get('code')} there, {new.get('code')} now")
     return lines
+
+
+def changed_plugins(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return the plugins whose code differs between two identities; none where one of them does not record plugins."""
+    before, after = old.get("plugins"), new.get("plugins")
+    if before is None or after is None:
+        return []
+    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
 
 def _show(config: Mapping[str, Any], key: str) -> str:

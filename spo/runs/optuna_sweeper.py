@@ -23,6 +23,7 @@ from spo.config.coefficients import unused_coefficients
 from spo.errors import UserError
 from spo.records import filenames
 from spo.records.files import read_json, write_json
+from spo.runs.identity import plugins
 from spo.runs.ledger import Ledger
 from spo.seeds import derive_seed
 from spo.wording import finite
@@ -72,6 +73,7 @@ class OptunaSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Prepare the launcher; Hydra calls this before :meth:`sweep`."""
         self.unused = unused_coefficients(config)
+        self.plugins = {name: source.sha256 for name, source in plugins(config, self.unused).items()}
         self.directory = Path(str(config.hydra.sweep.dir)).absolute()
         self.ledger = Ledger(self.directory)
         self.launcher = Plugins.instance().instantiate_launcher(
@@ -105,6 +107,7 @@ class OptunaSweeper(Sweeper):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         settings = json.dumps(
             {
+                **({"plugins": self.plugins} if self.plugins else {}),  # Older searches do not have this key.
                 "objective": self.objective.metric,
                 "direction": self.objective.direction,
                 "constraints": self.objective.constraints,

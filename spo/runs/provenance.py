@@ -17,6 +17,7 @@ import spo
 from spo.records import filenames
 from spo.records.digests import code_version
 from spo.records.files import read_json, write_json
+from spo.runs.identity import changed_plugins, plugins
 from spo.runs.processes import is_first_process
 from spo.runs.secrets import command_line
 
@@ -37,6 +38,7 @@ def write_provenance(run_dir: Path, cfg: DictConfig, parts: Mapping[str, Any]) -
     provenance = {
         **git,
         "code": parts["code"],
+        "plugins": {name: {"path": str(one.path), "sha256": one.sha256} for name, one in plugins(cfg).items()},
         "command": command_line(sys.argv),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -50,27 +52,35 @@ def write_provenance(run_dir: Path, cfg: DictConfig, parts: Mapping[str, Any]) -
     write_json(run_dir / filenames.PROVENANCE, provenance)
 
 
-def record_continuation(run_dir: Path, step: int) -> None:
-    """Record in ``provenance.json`` that another version of the code continues a run, and print it.
+def record_continuation(run_dir: Path, cfg: DictConfig, step: int) -> None:
+    """Record in ``provenance.json`` that another version of the code or of a plugin continues a run, and print it.
 
-    The list ``continued_with`` receives the version, the time, the step and the command. The version that the run
-    already has adds nothing.
+    The list ``continued_with`` receives the versions, the time, the step and the command. The versions that the run
+    already has add nothing.
 
     Args:
         run_dir: Run directory.
+        cfg: Configuration of the run.
         step: Optimizer step of the checkpoint that the run continues from, 0 where it starts again.
     """
     if not is_first_process():
         return
     provenance = read_json(run_dir / filenames.PROVENANCE) or {}
-    started = (read_json(run_dir / filenames.IDENTITY) or {}).get("code")
+    started = read_json(run_dir / filenames.IDENTITY) or {}
     continued = provenance.get("continued_with", [])
-    code = code_version()
-    if code == (continued[-1]["code"] if continued else started):
+    now = {"code": code_version(), "plugins": {name: one.sha256 for name, one in plugins(cfg).items()}}
+    last = continued[-1] if continued else started
+    edited = changed_plugins(last, now)
+    if now["code"] == last.get("code") and not edited:
         return
-    print(f"note: code {started} started this run; it continues at step {step} with code {code}", file=sys.stderr)
+    if now["code"] != last.get("code"):
+        words = f"code {started.get('code')} started this run; it continues at step {step} with code {now['code']}"
+        print(f"note: {words}", file=sys.stderr)
+    if edited:
+        names = " and ".join(edited)
+        print(f"note: the code of {names} has changed; this run continues at step {step} with it", file=sys.stderr)
     at = datetime.now(UTC).isoformat(timespec="milliseconds")
-    entry = {"code": code, "at": at, "step": step, "command": command_line(sys.argv)}
+    entry = {**now, "at": at, "step": step, "command": command_line(sys.argv)}
     write_json(run_dir / filenames.PROVENANCE, {**provenance, "continued_with": [*continued, entry]})
 
 

@@ -97,5 +97,7 @@ def _record_changes(run_dir: Path, cfg: DictConfig, before: int) -> None:
     # The code stays the one that started the run: the same command rejects another version, and provenance.json lists
     # the versions that continued it.
     parts = {**old, "config": new["config"], "judge": new["judge"]}
+    if "plugins" in old:
+        parts["plugins"] = {name: old["plugins"].get(name, sha256) for name, sha256 in new["plugins"].items()}
     parts.pop("digest", None)
     write_json(run_dir / filenames.IDENTITY, with_digest(parts))

@@ -18,6 +18,7 @@ from spo.exact import ExactMetrics, World
 from spo.forward.speed import Speed
 from spo.losses import Loss
 from spo.models import Reference
+from spo.models.saving import check_mergeable
 from spo.module import AlignmentModule
 from spo.objective import Enumeration, Prompts
 from spo.regularizers import Regularizer
@@ -52,6 +53,7 @@ def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
         loggers: Loggers of the Trainer.
     """
     policy = prepared.spec.policy(prepared.base, seed=cfg.seed)
+    check_mergeable(policy)
     reference: Reference = instantiate(cfg.reference)
     exact = build_exact(cfg, prepared)
     enumeration = None if exact is None else Enumeration(exact.world.sequences, len(exact.world.rewards))

@@ -34,7 +34,7 @@ from spo.records.digests import model_digest
 from spo.records.files import read_json, write_json, write_jsonl, write_text
 from spo.runs.saved_config import load_config, resolved
 from spo.stages.evaluation_config import evaluation_config
-from spo.stages.from_config import eval_device, resolve_values
+from spo.stages.from_config import eval_device, model_plugins, resolve_values
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
 
@@ -96,7 +96,18 @@ class RunEvaluation:
                 write_jsonl(folder / name, rows)
 
 
-def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path, judge: Judge | None = None) -> RunEvaluation:
+@dataclass(frozen=True)
+class Models:
+    """The models of an evaluation, on its device, and the speed settings that both support."""
+
+    policy: torch.nn.Module
+    reference: torch.nn.Module
+    speed: Speed
+
+
+def evaluate_run(
+    cfg: DictConfig, prepared: Prepared, run_dir: Path, judge: Judge | None = None, models: Models | None = None
+) -> RunEvaluation:
     """Compare the saved policy with the model that training started from, and with other opponents.
 
     Completions and verdicts are cached. An interrupted evaluation therefore resumes where it stopped, and another
@@ -107,6 +118,7 @@ def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path, judge: Judg
         prepared: Model, tokenizer and pairs of the run.
         run_dir: Run directory with ``policy/`` and ``coefficients.json``, the final values of alpha and beta.
         judge: Judge that ``cfg`` describes, if training has made one: its usage until now counts too.
+        models: Models that :func:`load_models` has loaded, ``None`` to load them.
 
     Raises:
         UserError: Another run that the policy is compared with does not have samples of these prompts.
@@ -114,7 +126,7 @@ def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path, judge: Judg
     settings: EvaluationSettings = instantiate(cfg.evaluation, _convert_="all")
     if judge is None:
         judge = instantiate(cfg.judge, _convert_="all")
-    models = _load_models(cfg, prepared, run_dir)
+    models = load_models(cfg, prepared, run_dir) if models is None else models
     prompts = _prompts(prepared, settings)
     opponents = find_opponents(settings, prompts["test"], prepared.pairs.test) if judge is not None else {}
     completions = _draw(cfg, prepared, run_dir, models, prompts, settings)
@@ -144,20 +156,20 @@ def evaluate_run(cfg: DictConfig, prepared: Prepared, run_dir: Path, judge: Judg
     return RunEvaluation(metrics, test.samples, [] if selection is None else selection.samples)
 
 
-@dataclass(frozen=True)
-class _Models:
-    policy: torch.nn.Module
-    reference: torch.nn.Module
-    speed: Speed
+def load_models(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> Models:
+    """Load the saved policy and the model that training started from.
 
-
-def _load_models(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> _Models:
+    Args:
+        cfg: Configuration of the run, resolved.
+        prepared: Prepared run with the model.
+        run_dir: Run directory with ``policy/``.
+    """
     device = eval_device(cfg)
     # As nn.Module, because the `to` of PreTrainedModel is wrapped in a way that hides its arguments from type checkers.
     saved: torch.nn.Module = prepared.spec.base(run_dir / filenames.POLICY)
     policy = saved.requires_grad_(False).to(device)
     reference = prepared.spec.start(prepared.base).to(device)
-    return _Models(policy, reference, Speed(**cfg.speed).resolve_for(policy, reference))
+    return Models(policy, reference, Speed(**cfg.speed).resolve_for(policy, reference))
 
 
 def _prompts(prepared: Prepared, settings: EvaluationSettings) -> dict[Split, list[EvalPrompt]]:
@@ -173,12 +185,12 @@ def _draw(
     cfg: DictConfig,
     prepared: Prepared,
     run_dir: Path,
-    models: _Models,
+    models: Models,
     prompts: Mapping[Split, Sequence[EvalPrompt]],
     settings: EvaluationSettings,
 ) -> dict[Split, tuple[Draws, Draws]]:
     """Return completions of policy and reference for each split, from the cache if they are there."""
-    digests = _model_digests(prepared, run_dir)
+    digests = _model_digests(cfg, prepared, run_dir)
     total = 2 * sum(map(len, prompts.values())) * settings.samples_per_prompt
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as progress:
         task = progress.add_task("evaluating", total=total)
@@ -199,11 +211,16 @@ def _draw(
         }
 
 
-def _model_digests(prepared: Prepared, run_dir: Path) -> dict[str, Any]:
+def _model_digests(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> dict[str, Any]:
     """Return what completions of each stage depend on. The policy's rows hold log-probs of the reference too."""
     spec = prepared.spec
     reference = [model_digest(prepared.base), spec.adapter_path and model_digest(spec.adapter_path)]
-    shared = {"dtype": spec.dtype, "attn_implementation": spec.attn_implementation, "reference": reference}
+    shared = {
+        "dtype": spec.dtype,
+        "attn_implementation": spec.attn_implementation,
+        "reference": reference,
+        "plugins": model_plugins(cfg),
+    }
     return {"reference": shared, "policy": {**shared, "policy": model_digest(run_dir / filenames.POLICY)}}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
+from spo.config.nodes import targets
 from spo.data import Renderer, Source
 from spo.models import ModelSpec
 from spo.records.digests import path_digest
+from spo.records.plugins import plugin_digests
 
 
 def resolve_values(cfg: DictConfig) -> DictConfig:
@@ -42,18 +45,51 @@ def make_renderer(
 
     Args:
         cfg: Configuration of the run, resolved.
-        tokenizer: Tokenizer of the model.
+        tokenizer: Tokenizer of the model. It gets the template of ``data.chat_template``, and a padding token if it
+            does not have one.
         source: Source of the rows.
         stop_ids: Tokens by which the model ends a generation.
     """
+    rendering = _rendering(cfg)
+    if (template := rendering.pop("chat_template", None)) is not None:
+        tokenizer.chat_template = template
     # An enumerable language contains the empty response. In other data an empty response is a mistake.
     allow_empty = source.language is not None
-    return Renderer(tokenizer, cfg.data.max_length, cfg.data.truncation, allow_empty, stop_ids=stop_ids)
+    renderer = Renderer(tokenizer, allow_empty=allow_empty, stop_ids=stop_ids, **rendering)
+    if tokenizer.pad_token_id is None:
+        # Masks depend on positions, so padding may be the token that ends a text.
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(renderer.eos_id)
+    return renderer
+
+
+def rendering_key(cfg: DictConfig) -> dict[str, Any]:
+    """Return the part of a cache key that identifies how texts become tokens."""
+    return {**_rendering(cfg), "seed": cfg.data.seed}
+
+
+def _rendering(cfg: DictConfig) -> dict[str, Any]:
+    """Return the settings of the renderer, and the text of the template that replaces the tokenizer's."""
+    # The configuration of an older run does not have all of these keys.
+    names = ("max_length", "truncation", "chat_template", "chat_template_kwargs", "split_special_tokens")
+    values = {name: OmegaConf.select(cfg.data, name) for name in names if name in cfg.data}
+    if (file := values.get("chat_template")) is not None:
+        values["chat_template"] = Path(file).expanduser().read_text(encoding="utf-8")
+    if isinstance(kwargs := values.get("chat_template_kwargs"), DictConfig):
+        values["chat_template_kwargs"] = OmegaConf.to_container(kwargs)
+    return values
+
+
+def model_plugins(cfg: DictConfig) -> dict[str, str]:
+    """Return the part of a cache key that identifies code outside the package by which the model runs."""
+    return plugin_digests(targets(cfg.model).values())
 
 
 def data_key(cfg: DictConfig) -> dict[str, Any]:
     """Return the part of a cache key that identifies the data: settings of the source and content of its files."""
-    key: dict[str, Any] = {"source": OmegaConf.to_container(cfg.data.source, resolve=True)}
+    key: dict[str, Any] = {
+        "source": OmegaConf.to_container(cfg.data.source, resolve=True),
+        "plugins": plugin_digests(targets(cfg.data).values()),
+    }
     if cfg.data.path is not None:
         key["content"] = path_digest(cfg.data.path)
     return key

@@ -19,7 +19,7 @@ from spo.records.cache import cached
 from spo.records.digests import code_version, model_digest
 from spo.records.files import read_json, read_jsonl, write_json, write_jsonl
 from spo.sampling import contents, derive_seed, is_finished, sample
-from spo.stages.from_config import data_key, eval_device
+from spo.stages.from_config import data_key, eval_device, model_plugins, rendering_key
 
 log = logging.getLogger(__name__)
 COMPLETIONS_PER_BATCH = 512
@@ -65,8 +65,10 @@ def preference_rows(
         "code": code_version(*CODE_DEPENDENCIES),
         "base": model_digest(base),
         "adapter": spec.adapter_path and model_digest(spec.adapter_path),
+        "plugins": model_plugins(cfg),
         "dtype": spec.dtype,
         "data": data_key(cfg),
+        "rendering": rendering_key(cfg),
         "max_new_tokens": cfg.data.max_new_tokens,
         "stop_ids": renderer.stop_ids,
         "seed": cfg.data.seed,
@@ -81,20 +83,20 @@ def _complete(
     """Draw ``n`` completions of each prompt from the reference model."""
     ids = [renderer.prompt_ids(prompt) for prompt in prompts for _ in range(n)]
     seeds = [derive_seed("pairs", cfg.data.seed, prompt, i) for prompt in prompts for i in range(n)]
-    drawn: dict[int, Completion] = {}
+    stop_ids, drawn = renderer.stop_ids, dict[int, Completion]()
     for rows in track(by_length([*map(len, ids)], COMPLETIONS_PER_BATCH), "sampling pairs", transient=True):
         sequences = sample(
             model,
             [ids[row] for row in rows],
             max_new_tokens=cfg.data.max_new_tokens,
             temperature=1.0,
-            stop_ids=renderer.stop_ids,
+            stop_ids=stop_ids,
             pad_token_id=renderer.tokenizer.pad_token_id,
             seeds=[seeds[row] for row in rows],
             sampler=cfg.speed.sampler,
         )
-        texts = map(renderer.decode, contents(sequences, renderer.stop_ids))
-        finished = is_finished(sequences, renderer.stop_ids).tolist()
+        texts = map(renderer.decode, contents(sequences, stop_ids))
+        finished = is_finished(sequences, stop_ids).tolist()
         drawn |= zip(rows, map(Completion, texts, finished), strict=True)
     return [[drawn[i] for i in range(first, first + n)] for first in range(0, len(ids), n)]
 

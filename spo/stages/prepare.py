@@ -16,6 +16,8 @@ from spo.data.enumerable import Language
 from spo.data.rows import SPLITS, Split
 from spo.data.splits import prepare
 from spo.models import ModelSpec
+from spo.models.generation import note_stops_in_text
+from spo.models.loading import load_config
 from spo.stages.from_config import make_renderer, model_spec
 from spo.stages.pairs import preference_rows
 from spo.stages.reference_model import reference_model
@@ -82,26 +84,27 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
         torch.set_num_threads(cfg.threads)
     spec = model_spec(cfg)
     source: Source = instantiate(cfg.data.source, _convert_="all")
+    if spec.path is not None:
+        _check_context(cfg, spec, spec.path)
     if model_from is None:
         base = reference_model(cfg, spec, source)
     else:
         base = reference_model(model_from, spec, instantiate(model_from.data.source, _convert_="all"))
     tokenizer = spec.tokenizer(base)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masks depend on positions, so the two may coincide
-    _check_context(cfg, spec, base)
-    renderer = make_renderer(cfg, tokenizer, source, spec.stop_ids(base))
+    if spec.path is None:
+        _check_context(cfg, spec, base)
+    stop_ids = spec.stop_ids(base)
+    note_stops_in_text(base, stop_ids, tokenizer)
+    renderer = make_renderer(cfg, tokenizer, source, stop_ids)
     rows, dropped = preference_rows(cfg, spec, source, base, renderer)
     pairs = _prepare_pairs(cfg, source, renderer, rows, dropped)
     prompts = {split: _prompts(source, split, pairs, renderer) for split in SPLITS}
     return Prepared(spec, base, tokenizer, renderer, pairs, prompts, list(source.bad_rows), source.language)
 
 
-def _check_context(cfg: DictConfig, spec: ModelSpec, base: str) -> None:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(base, trust_remote_code=spec.trust_remote_code)
-    context = getattr(config, "max_position_embeddings", None)
+def _check_context(cfg: DictConfig, spec: ModelSpec, path: str) -> None:
+    config = load_config(spec.origin(path), spec.trust_remote_code)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and cfg.data.max_length > context:
         raise DataError(
             f"data.max_length={cfg.data.max_length} is longer than the model's context of {context} tokens: "

@@ -21,7 +21,7 @@ from spo.data.logps_store import LogpsStore, sequence_key
 from spo.forward.speed import Speed
 from spo.models import PrecomputedReference
 from spo.records.digests import code_version, digest, model_digest
-from spo.stages.from_config import eval_device
+from spo.stages.from_config import eval_device, model_plugins
 from spo.stages.prepare import Prepared
 from spo.types import pad_sequences
 
@@ -63,6 +63,7 @@ def logps_store(cfg: DictConfig, prepared: Prepared, cache_dir: str, speed: Spee
         "code": code_version(*CODE_DEPENDENCIES),
         "weights_and_tokenizer": model_digest(prepared.base),
         "adapter": spec.adapter_path and model_digest(spec.adapter_path),
+        "plugins": model_plugins(cfg),
         "dtype": spec.dtype,
         "attn_implementation": spec.attn_implementation,
         "precision": cfg.trainer.precision,

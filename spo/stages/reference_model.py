@@ -20,14 +20,14 @@ from spo.data.splits import prepare
 from spo.forward.speed import Speed
 from spo.losses import SFTLoss
 from spo.models import ModelSpec, NoReference
-from spo.models.policy import save_policy
+from spo.models.saving import save_policy
 from spo.module import AlignmentModule
 from spo.objective import Prompts
 from spo.records.cache import cached
 from spo.records.digests import code_version, model_digest
 from spo.regularizers import NoRegularizer
 from spo.schedules import Constant
-from spo.stages.from_config import data_key, eval_device, make_renderer
+from spo.stages.from_config import data_key, eval_device, make_renderer, model_plugins, rendering_key
 from spo.stages.pairs import no_completer
 
 log = logging.getLogger(__name__)
@@ -67,10 +67,11 @@ def reference_model(cfg: DictConfig, spec: ModelSpec, source: Source) -> str:
         "code": code_version(*CODE_DEPENDENCIES),
         "initial": OmegaConf.to_container(cfg.model.initial, resolve=True) if cfg.model.initial else None,
         "weights": None if spec.path is None else model_digest(spec.path),
+        "plugins": model_plugins(cfg),
         "dtype": spec.dtype,
         "sft": OmegaConf.to_container(cfg.sft, resolve=True),
         "data": data_key(cfg),
-        "rendering": [cfg.data.max_length, cfg.data.truncation, cfg.data.seed],
+        "rendering": rendering_key(cfg),
     }
     return str(cached(cfg.paths.cache, "sft", key, partial(_fine_tune, cfg, spec, source)))
 

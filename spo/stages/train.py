@@ -18,7 +18,8 @@ from spo.config.checks import check_config, warnings
 from spo.config.coefficients import COEFFICIENTS
 from spo.data import SPLITS
 from spo.data.splits import REPORTED_COUNTS
-from spo.models.policy import save_policy, whole_state_dict
+from spo.evaluation.saved_policy import TrainedPolicy, rows_to_compare
+from spo.models.saving import save_policy, whole_state_dict
 from spo.notes import collect_notes
 from spo.pages.panels import result_panel, start_panel
 from spo.pages.run_page import render_report
@@ -34,8 +35,8 @@ from spo.runs.provenance import record_continuation, record_inputs
 from spo.runs.resume import resumed_config
 from spo.stages.assemble import Parts, assemble, validation_samples
 from spo.stages.description import describe, title
-from spo.stages.evaluate import evaluate_run
-from spo.stages.from_config import resolve_values
+from spo.stages.evaluate import evaluate_run, load_models
+from spo.stages.from_config import eval_device, resolve_values
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
 from spo.tracking import Tracker
@@ -84,7 +85,7 @@ def _run(cfg: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: boo
     seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint, step = last_checkpoint(run_dir) if resume else (None, None)
     if step is not None:
-        record_continuation(run_dir, max(step, 0))
+        record_continuation(run_dir, cfg, max(step, 0))
     prepared = prepare_run(cfg)
     _record_inputs(prepared, run_dir, max(step or 0, 0))
     prepared_at = perf_counter()
@@ -108,10 +109,17 @@ def _run(cfg: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: boo
         module.reference.to(torch.device("cpu"))  # frees memory for the evaluation, which loads what was saved
         final = {name: getattr(module, name)(trainer.global_step) for name in COEFFICIENTS}
         write_json(run_dir / filenames.COEFFICIENTS, final)
-        save_policy(module.policy, prepared.tokenizer, run_dir / filenames.POLICY, weights, prepared.stop_ids)
+        policy = run_dir / filenames.POLICY
+        trained = TrainedPolicy(
+            module.policy, rows_to_compare(prepared.pairs.train), module.speed, eval_device(cfg), weights
+        )
+        kept = None if weights is None else {**weights}  # Saving empties the mapping that it gets.
+        save_policy(module.policy, prepared.tokenizer, policy, kept, prepared.stop_ids)
 
         judge = next((callback.judge for callback in validation_samples(trainer)), None)
-        evaluation = evaluate_run(cfg, prepared, run_dir, judge)
+        models = load_models(cfg, prepared, run_dir)
+        gap = trained.gap(models.policy, policy)
+        evaluation = evaluate_run(cfg, prepared, run_dir, judge, models)
         better = {key: value for key, value in evaluation.metrics.items() if key in record.latest}
         for logger in trainer.loggers:  # each curve ends in the number of metrics.json
             logger.log_metrics(better, step=trainer.global_step)
@@ -122,6 +130,7 @@ def _run(cfg: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: boo
         metrics = {
             **record.latest,
             **evaluation.metrics,
+            **({} if gap is None else {"policy/saved_gap": gap}),
             **{f"data/pairs_{key}": float(prepared.pairs.counts[key]) for key in REPORTED_COUNTS},
             **notes,
             **{f"time/{key}": value for key, value in times.items()},

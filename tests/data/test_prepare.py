@@ -24,6 +24,7 @@ from spo.data import (
     eval_prompts,
     prepare,
 )
+from spo.notes import collect_notes
 from tests.data.tokenizers_built_here import build
 from tests.fixtures import write_alpaca_like, write_hh_like
 
@@ -89,6 +90,30 @@ def test_prompt_in_two_source_splits_leaves_train() -> None:
     assert prompts(result)["test"] == {"0?"} and [pair.chosen_text for pair in result.test] == ["new"]
     assert "0?" not in prompts(result)["train"] | prompts(result)["selection"]
     assert result.counts["dropped/prompt_in_other_split"] == result.counts["dropped"] == 3
+
+
+def test_prompts_that_differ_only_in_white_space_are_in_one_split() -> None:
+    twins = [replace(row, prompt=f" {row.prompt}", chosen=f"{row.chosen} x") for row in ROWS[:90]]
+    with collect_notes() as notes:
+        result = prepared(ROWS + twins)
+    assert notes == {"notes/similar_prompts": 30.0}
+    sets = prompts(result)
+    assert all(
+        {f" {i}?", f"{i}?"} <= split or not {f" {i}?", f"{i}?"} & split for split in sets.values() for i in range(30)
+    )
+    assert prompts(prepared(twins + ROWS)) == prompts(prepared(twins[::-1] + ROWS[::-1])) == sets
+    # Prompts without such a twin stay where they were.
+    alone = {f"{i}?" for i in range(30, 100)}
+    assert {split: sets[split] & alone for split in SPLITS} == {
+        split: before & alone for split, before in prompts(prepared(ROWS)).items()
+    }
+
+
+def test_white_space_does_not_move_a_prompt_out_of_the_test_split() -> None:
+    rows = [*(replace(row, split="train") for row in ROWS), Row("0?\n", "new", "old", split="test")]
+    result = prepared(rows)
+    assert prompts(result)["test"] == {"0?\n"} and "0?" not in prompts(result)["train"] | prompts(result)["selection"]
+    assert result.counts["dropped/prompt_in_other_split"] == 3
 
 
 def test_drops_are_counted_and_too_many_warn_or_raise() -> None:

@@ -131,11 +131,16 @@ def test_hh_prompt_ends_after_the_last_shared_assistant_marker(tmp_path: Path) -
         {"chosen": start + " d", "rejected": start + " do"},
         {"chosen": start + " d\n\nHuman: e\n\nAssistant: f", "rejected": start + " g"},
     )
-    first, second = load(HHSource(str(path), "stop"))
+    source = HHSource(str(path), "stop")
+    first, second = load(source)
+    assert source.findings.counts == {"other_turns": 1}
     assert (first.prompt, first.chosen, first.rejected) == (start, " d", " do")
     assert (second.prompt, second.chosen, second.rejected) == (start, " d\n\nHuman: e\n\nAssistant: f", " g")
     with pytest.raises(RowError, match=r"line 1: column 'chosen': .*do not share a"):
         load(HHSource(str(jsonl(path, {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "c"})), "stop"))
+    ends = {"chosen": start + " d", "rejected": start + " e\n\nHuman: f"}
+    with pytest.raises(RowError, match=r"line 1: column 'rejected': ends with a turn of the human"):
+        load(HHSource(str(jsonl(path, ends)), "stop"))
     with pytest.raises(RowError, match="must be one text"):
         load(HHSource(str(jsonl(path, {"chosen": [USER, HELLO], "rejected": [USER, BYE]})), "stop"))
 
@@ -264,6 +269,31 @@ def test_damaged_csv_and_parquet_files_are_reported(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "chosen": [1], "rejected": ["c"]}), parquet)
     with pytest.raises(RowError, match="row 1: column 'chosen': must be text"):
         read(parquet)
+
+
+def test_csv_cell_of_any_length_is_read(tmp_path: Path) -> None:
+    table = tmp_path / "a.csv"
+    table.write_text(f"prompt,chosen,rejected\n{'long ' * 60_000},b,c\n")
+    limit = 131_072
+    csv.field_size_limit(limit)
+    (row,) = read(table)
+    assert len(row.prompt) == 300_000 and csv.field_size_limit() == limit
+    table.write_text('prompt,chosen,rejected\n"a,b,c\n')
+    with pytest.raises(RowError, match="line 2: not valid csv"):
+        read(table)
+    assert csv.field_size_limit() == limit
+
+
+def test_columns_with_the_same_name_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,chosen,chosen,rejected\na,b,c,d\nb,b,c,d\n")
+    columns = [pyarrow.array([text, text]) for text in "abcd"]
+    table = pyarrow.Table.from_arrays(columns, names=["prompt", "chosen", "chosen", "rejected"])
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    for name, where in (("a.csv", "line 2"), ("b.parquet", "row 1")):
+        source = FileSource(str(tmp_path / name), None, "stop")
+        assert {row.chosen for row in load(source)} == {"c"}
+        assert source.findings.counts["duplicate_keys"] == 2
+        assert source.findings.first["duplicate_keys"].endswith(where)
 
 
 def test_missing_empty_and_unusable_paths_raise(tmp_path: Path) -> None:

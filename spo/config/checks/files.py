@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from spo.config.checks.folders import ADAPTER_CONFIG, folder_problems, looks_like_path
 from spo.config.nodes import select
 from spo.records import filenames
 
@@ -17,15 +18,11 @@ def file_problems(cfg: DictConfig) -> Iterator[str]:
     path = select(cfg, "data.path")
     if path is not None and looks_like_path(str(path)) and (problem := missing_data(str(path))):
         yield problem
+    if (template := select(cfg, "data.chat_template")) is not None:
+        yield from _template_problems(str(template))
     if (judge := select(cfg, "judge.path")) is not None:
-        yield from folder_problems("judge.path", str(judge), "config.json")
+        yield from folder_problems("judge.path", str(judge))
     yield from _opponents(cfg)
-
-
-def looks_like_path(name: str) -> bool:
-    """Return whether a name can only mean a path on this machine, rather than a name on the hub."""
-    parts = name.split("/")
-    return name.startswith(("/", ".", "~")) or len(parts) > 2 or (len(parts) == 2 and Path(parts[0]).is_dir())
 
 
 def missing_data(path: str) -> str | None:
@@ -35,23 +32,17 @@ def missing_data(path: str) -> str | None:
     return f"data.path={path}: there is no such file or folder (seen from {Path.cwd()})"
 
 
-def folder_problems(key: str, path: str, config: str) -> Iterator[str]:
-    """Yield why a model cannot be loaded from a path; a hub name is fine.
-
-    Args:
-        key: Key that holds the path.
-        path: Folder or hub name.
-        config: File that every such folder holds.
-    """
-    if path.startswith("~"):
-        yield f"{key}={path}: write the folder out in full, ~ is not expanded"
-    elif Path(path).is_dir():
-        if not (Path(path) / config).is_file():
-            yield f"{key}={path}: there is no {config} in this folder; is it a Hugging Face model folder?"
-    elif Path(path).is_file():
-        yield f"{key}={path}: this is a file; give the folder that holds it"
-    elif looks_like_path(path):
-        yield f"{key}={path}: there is no such folder (seen from {Path.cwd()})"
+def _template_problems(path: str) -> Iterator[str]:
+    """Yield why ``data.chat_template`` cannot be read."""
+    try:
+        empty = not Path(path).expanduser().read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        yield f"data.chat_template={path}: there is no such file (seen from {Path.cwd()})"
+    except (OSError, UnicodeDecodeError) as error:
+        yield f"data.chat_template={path}: give a text file with a Jinja template ({error})"
+    else:
+        if empty:
+            yield f"data.chat_template={path}: the file is empty; null keeps the tokenizer's own template"
 
 
 def _model(cfg: DictConfig) -> Iterator[str]:
@@ -62,13 +53,13 @@ def _model(cfg: DictConfig) -> Iterator[str]:
     if path is not None and initial is not None:
         yield f"model.path={path}: this model makes its own weights; for yours write model=hf model.path={path}"
     elif path is not None:
-        yield from folder_problems("model.path", str(path), "config.json")
+        yield from folder_problems("model.path", str(path))
     elif initial is None and not OmegaConf.is_missing(model, "path"):
         yield "model.path and model.initial are both null: one of them has to say where the model comes from"
     if (adapter := select(cfg, "model.adapter_path")) is not None:
         if select(cfg, "model.lora") is None:
             yield f"model.adapter_path={adapter}: an adapter needs model.lora; write model=hf_lora"
-        yield from folder_problems("model.adapter_path", str(adapter), "adapter_config.json")
+        yield from folder_problems("model.adapter_path", str(adapter), ADAPTER_CONFIG)
 
 
 def _opponents(cfg: DictConfig) -> Iterator[str]:

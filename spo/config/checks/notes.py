@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from spo.config.checks.combinations import declares
 from spo.config.checks.targets import CheckedParts
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.nodes import select
@@ -12,8 +11,7 @@ from spo.config.nodes import select
 
 def warnings(cfg: DictConfig) -> list[str]:
     """Return a sentence for each setting that is allowed but has no effect, or another one than its name suggests."""
-    parts = CheckedParts(cfg)
-    loss, regularizer = parts.loss, parts.regularizer
+    regularizer = CheckedParts(cfg).regularizer
     name, unused = select(cfg, "method.name"), unused_coefficients(cfg)
     notes = []
     if "alpha" in unused and _is_changed(cfg, "alpha", "data.default_alpha"):
@@ -35,13 +33,6 @@ def warnings(cfg: DictConfig) -> list[str]:
         )
     if select(cfg, "model.adapter_path") is not None:
         notes.append("model.adapter_path brings its own rank, scale and targets: model.lora.* is not read")
-    limits = {key: select(cfg, f"data.{key}") for key in ("micro_batch_size", "micro_batch_tokens")}
-    if loss is not None and declares(loss, "uses_batch_statistics"):
-        notes += [
-            f"{name} weighs each pair against those forwarded with it, so data.{key}={limit} changes its gradients"
-            for key, limit in limits.items()
-            if limit is not None
-        ]
     return notes
 
 

@@ -16,12 +16,15 @@ from spo.bounds import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from spo.errors import JudgeError
 from spo.evaluation.judges.base import JudgedPair
 from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, question
+from spo.notes import note
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
 _ANSWERS = {"A": 1.0, "B": 0.0, "TIE": 0.5}
 _ANSWER = re.compile(rf"\W*({'|'.join(_ANSWERS)})\W*", re.IGNORECASE)
+# The usual forms of control tokens. An endpoint decides by itself whether it reads them as text.
+_CONTROL = re.compile(r"<[|\uff5c][^\s|\uff5c<>]+[|\uff5c]>|</?s>|<[be]os>|<(start|end)_of_turn>|\[/?INST\]")
 # Every further question would fail too: wrong key, missing permission, unknown model or address.
 _FATAL_STATUS_CODES = (401, 403, 404)
 
@@ -109,6 +112,15 @@ class HTTPJudge(PairwiseJudge):
         Raises:
             JudgeError: The endpoint does not accept the key or the model.
         """
+        texts = {text for shown in comparisons for text in (shown.prompt, shown.first, shown.second)}
+        if count := sum(_CONTROL.search(text) is not None for text in texts):
+            note(
+                "http_control_text",
+                f"judge.base_url={self.base_url}: {count} prompts and completions contain text such as <|im_end|>, and "
+                "the endpoint may read it as a control token, which may change a verdict; a judge on this machine "
+                "(judge=language_model) reads it as text",
+                count,
+            )
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             pending = {pool.submit(self._answer, comparison): comparison for comparison in comparisons}

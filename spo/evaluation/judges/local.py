@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import count
 from typing import Annotated, Any, Literal
@@ -13,7 +14,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,15 +21,20 @@ from transformers import (
 
 from spo.batching import chunks
 from spo.bounds import FloatType, Fraction, NonNegativeFloat, PositiveInt
-from spo.errors import JudgeError
-from spo.evaluation.judges.base import JudgedPair, progress
+from spo.data.encoding import Ids
+from spo.data.rows import Text
+from spo.errors import JudgeError, UserError
+from spo.evaluation.judges.base import JudgedPair, as_read, progress, with_answer
+from spo.evaluation.judges.inputs import Frame, JudgeEncoder, without_beginning
 from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, question
 from spo.evaluation.judges.reward import RewardJudge
 from spo.forward.head import completion_logits
 from spo.forward.neighbors import groups_to_score
 from spo.forward.probe import probe_company
+from spo.models.library_errors import Origin
+from spo.models.loading import causal_part, check_causal, load_config, load_tokenizer, load_weights
 from spo.ops.logps import at_least_float32
-from spo.records.digests import model_digest
+from spo.records.digests import code_version, model_digest
 from spo.types import Sequences
 
 
@@ -43,19 +48,29 @@ class LocalModel:
         trust_remote_code: Whether code in the model folder may run.
         device: Name of a torch device; ``None`` for the GPU if there is one.
         batch_size: Number of rows at a time.
+        template_kwargs: Arguments of the chat template, ``None`` for none.
     """
 
     def __init__(
-        self, auto_class: Any, path: str, dtype: str, trust_remote_code: bool, device: str | None, batch_size: int
+        self,
+        auto_class: Any,
+        path: str,
+        dtype: str,
+        trust_remote_code: bool,
+        device: str | None,
+        batch_size: int,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.auto_class, self.path, self.dtype, self.trust_remote_code = auto_class, path, dtype, trust_remote_code
+        self.template_kwargs = template_kwargs
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.batch_size = batch_size
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Return the digest of weights, configuration and tokenizer, and the precision."""
-        return {"weights": model_digest(self.path), "dtype": self.dtype}
+        """Return the digest of weights, configuration and tokenizer, the precision, and the code that encodes."""
+        code = code_version("data/encoding.py", "data/chat.py", "evaluation/judges")
+        return {"weights": model_digest(self.path), "dtype": self.dtype, "code": code}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -64,7 +79,17 @@ class LocalModel:
         Raises:
             JudgeError: The tokenizer cannot be loaded.
         """
-        return self._load(AutoTokenizer)
+        with self._as_judge_errors():
+            return load_tokenizer(self._origin, self.trust_remote_code)
+
+    @cached_property
+    def encoder(self) -> JudgeEncoder:
+        """Return the encoder of what the model reads.
+
+        Raises:
+            JudgeError: The tokenizer cannot be loaded.
+        """
+        return JudgeEncoder(self.tokenizer, self.path, self.template_kwargs)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -73,18 +98,26 @@ class LocalModel:
         Raises:
             JudgeError: The model cannot be loaded, or some of its weights are missing and would be random.
         """
-        model, found = self._load(self.auto_class, dtype=self.dtype, output_loading_info=True)
-        if absent := sorted(found["missing_keys"]):
-            raise JudgeError(
-                f"judge.path={self.path}: these are not the weights of a {type(model).__name__}, {absent[0]} is missing"
-            )
+        with self._as_judge_errors():
+            settings: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
+            writes = self.auto_class is AutoModelForCausalLM
+            if writes:
+                settings |= causal_part(self._origin, load_config(self._origin, self.trust_remote_code))
+            model = load_weights(self.auto_class, self._origin, **settings)
+            if writes:
+                check_causal(self._origin, model)
         return model.requires_grad_(False).eval().to(self.device)
 
-    def _load(self, auto_class: Any, **settings: Any) -> Any:
+    @property
+    def _origin(self) -> Origin:
+        return Origin(self.path, "judge.path")
+
+    @contextmanager
+    def _as_judge_errors(self) -> Iterator[None]:
         try:
-            return auto_class.from_pretrained(self.path, trust_remote_code=self.trust_remote_code, **settings)
-        except (OSError, ValueError) as error:
-            raise JudgeError(f"judge.path={self.path}: {auto_class.__name__} cannot load it ({error})") from error
+            yield
+        except UserError as error:
+            raise JudgeError(str(error)) from error
 
     @property
     def context(self) -> int:
@@ -149,55 +182,72 @@ class RewardModelJudge(RewardJudge):
         """Return the number of texts that were too long and lost their beginning."""
         return {"truncated": float(self.truncated)}
 
+    def _shown(self, prompt: Text) -> Text:
+        return prompt  # its own chat template reads the messages of a conversation
+
     @torch.no_grad()
-    def _rewards(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
+    def _rewards(self, prompts: Sequence[Text], completions: Sequence[str]) -> dict[str, list[float]]:
         model = self._local.model
         _check_outputs(self._local.path, model.config.num_labels)
         rows = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        self._local.encoder.note_leaks()
         rewards = [0.0] * len(rows)
         with progress("scoring", len(rows)) as advance:
-            for batch in self._local.batches([row["input_ids"] for row in rows]):
+            for batch in self._local.batches([ids for ids, _ in rows]):
                 logits = at_least_float32(model(**self._padded([rows[i] for i in batch])).logits)
                 for i, value in zip(batch, logits.squeeze(-1).tolist(), strict=True):
                     rewards[i] = value
                 advance(len(batch))
         return {"reward": rewards}
 
-    def _encode(self, prompt: str, completion: str) -> dict[str, list[int]]:
-        tokenizer = self._local.tokenizer
-        if tokenizer.chat_template:
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            texts = [str(tokenizer.apply_chat_template(turns, tokenize=False))]
-        elif tokenizer.sep_token is not None:
-            texts = [prompt, completion]
-        else:
-            texts = [f"{prompt}{completion}{tokenizer.eos_token or ''}"]
-        special = not tokenizer.chat_template  # a template writes them itself
-        row = tokenizer(*texts, add_special_tokens=special, verbose=False)
-        limit = self.max_length or self._local.context
-        if len(row["input_ids"]) > limit:
+    def _encode(self, prompt: Text, completion: str) -> tuple[list[int], list[int]]:
+        """Return the tokens that the model reads, and their types."""
+        frame, parts = self._framed(prompt, completion)
+        room = (self.max_length or self._local.context) - len(frame)
+        if room < 1:
+            raise JudgeError(f"judge.max_length={self.max_length}: the tokenizer alone adds {len(frame)} tokens")
+        if sum(map(len, parts)) > room:
             self.truncated += 1
-            tokenizer.truncation_side = "left"
-            row = tokenizer(*texts, add_special_tokens=special, truncation=True, max_length=limit)
-        return dict(row)
+            parts = without_beginning(parts, room)
+        return frame.join(parts)
 
-    def _padded(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-        width = max(len(row["input_ids"]) for row in rows)
-        padding = self._padding([row["input_ids"] for row in rows])
+    def _framed(self, prompt: Text, completion: str) -> tuple[Frame, list[Ids]]:
+        """Return the tokens around the texts, which truncation leaves, and the tokens of the texts."""
+        tokenizer, encoder = self._local.tokenizer, self._local.encoder
+        if encoder.chat is not None:  # the template writes BOS and the ends of turns itself
+            [ids] = encoder.encode(encoder.rendered(with_answer(prompt, completion), opens=False))
+            n = int(ids[:1] == (tokenizer.bos_token_id,))
+            return Frame.around(ids[:n], ()), [ids[n:]]
+        if tokenizer.sep_token is not None:
+            texts = [as_read(prompt), completion]
+            return encoder.pair_frame, encoder.encode(*map(encoder.text.hide, texts))
+        text = prompt + completion if isinstance(prompt, str) else as_read(with_answer(prompt, completion))
+        first, last = encoder.frame.added
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in last:
+            last += (tokenizer.eos_token_id,)
+        return Frame.around(first, last), encoder.encode(encoder.text.hide(text))
 
-        def column(name: str) -> Tensor:
-            fill = padding if name == "input_ids" else 0
-            padded = [[*row[name], *[fill] * (width - len(row[name]))] for row in rows]
-            return torch.tensor(padded, device=self._local.device)
+    def _padded(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+        width = max(len(ids) for ids, _ in rows)
+        padding = self._padding([ids for ids, _ in rows])
 
-        return {name: column(name) for name in rows[0]}
+        def column(values: Sequence[list[int]], fill: int) -> Tensor:
+            return torch.tensor([[*row, *[fill] * (width - len(row))] for row in values], device=self._local.device)
+
+        columns = {
+            "input_ids": column([ids for ids, _ in rows], padding),
+            "attention_mask": column([[1] * len(ids) for ids, _ in rows], 0),
+        }
+        # GPT-2 would add the embedding of token 0 for each type 0, so only models with types are given them.
+        if (getattr(self._local.model.config, "type_vocab_size", None) or 0) > 1:
+            columns["token_type_ids"] = column([types for _, types in rows], 0)
+        return columns
 
     def _padding(self, rows: Sequence[Sequence[int]]) -> int:
         """Return a padding token that no row contains. Decoder models find the end of a row by its value."""
-        tokenizer = self._local.tokenizer
-        token = tokenizer.pad_token_id
-        if token is None or token == tokenizer.eos_token_id:
-            used = {token for row in rows for token in row}
+        used = {token for row in rows for token in row}
+        token = self._local.tokenizer.pad_token_id
+        if token is None or token in used:
             token = next(i for i in count() if i not in used)
         self._local.model.config.get_text_config().pad_token_id = token
         return token
@@ -246,7 +296,9 @@ class LanguageModelJudge(PairwiseJudge):
         max_unanswered: Fraction,
     ) -> None:
         super().__init__(cache, max_unanswered)
-        self._local = LocalModel(AutoModelForCausalLM, path, dtype, trust_remote_code, device, batch_size)
+        # Reasoning models must answer at once. Other templates ignore this argument.
+        now = {"enable_thinking": False}
+        self._local = LocalModel(AutoModelForCausalLM, path, dtype, trust_remote_code, device, batch_size, now)
         self.template, self.margin = check_template(template), margin
 
     @property
@@ -269,6 +321,7 @@ class LanguageModelJudge(PairwiseJudge):
         context = self._local.context
         probe_company(self._local.model)
         questions = [self._encode(comparison) for comparison in comparisons]
+        self._local.encoder.note_leaks()
         fitting = [i for i, (ids, _) in enumerate(questions) if len(ids) <= context]
         for i in set(range(len(questions))) - set(fitting):
             length = len(questions[i][0])
@@ -296,19 +349,18 @@ class LanguageModelJudge(PairwiseJudge):
 
     def _encode(self, comparison: JudgedPair) -> tuple[list[int], tuple[int, int]]:
         """Return the tokens of the question, and the first token in which the two answers differ, for each answer."""
-        tokenizer, text = self._local.tokenizer, question(self.template, comparison).rstrip()
-        if tokenizer.chat_template:
-            turn = [{"role": "user", "content": text}]
-            # Reasoning models must answer at once. Other templates ignore this argument.
-            text = str(
-                tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-            )
+        encoder = self._local.encoder
+        if encoder.chat is None:
+            hidden = JudgedPair(*map(encoder.text.hide, (comparison.prompt, comparison.first, comparison.second)))
+            text = question(self.template, hidden).rstrip()
+            before = encoder.frame.added[0]
+        else:
+            turn = {"role": "user", "content": question(self.template, comparison).rstrip()}
+            text = encoder.rendered([turn], opens=True)
+            before = ()
         gap = "" if text[-1:].isspace() else " "
-        special = not tokenizer.chat_template
-        first, second = (
-            tokenizer(f"{text}{gap}{label}", add_special_tokens=special, verbose=False)["input_ids"] for label in "AB"
-        )
+        first, second = encoder.encode(*(f"{text}{gap}{label}" for label in "AB"))
         cut = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
         if cut is None:
             raise JudgeError(f"judge.path={self._local.path}: its tokenizer has the same tokens for A and B")
-        return first[:cut], (first[cut], second[cut])
+        return [*before, *first[:cut]], (first[cut], second[cut])

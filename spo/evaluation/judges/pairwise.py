@@ -13,9 +13,11 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from spo.data.rows import Text
 from spo.errors import JudgeError
 from spo.evaluation.judges.base import JudgedPair, progress
 from spo.records.digests import digest
+from spo.records.plugins import plugin_digests
 from spo.records.store import SharedStore
 
 PLACEHOLDERS = ("prompt", "first", "second")
@@ -54,7 +56,7 @@ class PairwiseJudge(ABC):
             why there is none.
         """
 
-    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> None:
+    def scores(self, prompts: Sequence[Text], completions: Sequence[str]) -> None:
         """Return ``None``: the judge compares and does not score."""
         return None
 
@@ -67,7 +69,8 @@ class PairwiseJudge(ABC):
         Raises:
             JudgeError: More than ``max_unanswered`` of the questions stay without an answer, or none can be asked.
         """
-        own = json.dumps(self.identity, sort_keys=True)
+        code = plugin_digests([type(self).__module__])  # A judge from outside the package has code of its own.
+        own = json.dumps(self.identity | ({"plugins": code} if code else {}), sort_keys=True)
         keys = {
             shown: digest([own, shown.prompt, shown.first, shown.second])
             for comparison in comparisons

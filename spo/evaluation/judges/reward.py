@@ -9,8 +9,9 @@ from functools import partial
 from typing import Any
 
 from spo.data import Reward
+from spo.data.rows import Text
 from spo.errors import JudgeError
-from spo.evaluation.judges.base import JudgedPair
+from spo.evaluation.judges.base import JudgedPair, as_read
 from spo.evaluation.winrate import verdict_of_rewards
 
 
@@ -30,13 +31,13 @@ class RewardJudge:
         """Return the name of the function and its bound arguments."""
         return {"judge": "reward", "reward": _name(self.reward)}
 
-    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
-        """Return the rewards and their components.
+    def scores(self, prompts: Sequence[Text], completions: Sequence[str]) -> dict[str, list[float]]:
+        """Return the rewards and their components. The function is given each prompt as a person reads it.
 
         Raises:
             JudgeError: The function does not return one finite number per completion.
         """
-        scores = self.reward(prompts, completions)
+        scores = self.reward([self._shown(prompt) for prompt in prompts], completions)
         name = _name(self.reward)
         if not isinstance(scores, dict) or "reward" not in scores:
             raise JudgeError(f'{name}: a reward function returns {{"reward": [...]}}, this returned {scores!r:.80}')
@@ -54,6 +55,10 @@ class RewardJudge:
         first = self.scores(prompts, [comparison.first for comparison in comparisons])["reward"]
         second = self.scores(prompts, [comparison.second for comparison in comparisons])["reward"]
         return [verdict_of_rewards(a, b) for a, b in zip(first, second, strict=True)]
+
+    def _shown(self, prompt: Text) -> Any:
+        """Return a prompt as the function is given it."""
+        return as_read(prompt)
 
     def usage(self) -> dict[str, float]:
         """Return nothing, because a reward function does not count."""
