@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -11,13 +12,23 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
+from spo.config.checks import problems
+from spo.config.compose import compose
 from spo.data.rendering import Renderer, TokenizedPair
 from spo.data.rows import DataError, Row
+from spo.models.adapters import with_given_adapter
 from spo.models.tokenizer import as_in_file
 from spo.notes import collect_notes
 from tests.data.tokenizers_built_here import ENDS_IN_EOS, build
+from tests.helpers import save_model
 
 
 def save_tokenizer(folder: Path, *, named: str) -> Tokenizer:
@@ -82,6 +93,20 @@ def test_a_chat_template_reads_a_clock_that_stands_still() -> None:
     assert rendered("{% if strftime_now is defined %}now{% endif %}" + ENDS_IN_EOS)[1] == []
     with pytest.raises(DataError, match=r"strftime_now=today: write a date such as 2026-01-31"):
         rendered(DATED, strftime_now="today")
+
+
+def test_every_test_of_the_page_exists() -> None:
+    root = Path(__file__).parent
+    page = (root.parent / "docs" / "explanation" / "field-reports.md").read_text()
+    rows = [line.strip("|").rpartition("|")[2] for line in page.splitlines() if line.startswith("| [")]
+    defined = {name for file in root.rglob("test_*.py") for name in re.findall(r"def test_(\w+)", file.read_text())}
+    named = [re.findall(r"`(\w+)`", row) for row in rows]
+    assert len(rows) > 15 and all(named) and {name for names in named for name in names} <= defined
+
+
+def test_weights_are_not_trained_in_float16(tmp_path: Path) -> None:
+    words = problems(compose(["model=hf", f"model.path={save_model(tmp_path)}", "model.dtype=float16"]))
+    assert any("model.dtype=float16: choose float32" in problem for problem in words)
 
 
 def rows_of(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row] = ()) -> list[tuple[tuple[int, ...], ...]]:
@@ -149,7 +174,7 @@ def test_control_tokens_that_strip_white_space_strip_that_of_content_too() -> No
     tokenizer.backend_tokenizer.add_special_tokens(tokens)
     [(prompt, chosen, rejected)] = rows_of(tokenizer, [CHAT_ROW])
     for answer, completion in ((CHAT_ROW.chosen, chosen), (CHAT_ROW.rejected, rejected)):
-        whole = tokenizer.apply_chat_template([*CHAT_ROW.prompt, *answer], tokenize=False)  # type: ignore[misc,list-item]
+        whole = tokenizer.apply_chat_template([*CHAT_ROW.prompt, *answer], tokenize=False)  # type: ignore[misc]
         ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
         assert (*prompt, *completion) == (tokenizer.bos_token_id, *ids)
 
@@ -178,3 +203,19 @@ def test_a_tokenizer_in_python_encodes_content_as_text() -> None:
     spelled = tuple(3 + byte for byte in b"a</s>b")
     assert rows_of(tokenizer, [text]) == [((3 + ord("p"),), (*spelled, 1), (3 + ord("c"), 1))]
     assert rows_of(tokenizer, [chat]) == [((3 + ord("p"), 1), (*spelled, 1), (3 + ord("c"), 1))]
+
+
+def test_an_adapter_of_another_model_is_noted(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    for name in ("one", "other"):
+        save_model(tmp_path / name)
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "one")
+    adapter = tmp_path / "adapter"
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(str(adapter))
+    noted = []
+    for name in ("one", "other"):
+        with collect_notes() as notes:
+            with_given_adapter(LlamaForCausalLM.from_pretrained(tmp_path / name), str(adapter), is_trainable=False)
+        noted.append(sorted(notes))
+    assert noted == [[], ["notes/adapter_base"]]

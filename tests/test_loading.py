@@ -23,7 +23,7 @@ from spo.models import LoraSettings, ModelSpec
 from spo.models.adapters import check_targets
 from spo.models.library_errors import Origin, in_words
 from spo.models.loading import check_vocabulary
-from spo.models.policy import save_policy
+from spo.models.saving import save_policy
 from spo.notes import collect_notes
 from spo.stages.prepare import prepare_run
 from tests.helpers import model_spec, save_model, tiny_llama, tiny_tokenizer
@@ -209,6 +209,12 @@ UNUSABLE: dict[str, tuple[Edit, str]] = {
     "no weights": (removed(WEIGHTS), r"there are no weights in it"),
     "no config": (removed("config.json"), r"does not have a config.json that names a model_type"),
     "broken json": (text("config.json", "{"), r"one of its JSON files cannot be read"),
+    "not a number": (
+        tensors(lambda w: {key: v * float("nan") if "norm" in key else v for key, v in w.items()}),
+        r"computes NaN for a short text",
+    ),
+    "unknown activation": (setting(hidden_act="nope"), r"the value 'nope' is not known"),
+    "wrong type": (setting(hidden_size="16"), r"Field 'hidden_size' expected int, got str"),
     "image-text": (setting(model_type="qwen2_vl"), r"cannot load the text model of a Qwen2VL checkpoint by itself"),
 }
 
@@ -254,6 +260,23 @@ def test_a_folder_without_a_key_is_named_by_its_path(copy: Path) -> None:
     without("model.norm")(copy)
     with pytest.raises(UserError, match=f"^{copy} cannot be loaded: .*model.norm.weight"):
         model_spec(path="somewhere/else").base(copy)
+
+
+def test_a_head_that_differs_from_the_embedding_stays_apart(copy: Path, llama: Path, tmp_path: Path) -> None:
+    setting(tie_word_embeddings=True)(copy)
+    with collect_notes() as notes:
+        model = spec(copy).base(copy)
+    assert notes == {"notes/untied_head": 1}
+    assert torch.equal(model.state_dict()["lm_head.weight"], load_file(llama / WEIGHTS)["lm_head.weight"])
+    save_policy(model, tiny_tokenizer(), tmp_path / "policy")
+    assert json.loads((tmp_path / "policy" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_an_architecture_that_contradicts_the_model_type_is_noted(copy: Path) -> None:
+    setting(model_type="gemma")(copy)
+    with collect_notes() as notes:
+        assert type(spec(copy).base(copy)).__name__ == "GemmaForCausalLM"
+    assert notes == {"notes/other_architecture": 1}
 
 
 # --- what transformers turns into an ordinary model ------------------------------------------------------------------
@@ -543,6 +566,10 @@ FOLDERS: dict[str, tuple[Edit, str]] = {
     "list": (text("config.json", "[]"), r"config.json does not hold a JSON object"),
     "no type": (text("config.json", "{}"), r"config.json does not name a model_type"),
     "encoder-decoder": (setting(model_type="t5", is_encoder_decoder=True), r"t5 is an encoder-decoder model"),
+    "integers": (
+        tensors(lambda w: {key: v.to(torch.int8) if "up_proj" in key else v for key, v in w.items()}),
+        r"stores model.layers.0.mlp.up_proj.weight as I8, and config.json does not say how it is quantized",
+    ),
     "adapter": (
         text("adapter_config.json", '{"base_model_name_or_path": "org/base"}'),
         r"holds an adapter, not a model; write model=hf_lora model.path=org/base model.adapter_path=",
@@ -569,6 +596,11 @@ def test_a_usable_folder_passes_the_checks(edit: Edit, copy: Path, adapter: Path
 def test_a_misspelled_folder_suggests_one_beside_it(llama: Path) -> None:
     [problem] = folder_problems("model.path", f"{llama.parent}/lama")
     assert f"there is no such folder (seen from {Path.cwd()}); did you mean {llama}?" in problem
+
+
+def test_a_folder_above_the_model_suggests_the_model(llama: Path) -> None:
+    [problem] = folder_problems("model.path", str(llama.parent))
+    assert problem.endswith(f"there is no config.json in this folder; did you mean {llama}?")
 
 
 # --- words of other errors -------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def _comparison(model: nn.Module, rows: Rows) -> Callable[[Tensor, Tensor], bool
     row = rows[0]
     alone = _token_logps(model, [row], packed=False)
     beside = _token_logps(model, [row, (row[0], row[1][::-1])], packed=False)[: len(alone)]
-    rounding = float((beside - alone).abs().max())
+    rounding = float(_differences(beside, alone).max())
     exact = next(model.parameters()).dtype in MAX_DIFFERENCE_NATS
 
     def same(got: Tensor, want: Tensor) -> bool:

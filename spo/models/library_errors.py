@@ -145,7 +145,10 @@ def _explained(error: Exception, origin: Origin) -> str:
 
 def first_line(error: Exception) -> str:
     """Return the first sentence of an error's message, shortened; its type if there is no message."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    if isinstance(error, KeyError):
+        line = f"the value {line} is not known"
     sentence = re.split(r"(?<=[a-z)'`])\. ", line)[0].rstrip(".:; ")
     return sentence if len(sentence) <= MAX_REASON_CHARACTERS else f"{sentence[:MAX_REASON_CHARACTERS]} ..."
 

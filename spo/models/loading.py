@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -156,7 +157,37 @@ def load_causal_model(
             "(model.attn_implementation=auto)",
         )
     check_causal(origin, model)
+    _note_other_architecture(origin, model)
+    _declare_untied_head(origin, model)
     return model
+
+
+def _note_other_architecture(origin: Origin, model: Any) -> None:
+    """Write a note if ``config.json`` names an architecture other than the one that its ``model_type`` loads."""
+    own = type(model).__name__
+    named = [name for name in getattr(model.config, "architectures", None) or () if name.endswith("ForCausalLM")]
+    if named and own not in named and all(hasattr(transformers, name) for name in named):
+        note(
+            "other_architecture",
+            f"{origin}: config.json names architectures={named}, and its model_type={model.config.model_type} loads "
+            f"{own}, which may compute something else with these weights",
+        )
+
+
+def _declare_untied_head(origin: Origin, model: Any) -> None:
+    """State in the config that the head is not the embedding, where a file has both although the config ties them."""
+    head, embedding = (
+        getattr(module, "weight", None) for module in (model.get_output_embeddings(), model.get_input_embeddings())
+    )
+    if head is None or embedding is None or head is embedding or head.shape != embedding.shape:
+        return
+    if getattr(model.config, "tie_word_embeddings", False):
+        model.config.tie_word_embeddings = False
+        note(
+            "untied_head",
+            f"{origin}: config.json ties the head to the embedding (tie_word_embeddings), but the weights have two "
+            "different ones, and both are used",
+        )
 
 
 def causal_part(origin: Origin, config: Any) -> dict[str, Any]:
@@ -313,12 +344,12 @@ def turn_router_loss_off(origin: Origin, config: Any) -> None:
 
 
 def check_causal(origin: Origin, model: PreTrainedModel) -> None:
-    """Refuse a model in which a token depends on later ones, such as BERT.
+    """Refuse a model in which a token depends on later ones, such as BERT, or whose logits are not numbers.
 
     The gradient of the first logits with respect to later embeddings is exactly zero in a causal model, in every dtype.
 
     Raises:
-        UserError: The model is not causal.
+        UserError: The model is not causal, or computes NaN.
     """
     embedded: list[Tensor] = []
 
@@ -337,7 +368,11 @@ def check_causal(origin: Origin, model: PreTrainedModel) -> None:
         [gradient] = torch.autograd.grad(total, embedded)
     except Exception:  # Some architectures run on a GPU only, and some do not look up their input in a module.
         return
-    if gradient.flatten(0, -2)[1:].any():  # The batch is one row, which some models put second.
+    if logits.isnan().any():
+        raise UserError(
+            f"{origin} cannot be used: it computes NaN for a short text; copy or download the weights again"
+        )
+    if (gradient.flatten(0, -2)[1:].abs() > 0).any():  # The batch is one row, which some models put second.
         raise UserError(
             f"{origin} cannot be used: in this {type(model).__name__}, a token depends on those after it, so it is not "
             "a causal language model; choose a decoder-only language model"

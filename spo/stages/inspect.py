@@ -28,6 +28,8 @@ def inspect(cfg: DictConfig, limit: int, file: Path | None = None) -> None:
     Raises:
         UserError: If the file cannot be written.
     """
+    if file is not None and not file.absolute().parent.is_dir():
+        raise UserError(f"--json {file}: there is no folder {file.parent}; make it first")
     prepared = prepare_run(resolve_values(cfg))
     if file is not None:
         try:

@@ -1,4 +1,4 @@
-"""Conversations as chat templates write them: ends of turns, prompts, fields and content."""
+"""What chat templates write: ends of turns, prompts, fields and content."""
 
 from __future__ import annotations
 

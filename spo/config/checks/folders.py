@@ -12,6 +12,8 @@ MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 LENGTH_BYTES = 8
 """Bytes at the beginning of a safetensors file that hold the length of its header."""
+FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
+"""Types of weights that are numbers by themselves, by the names in the header of a safetensors file."""
 COPY = "copy or download it again"
 
 
@@ -54,7 +56,9 @@ def _content(key: str, folder: Path, config: str) -> Iterator[str]:
         yield f"this folder holds an adapter, not a model; {instead}"
         return
     if not (folder / config).is_file():
-        yield f"there is no {config} in this folder; is it a Hugging Face {_kind(config)} folder?"
+        inside = sorted(file.parent for file in folder.glob(f"*/{config}"))
+        hint = f"did you mean {inside[-1]}?" if inside else f"is it a Hugging Face {_kind(config)} folder?"
+        yield f"there is no {config} in this folder; {hint}"
         return
     settings = _json(folder / config)
     if not isinstance(settings, dict):
@@ -65,7 +69,7 @@ def _content(key: str, folder: Path, config: str) -> Iterator[str]:
     if key == "model.path" and settings.get("is_encoder_decoder"):
         model_type = settings.get("model_type")
         yield f"{model_type} is an encoder-decoder model; choose a decoder-only language model"
-    yield from _weights(folder, _kind(config))
+    yield from _weights(folder, _kind(config), is_quantized="quantization_config" in json.dumps(settings))
 
 
 def _kind(config: str) -> str:
@@ -82,7 +86,8 @@ def _json(file: Path) -> Any:
         return "cannot be read as text"
 
 
-def _weights(folder: Path, kind: str) -> Iterator[str]:
+def _weights(folder: Path, kind: str, is_quantized: bool) -> Iterator[str]:
+    """Yield problems of the files with weights, as far as their names and headers tell."""
     files = sorted(file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
     indices = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.bin.index.json"))
     if not files and not indices:
@@ -97,24 +102,33 @@ def _weights(folder: Path, kind: str) -> Iterator[str]:
             yield f"{len(missing)} of {len(shards)} shards of the weights are missing ({names}); {COPY}"
         files = [folder / shard for shard in shards if (folder / shard).is_file()]
     for file in files:
-        if file.suffix == ".safetensors" and (problem := _safetensors_problem(file)):
-            yield f"{file.name} {problem}; {COPY}"
+        if file.suffix == ".safetensors" and (problem := _safetensors_problem(file, is_quantized)):
+            yield f"{file.name} {problem}"
 
 
-def _safetensors_problem(file: Path) -> str | None:
+def _safetensors_problem(file: Path, is_quantized: bool) -> str | None:
     """Return what is wrong with the size or the header of a safetensors file, as words that follow its name."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(LENGTH_BYTES)
         if start == b"version ":
-            return "is a pointer of Git LFS and not the weights: fetch them with `git lfs pull`"
+            return f"is a pointer of Git LFS and not the weights: fetch them with `git lfs pull`, or {COPY}"
         length = int.from_bytes(start, "little")
         if size < LENGTH_BYTES + length or size <= LENGTH_BYTES:
-            return f"is cut off or is not a safetensors file ({size} bytes)"
+            return f"is cut off or is not a safetensors file ({size} bytes); {COPY}"
         try:
             header = json.loads(stream.read(length))
-            end = max((one["data_offsets"][1] for name, one in header.items() if name != "__metadata__"), default=0)
+            header.pop("__metadata__", None)
+            whole = LENGTH_BYTES + length + max((one["data_offsets"][1] for one in header.values()), default=0)
+            types = {name: one["dtype"] for name, one in header.items() if name.endswith(".weight")}
         except (ValueError, TypeError, AttributeError, KeyError, IndexError):
-            return "does not have the header of a safetensors file"
-    whole = LENGTH_BYTES + length + end
-    return f"is cut off: it has {size} of {whole} bytes" if size < whole else None
+            return f"does not have the header of a safetensors file; {COPY}"
+    if size < whole:
+        return f"is cut off: it has {size} of {whole} bytes; {COPY}"
+    packed = sorted(name for name, dtype in types.items() if dtype not in FLOAT_TYPES)
+    if packed and not is_quantized:
+        return (
+            f"stores {packed[0]} as {types[packed[0]]}, and config.json does not say how it is quantized "
+            "(quantization_config): give the checkpoint in bfloat16 or float32 that it was made from"
+        )
+    return None
