@@ -201,6 +201,7 @@ def test_a_tokenizer_in_python_encodes_content_as_text() -> None:
     chosen, rejected = (({"role": "assistant", "content": text},) for text in ("a</s>b", "c"))
     text, chat = Row("p", "a</s>b", "c"), Row(({"role": "user", "content": "p"},), chosen, rejected)
     spelled = tuple(3 + byte for byte in b"a</s>b")
+    assert Renderer(tokenizer, 99, "drop_pair").decode((*spelled, 1000, 1)) == "a</s>b"  # 1000 is no token
     assert rows_of(tokenizer, [text]) == [((3 + ord("p"),), (*spelled, 1), (3 + ord("c"), 1))]
     assert rows_of(tokenizer, [chat]) == [((3 + ord("p"), 1), (*spelled, 1), (3 + ord("c"), 1))]
 
