@@ -16,6 +16,7 @@ from spo.bounds import DropoutRate, PositiveFloat, PositiveInt
 from spo.errors import UserError
 from spo.models.given_adapter import add_reference_adapter, check_given_adapter
 from spo.models.library_errors import Origin, first_line, in_words, some
+from spo.notes import note
 
 ALL_LINEAR = "all-linear"
 SIZE_MISMATCH = re.compile(r"size mismatch for (\S+):.*?Size\((.*?)\).*?Size\((.*?)\)", re.DOTALL)
@@ -73,6 +74,14 @@ def with_fresh_adapter(model: nn.Module, lora: LoraSettings, seed: int) -> nn.Mo
         raise UserError(
             f"model.lora.target_modules={_shown(targets)}: {type(model).__name__} does not have such a layer to adapt; "
             f"{choice}, or model=hf without an adapter"
+        )
+    experts = [name for name, p in adapted.named_parameters() if "experts" in name and p.ndim == 3]
+    if targets == ALL_LINEAR and experts:
+        note(
+            "experts_not_adapted",
+            f"model.lora.target_modules={ALL_LINEAR} leaves the experts of this model as they are: their weights are "
+            "not linear layers",
+            len(experts),
         )
     return adapted
 
