@@ -205,12 +205,13 @@ def test_notes_are_printed_once_to_stderr(trained: Trained, capsys: pytest.Captu
 def test_resume_evaluate_and_inspect_receive_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr("spo.stages.train.resume", lambda *given: calls.append(given))
-    monkeypatch.setattr("spo.stages.inspect.inspect", lambda cfg, limit: calls.append((cfg.data.seed, limit)))
+    monkeypatch.setattr("spo.stages.inspect.inspect", lambda cfg, *given: calls.append((cfg.data.seed, *given)))
     monkeypatch.setattr("spo.stages.evaluate.evaluate_command", lambda *given: calls.append(given))
     assert cli.main(["train", "trainer.max_steps=9", "--resume", "a/b", "logger=csv"]) == 0
     assert cli.main(["evaluate", "a/b", "seed=1"]) == 0
-    assert cli.main(["inspect", "data.seed=4", "--limit", "2", "model=tiny"]) == 0
-    assert calls == [(Path("a/b"), ["trainer.max_steps=9", "logger=csv"]), (Path("a/b"), ["seed=1"]), (4, 2)]
+    assert cli.main(["inspect", "data.seed=4", "--limit", "2", "model=tiny", "--json", "c.json"]) == 0
+    read = (4, 2, Path("c.json"))
+    assert calls == [(Path("a/b"), ["trainer.max_steps=9", "logger=csv"]), (Path("a/b"), ["seed=1"]), read]
 
 
 # --- several jobs --------------------------------------------------------------------------------------------------

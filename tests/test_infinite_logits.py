@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from spo.errors import UserError
 from spo.exact.optimum import total_variation
+from spo.forward.probe import enable_packing
 from spo.losses import DPOLoss, PreferenceLoss, SPOLoss, WeightedSPOLoss
 from spo.losses.base import expected_loss
 from spo.models import FrozenReference
@@ -32,6 +34,7 @@ from tests.helpers import (
     random_rows,
     sequences,
 )
+from tests.test_ops import build
 
 M = 9
 SUPPORT = torch.tensor([i for i in range(VOCAB) if i % 3 or i == 0])
@@ -243,3 +246,10 @@ def test_label_of_probability_zero_counts_as_zero(preference: float) -> None:
     losses = expected_loss(lambda m: -nn.functional.logsigmoid(m), margin, label)
     torch.testing.assert_close(losses, -nn.functional.logsigmoid(sign * margin))
     assert not torch.autograd.grad(losses[2], margin)[0].isnan().any()
+
+
+def test_masked_vocabulary_does_not_keep_a_model_from_packing() -> None:
+    model: Any = build("phi_with_bias")
+    with torch.no_grad():
+        model.lm_head.bias[5:15] = -torch.inf
+    assert enable_packing(model) is None

@@ -146,11 +146,24 @@ def test_finished_old_run_resumes_for_more_steps(tmp_path: Path, capsys: pytest.
     assert "note: code" not in capsys.readouterr().err
 
 
+# Keys that the old version did not have, or gave another default.
+NEW_KEYS = {
+    f"  - {key}"
+    for key in (
+        "data.chat_template",
+        "data.chat_template_kwargs",
+        "data.split_special_tokens",
+        "model.attn_implementation",
+    )
+}
+
+
 @pytest.mark.parametrize("name", ["finished", "interrupted"])
 def test_repeated_command_fails_with_other_code(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = copied(name, tmp_path)
     assert cli.main([*SAME_RUN, f"hydra.run.dir={run}"]) == 1
-    [difference] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  - ")]
+    *keys, difference = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  - ")]
+    assert {key.split(":")[0] for key in keys} == NEW_KEYS
     assert difference == f"  - the code of spo: {CODE} there, {_code_of_now()} now"
     assert read(run / "provenance.json") == read(OLD / name / "provenance.json")
 

@@ -8,6 +8,12 @@ from typing import Any
 
 from spo.data.rows import RowError
 
+RESERVED_KWARGS = frozenset(
+    ("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "conversations", "messages",
+     "return_assistant_tokens_mask", "return_dict", "tokenize", "tools")
+)  # fmt: skip
+"""Arguments of a chat template that follow from the row and its place in training."""
+
 
 def describe_type(value: Any) -> str:
     """Return the name of a value's type for messages."""
@@ -91,16 +97,23 @@ def tool_list(value: Any, where: str, column: str) -> tuple[dict[str, Any], ...]
     return tuple(tools)
 
 
-def json_object(value: Any, where: str, column: str) -> dict[str, Any] | None:
-    """Return an object that a column holds as it is or as JSON text, ``None`` for null or an empty one.
+def template_kwargs(value: Any, where: str, column: str) -> dict[str, Any] | None:
+    """Return the arguments of the chat template that a row sets, ``None`` for none.
+
+    Args:
+        value: Object, or JSON text of one.
+        where: Place of the record for messages, such as file and line.
+        column: Name of the column.
 
     Raises:
-        RowError: If the value is something else.
+        RowError: If the value is something else, or if it has a key of :data:`RESERVED_KWARGS`.
     """
-    content = json_cell(value, where, column)
-    if content is not None and not isinstance(content, dict):
-        raise RowError(where, f"must be an object, not {describe_type(content)}", column)
-    return content or None
+    kwargs = json_cell(value, where, column)
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise RowError(where, f"must be an object, not {describe_type(kwargs)}", column)
+    if reserved := sorted(RESERVED_KWARGS.intersection(kwargs or ())):
+        raise RowError(where, f"{reserved[0]!r} is not a choice of the data; remove it", column)
+    return kwargs or None
 
 
 def without_nulls(value: Any) -> Any:

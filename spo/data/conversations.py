@@ -7,14 +7,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
-from spo.data.chat import ChatTemplate, Request, TemplateError, find_end
+from spo.data.chat import REASONING_TAG, ChatTemplate, Request, TemplateError, find_end, marker
 from spo.data.messages import message_text
 from spo.data.remarks import Remarks
 from spo.data.rows import Message, Row, RowError
 
-_REASONING = re.compile(r"</?(?:think|thinking|reasoning)>")
 _FILE_HINT = "data.chat_template=FILE overrides the template"
 
 
@@ -42,11 +42,12 @@ class _Facts:
     """Facts about all conversations with the same roles and fields.
 
     Attributes:
-        lost: Places of messages whose content the template does not show; ``None`` if that is not known.
+        lost: For each message, the pieces of its content that the template does not show; ``None`` if the template
+            rejects such messages with other content. Tags and control tokens separate pieces.
         unread: Fields that do not change what the template writes.
     """
 
-    lost: frozenset[int] | None
+    lost: tuple[frozenset[int], ...] | None
     unread: tuple[str, ...]
 
 
@@ -65,7 +66,7 @@ class ConversationWriter:
         self._facts: dict[str, _Facts] = {}
         added = [token.content for token in chat.tokenizer.added_tokens_decoder.values() if token.content.strip()]
         tags = sorted({*added, *chat.encoder.control}, key=len, reverse=True)
-        self._tags = re.compile("|".join([_REASONING.pattern, *map(re.escape, tags)]))
+        self._tags = re.compile("|".join([REASONING_TAG.pattern, *map(re.escape, tags)]))
 
     def write(self, row: Row, completions: Sequence[tuple[Message, ...]]) -> Rendered:
         """Return a row as text.
@@ -106,6 +107,10 @@ class ConversationWriter:
 
     def _split_end(self, text: str) -> tuple[str, str, int]:
         """Return a completion up to its end token, without its end tokens, and their number."""
+        tail, tail_end = self.chat.tail, self.chat.tail_end
+        if tail_end and text.endswith(tail):
+            # The template may write more than control tokens after the turn, such as the beginning of another one.
+            text = text[: len(text) - len(tail) + tail_end]
         end = find_end(text, self.chat.encoder.control, self.ends)
         if end is None:
             self.remarks.add("end_token_added", [self.added_end])
@@ -117,15 +122,19 @@ class ConversationWriter:
         self, row: Row, prompt: tuple[Message, ...], completions: Sequence[tuple[Message, ...]]
     ) -> tuple[str, list[str], int]:
         """Return the prompt, the whole conversations, and the length of the prompt that they begin with."""
-        text, *wholes = self.chat.render(_requests(row, prompt, completions))
-        if all(whole.startswith(text) for whole in wholes):
+        requests = _requests(row, prompt, completions)
+        text, *wholes = self.chat.render(requests)
+        if prompt and all(whole.startswith(text) for whole in wholes):
             return text, wholes, len(text)
-        following = {messages[0]["role"] for messages in completions}
-        if prompt and prompt[-1]["role"] == "assistant" and len(following) == 1 and "assistant" not in following:
-            # Templates write the last turn of a prompt unlike a turn that others follow, so the next one is begun.
-            begun = (*prompt, {"role": following.pop(), "content": ""})
-            request = Request(begun, continues=True, tools=row.tools, kwargs=row.template_kwargs)
-            text, *wholes = self.chat.render([request, *_requests(row, prompt, completions)[1:]])
+        roles = {messages[0]["role"] for messages in completions}
+        if not prompt or (prompt[-1]["role"] == "assistant" and "assistant" not in roles):
+            # The next turn is begun: nothing stands before it, or the template writes the last turn of a prompt unlike
+            # one that others follow.
+            begun = tuple({"role": role, "content": ""} for role in roles)
+            if len(begun) == 1:
+                text, *wholes = self.chat.render(
+                    [replace(requests[0], messages=prompt + begun, continues=True), *requests[1:]]
+                )
         # Some templates open the assistant's turn with words that a finished turn does not contain.
         return text, wholes, self.chat.encoder.before_token(text, shared_length([text, *wholes]))
 
@@ -158,56 +167,81 @@ class ConversationWriter:
         last = len(prompt) + len(completion) - 1
         for place, message in enumerate((*prompt, *completion)):
             content = message_text(message)
-            if not content.strip():
-                continue
-            lost = facts.lost is not None and place in facts.lost
+            pieces = self._pieces(content)
+            lost = facts.lost[place] if facts.lost is not None else frozenset()
             area = areas[place >= len(prompt)]
-            if not lost and self._appears(content, area, facts.lost is not None):
+            if not pieces or (not lost and self._appears(content, pieces, area, facts.lost is not None)):
                 continue
             if message["role"] == "assistant" and place < last:
                 # Templates leave out the reasoning of earlier turns, which may stand in front of a tool call.
-                answer = self._tags.split(content)[-1]
-                if message.get("tool_calls") or (not lost and answer != content and _squash(answer) in area):
+                answer = len(pieces) - 1
+                if message.get("tool_calls") or (answer not in lost and answer > 0 and _squash(pieces[answer]) in area):
                     self.remarks.add("reasoning_stripped")
                     continue
             part = "prompt" if place < len(prompt) else "completion"
             raise TemplateError(
-                f"the chat template leaves out content of the {part}'s message {place + 1} ({message['role']}: "
+                f"the chat template leaves out content of message {place + 1}, in the {part} ({message['role']}: "
                 f"{_shorten(content)}). Change the row, or the template: {_FILE_HINT}"
             )
 
-    def _appears(self, content: str, area: str, shown: bool) -> bool:
+    def _pieces(self, content: str) -> list[str]:
+        """Return the pieces of a text between tags and control tokens, without blank ones."""
+        return [piece for piece in self._tags.split(content) if piece.strip()]
+
+    def _appears(self, content: str, pieces: Sequence[str], area: str, shown: bool) -> bool:
         """Return whether a text contains content, apart from white space, tags and escapes."""
         quoted = (json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1], html.escape(content))
         if _squash(content) in area or any(_squash(text) in area for text in quoted):
             return True
-        if self._tags.search(content):
-            return all(_squash(piece) in area for piece in self._tags.split(content))
-        return shown
+        if not self._tags.search(content):
+            return shown
+        start = 0
+        for piece in map(_squash, pieces):
+            start = area.find(piece, start)
+            if start < 0:
+                return False
+            start += len(piece)
+        return True
 
     def _facts_of(self, row: Row, prompt: tuple[Message, ...], completion: tuple[Message, ...]) -> _Facts:
         messages = (*prompt, *completion)
         kwargs = dict(row.template_kwargs or {})
-        shape = [(m["role"], sorted(_fields(m)), bool(message_text(m).strip())) for m in messages]
+        shape = [(m["role"], sorted(_fields(m)), self._marked(message_text(m), [])) for m in messages]
         key = repr((len(prompt), shape, bool(row.tools), kwargs))
         if key not in self._facts:
             self._facts[key] = _Facts(self._lost(row, prompt, completion), self._unread(row, messages))
         return self._facts[key]
 
-    def _lost(self, row: Row, prompt: tuple[Message, ...], completion: tuple[Message, ...]) -> frozenset[int] | None:
-        """Return the places of messages whose content the template does not show, whatever it is."""
-        names = [f"zq{i}zq" for i in range(len(prompt) + len(completion))]
-        marked = [
-            {**message, "content": name} if message_text(message).strip() else message
-            for message, name in zip((*prompt, *completion), names, strict=True)
-        ]
-        first, rest = tuple(marked[: len(prompt)]), tuple(marked[len(prompt) :])
+    def _lost(
+        self, row: Row, prompt: tuple[Message, ...], completion: tuple[Message, ...]
+    ) -> tuple[frozenset[int], ...] | None:
+        """Return for each message the pieces of content that the template does not show, whatever they are."""
+        names: list[str] = []
+        marked, first_name = [], [0]
+        for message in (*prompt, *completion):
+            content = self._marked(message_text(message), names)
+            marked.append({**message, "content": content} if content else message)
+            first_name.append(len(names))
         try:
-            _, [whole], cut = self._render(row, first, [rest])
+            _, [whole], cut = self._render(row, tuple(marked[: len(prompt)]), [tuple(marked[len(prompt) :])])
         except TemplateError:
             return None
-        areas = (whole[:cut], whole[cut:])
-        return frozenset(i for i, name in enumerate(names) if name not in areas[i >= len(prompt)])
+        lost = []
+        for place, (first, end) in enumerate(pairwise(first_name)):
+            area = whole[cut:] if place >= len(prompt) else whole[:cut]
+            lost.append(frozenset(i for i, name in enumerate(names[first:end]) if name not in area))
+        return tuple(lost)
+
+    def _marked(self, content: str, names: list[str]) -> str:
+        """Return content with a marker in place of each piece, and add the markers to ``names``."""
+        parts = []
+        for part in re.split(f"({self._tags.pattern})", content):
+            if self._tags.fullmatch(part):
+                parts.append(part)
+            elif part.strip():
+                names.append(marker(len(names)))
+                parts.append(names[-1])
+        return "".join(parts)
 
     def _unread(self, row: Row, messages: tuple[Message, ...]) -> tuple[str, ...]:
         """Return the fields beside role and content without which the template writes the same."""

@@ -169,6 +169,7 @@ class Renderer:
         turn_ids = {_token_id(tokenizer, end) for end in turn_ends}
         # EOS ends texts, and conversations whose template does not end a turn.
         self._stop_ids = {*turn_ids, *stop_ids, *([] if self._chat and self._chat.end else [self.eos_id])}
+        self._vocabulary_size = max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))
         self._anchor = list(self.encoder.encode(["a"])[0])
         self._anchor_text = self._decode(self._anchor)
 
@@ -251,7 +252,9 @@ class Renderer:
         return self._remarks.notes()
 
     def _decode(self, ids: Sequence[int]) -> str:
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # The embedding of a model may have more rows than its tokenizer has tokens, and any row may be sampled.
+        known = [i for i in ids if i < self._vocabulary_size]
+        text = self.tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 

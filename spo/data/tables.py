@@ -13,7 +13,7 @@ from itertools import combinations
 from typing import Any, ClassVar
 
 from spo.bounds import OnBadRow
-from spo.data.cells import describe_type, json_object, tool_list
+from spo.data.cells import describe_type, template_kwargs, tool_list
 from spo.data.findings import Findings
 from spo.data.messages import is_empty, text_or_messages
 from spo.data.prompts import (
@@ -225,7 +225,7 @@ class TableSource(Source):
             ignored += [tools, kwargs]
         else:
             values["tools"] = tool_list(record.get(tools), where, tools)
-            values["template_kwargs"] = json_object(record.get(kwargs), where, kwargs)
+            values["template_kwargs"] = template_kwargs(record.get(kwargs), where, kwargs)
         self.ignored.update(column for column in ignored if record.get(column))
         return values
 

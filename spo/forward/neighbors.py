@@ -7,6 +7,7 @@ do not. LongRoPE and dynamic NTK scale positions by the longest sequence of a ba
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -22,13 +23,25 @@ Scale = tuple[int, ...]
 """What the rotary positions of a sequence depend on beside the positions: equal scales may share a batch."""
 
 
-def takes_padding(causal: Any) -> bool:
-    """Return whether right-padded sequences have the log-probs of single ones; true for a model without a probe.
+class Company(IntEnum):
+    """Rows beside which a model computes for a row what it does for the row alone."""
+
+    NONE = 0
+    EQUAL_LENGTHS = 1
+    ANY = 2
+
+    def key(self, row: int, length: int, scale: object) -> object:
+        """Return the key that rows of one batch share, for a row of ``length`` tokens with positions of ``scale``."""
+        return {Company.NONE: row, Company.EQUAL_LENGTHS: length, Company.ANY: scale}[self]
+
+
+def company_of(causal: Any) -> Company:
+    """Return the rows that may be scored in one batch; any rows for a model without a probe.
 
     Args:
-        causal: Model without its adapter; :func:`spo.forward.probe.probe_padding` sets the attribute.
+        causal: Model without its adapter; :func:`spo.forward.probe.probe_company` sets the attribute.
     """
-    return getattr(causal, "takes_padding", True)
+    return getattr(causal, "company", Company.ANY)
 
 
 def rope_thresholds(config: Any) -> list[tuple[bool, int]]:
@@ -90,11 +103,11 @@ def groups_to_score(causal: Any, lengths: Callable[[], list[int]]) -> list[list[
         causal: Model without its adapter.
         lengths: Function to the length of each row. Reading lengths waits for the device, so it is called if needed.
     """
-    scale = scale_of(causal) if takes_padding(causal) else int
-    if scale is None:
+    company, scale = company_of(causal), scale_of(causal)
+    if company is Company.ANY and scale is None:
         return None
     tokens = lengths()
-    return alike(range(len(tokens)), lambda row: scale(tokens[row]))
+    return alike(range(len(tokens)), lambda row: company.key(row, tokens[row], scale and scale(tokens[row])))
 
 
 def forward_apart(
@@ -122,7 +135,7 @@ def forward_apart(
         note_once(
             causal,
             "sequences_run_alone",
-            "a sequence changes with the longest one of its batch, so sequences that differ in that are run apart",
+            "sequences of different lengths are forwarded apart: beside a longer one, log-probs would change",
         )
     parts: dict[int, Tensor] = {}
     for rows in groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,10 +15,12 @@ from transformers import GenerationConfig
 from spo.forward.attention import back_ends, is_registered, record_attention_modules, register_packed_attention
 from spo.forward.head import base_model, completion_logits
 from spo.forward.modes import default_generation_config, eval_mode
-from spo.forward.neighbors import rope_thresholds, takes_padding
+from spo.forward.neighbors import Company, company_of, rope_thresholds
 from spo.forward.packing import pack
 from spo.ops import completion_targets, token_logps
 from spo.types import pad_sequences
+
+log = logging.getLogger(__name__)
 
 MAX_DIFFERENCE_NATS = {torch.float64: 1e-4, torch.float32: 1e-4}
 """Largest accepted difference of packed and padded log-probs of a token, which is rounding in another order.
@@ -25,12 +28,12 @@ MAX_DIFFERENCE_NATS = {torch.float64: 1e-4, torch.float32: 1e-4}
 transformers rounds to float32 inside of float64 models too. In half precision, where the limit is 0.1, rounding hides
 small errors; the check that no sequence changes another one is exact in every dtype.
 """
-MAX_SHARING_DIFFERENCE_NATS = 1e-3
-"""Largest accepted difference of a token's log-probs in a batch and alone, in float32 and float64.
-
-In half precision, where mixtures of experts choose other experts after rounding, the median over the tokens of a row
-may reach 0.1.
-"""
+MAX_ROUNDING_NATS = 1e-3
+"""Largest difference of a token's log-probs in a batch and alone that may be rounding, in float32 and float64."""
+RELATIVE_ROUNDING = 2e-6
+"""Difference of log-probs in float32 that is rounding in any case, as a share of the largest log-prob."""
+MAX_MEDIAN_NATS = 0.1
+"""Largest median difference over the tokens of a row in half precision, in which single tokens may go astray."""
 LENGTH_SETTING = re.compile("window|chunk|block_size|conv|index_topk")
 """Settings of architectures that, as numbers of tokens, may be a length beyond which a model computes otherwise."""
 MAX_PROBED_SETTING = 256
@@ -46,34 +49,28 @@ class Drawing(NamedTuple):
     """How samples of a model can be drawn.
 
     Attributes:
-        left_padding: Whether prompts with padding on the left have the samples of single ones.
+        company: Prompts that may be drawn in one batch, padded on the left.
         cache: Whether ``generate`` with a cache computes what a plain forward pass over the whole prefix does.
     """
 
-    left_padding: bool = True
+    company: Company = Company.ANY
     cache: bool = True
 
 
-def probe_padding(model: nn.Module) -> bool:
-    """Return whether a model computes for right-padded sequences what it does for each of them alone.
+def probe_company(model: nn.Module) -> Company:
+    """Return the rows beside which a model computes for a right-padded sequence what it does for it alone.
 
     A few short rows are compared when the function is called first for a model. Lengths of which the configuration
     says that they change positions are left out: :func:`spo.forward.neighbors.scale_of` keeps them apart.
 
     Args:
-        model: Hugging Face causal language model, or one with an adapter. It keeps the result as ``takes_padding``.
+        model: Hugging Face causal language model, or one with an adapter. It keeps the result as ``company``.
     """
     causal = base_model(model)
-    if not hasattr(causal, "takes_padding"):
-
-        def alike(rows: Rows) -> bool:
-            batch = _token_logps(model, rows, packed=False).split([len(completion) for _, completion in rows])
-            return all(
-                _same(got, _token_logps(model, [row], packed=False)) for got, row in zip(batch, rows, strict=True)
-            )
-
-        causal.takes_padding = _probed(model, alike)
-    return takes_padding(causal)
+    if not hasattr(causal, "company"):
+        found = _probed(model, _scores_as_alone)
+        causal.company = Company.NONE if found is None else found
+    return company_of(causal)
 
 
 def probe_drawing(model: nn.Module) -> Drawing:
@@ -84,32 +81,68 @@ def probe_drawing(model: nn.Module) -> Drawing:
     """
     causal = base_model(model)
     if not hasattr(causal, "drawing"):
-        left_padding = _probed(model, lambda rows: _generates_as_alone(model, rows))
-        cache = left_padding or _probed(model, lambda rows: all(_generates_as_alone(model, [row]) for row in rows))
-        causal.drawing = Drawing(left_padding, cache)
+        company = _probed(model, _generates_as_alone)
+        # Without a cache, rows of a batch have equal lengths, which is a matter of the forward pass.
+        causal.drawing = Drawing(probe_company(model), cache=False) if company is None else Drawing(company)
     return causal.drawing
 
 
-def _probed(model: nn.Module, claim: Callable[[Rows], bool]) -> bool:
-    """Return whether a claim about a model holds for short rows; true if the model does not take such rows at all."""
+def _probed(model: nn.Module, holds: Callable[[nn.Module, Rows], bool]) -> Company | None:
+    """Return the company in which a claim about a model holds for short rows; ``None`` if not even for single rows.
+
+    Any company is right for a model that does not take such rows at all.
+    """
     device = next(model.parameters()).device
     with eval_mode(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
         try:
             rows = _rows_around_lengths(base_model(model).config.get_text_config())
             _token_logps(model, rows[:1], packed=False)
         except Exception:  # Such as a table of few prefixes.
-            return True
-        try:
-            return claim(rows)
-        except Exception:  # Architectures fail in many ways on input that they were not made for.
-            return False
+            return Company.ANY
+        batches: dict[Company, list[Rows]] = {
+            Company.ANY: [rows],
+            Company.EQUAL_LENGTHS: [[row, (row[0], row[1][::-1])] for row in rows],
+            Company.NONE: [[row] for row in rows],
+        }
+        for company, of_company in batches.items():
+            try:
+                if all(holds(model, batch) for batch in of_company):
+                    return company
+            except Exception as error:  # Architectures fail in many ways on input that they were not made for.
+                log.debug("%s in batches of %s: %s", type(model).__name__, company.name, error)
+    return None
 
 
-def _same(got: Tensor, want: Tensor) -> bool:
-    difference = (got - want).abs().masked_fill(got == want, 0)  # Log-probs of masked tokens are -inf in both.
-    if got.dtype in (torch.float32, torch.float64):
-        return bool(difference.max() <= MAX_SHARING_DIFFERENCE_NATS)
-    return bool(difference.median() <= 0.1)
+def _scores_as_alone(model: nn.Module, rows: Rows) -> bool:
+    """Return whether the log-probs of a right-padded batch are those of each row alone."""
+    batch = _token_logps(model, rows, packed=False).split([len(completion) for _, completion in rows])
+    alone = [_token_logps(model, [row], packed=False) for row in rows]
+    return all(map(_comparison(model, rows), batch, alone))
+
+
+def _comparison(model: nn.Module, rows: Rows) -> Callable[[Tensor, Tensor], bool]:
+    """Return the function that decides whether log-probs in a batch and alone are the same but for rounding.
+
+    How much a model rounds is what a second row of equal length changes, as nothing is padded then.
+    """
+    row = rows[0]
+    alone = _token_logps(model, [row], packed=False)
+    beside = _token_logps(model, [row, (row[0], row[1][::-1])], packed=False)[: len(alone)]
+    rounding = float(_differences(beside, alone).max())
+    exact = next(model.parameters()).dtype in MAX_DIFFERENCE_NATS
+
+    def same(got: Tensor, want: Tensor) -> bool:
+        difference = _differences(got, want)
+        if not exact:
+            return bool(difference.median() <= max(MAX_MEDIAN_NATS, 4 * rounding))
+        size = float(want[want.isfinite()].abs().max())
+        return bool(difference.max() <= min(max(RELATIVE_ROUNDING * size, 10 * rounding), MAX_ROUNDING_NATS))
+
+    return same
+
+
+def _differences(got: Tensor, want: Tensor) -> Tensor:
+    return (got - want).abs().masked_fill(got == want, 0)  # Log-probs of masked tokens are -inf in both.
 
 
 def _rows_around_lengths(config: Any) -> Rows:
@@ -139,13 +172,14 @@ def _generates_as_alone(model: Any, rows: Rows) -> bool:
     """Return whether ``generate`` computes for padded prompts what a forward pass over each of them alone does."""
     prompts = [prompt + completion for prompt, completion in rows]
     width, device = max(map(len, prompts)), next(model.parameters()).device
-    ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.long)
+    padding = _padding(model)
+    ids, mask = torch.full((len(prompts), width), padding), torch.zeros(len(prompts), width, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = torch.tensor(prompt), 1
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=PROBED_NEW_TOKENS,
-        pad_token_id=0,
+        pad_token_id=padding,
         output_logits=True,
         return_dict_in_generate=True,
         use_cache=True,
@@ -157,12 +191,11 @@ def _generates_as_alone(model: Any, rows: Rows) -> bool:
             generation_config=config,
             synced_gpus=isinstance(model, FSDPModule),
         )
-    dtype = next(model.parameters()).dtype
     completions = drawn.sequences[:, width:].tolist()
-    found = torch.stack(drawn.logits, dim=1).to(dtype).log_softmax(-1)
+    found, same = torch.stack(drawn.logits, dim=1).float().log_softmax(-1), _comparison(model, rows)
     for got, prompt, completion in zip(found, prompts, completions, strict=True):
-        alone = completion_logits(model, pad_sequences([(prompt, completion)], pad_token_id=0).to(device))
-        if not _same(got, alone.log_softmax(-1)):
+        alone = completion_logits(model, pad_sequences([(prompt, completion)], padding).to(device))
+        if not same(got, alone.float().log_softmax(-1)):
             return False
     return True
 
@@ -215,14 +248,14 @@ def _reason_to_reject(model: nn.Module, config: Any) -> str | None:
         calls, distinct = len(modules), len(set(modules))
         if not calls == distinct == config.num_hidden_layers:
             return f"attention was called {calls} times in {distinct} places, for {config.num_hidden_layers} layers"
-        difference = float((packed - padded).abs().max())
+        difference = float(_differences(packed, padded).max())
         # Written so that NaN is rejected.
         if not difference <= MAX_DIFFERENCE_NATS.get(next(model.parameters()).dtype, 0.1):
             return f"packed and padded log-probs differ by {difference:.2g} nats"
         with eval_mode(model):
             if _leaks(model, rows):
                 return "a sequence in a packed row changes another one"
-        if not probe_padding(model):
+        if probe_company(model) is not Company.ANY:
             return "a sequence in a batch changes another one"
         if model.training:  # Dropout acts in this mode only, and not every back end supports it.
             with torch.no_grad(), torch.random.fork_rng():
@@ -273,8 +306,14 @@ def _random_rows(vocab_size: int) -> Rows:
     return [(prompt, ids(n)) for prompt, n in lengths]
 
 
+def _padding(model: nn.Module) -> int:
+    """Return a token to pad with that is not the model's own, whose embedding may be zero and hide its effect."""
+    own = getattr(base_model(model).config.get_text_config(), "pad_token_id", None)
+    return 1 if own == 0 else 0
+
+
 def _token_logps(model: nn.Module, rows: Rows, packed: bool) -> Tensor:
-    sequences = pad_sequences(rows, pad_token_id=0)
+    sequences = pad_sequences(rows, _padding(model))
     sequences = pack(sequences, share_prompts=True) if packed else sequences
     sequences = sequences.to(next(model.parameters()).device)
     logits = completion_logits(model, sequences)

@@ -9,9 +9,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from spo.forward.head import base_model, can_defer, completion_logits
-from spo.forward.neighbors import refuse_if_sharded
+from spo.forward.neighbors import Company, refuse_if_sharded
 from spo.forward.packing import pack
-from spo.forward.probe import enable_packing, probe_padding
+from spo.forward.probe import enable_packing, probe_company
 from spo.logs import log_once
 from spo.ops import completion_targets, sum_per_sequence, token_logps
 from spo.ops.logps import Logits
@@ -54,7 +54,7 @@ class Speed:
             UserError: A sharded model needs more forward passes for some batches than for others.
         """
         for model in models:
-            if not probe_padding(model):
+            if probe_company(model) is not Company.ANY:
                 refuse_if_sharded(model, base_model(model))
         limited = self.max_logits is not None and self.completion_only
         for model in models:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -158,6 +159,7 @@ def with_given_adapter(model: nn.Module, path: str, *, is_trainable: bool) -> nn
             "causal language model"
         )
     check_given_adapter(config)
+    _note_other_base(origin, config.base_model_name_or_path, getattr(model, "name_or_path", None))
     base = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
     made_for = f"choose the model it was made for{base}"
     with in_words(origin), _quiet():
@@ -185,6 +187,17 @@ def with_given_adapter(model: nn.Module, path: str, *, is_trainable: bool) -> nn
             f"{origin} cannot be loaded: it does not fit the model: {problems}; {made_for}, or copy it again"
         )
     return adapted
+
+
+def _note_other_base(origin: Origin, made_for: str | None, given: str | None) -> None:
+    """Note an adapter that was made for a model of another name, which may have layers of the same shapes."""
+    names = [Path(str(path)).name.lower() for path in (made_for, given) if path]
+    if len(set(names)) > 1:
+        note(
+            "adapter_base",
+            f"{origin} was made for {made_for}, and the model is {given}: their weights differ unless one is a copy "
+            "of the other",
+        )
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from spo.batching import even_parts_by_length
 from spo.forward.head import base_model
 from spo.forward.modes import default_generation_config, eval_mode
-from spo.forward.neighbors import alike, note_once, refuse_if_sharded, scale_of
+from spo.forward.neighbors import Company, alike, company_of, note_once, refuse_if_sharded, scale_of
 from spo.forward.probe import Drawing, probe_drawing
 from spo.logs import log_once
 from spo.sampling import static, uncached
@@ -166,14 +166,15 @@ def _batches(
     """
     causal = base_model(model)
     is_static = sampler == "static" and _is_static(model)
-    # The static loop supports only models that padding does not change.
-    drawing, scale = Drawing() if is_static else probe_drawing(model), scale_of(causal)
+    # The static loop supports only models that padding on the left does not change.
+    drawing, scale = Drawing(company_of(causal)) if is_static else probe_drawing(model), scale_of(causal)
 
     def traits(row: int) -> tuple[bool, object]:
         length = lengths[row]
         scales = None if scale is None else (scale(length), scale(length + max_new_tokens - 1))
         cached = drawing.cache and (scales is None or scales[0] == scales[1])
-        return cached, scales if cached and drawing.left_padding else length
+        company = drawing.company if cached else min(drawing.company, Company.EQUAL_LENGTHS)
+        return cached, company.key(row, length, scales)
 
     groups = alike(range(len(lengths)), traits)
     if len(groups) > 1 or not traits(0)[0]:
@@ -181,7 +182,7 @@ def _batches(
         note_once(
             causal,
             "samples_drawn_alone",
-            "a sample changes with the prompts beside it or with a cache, so prompts of other lengths are drawn apart",
+            "prompts of different lengths are sampled apart: beside a longer one or with a cache, samples would change",
         )
     if isinstance(model, FSDPModule):
         # Ranks gather shards together, so they need equally many batches. Their prompts are as many, but not as long.

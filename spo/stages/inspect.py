@@ -28,13 +28,15 @@ def inspect(cfg: DictConfig, limit: int, file: Path | None = None) -> None:
     Raises:
         UserError: If the file cannot be written.
     """
+    if file is not None and not file.absolute().parent.is_dir():
+        raise UserError(f"--json {file}: there is no folder {file.parent}; make it first")
     prepared = prepare_run(resolve_values(cfg))
     if file is not None:
         try:
             write_json(file, sorted(_records(prepared), key=_natural_order), indent=None)
         except OSError as error:
             raise UserError(f"--json {file}: cannot write the file ({error.strerror}); give another path") from error
-    show_rows(prepared.pairs.train, prepared.tokenizer, limit, prepared.pairs.counts)
+    show_rows(prepared.pairs.train, prepared.tokenizer, limit, prepared.pairs.counts, prepared.stop_ids)
 
 
 def _records(prepared: Prepared) -> Iterator[dict[str, Any]]:

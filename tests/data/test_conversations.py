@@ -144,6 +144,8 @@ MALFORMED = {
     "tools number": ({**CHAT, "tools": [3]}, "tools", "one for each tool, not with a number"),
     "tools text": ({**CHAT, "tools": "[{"}, "tools", "not valid JSON"),
     "kwargs list": ({**CHAT, "chat_template_kwargs": [1]}, "chat_template_kwargs", "must be an object, not a list"),
+    "kwargs reserved": ({**CHAT, "chat_template_kwargs": {"add_generation_prompt": True}}, "chat_template_kwargs",
+                        "'add_generation_prompt' is not a choice of the data"),
     "ends user": ({**CHAT, "chosen": [HELLO, ASK]}, "chosen", "ends with a message of the user; the last message must"),
     "ends tool": ({**CHAT, "rejected": [CALLING, turn("tool", "3")]}, "rejected", "ends with a message of the tool"),
     "whole ends user": ({"chosen": [ASK, HELLO, ASK], "rejected": [ASK, BYE, ASK]}, "chosen", "ends with a message"),

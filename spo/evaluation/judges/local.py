@@ -30,7 +30,7 @@ from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, questi
 from spo.evaluation.judges.reward import RewardJudge
 from spo.forward.head import completion_logits
 from spo.forward.neighbors import groups_to_score
-from spo.forward.probe import probe_padding
+from spo.forward.probe import probe_company
 from spo.models.library_errors import Origin
 from spo.models.loading import causal_part, check_causal, load_config, load_tokenizer, load_weights
 from spo.ops.logps import at_least_float32
@@ -69,7 +69,9 @@ class LocalModel:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Return the digest of weights, configuration and tokenizer, the precision, and the code that encodes."""
-        code = code_version("data/encoding.py", "data/chat.py", "evaluation/judges")
+        code = code_version(
+            "data/encoding.py", "data/chat.py", "data/clock.py", "data/message_forms.py", "evaluation/judges"
+        )
         return {"weights": model_digest(self.path), "dtype": self.dtype, "code": code}
 
     @cached_property
@@ -319,7 +321,7 @@ class LanguageModelJudge(PairwiseJudge):
             JudgeError: The tokens of the answers A and B are the same.
         """
         context = self._local.context
-        probe_padding(self._local.model)
+        probe_company(self._local.model)
         questions = [self._encode(comparison) for comparison in comparisons]
         self._local.encoder.note_leaks()
         fitting = [i for i, (ids, _) in enumerate(questions) if len(ids) <= context]
