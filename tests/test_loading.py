@@ -381,6 +381,11 @@ def test_the_loss_of_a_router_and_its_noise_are_off(tmp_path: Path) -> None:
         assert torch.equal(policy(IDS).logits, policy(IDS).logits)
         assert policy(IDS).router_logits is None
 
+    lora = LoraSettings(r=2, alpha=4, dropout=0.0, target_modules="all-linear")
+    with collect_notes() as notes:
+        spec(folder, lora=lora).policy(folder, seed=0)
+    assert notes == {"notes/router_loss_off": 1, "notes/experts_not_adapted": 4}
+
 
 # --- attention -------------------------------------------------------------------------------------------------------
 
