@@ -26,6 +26,7 @@ from spo.models.loading import check_vocabulary
 from spo.models.saving import save_policy
 from spo.notes import collect_notes
 from spo.stages.prepare import prepare_run
+from tests.commands import TINY, spo
 from tests.helpers import model_spec, save_model, tiny_llama, tiny_tokenizer
 
 Edit = Callable[[Path], object]
@@ -380,6 +381,11 @@ def test_the_loss_of_a_router_and_its_noise_are_off(tmp_path: Path) -> None:
         assert torch.equal(policy(IDS).logits, policy(IDS).logits)
         assert policy(IDS).router_logits is None
 
+    lora = LoraSettings(r=2, alpha=4, dropout=0.0, target_modules="all-linear")
+    with collect_notes() as notes:
+        spec(folder, lora=lora).policy(folder, seed=0)
+    assert notes == {"notes/router_loss_off": 1, "notes/experts_not_adapted": 4}
+
 
 # --- attention -------------------------------------------------------------------------------------------------------
 
@@ -601,6 +607,26 @@ def test_a_misspelled_folder_suggests_one_beside_it(llama: Path) -> None:
 def test_a_folder_above_the_model_suggests_the_model(llama: Path) -> None:
     [problem] = folder_problems("model.path", str(llama.parent))
     assert problem.endswith(f"there is no config.json in this folder; did you mean {llama}?")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (without("layers.1.mlp"), r"spo: model.path=.* 3 tensors are missing"),
+        (cut_off, r"cut off: it has \d+ of \d+ bytes"),
+    ],
+)
+def test_the_command_refuses_an_unusable_model_without_a_traceback(
+    edit: Edit, expected: str, copy: Path, tmp_path: Path
+) -> None:
+    edit(copy)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(f'{{"prompt": "w{i}", "chosen": " w4", "rejected": " w5"}}\n' for i in range(3, 23)))
+    settings = ["data.max_length=32", "data.max_new_tokens=8", "data.min_pairs=8", "judge=none", TINY]
+    words = ["train", "method=dpo", "model=hf", f"model.path={copy}", "data=jsonl", f"data.path={pairs}"]
+    done = spo(*words, *settings, folder=tmp_path / "run", cache=tmp_path / "cache", status=1)
+    assert re.search(expected, done.stderr) and "Traceback" not in done.stderr
 
 
 # --- words of other errors -------------------------------------------------------------------------------------------

@@ -122,6 +122,8 @@ class TolerantComposer:
         if "Could not append" in text:
             return f"the key exists already; write {str(override.input_line).lstrip('+')}"
         if "Could not override" in text or "is not in struct" in text:
+            if key.rpartition(".")[0] == "data.chat_template_kwargs":
+                return f"write it with a plus, +{override.input_line}"
             return f"unknown key{_key_suggestion(key, cfg, self.groups)}"
         return first_line(error)
 

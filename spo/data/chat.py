@@ -5,9 +5,8 @@ A rendering is a text in which control tokens of the content are hidden, see :mo
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from spo.data.clock import CLOCK, Clock
 from spo.data.encoding import Ids, TextEncoder
+from spo.data.message_forms import called_names, message_forms, with_object_arguments
 from spo.data.rows import DataError, Message
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class ChatTemplate:
     Attributes:
         clock: Time that the template may write.
         encoder: Encoder of renderings.
+        tail: Text that the template writes after the content of the last turn.
+        tail_end: Length of the part of ``tail`` that ends the turn; 0 if the template does not write an end token.
         end: Token after the last turn, or ``None`` if the template does not write one.
         inner_end: Token after a turn inside a conversation, or ``None``.
         variables: Names of the arguments that the template reads.
@@ -79,6 +81,7 @@ class ChatTemplate:
     ) -> None:
         self.tokenizer, self.kwargs = tokenizer, dict(kwargs or {})
         self.clock, self._probed = Clock(self.kwargs.pop(CLOCK, None)), Request(())
+        self.tail, self.tail_end = "", 0
         self.end: str | None = None
         self.inner_end: str | None = None
         self.reads_strings = self.reads_parts = self._shows_content = True
@@ -209,7 +212,7 @@ class ChatTemplate:
             )
             return str(rendered[0][0])
 
-        text = _first_that_works(apply, messages)
+        text = _written(apply, messages)
         return text.rpartition(_TAIL)[0] if request.continues else text
 
     def _shaped(self, message: Message) -> Message:
@@ -264,7 +267,9 @@ class ChatTemplate:
 
     def _read_ends(self, text: str, names: Sequence[str], token: str) -> set[str]:
         run = re.compile(rf"\s*((?:{token})+)")
-        last = run.match(text, text.rindex(names[-1]) + len(names[-1]))
+        self.tail = text.rpartition(names[-1])[2]
+        last = run.match(self.tail)
+        self.tail_end = last.end() if last else 0
         tokens = re.findall(token, last[1]) if last else []
         self.end = tokens[-1] if tokens else None
         if len(names) < 4:
@@ -317,82 +322,42 @@ def find_end(text: str, control: Sequence[str], ends: Iterable[str]) -> tuple[in
     return next((run for run in runs if run[2][-1] in known), runs[0] if runs else None)
 
 
-def _first_that_works(apply: Callable[[list[Message]], str], messages: list[Message]) -> str:
-    """Return what a template writes, given the messages in the first of their usual forms that it reads.
+def _written(apply: Callable[[list[Message]], str], messages: list[Message]) -> str:
+    """Return what a template writes, given the messages as they are or in the form that it reads.
 
-    A form is read if the template writes the names of all called tools, and does not quote JSON once more.
+    Templates quote the JSON of a tool call's arguments once more, or put braces around it. Given the object, they write
+    what the model knows. The JSON stays if the template writes the same for both, apart from white space.
     """
+    objects = [with_object_arguments(message) for message in messages]
+    if objects == messages:
+        return _first_that_works(apply, messages)
+    texts: list[str] = []
+    for form in (messages, objects):
+        try:
+            texts.append(_first_that_works(apply, form))
+        except TemplateError:
+            if form is objects and not texts:
+                raise
+    same = len({"".join(text.split()) for text in texts}) == 1
+    return texts[0] if same else texts[-1]
+
+
+def _first_that_works(apply: Callable[[list[Message]], str], messages: list[Message]) -> str:
+    """Return what a template writes for the first form of the messages with which it names all called tools."""
     problem: Exception | None = None
     written: list[str] = []
-    for form in _forms(messages):
+    for form in message_forms(messages):
         try:
             text = apply(form)
         except Exception as error:  # Templates may raise any error that their author chose.
             problem = problem or error
             continue
-        if all(part in text for message in form for part in _call_texts(message)):
+        if all(name in text for message in form for name in called_names(message)):
             return text
         written.append(text)
     if written:
         return written[0]
     raise TemplateError(f"the chat template rejects the messages: {problem}") from problem
-
-
-def _forms(messages: list[Message]) -> Iterator[list[Message]]:
-    """Yield messages in the forms that templates read: as they are, and others with the same meaning.
-
-    Content may be absent, null or empty text. The arguments of a tool call may be an object or its JSON.
-    """
-    absent = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    empty = [message if message.get("content") else {**message, "content": ""} for message in absent]
-    null = [{**m, "content": None} if m.get("tool_calls") and not m["content"] else m for m in empty]
-    forms = [form for i, form in enumerate([absent, empty, null]) if form not in [absent, empty][:i]]
-    yield from forms
-    for convert in (_read_json, _write_json):
-        for form in forms:
-            changed = [_with_arguments(message, convert) for message in form]
-            if changed != form:
-                yield changed
-
-
-def _read_json(arguments: Any) -> Any:
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        return arguments
-
-
-def _write_json(arguments: Any) -> Any:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-
-
-def _functions(message: Message) -> Iterator[Mapping[str, Any]]:
-    calls = message.get("tool_calls")
-    for call in calls if isinstance(calls, (list, tuple)) else ():
-        if isinstance(call, dict):
-            function = call.get("function", call)
-            yield function if isinstance(function, dict) else {}
-
-
-def _call_texts(message: Message) -> Iterator[str]:
-    """Yield what a template that reads tool calls writes for certain: their names, and arguments that are text."""
-    for function in _functions(message):
-        yield from (function[key] for key in ("name", "arguments") if isinstance(function.get(key), str))
-
-
-def _with_arguments(message: Message, convert: Callable[[Any], Any]) -> Message:
-    """Return a message with converted arguments of its tool calls."""
-    if not any("arguments" in function for function in _functions(message)):
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict):
-            calls.append(call)
-            continue
-        function = {**function, "arguments": convert(function.get("arguments"))}
-        calls.append({**call, "function": function} if "function" in call else function)
-    return {**message, "tool_calls": calls}
 
 
 def _extended(message: Message, tail: str) -> Message:

@@ -107,6 +107,10 @@ class ConversationWriter:
 
     def _split_end(self, text: str) -> tuple[str, str, int]:
         """Return a completion up to its end token, without its end tokens, and their number."""
+        tail, tail_end = self.chat.tail, self.chat.tail_end
+        if tail_end and text.endswith(tail):
+            # The template may write more than control tokens after the turn, such as the beginning of another one.
+            text = text[: len(text) - len(tail) + tail_end]
         end = find_end(text, self.chat.encoder.control, self.ends)
         if end is None:
             self.remarks.add("end_token_added", [self.added_end])
@@ -118,15 +122,19 @@ class ConversationWriter:
         self, row: Row, prompt: tuple[Message, ...], completions: Sequence[tuple[Message, ...]]
     ) -> tuple[str, list[str], int]:
         """Return the prompt, the whole conversations, and the length of the prompt that they begin with."""
-        text, *wholes = self.chat.render(_requests(row, prompt, completions))
-        if all(whole.startswith(text) for whole in wholes):
+        requests = _requests(row, prompt, completions)
+        text, *wholes = self.chat.render(requests)
+        if prompt and all(whole.startswith(text) for whole in wholes):
             return text, wholes, len(text)
-        following = {messages[0]["role"] for messages in completions}
-        if prompt and prompt[-1]["role"] == "assistant" and len(following) == 1 and "assistant" not in following:
-            # Templates write the last turn of a prompt unlike a turn that others follow, so the next one is begun.
-            begun = (*prompt, {"role": following.pop(), "content": ""})
-            request = Request(begun, continues=True, tools=row.tools, kwargs=row.template_kwargs)
-            text, *wholes = self.chat.render([request, *_requests(row, prompt, completions)[1:]])
+        roles = {messages[0]["role"] for messages in completions}
+        if not prompt or (prompt[-1]["role"] == "assistant" and "assistant" not in roles):
+            # The next turn is begun: nothing stands before it, or the template writes the last turn of a prompt unlike
+            # one that others follow.
+            begun = tuple({"role": role, "content": ""} for role in roles)
+            if len(begun) == 1:
+                text, *wholes = self.chat.render(
+                    [replace(requests[0], messages=prompt + begun, continues=True), *requests[1:]]
+                )
         # Some templates open the assistant's turn with words that a finished turn does not contain.
         return text, wholes, self.chat.encoder.before_token(text, shared_length([text, *wholes]))
 
@@ -172,7 +180,7 @@ class ConversationWriter:
                     continue
             part = "prompt" if place < len(prompt) else "completion"
             raise TemplateError(
-                f"the chat template leaves out content of the {part}'s message {place + 1} ({message['role']}: "
+                f"the chat template leaves out content of message {place + 1}, in the {part} ({message['role']}: "
                 f"{_shorten(content)}). Change the row, or the template: {_FILE_HINT}"
             )
 

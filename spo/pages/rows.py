@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -23,11 +23,12 @@ def show_rows(
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
     counts: Mapping[str, int],
+    stop_ids: Collection[int] = (),
     console: Console | None = None,
 ) -> None:
     """Print the first ``limit`` pairs as the model sees them, and the counts of the whole data.
 
-    Prompt tokens (not in the loss) are dim, completion tokens (in the loss) bright, BOS and EOS reversed. A mask line
+    Prompt tokens (not in the loss) are dim, completion tokens (in the loss) bright, BOS and end reversed. A mask line
     of ``.`` (prompt) and ``#`` (completion) shows the same without colors.
 
     Args:
@@ -35,25 +36,26 @@ def show_rows(
         tokenizer: Tokenizer that names the tokens.
         limit: Number of pairs to print.
         counts: Counts of pairs, see ``spo.data.PreparedPairs``.
+        stop_ids: Tokens that end a completion, besides EOS.
         console: Console to print to; ``None`` for the terminal.
     """
     console = console or Console()
     for number, pair in enumerate(pairs[:limit], 1):
-        console.print(_panel(number, pair, tokenizer))
+        console.print(_panel(number, pair, tokenizer, stop_ids))
     table = Table(title="pairs", show_header=False)
     for name, count in counts.items():
         table.add_row(name, f"{count:,}")
     console.print(table)
 
 
-def _panel(number: int, pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> Panel:
+def _panel(number: int, pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> Panel:
     body = Text()
     names = ["chosen", "rejected", *(f"rejected, place {place}" for place in range(3, len(pair.completions) + 1))]
     for name, text in zip(["prompt", *names], [pair.prompt_text, *pair.texts], strict=False):
         body.append(f"{name}\n", "bold").append(f"{text}\n\n", _PROMPT if name == "prompt" else _COMPLETION)
     for name, completion in zip(names, pair.completions, strict=False):
         body.append(f"tokens of prompt + {name}: {len(pair.prompt_ids)} + {len(completion)}\n", "bold")
-        body.append_text(_tokens(pair.prompt_ids, completion, tokenizer))
+        body.append_text(_tokens(pair.prompt_ids, completion, tokenizer, stop_ids))
         body.append("\nmask ").append("." * len(pair.prompt_ids), _PROMPT)
         body.append("#" * len(completion), _COMPLETION).append("\n\n")
     facts = {
@@ -67,7 +69,9 @@ def _panel(number: int, pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase)
     return Panel(body, title=Text(f"{number}. {pair.where}"), title_align="left")
 
 
-def _tokens(prompt: tuple[int, ...], completion: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> Text:
+def _tokens(
+    prompt: tuple[int, ...], completion: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
+) -> Text:
     line = Text()
     ids = prompt + completion
     for position, (token_id, token) in enumerate(zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True)):
@@ -75,7 +79,7 @@ def _tokens(prompt: tuple[int, ...], completion: tuple[int, ...], tokenizer: Pre
         mark = ""
         if position == 0 and token_id == tokenizer.bos_token_id:
             style, mark = _SPECIAL, "BOS "
-        if position == len(ids) - 1 and token_id == tokenizer.eos_token_id:
-            style, mark = _SPECIAL, "EOS "
+        if position == len(ids) - 1 and token_id in (tokenizer.eos_token_id, *stop_ids):
+            style, mark = _SPECIAL, "EOS " if token_id == tokenizer.eos_token_id else "END "
         line.append(f"{mark}{token}", style).append(f":{token_id} ", "dim cyan")
     return line

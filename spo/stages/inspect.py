@@ -36,7 +36,7 @@ def inspect(cfg: DictConfig, limit: int, file: Path | None = None) -> None:
             write_json(file, sorted(_records(prepared), key=_natural_order), indent=None)
         except OSError as error:
             raise UserError(f"--json {file}: cannot write the file ({error.strerror}); give another path") from error
-    show_rows(prepared.pairs.train, prepared.tokenizer, limit, prepared.pairs.counts)
+    show_rows(prepared.pairs.train, prepared.tokenizer, limit, prepared.pairs.counts, prepared.stop_ids)
 
 
 def _records(prepared: Prepared) -> Iterator[dict[str, Any]]:

@@ -26,7 +26,7 @@ def shown(kind: str, *, terminal: bool = False) -> str:
     assert isinstance(pair, TokenizedPair)
     stream = io.StringIO()
     console = Console(file=stream, width=100, force_terminal=terminal, color_system="standard" if terminal else None)
-    show_rows([pair] * 3, tokenizer, 2, {"read": 1234, "used": 3}, console)
+    show_rows([pair] * 3, tokenizer, 2, {"read": 1234, "used": 3}, console=console)
     return stream.getvalue()
 
 
@@ -47,6 +47,17 @@ def test_special_tokens_are_marked_by_position() -> None:
     text = shown("bos_is_eos_is_pad")
     assert text.count("BOS <s>:1") == text.count("EOS <s>:1") == 4
     assert "BOS" not in shown("no_bos")
+
+
+def test_end_of_a_turn_is_marked() -> None:
+    tokenizer = build("adds_bos", ENDS_IN_EOS.replace("</s>", "<pad>"))
+    renderer = Renderer(tokenizer, 64, "drop_pair")
+    turns = [({"role": role, "content": text},) for role, text in (("user", "on?"), ("assistant", "cat"))]
+    pair = renderer.render(Row(*turns))
+    assert isinstance(pair, TokenizedPair)
+    stream = io.StringIO()
+    show_rows([pair], tokenizer, 1, {}, renderer.stop_ids, Console(file=stream, width=200))
+    assert stream.getvalue().count("END <pad>:3") == 1 and "EOS" not in stream.getvalue()
 
 
 def test_terminal_output_has_colors() -> None:

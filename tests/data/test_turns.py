@@ -24,6 +24,7 @@ PHI = each("<turn>{{ m.role }}\n{{ m.content }}<end>\n", OPEN + "{% if not add_g
 GPT_OSS = each("<turn>{{ m.role }}\n{{ m.content }}{{ '<over>' if loop.last and m.role == 'assistant' else '<end>' }}")
 COHERE = each("<turn>{{ m.role }}\n{{ m.content }}{{ '<over>' if m.role == 'assistant' else '' }}<end>")
 GLM = each("<turn>{{ m.role }}\n{{ m.content }}")
+OPENING = each("<turn>{{ m.role }}\n{{ m.content }}<end>\n", "{{ '<turn>assistant\n' }}")
 LLAMA_2 = each("{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + ' </s>' }}", "")
 DEEPSEEK = each(
     "<turn>{{ m.role }}\n{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}<end>",
@@ -99,10 +100,11 @@ def row(prompt: Any = CONVERSATION, chosen: str = "the cat", rejected: str = "on
         (PHI, "the cat<end>", {"<end>"}),
         (GPT_OSS, "the cat<over>", {"<end>", "<over>"}),
         (COHERE, "the cat<over><end>", {"<end>"}),
+        (OPENING, "the cat<end>", {"<end>"}),
         (LLAMA_2, " the cat </s>", {"</s>"}),
         (GLM, "the cat</s>", {"</s>"}),
     ],
-    ids=["gemma", "phi", "gpt-oss", "cohere", "llama-2", "glm"],
+    ids=["gemma", "phi", "gpt-oss", "cohere", "opening", "llama-2", "glm"],
 )
 def test_completion_ends_in_the_end_of_its_turn(template: str, chosen: str, stops: set[str]) -> None:
     found = Rendering(template, row())
@@ -199,12 +201,19 @@ def test_prompt_that_ends_in_an_answer_may_be_followed_by_a_question() -> None:
     assert found.chosen == "cat<end><turn>assistant\n<think>on<end>"
 
 
+def test_conversation_without_a_prompt_begins_with_the_opening_of_its_first_turn() -> None:
+    found = Rendering(GEMMA, Row((), (user("on?"), assistant("cat")), (user("the?"), assistant("cat"))))
+    assert found.prompt == "<s><turn>user\n" and found.chosen == "on?<end>\n<turn>assistant\ncat<end>"
+
+
 # ---------------------------------------------------------------------------------------------------------- content
 
 
 def test_content_that_vanishes_is_an_error() -> None:
     system = {"role": "system", "content": "the cat at"}
-    with pytest.raises(RowError, match=r'line 3: .*prompt\'s message 1 \(system: "the cat at"\).*data.chat_template=F'):
+    with pytest.raises(
+        RowError, match=r'line 3: .*message 1, in the prompt \(system: "the cat at"\).*data.chat_template=F'
+    ):
         Rendering(MISTRAL, row((system, *CONVERSATION)))
     # A short content that occurs elsewhere by chance is missing all the same.
     with pytest.raises(RowError, match="message 1"):
@@ -214,7 +223,7 @@ def test_content_that_vanishes_is_an_error() -> None:
 
 def test_reasoning_that_vanishes_is_an_error_in_the_answer_and_a_note_before_it() -> None:
     answer = "<think>at</think>cat"
-    with pytest.raises(RowError, match="leaves out content of the completion's message 4"):
+    with pytest.raises(RowError, match="leaves out content of message 4, in the completion"):
         Rendering(DEEPSEEK, row(chosen=answer))
     found = Rendering(DEEPSEEK, row((user("on?"), assistant(answer), user("the?"))))
     assert "<turn>assistant\ncat<end>" in found.prompt and found.notes["reasoning_stripped"][1] == 1
@@ -275,8 +284,24 @@ def test_arguments_of_calls_are_not_quoted_twice(arguments: Any) -> None:
     call = {**CALL, "function": {"name": "at", "arguments": arguments}}
     answer = (assistant(None, tool_calls=[call]),)
     assert Rendering(TOOLS, Row((user("on?"),), answer, (assistant("on"),))).chosen == 'at({"c": "on"})<call>'
+    braces = TOOLS.replace(
+        "{{ c.function.arguments | tojson }}",
+        "{ {% if c.function.arguments is string %}{{ c.function.arguments }}{% else %}"
+        "{% for k, v in c.function.arguments.items() %}{{ k }}:{{ v }}{% endfor %}{% endif %} }",
+    )
+    assert Rendering(braces, Row((user("on?"),), answer, (assistant("on"),))).chosen == "at({ c:on })<call>"
+    mapping = TOOLS.replace("c.function.arguments | tojson", "c.function.arguments.items() | list")
+    assert Rendering(mapping, Row((user("on?"),), answer, (assistant("on"),))).chosen == "at([('c', 'on')])<call>"
     joined = TOOLS.replace("{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}")
     assert Rendering(joined, Row((user("on?"),), answer, (assistant("on"),))).chosen == 'at({"c": "on"})<call>'
+
+
+def test_arguments_stay_as_they_are_where_the_template_reads_both() -> None:
+    both = "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}"
+    template = TOOLS.replace("{{ c.function.arguments | tojson }}", both)
+    call = {**CALL, "function": {"name": "at", "arguments": '{"c":"on"}'}}
+    answer = (assistant(None, tool_calls=[call]),)
+    assert Rendering(template, Row((user("on?"),), answer, (assistant("on"),))).chosen == 'at({"c":"on"})<call>'
 
 
 def test_call_is_shown_by_a_template_that_wants_null_content() -> None:

@@ -69,7 +69,9 @@ class LocalModel:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Return the digest of weights, configuration and tokenizer, the precision, and the code that encodes."""
-        code = code_version("data/encoding.py", "data/chat.py", "evaluation/judges")
+        code = code_version(
+            "data/encoding.py", "data/chat.py", "data/clock.py", "data/message_forms.py", "evaluation/judges"
+        )
         return {"weights": model_digest(self.path), "dtype": self.dtype, "code": code}
 
     @cached_property
