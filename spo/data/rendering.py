@@ -199,7 +199,9 @@ class Renderer:
             if plain:
                 return Dropped("no_prompt_token", row.where)
             raise RowError(row.where, "the prompt is empty, and the tokenizer does not have a BOS", "prompt")
-        if any(len(ids) - n == cut for ids, n in zip(whole, text.end_tokens, strict=True)) and not self.allow_empty:
+        bare = any(len(ids) - n == cut for ids, n in zip(whole, text.end_tokens, strict=True))
+        # A template that does not write a field, such as tool calls, may write white space around it.
+        if (bare or (text.conversation and not all(map(str.strip, text.texts)))) and not self.allow_empty:
             return Dropped("empty", row.where)
         completions = tuple(
             ids[cut:] if n else (*ids[cut:], self.eos_id) for ids, n in zip(whole, text.end_tokens, strict=True)

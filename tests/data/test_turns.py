@@ -356,3 +356,9 @@ def test_empty_answer_is_dropped() -> None:
     assert renderer.render(Row((user("on?"),), (assistant(""),), (assistant("on"),), where="x")) == Dropped(
         "empty", "x"
     )
+
+
+def test_answer_of_which_the_template_writes_only_white_space_is_dropped() -> None:
+    renderer = Renderer(tokenizer(LLAMA_2), 64, "drop_pair")
+    call = assistant("", tool_calls=[{"type": "function", "function": {"name": "on", "arguments": {}}}])
+    assert renderer.render(Row((user("on?"),), (call,), (assistant("on"),), where="x")) == Dropped("empty", "x")
