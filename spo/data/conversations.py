@@ -84,7 +84,10 @@ class ConversationWriter:
             for messages, whole in zip(completions, wholes, strict=True):
                 self._check(row, row.prompt, messages, whole[:cut], whole[cut:])
         except TemplateError as error:
-            raise RowError(row.where, str(error)) from error
+            reason = str(error)
+            if "data.chat_template" not in reason:
+                reason = f"{reason.rstrip('.!')}. Change the row, or the template: {_FILE_HINT}"
+            raise RowError(row.where, reason) from error
         if self.chat.writes_date and not self.chat.clock.is_set:
             self.remarks.add("current_date")
         if cut < len(prompt):
@@ -181,7 +184,7 @@ class ConversationWriter:
             part = "prompt" if place < len(prompt) else "completion"
             raise TemplateError(
                 f"the chat template leaves out content of message {place + 1}, in the {part} ({message['role']}: "
-                f"{_shorten(content)}). Change the row, or the template: {_FILE_HINT}"
+                f"{_shorten(content)})"
             )
 
     def _pieces(self, content: str) -> list[str]:

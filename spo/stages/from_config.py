@@ -73,7 +73,7 @@ def _rendering(cfg: DictConfig) -> dict[str, Any]:
     names = ("max_length", "truncation", "chat_template", "chat_template_kwargs", "split_special_tokens")
     values = {name: OmegaConf.select(cfg.data, name) for name in names if name in cfg.data}
     if (file := values.get("chat_template")) is not None:
-        values["chat_template"] = Path(file).expanduser().read_text(encoding="utf-8")
+        values["chat_template"] = Path(file).expanduser().read_text(encoding="utf-8-sig")
     if isinstance(kwargs := values.get("chat_template_kwargs"), DictConfig):
         values["chat_template_kwargs"] = OmegaConf.to_container(kwargs)
     return values
