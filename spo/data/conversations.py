@@ -166,6 +166,11 @@ class ConversationWriter:
         facts = self._facts_of(row, prompt, completion)
         if facts.unread:
             self.remarks.add("unread_fields", facts.unread)
+        if self.chat.unread_kwargs:
+            self.remarks.add("unread_arguments", self.chat.unread_kwargs)
+        if all(_fields(m) and set(_fields(m)) <= set(facts.unread) and not message_text(m).strip() for m in completion):
+            fields = ", ".join(dict.fromkeys(name for message in completion for name in _fields(message)))
+            raise TemplateError(f"the chat template does not write a completion, which consists of {fields} only")
         areas = [_squash(self.chat.encoder.reveal(text)) for text in (before, after)]
         last = len(prompt) + len(completion) - 1
         for place, message in enumerate((*prompt, *completion)):

@@ -37,6 +37,9 @@ SENTENCES = {
     "reasoning_stripped": (
         "the chat template leaves the reasoning of earlier assistant turns out; {count} rows contain such turns"
     ),
+    "unread_arguments": (
+        "the chat template does not read {names}, an argument in data.chat_template_kwargs, for {count} rows"
+    ),
     "unread_fields": "the chat template does not read {names}, which {count} rows contain",
 }
 """Sentences by key; ``{names}`` lists up to five different names in the order of their first rows."""

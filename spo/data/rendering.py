@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from spo.bounds import Truncation
+from spo.data.cells import RESERVED_KWARGS
 from spo.data.chat import ChatTemplate, find_end
 from spo.data.conversations import ConversationWriter, Rendered, shared_length
 from spo.data.encoding import TextEncoder
@@ -153,6 +154,8 @@ class Renderer:
         self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
         self.allow_empty, self.split_special_tokens = allow_empty, split_special_tokens
         self.bos_id: int | None = tokenizer.bos_token_id
+        if reserved := sorted(RESERVED_KWARGS.intersection(chat_template_kwargs or ())):
+            raise DataError(f"data.chat_template_kwargs.{reserved[0]}: the rows decide it; remove it")
         self._remarks = Remarks()
         stops = [token for token in tokenizer.convert_ids_to_tokens(sorted(stop_ids)) if token]
         self._chat = ChatTemplate(tokenizer, chat_template_kwargs, stops) if tokenizer.chat_template else None
@@ -199,9 +202,7 @@ class Renderer:
             if plain:
                 return Dropped("no_prompt_token", row.where)
             raise RowError(row.where, "the prompt is empty, and the tokenizer does not have a BOS", "prompt")
-        bare = any(len(ids) - n == cut for ids, n in zip(whole, text.end_tokens, strict=True))
-        # A template that does not write a field, such as tool calls, may write white space around it.
-        if (bare or (text.conversation and not all(map(str.strip, text.texts)))) and not self.allow_empty:
+        if any(len(ids) - n == cut for ids, n in zip(whole, text.end_tokens, strict=True)) and not self.allow_empty:
             return Dropped("empty", row.where)
         completions = tuple(
             ids[cut:] if n else (*ids[cut:], self.eos_id) for ids, n in zip(whole, text.end_tokens, strict=True)
