@@ -72,6 +72,10 @@ class Remarks:
         """
         self._row.setdefault(key, []).extend(names)
 
+    def begin_row(self) -> None:
+        """Forget the facts about a row that could not be rendered."""
+        self._row = {}
+
     def end_row(self) -> None:
         """Count the facts about the row at hand."""
         for key, names in self._row.items():

@@ -190,6 +190,7 @@ class Renderer:
             DataError: If the row is a conversation and the tokenizer does not have a chat template.
         """
         leaks = self.encoder.leaks
+        self._remarks.begin_row()
         text = self._as_text(row)
         plain, *whole = self.encoder.encode([text.prompt, *text.wholes])
         if self.encoder.leaks > leaks:

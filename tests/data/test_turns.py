@@ -364,6 +364,11 @@ def test_answer_of_fields_that_the_template_does_not_read_is_an_error() -> None:
     for content in ("", None, " \n"):
         with pytest.raises(RowError, match=r"does not write a completion.*tool_calls only.*data.chat_template=FILE"):
             Rendering(QWEN, Row((user("on?"),), (assistant(content, **call),), (assistant("on"),)))
+    renderer = Renderer(tokenizer(QWEN), 64, "drop_pair")
+    with pytest.raises(RowError):
+        renderer.render(Row((user("on?"),), (assistant("", **call),), (assistant("on"),)))
+    renderer.render(row())
+    assert list(renderer.notes()) == []  # A row that cannot be used is not counted with the next one.
     found = Rendering(QWEN, Row((user("on?"),), (assistant("cat", **call),), (assistant("on"),)))
     assert list(found.notes) == ["unread_fields"]
     Rendering(TOOLS, Row((user("on?"),), (assistant("", **call),), (assistant("on"),)))
