@@ -178,7 +178,7 @@ class ChatTemplate:
         Args:
             agrees: Condition on additional arguments of the template.
         """
-        for name, value in product(sorted(self.variables - self.kwargs.keys()), (False, True)):
+        for name, value in product(sorted(self.variables), (False, True)):
             try:
                 if agrees({name: value}):
                     return {name: value}

@@ -155,7 +155,11 @@ class ConversationWriter:
                 remedy = "data.chat_template_kwargs cannot make them agree"
             else:
                 [(name, value)] = kwargs.items()
-                remedy = f"+data.chat_template_kwargs.{name}={str(value).lower()} makes them agree"
+                argument = f"chat_template_kwargs.{name}={str(value).lower()}"
+                if name in (row.template_kwargs or {}):
+                    remedy = f"{argument} in the rows makes them agree"
+                else:
+                    remedy = f"{'' if name in self.chat.kwargs else '+'}data.{argument} makes them agree"
             self.remarks.set_remedy(key, remedy)
         self.remarks.add(key, [json.dumps(self.chat.encoder.reveal(missing), ensure_ascii=False)])
 

@@ -173,7 +173,12 @@ def test_part_of_the_generation_prompt_may_be_missing_with_a_note() -> None:
 def test_argument_that_makes_the_prompt_agree_is_named() -> None:
     template = SWITCHED.replace("not thinking", "quiet is defined and quiet")
     sentence, _ = Rendering(template, row()).notes["generation_prompt_cut"]
-    assert "+data.chat_template_kwargs.quiet=true makes them agree" in sentence
+    assert "; +data.chat_template_kwargs.quiet=true makes them agree" in sentence
+    off = {"quiet": False}
+    sentence, _ = Rendering(template, row(), chat_template_kwargs=off).notes["generation_prompt_cut"]
+    assert "; data.chat_template_kwargs.quiet=true makes them agree" in sentence
+    sentence, _ = Rendering(template, row(template_kwargs=off)).notes["generation_prompt_cut"]
+    assert "; chat_template_kwargs.quiet=true in the rows makes them agree" in sentence
     for settings in ({"chat_template_kwargs": {"quiet": True}}, {}):
         kwargs = None if settings else {"quiet": True}
         found = Rendering(template, row(template_kwargs=kwargs), **settings)
