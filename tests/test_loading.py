@@ -515,7 +515,7 @@ ADAPTERS: dict[str, tuple[Edit, str]] = {
         tensors(lambda w: {key: v * float("nan") for key, v in w.items()}, ADAPTER_WEIGHTS),
         r"\d tensors have NaN or infinite numbers \(base_model.model.model.layers.0.*; copy it again",
     ),
-    "missing module": (adapter_setting(modules_to_save=["lm_head"]), r"it does not have the tensor base_model.model.lm_h"),
+    "missing module": (adapter_setting(modules_to_save=["lm_head"]), r"does not have the tensor base_model.model.lm_h"),
     "no weights": (removed(ADAPTER_WEIGHTS), r"cannot be loaded"),
     "broken json": (text("adapter_config.json", "{"), r"one of its JSON files cannot be read"),
 }
