@@ -591,6 +591,15 @@ def test_impossible_combination_is_rejected(overrides: list[str], part: str) -> 
     assert part in text and text.startswith("the configuration has a problem:")
 
 
+def test_unusable_chat_template_file_is_rejected(tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    data = ["data=jsonl", f"data.path={__file__}", f"data.chat_template={file}"]
+    contents = {"\ufeff\n": "the file is empty", '{"chat_template": "{{ messages }}"}': "the file is JSON"}
+    for content, part in contents.items():
+        file.write_text(content, encoding="utf-8")
+        assert f"data.chat_template={file}: {part}" in problem_text(*data)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

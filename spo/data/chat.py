@@ -112,6 +112,11 @@ class ChatTemplate:
         return frozenset(names - _GIVEN - self.tokenizer.special_tokens_map.keys())
 
     @cached_property
+    def unread_kwargs(self) -> tuple[str, ...]:
+        """Return the names of the arguments for all conversations that the template does not read."""
+        return tuple(sorted(self.kwargs.keys() - self.variables - self.tokenizer.special_tokens_map.keys()))
+
+    @cached_property
     def writes_date(self) -> bool:
         """Return whether the template writes the current date."""
         now, text = self.clock, self._write(self._probed)
@@ -173,7 +178,7 @@ class ChatTemplate:
         Args:
             agrees: Condition on additional arguments of the template.
         """
-        for name, value in product(sorted(self.variables - self.kwargs.keys()), (False, True)):
+        for name, value in product(sorted(self.variables), (False, True)):
             try:
                 if agrees({name: value}):
                     return {name: value}

@@ -84,7 +84,10 @@ class ConversationWriter:
             for messages, whole in zip(completions, wholes, strict=True):
                 self._check(row, row.prompt, messages, whole[:cut], whole[cut:])
         except TemplateError as error:
-            raise RowError(row.where, str(error)) from error
+            reason = str(error)
+            if "data.chat_template" not in reason:
+                reason = f"{reason.rstrip('.!')}. Change the row, or the template: {_FILE_HINT}"
+            raise RowError(row.where, reason) from error
         if self.chat.writes_date and not self.chat.clock.is_set:
             self.remarks.add("current_date")
         if cut < len(prompt):
@@ -152,7 +155,11 @@ class ConversationWriter:
                 remedy = "data.chat_template_kwargs cannot make them agree"
             else:
                 [(name, value)] = kwargs.items()
-                remedy = f"+data.chat_template_kwargs.{name}={str(value).lower()} makes them agree"
+                argument = f"chat_template_kwargs.{name}={str(value).lower()}"
+                if name in (row.template_kwargs or {}):
+                    remedy = f"{argument} in the rows makes them agree"
+                else:
+                    remedy = f"{'' if name in self.chat.kwargs else '+'}data.{argument} makes them agree"
             self.remarks.set_remedy(key, remedy)
         self.remarks.add(key, [json.dumps(self.chat.encoder.reveal(missing), ensure_ascii=False)])
 
@@ -163,6 +170,11 @@ class ConversationWriter:
         facts = self._facts_of(row, prompt, completion)
         if facts.unread:
             self.remarks.add("unread_fields", facts.unread)
+        if self.chat.unread_kwargs:
+            self.remarks.add("unread_arguments", self.chat.unread_kwargs)
+        if all(_fields(m) and set(_fields(m)) <= set(facts.unread) and not message_text(m).strip() for m in completion):
+            fields = ", ".join(dict.fromkeys(name for message in completion for name in _fields(message)))
+            raise TemplateError(f"the chat template does not write a completion, which consists of {fields} only")
         areas = [_squash(self.chat.encoder.reveal(text)) for text in (before, after)]
         last = len(prompt) + len(completion) - 1
         for place, message in enumerate((*prompt, *completion)):
@@ -181,7 +193,7 @@ class ConversationWriter:
             part = "prompt" if place < len(prompt) else "completion"
             raise TemplateError(
                 f"the chat template leaves out content of message {place + 1}, in the {part} ({message['role']}: "
-                f"{_shorten(content)}). Change the row, or the template: {_FILE_HINT}"
+                f"{_shorten(content)})"
             )
 
     def _pieces(self, content: str) -> list[str]:

@@ -37,6 +37,9 @@ SENTENCES = {
     "reasoning_stripped": (
         "the chat template leaves the reasoning of earlier assistant turns out; {count} rows contain such turns"
     ),
+    "unread_arguments": (
+        "the chat template does not read {names}, an argument in data.chat_template_kwargs, for {count} rows"
+    ),
     "unread_fields": "the chat template does not read {names}, which {count} rows contain",
 }
 """Sentences by key; ``{names}`` lists up to five different names in the order of their first rows."""
@@ -68,6 +71,10 @@ class Remarks:
             names: Tokens, fields or other things that the sentence lists.
         """
         self._row.setdefault(key, []).extend(names)
+
+    def begin_row(self) -> None:
+        """Forget the facts about a row that could not be rendered."""
+        self._row = {}
 
     def end_row(self) -> None:
         """Count the facts about the row at hand."""

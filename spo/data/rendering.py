@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from spo.bounds import Truncation
+from spo.data.cells import RESERVED_KWARGS
 from spo.data.chat import ChatTemplate, find_end
 from spo.data.conversations import ConversationWriter, Rendered, shared_length
 from spo.data.encoding import TextEncoder
@@ -153,6 +154,8 @@ class Renderer:
         self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
         self.allow_empty, self.split_special_tokens = allow_empty, split_special_tokens
         self.bos_id: int | None = tokenizer.bos_token_id
+        if reserved := sorted(RESERVED_KWARGS.intersection(chat_template_kwargs or ())):
+            raise DataError(f"data.chat_template_kwargs.{reserved[0]}: the rows decide it; remove it")
         self._remarks = Remarks()
         stops = [token for token in tokenizer.convert_ids_to_tokens(sorted(stop_ids)) if token]
         self._chat = ChatTemplate(tokenizer, chat_template_kwargs, stops) if tokenizer.chat_template else None
@@ -187,6 +190,7 @@ class Renderer:
             DataError: If the row is a conversation and the tokenizer does not have a chat template.
         """
         leaks = self.encoder.leaks
+        self._remarks.begin_row()
         text = self._as_text(row)
         plain, *whole = self.encoder.encode([text.prompt, *text.wholes])
         if self.encoder.leaks > leaks:

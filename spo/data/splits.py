@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from spo.data.findings import Findings
 from spo.data.messages import message_text
 from spo.data.rendering import TRUNCATIONS, Dropped, Renderer, TokenizedPair, prompt_id
-from spo.data.rows import SPLITS, DataError, Message, Row, Split, Text
+from spo.data.rows import SPLITS, DataError, Message, Row, RowError, Split, Text
 from spo.notes import note
 
 REPORTED_COUNTS = ("read", "used", "dropped", "truncated")
@@ -60,7 +60,13 @@ class EvalPrompt:
 
 
 def prepare(
-    rows: Sequence[Row], renderer: Renderer, seed: int, selection: float, test: float, min_pairs: int
+    rows: Sequence[Row],
+    renderer: Renderer,
+    seed: int,
+    selection: float,
+    test: float,
+    min_pairs: int,
+    bad_rows: list[RowError] | None = None,
 ) -> PreparedPairs:
     """Tokenize the rows and split them by prompt.
 
@@ -78,6 +84,7 @@ def prepare(
         selection: Share of the prompts for the selection split; 0 for none, otherwise at least one prompt.
         test: Share of the prompts for the test split; 0 for none, otherwise at least one prompt.
         min_pairs: Smallest number of pairs that must be left.
+        bad_rows: List that gets the errors of rows that the renderer cannot use; ``None`` raises the first one.
 
     Raises:
         DataError: If fewer than ``min_pairs`` pairs are left, or too few prompts for the splits.
@@ -90,7 +97,13 @@ def prepare(
     used: list[TokenizedPair] = []
     reasons: Counter[str] = Counter()
     for row in rows:
-        result = renderer.render(row)
+        try:
+            result = renderer.render(row)
+        except RowError as error:
+            if bad_rows is None:
+                raise
+            bad_rows.append(error)
+            result = Dropped("bad_row", row.where)
         if isinstance(result, Dropped):
             reasons[result.reason] += 1
         else:

@@ -75,7 +75,7 @@ def _rendering(cfg: DictConfig) -> dict[str, Any]:
     values = {name: OmegaConf.select(cfg.data, name) for name in names if name in cfg.data}
     if (file := values.get("chat_template")) is not None:
         try:
-            values["chat_template"] = Path(file).expanduser().read_text(encoding="utf-8")
+            values["chat_template"] = Path(file).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             # The configuration check covers a new run, but the file of an earlier run may have been moved since.
             raise UserError(

@@ -125,13 +125,14 @@ def _prepare_pairs(
     whole = source.language is not None
     selection, test = (0.0, 0.0) if whole else (cfg.data.splits.selection, cfg.data.splits.test)
     source.findings.write_notes()
-    pairs = prepare(rows, renderer, cfg.data.seed, selection, test, cfg.data.min_pairs)
+    lost = sum(dropped.values()) + len(source.bad_rows)
+    bad_rows = source.bad_rows if cfg.data.get("on_bad_row") == "skip" else None
+    pairs = prepare(rows, renderer, cfg.data.seed, selection, test, cfg.data.min_pairs, bad_rows)
     if whole:
         counts = pairs.counts | dict.fromkeys(SPLITS, len(pairs.train))
         pairs = dataclasses.replace(pairs, selection=pairs.train, test=pairs.train, counts=counts)
     if unused := source.dropped_responses:
         pairs.warnings.append(f"{sum(unused.values())} responses were dropped from their lists ({_list(unused)})")
-    lost = sum(dropped.values()) + len(source.bad_rows)
     counts = {**pairs.counts, "read": pairs.counts["read"] + lost, "dropped": pairs.counts["dropped"] + lost}
     return dataclasses.replace(pairs, counts=counts)
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import get_cosine_schedule_with_warmup
 
 from spo.callbacks import Progress
-from spo.data import PreparedPairs, Source
+from spo.data import PreparedPairs, RowError, Source
 from spo.data.datamodule import PreferenceDataModule
 from spo.data.splits import prepare
 from spo.forward.speed import Speed
@@ -92,7 +92,8 @@ def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path) -
         if rows is None:
             rows = [dataclasses.replace(row, rejected=None, worse=()) for row in source.rows(no_completer)]
         renderer = make_renderer(cfg, tokenizer, source, stop_ids)
-        pairs = prepare(rows, renderer, cfg.data.seed, 0.0, 0.0, min_pairs=1)
+        bad_rows: list[RowError] | None = [] if cfg.data.get("on_bad_row") == "skip" else None
+        pairs = prepare(rows, renderer, cfg.data.seed, 0.0, 0.0, min_pairs=1, bad_rows=bad_rows)
         _fit_supervised(cfg, model.train(), pairs, tokenizer)
     save_policy(model, tokenizer, folder)
 

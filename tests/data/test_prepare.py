@@ -139,6 +139,14 @@ def test_drops_are_counted_and_too_many_warn_or_raise() -> None:
         prepare([Row("", "a", "b")], Renderer(build("no_bos"), 9, "drop_pair"), 0, 0.1, 0.1, 1)
 
 
+def test_rows_that_the_renderer_cannot_use_are_skipped_on_request() -> None:
+    bad: list[RowError] = []
+    rows = [Row("", "a", "b", where="line 0"), *ROWS]
+    counts = prepare(rows, Renderer(build("no_bos"), 64, "drop_pair"), 0, 0.1, 0.1, 1, bad).counts
+    assert [error.where for error in bad] == ["line 0"]
+    assert (counts["read"], counts["used"], counts["dropped/bad_row"]) == (301, 300, 1)
+
+
 def test_eval_prompts_are_unique_and_in_a_stable_order() -> None:
     pairs = prepared(ROWS).train
     result = eval_prompts(pairs)

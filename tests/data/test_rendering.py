@@ -176,8 +176,8 @@ def test_template_may_open_a_turn_unlike_a_finished_one() -> None:
 def test_missing_or_rejecting_template_raises() -> None:
     with pytest.raises(DataError, match=r"line 3: .*does not have a chat template.*Use the model's"):
         chat("adds_bos", None)
-    with pytest.raises(RowError, match="line 3: the chat template rejects the messages: only users"):
-        chat("adds_bos", "{{ raise_exception('only users') }}")
+    with pytest.raises(RowError, match=r"rejects the messages: only users\. .*data.chat_template=F"):
+        chat("adds_bos", "{{ raise_exception('only users.') }}")
 
 
 # ----------------------------------------------------------------------------------------------------- truncation

@@ -25,6 +25,7 @@ GPT_OSS = each("<turn>{{ m.role }}\n{{ m.content }}{{ '<over>' if loop.last and 
 COHERE = each("<turn>{{ m.role }}\n{{ m.content }}{{ '<over>' if m.role == 'assistant' else '' }}<end>")
 GLM = each("<turn>{{ m.role }}\n{{ m.content }}")
 OPENING = each("<turn>{{ m.role }}\n{{ m.content }}<end>\n", "{{ '<turn>assistant\n' }}")
+QWEN = each("<turn>{{ m.role }}\n{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' }}{{ m.content }}<end>\n")
 LLAMA_2 = each("{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + ' </s>' }}", "")
 DEEPSEEK = each(
     "<turn>{{ m.role }}\n{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}<end>",
@@ -172,7 +173,12 @@ def test_part_of_the_generation_prompt_may_be_missing_with_a_note() -> None:
 def test_argument_that_makes_the_prompt_agree_is_named() -> None:
     template = SWITCHED.replace("not thinking", "quiet is defined and quiet")
     sentence, _ = Rendering(template, row()).notes["generation_prompt_cut"]
-    assert "+data.chat_template_kwargs.quiet=true makes them agree" in sentence
+    assert "; +data.chat_template_kwargs.quiet=true makes them agree" in sentence
+    off = {"quiet": False}
+    sentence, _ = Rendering(template, row(), chat_template_kwargs=off).notes["generation_prompt_cut"]
+    assert "; data.chat_template_kwargs.quiet=true makes them agree" in sentence
+    sentence, _ = Rendering(template, row(template_kwargs=off)).notes["generation_prompt_cut"]
+    assert "; chat_template_kwargs.quiet=true in the rows makes them agree" in sentence
     for settings in ({"chat_template_kwargs": {"quiet": True}}, {}):
         kwargs = None if settings else {"quiet": True}
         found = Rendering(template, row(template_kwargs=kwargs), **settings)
@@ -356,3 +362,26 @@ def test_empty_answer_is_dropped() -> None:
     assert renderer.render(Row((user("on?"),), (assistant(""),), (assistant("on"),), where="x")) == Dropped(
         "empty", "x"
     )
+
+
+def test_answer_of_fields_that_the_template_does_not_read_is_an_error() -> None:
+    call = {"tool_calls": [{"type": "function", "function": {"name": "on", "arguments": {}}}]}
+    for content in ("", None, " \n"):
+        with pytest.raises(RowError, match=r"does not write a completion.*tool_calls only.*data.chat_template=FILE"):
+            Rendering(QWEN, Row((user("on?"),), (assistant(content, **call),), (assistant("on"),)))
+    renderer = Renderer(tokenizer(QWEN), 64, "drop_pair")
+    with pytest.raises(RowError):
+        renderer.render(Row((user("on?"),), (assistant("", **call),), (assistant("on"),)))
+    renderer.render(row())
+    assert list(renderer.notes()) == []  # A row that cannot be used is not counted with the next one.
+    found = Rendering(QWEN, Row((user("on?"),), (assistant("cat", **call),), (assistant("on"),)))
+    assert list(found.notes) == ["unread_fields"]
+    Rendering(TOOLS, Row((user("on?"),), (assistant("", **call),), (assistant("on"),)))
+
+
+def test_arguments_for_all_conversations_are_read_or_noted_or_rejected() -> None:
+    found = Rendering(SWITCHED, row(), chat_template_kwargs={"quiet": True, "quite": True, "bos_token": "<s>"})
+    sentence = "the chat template does not read quite, an argument in data.chat_template_kwargs, for 1 row"
+    assert found.notes["unread_arguments"] == (sentence, 1)
+    with pytest.raises(DataError, match=r"data\.chat_template_kwargs\.tools: the rows decide it"):
+        Rendering(SWITCHED, row(), chat_template_kwargs={"tools": []})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,14 +36,24 @@ def missing_data(path: str) -> str | None:
 def _template_problems(path: str) -> Iterator[str]:
     """Yield why ``data.chat_template`` cannot be read."""
     try:
-        empty = not Path(path).expanduser().read_text(encoding="utf-8").strip()
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         yield f"data.chat_template={path}: there is no such file (seen from {Path.cwd()})"
     except (OSError, UnicodeDecodeError) as error:
         yield f"data.chat_template={path}: give a text file with a Jinja template ({error})"
     else:
-        if empty:
+        if not text.strip():
             yield f"data.chat_template={path}: the file is empty; null keeps the tokenizer's own template"
+        elif _is_json(text):
+            yield f"data.chat_template={path}: the file is JSON; write the text of its template to a file of its own"
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _model(cfg: DictConfig) -> Iterator[str]:
