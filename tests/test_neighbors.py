@@ -212,8 +212,19 @@ def test_samples_are_those_of_each_prompt_alone(name: str, sampler: str) -> None
     assert apart == (vars(model).get("_noted") == {"samples_drawn_alone"})
 
 
+def test_static_loop_is_not_used_where_a_cache_changes_positions() -> None:
+    """RoBERTa counts positions from the tokens of each call, so it starts anew at every token after the prompt."""
+    model = transformers.RobertaForCausalLM(
+        _config("RobertaConfig", is_decoder=True, max_position_embeddings=64)
+    ).eval()
+    assert static.unsupported(model) is None
+    with torch.no_grad():
+        assert drawn(model, PROMPTS, "static", temperature=0.0) == [greedy(model, prompt) for prompt in PROMPTS]
+
+
 def test_samples_below_a_threshold_share_a_batch() -> None:
     model, shapes = built("llama_longrope"), []
+    probe_drawing(model)
     model.register_forward_pre_hook(
         lambda _, __, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForCondit
 
 from benchmarks import sampling as benchmark
 from spo.batching import even_parts_by_length
+from spo.forward.probe import probe_drawing
 from spo.logs import log_once
 from spo.models import tabular
 from spo.sampling import SampleBuffer, derive_seed, generate, sample, static
@@ -373,6 +374,7 @@ class Counted:
 
 def test_finished_rows_leave_the_batch() -> None:
     model = tiny("llama")
+    probe_drawing(model)
     counted = Counted(model)
     drawn = draw(model, ragged(30), max_new_tokens=40)
     lengths = drawn.completion_length.tolist()

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from spo.batching import even_parts_by_length
 from spo.forward.head import base_model
 from spo.forward.modes import default_generation_config, eval_mode
-from spo.forward.neighbors import Company, alike, company_of, note_once, refuse_if_sharded, scale_of
+from spo.forward.neighbors import Company, alike, note_once, refuse_if_sharded, scale_of
 from spo.forward.probe import Drawing, probe_drawing
 from spo.logs import log_once
 from spo.sampling import static, uncached
@@ -165,9 +165,9 @@ def _batches(
     padding changes a row; without a cache where positions change with the length that a completion may reach.
     """
     causal = base_model(model)
-    is_static = sampler == "static" and _is_static(model)
-    # The static loop supports only models that padding on the left does not change.
-    drawing, scale = Drawing(company_of(causal)) if is_static else probe_drawing(model), scale_of(causal)
+    drawing, scale = probe_drawing(model), scale_of(causal)
+    # The static loop pads on the left and keeps a cache, so it is wrong where either changes a row.
+    is_static = sampler == "static" and drawing == Drawing() and _is_static(model)
 
     def traits(row: int) -> tuple[bool, object]:
         length = lengths[row]
