@@ -651,7 +651,7 @@ def test_a_classifier_is_rejected_as_reward_model(tmp_path: Path) -> None:
     tiny_llama(dtype=torch.float32, num_labels=1).save_pretrained(folder)  # no head for rewards: it would be random
     with pytest.raises(JudgeError, match=r"not those of the LlamaForSequenceClassification.*score\.weight"):
         reward_model(folder).scores(["w3"], ["w4"])
-    with pytest.raises(JudgeError, match=r"judge\.path=.*nothing: Auto\w+ cannot load it"):
+    with pytest.raises(JudgeError, match=r"judge\.path=.*nothing cannot be loaded: this is not a folder"):
         reward_model(tmp_path / "nothing").scores(["w3"], ["w4"])
 
 

@@ -217,6 +217,7 @@ UNUSABLE: dict[str, tuple[Edit, str]] = {
     "unknown activation": (setting(hidden_act="nope"), r"the value 'nope' is not known"),
     "wrong type": (setting(hidden_size="16"), r"Field 'hidden_size' expected int, got str"),
     "image-text": (setting(model_type="qwen2_vl"), r"cannot load the text model of a Qwen2VL checkpoint by itself"),
+    "image-text that loads as a whole": (setting(model_type="mllama"), r"cannot load the text model of a Mllama check"),
 }
 
 
@@ -271,6 +272,14 @@ def test_a_head_that_differs_from_the_embedding_stays_apart(copy: Path, llama: P
     assert torch.equal(model.state_dict()["lm_head.weight"], load_file(llama / WEIGHTS)["lm_head.weight"])
     save_policy(model, tiny_tokenizer(), tmp_path / "policy")
     assert json.loads((tmp_path / "policy" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_dropout_that_a_config_declares_as_a_whole_number(tmp_path: Path) -> None:
+    config = transformers.MptConfig(vocab_size=23, d_model=16, n_layers=1, n_heads=2)
+    folder = saved(tmp_path / "mpt", transformers.MptForCausalLM(config))
+    assert spec(folder).base(folder).config.attn_config.attn_pdrop == 0
+    with pytest.raises(UserError, match=r"^model.dropout=0.1: the config of a mpt model .*set model.dropout=0$"):
+        spec(folder).base(folder, dropout=0.1)
 
 
 def test_an_architecture_that_contradicts_the_model_type_is_noted(copy: Path) -> None:
@@ -380,6 +389,11 @@ def test_the_loss_of_a_router_and_its_noise_are_off(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(policy(IDS).logits, policy(IDS).logits)
         assert policy(IDS).router_logits is None
+
+    lora = LoraSettings(r=2, alpha=4, dropout=0.0, target_modules="all-linear")
+    with collect_notes() as notes:
+        spec(folder, lora=lora).policy(folder, seed=0)
+    assert notes == {"notes/router_loss_off": 1, "notes/experts_not_adapted": 4}
 
 
 # --- attention -------------------------------------------------------------------------------------------------------

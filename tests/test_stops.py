@@ -255,7 +255,7 @@ def test_damaged_generation_config_is_an_error(content: str, tmp_path: Path) -> 
 
 
 def test_stop_tokens_of_a_model_agree_with_transformers(tmp_path: Path) -> None:
-    """Of a composite model, too, whose text model has the ids."""
+    # The text model of a composite model has the ids.
     llava = LlavaConfig(text_config={"model_type": "llama", "vocab_size": 40, "eos_token_id": [8, 6]})
     llava.save_pretrained(tmp_path / "llava")
     assert model_spec().stop_ids(tmp_path / "llava") == (6, 8)

@@ -76,6 +76,14 @@ def with_fresh_adapter(model: nn.Module, lora: LoraSettings, seed: int) -> nn.Mo
             f"model.lora.target_modules={_shown(targets)}: {type(model).__name__} does not have such a layer to adapt; "
             f"{choice}, or model=hf without an adapter"
         )
+    experts = [name for name, p in adapted.named_parameters() if "experts" in name and p.ndim == 3]
+    if targets == ALL_LINEAR and experts:
+        note(
+            "experts_not_adapted",
+            f"model.lora.target_modules={ALL_LINEAR} leaves the experts of this model as they are: their weights are "
+            "not linear layers",
+            len(experts),
+        )
     return adapted
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -21,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from spo.errors import UserError
-from spo.models.library_errors import Origin, in_words, some
+from spo.models.library_errors import Origin, first_line, in_words, some
 from spo.models.tokenizer import as_in_file
 from spo.notes import note
 
@@ -133,7 +134,13 @@ def load_causal_model(
     whole = load_config(origin, trust_remote_code)
     part = causal_part(origin, whole)
     config = part["config"]
-    set_dropout(config, dropout)
+    try:
+        set_dropout(config, dropout)
+    except StrictDataclassError as error:
+        raise UserError(
+            f"model.dropout={dropout}: the config of a {config.model_type} model does not take this number "
+            f"({first_line(error)}); set model.dropout=0"
+        ) from error
     turn_router_loss_off(origin, config)
     requested = None if attn_implementation == AUTO_ATTENTION else attn_implementation
     quantization = _dequantization(origin, whole)
@@ -209,14 +216,12 @@ def causal_part(origin: Origin, config: Any) -> dict[str, Any]:
     if text is config:
         return {"config": config}
     name = type(config).__name__.removesuffix("Config")
-    if not {type(text), type(config)} & set(MODEL_FOR_CAUSAL_LM_MAPPING):
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # A class for the whole is no help: policy/ holds the text model.
         raise UserError(
             f"{origin} cannot be used: transformers cannot load the text model of a {name} checkpoint by itself; "
             "choose a text model of the same family"
         )
     note("text_model", f"{origin} is a checkpoint of several modalities ({name}): its text model alone is used")
-    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return {"config": config, "part_of_checkpoint": True}
     # Whether the head shares the embedding is a setting of the whole checkpoint.
     text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
     return {"config": text, "part_of_checkpoint": True, "key_mapping": TEXT_KEYS}
@@ -324,7 +329,8 @@ def set_dropout(config: Any, value: float) -> None:
     for name, current in list(vars(config).items()):
         is_dropout = "drop" in name and not name.startswith("classifier")
         if is_dropout and isinstance(current, int | float) and not isinstance(current, bool):
-            setattr(config, name, value)
+            if current != value:  # Some configs declare whole numbers and would refuse 0.0 in place of 0.
+                setattr(config, name, value)
         elif isinstance(current, PreTrainedConfig):
             set_dropout(current, value)
 

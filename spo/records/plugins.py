@@ -43,17 +43,12 @@ class PluginSource:
     Attributes:
         path: File of the module, or folder of the package.
         sha256: Digest over the names and bytes of the Python files.
-        imports: Top-level modules that the files import.
+        imports: Top-level modules that the files import; none of an installed plugin.
     """
 
     path: Path
     sha256: str
     imports: frozenset[str]
-
-    @property
-    def is_installed(self) -> bool:
-        """Return whether an installer put the plugin there, as it does with the libraries that a plugin imports."""
-        return not {"site-packages", "dist-packages"}.isdisjoint(self.path.parts)
 
 
 _read: dict[str, tuple[list[ModuleSpec | None], PluginSource | None]] = {}
@@ -75,8 +70,8 @@ def plugin_sources(targets: Iterable[str]) -> dict[str, PluginSource]:
         name, is_named = queue.pop()
         if name in found or name in LIBRARIES or name in sys.stdlib_module_names:
             continue
-        source = _source(name)
-        if source is not None and (is_named or not source.is_installed):
+        path = _path(name)
+        if path is not None and (is_named or not _is_installed(path)) and (source := _source(name, path)) is not None:
             found[name] = source
             queue += [(imported, False) for imported in source.imports]
     return dict(sorted(found.items()))
@@ -87,7 +82,25 @@ def plugin_digests(targets: Iterable[str]) -> dict[str, str]:
     return {name: source.sha256 for name, source in plugin_sources(targets).items()}
 
 
-def _source(name: str) -> PluginSource | None:
+def _is_installed(path: Path) -> bool:
+    """Return whether an installer put a file there, as it does with the libraries that a plugin imports."""
+    return not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+
+
+def _path(name: str) -> Path | None:
+    """Return the file of a top-level module, or the folder of a package; ``None`` if it has neither."""
+    try:
+        spec = find_spec(name)
+    except (ImportError, ValueError):  # A module without a spec, such as the script that runs.
+        return None
+    if spec is None:
+        return None
+    if folders := list(spec.submodule_search_locations or ()):
+        return Path(folders[0])
+    return Path(spec.origin) if spec.origin is not None and Path(spec.origin).is_file() else None
+
+
+def _source(name: str, path: Path) -> PluginSource | None:
     """Return the source of a top-level module, as it was when this process loaded it; ``None`` if it has no files.
 
     A file that is edited later does not change what runs in this process, unless the module is reloaded, which gives it
@@ -101,30 +114,23 @@ def _source(name: str) -> PluginSource | None:
     before = _read.get(name)
     if before is not None and before[0] and all(any(spec is other for other in loaded) for spec in before[0]):
         return before[1]
-    source = _read_source(name)
+    source = _read_source(name, path)
     _read[name] = loaded, source
     return source
 
 
-def _read_source(name: str) -> PluginSource | None:
-    try:
-        spec = find_spec(name)
-    except (ImportError, ValueError):  # A module without a spec, such as the script that runs.
-        spec = None
-    if spec is None:
-        return None
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    files = [(file, file.relative_to(folder)) for folder in folders for file in sorted(folder.rglob("*.py"))]
-    if not folders and spec.origin is not None and Path(spec.origin).is_file():
-        files = [(Path(spec.origin), Path(Path(spec.origin).name))]
+def _read_source(name: str, path: Path) -> PluginSource | None:
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
     if not files:
         return None
     whole, imports = hashlib.sha256(), set[str]()
-    for file, relative in files:
+    folder = path if path.is_dir() else path.parent
+    for file in files:
         content = file.read_bytes()
-        whole.update(relative.as_posix().encode() + b"\0" + hashlib.sha256(content).digest())
-        imports |= _imports(content)
-    return PluginSource(folders[0] if folders else files[0][0], whole.hexdigest(), frozenset(imports - {name}))
+        whole.update(file.relative_to(folder).as_posix().encode() + b"\0" + hashlib.sha256(content).digest())
+        # What an installed plugin imports is installed too. Parsing whole libraries would take long.
+        imports |= set() if _is_installed(path) else _imports(content)
+    return PluginSource(path, whole.hexdigest(), frozenset(imports - {name}))
 
 
 def _imports(content: bytes) -> set[str]:

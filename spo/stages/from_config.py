@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spo.config.nodes import targets
 from spo.data import Renderer, Source
+from spo.errors import UserError
 from spo.models import ModelSpec
 from spo.records.digests import path_digest
 from spo.records.plugins import plugin_digests
@@ -73,7 +74,13 @@ def _rendering(cfg: DictConfig) -> dict[str, Any]:
     names = ("max_length", "truncation", "chat_template", "chat_template_kwargs", "split_special_tokens")
     values = {name: OmegaConf.select(cfg.data, name) for name in names if name in cfg.data}
     if (file := values.get("chat_template")) is not None:
-        values["chat_template"] = Path(file).expanduser().read_text(encoding="utf-8-sig")
+        try:
+            values["chat_template"] = Path(file).expanduser().read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            # The configuration check covers a new run, but the file of an earlier run may have been moved since.
+            raise UserError(
+                f"data.chat_template={file}: cannot read the file ({error}); the run's policy folder has a copy of it"
+            ) from error
     if isinstance(kwargs := values.get("chat_template_kwargs"), DictConfig):
         values["chat_template_kwargs"] = OmegaConf.to_container(kwargs)
     return values

@@ -36,8 +36,10 @@ class JudgeEncoder:
         self, tokenizer: PreTrainedTokenizerBase, path: str, template_kwargs: Mapping[str, Any] | None = None
     ) -> None:
         self.tokenizer, self.path = tokenizer, path
-        self.chat = ChatTemplate(tokenizer, template_kwargs) if tokenizer.chat_template else None
-        self.text = TextEncoder(tokenizer) if self.chat is None else self.chat.encoder
+        # Not every token that structures a conversation is flagged as special: Qwen's <think> is not.
+        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        self.chat = ChatTemplate(tokenizer, template_kwargs, added) if tokenizer.chat_template else None
+        self.text = TextEncoder(tokenizer, added) if self.chat is None else self.chat.encoder
         self.leaks = 0
 
     @cached_property

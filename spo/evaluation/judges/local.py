@@ -37,6 +37,16 @@ from spo.ops.logps import at_least_float32
 from spo.records.digests import code_version, model_digest
 from spo.types import Sequences
 
+CODE_DEPENDENCIES = (
+    "data/chat.py",
+    "data/clock.py",
+    "data/encoding.py",
+    "data/message_forms.py",
+    "evaluation/judges",
+    "models/tokenizer.py",
+)
+"""Files that the tokens of a judge's input depend on, besides the files of its model."""
+
 
 class LocalModel:
     """Hugging Face model and its tokenizer, loaded when they are first used.
@@ -69,9 +79,7 @@ class LocalModel:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Return the digest of weights, configuration and tokenizer, the precision, and the code that encodes."""
-        code = code_version(
-            "data/encoding.py", "data/chat.py", "data/clock.py", "data/message_forms.py", "evaluation/judges"
-        )
+        code = code_version(*CODE_DEPENDENCIES)
         return {"weights": model_digest(self.path), "dtype": self.dtype, "code": code}
 
     @cached_property
