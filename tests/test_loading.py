@@ -511,6 +511,11 @@ ADAPTERS: dict[str, tuple[Edit, str]] = {
     "rank": (adapter_setting(r=4), r"q_proj.lora_A.default.weight is \[2, 16\] and not \[4, 16\]"),
     "other architecture": (adapter_setting(target_modules=["c_attn"]), r"choose the model that the adapter was made"),
     "classifier": (adapter_setting(task_type="SEQ_CLS"), r"this is a LORA adapter for SEQ_CLS"),
+    "not a number": (
+        tensors(lambda w: {key: v * float("nan") for key, v in w.items()}, ADAPTER_WEIGHTS),
+        r"\d tensors have NaN or infinite numbers \(base_model.model.model.layers.0.*; copy it again",
+    ),
+    "missing module": (adapter_setting(modules_to_save=["lm_head"]), r"does not have the tensor base_model.model.lm_h"),
     "no weights": (removed(ADAPTER_WEIGHTS), r"cannot be loaded"),
     "broken json": (text("adapter_config.json", "{"), r"one of its JSON files cannot be read"),
 }

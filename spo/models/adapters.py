@@ -186,6 +186,9 @@ def with_given_adapter(model: nn.Module, path: str, *, is_trainable: bool) -> nn
         raise UserError(
             f"{origin} cannot be loaded: it does not fit the model: {problems}; {made_for}, or copy it again"
         )
+    infinite = sorted(name for name, p in adapted.named_parameters() if ".default." in name and not p.isfinite().all())
+    if numbers := some(infinite, "has NaN or infinite numbers", "have NaN or infinite numbers"):
+        raise UserError(f"{origin} cannot be used: {numbers}; copy it again, or give an earlier one")
     return adapted
 
 

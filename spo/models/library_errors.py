@@ -101,6 +101,7 @@ FILE_ERRORS: tuple[Kind, ...] = (
         "set model.attn_implementation=auto, or eager",
     ),
     (r"[Tt]arget modules? ", None, "choose the model that the adapter was made for"),
+    (r"KeyError: '(base_model\.[\w.]+)'", "it does not have the tensor {0}", COPY),
     (r"CONVERSION", "its tensors cannot be converted to the model's (some are missing or have another shape)", COPY),
 )
 

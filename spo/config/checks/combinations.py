@@ -128,7 +128,11 @@ def _data(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
 
 
 def _model(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
-    """Yield why a model that makes its own weights cannot be built, if its function declares a check."""
+    """Yield why a model cannot be trained as the strategy wants, or cannot be built if it makes its own weights."""
+    shards = getattr(parts.target("strategy.plugin"), "__name__", "") == "ModelParallelStrategy"
+    if shards and select(cfg, "model.lora") is not None:
+        # Samples are drawn from the model below the adapter, which does not gather the shards of the whole.
+        yield "strategy=fsdp shards all weights, and model.lora trains an adapter: choose strategy=ddp, or model=hf"
     if getattr(parts.target("model.initial"), "validate", None) is None:
         return
     initial = parts.build("model.initial")
