@@ -810,7 +810,8 @@ def test_problems_are_reported_before_anything_runs(tmp_path: Path, monkeypatch:
     assert "judge.path is not set" in problem_text("judge=language_model")
     local = ["judge=language_model", f"judge.path={tmp_path}", "judge.margin=-1", "judge.dtype=float23"]
     assert "there is no config.json" in problem_text(*local)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")  # a header without tensors
     text = problem_text(*local, "judge.trust_remote_code=maybe", "judge.batch_size=0")
     for words in (
         "batch_size=0: must be at least 1",

@@ -51,6 +51,7 @@ from tests.helpers import (
 PAIRS = random_pairs(30, seed=0)
 CFG = OmegaConf.create(
     {
+        "model": {},
         "trainer": {"precision": "32-true", "accelerator": "cpu"},
         "speed": {key: value for key, value in asdict(PLAIN).items() if key != "probed"},
     }

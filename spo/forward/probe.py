@@ -135,7 +135,7 @@ def _comparison(model: nn.Module, rows: Rows) -> Callable[[Tensor, Tensor], bool
         difference = _differences(got, want)
         if not exact:
             return bool(difference.median() <= max(MAX_MEDIAN_NATS, 4 * rounding))
-        size = float(want[want.isfinite()].abs().max())
+        size = float(want.masked_fill(~want.isfinite(), 0).abs().max())
         return bool(difference.max() <= min(max(RELATIVE_ROUNDING * size, 10 * rounding), MAX_ROUNDING_NATS))
 
     return same
