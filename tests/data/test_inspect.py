@@ -94,7 +94,7 @@ def test_json_has_the_tokens_and_texts_of_every_row(tmp_path: Path, capsys: pyte
     template.write_bytes("\ufeff{% for m in messages %}\r\n({{ m.role }}){{ m.content }}</s>{% endfor %}".encode())
     arguments = [f"data.chat_template={template}", "--json", str(tmp_path / "out.json")]
     assert cli.main(["inspect", *data, *model, *arguments]) == 0
-    assert json.loads((tmp_path / "out.json").read_text())[0]["prompt_text"].startswith("<s>\n(user)on 0?</s>")
+    assert json.loads((tmp_path / "out.json").read_text())[0]["prompt_text"].startswith("<s>(user)on 0?</s>")
     template.unlink()
     assert cli.main(["inspect", *data, *model, *arguments]) == 1
     assert f"data.chat_template={template}: there is no such file" in capsys.readouterr().err
