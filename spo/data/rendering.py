@@ -9,7 +9,7 @@ Training, sampling and scoring all use :class:`Renderer`, so they see the same t
   ``data.split_special_tokens=false``. See :mod:`spo.data.encoding`.
 * A text begins with exactly one BOS if the tokenizer has one, even if the tokenizer does not add it. GPT-2, for
   example, saw it between documents. A tokenizer without BOS (Qwen) gets none. For conversations the chat template
-  decides: a BOS is added only if the tokenizer adds one and the template does not.
+  decides, whatever the tokenizer adds to other input.
 * A text completion that was not cut ends in exactly one EOS.
 * A conversation is what the chat template writes, given whole messages, tools and arguments. The prompt is the
   template's generation prompt wherever the whole conversation begins with it; elsewhere it ends at the last token that
@@ -264,7 +264,7 @@ class Renderer:
 
     def _bos(self, text: Rendered, ids: tuple[int, ...]) -> tuple[int, ...]:
         if text.conversation:
-            return self.encoder.added_bos(ids)
+            return ()  # The template decides, in training as in every program that samples from the policy.
         return () if self.bos_id is None or ids[:1] == (self.bos_id,) else (self.bos_id,)
 
     def _as_text(self, row: Row) -> Rendered:

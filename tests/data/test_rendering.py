@@ -136,8 +136,8 @@ def decoded(renderer: Renderer, ids: tuple[int, ...] | None) -> str:
 def test_template_may_end_in_eos_and_newline(kind: str) -> None:
     eos = TOKENIZERS[kind].eos_token
     renderer, pair = chat(kind, ENDS_IN_EOS.replace("</s>", eos))
-    bos = "" if kind == "no_bos" else "<s>"
-    assert decoded(renderer, pair.prompt_ids) == f"{bos}[user]on?{eos}\n[assistant]"
+    # The template decides, even if the tokenizer adds a BOS to other input.
+    assert decoded(renderer, pair.prompt_ids) == f"[user]on?{eos}\n[assistant]"
     assert decoded(renderer, pair.chosen_ids) == f"cat{eos}"
     # A completion whose last letter also stands inside the EOS token's own text.
     assert decoded(renderer, pair.rejected_ids) == f" s{eos}"
@@ -155,7 +155,7 @@ def test_template_may_begin_with_bos_and_lack_eos(kind: str) -> None:
 
 def test_conversations_of_several_turns_render() -> None:
     renderer, pair = chat("adds_bos", ENDS_IN_EOS, (USER, CAT, USER))
-    assert decoded(renderer, pair.prompt_ids) == "<s>[user]on?</s>\n[assistant]cat</s>\n[user]on?</s>\n[assistant]"
+    assert decoded(renderer, pair.prompt_ids) == "[user]on?</s>\n[assistant]cat</s>\n[user]on?</s>\n[assistant]"
     two = renderer.render(Row((USER,), (CAT, USER, CAT), (ON,)))
     assert isinstance(two, TokenizedPair)
     assert decoded(renderer, two.chosen_ids) == "cat</s>\n[user]on?</s>\n[assistant]cat</s>"
@@ -163,13 +163,13 @@ def test_conversations_of_several_turns_render() -> None:
     # After an assistant's turn no further one is opened.
     follow = renderer.render(Row((USER, CAT), (USER, CAT), (USER, ON)))
     assert isinstance(follow, TokenizedPair)
-    assert decoded(renderer, follow.prompt_ids) == "<s>[user]on?</s>\n[assistant]cat</s>\n"
+    assert decoded(renderer, follow.prompt_ids) == "[user]on?</s>\n[assistant]cat</s>\n"
 
 
 def test_template_may_open_a_turn_unlike_a_finished_one() -> None:
     template = ENDS_IN_EOS.replace("[assistant]{% endif %}", "[assistant]hm{% endif %}")
     renderer, pair = chat("adds_bos", template)
-    assert decoded(renderer, pair.prompt_ids) == "<s>[user]on?</s>\n[assistant]"
+    assert decoded(renderer, pair.prompt_ids) == "[user]on?</s>\n[assistant]"
     assert decoded(renderer, pair.chosen_ids) == "cat</s>"
 
 
