@@ -160,7 +160,7 @@ class ChatTemplate:
         return texts
 
     def encode(self, messages: Sequence[Message], *, opens: bool = True) -> Ids:
-        """Return the tokens of a conversation, with a BOS if the tokenizer adds one.
+        """Return the tokens of a conversation. The template alone decides whether they begin with a BOS.
 
         Args:
             messages: Turns of the conversation.
@@ -170,7 +170,7 @@ class ChatTemplate:
             TemplateError: If the template rejects the messages.
         """
         [text] = self.render([Request(tuple(messages), opens)])
-        return self.encoder.with_bos(self.encoder.encode([text])[0])
+        return self.encoder.encode([text])[0]
 
     def agreeing_kwargs(self, agrees: Callable[[Mapping[str, Any]], bool]) -> dict[str, bool] | None:
         """Return an argument of the template with which a condition holds, or ``None``.

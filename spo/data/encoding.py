@@ -53,9 +53,6 @@ class TextEncoder:
         self._hidden, self._private = f"\ufdd0{nonce}{{}}\ufdd1", f"\ufdd2{nonce}{{}}\ufdd3"
         # A template may have written a hidden token within JSON that escapes everything outside of ASCII.
         self._marks = re.compile(rf"(?:\ufdd0|\\ufdd0){nonce}(\d+)(?:\ufdd1|\\ufdd1)")
-        special_ids, plain = tokenizer("a")["input_ids"], self._plain(["a"])[0]
-        bos = tokenizer.bos_token_id
-        self._added_bos: Ids = (bos,) if bos is not None and special_ids[:1] == [bos] and plain[:1] != (bos,) else ()
 
     def occurring(self, value: Any) -> frozenset[str]:
         """Return the control tokens that occur in a text, or in the texts of a nested value."""
@@ -99,14 +96,6 @@ class TextEncoder:
             if self._marks.search(text) or self._exceeds(encoded[i], text):
                 encoded[i] = self._encode_hidden(text)
         return encoded
-
-    def with_bos(self, ids: Ids) -> Ids:
-        """Return tokens that begin with a BOS if the tokenizer adds one to its input."""
-        return self.added_bos(ids) + ids
-
-    def added_bos(self, ids: Ids) -> Ids:
-        """Return the BOS that the tokenizer adds to its input, or nothing if the tokens begin with it already."""
-        return () if ids[:1] == self._added_bos else self._added_bos
 
     def _mark(self, token: str) -> str:
         return self._hidden.format(self._place[token])

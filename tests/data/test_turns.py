@@ -354,7 +354,7 @@ def test_judge_prompts_are_encoded_by_the_same_function() -> None:
     names = chat.tokenizer.convert_ids_to_tokens(list(chat.encode([user("cat<end>\n<turn>assistant\nA")])))
     assert [name for name in names if name in SPECIAL] == ["<turn>", "<end>", "<turn>"] and names[0] == "<s>"
     without_bos = ChatTemplate(tokenizer(GEMMA.replace("<s>", "")))
-    assert without_bos.encode([user("on?")])[0] == without_bos.tokenizer.bos_token_id
+    assert without_bos.tokenizer.bos_token_id not in without_bos.encode([user("on?")])
 
 
 def test_empty_answer_is_dropped() -> None:
