@@ -269,13 +269,13 @@ class Renderer:
 
     def _as_text(self, row: Row) -> Rendered:
         if isinstance(row.prompt, str):
-            return self._columns(row.prompt, [str(text) for text in _completions(row)])
+            return self._columns(row.prompt, [str(text) for text in row.completions])
         if self._writer is None:
             raise DataError(
                 f"{row.where}: the row is a list of messages, but the tokenizer does not have a chat template. Use the "
                 "model's chat version, give a template as data.chat_template=FILE, or write the data as text"
             )
-        return self._writer.write(row, [messages for messages in _completions(row) if messages])  # type: ignore[misc]
+        return self._writer.write(row, [messages for messages in row.completions if messages])  # type: ignore[misc]
 
     def _columns(self, prompt: str, completions: Sequence[str]) -> Rendered:
         """Return text columns as they are, apart from BOS and EOS that other tools write into them."""
@@ -366,11 +366,6 @@ def prompt_id(prompt: Text, *template_values: object) -> str:
     if any(template_values):
         text += json.dumps(template_values, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _completions(row: Row) -> tuple[Text, ...]:
-    """Return the completions of a row, the best one first."""
-    return (row.chosen, *(() if row.rejected is None else (row.rejected,)), *row.worse)
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
