@@ -243,3 +243,20 @@ def test_too_wide_prose_is_detected() -> None:
     wide = "word " * MAX_WIDTH
     assert too_wide(f"a\n| {wide}|\n```bash run\n{wide}\n```\n[b]({'c' * MAX_WIDTH})\n") == []
     assert too_wide(f"a\n{wide}\n") == [wide]
+
+
+def note_keys() -> set[str]:
+    """Return the keys of all notes that the package writes."""
+    from spo.data import findings, remarks
+
+    keys = findings.SENTENCES.keys() | remarks.SENTENCES.keys()
+    for file in (ROOT / "spo").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("note", "note_once"):
+                keys |= {arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant) and " " not in arg.value}
+    return keys
+
+
+def test_every_note_is_documented() -> None:
+    text = "".join(file.read_text() for file in (ROOT / "docs" / "reference").glob("*.md"))
+    assert len(note_keys()) > 30 and {key for key in note_keys() if f"{key}`" not in text} == set()
