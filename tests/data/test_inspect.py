@@ -80,7 +80,7 @@ def test_json_has_the_tokens_and_texts_of_every_row(tmp_path: Path, capsys: pyte
     assert [row["where"].rpartition(" ")[2] for row in written] == [str(i) for i in range(1, 21)]
     assert {row["split"] for row in written} == {"train", "selection", "test"}
     for i, row in enumerate(written):
-        assert row["prompt_text"] == f"<s>[user]on {i}?<pad>\n[assistant]" == tokenizer.decode(row["prompt_ids"])
+        assert row["prompt_text"] == f"[user]on {i}?<pad>\n[assistant]" == tokenizer.decode(row["prompt_ids"])
         assert (row["chosen_text"], row["rejected_text"]) == (f"cat {i}", "the</s>")
         assert tokenizer.decode(row["chosen_ids"]) == f"cat {i}<pad>"
         assert tokenizer.decode(row["rejected_ids"]) == "the</s><pad>"
@@ -94,7 +94,7 @@ def test_json_has_the_tokens_and_texts_of_every_row(tmp_path: Path, capsys: pyte
     template.write_bytes("\ufeff{% for m in messages %}\r\n({{ m.role }}){{ m.content }}</s>{% endfor %}".encode())
     arguments = [f"data.chat_template={template}", "--json", str(tmp_path / "out.json")]
     assert cli.main(["inspect", *data, *model, *arguments]) == 0
-    assert json.loads((tmp_path / "out.json").read_text())[0]["prompt_text"].startswith("<s>(user)on 0?</s>")
+    assert json.loads((tmp_path / "out.json").read_text())[0]["prompt_text"].startswith("(user)on 0?</s>")
     template.unlink()
     assert cli.main(["inspect", *data, *model, *arguments]) == 1
     assert f"data.chat_template={template}: there is no such file" in capsys.readouterr().err
