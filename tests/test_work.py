@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from spo.data import TokenizedPair
 from spo.forward.attention import MAX_MASKED_TOKENS, kernel_calls
 from spo.forward.packing import Group, Groups
+from spo.forward.probe import probe_drawing
 from spo.forward.speed import Speed
 from spo.losses import DPOLoss, PreferenceLoss, SPOLoss
 from spo.models import FrozenReference
@@ -83,6 +84,7 @@ def counted(folder: Path, loss: PreferenceLoss, regularizer: Regularizer, speed:
         log_every_n_steps=10,
     )
     module.__class__, module.steps = Counted, []  # type: ignore[assignment]
+    probe_drawing(module.policy)  # A model is probed once, when samples are first drawn from it.
     pairs = [pair(i) for i in range(PAIRS)]
     trainer = make_trainer(folder, max_steps=STEPS)
     trainer.fit(module, datamodule=make_data(pairs, max_steps=STEPS, batch_size=PAIRS, **data))
