@@ -201,6 +201,19 @@ def pad_sequences(rows: SequenceABC[tuple[SequenceABC[int], SequenceABC[int]]], 
     return Sequences(long_tensor(ids).view(len(rows), width), prompt_length, torch.tensor(lengths))
 
 
+def pad_prompts(
+    prompts: SequenceABC[SequenceABC[int]], pad_token_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return ``(N, T)`` token ids of prompts to continue, padded on the left, and their attention mask."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
 @dataclass(frozen=True)
 class PreferenceBatch(Movable):
     """``B`` preference pairs or ranked lists as tokens, with each distinct sequence once.

@@ -1,4 +1,4 @@
-"""What local judges read: control tokens come from templates and tokenizers only, never from a prompt or completion."""
+"""Inputs of local judges: control tokens come from templates and tokenizers, never from a prompt or completion."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def _rename(tokenizer: Any, names: dict[str, str]) -> Callable[[str], list[int]]
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern of any of the tokens, of which the longest come first; it matches nothing without tokens."""
+    """Return a pattern that matches any of the tokens, given the longest first, or nothing if there are none."""
     return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
 

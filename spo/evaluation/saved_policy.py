@@ -79,7 +79,7 @@ class TrainedPolicy:
         largest, mean = (float(gaps.max()), float(gaps.mean())) if len(gaps) else (0.0, 0.0)
         rounds = eps > torch.finfo(torch.float32).eps
         measured, limit = (mean, MAX_HALF_PRECISION_GAP_EPS * eps) if rounds else (largest, MAX_GAP_NATS)
-        if not measured <= limit:  # Written so that NaN is refused.
+        if not measured <= limit:  # The comparison is negated so that NaN fails it.
             kind = "on average" if rounds else "at most"
             words = f"log-probs of tokens differ by {measured:.3g} nats {kind}, where {limit:.3g} is rounding"
             raise UserError(_not_the_trained_one(folder, words))

@@ -20,7 +20,7 @@ from spo.notes import note
 from spo.types import Sequences
 
 Scale = tuple[int, ...]
-"""What the rotary positions of a sequence depend on beside the positions: equal scales may share a batch."""
+"""Lengths that scale the rotary positions of a sequence. Sequences of equal scales may share a batch."""
 
 
 class Company(IntEnum):

@@ -18,7 +18,7 @@ from spo.forward.modes import default_generation_config, eval_mode
 from spo.forward.neighbors import Company, company_of, rope_thresholds
 from spo.forward.packing import pack
 from spo.ops import completion_targets, token_logps
-from spo.types import pad_sequences
+from spo.types import pad_prompts, pad_sequences
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ Rows = Sequence[tuple[list[int], list[int]]]
 
 
 class Drawing(NamedTuple):
-    """How samples of a model can be drawn.
+    """Rows and settings with which samples of a model are right.
 
     Attributes:
         company: Prompts that may be drawn in one batch, padded on the left.
@@ -60,8 +60,8 @@ class Drawing(NamedTuple):
 def probe_company(model: nn.Module) -> Company:
     """Return the rows beside which a model computes for a right-padded sequence what it does for it alone.
 
-    A few short rows are compared when the function is called first for a model. Lengths of which the configuration
-    says that they change positions are left out: :func:`spo.forward.neighbors.scale_of` keeps them apart.
+    A few short rows are compared when the function is called first for a model. Lengths that change
+    positions according to the configuration are left out: :func:`spo.forward.neighbors.scale_of` keeps them apart.
 
     Args:
         model: Hugging Face causal language model, or one with an adapter. It keeps the result as ``company``.
@@ -171,11 +171,8 @@ def _lengths(settings: dict[str, Any]) -> Iterator[int]:
 def _generates_as_alone(model: Any, rows: Rows) -> bool:
     """Return whether ``generate`` computes for padded prompts what a forward pass over each of them alone does."""
     prompts = [prompt + completion for prompt, completion in rows]
-    width, device = max(map(len, prompts)), next(model.parameters()).device
-    padding = _padding(model)
-    ids, mask = torch.full((len(prompts), width), padding), torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = torch.tensor(prompt), 1
+    device, padding = next(model.parameters()).device, _padding(model)
+    ids, mask = pad_prompts(prompts, padding, device)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=PROBED_NEW_TOKENS,
@@ -186,12 +183,12 @@ def _generates_as_alone(model: Any, rows: Rows) -> bool:
     )
     with default_generation_config(model):
         drawn = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            input_ids=ids,
+            attention_mask=mask,
             generation_config=config,
             synced_gpus=isinstance(model, FSDPModule),
         )
-    completions = drawn.sequences[:, width:].tolist()
+    completions = drawn.sequences[:, ids.shape[1] :].tolist()
     found, same = torch.stack(drawn.logits, dim=1).float().log_softmax(-1), _comparison(model, rows)
     for got, prompt, completion in zip(found, prompts, completions, strict=True):
         alone = completion_logits(model, pad_sequences([(prompt, completion)], padding).to(device))

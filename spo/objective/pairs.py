@@ -26,7 +26,7 @@ Scores = tuple[PreferenceBatch, Tensor, Tensor | None]
 
 
 class Joint(NamedTuple):
-    """What a micro-batch needs of a loss that was called with all pairs of a step.
+    """Numbers that a micro-batch needs from a loss that was called with all pairs of a step.
 
     Attributes:
         slopes: ``(N,)`` derivative of the sum of all losses by the log-prob of each sequence of the micro-batch.

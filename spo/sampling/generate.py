@@ -21,7 +21,7 @@ from spo.forward.probe import Drawing, probe_drawing
 from spo.logs import log_once
 from spo.sampling import static, uncached
 from spo.sampling.draw import next_tokens, uniform_numbers
-from spo.types import Sequences
+from spo.types import Sequences, pad_prompts
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +34,6 @@ def _uncompiled(model: nn.Module) -> AbstractContextManager[None]:
     """Run compiled blocks without compilation inside: each new sequence length would be compiled anew."""
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
-def _left_padded(prompts: Seq[Seq[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return ``(N, T)`` token ids, padded on the left, and their attention mask."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
 
 
 class _Draw(LogitsProcessor):
@@ -138,7 +127,7 @@ def sample(
     generated = torch.full(numbers.shape, pad_token_id, dtype=torch.long, device=device)
     with eval_mode(model), _uncompiled(model):
         for rows, decode in _batches(model, [*map(len, prompts)], max_new_tokens, sampler):
-            ids, mask = _left_padded([prompts[row] for row in rows], pad_token_id, device)
+            ids, mask = pad_prompts([prompts[row] for row in rows], pad_token_id, device)
             index = torch.tensor(rows, device=device)
             drawn = decode(
                 model,

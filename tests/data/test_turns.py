@@ -1,4 +1,4 @@
-"""What chat templates write: ends of turns, prompts, fields and content."""
+"""Tests of chat templates: ends of turns, prompts, fields and content."""
 
 from __future__ import annotations
 
