@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -50,6 +52,50 @@ class ConfigProblems(UserError):
         return type(self), (self.problems,)
 
 
+MEMORY_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "unable to allocate",
+    "bad_alloc",
+    "STATUS_ALLOC_FAILED",
+    "insufficient shared memory",
+)
+"""Phrases of PyTorch, CUDA, MPS, NumPy and the C++ library in errors about memory."""
+SAVES_MEMORY = "model.gradient_checkpointing=true, model.dtype=bfloat16 or model=hf_lora need less, too"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a device or the host does not have enough memory."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    # By name, since torch is not imported here. DefaultCPUAllocator and DataLoader raise a plain RuntimeError.
+    words = str(error).lower()
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and any(phrase.lower() in words for phrase in MEMORY_WORDS)
+    )
+
+
+@contextmanager
+def memory_for(activity: str, *keys: str) -> Iterator[None]:
+    """Turn an error about memory into a sentence with the keys that decide how much is needed.
+
+    Args:
+        activity: Work of the block, such as ``"a training step"``.
+        keys: Configuration keys to lower.
+
+    Raises:
+        UserError: There was not enough memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory in {activity}: lower {' or '.join(keys)}; {SAVES_MEMORY}") from error
+
+
 def missing_package(module: str) -> str | None:
     """Return how to install a module that one of our extras brings, ``None`` for any other module."""
     name = module
@@ -75,6 +121,9 @@ def user_message(error: Exception) -> str | None:
     for one in chain:
         if type(one).__name__ == "MisconfigurationException":
             return str(one)
+    if any(map(is_out_of_memory, chain)):
+        keys = "data.micro_batch_size, data.eval_batch_size, evaluation.batch_size or data.max_length"
+        return f"out of memory: lower {keys}; {SAVES_MEMORY}"
     cause = error.__cause__ or error
     from_hydra = type(cause).__module__.startswith(("hydra.", "omegaconf."))
     if type(error).__module__.startswith(("hydra.", "omegaconf.")):
