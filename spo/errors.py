@@ -63,7 +63,6 @@ MEMORY_WORDS = (
     "insufficient shared memory",
 )
 """Phrases of PyTorch, CUDA, MPS, NumPy and the C++ library in errors about memory."""
-SAVES_MEMORY = "model.gradient_checkpointing=true, model.dtype=bfloat16 or model=hf_lora need less, too"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -78,12 +77,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_for(activity: str, *keys: str) -> Iterator[None]:
+def memory_for(activity: str, *keys: str, otherwise: str = "") -> Iterator[None]:
     """Turn an error about memory into a sentence with the keys that decide how much is needed.
 
     Args:
         activity: Work of the block, such as ``"a training step"``.
         keys: Configuration keys to lower.
+        otherwise: Further remedy, if there is one.
 
     Raises:
         UserError: There was not enough memory.
@@ -93,7 +93,8 @@ def memory_for(activity: str, *keys: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory in {activity}: lower {' or '.join(keys)}; {SAVES_MEMORY}") from error
+        words = f"out of memory in {activity}: lower {', '.join(keys[:-1])}{' or ' if keys[1:] else ''}{keys[-1]}"
+        raise UserError(f"{words}, or {otherwise}" if otherwise else words) from error
 
 
 def missing_package(module: str) -> str | None:
@@ -122,8 +123,10 @@ def user_message(error: Exception) -> str | None:
         if type(one).__name__ == "MisconfigurationException":
             return str(one)
     if any(map(is_out_of_memory, chain)):
-        keys = "data.micro_batch_size, data.eval_batch_size, evaluation.batch_size or data.max_length"
-        return f"out of memory: lower {keys}; {SAVES_MEMORY}"
+        return (
+            "out of memory: choose a smaller model.path, or lower data.micro_batch_size, data.eval_batch_size, "
+            "evaluation.batch_size, data.max_length or data.num_workers"
+        )
     cause = error.__cause__ or error
     from_hydra = type(cause).__module__.startswith(("hydra.", "omegaconf."))
     if type(error).__module__.startswith(("hydra.", "omegaconf.")):

@@ -44,12 +44,14 @@ class StageKeys:
     Attributes:
         lr: Key of the learning rate.
         clip_norm: Key of the largest gradient norm.
+        stage: Name of the stage for people, empty for alignment.
         memory: Keys that decide how much memory a step takes.
         validation_memory: Keys that decide how much memory a validation takes.
     """
 
     lr: str = "optimizer.lr"
     clip_norm: str = "trainer.gradient_clip_val"
+    stage: str = ""
     memory: Sequence[str] = (
         "data.micro_batch_size",
         "data.micro_batch_tokens",
@@ -216,7 +218,8 @@ class Guard:
         pairs = describe_pairs(facts, module.trainer.datamodule.train)  # type: ignore[attr-defined]
         cause = self._likely_cause(facts, module.trainer.datamodule.train, step.number, name)  # type: ignore[attr-defined]
         what = "is not finite" if math.isfinite(value) else f"is {value:g}"
-        words = f"the {name} of step {step.number + 1} {what}, and the step was not taken: {pairs}; {cause}"
+        stage = f" of {self.keys.stage}" if self.keys.stage else ""
+        words = f"the {name} of step {step.number + 1}{stage} {what}, and the step was not taken: {pairs}; {cause}"
         if len(self.skipped) >= self.max_skipped:
             if self.skipped:
                 count = len(self.skipped)

@@ -39,6 +39,7 @@ from spo.watch import (
 )
 
 STEP_METRICS = ("loss", "grad_norm", "alpha", "beta", "lr", "buffer/age", "buffer/tokens")
+SAVES_MEMORY = "set model.gradient_checkpointing=true, model.dtype=bfloat16 or model=hf_lora"
 TIME_METRICS = ("sampling_s", "step_s", "probe_s")
 
 
@@ -158,7 +159,7 @@ class AlignmentModule(LightningModule):
 
     def training_step(self, window: Window, batch_idx: int) -> None:
         """Take one optimizer step, unless its loss or gradient is not finite."""
-        with memory_for("a training step", *self.guard.keys.memory):
+        with memory_for("a training step", *self.guard.keys.memory, otherwise=SAVES_MEMORY):
             self._step(window)
 
     def _step(self, window: Window) -> None:
