@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 from omegaconf import DictConfig, OmegaConf
@@ -30,8 +31,8 @@ DERIVED_TRAINER_KEYS = {
     "callbacks": "use the group callbacks",
     "strategy": "use the group strategy",
     "plugins": "use the group strategy",
-    "max_epochs": "use trainer.max_steps",
-    "min_epochs": "use trainer.max_steps",
+    "min_epochs": "use trainer.max_steps or trainer.max_epochs",
+    "min_steps": "use trainer.max_steps or trainer.max_epochs",
     "check_val_every_n_epoch": "use trainer.val_check_interval, in optimizer steps",
     "use_distributed_sampler": "the data module distributes the pairs over devices itself",
     "enable_checkpointing": "use callbacks=none",
@@ -40,6 +41,9 @@ DERIVED_TRAINER_KEYS = {
     "gradient_clip_algorithm": "gradients are clipped by their norm",
     "reload_dataloaders_every_n_epochs": "the data module is read once",
 }
+
+ASSUMED_STEPS = 1_000_000
+"""Number of steps with which a configuration is checked before its data is read."""
 
 
 def missing_and_unresolved(cfg: DictConfig) -> Iterator[str]:
@@ -57,10 +61,20 @@ def missing_and_unresolved(cfg: DictConfig) -> Iterator[str]:
                 yield f"{key}: {first_line(error)}"
 
 
+def with_some_length(cfg: DictConfig) -> DictConfig:
+    """Return the configuration, with some number of steps where it follows from trainer.max_epochs and the data."""
+    if select(cfg, "trainer.max_steps") is not None or not isinstance(select(cfg, "trainer.max_epochs"), int | float):
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    OmegaConf.update(cfg, "trainer.max_steps", ASSUMED_STEPS)
+    return cfg
+
+
 def setting_problems(cfg: DictConfig) -> Iterator[str]:
     """Yield values that do not fit the schema, and relations between them that cannot hold."""
     wrong = [key for key, hint in typed_keys().items() if is_given(cfg, key) and violation(select(cfg, key), hint)]
     # A value that refers to another key is wrong because that one is: report it only if there is no such key.
+    wrong = [key for key in wrong if not follows_size(cfg, key)]
     for key in [key for key in wrong if not _is_reference(cfg, key)] or wrong:
         value = select(cfg, key)
         yield f"{key}={shown(value)}: {violation(value, typed_keys()[key])}"
@@ -86,6 +100,13 @@ def _is_reference(cfg: DictConfig, key: str) -> bool:
     return OmegaConf.is_interpolation(select(cfg, parent) if parent else cfg, name)
 
 
+def follows_size(cfg: DictConfig, key: str) -> bool:
+    """Return whether a key lacks its value because the parameters of the model cannot be counted."""
+    model, value = select(cfg, "model"), select(cfg, key)
+    unknown = isinstance(model, DictConfig) and "num_parameters" in model and select(cfg, "model.default_lr") is None
+    return unknown and value is None and _is_reference(cfg, key)
+
+
 def shown(value: object) -> str:
     """Return a value as a person writes it on the command line."""
     return "null" if value is None else str(value)
@@ -98,6 +119,8 @@ def _trainer(cfg: DictConfig) -> Iterator[str]:
             yield f"trainer.{name} cannot be set: {instead}"
     if str(select(cfg, "trainer.devices")) == "0":
         yield "trainer.devices=0: must be a number of devices, a list of them, or auto"
+    if "max_steps" in given and select(cfg, "trainer.max_steps") is None and select(cfg, "trainer.max_epochs") is None:
+        yield "trainer.max_steps=null: set it, or trainer.max_epochs"
 
 
 def _relations(cfg: DictConfig) -> Iterator[str]:
