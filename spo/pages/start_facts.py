@@ -47,6 +47,7 @@ def start_facts(
         **_describe_rate(cfg),
         "alpha": _describe_schedule(module.alpha) if module.loss.uses_alpha else "not read",
         "beta": _describe_beta(module),
+        **_describe_samples(module),
         "devices": f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}",
         "run directory": str(cfg.paths.run),
     } | ({} if exact is None else {"optimum": _describe_optimum(module, exact)})
@@ -92,6 +93,12 @@ def _describe_beta(module: AlignmentModule) -> str:
         extra = f"; regularizer.weight {regularizer.weight:g}" if regularizer.adds_term else ""
         return f"{value}, of the loss{extra}"
     return f"{value}, weight of the regularizer" if regularizer.follows_beta else "not read"
+
+
+def _describe_samples(module: AlignmentModule) -> dict[str, str]:
+    """Return the prompts that the regularizer samples for, where they are not those of the training split."""
+    chosen, count = module.regularizer.prompts, len(module.prompts.regularizer)
+    return {} if chosen == "train" else {"KL on": f"samples for {count} prompts of {chosen}"}
 
 
 def _describe_schedule(schedule: Schedule) -> str:

@@ -39,10 +39,11 @@ class GlobalKL(SampleRegularizer):
     Args:
         weight: Coefficient of R, or ``"beta"`` to follow the beta schedule.
         refresh_every: Optimizer steps between two drawings of samples.
-        num_samples: Sequences in the buffer, one per training prompt drawn, over all processes.
+        num_samples: Sequences in the buffer, one per prompt drawn, over all processes.
         batch_size: Buffered sequences used in each optimizer step, over all processes.
         max_new_tokens: Length limit of a sample, in tokens.
         estimator: Name in the table above.
+        prompts: Prompts x to sample for: those of the split ``"train"`` or ``"selection"``, or a file.
 
     Raises:
         ValueError: A count is not positive, ``batch_size`` exceeds ``num_samples``, or the estimator is unknown.
@@ -58,8 +59,9 @@ class GlobalKL(SampleRegularizer):
         batch_size: PositiveInt,
         max_new_tokens: PositiveInt,
         estimator: KLEstimator,
+        prompts: str = "train",
     ) -> None:
-        super().__init__(weight, refresh_every, num_samples, batch_size, max_new_tokens)
+        super().__init__(weight, refresh_every, num_samples, batch_size, max_new_tokens, prompts)
         if estimator not in KL_ESTIMATORS:
             raise ValueError(f"regularizer.estimator={estimator}: choose one of {', '.join(KL_ESTIMATORS)}")
         self.estimator = estimator

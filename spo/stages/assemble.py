@@ -29,6 +29,7 @@ from spo.regularizers import Regularizer
 from spo.schedules.optimization import warmup_steps
 from spo.stages.prepare import Prepared
 from spo.stages.reference_logps import logps_store, precomputed_logps
+from spo.stages.regularizer_prompts import regularizer_prompts
 from spo.watch import ProbeSettings
 
 
@@ -106,6 +107,7 @@ def build_module(
             [prompt.ids for prompt in prepared.sampling_prompts("selection", cfg.data.max_new_tokens)],
             prepared.stop_ids,
             prepared.tokenizer.pad_token_id,
+            regularizer_prompts(cfg, prepared, regularizer),
         ),
         probe=probe,
         clip_norm=cfg.trainer.gradient_clip_val,

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from spo.config.checks.folders import ADAPTER_CONFIG, folder_problems, looks_like_path
 from spo.config.checks.settings import follows_size
-from spo.config.nodes import select
+from spo.config.nodes import select, suggestion
 from spo.records import filenames
 
 
@@ -24,6 +24,7 @@ def file_problems(cfg: DictConfig) -> Iterator[str]:
         yield from _template_problems(str(template))
     if (judge := select(cfg, "judge.path")) is not None:
         yield from folder_problems("judge.path", str(judge))
+    yield from _regularizer_prompts(cfg)
     yield from _opponents(cfg)
 
 
@@ -32,6 +33,16 @@ def missing_data(path: str) -> str | None:
     if Path(path).expanduser().exists():
         return None
     return f"data.path={path}: there is no such file or folder (seen from {Path.cwd()})"
+
+
+def _regularizer_prompts(cfg: DictConfig) -> Iterator[str]:
+    """Yield why ``regularizer.prompts`` names neither a split nor a file."""
+    chosen, splits = select(cfg, "regularizer.prompts"), ("train", "selection")
+    if isinstance(chosen, str) and chosen not in splits and not Path(chosen).expanduser().exists():
+        yield (
+            f"regularizer.prompts={chosen}: choose train, selection, or a file with a column prompt (there is no such "
+            f"file, seen from {Path.cwd()}){suggestion(chosen, splits)}"
+        )
 
 
 def _template_problems(path: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
@@ -74,7 +75,7 @@ def setting_problems(cfg: DictConfig) -> Iterator[str]:
     """Yield values that do not fit the schema, and relations between them that cannot hold."""
     wrong = [key for key, hint in typed_keys().items() if is_given(cfg, key) and violation(select(cfg, key), hint)]
     # A value that refers to another key is wrong because that one is: report it only if there is no such key.
-    wrong = [key for key in wrong if not follows_size(cfg, key)]
+    wrong = [key for key in wrong if not (follows_size(cfg, key) or _follows_length(cfg, key))]
     for key in [key for key in wrong if not _is_reference(cfg, key)] or wrong:
         value = select(cfg, key)
         yield f"{key}={shown(value)}: {violation(value, typed_keys()[key])}"
@@ -105,6 +106,15 @@ def follows_size(cfg: DictConfig, key: str) -> bool:
     model, value = select(cfg, "model"), select(cfg, key)
     unknown = isinstance(model, DictConfig) and "num_parameters" in model and select(cfg, "model.default_lr") is None
     return unknown and value is None and _is_reference(cfg, key)
+
+
+def _follows_length(cfg: DictConfig, key: str) -> bool:
+    """Return whether a key lacks its value because the run does not have a length, which is reported by itself."""
+    parent, _, name = key.rpartition(".")
+    if select(cfg, key) is not None or not parent or not _is_reference(cfg, key):
+        return False
+    raw: Any = OmegaConf.to_container(select(cfg, parent))
+    return "trainer.max_steps" in str(raw[name])
 
 
 def shown(value: object) -> str:
