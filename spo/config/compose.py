@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
+from spo.config.nodes import select
 from spo.errors import UserError
 from spo.records.operational_keys import OPERATIONAL_KEYS
 from spo.records.parameters import count_parameters
@@ -105,9 +106,8 @@ def pin(cfg: DictConfig) -> DictConfig:
 
 def pinned_overrides(cfg: DictConfig) -> list[str]:
     """Return overrides with the values of the keys that :func:`pin` replaced, for a composition by Hydra alone."""
-    if OmegaConf.select(cfg, PINNED[0], throw_on_missing=False) is None:
-        return []
-    return [f"{key}={OmegaConf.select(cfg, key)}" for key in PINNED]
+    values = {key: select(cfg, key) for key in PINNED}
+    return [] if select(cfg, PINNED[0]) is None else [f"{key}={value}" for key, value in values.items()]
 
 
 def parser() -> OverridesParser:
