@@ -18,8 +18,9 @@ class GlobalKL(SampleRegularizer):
     .. math:: R = E_x E_{y\sim\pi(\cdot|x)} \sum_t KL(\pi(\cdot|x,y_{<t}) \,\|\, \pi_{ref}(\cdot|x,y_{<t}))
 
     That R is estimated on tokens, with a bias and a low variance, is confirmed by reviews of the paper. The formula of
-    ``tokenwise`` is our reading. ``estimator`` says how R is estimated on a sample y. Value and gradient have separate properties, proved by
-    enumeration in ``tests/test_kl_estimators.py`` and tabulated in ``docs/explanation/kl-estimators.md``:
+    ``tokenwise`` is our reading. ``estimator`` says how R is estimated on a sample y. Value and gradient have separate
+    properties, proved by enumeration in ``tests/test_kl_estimators.py`` and tabulated in
+    ``docs/explanation/kl-estimators.md``:
 
     ============= =============================== ==========================================================
     estimator     value                           gradient in expectation
