@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from time import sleep
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spo import guard
 from spo.callbacks import Checkpoint, DataTime
 from spo.callbacks.history import HistoryLogger
 from spo.data import TokenizedPair, datamodule
@@ -586,9 +588,12 @@ def no_host_syncs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo_local", "spo_global"])
-def test_step_never_waits_for_device(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_step_never_waits_for_device(fused: bool, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an optimizer that a device cannot tell to skip a step, the guard waits for one number per step."""
     loss, regularizer = COMPOSITIONS[name]
     waited: list[str] = []
+    monkeypatch.setattr(guard, "ASYNCHRONOUS_DEVICES", ("cpu",))
 
     class Watched(Spied):
         def training_step(self, window: Any, batch_idx: int) -> None:
@@ -609,11 +614,12 @@ def test_step_never_waits_for_device(name: str, tmp_path: Path, monkeypatch: pyt
         clip_norm=1.0,
         micro_batch_size=4,
         log_every_n_steps=10,
+        optimizer=partial(torch.optim.AdamW, fused=fused),
     )
     module.__class__ = Watched
     fit(tmp_path, module, make_data(random_pairs(10, seed=0), max_steps=3, batch_size=8, micro_batch_size=4))
     assert module.global_step == 3
-    assert waited == []
+    assert [place.rpartition("/")[2].partition(":")[0] for place in waited] == ([] if fused else ["guard.py"] * 3)
 
 
 def test_host_sync_detector_finds_syncs(monkeypatch: pytest.MonkeyPatch) -> None:

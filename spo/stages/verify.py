@@ -23,6 +23,7 @@ from spo.config.checks import check_config
 from spo.config.compose import compose
 from spo.config.groups import group_members
 from spo.errors import UserError
+from spo.guard import NonFiniteError
 from spo.losses import Loss
 from spo.records.files import write_json
 from spo.resources import conf_dir
@@ -184,10 +185,8 @@ def run_case(case: Case, folder: Path, number: int, tolerance: float, config_dir
         parts.trainer.fit(parts.module, datamodule=parts.data)
         measured = parts.exact.measure(parts.module)
         optimum = parts.exact.optimum(parts.module)
-    except (FloatingPointError, ValueError, RuntimeError):
-        if all(parameter.isfinite().all() for parameter in parts.module.policy.parameters()):
-            raise
-        measured, optimum = {}, None  # diverged weights are a result, not an error
+    except NonFiniteError:
+        measured, optimum = {}, None  # a training that diverges is a result, not an error
     found = {key: _finite(measured.get(key)) for key in ("tv", "entropy", "entropy_optimum")}
     return Verdict(
         method=method_name(cfg),
