@@ -244,7 +244,7 @@ def test_reward_is_looked_up() -> None:
     ("changes", "message"),
     [
         ({"sampler": "half"}, "data.source.sampler=half: choose full, reference or restricted"),
-        ({"labels": "medium"}, "data.source.labels=medium: choose soft or hard"),
+        ({"labels": "medium"}, "data.source.labels=medium: choose soft, hard or weighted"),
         ({"num_symbols": 1}, "data.source.num_symbols=1: must be from 2 to 26"),
         ({"num_symbols": 27}, "data.source.num_symbols=27: must be from 2 to 26"),
         ({"num_prompts": 4}, "data.source.num_prompts=4: 1 symbols out of 3 make 3 prompts"),
@@ -280,7 +280,7 @@ def test_largest_language_allows_all_pairs() -> None:
     ("overrides", "part"),
     [
         (["data.source.num_pairs=0"], "data.source.num_pairs=0: must be at least 1"),
-        (["data.source.labels=softt"], "data.source.labels=softt: choose soft or hard"),
+        (["data.source.labels=softt"], "data.source.labels=softt: choose soft, hard or weighted"),
         (["data.max_new_tokens=9"], "data.source.num_symbols=3 and data.max_new_tokens=9 make more than"),
         (["data.max_length=9"], "data.max_length and data.truncation follow from the language"),
         (["data.truncation=drop_pair"], "data.max_length and data.truncation follow from the language"),
