@@ -251,7 +251,10 @@ def test_reward_is_looked_up() -> None:
         ({"prompt_symbols": -1}, "data.source.num_prompts=2: -1 symbols"),
         ({"max_new_tokens": 0}, "data.max_new_tokens=0"),
         ({"max_new_tokens": 10}, "data.source.num_symbols=3 and data.max_new_tokens=10 make more than 20,000"),
-        ({"list_size": 5, "num_pairs": 9}, "data.source.list_size=5: soft labels .* lists of up to 4"),
+        (
+            {"list_size": 5, "num_pairs": 9},
+            "data.source.list_size=5: data.source.labels=soft makes .* lists of up to 4",
+        ),
         (
             {"list_size": 9, "num_symbols": 2, "max_new_tokens": 1},
             "data.source.list_size=9: a prompt has only 3 responses",
