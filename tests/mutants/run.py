@@ -73,7 +73,11 @@ class Runner:
                     self.problems.append(f"{name} fails without a mutant")
             for mutant in self.mutants:
                 started = perf_counter()
-                survived = [name for name in mutant.ids if self.passes(name, items, mutant)]
+                try:
+                    survived = [name for name in mutant.ids if self.passes(name, items, mutant)]
+                except LookupError as error:
+                    self.problems.append(f"{mutant.name} cannot be run: {error}")
+                    continue
                 self.problems += [f"{name} passes on {mutant.name}" for name in survived]
                 self.killed += [] if survived else [mutant.name]
                 verdict = "survives" if survived else "killed"
