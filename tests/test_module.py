@@ -22,6 +22,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spo import guard
@@ -34,6 +35,7 @@ from spo.forward.head import completion_logits
 from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SFTLoss, SPOLoss
 from spo.models import FrozenReference, NoReference
 from spo.regularizers import GlobalKL, LocalKL, NoRegularizer, PairRegularizer, Regularizer, SampleRegularizer
+from spo.schedules import PerStep
 from spo.types import PairLogps, PreferenceBatch
 from spo.watch import ProbeSettings
 from tests.helpers import (
@@ -43,6 +45,7 @@ from tests.helpers import (
     PAD,
     PLAIN,
     VOCAB,
+    Bigrams,
     Spied,
     completion_logps,
     frozen,
@@ -235,6 +238,35 @@ def test_precomputed_reference_logps_are_used(tmp_path: Path) -> None:
     margin = stored["val/logps/chosen"] - stored["val/logps/rejected"]
     assert stored["val/loss"] == pytest.approx(500 - margin, rel=1e-6)
     assert stored["gradient"] > 1.5 * there["gradient"]  # the slope of log(sigmoid) is 1 far off, 1/2 at the margin 0
+
+
+def test_step_uses_its_own_coefficients_and_learning_rate(tmp_path: Path) -> None:
+    alphas, betas, rates = [0.2, 0.7, 1.5], [0.9, 0.1, 0.4], [0.0, 0.5, 0.2]
+    pairs, policy, reference = random_pairs(6, seed=1), Bigrams(0), frozen(Bigrams(1))
+    batch = collate(pairs, range(6), PAD)
+    for alpha, beta, rate in zip(alphas, betas, rates, strict=True):
+        p, q = (completion_logits(model, batch.sequences) for model in (policy, reference))
+        seen = batch.pair_logps(completion_logps(policy, batch.sequences), None)
+        divergence = batch.mean_per_pair(LocalKL(0.0)(p, q, batch.sequences)).mean()
+        total = SPOLoss()(seen, alpha=alpha, beta=beta).mean() + beta * divergence
+        gradients = torch.autograd.grad(total, list(policy.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(policy.parameters(), gradients, strict=True):
+                parameter.sub_(rate * gradient)
+    module = make_module(
+        Bigrams(0),
+        regularizer=LocalKL("beta"),
+        reference=FrozenReference(),
+        reference_model=Bigrams(1),
+        alpha=PerStep(alphas),
+        beta=PerStep(betas),
+        lr=1.0,
+        speed=PLAIN,
+    )
+    module.make_scheduler = lambda optimizer: LambdaLR(optimizer, lambda step: [*rates, 0.0][step])
+    fit(tmp_path, module, make_data(pairs, max_steps=3))
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(module.policy.get_parameter(name), parameter, msg=name)
 
 
 @pytest.mark.parametrize("limit", [0.01, 1e6])

@@ -157,6 +157,11 @@ NEW_KEYS = {
         "data.chat_template_kwargs",
         "data.split_special_tokens",
         "model.attn_implementation",
+        "optimizer._target_",
+        "optimizer.decay_norm_and_bias",
+        "regularizer.prompts",
+        "scheduler.num_warmup_steps",
+        "trainer.max_epochs",
     )
 }
 

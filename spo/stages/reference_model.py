@@ -28,6 +28,7 @@ from spo.records.cache import cached
 from spo.records.digests import code_version, model_digest
 from spo.regularizers import NoRegularizer
 from spo.schedules import Constant
+from spo.schedules.optimization import warmup_steps
 from spo.stages.from_config import data_key, eval_device, make_renderer, model_plugins, rendering_key
 from spo.stages.pairs import no_completer
 
@@ -116,7 +117,7 @@ def _fit_supervised(cfg: DictConfig, model: Any, pairs: PreparedPairs, tokenizer
         ),
         scheduler=partial(
             get_cosine_schedule_with_warmup,
-            num_warmup_steps=sft.num_warmup_steps,
+            num_warmup_steps=warmup_steps(sft.num_warmup_steps, sft.max_steps),
             num_training_steps=sft.max_steps,
         ),
         prompts=Prompts([], [], pairs.stop_ids, pad),
