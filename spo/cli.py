@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,7 @@ def _train(arguments: list[str]) -> int:
         from spo.runs.another_run import refuse_another_run
 
         refuse_another_run(Path(planned.jobs[0].cfg.paths.run), planned.jobs[0].cfg)
+    from spo.errors import SET_RUN, SET_SWEEP, placed_by
     from spo.runs.launch import launch_run, launch_sweep, run_hydra
     from spo.runs.processes import is_first_process
 
@@ -55,7 +58,8 @@ def _train(arguments: list[str]) -> int:
         return 0
     check_plan(planned, _note if is_first_process() else lambda line: None)
     if not planned.multirun:
-        launch_run(planned, _checked_job)
+        with placed_by(SET_RUN, Path(planned.jobs[0].cfg.paths.run)):
+            launch_run(planned, _checked_job)
         return 0
     if not is_first_process():
         run_hydra([*hydra_flags, *planned.overrides], _job)
@@ -64,7 +68,8 @@ def _train(arguments: list[str]) -> int:
 
     for warning in dict.fromkeys(text for job in planned.jobs for text in warnings(job.cfg)):
         print(f"note: {warning}", file=sys.stderr)
-    return 0 if launch_sweep(hydra_flags, planned, _job, flags.config_dir) else 1
+    with placed_by(SET_SWEEP, planned.sweep_dir):
+        return 0 if launch_sweep(hydra_flags, planned, _job, flags.config_dir) else 1
 
 
 def _note(line: str) -> None:
@@ -140,14 +145,16 @@ def _report(arguments: list[str]) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--spec", metavar="NAME|FILE")
     given = parser.parse_args(arguments)
-    from spo.errors import UserError
+    from spo.errors import COPY_RUN, UserError, placed_by
     from spo.pages.dashboard import load_spec
     from spo.pages.run_page import render_report
+    from spo.records.run import NotARunError
 
-    try:
-        print(render_report(given.run_dir, load_spec(given.spec)))
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from error
+    with placed_by(COPY_RUN, given.run_dir):
+        try:
+            print(render_report(given.run_dir, load_spec(given.spec)))
+        except NotARunError as error:
+            raise UserError(str(error)) from error
     return 0
 
 
@@ -232,10 +239,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 for an error in the run or its settings, 2 for a wrong command line, 130 for an interruption.
     """
     try:
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        status = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # The reader stopped reading, as in `spo --help | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except OSError as error:  # The output goes to a file on a full disk; results are in the files of the run.
+        _drop_output()
+        return _fail(f"the output of this command cannot be written: {error.strerror}", 1)
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _main(words: list[str]) -> int:
@@ -257,9 +273,11 @@ def _main(words: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(help_of(name, arguments))
         return 0
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # As `python -m` does, since a `_target_` may lie in the current folder.
+    # Python would print a traceback for each line of a log file on a full disk.
+    logging.raiseExceptions = os.environ.get("SPO_DEBUG") == "1"
     try:
+        if "" not in sys.path and os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())  # As `python -m` does, since a `_target_` may lie in the current folder.
         return RUN[name](arguments)
     except UsageError as error:
         return _fail(str(error), 2)
@@ -277,6 +295,7 @@ def _main(words: list[str]) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     print(f"spo: {message}", file=sys.stderr)
     return status
