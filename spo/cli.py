@@ -106,9 +106,11 @@ def _resume(arguments: list[str]) -> int:
     parser.add_argument("--resume", metavar="RUN_DIR", type=Path, required=True)
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args(arguments)
+    from spo.errors import COPY_RUN, placed_by
     from spo.stages.train import resume
 
-    resume(given.resume, given.overrides)
+    with placed_by(COPY_RUN, given.resume):
+        resume(given.resume, given.overrides)
     return 0
 
 
@@ -207,6 +209,18 @@ def _verify(arguments: list[str]) -> int:
     return 0 if verify_command(given.methods, given.full, given.config_dir, given.json) else 1
 
 
+def _clean(arguments: list[str]) -> int:
+    parser = _Parser(COMMANDS["clean"].usage)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--delete", action="store_true")
+    parser.add_argument("--older-than", type=float, default=0.0, metavar="DAYS")
+    given = parser.parse_intermixed_args(arguments)
+    from spo.stages.clean import clean_command
+
+    clean_command(given.overrides, delete=given.delete, older_than=given.older_than)
+    return 0
+
+
 class _Parser(argparse.ArgumentParser):
     def __init__(self, usage: str) -> None:
         super().__init__(prog="spo", usage=usage, add_help=False, allow_abbrev=False)
@@ -223,6 +237,7 @@ RUN: dict[str, Callable[[list[str]], int]] = {
     "dashboard": _dashboard,
     "inspect": _inspect,
     "verify": _verify,
+    "clean": _clean,
 }
 
 
@@ -275,6 +290,7 @@ def _main(words: list[str]) -> int:
         return 0
     # Python would print a traceback for each line of a log file on a full disk.
     logging.raiseExceptions = os.environ.get("SPO_DEBUG") == "1"
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # It warns if the home folder cannot be written.
     try:
         if "" not in sys.path and os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())  # As `python -m` does, since a `_target_` may lie in the current folder.

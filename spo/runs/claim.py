@@ -214,7 +214,13 @@ def _stored_identity(run_dir: Path, ours: Mapping[str, Any]) -> dict[str, Any] |
 
 
 def _repair(run_dir: Path, cfg: DictConfig) -> None:
-    """Write files again that are damaged and follow from the configuration of the run."""
+    """Write files again that are damaged and follow from the configuration of the run.
+
+    Folders in place of files that the run will write are moved aside.
+    """
+    for name in (filenames.METRICS, filenames.HISTORY, filenames.SAMPLES, filenames.COEFFICIENTS, filenames.HEALTH):
+        if (run_dir / name).is_dir():
+            move_aside(run_dir / name)
     if not all(is_readable_config(run_dir / name) for name in (filenames.CONFIG, filenames.COMPOSED)):
         for file in (run_dir / filenames.CONFIG, run_dir / filenames.COMPOSED):
             if file.exists() and not is_readable_config(file):

@@ -73,6 +73,8 @@ def load_config(run_dir: Path) -> DictConfig:
     register_resolvers()
     try:
         cfg = OmegaConf.load(file)
+    except OSError as error:
+        raise _damaged(file, error.strerror or str(error)) from error
     except Exception as error:
         raise _damaged(file, first_line(error)) from error
     if not isinstance(cfg, DictConfig):

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from spo.callbacks.history import HistoryLogger
 from spo.config.checks import check_config, warnings
 from spo.config.coefficients import COEFFICIENTS
+from spo.config.compose import fill_empty_groups
 from spo.data import SPLITS
 from spo.data.splits import REPORTED_COUNTS
 from spo.evaluation.saved_policy import TrainedPolicy, rows_to_compare
@@ -60,6 +61,7 @@ def train(cfg: DictConfig, *, resumed: bool = False, checked: bool = False) -> d
         UserError: The configuration is impossible, or the run directory belongs to another run.
     """
     quiet_libraries()
+    fill_empty_groups(cfg)
     if not checked:
         check_config(cfg)
     run_dir = Path(cfg.paths.run)

@@ -76,13 +76,15 @@ def _note_failure(name: str, error: Exception) -> None:
     )
 
 
-HOME_VARIABLES = {
-    "WANDB_CACHE_DIR": "wandb/cache",
-    "WANDB_CONFIG_DIR": "wandb/config",
-    "WANDB_DATA_DIR": "wandb/data",
-    "MPLCONFIGDIR": "matplotlib",
+HOME_PLACES = {
+    "WANDB_CACHE_DIR": ".home/wandb/cache",
+    "WANDB_CONFIG_DIR": ".home/wandb/config",
+    "WANDB_DATA_DIR": ".home/wandb/data",
+    "HF_DATASETS_CACHE": ".home/datasets",
 }
 """Variables that place what libraries write into the home folder, and where it goes if that cannot be written."""
+ALTERNATIVES = {"HF_DATASETS_CACHE": ("HF_HOME", "XDG_CACHE_HOME")}
+"""Further variables with which a user may have placed the same files."""
 
 
 @contextmanager
@@ -92,10 +94,11 @@ def writable_home(run_dir: Path) -> Iterator[None]:
     Args:
         run_dir: Run directory.
     """
-    if _is_writable(Path.home()):
-        yield
-        return
-    added = {name: str(run_dir / ".home" / place) for name, place in HOME_VARIABLES.items() if name not in os.environ}
+    given = os.environ.keys()
+    places = {} if _home_is_writable() else HOME_PLACES
+    added = {
+        name: str(run_dir / place) for name, place in places.items() if not given & {name, *ALTERNATIVES.get(name, ())}
+    }
     for folder in added.values():
         Path(folder).mkdir(parents=True, exist_ok=True)
     os.environ.update(added)
@@ -106,9 +109,9 @@ def writable_home(run_dir: Path) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _is_writable(folder: Path) -> bool:
+def _home_is_writable() -> bool:
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=Path.home()):
             return True
-    except OSError:
+    except (OSError, RuntimeError):  # A container may run under a user that does not have a home.
         return False

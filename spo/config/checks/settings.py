@@ -41,6 +41,12 @@ DERIVED_TRAINER_KEYS = {
     "reload_dataloaders_every_n_epochs": "the data module is read once",
 }
 
+# Groups that a run cannot do without, as an experiment file with `GROUP: null` would.
+NEEDED_GROUPS = (
+    *("paths", "alpha", "beta", "regularizer", "reference", "data", "model", "method", "sft", "optimizer", "scheduler"),
+    *("strategy", "speed", "trainer", "evaluation"),
+)
+
 
 def missing_and_unresolved(cfg: DictConfig) -> Iterator[str]:
     """Yield keys that still need a value, and references to other keys that lead nowhere."""
@@ -59,6 +65,9 @@ def missing_and_unresolved(cfg: DictConfig) -> Iterator[str]:
 
 def setting_problems(cfg: DictConfig) -> Iterator[str]:
     """Yield values that do not fit the schema, and relations between them that cannot hold."""
+    for group in NEEDED_GROUPS:
+        if not isinstance(select(cfg, group), DictConfig):
+            yield f"{group}={shown(select(cfg, group))}: a run needs this group; choose a member ({group}=MEMBER)"
     wrong = [key for key, hint in typed_keys().items() if is_given(cfg, key) and violation(select(cfg, key), hint)]
     # A value that refers to another key is wrong because that one is: report it only if there is no such key.
     for key in [key for key in wrong if not _is_reference(cfg, key)] or wrong:
