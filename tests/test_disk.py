@@ -494,9 +494,9 @@ def test_run_with_a_failing_tracker_is_finished(where: str, tmp_path: Path, cach
 def test_run_that_filled_the_disk_continues_with_the_same_command(tmp_path: Path, cache_dir: Path) -> None:
     def train(cache: Path, most_bytes: int) -> subprocess.CompletedProcess[str]:
         """Train where no file may have more bytes, which the system reports much as it reports a full disk."""
+        words = ("method=dpo", "judge=none", "logger=record", "+debug=tiny", f"hydra.run.dir={tmp_path / 'run'}")
         return subprocess.run(
-            [sys.executable, "-m", "spo", "train", "method=dpo", "judge=none", "logger=record", "+debug=tiny"]
-            + [f"hydra.run.dir={tmp_path / 'run'}"],
+            [sys.executable, "-m", "spo", "train", *words],
             capture_output=True,
             text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "SPO_CACHE_DIR": str(cache)},
