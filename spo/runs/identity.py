@@ -76,7 +76,9 @@ def plugins(cfg: DictConfig, unused: Sequence[str] = ()) -> dict[str, PluginSour
 
 def with_digest(parts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parts of an identity as JSON values, with their digest."""
-    return {**json.loads(json.dumps(parts, sort_keys=True, default=str)), "digest": digest(parts)}
+    text = json.dumps(parts, sort_keys=True, default=str)
+    # JSON does not have infinities, which a parameter of a plugin may be.
+    return {**json.loads(text, parse_constant=str), "digest": digest(parts)}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

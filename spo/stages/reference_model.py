@@ -18,6 +18,7 @@ from spo.data import PreparedPairs, RowError, Source
 from spo.data.datamodule import PreferenceDataModule
 from spo.data.splits import prepare
 from spo.forward.speed import Speed
+from spo.guard import StageKeys
 from spo.losses import SFTLoss
 from spo.models import ModelSpec, NoReference
 from spo.models.saving import save_policy
@@ -41,6 +42,7 @@ CODE_DEPENDENCIES = (
     "sampling",
     "seeds.py",
     "forward",
+    "guard.py",
     "module.py",
     "objective",
     "regularizers/base.py",
@@ -126,6 +128,12 @@ def _fit_supervised(cfg: DictConfig, model: Any, pairs: PreparedPairs, tokenizer
         log_every_n_steps=20,
         seed=cfg.data.seed,
         speed=Speed(**cfg.speed),
+        keys=StageKeys(
+            lr="sft.lr",
+            clip_norm="sft.clip_norm",
+            stage="the supervised fine-tuning",
+            memory=("sft.batch_size", "speed.max_logits", "data.max_length"),
+        ),
     )
     data = PreferenceDataModule(
         pairs.train,

@@ -36,7 +36,7 @@ from spo.runs.provenance import record_continuation, record_inputs
 from spo.runs.resume import resumed_config
 from spo.stages.assemble import Parts, assemble, validation_samples
 from spo.stages.description import describe, title
-from spo.stages.evaluate import evaluate_run, load_models
+from spo.stages.evaluate import evaluate_run, load_models, refuse_nonfinite
 from spo.stages.from_config import eval_device, resolve_values
 from spo.stages.length import with_length
 from spo.stages.prepare import Prepared, prepare_run
@@ -141,6 +141,7 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
             **{f"time/{key}": value for key, value in times.items()},
         }
         evaluation.write_samples(run_dir)
+        refuse_nonfinite(metrics)
         for tracker in trackers:
             tracker.conclude(metrics, evaluation.samples)
     finish(run_dir, metrics)
