@@ -170,7 +170,7 @@ class Trial:
         return self.paper or own
 
     def fit(self, recorder: Recorder | None = None) -> bool:
-        """Train, and return whether loss and gradients stayed finite: divergence is a result of a case, not an error."""
+        """Train, and return whether loss and gradients stayed finite. Divergence is a result and not an error."""
         trainer, module = self.parts.trainer, self.parts.module
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if self.parts.exact is not None:
