@@ -87,7 +87,8 @@ def test_source_archive_holds_what_the_commands_of_the_readme_need(tmp_path: Pat
     tracked = run(["git", "ls-files"], ROOT).split()
     code = "import sys, hatchling.build as backend; print(backend.build_sdist(sys.argv[1]))"
     archive = tmp_path / run([sys.executable, "-c", code, str(tmp_path)], ROOT).splitlines()[-1]
-    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
     assert {name for name in tracked if (ROOT / name).exists()} <= names
 
 
