@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.help import COMMANDS, help_of
+from spo.runs.processes import import_from_current_folder
+from spo.secrets import scrub_output
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -99,11 +101,12 @@ def _checked_job(cfg: DictConfig) -> Any:
 def _resume(arguments: list[str]) -> int:
     parser = _Parser("spo train --resume RUN_DIR [trainer.max_steps=N] [logger.KEY=VALUE] [strategy=MEMBER] ...")
     parser.add_argument("--resume", metavar="RUN_DIR", type=Path, required=True)
+    parser.add_trust()
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args(arguments)
     from spo.stages.train import resume
 
-    resume(given.resume, given.overrides)
+    resume(given.resume, given.overrides, given.allow, given.config_dir)
     return 0
 
 
@@ -113,11 +116,12 @@ def _resume(arguments: list[str]) -> int:
 def _evaluate(arguments: list[str]) -> int:
     parser = _Parser(COMMANDS["evaluate"].usage)
     parser.add_argument("run_dir", type=Path)
+    parser.add_trust()
     parser.add_argument("overrides", nargs="*")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     from spo.stages.evaluate import evaluate_command
 
-    evaluate_command(given.run_dir, given.overrides)
+    evaluate_command(given.run_dir, given.overrides, given.allow, given.config_dir)
     return 0
 
 
@@ -204,6 +208,11 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, usage: str) -> None:
         super().__init__(prog="spo", usage=usage, add_help=False, allow_abbrev=False)
 
+    def add_trust(self) -> None:
+        """Add the flags by which a person allows what the configuration of a run directory asks for."""
+        self.add_argument("--allow", action="append", default=[], metavar="NAME")
+        self.add_argument("--config-dir", "-cd", metavar="DIR")
+
     def error(self, message: str) -> Any:
         raise UsageError(f"{message}\nusage: {self.usage}")
 
@@ -231,11 +240,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 for an error in the run or its settings, 2 for a wrong command line, 130 for an interruption.
     """
+    end_scrubbing = scrub_output()
     try:
         return _main(list(sys.argv[1:] if argv is None else argv))
     except BrokenPipeError:  # The reader stopped reading, as in `spo --help | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    finally:
+        if argv is not None:  # Python prints the traceback of a fault after the end of the process's own command.
+            end_scrubbing()
 
 
 def _main(words: list[str]) -> int:
@@ -257,8 +270,8 @@ def _main(words: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(help_of(name, arguments))
         return 0
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # As `python -m` does, since a `_target_` may lie in the current folder.
+    if name in ("train", "inspect", "verify"):  # Other commands read directories that may be somebody else's.
+        import_from_current_folder()
     try:
         return RUN[name](arguments)
     except UsageError as error:

@@ -23,6 +23,7 @@ from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.errors import UserError
 from spo.records.operational_keys import OPERATIONAL_KEYS
 from spo.resources import MAIN_CONFIG, conf_dir
+from spo.secrets import redact_override, remember_secrets, scrub
 
 VERSION_BASE = "1.3"
 
@@ -76,7 +77,9 @@ def composer(config_dir: str | Path | None = None) -> Iterator[Any]:
 
         def composed(overrides: Sequence[str]) -> DictConfig:
             own = any(override.lstrip("+").startswith("hydra.searchpath") for override in overrides)
-            return hydra.compose(MAIN_CONFIG, [*([] if own else extra), *overrides], return_hydra_config=True)
+            cfg = hydra.compose(MAIN_CONFIG, [*([] if own else extra), *overrides], return_hydra_config=True)
+            remember_secrets(OmegaConf.to_container(cfg, resolve=False))
+            return cfg
 
         yield composed
 
@@ -254,7 +257,8 @@ def job_name(overrides: Sequence[str], dropped: Sequence[str] = ()) -> str:
         overrides: Overrides of a job.
         dropped: Further groups to omit, such as coefficients that the job does not read.
     """
-    named = [text for text in map(str, overrides) if _group(text) not in _UNNAMED_GROUPS.union(dropped)]
+    without_secrets = (scrub(redact_override(str(text))) for text in overrides)
+    named = [text for text in without_secrets if _group(text) not in _UNNAMED_GROUPS.union(dropped)]
     if not named:
         return "default"
     parts, lossless = [], True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 from spo.comparison.compare import Comparison, Difference, Method
 from spo.metrics.catalogue import label, shown_in
 from spo.pages.comparison_words import describe_difference, describe_procedure, interval
+from spo.records.files import write_text
 from spo.stats import Estimate
 from spo.wording import number
 
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 JSON, CSV, MARKDOWN, PAGE = "comparison.json", "table.csv", "comparison.md", "comparison.html"
 
 
@@ -100,10 +103,17 @@ def to_csv(comparison: Comparison) -> str:
             numbers += [None, None, None] if one is None else [one.value, one.low, one.high]
         seeds = " ".join(map(str, method.best.seeds))
         problems = " | ".join(problem.text for problem in method.problems)
-        writer.writerow(
-            [method.name, method.best.label, len(method.settings), seeds, comparison.prompts, *numbers, problems]
-        )
+        texts = map(_as_text, (method.name, method.best.label, seeds, problems))
+        name_cell, setting_cell, seeds_cell, problems_cell = texts
+        counts = [len(method.settings), seeds_cell, comparison.prompts]
+        writer.writerow([name_cell, setting_cell, *counts, *numbers, problems_cell])
     return text.getvalue()
+
+
+def _as_text(cell: str) -> str:
+    """Return a cell that no spreadsheet reads as a formula; a number stays as it is."""
+    is_formula = cell[:1] in ("=", "+", "-", "@", "\t", "\r") and not _NUMBER.fullmatch(cell)
+    return f"'{cell}" if is_formula else cell
 
 
 def to_markdown(comparison: Comparison) -> str:
@@ -159,5 +169,5 @@ def write_files(comparison: Comparison, folder: Path) -> dict[str, Path]:
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     return {name: folder / name for name in texts}

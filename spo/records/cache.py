@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from spo.records.digests import digest, file_digest
 from spo.records.files import read_json
+from spo.secrets import scrub
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -46,7 +47,7 @@ def cached(root: str | Path, kind: str, key: dict[str, Any], build: Callable[[Pa
         try:
             build(temporary)
             manifest = {"key": key, "files": _file_digests(temporary)}
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True, default=str))
+            (temporary / MANIFEST).write_text(scrub(json.dumps(manifest, indent=2, sort_keys=True, default=str)))
             temporary.rename(folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -11,12 +11,13 @@ from typing import Any
 import yaml
 
 from spo.errors import UserError
+from spo.secrets import scrub
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file atomically: readers see the old content or the whole new one."""
+    """Write a text file atomically and without secrets: readers see the old content or the whole new one."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(scrub(text), encoding="utf-8")
     temporary.replace(file)
 
 

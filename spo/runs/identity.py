@@ -16,6 +16,7 @@ from spo.records.files import flatten
 from spo.records.operational_keys import is_operational
 from spo.records.plugins import PluginSource, plugin_sources
 from spo.runs.saved_config import resolved
+from spo.secrets import scrubbed
 
 _ABSENT = object()
 _FILES = {
@@ -72,8 +73,9 @@ def plugins(cfg: DictConfig, unused: Sequence[str] = ()) -> dict[str, PluginSour
 
 
 def with_digest(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts of an identity as JSON values, with their digest."""
-    return {**json.loads(json.dumps(parts, sort_keys=True, default=str)), "digest": digest(parts)}
+    """Return the parts of an identity as JSON values without secrets, with their digest."""
+    plain = scrubbed(json.loads(json.dumps(parts, sort_keys=True, default=str)))
+    return {**plain, "digest": digest(plain)}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -10,20 +10,23 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from spo.config.compose import compose, expand_numbers, parse
+from spo.config.trust import Caller, check_trusted
 from spo.errors import ConfigProblems, UserError
 from spo.records import filenames
 from spo.records.files import read_json, write_json
 from spo.runs.claim import is_finished, locked
 from spo.runs.identity import identity, with_digest
 from spo.runs.processes import is_first_process
-from spo.runs.saved_config import load_config, write_config
+from spo.runs.saved_config import load_config, refuse_redacted, write_config
 
 # Keys and groups that a resumed run may change, always and until it is finished.
-RESUMABLE = ("trainer.max_steps", "logger", "strategy")
+RESUMABLE = ("trainer.max_steps", "logger", "strategy", "model.trust_remote_code")
 UNTIL_FINISHED = ("judge", "evaluation")
 
 
-def resumed_config(run_dir: Path, overrides: Sequence[str]) -> DictConfig:
+def resumed_config(
+    run_dir: Path, overrides: Sequence[str], allow: Sequence[str] = (), config_dir: str | Path | None = None
+) -> DictConfig:
     """Return the configuration with which the run in ``run_dir`` resumes, and record its changes there.
 
     Only ``trainer.max_steps``, ``logger`` and ``strategy`` may change and, until the run is finished, ``judge`` and
@@ -32,30 +35,35 @@ def resumed_config(run_dir: Path, overrides: Sequence[str]) -> DictConfig:
     Args:
         run_dir: Run directory.
         overrides: Changes, in Hydra's grammar.
+        allow: Targets, modules and paths of the configuration that may be used although it came with the directory.
+        config_dir: Folder with further members of the groups. What its files name may be used too.
 
     Raises:
         ConfigProblems: An override changes another key, or one that does not exist.
-        UserError: The directory does not hold a run, or the run is finished at more steps.
+        UserError: The directory does not hold a run, the run is finished at more steps, or its configuration asks for
+            something that the caller must allow.
     """
     run_dir = Path(run_dir)
     cfg = load_config(run_dir)
-    before = int(cfg.trainer.max_steps)
+    before = OmegaConf.select(cfg, "trainer.max_steps")
     problems: list[str] = []
     for text in sorted(overrides, key=lambda text: "." in text.partition("=")[0]):  # groups before their keys
         try:
             for single in expand_numbers([text]):
-                _change(cfg, single, run_dir)
+                _change(cfg, single, run_dir, config_dir)
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise ConfigProblems(problems)
+    check_trusted(cfg, run_dir, Caller.of(overrides, allow, config_dir))
+    refuse_redacted(cfg)
     if overrides and is_first_process():
         with locked(run_dir):
-            _record_changes(run_dir, cfg, before)
+            _record_changes(run_dir, cfg, int(before))
     return cfg
 
 
-def _change(cfg: DictConfig, text: str, run_dir: Path) -> None:
+def _change(cfg: DictConfig, text: str, run_dir: Path, config_dir: str | Path | None) -> None:
     override = parse(text)
     key = override.key_or_group
     group = key.partition(".")[0]
@@ -70,7 +78,7 @@ def _change(cfg: DictConfig, text: str, run_dir: Path) -> None:
         raise UserError(f"{text}: a resumed run takes one value per key")
     with open_dict(cfg) if override.is_add() or override.is_force_add() else nullcontext():
         if key == group:
-            fresh = compose([f"{key}={override.value()}"], run_dir=run_dir)[key]
+            fresh = compose([f"{key}={override.value()}"], config_dir=config_dir, run_dir=run_dir)[key]
             cfg[key] = OmegaConf.to_container(fresh, resolve=False)
             return
         try:
