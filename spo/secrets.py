@@ -37,7 +37,9 @@ _SECRET_VARIABLE = re.compile(
 )
 _READS_VARIABLE = re.compile(r"oc\.env\s*:\s*(\w+)")
 # A key and its value inside a mapping of an override, such as `judge.request={headers:{Authorization:'Bearer x'}}`.
-_IN_MAPPING = re.compile(r"""(?P<key>['"]?[\w.-]+['"]?\s*:\s*)(?P<value>"[^"]*"|'[^']*'|[^,{}\[\]'"]+)""")
+_IN_MAPPING = re.compile(
+    r"""(?<!\$\{)(?<![\w.-])(?P<key>['"]?[\w.-]+['"]?\s*:\s*)(?P<value>"[^"]*"|'[^']*'|[^,{}\[\]'"]+)"""
+)
 _remembered: set[str] = set()
 
 
@@ -77,7 +79,12 @@ def command_line(argv: Sequence[str]) -> str:
     words = [Path(argv[0]).name if argv else "", *argv[1:]]
     if words[0] == "__main__.py":
         words[0] = "python -m spo"
-    return scrub(" ".join(redact_override(word) for word in words))
+    return " ".join(without_secrets(words))
+
+
+def without_secrets(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line, with secrets replaced."""
+    return [scrub(redact_override(word)) for word in words]
 
 
 def redact_override(word: str) -> str:
@@ -88,9 +95,11 @@ def redact_override(word: str) -> str:
     if is_secret_key(key) and "${" not in value:
         return f"{key}={REDACTED}"
 
+    around = f"{key}.headers" if "headers" in value else key
+
     def redacted(found: re.Match[str]) -> str:
         name = found["key"].rstrip(": ").strip("'\"")
-        holds_secret = is_secret_key(f"{key}.{name}") and "${" not in found["value"]
+        holds_secret = is_secret_key(f"{around}.{name}") and "${" not in found["value"]
         return f"{found['key']}{REDACTED}" if holds_secret else found[0]
 
     return f"{key}={_IN_MAPPING.sub(redacted, value)}" if "{" in value else word

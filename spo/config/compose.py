@@ -17,13 +17,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, RangeSweep, ValueType
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.errors import UserError
 from spo.records.operational_keys import OPERATIONAL_KEYS
 from spo.resources import MAIN_CONFIG, conf_dir
-from spo.secrets import redact_override, remember_secrets, scrub
+from spo.secrets import remember_secrets, without_secrets
 
 VERSION_BASE = "1.3"
 
@@ -257,8 +257,10 @@ def job_name(overrides: Sequence[str], dropped: Sequence[str] = ()) -> str:
         overrides: Overrides of a job.
         dropped: Further groups to omit, such as coefficients that the job does not read.
     """
-    without_secrets = (scrub(redact_override(str(text))) for text in overrides)
-    named = [text for text in without_secrets if _group(text) not in _UNNAMED_GROUPS.union(dropped)]
+    typed: Any = OmegaConf.to_container(overrides, resolve=False) if isinstance(overrides, ListConfig) else overrides
+    named = [
+        text for text in without_secrets(list(map(str, typed))) if _group(text) not in _UNNAMED_GROUPS.union(dropped)
+    ]
     if not named:
         return "default"
     parts, lossless = [], True

@@ -112,7 +112,8 @@ def to_csv(comparison: Comparison) -> str:
 
 def _as_text(cell: str) -> str:
     """Return a cell that no spreadsheet reads as a formula; a number stays as it is."""
-    is_formula = cell[:1] in ("=", "+", "-", "@", "\t", "\r") and not _NUMBER.fullmatch(cell)
+    cell = cell.replace("\r", " ")  # The csv module does not quote it, and it would end the row.
+    is_formula = (cell[:1] == "\t" or cell.strip()[:1] in ("=", "+", "-", "@")) and not _NUMBER.fullmatch(cell)
     return f"'{cell}" if is_formula else cell
 
 

@@ -162,7 +162,7 @@ def _in_ledger(train: Train) -> Train:
             if (directory := sweep_dir()) is not None and is_first_process():
                 job = HydraConfig.get()
                 name = Path(job.runtime.output_dir).name
-                Ledger(directory).note(list(job.overrides.task), name, "failed", error_line(error))
+                Ledger(directory).note(_overrides(job), name, "failed", error_line(error))
             raise
 
     return task
@@ -188,7 +188,7 @@ class _SweepTask:
         if not is_first_process():
             return self.train(cfg)
         job = HydraConfig.get()
-        overrides, directory = list(job.overrides.task), Path(job.runtime.output_dir).name
+        overrides, directory = _overrides(job), Path(job.runtime.output_dir).name
         _scrub_sweep_file(Path(job.sweep.dir))
         ledger = Ledger(Path(job.sweep.dir))
         entry = ledger.entry(overrides)
@@ -208,6 +208,12 @@ class _SweepTask:
             return None
         ledger.note(overrides, directory, "finished")
         return result
+
+
+def _overrides(job: Any) -> list[str]:
+    """Return the overrides of a job as typed: ``${oc.env:NAME}`` in one of them is not resolved."""
+    overrides: Any = OmegaConf.to_container(job.overrides.task, resolve=False)
+    return [str(override) for override in overrides]
 
 
 def _scrub_sweep_file(sweep_dir: Path) -> None:
@@ -239,7 +245,7 @@ def _needs_own_process(cfg: DictConfig) -> bool:
 
 def _run_in_own_process(config_dir: str | None) -> None:
     job = HydraConfig.get()
-    overrides, run_dir = list(job.overrides.task), Path(job.runtime.output_dir)
+    overrides, run_dir = _overrides(job), Path(job.runtime.output_dir)
     command = [sys.executable, "-m", "spo", "train", *(["--config-dir", config_dir] if config_dir else [])]
     directory = str(run_dir).replace("'", r"\'")
     with _safe_path():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from spo.records import filenames
 from spo.records.files import flatten, read_json, write_json
-from spo.secrets import scrubbed
+from spo.secrets import scrubbed, without_secrets
 from spo.tracking.describe import RunDescription
 from spo.tracking.login import has_api_key
 
@@ -58,7 +59,12 @@ class WandbTracker(WandbLogger):
         )
         self._wandb_init.update(scrubbed(self._wandb_init))
         _supersede(Path(self._wandb_init["dir"]) / "wandb", self._wandb_init["id"])
-        known = self.experiment.starting_step  # 0 unless the server has the run
+        typed = sys.argv
+        sys.argv = without_secrets(typed)  # The client records the command line.
+        try:
+            known = self.experiment.starting_step  # 0 unless the server has the run
+        finally:
+            sys.argv = typed
         for row in description.recorded:
             if row["step"] >= known:
                 values = {key: math.nan if value is None else value for key, value in row.items() if key != "step"}
