@@ -224,6 +224,6 @@ def scrub_output() -> Callable[[], None]:
         sys.stdout, sys.stderr = before
         logging.setLogRecordFactory(factory)
 
-    sys.stdout, sys.stderr = ScrubbedStream(sys.stdout), ScrubbedStream(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = ScrubbedStream(sys.stdout), ScrubbedStream(sys.stderr)
     scrub_logs()
     return end

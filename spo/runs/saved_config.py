@@ -27,7 +27,8 @@ def resolved(cfg: DictConfig | ListConfig, key: str = "") -> Any:
     """
     if isinstance(cfg, ListConfig):
         return [_value(cfg, index, key) for index in range(len(cfg))]
-    return {str(name): _value(cfg, name, f"{key}.{name}" if key else str(name)) for name in cfg}
+    prefix = f"{key}." if key else ""
+    return {str(name): _value(cfg, name, f"{prefix}{name!s}") for name in cfg}
 
 
 def _value(node: Any, name: Any, key: str) -> Any:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from spo.callbacks.history import HistoryLogger
 from spo.config.checks import check_config, warnings
 from spo.config.coefficients import COEFFICIENTS
+from spo.config.compose import pin
 from spo.data import SPLITS
 from spo.data.splits import REPORTED_COUNTS
 from spo.evaluation.saved_policy import TrainedPolicy, rows_to_compare
@@ -36,8 +37,9 @@ from spo.runs.resume import resumed_config
 from spo.secrets import remember_secrets
 from spo.stages.assemble import Parts, assemble, validation_samples
 from spo.stages.description import describe, title
-from spo.stages.evaluate import evaluate_run, load_models
+from spo.stages.evaluate import evaluate_run, load_models, refuse_nonfinite
 from spo.stages.from_config import eval_device, resolve_values
+from spo.stages.length import with_length
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
 from spo.tracking import Tracker
@@ -59,14 +61,14 @@ def train(cfg: DictConfig, *, resumed: bool = False, checked: bool = False) -> d
     """
     quiet_libraries()
     remember_secrets(OmegaConf.to_container(cfg, resolve=False))
+    pin(cfg)
     if not checked:
         check_config(cfg)
     run_dir = Path(cfg.paths.run)
     with claim(run_dir, cfg, resumed=resumed) as status, collect_notes() as notes:
         if status is Status.FINISHED:
             return _show_finished(run_dir)
-        # Resolved only now, because the record has the names of environment variables and not the secrets in them.
-        return _run(resolve_values(cfg), run_dir, notes, resume=status is Status.UNFINISHED)
+        return _run(cfg, run_dir, notes, resume=status is Status.UNFINISHED)
 
 
 def resume(
@@ -86,13 +88,16 @@ def resume(
     return train(resumed_config(run_dir, overrides, allow, config_dir), resumed=True)
 
 
-def _run(cfg: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: bool) -> dict[str, float]:
+def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: bool) -> dict[str, float]:
     started = perf_counter()
+    # Resolved only now, because the record has the names of environment variables and not the secrets in them.
+    cfg = resolve_values(composed)
     seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint, step = last_checkpoint(run_dir) if resume else (None, None)
     if step is not None:
         record_continuation(run_dir, cfg, max(step, 0))
     prepared = prepare_run(cfg)
+    cfg = with_length(composed, len(prepared.pairs.train))
     _record_inputs(prepared, run_dir, max(step or 0, 0))
     prepared_at = perf_counter()
 
@@ -142,6 +147,7 @@ def _run(cfg: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: boo
             **{f"time/{key}": value for key, value in times.items()},
         }
         evaluation.write_samples(run_dir)
+        refuse_nonfinite(metrics)
         for tracker in trackers:
             tracker.conclude(metrics, evaluation.samples)
     finish(run_dir, metrics)
