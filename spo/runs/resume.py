@@ -22,16 +22,19 @@ from spo.runs.saved_config import load_config, write_config
 
 # Keys and groups that a resumed run may change, always and until it is finished.
 LENGTH = ("trainer.max_steps", "trainer.max_epochs")
-RESUMABLE = (*LENGTH, "logger", "strategy")
+# A run that stopped at a loss that is not finite may leave that step out.
+NONFINITE = ("callbacks.nonfinite.action", "callbacks.nonfinite.max_skipped")
+RESUMABLE = (*LENGTH, "logger", "strategy", *NONFINITE)
 UNTIL_FINISHED = ("judge", "evaluation")
 
 
 def resumed_config(run_dir: Path, overrides: Sequence[str]) -> DictConfig:
     """Return the configuration with which the run in ``run_dir`` resumes, and record its changes there.
 
-    Only ``trainer.max_steps``, ``trainer.max_epochs``, ``logger`` and ``strategy`` may change and, until the run is
-    finished, ``judge`` and ``evaluation``: a judge that cannot be asked costs no training. A finished run resumes where
-    its length grew. Its limits are those of the identity: ``composed.yaml`` has the steps that followed from them.
+    Only ``trainer.max_steps``, ``trainer.max_epochs``, the keys of ``callbacks.nonfinite``, ``logger`` and ``strategy``
+    may change and, until the run is finished, ``judge`` and ``evaluation``: a judge that cannot be asked costs no
+    training. A finished run resumes where its length grew. Its limits are those of the identity: ``composed.yaml`` has
+    the steps that followed from them.
 
     Args:
         run_dir: Run directory.
@@ -70,7 +73,8 @@ def _change(cfg: DictConfig, text: str, run_dir: Path) -> None:
     if key not in RESUMABLE and group not in (*RESUMABLE, *UNTIL_FINISHED):
         raise UserError(
             f"{text}: a resumed run cannot change this; it can change {', '.join(LENGTH)}, logger.* and strategy.*, "
-            "and judge.* and evaluation.* until it is finished (start a new run to change anything else)"
+            "callbacks.nonfinite.action and .max_skipped, and judge.* and evaluation.* until it is finished (start a "
+            "new run to change anything else)"
         )
     if override.is_sweep_override() or override.is_delete():
         raise UserError(f"{text}: a resumed run takes one value per key")
