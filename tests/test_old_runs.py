@@ -154,6 +154,7 @@ NEW_KEYS = {
         "data.chat_template_kwargs",
         "data.split_special_tokens",
         "model.attn_implementation",
+        "trainer.max_time",
     )
 }
 

@@ -5,5 +5,6 @@ from spo.callbacks.data_time import DataTime
 from spo.callbacks.health import Health
 from spo.callbacks.progress import Progress
 from spo.callbacks.samples import ValidationSamples
+from spo.callbacks.stop import Stop
 
-__all__ = ["Checkpoint", "DataTime", "Health", "Progress", "ValidationSamples"]
+__all__ = ["Checkpoint", "DataTime", "Health", "Progress", "Stop", "ValidationSamples"]

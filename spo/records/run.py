@@ -110,6 +110,13 @@ def read_alarms(run_dir: Path) -> list[str]:
         return []
 
 
+def read_stop(run_dir: Path) -> str | None:
+    """Return the sentence of ``provenance.json`` about a training that stopped early, ``None`` if there is none."""
+    provenance = read_json(run_dir / filenames.PROVENANCE)
+    words = provenance.get("stopped") if isinstance(provenance, dict) else None
+    return words if isinstance(words, str) else None
+
+
 def _text(run: RunRecord, path: Path, consequence: str) -> str | None:
     if not path.is_file():
         run.notes.append(f"{path.name} is missing: {consequence}.")

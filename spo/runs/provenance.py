@@ -109,6 +109,19 @@ def record_inputs(run_dir: Path, inputs: Mapping[str, str], step: int = 0) -> No
     write_json(run_dir / filenames.PROVENANCE, {**provenance, "inputs": dict(inputs)})
 
 
+def record_stop(run_dir: Path, words: str | None) -> None:
+    """Record in ``provenance.json`` why training stopped before its last step.
+
+    Args:
+        run_dir: Run directory.
+        words: Sentence for a person; ``None`` if training took all of its steps, which removes an earlier sentence.
+    """
+    provenance = read_json(run_dir / filenames.PROVENANCE) or {}
+    provenance.pop("stopped", None)
+    stopped = {} if words is None else {"stopped": words}
+    write_json(run_dir / filenames.PROVENANCE, provenance | stopped)
+
+
 def git_state(folder: Path, tracked: str = ".") -> dict[str, Any] | None:
     """Return the commit of the repository around a folder, and whether the repository has other changes.
 

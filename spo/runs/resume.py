@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -19,15 +20,16 @@ from spo.runs.processes import is_first_process
 from spo.runs.saved_config import load_config, write_config
 
 # Keys and groups that a resumed run may change, always and until it is finished.
-RESUMABLE = ("trainer.max_steps", "logger", "strategy")
+RESUMABLE = ("trainer.max_steps", "trainer.max_time", "logger", "strategy")
 UNTIL_FINISHED = ("judge", "evaluation")
 
 
 def resumed_config(run_dir: Path, overrides: Sequence[str]) -> DictConfig:
     """Return the configuration with which the run in ``run_dir`` resumes, and record its changes there.
 
-    Only ``trainer.max_steps``, ``logger`` and ``strategy`` may change and, until the run is finished, ``judge`` and
-    ``evaluation``: a judge that cannot be asked costs no training. A finished run resumes where ``max_steps`` grew.
+    Only ``trainer.max_steps``, ``trainer.max_time``, ``logger`` and ``strategy`` may change and, until the run is
+    finished, ``judge`` and ``evaluation``: a judge that cannot be asked costs no training. A finished run resumes where
+    ``max_steps`` grew, or where ``max_time`` changed and had stopped it.
 
     Args:
         run_dir: Run directory.
@@ -39,7 +41,7 @@ def resumed_config(run_dir: Path, overrides: Sequence[str]) -> DictConfig:
     """
     run_dir = Path(run_dir)
     cfg = load_config(run_dir)
-    before = int(cfg.trainer.max_steps)
+    before = _limits(cfg)
     problems: list[str] = []
     for text in sorted(overrides, key=lambda text: "." in text.partition("=")[0]):  # groups before their keys
         try:
@@ -63,8 +65,8 @@ def _change(cfg: DictConfig, text: str, run_dir: Path) -> None:
         raise UserError(f"{text}: the run is finished; spo evaluate {run_dir} {text} evaluates it again")
     if key not in RESUMABLE and group not in (*RESUMABLE, *UNTIL_FINISHED):
         raise UserError(
-            f"{text}: a resumed run cannot change this; it can change trainer.max_steps, logger.* and strategy.*, "
-            "and judge.* and evaluation.* until it is finished (start a new run to change anything else)"
+            f"{text}: a resumed run cannot change this; it can change trainer.max_steps and max_time, logger.* and "
+            "strategy.*, and judge.* and evaluation.* until it is finished (start a new run to change anything else)"
         )
     if override.is_sweep_override() or override.is_delete():
         raise UserError(f"{text}: a resumed run takes one value per key")
@@ -85,13 +87,21 @@ def _change(cfg: DictConfig, text: str, run_dir: Path) -> None:
         raise UserError(f"{text}: must be a whole number of steps")
 
 
-def _record_changes(run_dir: Path, cfg: DictConfig, before: int) -> None:
+def _limits(cfg: DictConfig) -> tuple[int, Any]:
+    """Return the largest number of steps, and the limit of time."""
+    return int(cfg.trainer.max_steps), OmegaConf.select(cfg, "trainer.max_time")
+
+
+def _record_changes(run_dir: Path, cfg: DictConfig, before: tuple[int, Any]) -> None:
     old, finished = read_json(run_dir / filenames.IDENTITY) or {}, is_finished(run_dir)
-    steps = int(cfg.trainer.max_steps)
-    if finished and steps < before:
-        raise UserError(f"trainer.max_steps={steps}: the run in {run_dir} is finished at {before} steps")
-    if finished and steps > before:
-        (run_dir / filenames.METRICS).rename(run_dir / filenames.earlier_metrics(before))
+    (steps, time), (steps_before, time_before) = _limits(cfg), before
+    if finished and steps < steps_before:
+        raise UserError(f"trainer.max_steps={steps}: the run in {run_dir} is finished at {steps_before} steps")
+    if finished:
+        # Runs of version 0.1.0 do not have this number.
+        trained = int((read_json(run_dir / filenames.METRICS) or {}).get("trained/steps", steps_before))
+        if steps > steps_before or (trained < steps_before and time != time_before):
+            (run_dir / filenames.METRICS).rename(run_dir / filenames.earlier_metrics(trained))
     new = identity(cfg)
     write_config(run_dir, cfg)
     # The code stays the one that started the run: the same command rejects another version, and provenance.json lists
