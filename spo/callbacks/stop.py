@@ -48,7 +48,8 @@ class Stop(Callback):
             if isinstance(callback, EarlyStopping | ModelCheckpoint) and monitor not in (None, *known) and not early:
                 names = ", ".join(name for name in sorted(known) if name.startswith("val/"))
                 raise UserError(
-                    f"{type(callback).__name__} monitors {monitor}, which is not logged: choose one of {names}"
+                    f"{type(callback).__name__} monitors {monitor}, which the first validation does not log: choose "
+                    f"one of {names}"
                 )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -57,6 +58,10 @@ class Stop(Callback):
         self.reason = trainer.strategy.broadcast(self.reason or find_reason(trainer))
         if self.reason is not None:
             pl_module.log_remaining_steps()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the reason of a resumed run that does not take a step, because its time is up."""
+        self.reason = self.reason or find_reason(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the reason as it is now, without a limit of time."""

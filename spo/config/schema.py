@@ -155,7 +155,6 @@ class Trainer:
     num_nodes: PositiveInt
     precision: Precision
     max_steps: NonNegativeInt
-    min_steps: NonNegativeInt | None
     val_check_interval: PositiveInt
     log_every_n_steps: PositiveInt
     gradient_clip_val: PositiveFloat | None
@@ -164,9 +163,6 @@ class Trainer:
     ]
     enable_progress_bar: bool
     deterministic: bool | Literal["warn"]
-    benchmark: bool | None
-    inference_mode: bool
-    detect_anomaly: bool
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,6 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Callback]
         callbacks=[*callbacks, *added],
         strategy=instantiate(cfg.strategy).plugin,
         max_epochs=-1,
-        min_epochs=0,  # With trainer.min_steps, Lightning would not stop before the end of its epoch, the whole run.
         check_val_every_n_epoch=None,
         val_check_interval=max(min(cfg.trainer.val_check_interval, cfg.trainer.max_steps), 1),
         use_distributed_sampler=False,

@@ -32,6 +32,7 @@ DERIVED_TRAINER_KEYS = {
     "plugins": "use the group strategy",
     "max_epochs": "use trainer.max_steps",
     "min_epochs": "use trainer.max_steps",
+    "min_steps": "use trainer.max_steps; a callback that stops training has limits of its own, such as its patience",
     "check_val_every_n_epoch": "use trainer.val_check_interval, in optimizer steps",
     "use_distributed_sampler": "the data module distributes the pairs over devices itself",
     "enable_checkpointing": "use callbacks=none",
@@ -107,9 +108,6 @@ def _trainer(cfg: DictConfig) -> Iterator[str]:
     for name, instead in DERIVED_TRAINER_KEYS.items():
         if name in given:
             yield f"trainer.{name} cannot be set: {instead}"
-    steps, least = select(cfg, "trainer.max_steps"), select(cfg, "trainer.min_steps")
-    if isinstance(steps, int) and isinstance(least, int) and least > steps:
-        yield f"trainer.min_steps={least} exceeds trainer.max_steps={steps}"
     profiler = select(cfg, "trainer.profiler")
     if isinstance(profiler, str) and profiler not in PROFILERS:
         yield f"trainer.profiler={profiler}: choose {listed([*PROFILERS, 'null'])}{suggestion(profiler, PROFILERS)}"
