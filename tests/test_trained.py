@@ -176,6 +176,7 @@ def test_run_that_ran_out_of_time_resumes_with_more_time(tmp_path: Path) -> None
     assert module.trained.steps == 2
     same, again, _ = fitted(tmp_path, callbacks.Timer({"microseconds": 1}), min_steps=2, resume_at=2)
     assert same.gradients == [] and again.reason == stop.reason
+    assert stop.state_dict() == {"reason": None}  # as a checkpoint at the end of training has it
     longer, later, _ = fitted(tmp_path, callbacks.Timer({"hours": 1}), min_steps=2, resume_at=2)
     assert longer.trained.steps == 9 and later.reason is None
 

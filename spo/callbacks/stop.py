@@ -24,6 +24,7 @@ class Stop(Callback):
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self._restored: str | None = None
         self._trainer: Trainer | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -66,11 +67,11 @@ class Stop(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the reason as it is now, without a limit of time."""
         assert self._trainer is not None
-        return {"reason": self.reason or find_reason(self._trainer, timers=False)}
+        return {"reason": self._restored or find_reason(self._trainer, timers=False)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the reason."""
-        self.reason = state_dict["reason"]
+        self.reason = self._restored = state_dict["reason"]
 
 
 def find_reason(trainer: Trainer, timers: bool = True) -> str | None:

@@ -115,7 +115,7 @@ def check_steps(steps: int, max_steps: int, stop: Stop) -> str | None:
     """
     if steps >= max_steps:
         return None
-    words = f"training stopped after {steps:,} of {max_steps:,} steps"
+    words = f"training stopped after {steps:,} of {_steps(max_steps)}"
     if stop.reason is None:
         raise UserError(
             f"{words}, and no callback or limit of time stopped it: this run cannot be finished; "
@@ -154,7 +154,7 @@ def check_weights(
     is_flat = bool(rows) and all(row["train/grad_norm"] == 0 for row in rows)
     if share == 0 or is_flat:
         what = "the policy equals its base" if share == 0 else "nothing but weight decay changed the policy"
-        raise UserError(f"{what} after {steps:,} steps: {_likely_cause(cfg, dtype, rows)}")
+        raise UserError(f"{what} after {_steps(steps)}: {_likely_cause(cfg, dtype, rows)}")
     if dtype in HALF_PRECISION and share < MIN_CHANGED_SHARE:
         note(
             "updates_rounded",
@@ -189,6 +189,10 @@ def _likely_cause(cfg: DictConfig, dtype: torch.dtype, rows: Sequence[Mapping[st
         f"updates at a learning rate of {rate} are smaller than the spacing of numbers in {_name(dtype)}, so they "
         f"round away{remedy}"
     )
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} step{'' if count == 1 else 's'}"
 
 
 def _name(dtype: torch.dtype) -> str:
