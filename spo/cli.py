@@ -37,6 +37,7 @@ def _train(arguments: list[str]) -> int:
 
         run_hydra(arguments, _job)
         return 0
+    from spo.config.compose import pinned_overrides
     from spo.config.plan import check_plan, compose_plan
 
     planned = compose_plan(
@@ -51,7 +52,7 @@ def _train(arguments: list[str]) -> int:
 
     if flags.cfg is not None:  # Of several jobs the first is shown.
         single = [word for word in hydra_flags if word not in ("-m", "--multirun")]
-        run_hydra([*single, *planned.jobs[0].overrides], _job)
+        run_hydra([*single, *planned.jobs[0].overrides, *pinned_overrides(planned.jobs[0].cfg)], _job)
         return 0
     check_plan(planned, _note if is_first_process() else lambda line: None)
     if not planned.multirun:

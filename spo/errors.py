@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -50,6 +52,51 @@ class ConfigProblems(UserError):
         return type(self), (self.problems,)
 
 
+MEMORY_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "unable to allocate",
+    "bad_alloc",
+    "STATUS_ALLOC_FAILED",
+    "insufficient shared memory",
+)
+"""Phrases of PyTorch, CUDA, MPS, NumPy and the C++ library in errors about memory."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a device or the host does not have enough memory."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    # By name, since torch is not imported here. DefaultCPUAllocator and DataLoader raise a plain RuntimeError.
+    words = str(error).lower()
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and any(phrase.lower() in words for phrase in MEMORY_WORDS)
+    )
+
+
+@contextmanager
+def memory_for(activity: str, *keys: str, otherwise: str = "") -> Iterator[None]:
+    """Turn an error about memory into a sentence with the keys that decide how much is needed.
+
+    Args:
+        activity: Work of the block, such as ``"a training step"``.
+        keys: Configuration keys to lower.
+        otherwise: Further remedy, if there is one.
+
+    Raises:
+        UserError: There was not enough memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        words = f"out of memory in {activity}: lower {', '.join(keys[:-1])}{' or ' if keys[1:] else ''}{keys[-1]}"
+        raise UserError(f"{words}, or {otherwise}" if otherwise else words) from error
+
+
 def missing_package(module: str) -> str | None:
     """Return how to install a module that one of our extras brings, ``None`` for any other module."""
     name = module
@@ -75,6 +122,11 @@ def user_message(error: Exception) -> str | None:
     for one in chain:
         if type(one).__name__ == "MisconfigurationException":
             return str(one)
+    if any(map(is_out_of_memory, chain)):
+        return (
+            "out of memory: choose a smaller model.path, or lower data.micro_batch_size, data.eval_batch_size, "
+            "evaluation.batch_size, data.max_length or data.num_workers"
+        )
     cause = error.__cause__ or error
     from_hydra = type(cause).__module__.startswith(("hydra.", "omegaconf."))
     if type(error).__module__.startswith(("hydra.", "omegaconf.")):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +65,11 @@ def test_step_gradients_equal_those_of_the_cpu(loss: PreferenceLoss, tmp_path: P
         trainer = make_trainer(tmp_path, accelerator=accelerator)
         trainer.fit(module, datamodule=make_data(random_pairs(8, 0)))
         found.append({name: gradient.cpu() for name, gradient in module.gradients[0].items()})
+    # transformers computes norms and rotary angles in float32, also for a float64 model. That rounding alone moves the
+    # gradients by 7e-6 of the largest one.
+    largest = max(float(gradient.abs().max()) for gradient in found[0].values())
     for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, atol=1e-9, rtol=1e-7)
+        torch.testing.assert_close(found[1][name], gradient, atol=5e-5 * largest, rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -108,14 +110,14 @@ class Unwaiting(Spied):
 
 
 def test_step_does_not_wait_for_the_device(tmp_path: Path) -> None:
-    """Packed without shared prompts, each group attends causally; masks are made, with a wait, for shared ones."""
+    """Neither the layout of packed rows nor the masks of shared prompts wait for the device."""
     module = make_module(
         tiny_llama(1, dtype=torch.float32).train(),
         loss=DPOLoss(),
         reference=FrozenReference(),
         reference_model=tiny_llama(2, dtype=torch.float32),
         log_every_n_steps=10,
-        speed=replace(FAST, share_prompts=False),
+        speed=FAST,
     )
     module.__class__ = Unwaiting
     trainer = make_trainer(tmp_path, accelerator="gpu", max_steps=4)

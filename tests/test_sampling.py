@@ -574,6 +574,19 @@ def test_buffer_depends_on_seed_step_and_rank_alone() -> None:
     assert len(rows(world_size=2)) == 2
 
 
+def test_buffer_samples_follow_the_policy() -> None:
+    """Chi-square over all 64 completions of three tokens of a vocabulary of four, as the regularizer draws them."""
+    model = tiny_llama(scale=0.15, vocab_size=4, eos_token_id=None, pad_token_id=None, bos_token_id=None)
+    settings = {"num_samples": 4000, "batch_size": 4000, "max_new_tokens": 3, "stop_ids": (99,), "pad_token_id": 0}
+    held = SampleBuffer([[1]], refresh_every=1, sampler="static", seed=0, **settings)  # type: ignore[arg-type]
+    held.refresh(model, 0)
+    with torch.no_grad():
+        expected = 4000 * completion_logps(model, every_completion([1], 4, 3)).exp()
+    counts = Counter(map(tuple, completions(held.held)))
+    found = torch.tensor([counts[outcome] for outcome in itertools.product(range(4), repeat=3)])
+    assert 35 < ((found - expected) ** 2 / expected).sum() < 100  # 63 degrees of freedom: 0.2% and 99.8%
+
+
 def test_empty_buffer_raises_an_error() -> None:
     with pytest.raises(RuntimeError, match="refresh"):
         buffer().rows(0)

@@ -115,6 +115,46 @@ def test_checkpoint_of_an_old_version_leaves_pairs_unknown(tmp_path: Path) -> No
     assert resumed.trained.metrics() == {"trained/steps": 9.0}
 
 
+def test_skipped_steps_are_not_trained() -> None:
+    trained = Trained()
+    for number, pairs in enumerate([8, 8, 4, 8]):
+        trained.add_step(number, pairs)
+        if number == 2:
+            trained.skip_step(1)  # known only when the next step begins
+    trained.skip_step(3)
+    assert (trained.steps, trained.pairs) == (2, 12)
+    again = Trained()
+    again.load_state_dict(trained.state_dict())
+    assert again == trained
+
+
+class Infinite(DPOLoss):
+    """A loss that is infinite at some steps, which it knows by its calls."""
+
+    def __init__(self, *calls: int) -> None:
+        super().__init__()
+        self.calls, self.call = calls, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.call += 1
+        return super().__call__(*args, **kwargs) + (float("inf") if self.call in self.calls else 0.0)
+
+
+def test_steps_that_the_guard_skips_are_not_trained(tmp_path: Path) -> None:
+    module = make_module(
+        tiny_llama(0, scale=0.1),
+        loss=Infinite(2, 4),
+        reference=FrozenReference(),
+        reference_model=tiny_llama(1, scale=0.1),
+    )
+    module.guard.max_skipped = 5
+    data = make_data(random_pairs(20, seed=4), max_steps=6, batch_size=8)
+    make_trainer(tmp_path, max_steps=6).fit(module, datamodule=data)
+    assert module.guard.skipped == [1, 3]
+    # Two epochs of 8, 8 and 4 pairs, without the second and the fourth step.
+    assert (module.trained.steps, module.trained.pairs) == (4, 2 * 20 - 8 - 8)
+
+
 def test_budget_in_words() -> None:
     assert describe_budget(Trained(18, 144, 2304).metrics()) == "18 steps, 144 pairs, 2,304 tokens sampled"
     assert describe_budget(Trained(18, None, None).metrics()) == "18 steps"
@@ -386,6 +426,12 @@ def test_policy_that_equals_its_base_is_an_error_with_its_cause(
     with pytest.raises(UserError, match=f"the policy equals its base after 2 steps: .*{words}"):
         check_weights(Start(policy), policy.state_dict(), 2, config(), history)
     assert check_weights(Start(policy), policy.state_dict(), 0, config(), []) == {}
+
+
+def test_run_that_skipped_all_of_its_steps_is_an_error() -> None:
+    policy = torch.nn.Linear(3, 3)
+    with pytest.raises(UserError, match="equals its base after 2 steps: each of them was skipped"):
+        check_weights(Start(policy), policy.state_dict(), 2, config(), [], skipped=2)
 
 
 def test_weight_decay_alone_is_not_training() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from spo.records.files import parse_jsonl, write_text
+from spo.records.files import parse_jsonl, to_json, write_text
 
 
 class HistoryLogger(Logger):
@@ -40,7 +39,7 @@ class HistoryLogger(Logger):
             self.resumed = tuple(dict(row) for row in rows)
             for row in rows:
                 self._note({key: value for key, value in row.items() if key != "step"})
-            lines = [json.dumps(row) + "\n" for row in rows]
+            lines = [to_json(row) + "\n" for row in rows]
             write_text(path, "".join(lines))
             if rows and rows[-1]["step"] == resume_at:
                 # The resumed run may log more metrics of this step, such as those of its validation.
@@ -93,7 +92,7 @@ class HistoryLogger(Logger):
             with self.path.open("r+") as file:
                 file.truncate(self._start)
                 file.seek(self._start)
-                file.write(json.dumps(self._row) + "\n")
+                file.write(to_json(self._row) + "\n")
             self._written = dict(self._row)
 
     def rows(self) -> list[dict[str, Any]]:

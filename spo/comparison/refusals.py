@@ -78,6 +78,7 @@ def _reason(runs: Sequence[Run]) -> str:
         "data": "the data files",
         "weights": "the model",
         "adapter": "the adapter",
+        "regularizer_prompts": "the prompts of the regularizer",
     }
     differing = [text for key, text in parts.items() if len({str(run.identity.get(key)) for run in runs}) > 1]
     verb = "differs" if len(differing) == 1 else "differ"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from spo.wording import finite
@@ -28,14 +28,29 @@ class Trained:
     steps: int = 0
     pairs: int | None = 0
     sampled_tokens: int | None = 0
+    _recent: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
 
-    def add_step(self, pairs: int) -> None:
+    def add_step(self, number: int, pairs: int) -> None:
         """Count an optimizer step.
 
         Args:
+            number: Steps before this one.
             pairs: Pairs of the step, over all processes.
         """
-        self.steps += 1
+        # Whether a step was skipped may be known only when the next one begins.
+        self._recent = {key: count for key, count in self._recent.items() if key == number - 1} | {number: pairs}
+        self._count(1, pairs)
+
+    def skip_step(self, number: int) -> None:
+        """Take back one of the last two steps, because it did not change the weights.
+
+        Args:
+            number: Number that the step was counted with.
+        """
+        self._count(-1, -self._recent.pop(number))
+
+    def _count(self, steps: int, pairs: int) -> None:
+        self.steps += steps
         if self.pairs is not None:
             self.pairs += pairs
 
@@ -50,11 +65,11 @@ class Trained:
 
     def metrics(self) -> dict[str, float]:
         """Return the known counts under their keys in ``metrics.json``."""
-        return {PREFIX + name: float(count) for name, count in asdict(self).items() if count is not None}
+        return {PREFIX + name: float(count) for name, count in self.state_dict().items() if count is not None}
 
     def state_dict(self) -> dict[str, int | None]:
         """Return the counts."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in BUDGET_WORDS}
 
     def load_state_dict(self, state: Mapping[str, int | None]) -> None:
         """Restore the counts that :meth:`state_dict` returned."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from spo.comparison.compare import Comparison, Difference, Method
 from spo.metrics.catalogue import label, shown_in
 from spo.metrics.trained import BUDGET_WORDS, PREFIX
 from spo.pages.comparison_words import describe_difference, describe_procedure, describe_training, interval
+from spo.records.files import to_json
 from spo.stats import Estimate
 from spo.wording import number
 
@@ -167,7 +167,7 @@ def write_files(comparison: Comparison, folder: Path) -> dict[str, Path]:
         The paths of the files by name.
     """
     texts: Mapping[str, str] = {
-        JSON: json.dumps(to_dict(comparison), indent=2, ensure_ascii=False) + "\n",
+        JSON: to_json(to_dict(comparison), indent=2, ensure_ascii=False) + "\n",
         CSV: to_csv(comparison),
         MARKDOWN: to_markdown(comparison),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
@@ -13,7 +12,7 @@ from typing import Any
 from filelock import FileLock
 
 from spo.records.digests import digest, file_digest
-from spo.records.files import read_json
+from spo.records.files import read_json, to_json
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -46,7 +45,7 @@ def cached(root: str | Path, kind: str, key: dict[str, Any], build: Callable[[Pa
         try:
             build(temporary)
             manifest = {"key": key, "files": _file_digests(temporary)}
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True, default=str))
+            (temporary / MANIFEST).write_text(to_json(manifest, indent=2, sort_keys=True, default=str))
             temporary.rename(folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

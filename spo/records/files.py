@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,15 +21,40 @@ def write_text(file: Path, text: str) -> None:
     temporary.replace(file)
 
 
+def to_json(value: Any, **settings: Any) -> str:
+    """Return a value as JSON that every reader accepts.
+
+    Python would write NaN and infinities as words that JSON does not have; they become null.
+
+    Args:
+        value: JSON-like value.
+        settings: Further arguments of ``json.dumps``.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **settings)
+    except ValueError as error:  # The copy costs more than the text, and only few values need it.
+        if "float" not in str(error):
+            raise
+        return json.dumps(_without_nonfinite(value), allow_nan=False, **settings)
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key) if isinstance(key, float) else key: _without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nonfinite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(file: Path, value: Any, indent: int | None = 2) -> None:
-    """Write a JSON file atomically.
+    """Write a JSON file atomically; numbers that are not finite become null.
 
     Args:
         file: JSON file.
         value: JSON-like value; what JSON does not know becomes text.
         indent: Spaces per level, ``None`` for a single line, which is several times faster.
     """
-    write_text(file, json.dumps(value, indent=indent, default=str) + "\n")
+    write_text(file, to_json(value, indent=indent, default=str) + "\n")
 
 
 def read_json(file: Path) -> Any:
@@ -40,16 +66,16 @@ def read_json(file: Path) -> Any:
 
 
 def write_jsonl(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object per line, atomically."""
+    """Write one JSON object per line, atomically; numbers that are not finite become null."""
     write_text(file, "".join(_line(row) for row in rows))
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    line = json.dumps(row, ensure_ascii=False) + "\n"
+    line = to_json(row, ensure_ascii=False) + "\n"
     try:
         line.encode()
     except UnicodeEncodeError:  # UTF-8 cannot hold a lone surrogate, an escape sequence can
-        return json.dumps(row) + "\n"
+        return to_json(row) + "\n"
     return line
 
 

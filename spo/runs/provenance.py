@@ -17,7 +17,7 @@ import spo
 from spo.records import filenames
 from spo.records.digests import code_version
 from spo.records.files import read_json, write_json
-from spo.runs.identity import changed_plugins, plugins
+from spo.runs.identity import changed_plugins, plugins, prompt_file
 from spo.runs.processes import is_first_process
 from spo.runs.secrets import command_line
 
@@ -47,6 +47,10 @@ def write_provenance(run_dir: Path, cfg: DictConfig, parts: Mapping[str, Any]) -
         "data": {"path": OmegaConf.select(cfg, "data.path"), "sha256": parts["data"]},
         "weights": {"path": OmegaConf.select(cfg, "model.path"), "sha256": parts["weights"]},
         "adapter": {"path": OmegaConf.select(cfg, "model.adapter_path"), "sha256": parts["adapter"]},
+        "regularizer_prompts": {
+            "path": prompt_file(cfg),
+            "sha256": parts["regularizer_prompts"],
+        },
         "identity": parts["digest"],
     }
     write_json(run_dir / filenames.PROVENANCE, provenance)

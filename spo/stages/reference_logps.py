@@ -18,6 +18,7 @@ from torch import Tensor
 from spo.batching import Item, chunks, split_by_tokens
 from spo.data import DataError, TokenizedPair
 from spo.data.logps_store import LogpsStore, sequence_key
+from spo.errors import memory_for
 from spo.forward.speed import Speed
 from spo.models import PrecomputedReference
 from spo.records.digests import code_version, digest, model_digest
@@ -106,7 +107,10 @@ def precomputed_logps(cfg: DictConfig, prepared: Prepared, reference: Precompute
             model = prepared.spec.start(prepared.base).to(device)
             speed = requested.resolve_for(model)
             # The precision is that of the policy in the Trainer, so that both round alike.
-            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
+            with (
+                torch.autocast(device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"),
+                memory_for("scoring pairs with the reference", "reference.batch_tokens", "speed.max_logits"),
+            ):
                 fill(store, model, missing, prepared.tokenizer.pad_token_id, speed, reference.batch_tokens)
             known = store.get(keys)
     if lost := int(known.isnan().sum()):

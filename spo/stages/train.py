@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from spo.callbacks.history import HistoryLogger
 from spo.config.checks import check_config, warnings
 from spo.config.coefficients import COEFFICIENTS
+from spo.config.compose import pin
 from spo.data import SPLITS
 from spo.data.splits import REPORTED_COUNTS
 from spo.evaluation.saved_policy import TrainedPolicy, rows_to_compare
@@ -35,8 +36,9 @@ from spo.runs.provenance import record_continuation, record_inputs, record_stop
 from spo.runs.resume import resumed_config
 from spo.stages.assemble import Parts, assemble, validation_samples
 from spo.stages.description import describe, title
-from spo.stages.evaluate import evaluate_run, load_models
+from spo.stages.evaluate import evaluate_run, load_models, refuse_nonfinite
 from spo.stages.from_config import eval_device, resolve_values
+from spo.stages.length import with_length
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
 from spo.stages.trained import Start, check_pairs, check_steps, check_weights
@@ -58,14 +60,14 @@ def train(cfg: DictConfig, *, resumed: bool = False, checked: bool = False) -> d
         UserError: The configuration is impossible, or the run directory belongs to another run.
     """
     quiet_libraries()
+    pin(cfg)
     if not checked:
         check_config(cfg)
     run_dir = Path(cfg.paths.run)
     with claim(run_dir, cfg, resumed=resumed) as status, collect_notes() as notes:
         if status is Status.FINISHED:
             return _show_finished(run_dir)
-        # Resolved only now, because the record has the names of environment variables and not the secrets in them.
-        return _run(resolve_values(cfg), run_dir, notes, resume=status is Status.UNFINISHED)
+        return _run(cfg, run_dir, notes, resume=status is Status.UNFINISHED)
 
 
 def resume(run_dir: Path, overrides: list[str]) -> dict[str, float]:
@@ -81,13 +83,16 @@ def resume(run_dir: Path, overrides: list[str]) -> dict[str, float]:
     return train(resumed_config(run_dir, overrides), resumed=True)
 
 
-def _run(cfg: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: bool) -> dict[str, float]:
+def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: bool) -> dict[str, float]:
     started = perf_counter()
+    # Resolved only now, because the record has the names of environment variables and not the secrets in them.
+    cfg = resolve_values(composed)
     seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint, step = last_checkpoint(run_dir) if resume else (None, None)
     if step is not None:
         record_continuation(run_dir, cfg, max(step, 0))
     prepared = prepare_run(cfg)
+    cfg = with_length(composed, len(prepared.pairs.train))
     _record_inputs(prepared, run_dir, max(step or 0, 0))
     prepared_at = perf_counter()
 
@@ -110,9 +115,9 @@ def _run(cfg: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: boo
         if not trainer.is_global_zero:
             return {}
         record_stop(run_dir, check_steps(trainer.global_step, cfg.trainer.max_steps, parts.stop))
-        budget = module.trained.metrics() | check_weights(
-            start, weights or dict(module.policy.named_parameters()), module.trained.steps, cfg, record.rows()
-        )
+        after = weights or dict(module.policy.named_parameters())
+        steps, skipped = trainer.global_step, len(module.guard.skipped)
+        budget = module.trained.metrics() | check_weights(start, after, steps, cfg, record.rows(), skipped)
         module.reference.to(torch.device("cpu"))  # frees memory for the evaluation, which loads what was saved
         final = {name: getattr(module, name)(trainer.global_step) for name in COEFFICIENTS}
         write_json(run_dir / filenames.COEFFICIENTS, final)
@@ -144,6 +149,7 @@ def _run(cfg: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: boo
             **{f"time/{key}": value for key, value in times.items()},
         }
         evaluation.write_samples(run_dir)
+        refuse_nonfinite(metrics)
         for tracker in trackers:
             tracker.conclude(metrics, evaluation.samples)
     finish(run_dir, metrics)

@@ -129,16 +129,22 @@ def check_steps(steps: int, max_steps: int, stop: Stop) -> str | None:
 
 
 def check_weights(
-    start: Start, weights: Mapping[str, Tensor], steps: int, cfg: DictConfig, history: Iterable[Mapping[str, Any]]
+    start: Start,
+    weights: Mapping[str, Tensor],
+    steps: int,
+    cfg: DictConfig,
+    history: Iterable[Mapping[str, Any]],
+    skipped: int = 0,
 ) -> dict[str, float]:
     """Check that training changed the policy, and return how much of it.
 
     Args:
         start: Weights before training.
         weights: Weights after training, by name.
-        steps: Optimizer steps that were taken.
+        steps: Optimizer steps that were taken or skipped.
         cfg: Configuration of the run, resolved.
         history: Rows of ``history.jsonl``.
+        skipped: Optimizer steps that were skipped.
 
     Returns:
         ``trained/changed_share``, the share of trainable weights that differ from the start; empty without a step.
@@ -154,7 +160,8 @@ def check_weights(
     is_flat = bool(rows) and all(row["train/grad_norm"] == 0 for row in rows)
     if share == 0 or is_flat:
         what = "the policy equals its base" if share == 0 else "nothing but weight decay changed the policy"
-        raise UserError(f"{what} after {_steps(steps)}: {_likely_cause(cfg, dtype, rows)}")
+        cause = _ALL_SKIPPED if skipped == steps else _likely_cause(cfg, dtype, rows)
+        raise UserError(f"{what} after {_steps(steps)}: {cause}")
     if dtype in HALF_PRECISION and share < MIN_CHANGED_SHARE:
         note(
             "updates_rounded",
@@ -165,6 +172,9 @@ def check_weights(
     return {f"{PREFIX}changed_share": share}
 
 
+_ALL_SKIPPED = (
+    "each of them was skipped, because its loss or gradient was not finite; set callbacks.nonfinite.action=stop"
+)
 _MASTER_WEIGHTS = "model.dtype=float32 trainer.precision=bf16-mixed computes in bfloat16 and keeps weights in float32"
 
 
