@@ -153,8 +153,7 @@ class Guard:
             UserError: A pair has a completion of probability zero.
         """
         self.settle()
-        is_bad = (~(loss.isfinite() & grad_norm.isfinite())).float()
-        is_bad = self.module.trainer.strategy.reduce(is_bad, reduce_op="max")
+        is_bad = self._over_processes((~(loss.isfinite() & grad_norm.isfinite())).float())  # fused optimizers want a 1
         step = Step(self.module.global_step, loss, grad_norm, is_bad, self.module.pairs.scores, metrics)
         if self._can_defer(optimizer.optimizer):
             with _told_to_skip(optimizer.optimizer, is_bad), self._update_in_words():
@@ -319,7 +318,13 @@ class Guard:
         counts = [(~_local(x).isfinite()).sum() for x in numbers if isinstance(x, Tensor) and x.is_floating_point()]
         device = self.module.device
         total = torch.stack([torch.zeros((), device=device), *(count.to(device) for count in counts)]).sum()
-        return int(self.module.trainer.strategy.reduce(total, reduce_op="sum"))
+        return int(self._over_processes(total))
+
+    def _over_processes(self, number: Tensor) -> Tensor:
+        """Return the largest number of all processes. Lightning's own reduction would wait for the device."""
+        if self.module.trainer.world_size > 1:
+            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+        return number
 
     # --- the cause ---------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -21,9 +26,11 @@ from spo.guard import NonFiniteError
 from spo.losses import DPOLoss, IPOLoss, Loss, SFTLoss, SPOLoss, WeightedSPOLoss
 from spo.models import FrozenReference
 from spo.notes import collect_notes
+from spo.stages.evaluate import refuse_nonfinite
 from spo.types import PairLogps
 from tests.helpers import PLAIN, Spied, make_data, make_module, make_trainer, random_pairs, tiny_llama
 
+ROOT = Path(__file__).parent.parent
 BAD_STEP = 2
 
 
@@ -222,6 +229,41 @@ def test_resumed_run_continues_the_count_bit_by_bit(device: str, tmp_path: Path)
     assert_equal(state(resumed), state(whole))
 
 
+# --- several processes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_all_processes_decide_alike(action: str, tmp_path: Path) -> None:
+    """One pair is bad, so that the loss of one process is; the other one names that pair too."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    command += ["-m", "tests.test_nonfinite", action, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        if action == "stop":
+            assert "(rows.jsonl, line 4); likely cause: the weight 1e+308" in found["error"]
+        else:
+            assert len(found["skipped"]) == 1 and found["step"] == 6
+
+
+def run_as_one_of_two_processes(action: str, folder: Path) -> None:
+    module = module_with(SPOLoss(), log_every_n_steps=100)
+    callback = NonFinite("skip" if action == "skip" else "stop", 10)
+    trainer = make_trainer(folder, max_steps=6, devices=2, strategy="ddp", callbacks=[callback])
+    error = ""
+    try:
+        trainer.fit(module, datamodule=make_data(with_bad_rows(3), max_steps=6, batch_size=2))
+    except NonFiniteError as raised:
+        error = str(raised)
+    result = {"error": error, "skipped": module.guard.skipped, "step": module.global_step}
+    (folder / f"{trainer.global_rank}.json").write_text(json.dumps(result))
+
+
 # --- what is saved -------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +292,12 @@ def test_bias_that_masks_tokens_may_be_saved(tmp_path: Path) -> None:
     trainer.fit(module, datamodule=make_data(random_pairs(4, 1, vocab=20)))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     assert (tmp_path / "last.ckpt").exists()
+
+
+def test_final_metrics_that_are_not_finite_are_refused() -> None:
+    refuse_nonfinite({"eval/kl": 1.0, "eval/entropy": 0.0})
+    with pytest.raises(UserError, match=r"eval/kl is inf, eval/reward is nan\).*policy and its samples are saved"):
+        refuse_nonfinite({"eval/kl": math.inf, "eval/entropy": 1.0, "eval/reward": math.nan})
 
 
 # --- memory --------------------------------------------------------------------------------------------------------
@@ -292,3 +340,7 @@ def test_other_errors_keep_their_type(tmp_path: Path) -> None:
     module = module_with(Greedy(RuntimeError("shapes do not match"), True))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         make_trainer(tmp_path).fit(module, datamodule=make_data(named_pairs()))
+
+
+if __name__ == "__main__":
+    run_as_one_of_two_processes(sys.argv[1], Path(sys.argv[2]))

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from benchmarks import sampling as benchmark
 from spo.batching import even_parts_by_length
@@ -612,3 +612,19 @@ def test_samples_have_the_log_probs_of_their_tokens() -> None:
     drawn = draw(model)
     again = sequences(list(zip(PROMPTS, completions(drawn), strict=True)))
     torch.testing.assert_close(completion_logps(model, drawn), completion_logps(model, again))
+
+
+class RenamedCache(LlamaForCausalLM):
+    """A model that takes its cache under the name that transformers 5.24 introduced."""
+
+    def forward(self, *, cache: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return super().forward(**{static._cache_keyword(LlamaForCausalLM): cache}, **kwargs)
+
+
+def test_static_sampler_passes_the_cache_under_the_name_of_the_signature() -> None:
+    model = tiny_llama(1, dtype=torch.float64)
+    ids, numbers = torch.tensor([[BOS, 5, 6], [BOS, 7, 8]]), torch.rand(2, 6, dtype=torch.float64)
+    settings: dict[str, Any] = {"temperature": 1.0, "stop_ids": (), "pad_token_id": PAD}
+    plain = static.decode(model, ids, torch.ones_like(ids), numbers, **settings)
+    model.__class__ = RenamedCache
+    assert torch.equal(static.decode(model, ids, torch.ones_like(ids), numbers, **settings), plain)

@@ -69,11 +69,13 @@ def test_each_comparing_method_has_two_settings_and_a_transformer_case() -> None
     cases, skipped = plan_cases(PLAN, False, None)
     assert len(skipped) == 1 and "sft" in skipped[0]
     full, _ = plan_cases(PLAN, True, None)
+    for check in ("sampled", "sampler"):
+        assert [case.member for case in cases if case.check == check] == ["spo"]
+    assert not any(case.check in ("sampled", "sampler") for case in plan_cases(PLAN, False, None, ["dpo"])[0])
     for method in METHODS:
         checks = [(case.model, case.check) for case in cases if case.member == method]
         assert checks.count(("tabular", "optimum")) >= 2 and checks.count(("tiny", "optimum")) == 1
         assert checks.count(("tabular", "steps")) == 1
-        assert ("tabular", "sampled") in checks if method.startswith("spo") else ("tabular", "sampled") not in checks
         settings = {(case.model, case.check, case.alpha, case.beta) for case in cases if case.member == method}
         assert settings < {(case.model, case.check, case.alpha, case.beta) for case in full if case.member == method}
 

@@ -108,8 +108,9 @@ class HistoryLogger(Logger):
 
 def _readable_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for _, row in parse_jsonl(path.read_text(encoding="utf-8")):
-        if row is None:  # A process that was killed leaves half a last line.
+    for _, row in parse_jsonl(path.read_bytes().decode("utf-8", "replace")):
+        # A process that was killed leaves half a last line.
+        if row is None or isinstance(row.get("step"), bool) or not isinstance(row.get("step"), int):
             break
         rows.append(row)
     return rows

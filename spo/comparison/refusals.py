@@ -158,7 +158,7 @@ def _seeds(runs: Sequence[Run]) -> list[Problem]:
 def _mixed_digests(runs: Sequence[Run]) -> list[Problem]:
     problems = []
     for key, words in (("pairs_sha256", "the preference pairs"), ("reference_sha256", "the reference models")):
-        groups = _by(runs, lambda run: (run.record.provenance.get("inputs") or {}).get(key))  # noqa: B023
+        groups = _by(runs, lambda run: run.record.input_digest(key))  # noqa: B023
         if len(groups) > 1:
             counted = "; ".join(
                 f"{str(digest)[:8] if digest else 'not recorded'}: {_names([run.name for run in some])}"

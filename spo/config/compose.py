@@ -52,6 +52,7 @@ def compose(
     directory = Path(run_dir if run_dir is not None else cfg.hydra.run.dir).absolute()
     with open_dict(cfg):
         del cfg["hydra"]
+    fill_empty_groups(cfg)
     cfg.paths.run = str(directory)
     return cfg
 
@@ -133,6 +134,30 @@ def parse(override: str) -> Override:
         raise UserError(f"{override}: cannot be read ({hint})") from error
 
 
+# --- empty groups --------------------------------------------------------------------------------------------------
+
+NULL_MEMBERS = {
+    "logger": "record",
+    "callbacks": "none",
+    "judge": "none",
+    "regularizer": "none",
+    "reference": "none",
+    "experiment": None,
+    "hparams_search": None,
+}
+"""Member that ``GROUP=null`` stands for; ``None`` where no member is chosen."""
+EMPTY_GROUPS = ("logger", "callbacks")
+"""Groups that are mappings of objects, of which there may be none."""
+
+
+def fill_empty_groups(cfg: DictConfig) -> None:
+    """Replace ``logger: null`` and ``callbacks: null`` of an experiment file by empty mappings, in place."""
+    with open_dict(cfg):
+        for group in EMPTY_GROUPS:
+            if cfg.get(group) is None:
+                cfg[group] = {}
+
+
 # --- plain numbers -------------------------------------------------------------------------------------------------
 
 
@@ -140,7 +165,8 @@ def expand_numbers(overrides: Sequence[str]) -> list[str]:
     """Write out plain numbers for alpha and beta: ``alpha=0.5`` becomes ``alpha=constant alpha.value=0.5``.
 
     This applies if the key is exactly ``alpha`` or ``beta`` and every value is a positive number: one number, several
-    of a multirun, a ``choice``, a ``range`` or an ``interval``. Names of schedules stay as they are.
+    of a multirun, a ``choice``, a ``range`` or an ``interval``. Names of schedules stay as they are. A group that may
+    be empty accepts ``null`` for the member that leaves it empty.
 
     Args:
         overrides: Overrides as typed.
@@ -151,7 +177,10 @@ def expand_numbers(overrides: Sequence[str]) -> list[str]:
     result: list[str] = []
     for override in overrides:
         key, equals, value = override.partition("=")
-        if equals and key.strip() in COEFFICIENTS and _is_number(parse(override)):
+        if equals and value.strip() == "null" and key.strip() in NULL_MEMBERS:
+            member = NULL_MEMBERS[key.strip()]
+            result += [] if member is None else [f"{key.strip()}={member}"]
+        elif equals and key.strip() in COEFFICIENTS and _is_number(parse(override)):
             result += [f"{key.strip()}=constant", f"{key.strip()}.value={value}"]
         else:
             result.append(override)

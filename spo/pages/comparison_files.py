@@ -14,7 +14,7 @@ from spo.comparison.compare import Comparison, Difference, Method
 from spo.metrics.catalogue import label, shown_in
 from spo.metrics.trained import BUDGET_WORDS, PREFIX
 from spo.pages.comparison_words import describe_difference, describe_procedure, describe_training, interval
-from spo.records.files import to_json
+from spo.records.files import to_json, write_text
 from spo.stats import Estimate
 from spo.wording import number
 
@@ -173,5 +173,5 @@ def write_files(comparison: Comparison, folder: Path) -> dict[str, Path]:
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     return {name: folder / name for name in texts}

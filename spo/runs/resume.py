@@ -14,7 +14,7 @@ from spo.config.checks.settings import setting_problems, with_some_length
 from spo.config.compose import compose, expand_numbers, parse
 from spo.errors import ConfigProblems, UserError
 from spo.records import filenames
-from spo.records.files import read_json, write_json
+from spo.records.files import read_json, read_mapping, write_json
 from spo.runs.claim import is_finished, locked
 from spo.runs.identity import identity, with_digest
 from spo.runs.processes import is_first_process
@@ -22,17 +22,19 @@ from spo.runs.saved_config import load_config, write_config
 
 # Keys and groups that a resumed run may change, always and until it is finished.
 LENGTH, TIME = ("trainer.max_steps", "trainer.max_epochs"), "trainer.max_time"
-RESUMABLE = (*LENGTH, TIME, "logger", "strategy")
+# A run that stopped at a loss that is not finite may leave that step out.
+NONFINITE = ("callbacks.nonfinite.action", "callbacks.nonfinite.max_skipped")
+RESUMABLE = (*LENGTH, TIME, "logger", "strategy", *NONFINITE)
 UNTIL_FINISHED = ("judge", "evaluation")
 
 
 def resumed_config(run_dir: Path, overrides: Sequence[str]) -> DictConfig:
     """Return the configuration with which the run in ``run_dir`` resumes, and record its changes there.
 
-    Only the length (``trainer.max_steps``, ``max_epochs`` or ``max_time``), ``logger`` and ``strategy`` may change and,
-    until the run is finished, ``judge`` and ``evaluation``: a judge that cannot be asked costs no training. A finished
-    run resumes where its length grew, or where ``max_time`` changed and had stopped it. Its limits are those of the
-    identity: ``composed.yaml`` has the steps that followed from them.
+    Only the length (``trainer.max_steps``, ``max_epochs`` or ``max_time``), the keys of ``callbacks.nonfinite``,
+    ``logger`` and ``strategy`` may change and, until the run is finished, ``judge`` and ``evaluation``: a judge that
+    cannot be asked costs no training. A finished run resumes where its length grew, or where ``max_time`` changed and
+    had stopped it. Its limits are those of the identity: ``composed.yaml`` has the steps that followed from them.
 
     Args:
         run_dir: Run directory.
@@ -71,7 +73,8 @@ def _change(cfg: DictConfig, text: str, run_dir: Path) -> None:
     if key not in RESUMABLE and group not in (*RESUMABLE, *UNTIL_FINISHED):
         raise UserError(
             f"{text}: a resumed run cannot change this; it can change {', '.join((*LENGTH, TIME))}, logger.* and "
-            "strategy.*, and judge.* and evaluation.* until it is finished (start a new run to change anything else)"
+            "strategy.*, callbacks.nonfinite.action and .max_skipped, and judge.* and evaluation.* until it is "
+            "finished (start a new run to change anything else)"
         )
     if override.is_sweep_override() or override.is_delete():
         raise UserError(f"{text}: a resumed run takes one value per key")
@@ -105,7 +108,7 @@ def _record_changes(run_dir: Path, cfg: DictConfig, before: int | None, time_bef
     epochs = OmegaConf.select(cfg, "trainer.max_epochs")
     limits, given = (cfg.trainer.max_steps, epochs), tuple(_given(run_dir).get(key) for key in LENGTH)
     # Runs of version 0.1.0 do not have this number.
-    trained = int((read_json(run_dir / filenames.METRICS) or {}).get("trained/steps", before or 0))
+    trained = int((read_mapping(run_dir / filenames.METRICS) or {}).get("trained/steps", before or 0))
     has_other_time = trained < (before or 0) and OmegaConf.select(cfg, TIME) != time_before
     if finished and before is not None and limits != given:
         # The steps of more epochs are known only when the data is read, so a limit in epochs grows with its number.

@@ -109,7 +109,10 @@ def plan_cases(
         if not member.loss.uses_rejected:
             skipped.append(f"{member.name} is skipped: it learns from completions alone and compares none")
             continue
-        cases += _cases(plan, "full" if full else "default", member)
+        found = _cases(plan, "full" if full else "default", member)
+        # What is sampled does not depend on the method, so the first method that samples stands for all.
+        sampled = {case.check for case in cases} & {*SAMPLED_CHECKS}
+        cases += [case for case in found if case.check not in sampled]
     return cases, skipped
 
 

@@ -246,7 +246,7 @@ SAMPLING = (
     ),
     _mutant(
         "probe_at_temperature_0.7",
-        "watch.Probe.measure",
+        "watch.Probe._measure",
         "temperature=1.0",
         "temperature=0.7",
         "test_health.py::test_probe_agrees_with_enumeration",
@@ -384,17 +384,17 @@ STEPS = (
     ),
     _mutant(
         "warm_up_two_steps_at_a_time",
-        "module.AlignmentModule.training_step",
+        "module.AlignmentModule._step",
         "cast(LRScheduler, self.lr_schedulers()).step()",
         "[cast(LRScheduler, self.lr_schedulers()).step() for _ in range(2)]",
         "test_module.py::test_step_uses_its_own_coefficients_and_learning_rate",
     ),
     Mutant(
         "clipping_after_the_step",
-        "spo.module.AlignmentModule.training_step",
+        "spo.module.AlignmentModule._step",
         (
             ("grad_norm = nn.utils.clip", "optimizer.step(); grad_norm = nn.utils.clip"),
-            ('["lr"]\n    optimizer.step()', '["lr"]'),
+            ("grad_norm, group):\n        optimizer.step()", "grad_norm, group):\n        pass"),
         ),
         ("test_module.py::test_gradient_clipping_limits_norm[0.01]",),
     ),
@@ -425,11 +425,11 @@ STEPS = (
 
 METRICS = (
     _mutant(
-        "accuracy_counts_ties",
-        "losses.base.ListLoss.metrics",
-        "chosen[:, None] > rewards[:, 1:]",
-        "chosen[:, None] >= rewards[:, 1:]",
-        "test_ranked.py::test_metrics_of_a_list",
+        "accuracy_counts_ties_as_right",
+        "losses.base.is_higher",
+        "(chosen > rejected)",
+        "(chosen >= rejected)",
+        "test_losses.py::test_equal_implicit_rewards_count_one_half",
     ),
     _mutant(
         "ties_of_the_win_rate_lost",

@@ -54,6 +54,11 @@ DERIVED_TRAINER_KEYS = {
 }
 PROFILERS = ("simple", "advanced", "pytorch", "xla")
 
+# Groups that a run cannot do without, as an experiment file with `GROUP: null` would.
+NEEDED_GROUPS = (
+    *("paths", "alpha", "beta", "regularizer", "reference", "data", "model", "method", "sft", "optimizer", "scheduler"),
+    *("strategy", "speed", "trainer", "evaluation"),
+)
 ASSUMED_STEPS = 1_000_000
 """Number of steps with which a configuration is checked before its data is read."""
 
@@ -80,6 +85,13 @@ def with_some_length(cfg: DictConfig) -> DictConfig:
     cfg = copy.deepcopy(cfg)
     OmegaConf.update(cfg, "trainer.max_steps", ASSUMED_STEPS)
     return cfg
+
+
+def absent_groups(cfg: DictConfig) -> Iterator[str]:
+    """Yield groups that a run cannot do without and that are null or were removed."""
+    for group in NEEDED_GROUPS:
+        if not isinstance(select(cfg, group), DictConfig):
+            yield f"{group}={shown(select(cfg, group))}: a run needs this group; choose a member ({group}=MEMBER)"
 
 
 def setting_problems(cfg: DictConfig) -> Iterator[str]:
