@@ -20,7 +20,7 @@ from spo.runs.identity import differences, identity
 from spo.runs.provenance import git_state, record_continuation, record_inputs
 from spo.runs.resume import resumed_config
 from spo.runs.saved_config import load_config, resolved
-from spo.runs.secrets import command_line
+from spo.secrets import command_line
 from spo.stages.evaluation_config import evaluation_config
 
 
