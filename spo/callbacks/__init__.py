@@ -6,5 +6,6 @@ from spo.callbacks.health import Health
 from spo.callbacks.nonfinite import NonFinite
 from spo.callbacks.progress import Progress
 from spo.callbacks.samples import ValidationSamples
+from spo.callbacks.stop import Stop
 
-__all__ = ["Checkpoint", "DataTime", "Health", "NonFinite", "Progress", "ValidationSamples"]
+__all__ = ["Checkpoint", "DataTime", "Health", "NonFinite", "Progress", "Stop", "ValidationSamples"]

@@ -63,7 +63,13 @@ class HistoryLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add metrics to the row of their step; a number that is not finite becomes null."""
+        """Add metrics to the row of their step; a number that is not finite becomes null.
+
+        Monitors of Lightning count a step late. A step that is over does not get a second row, so their numbers join
+        the current one.
+        """
+        if self._row and step is not None:
+            step = max(step, self._row["step"])
         if self._row and self._row["step"] != step:
             self.save()
             self._start, self._row = self.path.stat().st_size, {}
@@ -88,6 +94,11 @@ class HistoryLogger(Logger):
                 file.seek(self._start)
                 file.write(to_json(self._row) + "\n")
             self._written = dict(self._row)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return all rows, those from before a resume included."""
+        self.save()
+        return _readable_rows(self.path) if self.path.exists() else []
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -34,7 +34,7 @@ from spo.records.run import read_result
 from spo.runs.checkpoints import last_checkpoint
 from spo.runs.claim import Status, claim, finish
 from spo.runs.processes import is_first_process, sweep_dir
-from spo.runs.provenance import record_continuation, record_inputs
+from spo.runs.provenance import record_continuation, record_inputs, record_stop
 from spo.runs.resume import resumed_config
 from spo.secrets import remember_secrets
 from spo.stages.assemble import Parts, assemble, validation_samples
@@ -44,6 +44,7 @@ from spo.stages.from_config import eval_device, resolve_values
 from spo.stages.length import with_length
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
+from spo.stages.trained import Start, check_pairs, check_steps, check_weights
 from spo.tracking import Tracker
 from spo.tracking.guard import make_guarded, writable_home
 
@@ -112,6 +113,8 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
     trackers = [logger for logger in loggers if isinstance(logger, Tracker)]
     parts = assemble(cfg, prepared, [record, *loggers])
     module, trainer = parts.module, parts.trainer
+    check_pairs(prepared.pairs.train, module.loss)
+    start = Start(module.policy)
     if trainer.is_global_zero:
         _show_start(cfg, prepared, parts)
     with ExitStack() as stack:
@@ -123,6 +126,10 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
         weights = whole_state_dict(module.policy)  # gathers shards, so every rank takes part
         if not trainer.is_global_zero:
             return {}
+        record_stop(run_dir, check_steps(trainer.global_step, cfg.trainer.max_steps, parts.stop))
+        after = weights or dict(module.policy.named_parameters())
+        steps, skipped = trainer.global_step, len(module.guard.skipped)
+        budget = module.trained.metrics() | check_weights(start, after, steps, cfg, record.rows(), skipped)
         module.reference.to(torch.device("cpu"))  # frees memory for the evaluation, which loads what was saved
         final = {name: getattr(module, name)(trainer.global_step) for name in COEFFICIENTS}
         write_json(run_dir / filenames.COEFFICIENTS, final)
@@ -148,6 +155,7 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
         metrics = {
             **record.latest,
             **evaluation.metrics,
+            **budget,
             **({} if gap is None else {"policy/saved_gap": gap}),
             **{f"data/pairs_{key}": float(prepared.pairs.counts[key]) for key in REPORTED_COUNTS},
             **notes,
