@@ -20,6 +20,7 @@ from spo.pages.charts import Cloud, LineChart, Point, Series, Whisker, line_char
 from spo.pages.comparison_figures import frontier, hues, settings_chart, win_matrix
 from spo.pages.comparison_page import write_page
 from spo.stats import Bootstrap
+from spo.wording import number
 from tests.comparison_runs import write_run, write_sweep
 from tests.test_reports import HOSTILE, Page
 
@@ -60,7 +61,10 @@ def test_comparison_page_shows_the_results(grid: tuple[Comparison, Path]) -> Non
     assert "27 settings · 2 seeds · 24 test prompts · selected by val/win_rate" in page.text
     for method in comparison.methods:
         one = method.estimates["win_rate"]
-        assert f"{method.name} {method.best.label} 9 2 {one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" in page.text
+        assert (
+            f"{method.name} {method.best.label} 9 2 {one.value:.3f} [{number(one.low)}, {number(one.high)}]"
+            in page.text
+        )
     for difference in comparison.differences:
         found = "significant" if difference.significant else "no difference shown"
         assert f"{difference.first} − {difference.second} {difference.estimate.value:+.3}"[:14] in page.text

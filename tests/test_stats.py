@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from spo.stats import Array, Bootstrap, holm, pareto, seed_variance
+from spo.comparison.choice import pareto
+from spo.stats import Array, Bootstrap, holm, seed_effect
 
 FAST = Bootstrap(draws=600)
 
@@ -125,16 +126,27 @@ def test_bootstrap_is_reproducible() -> None:
     assert FAST.mean(scores) != Bootstrap(draws=600, seed=1).mean(scores)
 
 
+def seed_variance(*scores: Array) -> float:
+    return seed_effect(scores, [1.0] * len(scores)).variance
+
+
 def test_seed_variance_by_hand() -> None:
     # Seed means 1, 2, 3 (variance 1) and nothing else: P * 1 between, 0 within.
     plain = np.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
     assert math.isclose(seed_variance(plain), 1.0)
     assert math.isclose(seed_variance(plain[:, :1]), 1.0)
-    assert seed_variance(plain[:1]) == 0.0
-    # With interaction alone, seeds agree on average and do not add variance.
-    assert seed_variance(np.array([[1.0, -1.0], [-1.0, 1.0]])) == 0.0
-    estimates = [seed_variance(table) for table in tables(300, seeds=4, prompts=40, of_seed=0.5)]
-    assert 0.21 <= np.mean(estimates) <= 0.29
+    assert math.isclose(seed_variance(plain, 3 * plain), 5.0)
+    assert math.isclose(seed_variance(plain, plain[:1]), 1.0)  # one seed does not add anything
+    assert seed_effect([plain[:1]], [1.0]).estimated_from == 0
+    # With interaction alone, seeds agree on average: they differ less than by chance, and the estimate is negative.
+    assert math.isclose(seed_variance(np.array([[1.0, -1.0], [-1.0, 1.0]])), -2.0)
+
+
+def test_seed_variance_is_unbiased() -> None:
+    for of_seed in (0.0, 0.5):
+        estimates = [seed_variance(table) for table in tables(600, seeds=3, prompts=40, of_seed=of_seed)]
+        error = float(np.std(estimates)) / math.sqrt(len(estimates))
+        assert abs(np.mean(estimates) - of_seed**2) <= 3 * error
 
 
 def test_too_few_scores_give_no_interval() -> None:

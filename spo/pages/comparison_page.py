@@ -14,7 +14,14 @@ from spo.metrics.catalogue import label, unit
 from spo.pages.charts import marker
 from spo.pages.comparison_figures import curves, frontier, headline, hues, settings_chart, win_matrix
 from spo.pages.comparison_files import PAGE, columns
-from spo.pages.comparison_words import describe_difference, describe_p_value, describe_procedure, interval, join_names
+from spo.pages.comparison_words import (
+    describe_difference,
+    describe_duels,
+    describe_p_value,
+    describe_procedure,
+    interval,
+    join_names,
+)
 from spo.pages.dashboard import Dashboard, load_spec
 from spo.pages.run_page import TEMPLATES
 from spo.pages.selfcontained import write_selfcontained
@@ -44,7 +51,7 @@ def write_page(comparison: Comparison, folder: Path, dashboard: Dashboard | None
         chart_data=chart_data,
         comparison=comparison,
         title=_title(comparison),
-        verdict=_verdict(comparison),
+        verdict=" ".join(filter(None, [_verdict(comparison), describe_duels(comparison)])),
         hue=hue,
         key={name: _key(number) for name, number in hue.items()},
         headline=headline(comparison),
