@@ -269,12 +269,15 @@ def _differences(
     found = []
     for one, two in pairs:
         prompts = shared_prompts([*one.best.runs, *two.best.runs], metric)
-        first, second = (score_table(method.best.runs, metric, prompts) for method in (one, two))
-        assert first is not None and second is not None, "the metric is one that all runs have"
+        ours, theirs = (score_table(method.best.runs, metric, prompts) for method in (one, two))
+        assert ours is not None and theirs is not None, "the metric is one that all runs have"
         paired = one.best.seeds == two.best.seeds
-        found.append((one.name, two.name, bootstrap.difference(first, second, paired=paired), paired))
+        found.append((one.name, two.name, bootstrap.difference(ours, theirs, paired=paired), paired))
     corrected = _corrected([estimate for _, _, estimate, _ in found])
-    return [Difference(*one, p, paired) for (*one, paired), p in zip(found, corrected, strict=True)]
+    return [
+        Difference(first, second, estimate, p, paired)
+        for (first, second, estimate, paired), p in zip(found, corrected, strict=True)
+    ]
 
 
 def _corrected(estimates: Sequence[Estimate | None]) -> list[float | None]:
@@ -297,17 +300,18 @@ def _duels(methods: Sequence[Method], bootstrap: Bootstrap) -> list[Duel]:
 
 def _duel(one: Method, two: Method, bootstrap: Bootstrap) -> Estimate | None:
     ours, theirs = one.best.runs, two.best.runs
-    if one.best.seeds == two.best.seeds:
-        rows = [win_shares(run, other) for run, other in zip(ours, theirs, strict=True)]
-        prompts = _common(rows)
-        return bootstrap.share(_table(rows, prompts)) if len(prompts) > 1 else None
     # Every run meets every run of the other method: seeds of both sides move the share.
     met = [[win_shares(run, other) for other in theirs] for run in ours]
     prompts = _common([shares for row in met for shares in row])
-    if len(prompts) < 2:
+    if len(prompts) > 1:
+        cube = np.stack([_table(row, prompts) for row in met])
+        return bootstrap.share(cube.mean(axis=1), cube.mean(axis=0))
+    # A judge may have compared runs of equal seeds only.
+    if one.best.seeds != two.best.seeds:
         return None
-    cube = np.stack([_table(row, prompts) for row in met])
-    return bootstrap.share(cube.mean(axis=1), cube.mean(axis=0))
+    rows = [row[place] for place, row in enumerate(met)]
+    prompts = _common(rows)
+    return bootstrap.share(_table(rows, prompts)) if len(prompts) > 1 else None
 
 
 def _common(rows: Sequence[Mapping[str, float]]) -> list[str]:

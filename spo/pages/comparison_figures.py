@@ -101,7 +101,7 @@ def frontier(comparison: Comparison, cost: str) -> Markup | None:
         return None
     reference = comparison.reference
     start = (reference[cost], reference[metric]) if cost in reference and metric in reference else None
-    return scatter(clouds, _axis(cost), _axis(metric), start, _even_share(metric))
+    return scatter(clouds, _axis(cost), _axis(metric), start, _even_share(metric), stretched=cost == "kl")
 
 
 def _eval(run: Run, metric: str) -> float | None:
