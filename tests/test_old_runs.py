@@ -150,10 +150,18 @@ def test_finished_old_run_resumes_for_more_steps(tmp_path: Path, capsys: pytest.
 NEW_KEYS = {
     f"  - {key}"
     for key in (
+        "callbacks.nonfinite._target_",
+        "callbacks.nonfinite.action",
+        "callbacks.nonfinite.max_skipped",
         "data.chat_template",
         "data.chat_template_kwargs",
         "data.split_special_tokens",
         "model.attn_implementation",
+        "optimizer._target_",
+        "optimizer.decay_norm_and_bias",
+        "regularizer.prompts",
+        "scheduler.num_warmup_steps",
+        "trainer.max_epochs",
     )
 }
 

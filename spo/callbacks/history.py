@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from spo.records.files import parse_jsonl, write_text
+from spo.records.files import parse_jsonl, to_json, write_text
 
 
 class HistoryLogger(Logger):
@@ -40,7 +39,7 @@ class HistoryLogger(Logger):
             self.resumed = tuple(dict(row) for row in rows)
             for row in rows:
                 self._note({key: value for key, value in row.items() if key != "step"})
-            lines = [json.dumps(row) + "\n" for row in rows]
+            lines = [to_json(row) + "\n" for row in rows]
             write_text(path, "".join(lines))
             if rows and rows[-1]["step"] == resume_at:
                 # The resumed run may log more metrics of this step, such as those of its validation.
@@ -87,7 +86,7 @@ class HistoryLogger(Logger):
             with self.path.open("r+") as file:
                 file.truncate(self._start)
                 file.seek(self._start)
-                file.write(json.dumps(self._row) + "\n")
+                file.write(to_json(self._row) + "\n")
             self._written = dict(self._row)
 
     @rank_zero_only
@@ -98,8 +97,9 @@ class HistoryLogger(Logger):
 
 def _readable_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for _, row in parse_jsonl(path.read_text(encoding="utf-8")):
-        if row is None:  # A process that was killed leaves half a last line.
+    for _, row in parse_jsonl(path.read_bytes().decode("utf-8", "replace")):
+        # A process that was killed leaves half a last line.
+        if row is None or isinstance(row.get("step"), bool) or not isinstance(row.get("step"), int):
             break
         rows.append(row)
     return rows
