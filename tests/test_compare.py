@@ -25,9 +25,9 @@ from spo.comparison.scores import scores_by_prompt, win_shares
 from spo.evaluation.winrate import win_rates
 from spo.pages.comparison_files import to_csv, to_dict, to_markdown
 from spo.pages.comparison_table import print_comparison
-from spo.pages.comparison_words import describe_difference
+from spo.pages.comparison_words import describe_difference, describe_duels
 from spo.resources import conf_dir
-from spo.stats import Bootstrap
+from spo.stats import Bootstrap, holm
 from tests.commands import TINY, spo
 from tests.comparison_runs import write_run, write_sweep
 
@@ -239,6 +239,42 @@ def test_duels_compare_rewards(tmp_path: Path) -> None:
     duels = {(duel.first, duel.second): duel.estimate for duel in compared(tmp_path).duels}
     assert duels["one", "two"] is not None and math.isclose(duels["one", "two"].value, 2 / 3)
     assert duels["two", "one"] is not None and math.isclose(duels["two", "one"].value, 1 / 3)
+
+
+def test_duels_are_corrected_and_stated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (1, 2, 3):
+        for name, lift in (("good", 3.0), ("fair", 0.5), ("equal", 0.5)):
+            write_run(tmp_path, method=name, seed=seed, lift=lift, prompts=80)
+    comparison = compared(tmp_path)
+    duels = {(duel.first, duel.second): duel for duel in comparison.duels}
+    pairs = [("good", "fair"), ("good", "equal"), ("fair", "equal")]
+    alone = [duels[pair].estimate.p for pair in pairs]  # type: ignore[union-attr]
+    assert [duels[pair].p for pair in pairs] == holm(alone)  # type: ignore[arg-type]
+    assert all(duels[one, two].p == duels[two, one].p for one, two in pairs)
+    assert [duels[pair].significant for pair in pairs] == [True, True, False]
+    one, other = duels["good", "fair"].estimate, duels["fair", "good"].estimate
+    assert one is not None and other is not None and one.low is not None
+    assert one.value + other.value == pytest.approx(1) and one.low + (other.high or 0) == pytest.approx(1)
+    words = describe_duels(comparison)
+    assert words.startswith("Head to head, good beats ") and "no difference is shown between" in words
+    print_comparison(comparison)
+    assert words[:40] in " ".join(capsys.readouterr().out.split())
+    assert words in to_markdown(comparison) and to_dict(comparison)["head_to_head"] == words
+    of_json = next(one for one in to_dict(comparison)["win_matrix"] if one["first"] == "good")
+    assert of_json["p_corrected"] == duels["good", of_json["second"]].p and of_json["significant"]
+
+
+def test_two_seeds_explain_wide_intervals(tmp_path: Path) -> None:
+    two = compared(write_sweep(tmp_path / "two", seeds=(1, 2), prompts=12))
+    assert any("Two seeds make wide intervals" in note for note in two.notes)
+    assert "Two seeds make wide intervals" in to_markdown(two)
+    three = compared(write_sweep(tmp_path / "three", seeds=(1, 2, 3), prompts=12))
+    assert not any("wide" in note for note in three.notes)
+    write_run(tmp_path / "mixed", method="one", seed=1)
+    for seed in (1, 2, 3):
+        write_run(tmp_path / "mixed", method="three", seed=seed)
+    mixed = compared(tmp_path / "mixed", anyway=True)
+    assert any(note.startswith("One seed of one:") for note in mixed.notes)
 
 
 def evaluate_against(run: Path, opponent: Path, shares: list[float | None], **changes: Any) -> None:

@@ -20,6 +20,7 @@ from spo.pages.charts import Cloud, LineChart, Point, Series, Whisker, line_char
 from spo.pages.comparison_figures import frontier, hues, settings_chart, win_matrix
 from spo.pages.comparison_page import write_page
 from spo.stats import Bootstrap
+from spo.wording import number
 from tests.comparison_runs import write_run, write_sweep
 from tests.test_reports import HOSTILE, Page
 
@@ -62,7 +63,7 @@ def test_comparison_page_shows_the_results(grid: tuple[Comparison, Path]) -> Non
         one = method.estimates["win_rate"]
         trained = f"60 steps, 1,920 pairs, {'38,400' if method.name == 'spo' else '0'} tokens sampled"
         assert (
-            f"{method.name} {method.best.label} 9 2 {trained} {one.value:.3f} [{one.low:.3f}, {one.high:.3f}]"
+            f"{method.name} {method.best.label} 9 2 {trained} {one.value:.3f} [{number(one.low)}, {number(one.high)}]"
             in page.text
         )
     for difference in comparison.differences:
@@ -176,6 +177,43 @@ def test_scatter_places_points_by_their_numbers() -> None:
     [line] = re.findall('points="([^"]*)"', drawn)
     assert line == " ".join(f"{x},{y}" for x, y in at[:2])
     assert str(scatter([Cloud("a", 1, points[:1])], "cost", "gain")).count("<path") == 1
+
+
+def places(drawn: str) -> list[float]:
+    return [float(x) for x in re.findall(r"translate\(([\d.]+) [\d.]+\)", drawn)]
+
+
+def ticks_of(drawn: str) -> list[str]:
+    return re.findall(r'text-anchor="middle" x="[\d.]+" y="\d+">([^<]+)</text>', drawn)
+
+
+def test_spread_costs_are_drawn_on_a_logarithmic_axis() -> None:
+    costs = [0.5, 1.0, 2.0, 4.0, 200.0]
+    points = [Point(x, 0.5, "run") for x in costs]
+    drawn = str(scatter([Cloud("a", 1, points)], "KL", "win rate", (0.0, 0.5), stretched=True))
+    steps = [after - before for before, after in pairwise(places(drawn))]
+    assert steps[:3] == pytest.approx([steps[0]] * 3, abs=0.2)  # equal ratios, equal distances
+    assert places(drawn)[3] - places(drawn)[0] > 100  # of 462; on a plain axis they would be eight units apart
+    assert "KL (logarithmic scale)" in drawn and {"0", "1", "10", "100"} <= set(ticks_of(drawn))
+    plain = str(scatter([Cloud("a", 1, points)], "KL", "win rate", (0.0, 0.5)))
+    assert "scale)" not in plain and places(plain)[3] - places(plain)[0] < 10
+    even = str(scatter([Cloud("a", 1, [Point(x, 0.5, "run") for x in (1.0, 2.0, 4.0)])], "KL", "gain", stretched=True))
+    assert "scale)" not in even
+
+
+@pytest.mark.parametrize("lowest", [0.0, -0.01])
+def test_costs_without_a_logarithm_are_drawn_on_a_square_root_axis(lowest: float) -> None:
+    points = [Point(x, 0.5, "run") for x in (lowest, 1.0, 4.0, 9.0, 100.0)]
+    drawn = str(scatter([Cloud("a", 1, points)], "KL", "win rate", stretched=True))
+    at = places(drawn)
+    assert at == sorted(at) and "KL (square-root scale)" in drawn
+    assert at[3] - at[2] == pytest.approx(at[2] - at[1], abs=0.2) and at[4] - at[3] > 6 * (at[3] - at[2])
+
+
+def test_numbers_beyond_a_sensible_range_do_not_stretch_the_axis() -> None:
+    points = [Point(x, 0.5, "run") for x in (1e-12, 1.0, 2.0, 100.0)]
+    at = places(str(scatter([Cloud("a", 1, points)], "KL", "win rate", stretched=True)))
+    assert at[3] - at[1] > 150 and at[0] < at[1]
 
 
 def test_whiskers_reach_from_low_to_high() -> None:

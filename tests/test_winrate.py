@@ -143,8 +143,11 @@ def test_intervals_of_few_prompts_cover_the_mean_at_their_confidence(prompts: in
     assert 0.92 <= covered / 500 <= 0.98  # as they were resampled, six prompts gave 0.86
 
 
-def test_few_prompts_give_their_range_and_one_gives_no_interval() -> None:
-    found = rates([1.0, 0.5, 1.0], [3, 0, -2], [0, 1, 2])
-    assert (found["win_rate_ci_low"], found["win_rate_ci_high"]) == (0.5, 1.0)
+def test_few_prompts_give_their_range_or_a_wide_share_and_one_gives_no_interval() -> None:
+    found = BOOTSTRAP.resample(range(3)).mean([1.0, 0.5, 1.0])
+    assert (found.low, found.high) == (0.5, 1.0)
+    won = rates([1.0, 0.5, 1.0], [3, 0, -2], [0, 1, 2])
+    assert won["win_rate_ci_low"] < 0.2 and 0.95 < won["win_rate_ci_high"] <= 1.0
+    assert "win_rate_ci_low" not in rates([1.0, 1.0], [3, 0], [0, 0])
     # Many samples of one prompt do not allow an interval.
     assert BOOTSTRAP.resample([0] * 100).mean(range(100)).as_metrics("kl") == {"kl": 49.5}

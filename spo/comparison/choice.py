@@ -173,3 +173,20 @@ def _value_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return value.rpartition(".")[2] if isinstance(value, str) and value.startswith("spo.") else str(value)
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Find the points that no other point beats, for a cost (less is better) and a gain (more is better).
+
+    Args:
+        points: Cost and gain of each point.
+
+    Returns:
+        Positions of the points, from the least cost to the largest gain.
+    """
+    order = sorted(range(len(points)), key=lambda index: (points[index][0], -points[index][1]))
+    front: list[int] = []
+    for index in order:
+        if not front or points[index][1] > points[front[-1]][1]:
+            front.append(index)
+    return front

@@ -43,8 +43,9 @@ def win_rates(
     won = np.array([verdicts[i] for i in answered], dtype=np.float64)
     longer = np.array([length_differences[i] for i in answered], dtype=np.float64)
     resamples = bootstrap.resample([units[i] for i in answered])
-    controlled = resamples.estimate(lambda weights: at_equal_length(won, longer, weights))
-    return resamples.mean(won.tolist()).as_metrics("win_rate") | controlled.as_metrics("win_rate_length_controlled")
+    controlled = resamples.share(lambda weights: at_equal_length(won, longer, weights))
+    plain = resamples.share(lambda weights: weights @ won / weights.sum(axis=1))
+    return plain.as_metrics("win_rate") | controlled.as_metrics("win_rate_length_controlled")
 
 
 def at_equal_length(verdicts: Array, length_differences: Array, weights: Array) -> Array:

@@ -9,13 +9,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from spo.comparison.choice import Setting, better, short_key, value_order
+from spo.comparison.choice import Setting, better, pareto, short_key, value_order
 from spo.comparison.compare import Comparison, Method
 from spo.comparison.runs import Run
 from spo.metrics.catalogue import SHARE, find, label, title, unit
 from spo.pages.charts import Cloud, LineChart, Point, Series, Tile, Whisker, line_chart, scatter, tiles, whiskers
+from spo.pages.comparison_words import describe_p_value
 from spo.pages.dashboard import Dashboard, unit_of
-from spo.stats import pareto
 from spo.wording import clean, number
 
 HUES = 8
@@ -101,7 +101,7 @@ def frontier(comparison: Comparison, cost: str) -> Markup | None:
         return None
     reference = comparison.reference
     start = (reference[cost], reference[metric]) if cost in reference and metric in reference else None
-    return scatter(clouds, _axis(cost), _axis(metric), start, _even_share(metric))
+    return scatter(clouds, _axis(cost), _axis(metric), start, _even_share(metric), stretched=cost == "kl")
 
 
 def _eval(run: Run, metric: str) -> float | None:
@@ -119,28 +119,25 @@ def _describe(method: Method, setting: Setting, seeds: str, numbers: Mapping[str
 def win_matrix(comparison: Comparison) -> Markup | None:
     """Draw how often the row beats the column; ``None`` where no methods were judged against each other."""
     names = [method.name for method in comparison.methods]
-    known = {(one.first, one.second): one.estimate for one in comparison.duels}
-    if not any(known.values()):
+    known = {(one.first, one.second): one for one in comparison.duels if one.estimate is not None}
+    if not known:
         return None
     cells: list[list[Tile | None]] = []
     for row in names:
         cells.append([])
         for column in names:
-            one = known.get((row, column))
-            if one is None:
+            duel = known.get((row, column))
+            if duel is None or duel.estimate is None:
                 cells[-1].append(None)
                 continue
+            one = duel.estimate
             ends = "" if one.low is None or one.high is None else f"{number(one.low)} to {number(one.high)}"
             description = f"{row} against {column}\nwin rate {number(one.value)}" + (
-                f"\n{comparison.bootstrap.confidence:.0%} interval {ends}" if ends else ""
+                f"\n{comparison.bootstrap.confidence:.0%} interval {ends}\n{describe_p_value(duel.p)}" if ends else ""
             )
-            sure = one.low is not None and one.high is not None and not one.low <= 0.5 <= one.high
             shade = min(1.0, abs(one.value - 0.5) / 0.35)
-            cells[-1].append(
-                Tile(
-                    f"{one.value:.2f}", description, shade, 1 if one.value >= 0.5 else 2, note="" if sure else "unclear"
-                )
-            )
+            note = "" if duel.significant else "unclear"
+            cells[-1].append(Tile(f"{one.value:.2f}", description, shade, 1 if one.value >= 0.5 else 2, note=note))
     return tiles(names, names, cells, "wins", "against")
 
 

@@ -11,10 +11,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from spo.comparison.compare import Comparison, Difference, Method
+from spo.comparison.compare import Comparison, Difference, Duel, Method
 from spo.metrics.catalogue import label, shown_in
 from spo.metrics.trained import BUDGET_WORDS, PREFIX
-from spo.pages.comparison_words import describe_difference, describe_procedure, describe_training, interval
+from spo.pages.comparison_words import (
+    describe_difference,
+    describe_duels,
+    describe_procedure,
+    describe_training,
+    interval,
+)
 from spo.records.files import to_json, write_text
 from spo.stats import Estimate
 from spo.wording import number
@@ -44,10 +50,8 @@ def to_dict(comparison: Comparison) -> dict[str, Any]:
         "methods": [_method(method) for method in comparison.methods],
         "reference": dict(comparison.reference),
         "differences": [_difference(one, comparison) for one in comparison.differences],
-        "win_matrix": [
-            {"first": one.first, "second": one.second, "win_rate": one.estimate and _estimate(one.estimate)}
-            for one in comparison.duels
-        ],
+        "win_matrix": [_duel(one) for one in comparison.duels],
+        "head_to_head": describe_duels(comparison),
     }
 
 
@@ -98,6 +102,17 @@ def _difference(one: Difference, comparison: Comparison) -> dict[str, Any]:
         "significant": one.significant,
         "paired_by_seed": one.paired,
         "words": describe_difference(one, comparison),
+    }
+
+
+def _duel(one: Duel) -> dict[str, Any]:
+    return {
+        "first": one.first,
+        "second": one.second,
+        "win_rate": one.estimate and _estimate(one.estimate),
+        "p": one.estimate and one.estimate.p,
+        "p_corrected": one.p,
+        "significant": one.significant,
     }
 
 
@@ -152,6 +167,8 @@ def _markdown(comparison: Comparison) -> Iterator[str]:
         yield _row(cells)
     yield ""
     yield from (f"- {_cell(describe_difference(one, comparison))}" for one in comparison.differences)
+    if duels := describe_duels(comparison):
+        yield f"- {_cell(duels)}"
     if comparison.differences:
         yield ""
     yield " ".join(describe_procedure(comparison))

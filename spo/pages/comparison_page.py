@@ -16,6 +16,7 @@ from spo.pages.comparison_figures import curves, frontier, headline, hues, setti
 from spo.pages.comparison_files import PAGE, columns
 from spo.pages.comparison_words import (
     describe_difference,
+    describe_duels,
     describe_p_value,
     describe_procedure,
     describe_training,
@@ -51,7 +52,7 @@ def write_page(comparison: Comparison, folder: Path, dashboard: Dashboard | None
         chart_data=chart_data,
         comparison=comparison,
         title=_title(comparison),
-        verdict=_verdict(comparison),
+        verdict=" ".join(filter(None, [_verdict(comparison), describe_duels(comparison)])),
         hue=hue,
         key={name: _key(number) for name, number in hue.items()},
         headline=headline(comparison),

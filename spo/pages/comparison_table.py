@@ -12,7 +12,13 @@ from rich.text import Text
 from spo.comparison.compare import Comparison, Method
 from spo.metrics.catalogue import label, unit
 from spo.pages.comparison_files import columns
-from spo.pages.comparison_words import describe_difference, describe_procedure, describe_training, interval
+from spo.pages.comparison_words import (
+    describe_difference,
+    describe_duels,
+    describe_procedure,
+    describe_training,
+    interval,
+)
 from spo.wording import clean, number
 
 # Characters of the columns; methods that do not fit go into a table below.
@@ -30,6 +36,8 @@ def print_comparison(comparison: Comparison) -> None:
     for difference in comparison.differences:
         style = "bold" if difference.significant else ""
         console.print(_text(console, describe_difference(difference, comparison), style))
+    if duels := describe_duels(comparison):
+        console.print(_text(console, duels))
     for sentence in (*describe_procedure(comparison), *comparison.notes):
         console.print(_text(console, sentence, "dim"))
     if comparison.problems:

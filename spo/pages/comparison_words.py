@@ -50,6 +50,32 @@ def _with_p(difference: Difference) -> str:
     return f"{size}, {describe_p_value(difference.p)}"
 
 
+def describe_duels(comparison: Comparison) -> str:
+    """State which method beats which head to head, by the corrected tests; empty where none were compared."""
+    names = [method.name for method in comparison.methods]
+    known = [duel for duel in comparison.duels if duel.estimate is not None]
+    won = {
+        name: [
+            f"{duel.second} ({duel.estimate.value:.0%} of the prompts, {describe_p_value(duel.p)})"
+            for duel in known
+            if duel.first == name and duel.significant and duel.estimate is not None and duel.estimate.value > 0.5
+        ]
+        for name in names
+    }
+    clear = [f"{name} beats {join_names(others)}" for name, others in won.items() if others]
+    if not known:
+        return ""
+    if not clear:
+        return "Head to head, no method is shown to beat another."
+    open_pairs = [
+        f"{duel.first} and {duel.second}"
+        for duel in known
+        if not duel.significant and names.index(duel.first) < names.index(duel.second)
+    ]
+    rest = f"; no difference is shown between {', nor between '.join(open_pairs)}" if open_pairs else ""
+    return f"Head to head, {'; '.join(clear)}{rest}."
+
+
 def describe_p_value(p: float | None) -> str:
     """Write a p-value; small ones become a bound, since resampling cannot tell them apart."""
     if p is None:
@@ -67,9 +93,14 @@ def describe_procedure(comparison: Comparison) -> list[str]:
     if comparison.differences:
         tests, name = len(comparison.differences), label(comparison.metric_name)
         corrected = f", p-values corrected for {tests} tests (Holm)" if tests > 1 else ""
-        words.append(f"Differences in {name}: paired bootstrap of {comparison.bootstrap.draws:,} resamples{corrected}.")
+        resamples = f"{comparison.bootstrap.draws:,} resamples of the prompts"
+        words.append(f"Differences in {name}: {resamples}, and an analysis of variance over seeds{corrected}.")
         if tests > 1:
             words.append("Their intervals are those of each difference alone.")
+    judged = sum(duel.p is not None for duel in comparison.duels) // 2
+    if judged:
+        corrected = f", p-values corrected for {judged} tests (Holm)" if judged > 1 else ""
+        words.append(f"Head to head: win rates tested against one half{corrected}.")
     return words
 
 

@@ -146,13 +146,13 @@ def whiskers(
         baseline: Position of a thin line to compare with.
         compact: Whether rows are drawn small, for many rows of one color.
     """
-    width, row, names = (400, 27, 112) if compact else (560, 54, 120)
+    width, row, names, numbers = (400, 27, 112, 58) if compact else (560, 54, 120, 78)
     height = row * len(rows) + BOTTOM + 4
     ends = [v for one in rows for v in (one.value, one.low, one.high) if v is not None]
     low, high = bounds or padded(min(ends), max(ends))
 
     def x(value: float) -> float:
-        return names + (value - low) / (high - low) * (width - names - 58)
+        return names + (value - low) / (high - low) * (width - names - numbers)
 
     ticks = [0, 0.25, 0.5, 0.75, 1] if (low, high) == (0, 1) else nice_ticks(low, high, 4 if compact else 6)
     base = row * len(rows)
@@ -178,7 +178,7 @@ def whiskers(
         inner += f'<text class="row-value" text-anchor="end" x="{width}" y="{y + 6:.1f}">{number(one.value)}</text>'
         hit = f'<rect class="hit" x="0" y="{row * place}" width="{width}" height="{row}"/>'
         parts.append(f'<g class="described">{hit}{inner}<title>{escape(one.description)}</title></g>')
-    middle = (names + width - 58) / 2
+    middle = (names + width - numbers) / 2
     parts.append(
         f'<text class="axis-name" text-anchor="middle" x="{middle:.0f}" y="{height - 4}">{escape(axis)}</text>'
     )

@@ -7,7 +7,19 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from spo.pages.charts.axes import BOTTOM, LEFT, RIGHT, TOP, draw_x_axis, draw_y_axis, nice_ticks, padded
+from spo.pages.charts.axes import (
+    BOTTOM,
+    LEFT,
+    PLAIN,
+    RIGHT,
+    TOP,
+    draw_x_axis,
+    draw_y_axis,
+    nice_ticks,
+    padded,
+    stretch_for,
+    stretched_ticks,
+)
 from spo.pages.charts.svg import marker, svg
 
 
@@ -53,6 +65,8 @@ def scatter(
     y_axis: str,
     start: tuple[float, float] | None = None,
     baseline: float | None = None,
+    *,
+    stretched: bool = False,
 ) -> Markup:
     """Draw points, and a line through some points of each cloud.
 
@@ -62,19 +76,25 @@ def scatter(
         y_axis: Name of the vertical axis.
         start: Position of the reference model, drawn as a cross.
         baseline: Height of a thin line to compare with.
+        stretched: Whether the horizontal axis may be logarithmic, where the points spread.
     """
     width, height = 520, 340
+    stretch = stretch_for([p.x for cloud in clouds for p in cloud.points]) if stretched else PLAIN
     places = [(p.x, p.y) for cloud in clouds for p in cloud.points] + ([start] if start else [])
-    (x0, x1), (y0, y1) = (padded(min(some), max(some)) for some in zip(*places, strict=True))
+    xs, ys = zip(*places, strict=True)
+    (x0, x1), (y0, y1) = padded(*(stretch.place(end) for end in (min(xs), max(xs)))), padded(min(ys), max(ys))
 
     def x(value: float) -> float:
-        return LEFT + (value - x0) / (x1 - x0) * (width - LEFT - RIGHT)
+        return LEFT + (stretch.place(value) - x0) / (x1 - x0) * (width - LEFT - RIGHT)
 
     def y(value: float) -> float:
         return height - BOTTOM - (value - y0) / (y1 - y0) * (height - TOP - BOTTOM)
 
     parts = [draw_y_axis(nice_ticks(y0, y1, 6), y, width=width)]
-    parts.append(draw_x_axis(nice_ticks(x0, x1, 7), x, x_axis, width=width, height=height))
+    even = stretch is PLAIN
+    ticks = nice_ticks(x0, x1, 7) if even else stretched_ticks(min(xs), max(xs), x, gap=30)
+    x_name = x_axis if even else f"{x_axis} ({stretch.name})"
+    parts.append(draw_x_axis(ticks, x, x_name, width=width, height=height, even=even))
     if baseline is not None and y0 < baseline < y1:
         at = y(baseline)
         parts.append(f'<line class="baseline" x1="{LEFT}" x2="{width - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
