@@ -229,7 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Words after ``spo``; ``None`` for those of the process.
 
     Returns:
-        Exit status: 0, 1 for an error in the run or its settings, 2 for a wrong command line, 130 for an interruption.
+        Exit status: 0, 1 for an error in the run or its settings, 2 for a wrong command line, 128 plus the number of a
+        signal that interrupted it.
     """
     try:
         return _main(list(sys.argv[1:] if argv is None else argv))
@@ -259,12 +260,19 @@ def _main(words: list[str]) -> int:
         return 0
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # As `python -m` does, since a `_target_` may lie in the current folder.
+    from spo.runs.processes import is_first_process
+    from spo.signals import Interrupted, handled
+
     try:
-        return RUN[name](arguments)
+        with handled():
+            return RUN[name](arguments)
     except UsageError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except Interrupted as interruption:
+        # Lightning kills the first process, which still writes its files, if another one reports an error.
+        return _fail(str(interruption), interruption.status) if is_first_process() else 0
     except Exception as error:
         if os.environ.get("SPO_DEBUG") == "1":
             raise

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -74,6 +74,7 @@ class AlignmentModule(LightningModule):
         regularization: Part of the objective that the regularizer adds.
         controllers: Schedules that adjust themselves to what the probe measures.
         validated: Means of the last validation, under their names without ``val/``.
+        step_listeners: Functions of the Trainer that are called when an optimizer step is complete and logged.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class AlignmentModule(LightningModule):
         self.train_metrics = SumsAndCounts((*of_pairs, *STEP_METRICS, *self.controllers.metrics, *TIME_METRICS))
         self.val_metrics = SumsAndCounts((*of_pairs, *HEALTH_METRICS, LOSS_SCALE))
         self.validated: dict[str, float] = {}
+        self.step_listeners: list[Callable[[Trainer], None]] = []
         self._resumed_rng_state: Tensor | None = None
         # The checkpoint of an adapter holds the adapter, not the frozen weights below it.
         self.strict_loading = all(parameter.requires_grad for parameter in policy.parameters())
@@ -186,7 +188,12 @@ class AlignmentModule(LightningModule):
         return nullcontext()
 
     def on_train_batch_end(self, outputs: Any, batch: Window, batch_idx: int) -> None:
-        """Adjust the controllers that are due, and log a row every ``log_every_n_steps``."""
+        """Adjust the controllers that are due, log a row every ``log_every_n_steps``, and call the listeners."""
+        self._adjust_and_log()
+        for listener in self.step_listeners:
+            listener(self.trainer)
+
+    def _adjust_and_log(self) -> None:
         step = self.global_step
         if not (self.controllers.are_due(step) or self.is_log_step):
             return

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from spo.errors import UserError, error_line
 from spo.records import filenames
@@ -23,6 +23,7 @@ from spo.runs.identity import changed_plugins, identity
 from spo.runs.processes import is_first_process, sweep_dir
 from spo.runs.provenance import write_provenance
 from spo.runs.saved_config import write_config
+from spo.signals import Interrupted
 
 # Files that others put into a fresh directory: Hydra's log and settings, our lock, and temporary files of a crash.
 _IGNORED = re.compile(r"\..*|.*\.log")
@@ -58,7 +59,8 @@ def claim(run_dir: Path, cfg: DictConfig, *, resumed: bool = False) -> Iterator[
         UserError: The directory holds another run, files of something else, or a run that another process has.
     """
     if not is_first_process():
-        started = (run_dir / filenames.CHECKPOINTS).is_dir() and not cfg.rerun
+        folder = OmegaConf.select(cfg, "callbacks.checkpoint.dirpath") or run_dir / filenames.CHECKPOINTS
+        started = Path(folder).is_dir() and not cfg.rerun
         done = (run_dir / filenames.METRICS).exists() and not cfg.rerun
         yield Status.FINISHED if done else Status.UNFINISHED if started else Status.NEW
         return
@@ -71,6 +73,9 @@ def claim(run_dir: Path, cfg: DictConfig, *, resumed: bool = False) -> Iterator[
         except Exception as error:
             write_failure(run_dir, error_line(error), traceback.format_exc())
             raise
+        except Interrupted as interruption:
+            write_failure(run_dir, str(interruption), kind="interrupted")
+            raise interruption.with_remedy(f"the same command or spo train --resume {run_dir} resumes it") from None
 
 
 def finish(run_dir: Path, metrics: Mapping[str, float]) -> None:
@@ -84,11 +89,14 @@ def is_finished(run_dir: Path) -> bool:
     return read_json(run_dir / filenames.METRICS) is not None
 
 
-def write_failure(run_dir: Path, error: str, trace: str = "") -> None:
-    """Write ``failure.json``: the reason of the last failure, and the number of failed attempts."""
+def write_failure(
+    run_dir: Path, error: str, trace: str = "", kind: Literal["failed", "interrupted"] = "failed"
+) -> None:
+    """Write ``failure.json``: kind and reason of the last failure, and the number of attempts that did not finish."""
     attempts = (read_failure(run_dir) or {}).get("attempts", 0) + 1
     at = datetime.now(UTC).isoformat(timespec="milliseconds")
-    write_json(run_dir / filenames.FAILURE, {"error": error, "traceback": trace, "at": at, "attempts": attempts})
+    failure = {"kind": kind, "error": error, "traceback": trace, "at": at, "attempts": attempts}
+    write_json(run_dir / filenames.FAILURE, failure)
 
 
 def read_failure(run_dir: Path) -> dict[str, Any] | None:

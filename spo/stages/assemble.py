@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from spo.callbacks import ValidationSamples
+from spo.callbacks import Interruption, ValidationSamples
 from spo.data.datamodule import PreferenceDataModule
 from spo.evaluation import EvaluationSettings
 from spo.exact import ExactMetrics, World
@@ -145,14 +145,15 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Callback]
         OmegaConf.create(settings),
         logger=loggers,
         callbacks=callbacks
-        + [instantiate(node) for name, node in cfg.callbacks.items() if shown or name != "progress"],
+        + [instantiate(node) for name, node in cfg.callbacks.items() if shown or name != "progress"]
+        + [Interruption()],
         strategy=instantiate(cfg.strategy).plugin,
         max_epochs=-1,
         check_val_every_n_epoch=None,
         val_check_interval=max(min(cfg.trainer.val_check_interval, cfg.trainer.max_steps), 1),
         use_distributed_sampler=False,
         enable_model_summary=False,
-        enable_checkpointing="checkpoint" in cfg.callbacks,
+        enable_checkpointing=True,
         default_root_dir=cfg.paths.run,
     )
 

@@ -32,6 +32,7 @@ from spo.pages.panels import result_panel
 from spo.records import filenames
 from spo.records.digests import model_digest
 from spo.records.files import read_json, write_json, write_jsonl, write_text
+from spo.records.policy import verify_policy
 from spo.runs.saved_config import load_config, resolved
 from spo.stages.evaluation_config import evaluation_config
 from spo.stages.from_config import eval_device, model_plugins, resolve_values
@@ -62,6 +63,7 @@ def evaluate_command(run_dir: Path, overrides: Sequence[str]) -> dict[str, float
     own = load_config(run_dir)
     if not (run_dir / filenames.POLICY / "config.json").is_file():
         raise UserError(f"{run_dir} does not have a policy yet: finish it with spo train --resume {run_dir}")
+    verify_policy(run_dir)
     cfg = evaluation_config(own, overrides)
     check_config(cfg)
     prepared = prepare_run(cfg, model_from=resolve_values(own))
