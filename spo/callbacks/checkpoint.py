@@ -81,7 +81,9 @@ class Checkpoint(BaseCheckpoint):
         self._saved_step = trainer.global_step
 
     def _on_step_complete(self, trainer: Trainer) -> None:
-        if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
+        at_interval = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        # Data without selection pairs has the checkpoints of validations without the validations.
+        if at_interval or (_is_time_to_validate(trainer) and not validation_follows(trainer)):
             self.save_last(trainer)
 
     def save_last(self, trainer: Trainer) -> None:
@@ -188,9 +190,12 @@ class Checkpoint(BaseCheckpoint):
 
 def validation_follows(trainer: Trainer) -> bool:
     """Return whether a validation follows the optimizer step just done."""
-    epoch = trainer.fit_loop.epoch_loop
+    return _is_time_to_validate(trainer) and not trainer.fit_loop.epoch_loop.val_loop.skip
+
+
+def _is_time_to_validate(trainer: Trainer) -> bool:
     fetcher = trainer.fit_loop._data_fetcher
-    return fetcher is not None and epoch._should_check_val_fx(fetcher) and not epoch.val_loop.skip
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 def checkpoint_callback(trainer: Trainer) -> Checkpoint | None:
