@@ -299,6 +299,7 @@ class AlignmentModule(LightningModule):
         checkpoint["sample_buffer"] = self.regularization.state_dict()  # the name of version 0.1.0
         checkpoint["torch_rng_state"] = torch.get_rng_state()
         checkpoint["controllers"] = self.controllers.state_dict()
+        checkpoint["train_metrics"] = self.train_metrics.by_rank()  # `state_dict` has those of the first rank alone
         if not self.strict_loading:
             frozen = {f"policy.{name}" for name, p in self.policy.named_parameters() if not p.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
@@ -308,3 +309,6 @@ class AlignmentModule(LightningModule):
         self.regularization.load_state_dict(checkpoint["sample_buffer"])
         self._resumed_rng_state = checkpoint["torch_rng_state"]
         self.controllers.load_state_dict(checkpoint["controllers"])
+        if (rows := checkpoint.get("train_metrics")) is not None and self._trainer is not None:  # newer than 0.1.0
+            own = self.train_metrics.of_rank(rows, self.global_rank, self.world_size)
+            checkpoint["state_dict"] |= {f"train_metrics.{name}": tensor for name, tensor in own.items()}

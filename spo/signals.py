@@ -60,6 +60,7 @@ class _State:
         received: Number of the signal that interrupts the run, ``None`` until there is one.
         deferring: Whether training stops itself.
         earlier: Handlers that a launcher had set before, by signal.
+        terminals: File descriptors of output to a terminal.
         relay: Function that passes a signal on to processes that this one waits for, and returns whether there are any.
     """
 
@@ -69,6 +70,7 @@ class _State:
         self.deferring = False
         self.earlier: dict[int, Handler] = {}
         self.relay: Callable[[int], bool] | None = None
+        self.terminals: list[int] = []
         self._at = 0.0
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
@@ -84,12 +86,19 @@ class _State:
             self.earlier[signum](signum, frame)
             return
         self.received, self._at = signum, time.monotonic()
+        if signum == getattr(signal, "SIGHUP", None):
+            self._leave_terminal()
         if self.relay is not None and self.relay(signum):
             return
         if not self.deferring:
             raise Interrupted(signum)
         if signum == signal.SIGINT and sys.stderr.isatty():
             print("spo: stopping after this step; press again to end at once", file=sys.stderr)
+
+    def _leave_terminal(self) -> None:
+        """Discard further output to a terminal that is gone, where every write would be an error."""
+        for descriptor in self.terminals:
+            os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
 
 
 _state = _State()
@@ -107,6 +116,7 @@ def handled() -> Iterator[None]:
         return
     _state.__init__()  # type: ignore[misc]
     _state.process = os.getpid()
+    _state.terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
     before: dict[int, Any] = {}
     for name in (*INTERRUPTING, *LAUNCHERS):
         signum = getattr(signal, name, None)

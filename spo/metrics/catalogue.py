@@ -255,6 +255,7 @@ CATALOGUE: list[Metric] = [
         bounds=NOT_NEGATIVE,
         of_policy=False,
     ),
+    Metric("policy/step", "step of the evaluated weights", "optimizer steps", of_policy=False),
     Metric("judge/calls", "judge calls", of_policy=False),
     Metric("judge/cached", "judge answers from cache", of_policy=False),
     Metric("judge/unanswered", "judge calls without an answer", of_policy=False),

@@ -51,6 +51,8 @@ def result_panel(metrics: dict[str, float], samples: list[dict[str, Any]], run_d
     """
     console = Console()
     parts: list[RenderableType] = [*_win_rate(console, metrics), Text(), _before_after(console, metrics)]
+    if (step := finite(metrics.get("policy/step"))) is not None:
+        parts.insert(0, _text(console, f"weights of step {step:,.0f}, the best on the selection split"))
     parts += [_text(console, f"health: {alarm}", "yellow") for alarm in read_alarms(run_dir)]
     for name, row in _chosen(samples):
         parts += [Text(), _sample(console, name, row)]

@@ -120,6 +120,8 @@ def _facts(run: RunRecord) -> list[str]:
     steps = finite(run.get("trainer.max_steps"))
     if steps and steps > 0:
         facts.append(f"{steps:,.0f} steps")
+    if (best := run.metric("policy/step")) is not None:
+        facts.append(f"weights of step {best:,.0f}, the best by {run.get('callbacks.checkpoint.monitor')}")
     return facts
 
 
