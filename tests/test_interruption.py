@@ -6,6 +6,10 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,9 @@ from spo.runs.ledger import Ledger
 from spo.runs.resume import resumed_config
 from spo.signals import Interrupted
 from spo.stages.checkpointing import choose_weights
+from tests.commands import enter, environment, history, job, numbers, shared_cache, spo
 from tests.helpers import make_data, make_module, make_trainer, random_pairs, tiny_llama
+from tests.test_sweeps import FAST
 
 STATUSES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138, "SIGHUP": 129}
 
@@ -424,3 +430,120 @@ def test_a_signal_is_passed_on_to_the_processes_of_jobs(tmp_path: Path, monkeypa
     with pytest.raises(Interrupted), signals.handled(), job_processes(tmp_path):
         signal.raise_signal(signal.SIGTERM)
         pytest.fail("nobody to wait for")
+
+
+# --- whole commands ------------------------------------------------------------------------------------------------
+
+LONG = (*FAST, "method=dpo", "trainer.max_steps=200", "trainer.val_check_interval=20", "trainer.log_every_n_steps=3")
+LONG += ("evaluation.num_prompts=4",)
+
+
+@pytest.fixture
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shared_cache(tmp_path_factory)
+
+
+def interrupted(name: str, words: list[str], reached: Callable[[], bool], folder: Path, cache: Path) -> str:
+    """Send a signal to a command once a condition holds; check how it ends, and return what it printed."""
+    command = [Path(sys.executable).with_name("spo"), "train", *words]
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=folder, env=environment(cache), **pipes)
+    while not reached():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, name))
+    printed = process.communicate()[1]
+    assert process.returncode == STATUSES[name], printed
+    assert "Traceback" not in printed
+    return printed
+
+
+@pytest.mark.slow
+def test_every_signal_ends_a_run_that_resumes_bit_for_bit(cache: Path, tmp_path: Path) -> None:
+    run = tmp_path / "broken"
+    whole = job(tmp_path / "whole", cache, *LONG)
+    words = [*LONG, "hydra.run.dir=broken"]
+    for name in STATUSES:
+        before = len(history(run)) if run.exists() else 0
+        printed = interrupted(
+            name,
+            words,
+            lambda before=before: (run / "history.jsonl").exists() and len(history(run)) > before + 5,
+            tmp_path,
+            cache,
+        )
+        [line] = [line for line in printed.splitlines() if line.startswith("spo:")]
+        step = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+        assert line.startswith(f"spo: interrupted by {name}: step {step} is in ") and f"--resume {run} " in line
+        assert json.loads((run / "failure.json").read_text())["kind"] == "interrupted"
+        assert not (run / "metrics.json").exists()
+    spo("train", *words, folder=tmp_path, cache=cache)
+    assert not (run / "failure.json").exists() and numbers(run) == whole
+    assert history(run) == history(tmp_path / "whole")
+    policies = [(tmp_path / name / "policy/model.safetensors").read_bytes() for name in ("broken", "whole")]
+    assert policies[0] == policies[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [[], ["launcher=joblib"], ["strategy=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]],
+    ids=["local", "joblib", "two devices"],
+)
+def test_a_sweep_ends_with_the_status_of_its_signal_and_resumes(
+    settings: list[str], cache: Path, tmp_path: Path
+) -> None:
+    words = ["-m", *LONG, *settings, "seed=1,2,3", "hydra.sweep.dir=sweep"]
+    reached = lambda: any(file.read_text().count("\n") > 5 for file in tmp_path.glob("sweep/*/history.jsonl"))  # noqa: E731
+    printed = interrupted("SIGTERM", words, reached, tmp_path, cache)
+    assert printed.splitlines()[-1] == "spo: interrupted by SIGTERM: the same command resumes the sweep"
+    jobs = json.loads((tmp_path / "sweep/sweep.json").read_text())["jobs"]
+    assert {entry["status"] for entry in jobs} <= {"finished", "unfinished"}
+    assert any(entry["status"] == "unfinished" for entry in jobs)
+    failures = [json.loads(file.read_text())["kind"] for file in tmp_path.glob("sweep/*/failure.json")]
+    assert failures and set(failures) == {"interrupted"}
+    spo("train", *words, folder=tmp_path, cache=cache)
+    runs = [path for path in (tmp_path / "sweep").iterdir() if path.is_dir()]
+    assert len(runs) == 3 and not any((run / "failure.json").exists() for run in runs)
+    for run in runs:
+        steps = [row["step"] for row in history(run)]
+        assert steps == sorted(set(steps)) and steps[-1] == 200
+        assert set(range(0, 200, 3)) <= set(steps)
+    if not settings:
+        [first] = [run for run in runs if "seed-1" in run.name]
+        assert numbers(first) == job(tmp_path / "unbroken", cache, *LONG, "seed=1")
+
+
+@pytest.mark.slow
+def test_a_signal_before_and_after_training_ends_a_run_that_resumes(tmp_path: Path) -> None:
+    """Interrupt the making of the reference model with a cold cache, and then the evaluation."""
+    settings = ["+debug=tiny", "logger=record", "method=dpo", "hydra.run.dir=run", "evaluation.num_prompts=8"]
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    log = run / "spo.log"
+    making = lambda: log.exists() and "making the reference model" in log.read_text()  # noqa: E731
+    printed = interrupted("SIGTERM", settings, making, tmp_path, cache)
+    assert f"spo: interrupted by SIGTERM: the same command or spo train --resume {run} resumes it" in printed
+    printed = interrupted("SIGINT", settings, (run / "coefficients.json").exists, tmp_path, cache)
+    assert "spo: interrupted by SIGINT: the same command" in printed
+    spo("train", *settings, folder=tmp_path, cache=cache)
+    assert numbers(run) and not (run / "failure.json").exists()
+    assert numbers(run) == job(tmp_path / "whole", tmp_path / "other", *settings[:3], settings[4])
+
+
+@pytest.mark.slow
+def test_the_best_weights_are_evaluated_and_saved(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, settings = tmp_path / "run", (*FAST, "method=dpo", "callbacks.checkpoint.mode=max")
+    metrics = job(run, cache, *settings, "evaluation.policy=best")
+    assert metrics["policy/step"] == 2  # the loss falls, so the first validation has the largest one
+    [of_step] = [row for row in history(run) if row["step"] == 2]
+    assert metrics["val/loss"] == of_step["val/loss"] and metrics["val/kl"] == of_step["val/kl"]
+    assert metrics["train/loss"] == history(run)[-1]["train/loss"]
+    short = job(tmp_path / "short", cache, *settings, "trainer.max_steps=2", "scheduler.num_training_steps=6")
+    assert metrics["eval/kl"] == short["eval/kl"] and metrics["eval/reward"] == short["eval/reward"]
+    assert "weights of step 2, the best by val/loss" in (run / "report.html").read_text()
+    enter(tmp_path, cache, monkeypatch)
+    assert cli.main(["evaluate", "run"]) == 0
+    assert cli.main(["evaluate", "run", "evaluation.policy=last"]) == 1
+    weights = run / "policy/model.safetensors"
+    weights.write_bytes((tmp_path / "short/policy/model.safetensors").read_bytes()[:-1] + b"\0")
+    assert cli.main(["evaluate", "run"]) == 1
