@@ -472,7 +472,7 @@ def test_every_signal_ends_a_run_that_resumes_bit_for_bit(cache: Path, tmp_path:
             tmp_path,
             cache,
         )
-        [line] = [line for line in printed.splitlines() if line.startswith("spo:")]
+        [line] = [line for line in printed.splitlines() if line.startswith("spo: interrupted")]
         step = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
         assert line.startswith(f"spo: interrupted by {name}: step {step} is in ") and f"--resume {run} " in line
         assert json.loads((run / "failure.json").read_text())["kind"] == "interrupted"
