@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,7 @@ def _train(arguments: list[str]) -> int:
 
         run_hydra(arguments, _job)
         return 0
+    from spo.config.compose import pinned_overrides
     from spo.config.plan import check_plan, compose_plan
 
     planned = compose_plan(
@@ -46,16 +49,18 @@ def _train(arguments: list[str]) -> int:
         from spo.runs.another_run import refuse_another_run
 
         refuse_another_run(Path(planned.jobs[0].cfg.paths.run), planned.jobs[0].cfg)
+    from spo.errors import SET_RUN, SET_SWEEP, placed_by
     from spo.runs.launch import launch_run, launch_sweep, run_hydra
     from spo.runs.processes import is_first_process
 
     if flags.cfg is not None:  # Of several jobs the first is shown.
         single = [word for word in hydra_flags if word not in ("-m", "--multirun")]
-        run_hydra([*single, *planned.jobs[0].overrides], _job)
+        run_hydra([*single, *planned.jobs[0].overrides, *pinned_overrides(planned.jobs[0].cfg)], _job)
         return 0
     check_plan(planned, _note if is_first_process() else lambda line: None)
     if not planned.multirun:
-        launch_run(planned, _checked_job)
+        with placed_by(SET_RUN, Path(planned.jobs[0].cfg.paths.run)):
+            launch_run(planned, _checked_job)
         return 0
     if not is_first_process():
         run_hydra([*hydra_flags, *planned.overrides], _job)
@@ -64,7 +69,8 @@ def _train(arguments: list[str]) -> int:
 
     for warning in dict.fromkeys(text for job in planned.jobs for text in warnings(job.cfg)):
         print(f"note: {warning}", file=sys.stderr)
-    return 0 if launch_sweep(hydra_flags, planned, _job, flags.config_dir) else 1
+    with placed_by(SET_SWEEP, planned.sweep_dir):
+        return 0 if launch_sweep(hydra_flags, planned, _job, flags.config_dir) else 1
 
 
 def _note(line: str) -> None:
@@ -101,9 +107,11 @@ def _resume(arguments: list[str]) -> int:
     parser.add_argument("--resume", metavar="RUN_DIR", type=Path, required=True)
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args(arguments)
+    from spo.errors import COPY_RUN, placed_by
     from spo.stages.train import resume
 
-    resume(given.resume, given.overrides)
+    with placed_by(COPY_RUN, given.resume):
+        resume(given.resume, given.overrides)
     return 0
 
 
@@ -140,14 +148,16 @@ def _report(arguments: list[str]) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--spec", metavar="NAME|FILE")
     given = parser.parse_args(arguments)
-    from spo.errors import UserError
+    from spo.errors import COPY_RUN, UserError, placed_by
     from spo.pages.dashboard import load_spec
     from spo.pages.run_page import render_report
+    from spo.records.run import NotARunError
 
-    try:
-        print(render_report(given.run_dir, load_spec(given.spec)))
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from error
+    with placed_by(COPY_RUN, given.run_dir):
+        try:
+            print(render_report(given.run_dir, load_spec(given.spec)))
+        except NotARunError as error:
+            raise UserError(str(error)) from error
     return 0
 
 
@@ -200,6 +210,18 @@ def _verify(arguments: list[str]) -> int:
     return 0 if verify_command(given.methods, given.full, given.config_dir, given.json) else 1
 
 
+def _clean(arguments: list[str]) -> int:
+    parser = _Parser(COMMANDS["clean"].usage)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--delete", action="store_true")
+    parser.add_argument("--older-than", type=float, default=0.0, metavar="DAYS")
+    given = parser.parse_intermixed_args(arguments)
+    from spo.stages.clean import clean_command
+
+    clean_command(given.overrides, delete=given.delete, older_than=given.older_than)
+    return 0
+
+
 class _Parser(argparse.ArgumentParser):
     def __init__(self, usage: str) -> None:
         super().__init__(prog="spo", usage=usage, add_help=False, allow_abbrev=False)
@@ -216,6 +238,7 @@ RUN: dict[str, Callable[[list[str]], int]] = {
     "dashboard": _dashboard,
     "inspect": _inspect,
     "verify": _verify,
+    "clean": _clean,
 }
 
 
@@ -233,10 +256,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal that interrupted it.
     """
     try:
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        status = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # The reader stopped reading, as in `spo --help | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except OSError as error:  # The output goes to a file on a full disk; results are in the files of the run.
+        _drop_output()
+        return _fail(f"the output of this command cannot be written: {error.strerror}", 1)
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _main(words: list[str]) -> int:
@@ -258,12 +290,15 @@ def _main(words: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(help_of(name, arguments))
         return 0
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # As `python -m` does, since a `_target_` may lie in the current folder.
     from spo.runs.processes import is_first_process
     from spo.signals import Interrupted, handled
 
+    # Python would print a traceback for each line of a log file on a full disk.
+    logging.raiseExceptions = os.environ.get("SPO_DEBUG") == "1"
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # It warns if the home folder cannot be written.
     try:
+        if "" not in sys.path and os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())  # As `python -m` does, since a `_target_` may lie in the current folder.
         with handled():
             return RUN[name](arguments)
     except UsageError as error:
@@ -285,6 +320,7 @@ def _main(words: list[str]) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     print(f"spo: {message}", file=sys.stderr)
     return status

@@ -192,4 +192,17 @@ COMMANDS = {
         """,
         ["spo verify", "spo verify --config-dir my_conf --json verified.json"],
     ),
+    "clean": Command(
+        "list and remove caches and what killed processes left",
+        "spo clean [paths.outputs=DIR] [paths.cache=DIR] [--older-than DAYS] [--delete]",
+        """
+        Lists the entries of the cache by kind, with their size and last use, and temporary files whose process is
+        dead. Removes nothing without --delete. Runs make the entries that they need again. Records of runs and the
+        stored answers of judges, which may have cost money, are never removed.
+
+        --delete           remove what is listed
+        --older-than DAYS  only what was not used for so many days
+        """,
+        ["spo clean", "spo clean --older-than 30 --delete"],
+    ),
 }

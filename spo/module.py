@@ -18,7 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from spo.errors import memory_for
 from spo.forward.speed import Speed, compile_blocks
+from spo.guard import Guard, StageKeys
 from spo.losses import Loss
 from spo.metrics.sums import SumsAndCounts
 from spo.models.reference import Reference
@@ -33,12 +35,11 @@ from spo.watch import (
     Probe,
     ProbeSettings,
     completion_health,
-    note_nonfinite,
-    refuse_impossible,
     warn_of_loss_scale,
 )
 
 STEP_METRICS = ("loss", "grad_norm", "alpha", "beta", "lr", "buffer/age", "buffer/tokens")
+SAVES_MEMORY = "set model.gradient_checkpointing=true, model.dtype=bfloat16 or model=hf_lora"
 TIME_METRICS = ("sampling_s", "step_s", "probe_s")
 
 
@@ -67,8 +68,11 @@ class AlignmentModule(LightningModule):
         seed: Random seed of the run.
         speed: Switches of how log-probs are computed.
         enumeration: Every response to every prompt, if the data set can be enumerated.
+        keys: Configuration keys that messages about a step name.
 
     Attributes:
+        guard: Guard of the optimizer step. Without ``callbacks.nonfinite`` it stops at the first loss or gradient that
+            is not finite.
         speed: Switches as given; from the start of a fit on, those that policy and reference support.
         pairs: Part of the objective that is taken on the pairs.
         regularization: Part of the objective that the regularizer adds.
@@ -97,6 +101,7 @@ class AlignmentModule(LightningModule):
         seed: int,
         speed: Speed,
         enumeration: Enumeration | None = None,
+        keys: StageKeys | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -118,6 +123,9 @@ class AlignmentModule(LightningModule):
         }
         self.controllers = Controllers(self.coefficients)
         self.probe = Probe(self, probe)
+        self.guard = Guard(self, keys or StageKeys())
+        # Before a checkpoint reads the metrics, which a skipped step must not reach.
+        self.register_state_dict_pre_hook(lambda *_: self.guard.settle())
         # Checkpoints hold the sums by position, so the order of these names is part of their format.
         of_pairs = ("loss/preference", "loss/regularizer", *loss.metric_names)
         self.train_metrics = SumsAndCounts((*of_pairs, *STEP_METRICS, *self.controllers.metrics, *TIME_METRICS))
@@ -152,8 +160,13 @@ class AlignmentModule(LightningModule):
     # --- the step ----------------------------------------------------------------------------------------------
 
     def training_step(self, window: Window, batch_idx: int) -> None:
-        """Take one optimizer step."""
+        """Take one optimizer step, unless its loss or gradient is not finite."""
+        with memory_for("a training step", *self.guard.keys.memory, otherwise=SAVES_MEMORY):
+            self._step(window)
+
+    def _step(self, window: Window) -> None:
         started, step = perf_counter(), self.global_step
+        group = self.train_metrics.start_group()
         optimizer = cast(LightningOptimizer, self.optimizers())  # configure_optimizers makes one
         terms = [term for part in self.parts for term in part.terms(window, step)]
         losses = []
@@ -167,19 +180,20 @@ class AlignmentModule(LightningModule):
         grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
-        learning_rate = optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        optimizer.zero_grad()
-        cast(LRScheduler, self.lr_schedulers()).step()
+        loss = torch.stack(losses).sum()
         self.train_metrics.update(
             {
-                "loss": torch.stack(losses).sum(),
+                "loss": loss,
                 "grad_norm": grad_norm,
-                "lr": learning_rate,
-                "step_s": perf_counter() - started,
+                "lr": optimizer.param_groups[0]["lr"],
                 **{name: schedule(step) for name, schedule in self.coefficients.items()},
             }
         )
+        with self.guard.gate(optimizer, loss, grad_norm, group):
+            optimizer.step()
+        optimizer.zero_grad()
+        cast(LRScheduler, self.lr_schedulers()).step()
+        self.train_metrics.update({"step_s": perf_counter() - started})
 
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
         strategy = self.trainer.strategy
@@ -197,6 +211,7 @@ class AlignmentModule(LightningModule):
         step = self.global_step
         if not (self.controllers.are_due(step) or self.is_log_step):
             return
+        self.guard.settle()
         started = perf_counter()
         measured = self.probe.measure(self.prompts.train, "train", step)
         self.train_metrics.update({"probe_s": perf_counter() - started})
@@ -204,9 +219,8 @@ class AlignmentModule(LightningModule):
         if not self.is_log_step:
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        refuse_impossible(self.pairs.take_impossible(), data.train, "training")
+        self.guard.check_possible(data.train, "training", step - 1)
         means = self.train_metrics.compute()
-        note_nonfinite(means["loss"], "train/loss", step)
         self.train_metrics.reset()
         row = {f"time/{key}" if key in TIME_METRICS else f"train/{key}": value for key, value in means.items()}
         self._log(row | {f"train/{key}": value for key, value in measured.items()})
@@ -220,14 +234,16 @@ class AlignmentModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Clear the sums of the selection split."""
+        self.guard.settle()
         self.val_metrics.reset()
-        self.pairs.validated.clear()
+        self.pairs.validated, self.pairs.scores = [], []
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Add one batch of the selection split."""
-        scored = self.pairs.score(batch)
-        self._add_validated(self.pairs.validate(scored, self.global_step))
-        self.val_metrics.update(completion_health(scored, self.prompts.stop_ids))
+        with memory_for("a validation", *self.guard.keys.validation_memory):
+            scored = self.pairs.score(batch)
+            self._add_validated(self.pairs.validate(scored, self.global_step))
+            self.val_metrics.update(completion_health(scored, self.prompts.stop_ids))
 
     def _add_validated(self, metrics: dict[str, Tensor]) -> None:
         if self.loss.uses_alpha and "rewards/margins" in metrics:
@@ -237,9 +253,12 @@ class AlignmentModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the row of the selection split."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        refuse_impossible(self.pairs.take_impossible(), data.selection, "validation")
-        self._add_validated(self.pairs.finish_validation(self.global_step))
-        means, step = self.val_metrics.compute(), self.global_step
+        step = self.global_step
+        self.guard.check_possible(data.selection, "validation", step)
+        self._add_validated(self.pairs.finish_validation(step))
+        means = self.val_metrics.compute()
+        # Before the probe, which would sample from a policy that may compute NaN.
+        self.guard.check_validation(means["loss/preference"], data.selection, step)
         scale = means.pop(LOSS_SCALE, None)
         if scale is not None and step == 0:
             warn_of_loss_scale(scale, self.alpha(0))
@@ -248,7 +267,7 @@ class AlignmentModule(LightningModule):
         if divergence is not None:
             means["loss/regularizer"] = divergence
         means["loss"] = means["loss/preference"] + self.regularization.weight(step) * means.get("loss/regularizer", 0.0)
-        note_nonfinite(means["loss"], "val/loss", step)
+        self.guard.check_validation(means["loss"], data.selection, step)
         self.validated = means
         self._log({f"val/{key}": value for key, value in means.items()})
 
@@ -287,6 +306,12 @@ class AlignmentModule(LightningModule):
         """Switch the policy to training mode, which Lightning leaves to the module."""
         self.policy.train()
         self.reference.to(self.device)
+        self.guard.start()
+
+    def on_train_end(self) -> None:
+        """Check the weights that training ends with, and note the steps that were skipped."""
+        self.guard.check_weights()
+        self.guard.note_skipped()
 
     def on_train_batch_start(self, batch: Window, batch_idx: int) -> None:
         """Restore a resumed random state: not earlier, since a data loader draws from it when it starts."""
@@ -295,7 +320,13 @@ class AlignmentModule(LightningModule):
             self._resumed_rng_state = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what an exact resume needs beyond Lightning's own state; drop frozen weights."""
+        """Add what an exact resume needs beyond Lightning's own state; drop frozen weights.
+
+        Raises:
+            NonFiniteError: A step that was not taken ends the run, or the weights are not finite.
+        """
+        self.guard.check_weights()
+        checkpoint["skipped_steps"] = self.guard.skipped
         checkpoint["sample_buffer"] = self.regularization.state_dict()  # the name of version 0.1.0
         checkpoint["torch_rng_state"] = torch.get_rng_state()
         checkpoint["controllers"] = self.controllers.state_dict()
@@ -312,3 +343,4 @@ class AlignmentModule(LightningModule):
         if (rows := checkpoint.get("train_metrics")) is not None and self._trainer is not None:  # newer than 0.1.0
             own = self.train_metrics.of_rank(rows, self.global_rank, self.world_size)
             checkpoint["state_dict"] |= {f"train_metrics.{name}": tensor for name, tensor in own.items()}
+        self.guard.skipped = checkpoint.get("skipped_steps", [])  # checkpoints of version 0.1.0 lack it

@@ -28,6 +28,14 @@ def long_tensor(values: list[int]) -> Tensor:
     return torch.frombuffer(array("q", values), dtype=torch.long) if values else torch.empty(0, dtype=torch.long)
 
 
+def copy_async(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy from the host to ``device`` without blocking the host."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    # Only copies from pinned memory are asynchronous.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Movable:
     """A dataclass whose tensors move to a device together; nested ``Movable`` fields and lists of them move too.
@@ -45,10 +53,11 @@ class Movable:
 
     def to_device_async(self, device: torch.device) -> Self:
         """Copy from the host to ``device`` without blocking the host."""
-        if device.type != "cuda":
-            return self.to(device)
-        # Only copies from pinned memory are asynchronous.
-        return self.pin_memory().to(device, non_blocking=True)
+
+        def copied(value: Any) -> Any:
+            return copy_async(value, device) if isinstance(value, Tensor) else value.to_device_async(device)
+
+        return self._map(copied)
 
     def _map(self, change: Callable[[Any], Any]) -> Self:
         """Return a copy in which ``change`` was applied to each tensor and each ``Movable``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,10 +11,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from spo.errors import UserError
+from spo.errors import memory_for
 from spo.metrics.repetition import repetition
 from spo.metrics.sums import SumsAndCounts
-from spo.notes import note
 from spo.objective import Run, ScoredBatch
 from spo.ops import rows_of, sum_per_sequence, token_entropy, token_kl, token_logps
 from spo.sampling import eval_mode, is_finished, sample
@@ -23,7 +21,7 @@ from spo.schedules import Controller, Schedule
 from spo.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from spo.data import TokenizedPair
+    pass
 
 log = logging.getLogger(__name__)
 PROBE_METRICS = ("kl", "entropy", "length", "repetition", "finished")
@@ -72,15 +70,19 @@ class Probe:
         """
         if self.settings is None:
             return {}
+        with memory_for("a probe of the policy", "probe.num_prompts", "probe.max_new_tokens"):
+            return self._measure(prompts, self.settings, *seed)
+
+    def _measure(self, prompts: Sequence[Sequence[int]], settings: ProbeSettings, *seed: object) -> dict[str, float]:
         run = self.run
         sample_seed = derive_seed("probe", run.seed, *seed)
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(sample_seed)).tolist()
-        share = range(self.settings.num_prompts)[run.global_rank :: run.world_size]
+        share = range(settings.num_prompts)[run.global_rank :: run.world_size]
         rows = share or range(1)  # Idle ranks sample too: FSDP gathers need every rank.
         samples = sample(
             run.policy,
             [prompts[order[i % len(order)]] for i in rows],
-            max_new_tokens=self.settings.max_new_tokens,
+            max_new_tokens=settings.max_new_tokens,
             temperature=1.0,
             stop_ids=run.prompts.stop_ids,
             pad_token_id=run.prompts.pad_token_id,
@@ -187,34 +189,6 @@ def completion_health(scored: ScoredBatch, stop_ids: Sequence[int]) -> dict[str,
         "logps_per_token/chosen": per_token[0],
         "logps_per_token/rejected": per_token[1:][mask[1:]],
     }
-
-
-def refuse_impossible(positions: Sequence[int], pairs: Sequence[TokenizedPair], split: str) -> None:
-    """Stop a run that cannot go on, because a model gives a completion of its data the probability zero.
-
-    Args:
-        positions: Positions of such pairs.
-        pairs: Pairs of the split.
-        split: Name of the split for people.
-
-    Raises:
-        UserError: There are such pairs.
-    """
-    if positions:
-        raise UserError(
-            f"{len(positions)} {split} pairs, the first at {pairs[positions[0]].where}, have a completion whose "
-            "probability under the policy or the reference is 0, because the model masks one of its tokens by a logit "
-            "of -inf: remove these rows from data.path, or choose a model.path that does not mask their tokens"
-        )
-
-
-def note_nonfinite(value: float, key: str, step: int) -> None:
-    """Note a metric that is infinite or not a number, since a training does not recover from it."""
-    if not math.isfinite(value):
-        note(
-            f"nonfinite_{key.replace('/', '_')}",
-            f"{key} is {value} at step {step}, and the weights may be lost: lower optimizer.lr, or look at model.dtype",
-        )
 
 
 @rank_zero_only

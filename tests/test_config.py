@@ -533,7 +533,10 @@ def test_wrong_setting_is_reported_before_targets_are_imported() -> None:
 
 def test_reference_to_wrong_value_is_not_reported_twice() -> None:
     text = problem_text("trainer.max_steps=-1")  # scheduler.num_training_steps refers to it
-    assert text == "the configuration has a problem:\n  - trainer.max_steps=-1: must be at least 0"
+    assert text == (
+        "the configuration has a problem:\n  - trainer.max_steps=-1: must be at least 0, or null; "
+        "null leaves the length of the run to trainer.max_epochs"
+    )
 
 
 @pytest.mark.parametrize(

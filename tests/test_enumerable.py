@@ -244,14 +244,17 @@ def test_reward_is_looked_up() -> None:
     ("changes", "message"),
     [
         ({"sampler": "half"}, "data.source.sampler=half: choose full, reference or restricted"),
-        ({"labels": "medium"}, "data.source.labels=medium: choose soft or hard"),
+        ({"labels": "medium"}, "data.source.labels=medium: choose soft, hard or weighted"),
         ({"num_symbols": 1}, "data.source.num_symbols=1: must be from 2 to 26"),
         ({"num_symbols": 27}, "data.source.num_symbols=27: must be from 2 to 26"),
         ({"num_prompts": 4}, "data.source.num_prompts=4: 1 symbols out of 3 make 3 prompts"),
         ({"prompt_symbols": -1}, "data.source.num_prompts=2: -1 symbols"),
         ({"max_new_tokens": 0}, "data.max_new_tokens=0"),
         ({"max_new_tokens": 10}, "data.source.num_symbols=3 and data.max_new_tokens=10 make more than 20,000"),
-        ({"list_size": 5, "num_pairs": 9}, "data.source.list_size=5: soft labels .* lists of up to 4"),
+        (
+            {"list_size": 5, "num_pairs": 9},
+            "data.source.list_size=5: data.source.labels=soft makes .* lists of up to 4",
+        ),
         (
             {"list_size": 9, "num_symbols": 2, "max_new_tokens": 1},
             "data.source.list_size=9: a prompt has only 3 responses",
@@ -280,7 +283,7 @@ def test_largest_language_allows_all_pairs() -> None:
     ("overrides", "part"),
     [
         (["data.source.num_pairs=0"], "data.source.num_pairs=0: must be at least 1"),
-        (["data.source.labels=softt"], "data.source.labels=softt: choose soft or hard"),
+        (["data.source.labels=softt"], "data.source.labels=softt: choose soft, hard or weighted"),
         (["data.max_new_tokens=9"], "data.source.num_symbols=3 and data.max_new_tokens=9 make more than"),
         (["data.max_length=9"], "data.max_length and data.truncation follow from the language"),
         (["data.truncation=drop_pair"], "data.max_length and data.truncation follow from the language"),

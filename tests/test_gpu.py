@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from spo.callbacks import NonFinite
+from spo.guard import NonFiniteError
 from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SPOLoss
 from spo.models import FrozenReference
 from spo.module import AlignmentModule
@@ -66,8 +69,11 @@ def test_step_gradients_equal_those_of_the_cpu(loss: PreferenceLoss, tmp_path: P
         trainer = make_trainer(tmp_path, accelerator=accelerator)
         trainer.fit(module, datamodule=make_data(random_pairs(8, 0)))
         found.append({name: gradient.cpu() for name, gradient in module.gradients[0].items()})
+    # transformers computes norms and rotary angles in float32, also for a float64 model. That rounding alone moves the
+    # gradients by 7e-6 of the largest one.
+    largest = max(float(gradient.abs().max()) for gradient in found[0].values())
     for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, atol=1e-9, rtol=1e-7)
+        torch.testing.assert_close(found[1][name], gradient, atol=5e-5 * largest, rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -108,19 +114,49 @@ class Unwaiting(Spied):
 
 
 def test_step_does_not_wait_for_the_device(tmp_path: Path) -> None:
-    """Packed without shared prompts, each group attends causally; masks are made, with a wait, for shared ones."""
+    """Neither the layout of packed rows nor the masks of shared prompts wait for the device."""
     module = make_module(
         tiny_llama(1, dtype=torch.float32).train(),
         loss=DPOLoss(),
         reference=FrozenReference(),
         reference_model=tiny_llama(2, dtype=torch.float32),
         log_every_n_steps=10,
-        speed=replace(FAST, share_prompts=False),
+        speed=FAST,
     )
     module.__class__ = Unwaiting
     trainer = make_trainer(tmp_path, accelerator="gpu", max_steps=4)
     trainer.fit(module, datamodule=make_data(random_pairs(8, 0), max_steps=4))
     assert trainer.global_step == 4
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_bad_step_reaches_neither_weights_nor_state_on_the_device(fused: bool, optimizer: Any, tmp_path: Path) -> None:
+    """With a fused optimizer, the host learns of a bad step when the next one has begun."""
+    clean = [replace(pair, weight=1.0) for pair in random_pairs(12, 1)]
+    pairs = [replace(pair, weight=1e308) if i == 3 else pair for i, pair in enumerate(clean)]
+
+    def train(rows: list[Any], steps: int, max_skipped: int) -> tuple[AlignmentModule, list[torch.Tensor], str]:
+        settings = {"optimizer": partial(optimizer, fused=fused), "log_every_n_steps": 100}
+        module, error = make_module(tiny_llama(1, dtype=torch.float32), **settings), ""
+        callbacks = [NonFinite("skip", max_skipped)] if max_skipped else []
+        trainer = make_trainer(tmp_path, accelerator="gpu", max_steps=steps, callbacks=callbacks)
+        try:
+            trainer.fit(module, datamodule=make_data(rows, max_steps=steps, batch_size=2))
+        except NonFiniteError as raised:
+            error = str(raised)
+        states = [value for one in trainer.optimizers[0].state.values() for value in one.values()]
+        found = [*module.policy.parameters(), *(value for value in states if isinstance(value, torch.Tensor))]
+        return module, [value.detach().cpu() for value in found], error
+
+    _, stopped, error = train(pairs, 6, 0)
+    bad = int(error.partition("of step ")[2].partition(" ")[0])
+    assert "the weight 1e+308" in error and bad > 1
+    for value, expected in zip(stopped, train(clean, bad - 1, 0)[1], strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    module, skipped, error = train(pairs, 6, 10)
+    assert module.global_step == 6 and module.guard.skipped == [bad - 1] and not error
+    assert all(value.isfinite().all() for value in skipped)
 
 
 def test_sampling_and_probe_stay_on_the_device(tmp_path: Path) -> None:

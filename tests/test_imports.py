@@ -29,6 +29,7 @@ LAYERS = [
     {"data", "models", "sampling", "metrics"},
     {"objective"},
     {"regularizers", "watch"},
+    {"guard"},
     {"module", "evaluation"},
     {"callbacks", "exact"},
     {"comparison"},

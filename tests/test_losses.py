@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SFTLoss, SPOLoss, WeightedSPOLoss
-from spo.types import PairLogps
+from spo.losses import DPOLoss, IPOLoss, Loss, PreferenceLoss, SFTLoss, SPOLoss, SPORankedLoss, WeightedSPOLoss
+from spo.types import ListLogps, PairLogps
 
 Array = NDArray[np.float64]
 B = 9
@@ -404,3 +405,15 @@ def test_ipo_with_soft_labels_converges_to_its_margin() -> None:
             IPOLoss()(pair, alpha=1.0, beta=tau).sum().backward()
             optimizer.step()
         assert chosen.item() == pytest.approx((2 * preference - 1) / (2 * tau), abs=1e-10)
+
+
+@pytest.mark.parametrize("loss", [DPOLoss(), SPOLoss(), SPORankedLoss()], ids=lambda loss: type(loss).__name__)
+def test_equal_implicit_rewards_count_one_half(loss: Loss[Any]) -> None:
+    """Policy and reference are equal before training, so that accuracies start at one half."""
+    chosen = torch.tensor([-1.0, -2.0, -3.0, math.nan])
+    rejected = torch.tensor([-2.0, -2.0, -2.0, -2.0])
+    given: Any = PairLogps(chosen, rejected, torch.zeros(4), torch.zeros(4))
+    if loss.uses_lists:
+        policy, mask = torch.stack([chosen, rejected], 1), torch.ones(4, 2, dtype=torch.bool)
+        given = ListLogps(policy, mask, torch.arange(2).expand(4, 2), torch.zeros(4, 2))
+    assert loss.metrics(given, alpha=0.5, beta=0.1)["rewards/accuracies"].tolist() == [1.0, 0.5, 0.0, 0.0]

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from time import sleep
 from types import SimpleNamespace
@@ -21,8 +22,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spo import guard
 from spo.callbacks import Checkpoint, DataTime
 from spo.callbacks.history import HistoryLogger
 from spo.data import TokenizedPair, datamodule
@@ -32,6 +35,7 @@ from spo.forward.head import completion_logits
 from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SFTLoss, SPOLoss
 from spo.models import FrozenReference, NoReference
 from spo.regularizers import GlobalKL, LocalKL, NoRegularizer, PairRegularizer, Regularizer, SampleRegularizer
+from spo.schedules import PerStep
 from spo.types import PairLogps, PreferenceBatch
 from spo.watch import ProbeSettings
 from tests.helpers import (
@@ -41,6 +45,7 @@ from tests.helpers import (
     PAD,
     PLAIN,
     VOCAB,
+    Bigrams,
     Spied,
     completion_logps,
     frozen,
@@ -233,6 +238,35 @@ def test_precomputed_reference_logps_are_used(tmp_path: Path) -> None:
     margin = stored["val/logps/chosen"] - stored["val/logps/rejected"]
     assert stored["val/loss"] == pytest.approx(500 - margin, rel=1e-6)
     assert stored["gradient"] > 1.5 * there["gradient"]  # the slope of log(sigmoid) is 1 far off, 1/2 at the margin 0
+
+
+def test_step_uses_its_own_coefficients_and_learning_rate(tmp_path: Path) -> None:
+    alphas, betas, rates = [0.2, 0.7, 1.5], [0.9, 0.1, 0.4], [0.0, 0.5, 0.2]
+    pairs, policy, reference = random_pairs(6, seed=1), Bigrams(0), frozen(Bigrams(1))
+    batch = collate(pairs, range(6), PAD)
+    for alpha, beta, rate in zip(alphas, betas, rates, strict=True):
+        p, q = (completion_logits(model, batch.sequences) for model in (policy, reference))
+        seen = batch.pair_logps(completion_logps(policy, batch.sequences), None)
+        divergence = batch.mean_per_pair(LocalKL(0.0)(p, q, batch.sequences)).mean()
+        total = SPOLoss()(seen, alpha=alpha, beta=beta).mean() + beta * divergence
+        gradients = torch.autograd.grad(total, list(policy.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(policy.parameters(), gradients, strict=True):
+                parameter.sub_(rate * gradient)
+    module = make_module(
+        Bigrams(0),
+        regularizer=LocalKL("beta"),
+        reference=FrozenReference(),
+        reference_model=Bigrams(1),
+        alpha=PerStep(alphas),
+        beta=PerStep(betas),
+        lr=1.0,
+        speed=PLAIN,
+    )
+    module.make_scheduler = lambda optimizer: LambdaLR(optimizer, lambda step: [*rates, 0.0][step])
+    fit(tmp_path, module, make_data(pairs, max_steps=3))
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(module.policy.get_parameter(name), parameter, msg=name)
 
 
 @pytest.mark.parametrize("limit", [0.01, 1e6])
@@ -586,9 +620,12 @@ def no_host_syncs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo_local", "spo_global"])
-def test_step_never_waits_for_device(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_step_never_waits_for_device(fused: bool, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an optimizer that a device cannot tell to skip a step, the guard waits for one number per step."""
     loss, regularizer = COMPOSITIONS[name]
     waited: list[str] = []
+    monkeypatch.setattr(guard, "ASYNCHRONOUS_DEVICES", ("cpu",))
 
     class Watched(Spied):
         def training_step(self, window: Any, batch_idx: int) -> None:
@@ -609,11 +646,12 @@ def test_step_never_waits_for_device(name: str, tmp_path: Path, monkeypatch: pyt
         clip_norm=1.0,
         micro_batch_size=4,
         log_every_n_steps=10,
+        optimizer=partial(torch.optim.AdamW, fused=fused),
     )
     module.__class__ = Watched
     fit(tmp_path, module, make_data(random_pairs(10, seed=0), max_steps=3, batch_size=8, micro_batch_size=4))
     assert module.global_step == 3
-    assert waited == []
+    assert [place.rpartition("/")[2].partition(":")[0] for place in waited] == ([] if fused else ["guard.py"] * 3)
 
 
 def test_host_sync_detector_finds_syncs(monkeypatch: pytest.MonkeyPatch) -> None:

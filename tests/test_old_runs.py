@@ -153,10 +153,18 @@ NEW_KEYS = {
         "callbacks.checkpoint.every_n_steps",
         "callbacks.checkpoint.top_k",
         "evaluation.policy",
+        "callbacks.nonfinite._target_",
+        "callbacks.nonfinite.action",
+        "callbacks.nonfinite.max_skipped",
         "data.chat_template",
         "data.chat_template_kwargs",
         "data.split_special_tokens",
         "model.attn_implementation",
+        "optimizer._target_",
+        "optimizer.decay_norm_and_bias",
+        "regularizer.prompts",
+        "scheduler.num_warmup_steps",
+        "trainer.max_epochs",
     )
 }
 

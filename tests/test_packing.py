@@ -198,6 +198,17 @@ def test_back_ends_equal_padded_attention(back_end: str, together: int) -> None:
             assert_same(got, want)
 
 
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_back_ends_take_the_mixed_dtypes_of_autocast(back_end: str) -> None:
+    """Under autocast, rotary embeddings leave queries and keys in float32 beside values in bfloat16."""
+    groups = Groups((Group(3, (2, 4)), Group(1, (2,))))
+    query, key, value = torch.randn(3, 1, 2, 12, 16, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = BACK_ENDS[back_end](query, key, value.bfloat16(), groups, None)
+    halves = (tensor.bfloat16() for tensor in (query, key, value))
+    assert torch.equal(found, BACK_ENDS[back_end](*halves, groups, None)) and found.dtype == torch.bfloat16
+
+
 def test_packed_row_holds_each_prompt_once() -> None:
     batch = sequences([([1, 3], [4, 5]), ([1], [6]), ([1, 3], [7]), ([1, 3], [8, 9, 10])])
     packed = pack(batch, share_prompts=True).packed

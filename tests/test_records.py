@@ -59,6 +59,33 @@ def test_json_lines_hold_any_text(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+def strict(text: str) -> Any:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_files_hold_null_for_numbers_that_json_does_not_have(tmp_path: Path) -> None:
+    value = {"a": math.nan, "b": [1.5, -math.inf, {"c": (math.inf, "NaN")}], math.nan: 1}
+    expected = {"a": None, "b": [1.5, None, {"c": [None, "NaN"]}], "nan": 1}
+    write_json(tmp_path / "a.json", value)
+    assert strict((tmp_path / "a.json").read_text()) == expected
+    write_jsonl(tmp_path / "a.jsonl", [{"logp": -math.inf, "text": "\ud800"}, {"logp": -1.0}])
+    rows = [strict(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert rows == [{"logp": None, "text": "\ud800"}, {"logp": -1.0}]
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.rglob("*.py")), ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_json_files_are_written_by_one_function(file: Path) -> None:
+    """Nothing else passes the text of ``json.dumps`` to a file, where NaN would not be JSON."""
+    if file.relative_to(ROOT).as_posix() == "records/files.py":
+        return
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("write_text", "write", "json.dump")):
+            assert "json.dump" not in ast.unparse(node), "use spo.records.files"
+
+
 def test_damaged_json_lines_are_reported_with_their_line(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n\n{"a": ')
     with pytest.raises(UserError, match=r"rows\.jsonl, line 3: not a JSON object"):

@@ -226,7 +226,9 @@ def test_concurrent_processes_move_a_damaged_file_aside_once(row: bool, tmp_path
 def test_store_reports_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store = LogpsStore(tmp_path / "file" / "store.sqlite", torch.float32)
-    with pytest.raises(DataError, match=r"file/store\.sqlite cannot be read or written .*: move the file away, or set"):
+    with pytest.raises(
+        DataError, match=r"file/store\.sqlite cannot be read or written \(.*a folder\): move it away, or set"
+    ):
         store.get([b"a"])
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from benchmarks import sampling as benchmark
 from spo.batching import even_parts_by_length
@@ -574,6 +574,19 @@ def test_buffer_depends_on_seed_step_and_rank_alone() -> None:
     assert len(rows(world_size=2)) == 2
 
 
+def test_buffer_samples_follow_the_policy() -> None:
+    """Chi-square over all 64 completions of three tokens of a vocabulary of four, as the regularizer draws them."""
+    model = tiny_llama(scale=0.15, vocab_size=4, eos_token_id=None, pad_token_id=None, bos_token_id=None)
+    settings = {"num_samples": 4000, "batch_size": 4000, "max_new_tokens": 3, "stop_ids": (99,), "pad_token_id": 0}
+    held = SampleBuffer([[1]], refresh_every=1, sampler="static", seed=0, **settings)  # type: ignore[arg-type]
+    held.refresh(model, 0)
+    with torch.no_grad():
+        expected = 4000 * completion_logps(model, every_completion([1], 4, 3)).exp()
+    counts = Counter(map(tuple, completions(held.held)))
+    found = torch.tensor([counts[outcome] for outcome in itertools.product(range(4), repeat=3)])
+    assert 35 < ((found - expected) ** 2 / expected).sum() < 100  # 63 degrees of freedom: 0.2% and 99.8%
+
+
 def test_empty_buffer_raises_an_error() -> None:
     with pytest.raises(RuntimeError, match="refresh"):
         buffer().rows(0)
@@ -599,3 +612,19 @@ def test_samples_have_the_log_probs_of_their_tokens() -> None:
     drawn = draw(model)
     again = sequences(list(zip(PROMPTS, completions(drawn), strict=True)))
     torch.testing.assert_close(completion_logps(model, drawn), completion_logps(model, again))
+
+
+class RenamedCache(LlamaForCausalLM):
+    """A model that takes its cache under the name that transformers 5.24 introduced."""
+
+    def forward(self, *, cache: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return super().forward(**{static._cache_keyword(LlamaForCausalLM): cache}, **kwargs)
+
+
+def test_static_sampler_passes_the_cache_under_the_name_of_the_signature() -> None:
+    model = tiny_llama(1, dtype=torch.float64)
+    ids, numbers = torch.tensor([[BOS, 5, 6], [BOS, 7, 8]]), torch.rand(2, 6, dtype=torch.float64)
+    settings: dict[str, Any] = {"temperature": 1.0, "stop_ids": (), "pad_token_id": PAD}
+    plain = static.decode(model, ids, torch.ones_like(ids), numbers, **settings)
+    model.__class__ = RenamedCache
+    assert torch.equal(static.decode(model, ids, torch.ones_like(ids), numbers, **settings), plain)

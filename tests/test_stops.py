@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -157,6 +158,17 @@ def test_buffer_of_other_stop_tokens_is_drawn_again(caplog: pytest.LogCaptureFix
     assert other.is_stale(4) and "drawing new samples" in caplog.text
     older.load_state_dict({key: value for key, value in state.items() if key != "stop_ids"})  # of version 0.1.0
     assert not older.is_stale(4)
+
+
+def test_cached_completions_keep_log_probs_that_json_does_not_have(tmp_path: Path) -> None:
+    prompts = [EvalPrompt("a", "test", (BOS,), "a")]
+    settings: Any = SimpleNamespace(samples_per_prompt=1, max_new_tokens=8, temperature=1.0, seed=0)
+    draws = completions.Draws(["x"], [1], [-math.inf], [0.5], [-math.inf], [math.inf])
+    for _ in range(2):
+        found = cached_completions(tmp_path, settings, prompts, (), {"policy": "m"}, "policy", lambda: draws)
+        assert found == draws
+    [file] = tmp_path.glob("draws/*/draws.json")
+    json.loads(file.read_text(), parse_constant=pytest.fail)
 
 
 def test_cached_completions_depend_on_the_stop_tokens(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from spo.callbacks.checkpoint import Checkpoint
 from spo.callbacks.data_time import DataTime
 from spo.callbacks.health import Health
 from spo.callbacks.interruption import Interruption
+from spo.callbacks.nonfinite import NonFinite
 from spo.callbacks.progress import Progress
 from spo.callbacks.samples import ValidationSamples
 
-__all__ = ["Checkpoint", "DataTime", "Health", "Interruption", "Progress", "ValidationSamples"]
+__all__ = ["Checkpoint", "DataTime", "Health", "Interruption", "NonFinite", "Progress", "ValidationSamples"]

@@ -180,7 +180,12 @@ class Checkpoint(BaseCheckpoint):
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.unfinished")
-        trainer.save_checkpoint(unfinished)  # Every process takes part, and waits for the others.
+        try:
+            trainer.save_checkpoint(unfinished)  # Every process takes part, and waits for the others.
+        except OSError:
+            if unfinished.is_file():
+                unfinished.unlink()
+            raise
         if trainer.is_global_zero:
             if path.is_dir():  # DeepSpeed writes a folder, which cannot replace another one.
                 shutil.rmtree(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from spo.notes import note
-from spo.records.files import parse_jsonl, write_text
+from spo.records.files import parse_jsonl, to_json, write_text
 
 OF_TRAINING = ("train/", "time/")
 """Beginnings of the keys of metrics that do not come from a validation."""
@@ -54,7 +53,7 @@ class HistoryLogger(Logger):
             self.resumed = tuple(dict(row) for row in rows)
             for row in rows:
                 self._note({key: value for key, value in row.items() if key != "step"})
-            lines = [json.dumps(row) + "\n" for row in rows]
+            lines = [to_json(row) + "\n" for row in rows]
             write_text(path, "".join(lines))
             if rows and rows[-1]["step"] == resume_at:
                 # The resumed run may log more metrics of this step, such as those of its validation.
@@ -138,7 +137,7 @@ class HistoryLogger(Logger):
             with self.path.open("r+") as file:
                 file.truncate(self._start)
                 file.seek(self._start)
-                file.write(json.dumps(self._row) + "\n")
+                file.write(to_json(self._row) + "\n")
             self._written = dict(self._row)
 
     @rank_zero_only
@@ -150,4 +149,4 @@ class HistoryLogger(Logger):
 def _rows_by_step(text: str) -> dict[int, dict[str, Any]]:
     """Return the readable rows by step. A process that was killed leaves half a last line."""
     rows = (row for _, row in parse_jsonl(text) if row is not None)
-    return {row["step"]: row for row in rows if isinstance(row.get("step"), int)}
+    return {row["step"]: row for row in rows if type(row.get("step")) is int}

@@ -74,6 +74,7 @@ def _reason(runs: Sequence[Run]) -> str:
         "data": "the data files",
         "weights": "the model",
         "adapter": "the adapter",
+        "regularizer_prompts": "the prompts of the regularizer",
     }
     differing = [text for key, text in parts.items() if len({str(run.identity.get(key)) for run in runs}) > 1]
     verb = "differs" if len(differing) == 1 else "differ"
@@ -127,7 +128,7 @@ def _seeds(runs: Sequence[Run]) -> list[Problem]:
 def _mixed_digests(runs: Sequence[Run]) -> list[Problem]:
     problems = []
     for key, words in (("pairs_sha256", "the preference pairs"), ("reference_sha256", "the reference models")):
-        groups = _by(runs, lambda run: (run.record.provenance.get("inputs") or {}).get(key))  # noqa: B023
+        groups = _by(runs, lambda run: run.record.input_digest(key))  # noqa: B023
         if len(groups) > 1:
             counted = "; ".join(
                 f"{str(digest)[:8] if digest else 'not recorded'}: {_names([run.name for run in some])}"

@@ -181,7 +181,12 @@ def _run_directories(path: Path) -> Iterator[Path]:
 def _ledger_problems(path: Path, directories: Sequence[Path]) -> Iterator[str]:
     """Describe the jobs of a sweep that did not leave a run."""
     known = {directory.resolve() for directory in directories}
-    for job in read_jobs(path):
+    try:
+        jobs = read_jobs(path)
+    except UserError as error:
+        yield str(error)
+        return
+    for job in jobs:
         done = job.status == "finished" or job.same_as
         if not done and (path / job.directory).resolve() not in known:
             yield f"the job {' '.join(job.overrides)} is {job.status}: {job.error or 'it has not run'}"
@@ -230,7 +235,7 @@ def _composed(file: Path) -> dict[str, str]:
     """Return the flat configuration with its interpolations; empty where the file is missing."""
     try:
         composed = load_yaml(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return {key: str(value) for key, value in flatten(composed).items()} if isinstance(composed, Mapping) else {}
 

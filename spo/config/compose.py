@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, RangeSweep, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
+from spo.config.nodes import select
 from spo.errors import UserError
 from spo.records.operational_keys import OPERATIONAL_KEYS
+from spo.records.parameters import count_parameters
 from spo.resources import MAIN_CONFIG, conf_dir
+from spo.schedules.optimization import learning_rate
 
 VERSION_BASE = "1.3"
 
@@ -48,6 +52,7 @@ def compose(
     directory = Path(run_dir if run_dir is not None else cfg.hydra.run.dir).absolute()
     with open_dict(cfg):
         del cfg["hydra"]
+    fill_empty_groups(cfg)
     cfg.paths.run = str(directory)
     return cfg
 
@@ -76,9 +81,34 @@ def composer(config_dir: str | Path | None = None) -> Iterator[Any]:
 
         def composed(overrides: Sequence[str]) -> DictConfig:
             own = any(override.lstrip("+").startswith("hydra.searchpath") for override in overrides)
-            return hydra.compose(MAIN_CONFIG, [*([] if own else extra), *overrides], return_hydra_config=True)
+            return pin(hydra.compose(MAIN_CONFIG, [*([] if own else extra), *overrides], return_hydra_config=True))
 
         yield composed
+
+
+PINNED = ("model.num_parameters", "model.default_lr")
+"""Keys that follow from files. A configuration holds their values, so they stay when the files are moved."""
+
+
+def pin(cfg: DictConfig) -> DictConfig:
+    """Replace the interpolations of keys that follow from files by their values, and return the configuration.
+
+    Args:
+        cfg: Composed configuration, with or without Hydra's own node.
+    """
+    for key in PINNED:
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(cfg, parent)
+        if isinstance(node, DictConfig) and name in node and OmegaConf.is_interpolation(node, name):
+            with suppress(OmegaConfBaseException):  # The checks report what it refers to, such as a missing path.
+                node[name] = node[name]
+    return cfg
+
+
+def pinned_overrides(cfg: DictConfig) -> list[str]:
+    """Return overrides with the values of the keys that :func:`pin` replaced, for a composition by Hydra alone."""
+    values = {key: select(cfg, key) for key in PINNED}
+    return [] if select(cfg, PINNED[0]) is None else [f"{key}={value}" for key, value in values.items()]
 
 
 def parser() -> OverridesParser:
@@ -104,6 +134,30 @@ def parse(override: str) -> Override:
         raise UserError(f"{override}: cannot be read ({hint})") from error
 
 
+# --- empty groups --------------------------------------------------------------------------------------------------
+
+NULL_MEMBERS = {
+    "logger": "record",
+    "callbacks": "none",
+    "judge": "none",
+    "regularizer": "none",
+    "reference": "none",
+    "experiment": None,
+    "hparams_search": None,
+}
+"""Member that ``GROUP=null`` stands for; ``None`` where no member is chosen."""
+EMPTY_GROUPS = ("logger", "callbacks")
+"""Groups that are mappings of objects, of which there may be none."""
+
+
+def fill_empty_groups(cfg: DictConfig) -> None:
+    """Replace ``logger: null`` and ``callbacks: null`` of an experiment file by empty mappings, in place."""
+    with open_dict(cfg):
+        for group in EMPTY_GROUPS:
+            if cfg.get(group) is None:
+                cfg[group] = {}
+
+
 # --- plain numbers -------------------------------------------------------------------------------------------------
 
 
@@ -111,7 +165,8 @@ def expand_numbers(overrides: Sequence[str]) -> list[str]:
     """Write out plain numbers for alpha and beta: ``alpha=0.5`` becomes ``alpha=constant alpha.value=0.5``.
 
     This applies if the key is exactly ``alpha`` or ``beta`` and every value is a positive number: one number, several
-    of a multirun, a ``choice``, a ``range`` or an ``interval``. Names of schedules stay as they are.
+    of a multirun, a ``choice``, a ``range`` or an ``interval``. Names of schedules stay as they are. A group that may
+    be empty accepts ``null`` for the member that leaves it empty.
 
     Args:
         overrides: Overrides as typed.
@@ -122,7 +177,10 @@ def expand_numbers(overrides: Sequence[str]) -> list[str]:
     result: list[str] = []
     for override in overrides:
         key, equals, value = override.partition("=")
-        if equals and key.strip() in COEFFICIENTS and _is_number(parse(override)):
+        if equals and value.strip() == "null" and key.strip() in NULL_MEMBERS:
+            member = NULL_MEMBERS[key.strip()]
+            result += [] if member is None else [f"{key.strip()}={member}"]
+        elif equals and key.strip() in COEFFICIENTS and _is_number(parse(override)):
             result += [f"{key.strip()}=constant", f"{key.strip()}.value={value}"]
         else:
             result.append(override)
@@ -174,6 +232,9 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("spo.multiply", multiply, replace=True)
     OmegaConf.register_new_resolver("spo.add", add, replace=True)
     OmegaConf.register_new_resolver("spo.at_most", min, replace=True)
+    OmegaConf.register_new_resolver("spo.unless", unless, replace=True)
+    OmegaConf.register_new_resolver("spo.num_parameters", num_parameters, replace=True)
+    OmegaConf.register_new_resolver("spo.learning_rate", default_learning_rate, replace=True)
     OmegaConf.register_new_resolver("spo.processes", processes, replace=True)
     OmegaConf.register_new_resolver("spo.tasks_per_node", tasks_per_node, replace=True)
     OmegaConf.register_new_resolver("spo.gpus_per_node", gpus_per_node, replace=True)
@@ -189,6 +250,30 @@ def multiply(a: float, b: float) -> float:
 def add(*numbers: int) -> int:
     """Return the sum."""
     return sum(numbers)
+
+
+def unless(given: Any, default: Any) -> Any:
+    """Return ``default`` where ``given`` is null, and null otherwise: the default of a key that another replaces."""
+    return default if given is None else None
+
+
+def num_parameters(path: str | None) -> int | None:
+    """Return the number of parameters of a model, ``None`` where it cannot be counted.
+
+    Args:
+        path: Value of ``model.path``.
+    """
+    return None if path is None else count_parameters(str(path))
+
+
+def default_learning_rate(num_parameters: int | None, lora: Any) -> float | None:
+    """Return the learning rate for a model of this size, ``None`` where the size is unknown.
+
+    Args:
+        num_parameters: Value of ``model.num_parameters``.
+        lora: Value of ``model.lora``, ``None`` for full fine-tuning.
+    """
+    return None if num_parameters is None else learning_rate(num_parameters, lora=lora is not None)
 
 
 def processes(devices: int | str, nodes: int) -> int:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, open_dict
 
 from spo.config import search_space
 from spo.config.checks import code_problems, missing_and_unresolved, quick_problems
-from spo.config.compose import composer, directory, expand_numbers, parse, parser
+from spo.config.compose import composer, directory, expand_numbers, fill_empty_groups, parse, parser
 from spo.config.tolerant import TolerantComposer
 from spo.errors import ConfigProblems, UserError, missing_package
 
@@ -118,6 +118,7 @@ def compose_plan(
             run_dir = str(Path(str(cfg.hydra.run.dir)).absolute())
             with open_dict(cfg):
                 del cfg["hydra"]
+            fill_empty_groups(cfg)
             cfg.paths.run = run_dir
             if runs:
                 job_problems += quick_problems(cfg) if is_certain else missing_and_unresolved(cfg)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
 
-from annotated_types import Ge
+from annotated_types import Ge, Lt
 
 from spo.bounds import (
     DropoutRate,
@@ -34,6 +34,8 @@ Precision = Annotated[
         "model.dtype=float64"
     ),
 ]
+
+WarmUp = Annotated[int, Ge(0)] | Annotated[float, Ge(0), Lt(1), Advice("a number below 1 is a share of the steps")]
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class Model:
     trust_remote_code: bool
     dropout: DropoutRate
     gradient_checkpointing: bool
-    default_lr: PositiveFloat
+    num_parameters: PositiveInt | None
+    default_lr: PositiveFloat | None
     default_sft_steps: NonNegativeInt
     default_threads: PositiveInt | None
     default_packing: bool
@@ -110,7 +113,7 @@ class SupervisedFineTuning:
     lr: PositiveFloat
     weight_decay: NonNegativeFloat
     fused: bool
-    num_warmup_steps: NonNegativeInt
+    num_warmup_steps: WarmUp
     clip_norm: PositiveFloat | None
 
 
@@ -142,7 +145,7 @@ class Optimizer:
 class Scheduler:
     """Keys ``scheduler.*``, of transformers' learning rate schedules."""
 
-    num_warmup_steps: NonNegativeInt
+    num_warmup_steps: WarmUp
     num_training_steps: NonNegativeInt
 
 
@@ -154,7 +157,8 @@ class Trainer:
     devices: int | str | Sequence[int]
     num_nodes: PositiveInt
     precision: Precision
-    max_steps: NonNegativeInt
+    max_steps: Annotated[int, Ge(0), Advice("null leaves the length of the run to trainer.max_epochs")] | None
+    max_epochs: PositiveFloat | None
     val_check_interval: PositiveInt
     log_every_n_steps: PositiveInt
     gradient_clip_val: PositiveFloat | None

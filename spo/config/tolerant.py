@@ -124,8 +124,16 @@ class TolerantComposer:
         if "Could not override" in text or "is not in struct" in text:
             if key.rpartition(".")[0] == "data.chat_template_kwargs":
                 return f"write it with a plus, +{override.input_line}"
+            if members := self._members_with(key):
+                return f"unknown key; {listed(members)} has it"
             return f"unknown key{_key_suggestion(key, cfg, self.groups)}"
         return first_line(error)
+
+    def _members_with(self, key: str) -> list[str]:
+        """Return the members of a group, such as ``optimizer=sgd``, that have a key which the chosen one lacks."""
+        group, _, name = key.partition(".")
+        files = [folder / group / f"{member}.yaml" for folder in self.folders for member in self.groups.get(group, [])]
+        return [f"{group}={file.stem}" for file in files if file.is_file() and name in OmegaConf.load(file)]
 
     def unknown_keys(self, cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
         """Return a sentence for each key that ``+`` or a preset added and that nothing reads."""

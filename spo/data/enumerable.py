@@ -116,12 +116,13 @@ class EnumerableSource(Source):
         reward_scale: Standard deviation of the normal rewards, in nats of the Bradley-Terry model.
         sampler: Choice of the responses that are compared: ``full`` draws from all, ``restricted`` from a seeded part
             of them, and ``reference`` samples pairs from the reference model.
-        labels: Kind of labels: ``soft`` gives the exact probability of an outcome, ``hard`` samples one.
+        labels: Kind of labels: ``soft`` gives the exact probability of an outcome, ``hard`` samples one, and
+            ``weighted`` makes each outcome a row, weighted by its probability.
         num_pairs: Number of pairs (or lists) of each prompt, drawn uniformly. ``None`` uses each possible one once, or
             draws 20,000 if there are more.
         support_share: Share of a prompt's responses that appear in the data if ``sampler`` is ``restricted``.
         list_size: Number of completions in a list: 2 for pairs of the Bradley-Terry model, more for rankings of the
-            Plackett-Luce model. With soft labels each order of a ranking is a row, weighted by its probability.
+            Plackett-Luce model. Soft labels of a ranking are ``weighted``: each of its orders is a row.
 
     Attributes:
         language: The enumerated language.
@@ -141,15 +142,15 @@ class EnumerableSource(Source):
         max_new_tokens: PositiveInt,
         reward_scale: NonNegativeFloat,
         sampler: Literal["full", "reference", "restricted"],
-        labels: Literal["soft", "hard"],
+        labels: Literal["soft", "hard", "weighted"],
         num_pairs: PositiveInt | None,
         support_share: Annotated[float, Gt(0), Le(1)],
         list_size: Annotated[int, Ge(2)],
     ) -> None:
         if sampler not in ("full", "reference", "restricted"):
             raise ValueError(f"data.source.sampler={sampler}: choose full, reference or restricted")
-        if labels not in ("soft", "hard"):
-            raise ValueError(f"data.source.labels={labels}: choose soft or hard")
+        if labels not in ("soft", "hard", "weighted"):
+            raise ValueError(f"data.source.labels={labels}: choose soft, hard or weighted")
         if not 0 < support_share <= 1:
             raise ValueError(f"data.source.support_share={support_share}: must be above 0 and at most 1")
         if not 0 <= reward_scale < math.inf:
@@ -196,10 +197,10 @@ class EnumerableSource(Source):
             raise ValueError(f"data.source.list_size={n}: a prompt has only {supported} responses to compare")
         if self.sampler == "reference" and n > 2:
             raise ValueError(f"data.source.list_size={n}: data.source.sampler=reference samples pairs; set list_size=2")
-        if n > MAX_ORDERED_LIST and self.labels == "soft":
+        if n > MAX_ORDERED_LIST and self.labels != "hard":
             raise ValueError(
-                f"data.source.list_size={n}: soft labels make each order a row, for lists of up to "
-                f"{MAX_ORDERED_LIST} completions; set data.source.labels=hard"
+                f"data.source.list_size={n}: data.source.labels={self.labels} makes each order a row, for lists of up "
+                f"to {MAX_ORDERED_LIST} completions; set data.source.labels=hard"
             )
         if self.num_pairs is None and self.sampler == "reference":
             raise ValueError("data.source.num_pairs=null: data.source.sampler=reference needs a number of pairs")
@@ -246,7 +247,7 @@ class EnumerableSource(Source):
         if self.labels == "hard":
             orders = self.language.sample_orders(prompt, lists, self._rng("labels", prompt))
             yield from (self._row(prompt, order) for order in orders.tolist())
-        elif self.list_size == 2:
+        elif self.list_size == 2 and self.labels == "soft":
             # The better one comes first, so that accuracies mean the same as with other data. The loss does not depend
             # on the order, since the preference is exact.
             reward = self.language.rewards[prompt][lists]

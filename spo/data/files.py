@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from spo.bounds import OnBadRow
 from spo.data.prompts import Candidate, common_prefix_length
@@ -25,9 +26,13 @@ class FileSource(TableSource):
         path: Path of the file or folder.
         columns: Mapping from our column names to the file's, see :class:`TableSource`.
         on_bad_row: Policy for a malformed row, ``stop`` or ``skip``.
+
+    Attributes:
+        key: Key of the configuration that names the file, for messages.
     """
 
     reads_local_files = True
+    key: ClassVar[str] = "data.path"
 
     def __init__(self, path: str, columns: Mapping[str, str] | None, on_bad_row: OnBadRow) -> None:
         super().__init__(on_bad_row, columns)
@@ -40,7 +45,7 @@ class FileSource(TableSource):
 
     def records(self) -> Iterator[tuple[str, Split | None, Record | RowError]]:
         """Yield the records of all files, and an error for an empty file; files do not assign splits."""
-        for file in data_files(self.path):
+        for file in data_files(self.path, self.key):
             empty = True
             for where, record in read_records(file, self.findings):
                 empty = False

@@ -55,7 +55,7 @@ class LogpsStore(SharedStore):
             query = "SELECT logp, checksum FROM logps WHERE key = ?"
             return [_checked(key, database.execute(query, [key]).fetchone()) for key in keys]
 
-        return torch.tensor(self.transact(read), dtype=self.dtype)
+        return torch.tensor(self.transact(read, reads=True), dtype=self.dtype)
 
     def put(self, keys: Sequence[bytes], logps: Tensor) -> None:
         """Store ``(N,)`` log-probs, except NaN.

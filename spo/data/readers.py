@@ -20,23 +20,27 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
 _csv_limit = Lock()
 
 
-def data_files(path: Path) -> list[Path]:
+def data_files(path: Path, key: str = "data.path") -> list[Path]:
     """Return the file at ``path``, or the data files of a folder in alphabetical order; hidden files are ignored.
+
+    Args:
+        path: Path of the file or folder.
+        key: Key of the configuration that names it, for messages.
 
     Raises:
         DataError: If the path does not exist, is a folder without data files, or is a file of another kind.
     """
     if not path.exists():
-        raise DataError(f"data.path={path}: no such file or folder (looked in {path.absolute().parent})")
+        raise DataError(f"{key}={path}: no such file or folder (looked in {path.absolute().parent})")
     if path.is_dir():
         files = sorted(
             file for file in path.iterdir() if file.name.endswith(SUFFIXES) and not file.name.startswith(".")
         )
         if not files:
-            raise DataError(f"data.path={path}: the folder does not contain a {', '.join(SUFFIXES)} file")
+            raise DataError(f"{key}={path}: the folder does not contain a {', '.join(SUFFIXES)} file")
         return files
     if not path.name.endswith(SUFFIXES):
-        raise DataError(f"data.path={path}: not a {', '.join(SUFFIXES)} file")
+        raise DataError(f"{key}={path}: not a {', '.join(SUFFIXES)} file")
     return [path]
 
 

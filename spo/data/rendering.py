@@ -232,13 +232,17 @@ class Renderer:
             return self._trim_completion(pair)
         return self._trim_prompt(pair)
 
-    def prompt_ids(self, prompt: Text) -> tuple[int, ...]:
+    def prompt_ids(self, prompt: Text, **template_values: Any) -> tuple[int, ...]:
         """Return the tokens of a prompt without a completion.
+
+        Args:
+            prompt: Text or messages.
+            template_values: Fields of a row that the chat template reads, such as ``tools``.
 
         Raises:
             DataError: If the prompt is empty and the tokenizer does not have a BOS.
         """
-        text = self._as_text(Row(prompt=prompt, chosen="" if isinstance(prompt, str) else ()))
+        text = self._as_text(Row(prompt=prompt, chosen="" if isinstance(prompt, str) else (), **template_values))
         self._remarks.end_row()
         plain = self.encoder.encode([text.prompt])[0]
         ids = self._bos(text, plain) + plain

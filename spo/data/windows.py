@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from spo.batching import even_batches, fewest_batches
+from spo.batching import even_batches, fewest_batches, steps_per_epoch
 
 Indices = NDArray[np.int64]
 
@@ -60,8 +60,7 @@ class Windows:
     @property
     def per_epoch(self) -> int:
         """Return the number of windows in an epoch."""
-        full, rest = divmod(len(self.lengths), self.batch_size)
-        return full + (rest >= self.world_size)
+        return steps_per_epoch(len(self.lengths), self.batch_size, self.world_size)
 
     def window(self, step: int) -> Indices:
         """Return the positions of one step's pairs over all devices."""

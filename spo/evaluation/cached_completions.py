@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,8 @@ CODE_DEPENDENCIES = (
 SAMPLING_SETTINGS = ("samples_per_prompt", "max_new_tokens", "temperature", "seed")
 """Settings of the evaluation that completions depend on."""
 COMPLETIONS_FILE = "draws.json"
+NUMBERS = ("logps", "entropy", "other_logps", "kl")
+"""Columns of floats of :class:`~spo.evaluation.completions.Draws`."""
 
 
 def cached_completions(
@@ -62,6 +65,14 @@ def cached_completions(
     }
 
     def write(folder: Path) -> None:
-        write_json(folder / COMPLETIONS_FILE, asdict(draw()), indent=None)
+        columns = {name: [_to_json(value) for value in values] for name, values in asdict(draw()).items()}
+        write_json(folder / COMPLETIONS_FILE, columns, indent=None)
 
-    return Draws(**read_json(cached(cache_dir, "draws", key, write) / COMPLETIONS_FILE))
+    stored: dict[str, Any] = read_json(cached(cache_dir, "draws", key, write) / COMPLETIONS_FILE)
+    stored |= {name: [float(value) for value in stored[name]] for name in NUMBERS}
+    return Draws(**stored)
+
+
+def _to_json(value: Any) -> Any:
+    """Return a number that JSON does not have, such as a log-prob of -inf, as text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

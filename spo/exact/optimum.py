@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -107,17 +108,32 @@ def find_optimum(objective: Objective) -> Optimum | None:
         return Optimum(stated, "closed form")
     if not objective.is_determined():
         return None
-    logits = _descend(objective, objective.reference.clone())
+    solved = minimize(objective, objective.reference, objective.beta)
+    return None if solved is None else Optimum(solved, "numerical")
+
+
+def minimize(objective: Callable[[Tensor], Tensor], start: Tensor, beta: float) -> Tensor | None:
+    """Find the probabilities at which an objective is least, by descent and Newton steps.
+
+    Args:
+        objective: Function of ``(P, R)`` logits of the policy.
+        start: ``(P, R)`` logits to start from.
+        beta: Temperature of the method, by which the slope of its loss grows.
+
+    Returns:
+        ``(P, R)`` log-probabilities, or ``None`` if no minimum is reached.
+    """
+    logits = _descend(objective, start.clone())
     if logits.numel() <= MAX_NEWTON_RESPONSES:
         logits = _newton(objective, logits)
     gradient = torch.func.grad(objective)(logits)
     # The slope of a loss grows with its temperature, and so does what counts as zero.
-    if not (gradient.isfinite().all() and gradient.abs().max() <= GRADIENT_TOLERANCE * max(1.0, objective.beta)):
+    if not (gradient.isfinite().all() and gradient.abs().max() <= GRADIENT_TOLERANCE * max(1.0, beta)):
         return None
-    return Optimum(logits.log_softmax(-1), "numerical")
+    return logits.log_softmax(-1)
 
 
-def _descend(objective: Objective, logits: Tensor) -> Tensor:
+def _descend(objective: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
     logits = logits.requires_grad_()
     optimizer = torch.optim.LBFGS(
         [logits],
@@ -137,7 +153,7 @@ def _descend(objective: Objective, logits: Tensor) -> Tensor:
     return logits.detach()
 
 
-def _newton(objective: Objective, logits: Tensor, steps: int = 500) -> Tensor:
+def _newton(objective: Callable[[Tensor], Tensor], logits: Tensor, steps: int = 500) -> Tensor:
     """Run Newton's method on the gradient, halving each step until the gradient shrinks.
 
     A loss that holds weights constant in its gradient is the gradient of no function, so there is nothing to descend,

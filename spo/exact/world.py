@@ -32,7 +32,8 @@ class World:
         support: ``(P, R)`` mask of responses that can appear in the data.
         completions: ``(n, K)`` positions in ``sequences`` of each row's completions, best first.
         preference: ``(K,)`` Bradley-Terry probability, by the rewards and whatever label the row has, that the first
-            of two completions is the better one; ``None`` for rows of more than two.
+            of two completions is the better one; ``None`` for rows of more than two, and for rows whose weights are
+            the probabilities of their orders.
         weight: ``(K,)`` weights of the rows.
     """
 
@@ -64,7 +65,7 @@ class World:
         completions = torch.tensor([[place[row.prompt_ids, ids] for ids in row.completions] for row in rows]).T
         rewards = torch.from_numpy(language.rewards)
         preference = None
-        if len(completions) == 2:
+        if len(completions) == 2 and all(row.weight is None for row in rows):
             chosen, rejected = rewards.flatten()[completions]
             preference = (chosen - rejected).sigmoid()
         weight = torch.tensor([1.0 if row.weight is None else row.weight for row in rows], dtype=torch.float64)

@@ -26,11 +26,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from spo.batching import split_by_tokens
 from spo.forward.head import NO_MASK_SHAPE
 from spo.forward.packing import Group, Groups
+from spo.types import copy_async
 
 MAX_MASKED_TOKENS = 256
 """Tokens that attend in one masked call. Most pairs of them are masked out, but shorter calls cost more than that."""
 FLEX_BLOCK_TOKENS = 128
 """Tokens in a block of FlexAttention's masks."""
+MAX_FLEX_KERNELS = 64
+"""Kernels that FlexAttention may compile, one for each model, dtype, autocast and gradient mode, and kind of lengths.
+Beyond this number it computes every product of the row, which is many times slower and needs far more memory."""
 IGNORABLE_KWARGS = {
     "cache_position",
     "output_attentions",
@@ -157,7 +161,8 @@ def visibility_mask(groups: Sequence[Group], device: torch.device) -> Tensor:
     group, member = _membership(groups)
     position = torch.arange(len(group))
     in_prompt_or_itself = (member == 0) | (member == member[:, None])
-    return (in_prompt_or_itself & (group == group[:, None]) & (position <= position[:, None])).to(device)
+    visible = in_prompt_or_itself & (group == group[:, None]) & (position <= position[:, None])
+    return copy_async(visible, device)
 
 
 # --- one FlexAttention kernel for the whole row -------------------------------------------------------------------
@@ -175,10 +180,13 @@ def attend_by_blocks(
     if dropout > 0:
         raise ValueError("FlexAttention does not support dropout")
     mask = _cached_on(groups, ("blocks", query.device), lambda: block_mask(groups, query.device))
-    attend: Callable[..., Any] = flex_attention
-    if query.is_cuda:
-        attend = _compiled_flex_attention()
-    return attend(query, key, value, block_mask=mask, scale=scale)
+    if torch.is_autocast_enabled(query.device.type):  # As in other attention: autocast does not know FlexAttention.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    if not query.is_cuda:
+        return flex_attention(query, key, value, block_mask=mask, scale=scale)
+    with torch._dynamo.config.patch(recompile_limit=MAX_FLEX_KERNELS):
+        return _compiled_flex_attention()(query, key, value, block_mask=mask, scale=scale)
 
 
 @cache
@@ -195,7 +203,7 @@ def block_mask(groups: Groups, device: torch.device) -> BlockMask:
         groups: Layout of the row.
         device: Device of the mask.
     """
-    group_of, member_of = (numbers.to(device) for numbers in _membership(groups.members))
+    group_of, member_of = (copy_async(numbers, device) for numbers in _membership(groups.members))
 
     def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         member = member_of[k]
@@ -210,8 +218,8 @@ def block_mask(groups: Groups, device: torch.device) -> BlockMask:
     offsets = torch.arange(len(queries), dtype=torch.int32)
     index = (torch.tensor(first, dtype=torch.int32)[:, None] + offsets).clamp(max=len(queries) - 1)
     return BlockMask.from_kv_blocks(
-        count.to(device)[None, None],
-        index.to(device)[None, None],
+        copy_async(count, device)[None, None],
+        copy_async(index, device)[None, None],
         BLOCK_SIZE=FLEX_BLOCK_TOKENS,
         mask_mod=visible,
         seq_lengths=(ends[-1], ends[-1]),

@@ -124,7 +124,7 @@ class PreferenceLoss(Loss[PairLogps]):
         return metrics | {
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
-            "rewards/accuracies": (chosen > rejected).float(),
+            "rewards/accuracies": is_higher(chosen, rejected),
             "logps/rejected": pair.policy_rejected,
         }
 
@@ -164,7 +164,7 @@ class ListLoss(Loss[ListLogps]):
         """Compute the metrics of :meth:`Loss.metrics`.
 
         "Rejected" is the mean over all completions but the best. "Accuracies" is the share of them whose reward is
-        below that of the best.
+        below that of the best, with a tie as one half.
         """
         lists = lists.best_first()
         rewards, others = self.rewards(lists, alpha=alpha, beta=beta), lists.mask[:, 1:]
@@ -179,9 +179,14 @@ class ListLoss(Loss[ListLogps]):
         return metrics | {
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
-            "rewards/accuracies": mean((chosen[:, None] > rewards[:, 1:]).float()),
+            "rewards/accuracies": mean(is_higher(chosen[:, None], rewards[:, 1:])),
             "logps/rejected": mean(lists.policy[:, 1:]),
         }
+
+
+def is_higher(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Return 1 where the reward of chosen is higher, 0.5 where both are equal, as before training, and else 0."""
+    return ((chosen > rejected).float() + (chosen >= rejected).float()) / 2
 
 
 def log_ratios(pair: PairLogps) -> tuple[Tensor, Tensor | None]:

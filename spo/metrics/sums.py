@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+Group = dict[str, list[Tensor | float]]
+"""Updates that can be forgotten together."""
+
 
 class SumsAndCounts(Metric):
     """Means of several named quantities, each over its own number of elements.
@@ -28,7 +31,7 @@ class SumsAndCounts(Metric):
     def __init__(self, names: tuple[str, ...], over_ranks: bool = True) -> None:
         super().__init__(sync_on_compute=over_ranks)
         self.names = names
-        self._stored: dict[str, list[Tensor | float]] = {}
+        self._stored: list[Group] = [{}]
         # Persistent, so that a run resumed between two log steps reports the mean over the whole interval.
         self.add_state("sums", torch.zeros(len(names), dtype=torch.float64), "sum", persistent=True)
         self.add_state("counts", torch.zeros(len(names), dtype=torch.float64), "sum", persistent=True)
@@ -45,10 +48,22 @@ class SumsAndCounts(Metric):
         if unknown := values.keys() - set(self.names):
             raise ValueError(f"unknown quantities: {', '.join(sorted(unknown))}")
         for name, value in values.items():
-            self._stored.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
+            self._stored[-1].setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
+
+    def start_group(self) -> Group:
+        """Start a group of updates, such as those of a step, and return it."""
+        self._stored.append({})
+        return self._stored[-1]
+
+    def forget(self, group: Group) -> None:
+        """Forget the updates of a group. After they were summed this does nothing."""
+        self._stored = [one for one in self._stored if one is not group] or [{}]
 
     def _sum_stored(self) -> None:
-        stored, self._stored = self._stored, {}
+        groups, self._stored = self._stored, [{}]
+        stored: Group = {}
+        for name, new in (item for group in groups for item in group.items()):
+            stored.setdefault(name, []).extend(new)
         for name, values in stored.items():
             position = self.names.index(name)
             tensors = [value.double().flatten() for value in values if isinstance(value, Tensor)]
@@ -97,7 +112,7 @@ class SumsAndCounts(Metric):
     def reset(self) -> None:
         """Clear all sums, counts and stored values."""
         super().reset()
-        self._stored = {}
+        self._stored = [{}]
 
     def compute(self) -> dict[str, float]:
         """Return the means of all quantities with at least one element."""

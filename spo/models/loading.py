@@ -25,18 +25,13 @@ from spo.errors import UserError
 from spo.models.library_errors import Origin, first_line, in_words, some
 from spo.models.tokenizer import as_in_file
 from spo.notes import note
+from spo.records.parameters import HARMLESS_KEYS
 
 AUTO_ATTENTION = "auto"
 """Value of ``model.attn_implementation`` for SDPA where it is supported, and the model's own default elsewhere."""
 
 DEQUANTIZABLE = ("fp8", "mxfp4", "mxfp8")
 """Quantization methods whose weights transformers turns into ordinary ones without a package of its own."""
-
-HARMLESS_KEYS = re.compile(
-    r"inv_freq$|rotary_emb\.(cos|sin)(_cached)?$|(^|\.)(position_ids|token_type_ids)$|(^|\.)mtp(_\w+)?\."
-    r"|\.(attn|attention)\.(bias|masked_bias|causal_mask|scale_attn|embed_positions)$"
-)
-"""Tensors of a file that a model may ignore: old buffers, and heads that predict further tokens."""
 
 TEXT_KEYS = {
     r"^(model\.)?(language_model|text_model)\.(model\.)?(?!lm_head)": "model.",

@@ -32,12 +32,14 @@ class Prompts:
         selection: Token ids of the prompts of the selection split.
         stop_ids: Tokens that end a completion.
         pad_token_id: Token that fills rows up.
+        regularizer: Token ids of the prompts that the regularizer samples for; empty for those of the training split.
     """
 
     train: Sequence[Sequence[int]]
     selection: Sequence[Sequence[int]]
     stop_ids: Sequence[int]
     pad_token_id: int
+    regularizer: Sequence[Sequence[int]] = ()
 
 
 class Run(Protocol):

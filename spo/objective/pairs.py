@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,9 +21,43 @@ if TYPE_CHECKING:
 
 
 IMPOSSIBLE_LOGP = -1e8
-"""Log-prob in nats that only a completion with a masked token has, whose logit is -inf or as low as a dtype allows."""
+"""Log-prob in nats that only a completion with a masked token has, or one under a policy that has diverged."""
+MASKED_LOGP = -1e30
+"""Log-prob in nats of a completion with a token whose logit is -inf, or as low as a dtype allows."""
 Scores = tuple[PreferenceBatch, Tensor, Tensor | None]
 """A batch, and ``(N,)`` log-probs of its sequences under the policy and, if the loss reads it, the reference."""
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Numbers of a batch that show which pairs made a loss infinite or undefined. They stay on the device.
+
+    Attributes:
+        index: ``(B,)`` position of each pair in its split.
+        losses: ``(B,)`` loss of each pair, with the regularizer on it.
+        policy: ``(n, B)`` log-probs under the policy.
+        reference: ``(n, B)`` log-probs under the reference, or ``None`` if the loss does not read them.
+    """
+
+    index: Tensor
+    losses: Tensor
+    policy: Tensor
+    reference: Tensor | None
+
+
+def impossible(policy: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return ``(B,)`` whether a model masks a token of a pair, and whether the policy is as far from it.
+
+    The reference does not move, so that a low log-prob shows a mask. A policy may have diverged instead.
+
+    Args:
+        policy: ``(n, B)`` log-probs under the policy.
+        reference: ``(n, B)`` log-probs under the reference, or ``None``.
+    """
+    masked = (policy <= MASKED_LOGP).any(0)
+    if reference is not None:
+        masked = masked | (reference <= IMPOSSIBLE_LOGP).any(0)
+    return masked, (policy <= IMPOSSIBLE_LOGP).any(0)
 
 
 class Joint(NamedTuple):
@@ -50,6 +85,9 @@ class Pairs(Part):
         regularization: Part of the regularizer, which may add a divergence on the pairs.
         needs_reference_logits: Whether that divergence reads the reference's logits. The loss then takes its
             reference log-probs from them too, and the reference is run once.
+
+    Attributes:
+        scores: Scores of the batches of the current step or validation.
     """
 
     def __init__(
@@ -62,12 +100,14 @@ class Pairs(Part):
         self.run, self.loss = run, loss
         self.regularization, self.needs_reference_logits = regularization, needs_reference_logits
         self.validated: list[PairLogps | ListLogps] = []
-        self._is_impossible: list[tuple[Tensor, Tensor]] = []
+        self.scores: list[PairScores] = []
+        self._is_impossible: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def terms(self, window: Window, step: int) -> Iterator[Term]:
         """Prepare one term per micro-batch, see :meth:`Part.terms`."""
         # Gradients are averaged over processes, so the sum over this process's pairs is multiplied by their number.
         scale = self.run.world_size / window.num_pairs
+        self.scores = []
         joint = self._score_ahead(window, step)
 
         def term(batch: PreferenceBatch, known: Joint | None) -> Tensor:
@@ -123,18 +163,22 @@ class Pairs(Part):
     def score(self, batch: PreferenceBatch) -> ScoredBatch:
         """Run the policy on a batch, and the reference where its log-probs are read and not stored."""
         scored = self._score(batch)
-        known = [logps for logps in (scored.policy_logps, scored.reference_logps) if logps is not None]
-        is_impossible = torch.stack([logps <= IMPOSSIBLE_LOGP for logps in known]).any(0)
-        self._is_impossible.append((batch.index, batch.per_completion(is_impossible).any(0)))
+        policy = batch.per_completion(scored.policy_logps)
+        reference = None if scored.reference_logps is None else batch.per_completion(scored.reference_logps)
+        self._is_impossible.append((batch.index, *impossible(policy, reference)))
         return scored
 
-    def take_impossible(self) -> list[int]:
+    def take_impossible(self) -> tuple[list[int], list[int]]:
         """Return the positions of pairs scored since the last call of which a completion has the probability zero.
 
         Their losses are infinite or undefined. This waits for the device, as a step does not.
+
+        Returns:
+            Pairs of which a model masks a token, and pairs that are as unlikely under the policy.
         """
         seen, self._is_impossible = self._is_impossible, []
-        return sorted({row for index, found in seen for row in index[found].tolist()})
+        masked = {row for index, found, _ in seen for row in index[found].tolist()}
+        return sorted(masked), sorted({row for index, _, found in seen for row in index[found].tolist()} - masked)
 
     def _score(self, batch: PreferenceBatch) -> ScoredBatch:
         run, sequences = self.run, batch.sequences
@@ -161,11 +205,25 @@ class Pairs(Part):
             metrics = dict(joint.metrics)
             change = (scored.policy_logps * joint.slopes).sum()
             total = metrics["loss/preference"].sum() + (change - change.detach())
+        each = metrics["loss/preference"]
         divergence = self.regularization.on_pairs(scored)
         if divergence is not None:
             metrics["loss/regularizer"] = divergence
-            total = total + self.regularization.weight(step) * divergence.sum()
+            weight = self.regularization.weight(step)
+            total, each = total + weight * divergence.sum(), each + weight * divergence
+        self._keep_scores(scored, each)
         return total, metrics
+
+    def _keep_scores(self, scored: ScoredBatch, losses: Tensor) -> None:
+        batch, reference = scored.batch, scored.reference_logps
+        self.scores.append(
+            PairScores(
+                batch.index,
+                losses.detach(),
+                batch.per_completion(scored.policy_logps.detach()),
+                None if reference is None else batch.per_completion(reference),
+            )
+        )
 
     def validate(self, scored: ScoredBatch, step: int) -> dict[str, Tensor]:
         """Return ``(B,)`` of each metric of a batch that is known before the other batches of the split."""
@@ -173,6 +231,8 @@ class Pairs(Part):
             return self.evaluate(scored, step)[1]
         self.validated.append(scored.inputs_of(self.loss))
         divergence = self.regularization.on_pairs(scored)
+        # The losses of these pairs are known only when the split ends.
+        self._keep_scores(scored, scored.policy_logps.new_zeros(len(scored.batch)))
         return {} if divergence is None else {"loss/regularizer": divergence}
 
     def finish_validation(self, step: int) -> dict[str, Tensor]:
@@ -180,7 +240,10 @@ class Pairs(Part):
         parts, self.validated = self.validated, []
         if not parts:
             return {}
-        _, metrics, own = self._of_all(parts, step)
+        losses, metrics, own = self._of_all(parts, step)
+        sizes = [len(one.index) for one in self.scores]
+        parts_of = zip(self.scores, losses[own].detach().split(sizes), strict=True)
+        self.scores = [replace(one, losses=of_batch) for one, of_batch in parts_of]
         return {name: values[own] for name, values in metrics.items()}
 
     def losses(self, logps: PairLogps | ListLogps, step: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from time import perf_counter
@@ -26,7 +26,7 @@ class SampleSettings:
 
     Attributes:
         refresh_every: Optimizer steps between two drawings.
-        num_samples: Samples in the buffer, one per training prompt drawn.
+        num_samples: Samples in the buffer, one per prompt drawn.
         batch_size: Samples used in each optimizer step.
         max_new_tokens: Length limit of a sample, in tokens.
     """
@@ -59,12 +59,17 @@ class SampleDivergence(Divergence):
         super().__init__(run, weight_at)
         self.divergence, self.settings, self.probe_metric = divergence, settings, probe_metric
 
+    @property
+    def prompts(self) -> Sequence[Sequence[int]]:
+        """Return the prompts that samples are drawn for."""
+        return self.run.prompts.regularizer or self.run.prompts.train
+
     @cached_property
     def buffer(self) -> SampleBuffer:
         """Return the samples in use. The buffer is made on first use, since the run learns its rank late."""
         run, settings = self.run, self.settings
         return SampleBuffer(
-            run.prompts.train,
+            self.prompts,
             refresh_every=settings.refresh_every,
             num_samples=settings.num_samples,
             batch_size=settings.batch_size,
@@ -152,6 +157,6 @@ class SampleDivergence(Divergence):
         size = len(samples) if run.micro_batch_size is None else 2 * run.micro_batch_size
         if max_tokens is not None:
             # Each sample counts as the longest there can be, so that all processes cut alike.
-            longest = max(map(len, run.prompts.train)) + self.settings.max_new_tokens
+            longest = max(map(len, self.prompts)) + self.settings.max_new_tokens
             size = min(size, max(max_tokens // longest, 1))
         return (samples[first : first + size] for first in range(0, len(samples), size))

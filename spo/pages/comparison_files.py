@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from spo.comparison.compare import Comparison, Difference, Method
 from spo.metrics.catalogue import label, shown_in
 from spo.pages.comparison_words import describe_difference, describe_procedure, interval
+from spo.records.files import to_json, write_text
 from spo.stats import Estimate
 from spo.wording import number
 
@@ -153,11 +153,11 @@ def write_files(comparison: Comparison, folder: Path) -> dict[str, Path]:
         The paths of the files by name.
     """
     texts: Mapping[str, str] = {
-        JSON: json.dumps(to_dict(comparison), indent=2, ensure_ascii=False) + "\n",
+        JSON: to_json(to_dict(comparison), indent=2, ensure_ascii=False) + "\n",
         CSV: to_csv(comparison),
         MARKDOWN: to_markdown(comparison),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     return {name: folder / name for name in texts}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from lightning.pytorch import Trainer
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from spo.batching import steps_per_epoch
 from spo.data import PreparedPairs
 from spo.data.splits import REPORTED_COUNTS
 from spo.exact import ExactMetrics
@@ -12,6 +13,7 @@ from spo.metrics.catalogue import unit
 from spo.module import AlignmentModule
 from spo.ops import entropy
 from spo.schedules import Controller, Schedule
+from spo.schedules.optimization import LORA_FACTOR, learning_rate, warmup_steps
 
 
 def start_facts(
@@ -33,19 +35,48 @@ def start_facts(
     total, trainable = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     counts, train = pairs.counts, pairs.train
     tokens = sum(len(pair.prompt_ids) * len(pair.completions) + sum(map(len, pair.completions)) for pair in train)
-    size = min(cfg.data.batch_size, len(train))
+    size, steps = min(cfg.data.batch_size, len(train)), cfg.trainer.max_steps
+    per_epoch = steps_per_epoch(len(train), cfg.data.batch_size, trainer.world_size)
     return {
         "policy": f"{total:,} parameters" + ("" if trainable == total else f", {trainable:,} of them trained"),
         "reference": module.reference.describe(),
         "pairs": ", ".join(f"{counts[key]} {key}" for key in REPORTED_COUNTS),
         "splits": f"{counts['train']} train, {counts['selection']} selection, {counts['test']} test pairs",
         "a step": f"{size} pairs, about {tokens * size // len(train):,} tokens",
-        "steps": f"{cfg.trainer.max_steps}, {cfg.trainer.max_steps * size / len(train):.1f} epochs",
+        "steps": f"{steps:,}, {steps / per_epoch:.3g} epochs, about {tokens * steps // per_epoch:,} tokens",
+        **_describe_rate(cfg),
         "alpha": _describe_schedule(module.alpha) if module.loss.uses_alpha else "not read",
         "beta": _describe_beta(module),
+        **_describe_samples(module),
         "devices": f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}",
         "run directory": str(cfg.paths.run),
     } | ({} if exact is None else {"optimum": _describe_optimum(module, exact)})
+
+
+def _describe_rate(cfg: DictConfig) -> dict[str, str]:
+    """Return the learning rate with its reason, and the warm-up, of an optimizer and a schedule that have them."""
+    rate, default = (OmegaConf.select(cfg, key) for key in ("optimizer.lr", "model.default_lr"))
+    size, warmup = (OmegaConf.select(cfg, key) for key in ("model.num_parameters", "scheduler.num_warmup_steps"))
+    facts = {}
+    if rate is not None:
+        reason = "model.default_lr" if rate == default else "given"
+        lora = OmegaConf.select(cfg, "model.lora") is not None
+        if size is not None:
+            by_size = f"by {_short(size)} parameters" + (f", times {LORA_FACTOR} for an adapter" if lora else "")
+            reason = by_size if rate == learning_rate(size, lora) else "given"
+        facts["learning rate"] = f"{rate:g}, {reason}"
+    if warmup is not None:
+        steps = cfg.trainer.max_steps
+        facts["warm-up"] = f"{warmup_steps(warmup, steps):,} of {steps:,} steps"
+    return facts
+
+
+def _short(number: int) -> str:
+    """Return a number as it stands in the names of models, such as 135M."""
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return str(number)
 
 
 def _describe_optimum(module: AlignmentModule, exact: ExactMetrics) -> str:
@@ -62,6 +93,12 @@ def _describe_beta(module: AlignmentModule) -> str:
         extra = f"; regularizer.weight {regularizer.weight:g}" if regularizer.adds_term else ""
         return f"{value}, of the loss{extra}"
     return f"{value}, weight of the regularizer" if regularizer.follows_beta else "not read"
+
+
+def _describe_samples(module: AlignmentModule) -> dict[str, str]:
+    """Return the prompts that the regularizer samples for, where they are not those of the training split."""
+    chosen, count = module.regularizer.prompts, len(module.prompts.regularizer)
+    return {} if chosen == "train" else {"KL on": f"samples for {count} prompts of {chosen}"}
 
 
 def _describe_schedule(schedule: Schedule) -> str:

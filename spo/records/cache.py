@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from spo.errors import SET_CACHE, placed_by
 from spo.records.digests import digest, file_digest
-from spo.records.files import read_json
+from spo.records.files import read_mapping, remove, write_json
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+# Names of entries, and of the temporary folders in which they are built.
+_ENTRY = re.compile(r"[0-9a-f]{32}")
+_BUILD = re.compile(r"[0-9a-f]{32}\.[a-z0-9_]{8}")
 
 
 def cached(root: str | Path, kind: str, key: dict[str, Any], build: Callable[[Path], None]) -> Path:
     """Return the folder that ``build`` fills, built once per key.
 
     One process at a time builds it, under a temporary name, and renames it when it is complete; other processes wait.
-    Each call checks the digests of the files and rebuilds a damaged entry.
+    Each call checks the digests of the files and rebuilds a damaged entry. An entry is read without a lock, so a cache
+    that cannot be written works as far as it is filled.
 
     Args:
         root: Folder of the cache.
@@ -33,25 +40,74 @@ def cached(root: str | Path, kind: str, key: dict[str, Any], build: Callable[[Pa
 
     Returns:
         Absolute path of the complete folder.
+
+    Raises:
+        UserError: The entry is missing or damaged, and the cache cannot be written.
     """
-    folder = Path(root).resolve() / kind / digest(key)[:32]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if folder.exists():
-            if _is_intact(folder):
+    root = Path(root).resolve()
+    folder = root / kind / digest(key)[:32]
+    with placed_by(SET_CACHE, root):
+        if _is_intact(folder):
+            _note_use(folder)
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(_lock(folder)):
+            if _is_intact(folder):  # Another process has built it in the meantime.
                 return folder
-            log.warning("the cached %s in %s is damaged: building it again", kind, folder)
-            shutil.rmtree(folder)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-        try:
-            build(temporary)
-            manifest = {"key": key, "files": _file_digests(temporary)}
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True, default=str))
-            temporary.rename(folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            if folder.exists():
+                log.warning("the cached %s in %s is damaged: building it again", kind, folder)
+                remove(folder)
+            temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+            try:
+                build(temporary)
+                manifest = {"key": key, "files": _file_digests(temporary)}
+                write_json(temporary / MANIFEST, manifest)
+                temporary.rename(folder)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
     return folder
+
+
+def cache_entries(root: Path) -> Iterator[Path]:
+    """Yield the folders of a cache that :func:`cached` has completed."""
+    yield from (path for path in sorted(root.glob("*/*")) if _ENTRY.fullmatch(path.name) and path.is_dir())
+
+
+def abandoned_builds(root: Path) -> Iterator[Path]:
+    """Yield the temporary folders of builds whose process is dead. The lock of the entry, which is free, proves it.
+
+    An entry stays locked until the caller asks for the next one.
+    """
+    for path in sorted(root.glob("*/*")):
+        if _BUILD.fullmatch(path.name) is None:
+            continue
+        lock = FileLock(_lock(path.with_suffix("")))
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, OSError, NotImplementedError):
+            continue
+        try:
+            yield path
+        finally:
+            lock.release()
+
+
+def last_use(entry: Path) -> float:
+    """Return when an entry was built or read last, in seconds since the epoch."""
+    try:
+        return (entry / MANIFEST).stat().st_mtime
+    except OSError:
+        return entry.stat().st_mtime
+
+
+def _note_use(folder: Path) -> None:
+    with suppress(OSError):  # The cache may be read-only.
+        os.utime(folder / MANIFEST)
+
+
+def _lock(folder: Path) -> str:
+    return f"{folder}.lock"
 
 
 def _file_digests(folder: Path) -> dict[str, str]:
@@ -60,5 +116,5 @@ def _file_digests(folder: Path) -> dict[str, str]:
 
 
 def _is_intact(folder: Path) -> bool:
-    manifest = read_json(folder / MANIFEST)
-    return isinstance(manifest, dict) and manifest.get("files") == _file_digests(folder)
+    manifest = read_mapping(folder / MANIFEST)
+    return manifest is not None and manifest.get("files") == _file_digests(folder)

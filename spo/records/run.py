@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,10 +13,15 @@ from typing import Any
 import yaml
 
 from spo.records import filenames
-from spo.records.files import load_yaml, parse_jsonl, read_json, read_jsonl
+from spo.records.files import load_yaml, parse_jsonl, read_json, read_mapping
 from spo.wording import finite
 
+log = logging.getLogger(__name__)
 FILES = (filenames.CONFIG, filenames.METRICS, filenames.HISTORY, filenames.SAMPLES, filenames.PROVENANCE)
+
+
+class NotARunError(FileNotFoundError):
+    """A folder that does not hold a run."""
 
 
 @dataclass
@@ -48,6 +54,11 @@ class RunRecord:
         """Return a final number, ``None`` where it is absent or not finite."""
         return finite((self.metrics or {}).get(key))
 
+    def input_digest(self, key: str) -> str | None:
+        """Return a digest of ``provenance.json`` such as ``pairs_sha256``, ``None`` if it was not recorded."""
+        inputs = self.provenance.get("inputs")
+        return inputs.get(key) if isinstance(inputs, Mapping) else None
+
     def curve(self, key: str) -> tuple[list[float], list[float]]:
         """Return the steps and values of one key of the history, NaN where a value was not finite.
 
@@ -78,12 +89,12 @@ def read_run(run_dir: Path) -> RunRecord:
         run_dir: Run directory.
 
     Raises:
-        FileNotFoundError: The directory is missing, or none of its files is that of a run.
+        NotARunError: The directory is missing, or none of its files is that of a run.
     """
     if not run_dir.is_dir():
-        raise FileNotFoundError(f"{run_dir} is not a directory; give the directory of a run, outputs/runs/... .")
+        raise NotARunError(f"{run_dir} is not a directory; give the directory of a run, outputs/runs/... .")
     if not any((run_dir / name).is_file() for name in FILES):
-        raise FileNotFoundError(f"{run_dir} is not a run directory: it has none of {', '.join(FILES)}.")
+        raise NotARunError(f"{run_dir} is not a run directory: it has none of {', '.join(FILES)}.")
     run = RunRecord(name=run_dir.resolve().name)
     run.config_text = _text(run, run_dir / filenames.CONFIG, "the config cannot be shown") or ""
     try:
@@ -150,5 +161,9 @@ def _rows(run: RunRecord, path: Path, consequence: str) -> list[dict[str, Any]]:
 
 
 def read_result(run_dir: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Return the metrics and samples of a finished run."""
-    return read_json(run_dir / filenames.METRICS), read_jsonl(run_dir / filenames.SAMPLES)
+    """Return the metrics and samples of a finished run; damaged samples are left out, with a warning."""
+    samples = RunRecord(run_dir.name)
+    rows = _rows(samples, run_dir / filenames.SAMPLES, "there are no samples")
+    for note in samples.notes:
+        log.warning("%s (in %s; spo evaluate makes samples again)", note, run_dir)
+    return read_mapping(run_dir / filenames.METRICS) or {}, rows

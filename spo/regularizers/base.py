@@ -37,6 +37,7 @@ class Regularizer(ABC):
         needs_reference_logits: Whether R reads the reference's logits on the pairs, in ``Divergence.on_pairs``.
         needs_enumeration: Whether R needs a data set whose responses can be enumerated.
         probe_metric: Metric of the probe that R at a validation is taken from, or ``None``.
+        prompts: Prompts that R samples for: ``"train"``, ``"selection"``, or a file.
     """
 
     adds_term: ClassVar[bool] = True
@@ -44,6 +45,7 @@ class Regularizer(ABC):
     needs_reference_logits: ClassVar[bool] = False
     needs_enumeration: ClassVar[bool] = False
     probe_metric: ClassVar[str | None] = None
+    prompts: str = "train"
 
     def __init__(self, weight: Weight) -> None:
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
@@ -119,9 +121,10 @@ class SampleRegularizer(Regularizer):
     Args:
         weight: Coefficient of R, or ``"beta"`` to follow the beta schedule.
         refresh_every: Optimizer steps between two drawings of samples.
-        num_samples: Sequences in the buffer, one per training prompt drawn, over all processes.
+        num_samples: Sequences in the buffer, one per prompt drawn, over all processes.
         batch_size: Buffered sequences used in each optimizer step, over all processes.
         max_new_tokens: Length limit of a sample, in tokens.
+        prompts: Prompts to sample for: those of the split ``"train"`` or ``"selection"``, or a file.
 
     Raises:
         ValueError: A count is not positive, or ``batch_size`` exceeds ``num_samples``.
@@ -134,8 +137,10 @@ class SampleRegularizer(Regularizer):
         num_samples: PositiveInt,
         batch_size: PositiveInt,
         max_new_tokens: PositiveInt,
+        prompts: str = "train",
     ) -> None:
         super().__init__(weight)
+        self.prompts = prompts
         self.settings = SampleSettings(refresh_every, num_samples, batch_size, max_new_tokens)
         for name, value in vars(self.settings).items():
             if value < 1:

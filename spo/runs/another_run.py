@@ -11,11 +11,38 @@ from omegaconf import DictConfig
 from spo.config.coefficients import COEFFICIENTS
 from spo.errors import UserError
 from spo.records import filenames
-from spo.records.files import read_json
+from spo.records.files import parse_jsonl, read_mapping
 from spo.runs.identity import differences, identity
 from spo.runs.processes import is_first_process
 
 _NO_CODE = {"code": None, "plugins": None}
+
+
+def read_identity(run_dir: Path) -> dict[str, Any] | None:
+    """Return the identity of the run in a directory, ``None`` where it is missing or damaged."""
+    found = read_mapping(run_dir / filenames.IDENTITY)
+    return found if found is not None and isinstance(found.get("config"), dict) else None
+
+
+def never_trained(run_dir: Path) -> bool:
+    """Return whether a directory holds a run that failed without a checkpoint or a logged step."""
+    checkpoints = run_dir / filenames.CHECKPOINTS
+    if read_mapping(run_dir / filenames.FAILURE) is None:
+        return False
+    if any((run_dir / name).exists() for name in (filenames.METRICS, filenames.POLICY, filenames.ADAPTER)):
+        return False
+    return not (checkpoints.is_dir() and any(checkpoints.iterdir())) and not _has_steps(run_dir / filenames.HISTORY)
+
+
+def _has_steps(history: Path) -> bool:
+    """Return whether a history has a row of training; that of step 0 is the validation before it."""
+    if not history.exists():
+        return False
+    try:
+        rows = list(parse_jsonl(history.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError):
+        return True
+    return any(row is None or row.get("step") != 0 for _, row in rows)
 
 
 def refuse_another_run(run_dir: Path, cfg: DictConfig) -> None:
@@ -31,8 +58,8 @@ def refuse_another_run(run_dir: Path, cfg: DictConfig) -> None:
     Raises:
         UserError: The directory holds another run; the message lists the differences.
     """
-    theirs = read_json(run_dir / filenames.IDENTITY)
-    if theirs is None or cfg.rerun or not is_first_process():
+    theirs = read_identity(run_dir)
+    if theirs is None or cfg.rerun or not is_first_process() or never_trained(run_dir):
         return
     used_there = {key.partition(".")[0] for key in theirs.get("config", {})}
     refuse_differences(run_dir, theirs, identity(cfg, [name for name in COEFFICIENTS if name not in used_there]))
@@ -43,7 +70,7 @@ def refuse_differences(run_dir: Path, theirs: Mapping[str, Any], ours: Mapping[s
     if lines := differences(theirs, ours):
         remedy = "choose another hydra.run.dir, or add rerun=true to move the old one aside"
         only_code = not differences({**theirs, **_NO_CODE}, {**ours, **_NO_CODE})
-        if only_code and read_json(run_dir / filenames.METRICS) is None:
+        if only_code and read_mapping(run_dir / filenames.METRICS) is None:
             remedy += f"; spo train --resume {run_dir} continues it with the code as it is now"
         what = [f"{run_dir} holds another run. What differs:", *(f"  - {line}" for line in lines), remedy]
         raise UserError("\n".join(what))

@@ -6,7 +6,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
@@ -15,20 +15,29 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from spo.errors import UserError, error_line
+from spo.errors import SET_RUN, UserError, error_line, placed_by
 from spo.records import filenames
-from spo.records.files import read_json, write_json
-from spo.runs.another_run import refuse_differences
-from spo.runs.identity import changed_plugins, identity
+from spo.records.files import move_aside, read_mapping, remove, write_json
+from spo.records.leftovers import remove_leftovers
+from spo.runs.another_run import never_trained, read_identity, refuse_differences
+from spo.runs.identity import changed_plugins, differences, identity
 from spo.runs.processes import is_first_process, sweep_dir
 from spo.runs.provenance import write_provenance
-from spo.runs.saved_config import write_config
+from spo.runs.saved_config import is_readable_config, write_config
 from spo.signals import Interrupted
 
 # Files that others put into a fresh directory: Hydra's log and settings, our lock, and temporary files of a crash.
 _IGNORED = re.compile(r"\..*|.*\.log")
 # Files that a run writes before its identity, so that a crash in between leaves a directory that can be claimed again.
 _BEFORE_IDENTITY = {filenames.CONFIG, filenames.COMPOSED, filenames.PROVENANCE, filenames.FAILURE}
+# Files that a run may write before its first step.
+_BEFORE_TRAINING = (
+    filenames.HISTORY,
+    filenames.BAD_ROWS,
+    filenames.HEALTH,
+    filenames.CHECKPOINTS,
+    filenames.WANDB_RUN,
+)
 
 
 class Status(Enum):
@@ -61,21 +70,27 @@ def claim(run_dir: Path, cfg: DictConfig, *, resumed: bool = False) -> Iterator[
     if not is_first_process():
         folder = OmegaConf.select(cfg, "callbacks.checkpoint.dirpath") or run_dir / filenames.CHECKPOINTS
         started = Path(folder).is_dir() and not cfg.rerun
-        done = (run_dir / filenames.METRICS).exists() and not cfg.rerun
+        done = is_finished(run_dir) and not cfg.rerun
         yield Status.FINISHED if done else Status.UNFINISHED if started else Status.NEW
         return
-    if cfg.rerun:
-        _move_aside(run_dir)
-    with locked(run_dir, wait=sweep_dir() is not None):
-        status = _status(run_dir, cfg, resumed)
-        try:
-            yield status
-        except Exception as error:
-            write_failure(run_dir, error_line(error), traceback.format_exc())
-            raise
-        except Interrupted as interruption:
-            write_failure(run_dir, str(interruption), kind="interrupted")
-            raise interruption.with_remedy(f"the same command or spo train --resume {run_dir} resumes it") from None
+    with placed_by(SET_RUN, run_dir):
+        if cfg.rerun:
+            _move_aside(run_dir)
+        with locked(run_dir, wait=sweep_dir() is not None):
+            remove_leftovers(run_dir)
+            status = _status(run_dir, cfg, resumed)
+            try:
+                with placed_by(SET_RUN, run_dir):
+                    yield status
+            except Exception as error:
+                with suppress(OSError):  # The disk may be full, and the error at hand says so.
+                    write_failure(run_dir, error_line(error), traceback.format_exc())
+                raise
+            except Interrupted as interruption:
+                with suppress(OSError):
+                    write_failure(run_dir, str(interruption), kind="interrupted")
+                remedy = f"the same command or spo train --resume {run_dir} resumes it"
+                raise interruption.with_remedy(remedy) from None
 
 
 def finish(run_dir: Path, metrics: Mapping[str, float]) -> None:
@@ -86,14 +101,15 @@ def finish(run_dir: Path, metrics: Mapping[str, float]) -> None:
 
 def is_finished(run_dir: Path) -> bool:
     """Return whether a run has written its result there."""
-    return read_json(run_dir / filenames.METRICS) is not None
+    return bool(read_mapping(run_dir / filenames.METRICS))
 
 
 def write_failure(
     run_dir: Path, error: str, trace: str = "", kind: Literal["failed", "interrupted"] = "failed"
 ) -> None:
     """Write ``failure.json``: kind and reason of the last failure, and the number of attempts that did not finish."""
-    attempts = (read_failure(run_dir) or {}).get("attempts", 0) + 1
+    before = (read_failure(run_dir) or {}).get("attempts")
+    attempts = before + 1 if isinstance(before, int) else 1
     at = datetime.now(UTC).isoformat(timespec="milliseconds")
     failure = {"kind": kind, "error": error, "traceback": trace, "at": at, "attempts": attempts}
     write_json(run_dir / filenames.FAILURE, failure)
@@ -101,7 +117,7 @@ def write_failure(
 
 def read_failure(run_dir: Path) -> dict[str, Any] | None:
     """Return the content of ``failure.json``, ``None`` if there is none."""
-    return read_json(run_dir / filenames.FAILURE)
+    return read_mapping(run_dir / filenames.FAILURE)
 
 
 def is_locked(run_dir: Path) -> bool:
@@ -144,7 +160,7 @@ def locked(run_dir: Path, wait: bool = False) -> Iterator[None]:
 
 def _status(run_dir: Path, cfg: DictConfig, resumed: bool) -> Status:
     ours = identity(cfg)
-    theirs = read_json(run_dir / filenames.IDENTITY)
+    theirs = _stored_identity(run_dir, ours)
     if theirs is None:
         foreign = sorted(file.name for file in run_dir.iterdir() if not _IGNORED.fullmatch(file.name))
         if set(foreign) - _BEFORE_IDENTITY:
@@ -153,9 +169,10 @@ def _status(run_dir: Path, cfg: DictConfig, resumed: bool) -> Status:
                 f"{run_dir} holds files that do not belong to a run of spo ({shown}): "
                 "choose another hydra.run.dir, or move them away"
             )
-        write_config(run_dir, cfg)
-        write_provenance(run_dir, cfg, ours)
-        write_json(run_dir / filenames.IDENTITY, ours)  # Last: from here on the directory belongs to this run.
+        _begin(run_dir, cfg, ours)
+        return Status.NEW
+    if not resumed and theirs.get("digest") != ours["digest"] and never_trained(run_dir):
+        _take_over(run_dir, cfg, ours, theirs)
         return Status.NEW
     if resumed and (theirs.get("code") != ours["code"] or changed_plugins(theirs, ours)):
         # Another version may count other keys as part of a run, so only keys that both versions know are compared.
@@ -165,7 +182,83 @@ def _status(run_dir: Path, cfg: DictConfig, resumed: bool) -> Status:
             for one in (theirs, ours)
         )
     refuse_differences(run_dir, theirs, ours)
+    _repair(run_dir, cfg)
     return Status.FINISHED if is_finished(run_dir) else Status.UNFINISHED
+
+
+def _begin(run_dir: Path, cfg: DictConfig, ours: Mapping[str, Any], **facts: Any) -> None:
+    """Write what a run records before it starts.
+
+    Args:
+        run_dir: Run directory.
+        cfg: Configuration of the run.
+        ours: Identity of the run.
+        **facts: Further entries of ``provenance.json``.
+    """
+    write_config(run_dir, cfg)
+    write_provenance(run_dir, cfg, ours, **facts)
+    write_json(run_dir / filenames.IDENTITY, ours)  # Last: from here on the directory belongs to this run.
+
+
+def _stored_identity(run_dir: Path, ours: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the identity of the run in a directory, ``None`` if there is no run.
+
+    A damaged file is written again if the provenance shows that the run there is ours.
+
+    Raises:
+        UserError: The file is damaged, and the run may be another one.
+    """
+    file = run_dir / filenames.IDENTITY
+    found = read_identity(run_dir)
+    if found is not None or not (file.exists() or is_finished(run_dir)):
+        return found
+    if (read_mapping(run_dir / filenames.PROVENANCE) or {}).get("identity") != ours["digest"]:
+        raise UserError(
+            f"{file} is missing or damaged, so the run in this directory cannot be told from another one: restore the "
+            "file, choose another hydra.run.dir, or add rerun=true to move the run aside"
+        )
+    if file.exists():
+        move_aside(file)
+    write_json(file, ours)
+    return dict(ours)
+
+
+def _repair(run_dir: Path, cfg: DictConfig) -> None:
+    """Write files again that are damaged and follow from the configuration of the run.
+
+    Folders in place of files that the run will write are moved aside.
+    """
+    for name in (filenames.METRICS, filenames.HISTORY, filenames.SAMPLES, filenames.COEFFICIENTS, filenames.HEALTH):
+        if (run_dir / name).is_dir():
+            move_aside(run_dir / name)
+    if not all(is_readable_config(run_dir / name) for name in (filenames.CONFIG, filenames.COMPOSED)):
+        for file in (run_dir / filenames.CONFIG, run_dir / filenames.COMPOSED):
+            if file.exists() and not is_readable_config(file):
+                move_aside(file)
+        write_config(run_dir, cfg)
+    if read_mapping(file := run_dir / filenames.PROVENANCE) is None:
+        if file.exists():
+            move_aside(file)
+        write_provenance(run_dir, cfg, identity(cfg), written_again=datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def _take_over(run_dir: Path, cfg: DictConfig, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Start a run in the directory of one that failed before its first checkpoint, and record both."""
+    failure = read_failure(run_dir) or {}
+    earlier = (read_mapping(run_dir / filenames.PROVENANCE) or {}).get("failed_before")
+    entry = {
+        "identity": theirs.get("digest"),
+        "changed": differences(theirs, ours),
+        **{name: failure.get(name) for name in ("error", "at", "attempts")},
+    }
+    print(
+        f"note: the run in {run_dir} failed with another configuration before its first checkpoint; this run takes "
+        f"its place, and {filenames.PROVENANCE} lists what changed",
+        file=sys.stderr,
+    )
+    for name in (filenames.IDENTITY, filenames.FAILURE, *_BEFORE_TRAINING):
+        remove(run_dir / name)
+    _begin(run_dir, cfg, ours, failed_before=[*(earlier if isinstance(earlier, list) else []), entry])
 
 
 def _move_aside(run_dir: Path) -> None:

@@ -23,6 +23,7 @@ _FILES = {
     "weights": "weights of the model",
     "adapter": "weights of the adapter",
     "judge": "weights of the judge",
+    "regularizer_prompts": "prompts of the regularizer",
 }
 
 
@@ -35,8 +36,9 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
 
     Returns:
         A mapping with ``config`` (flat keys, without operational keys and without a coefficient that the method does
-        not use), the digests ``data``, ``weights``, ``adapter`` and ``judge`` (``None`` where the configuration names
-        no such file), ``code``, ``plugins`` (a digest by module), and the ``digest`` of all of these.
+        not use), the digests ``data``, ``weights``, ``adapter``, ``judge`` and ``regularizer_prompts`` (``None`` where
+        the configuration does not name such a file), ``code``, ``plugins`` (a digest by module), and the ``digest`` of
+        all of these.
     """
     unused = unused_coefficients(cfg) if unused is None else unused
     flat = {
@@ -54,6 +56,7 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
             "weights": _model_digest(OmegaConf.select(cfg, "model.path")),
             "adapter": _model_digest(OmegaConf.select(cfg, "model.adapter_path")),
             "judge": _model_digest(OmegaConf.select(cfg, "judge.path")),
+            "regularizer_prompts": _data_digest(prompt_file(cfg)),
             "code": code_version(),
             "plugins": {name: source.sha256 for name, source in plugins(cfg, unused).items()},
         }
@@ -73,7 +76,9 @@ def plugins(cfg: DictConfig, unused: Sequence[str] = ()) -> dict[str, PluginSour
 
 def with_digest(parts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parts of an identity as JSON values, with their digest."""
-    return {**json.loads(json.dumps(parts, sort_keys=True, default=str)), "digest": digest(parts)}
+    text = json.dumps(parts, sort_keys=True, default=str)
+    # JSON does not have infinities, which a parameter of a plugin may be.
+    return {**json.loads(text, parse_constant=str), "digest": digest(parts)}
 
 
 def known_digests(parts: Mapping[str, Any] | None) -> list[str]:
@@ -120,6 +125,12 @@ def _without_folder(value: Any, folders: Sequence[tuple[str, str]]) -> Any:
 
 def _data_digest(path: str | None) -> str | None:
     return None if path is None or not Path(path).expanduser().exists() else path_digest(path)
+
+
+def prompt_file(cfg: DictConfig) -> str | None:
+    """Return the file of prompts that the regularizer samples for, ``None`` for those of a split."""
+    chosen = OmegaConf.select(cfg, "regularizer.prompts")
+    return None if chosen in (None, "train", "selection") else str(chosen)
 
 
 def _model_digest(path: str | None) -> str | None:

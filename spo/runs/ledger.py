@@ -10,8 +10,9 @@ from typing import Any
 
 from filelock import FileLock
 
+from spo.errors import SET_SWEEP, placed_by
 from spo.records import filenames
-from spo.records.files import read_json, write_json
+from spo.records.files import move_aside, read_json, write_json
 from spo.records.sweep import JobStatus, SweepJob, parse_jobs, read_jobs
 from spo.runs.claim import is_finished, is_locked, read_failure, write_failure
 
@@ -27,7 +28,8 @@ class Ledger:
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        with placed_by(SET_SWEEP, self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
 
     def begin(self, command: str, jobs: Sequence[tuple[list[str], str]], rerun: bool = False) -> list[SweepJob]:
         """Enter the jobs of a command, with the states that their directories show, and return them.
@@ -105,10 +107,14 @@ class Ledger:
 
     @contextmanager
     def _open(self) -> Iterator[dict[str, Any]]:
-        with FileLock(self.directory / filenames.SWEEP_LOCK):
+        with placed_by(SET_SWEEP, self.directory), FileLock(self.directory / filenames.SWEEP_LOCK):
             file = self.directory / filenames.SWEEP
-            found = read_json(file) or {"command": ""}
-            found["jobs"] = parse_jobs(found)
+            found: dict[str, Any] = read_json(file) if file.exists() else {"command": ""}
+            jobs = parse_jobs(found)
+            if jobs is None:  # The command enters its jobs again, with the states that their directories show.
+                move_aside(file)
+                found, jobs = {"command": ""}, []
+            found["jobs"] = jobs
             yield found
             write_json(file, {**found, "jobs": [asdict(entry) for entry in found["jobs"]]})
 
@@ -121,4 +127,4 @@ def _read_status(entry: SweepJob, directory: Path) -> None:
     if is_finished(directory):
         entry.status = "finished"
     elif (failure := read_failure(directory)) and failure.get("kind") != "interrupted":
-        entry.status, entry.error = "failed", failure["error"]
+        entry.status, entry.error = "failed", str(failure.get("error", "no reason was recorded"))

@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 import spo
 from spo.records import filenames
 from spo.records.digests import code_version
-from spo.records.files import read_json, write_json
-from spo.runs.identity import changed_plugins, plugins
+from spo.records.files import read_mapping, write_json
+from spo.runs.identity import changed_plugins, plugins, prompt_file
 from spo.runs.processes import is_first_process
 from spo.runs.secrets import command_line
 
@@ -25,13 +25,14 @@ PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "omegaconf", "wa
 _INPUTS = {"reference_sha256": "the reference model", "pairs_sha256": "the preference pairs"}
 
 
-def write_provenance(run_dir: Path, cfg: DictConfig, parts: Mapping[str, Any]) -> None:
+def write_provenance(run_dir: Path, cfg: DictConfig, parts: Mapping[str, Any], **facts: Any) -> None:
     """Write ``provenance.json`` of a new run.
 
     Args:
         run_dir: Run directory.
         cfg: Configuration of the run.
         parts: Identity of the run.
+        **facts: Further entries, such as the failed runs whose place this one takes.
     """
     package = Path(spo.__file__)
     git = git_state(package.parent, package.name) or git_state(Path.cwd()) or {"git_sha": None, "git_dirty": None}
@@ -47,7 +48,12 @@ def write_provenance(run_dir: Path, cfg: DictConfig, parts: Mapping[str, Any]) -
         "data": {"path": OmegaConf.select(cfg, "data.path"), "sha256": parts["data"]},
         "weights": {"path": OmegaConf.select(cfg, "model.path"), "sha256": parts["weights"]},
         "adapter": {"path": OmegaConf.select(cfg, "model.adapter_path"), "sha256": parts["adapter"]},
+        "regularizer_prompts": {
+            "path": prompt_file(cfg),
+            "sha256": parts["regularizer_prompts"],
+        },
         "identity": parts["digest"],
+        **facts,
     }
     write_json(run_dir / filenames.PROVENANCE, provenance)
 
@@ -65,9 +71,9 @@ def record_continuation(run_dir: Path, cfg: DictConfig, step: int) -> None:
     """
     if not is_first_process():
         return
-    provenance = read_json(run_dir / filenames.PROVENANCE) or {}
-    started = read_json(run_dir / filenames.IDENTITY) or {}
-    continued = provenance.get("continued_with", [])
+    provenance = read_mapping(run_dir / filenames.PROVENANCE) or {}
+    started = read_mapping(run_dir / filenames.IDENTITY) or {}
+    continued = _mappings(provenance.get("continued_with"))
     now = {"code": code_version(), "plugins": {name: one.sha256 for name, one in plugins(cfg).items()}}
     last = continued[-1] if continued else started
     edited = changed_plugins(last, now)
@@ -95,18 +101,23 @@ def record_inputs(run_dir: Path, inputs: Mapping[str, str], step: int = 0) -> No
         inputs: Digests ``reference_sha256`` and ``pairs_sha256``.
         step: Optimizer step of the checkpoint that the run continues from, 0 where it starts.
     """
-    provenance = read_json(run_dir / filenames.PROVENANCE) or {}
+    provenance = read_mapping(run_dir / filenames.PROVENANCE) or {}
     before = provenance.get("inputs")
-    if before is not None and before != inputs and step > 0:
+    if isinstance(before, dict) and before != inputs and step > 0:
         changed = [words for key, words in _INPUTS.items() if before.get(key) != inputs.get(key)]
         print(
             f"note: {' and '.join(changed)} of this run were made again and differ from those of its first {step} "
             f"steps; {filenames.PROVENANCE} has the digests of both",
             file=sys.stderr,
         )
-        earlier = provenance.get("earlier_inputs", [])
+        earlier = _mappings(provenance.get("earlier_inputs"))
         provenance["earlier_inputs"] = [*earlier, {**before, "until_step": step}]
     write_json(run_dir / filenames.PROVENANCE, {**provenance, "inputs": dict(inputs)})
+
+
+def _mappings(value: Any) -> list[dict[str, Any]]:
+    """Return the entries of a list in the file, none where a person or a fault has changed it to something else."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def git_state(folder: Path, tracked: str = ".") -> dict[str, Any] | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from spo.config.checks.settings import setting_problems, with_some_length
 from spo.config.compose import compose, expand_numbers, parse
 from spo.errors import ConfigProblems, UserError
 from spo.records import filenames
@@ -19,15 +21,17 @@ from spo.runs.processes import is_first_process
 from spo.runs.saved_config import load_config, write_config
 
 # Keys and groups that a resumed run may change, always and until it is finished.
-RESUMABLE = ("trainer.max_steps", "logger", "strategy")
+LENGTH = ("trainer.max_steps", "trainer.max_epochs")
+RESUMABLE = (*LENGTH, "logger", "strategy")
 UNTIL_FINISHED = ("judge", "evaluation")
 
 
 def resumed_config(run_dir: Path, overrides: Sequence[str]) -> DictConfig:
     """Return the configuration with which the run in ``run_dir`` resumes, and record its changes there.
 
-    Only ``trainer.max_steps``, ``logger`` and ``strategy`` may change and, until the run is finished, ``judge`` and
-    ``evaluation``: a judge that cannot be asked costs no training. A finished run resumes where ``max_steps`` grew.
+    Only ``trainer.max_steps``, ``trainer.max_epochs``, ``logger`` and ``strategy`` may change and, until the run is
+    finished, ``judge`` and ``evaluation``: a judge that cannot be asked costs no training. A finished run resumes where
+    its length grew. Its limits are those of the identity: ``composed.yaml`` has the steps that followed from them.
 
     Args:
         run_dir: Run directory.
@@ -39,7 +43,9 @@ def resumed_config(run_dir: Path, overrides: Sequence[str]) -> DictConfig:
     """
     run_dir = Path(run_dir)
     cfg = load_config(run_dir)
-    before = int(cfg.trainer.max_steps)
+    before = cfg.trainer.max_steps
+    if OmegaConf.select(cfg, "trainer.max_epochs") is not None:
+        cfg.trainer.max_steps = _given(run_dir).get("trainer.max_steps")
     problems: list[str] = []
     for text in sorted(overrides, key=lambda text: "." in text.partition("=")[0]):  # groups before their keys
         try:
@@ -47,7 +53,7 @@ def resumed_config(run_dir: Path, overrides: Sequence[str]) -> DictConfig:
                 _change(cfg, single, run_dir)
         except UserError as error:
             problems.append(str(error))
-    if problems:
+    if problems := [*problems, *setting_problems(_length(cfg))]:
         raise ConfigProblems(problems)
     if overrides and is_first_process():
         with locked(run_dir):
@@ -63,7 +69,7 @@ def _change(cfg: DictConfig, text: str, run_dir: Path) -> None:
         raise UserError(f"{text}: the run is finished; spo evaluate {run_dir} {text} evaluates it again")
     if key not in RESUMABLE and group not in (*RESUMABLE, *UNTIL_FINISHED):
         raise UserError(
-            f"{text}: a resumed run cannot change this; it can change trainer.max_steps, logger.* and strategy.*, "
+            f"{text}: a resumed run cannot change this; it can change {', '.join(LENGTH)}, logger.* and strategy.*, "
             "and judge.* and evaluation.* until it is finished (start a new run to change anything else)"
         )
     if override.is_sweep_override() or override.is_delete():
@@ -80,17 +86,29 @@ def _change(cfg: DictConfig, text: str, run_dir: Path) -> None:
             node = OmegaConf.select(cfg, parent)
             has = f"; {parent} has {', '.join(map(str, node))}" if isinstance(node, DictConfig) else ""
             raise UserError(f"{text}: unknown key{has}") from None
-    steps = cfg.trainer.max_steps
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise UserError(f"{text}: must be a whole number of steps")
 
 
-def _record_changes(run_dir: Path, cfg: DictConfig, before: int) -> None:
+def _length(cfg: DictConfig) -> DictConfig:
+    """Return a configuration that holds the limits of the length and nothing else."""
+    trainer = {key.partition(".")[2]: OmegaConf.select(cfg, key) for key in LENGTH}
+    return with_some_length(OmegaConf.create({"trainer": trainer}))
+
+
+def _given(run_dir: Path) -> Mapping[str, Any]:
+    """Return the configuration that started a run, as flat keys, or that a later resume changed it to."""
+    return (read_json(run_dir / filenames.IDENTITY) or {}).get("config", {})
+
+
+def _record_changes(run_dir: Path, cfg: DictConfig, before: int | None) -> None:
     old, finished = read_json(run_dir / filenames.IDENTITY) or {}, is_finished(run_dir)
-    steps = int(cfg.trainer.max_steps)
-    if finished and steps < before:
-        raise UserError(f"trainer.max_steps={steps}: the run in {run_dir} is finished at {before} steps")
-    if finished and steps > before:
+    epochs = OmegaConf.select(cfg, "trainer.max_epochs")
+    limits, given = (cfg.trainer.max_steps, epochs), tuple(_given(run_dir).get(key) for key in LENGTH)
+    if finished and before is not None and limits != given:
+        # The steps of more epochs are known only when the data is read, so a limit in epochs grows with its number.
+        shorter = limits[0] is not None and limits[0] <= before
+        if shorter or (epochs is not None and given[1] is not None and epochs < given[1]):
+            key, value = (LENGTH[0], limits[0]) if shorter else (LENGTH[1], epochs)
+            raise UserError(f"{key}={value}: the run in {run_dir} is finished at {before} steps")
         (run_dir / filenames.METRICS).rename(run_dir / filenames.earlier_metrics(before))
     new = identity(cfg)
     write_config(run_dir, cfg)

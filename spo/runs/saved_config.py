@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from spo.config.compose import register_resolvers
+from spo.config.nodes import first_line
 from spo.errors import UserError
 from spo.records import filenames
-from spo.records.files import write_text
+from spo.records.files import load_yaml, read_mapping, write_text
 from spo.runs.secrets import REDACTED, is_secret_key, reads_secret_variable, redact
 
 
@@ -48,22 +50,48 @@ def write_config(run_dir: Path, cfg: DictConfig) -> None:
     write_text(run_dir / filenames.COMPOSED, OmegaConf.to_yaml(OmegaConf.create(composed)))
 
 
+def is_readable_config(file: Path) -> bool:
+    """Return whether a file holds the YAML of a configuration."""
+    try:
+        return isinstance(load_yaml(file.read_text(encoding="utf-8")), dict)
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError):
+        return False
+
+
 def load_config(run_dir: Path) -> DictConfig:
     """Return the configuration of the run in a directory, with the path that the directory has now.
 
     Raises:
-        UserError: The directory does not hold a run.
+        UserError: The directory does not hold a run, or its configuration is damaged.
     """
-    file = Path(run_dir) / filenames.COMPOSED
-    if not file.is_file() or not (Path(run_dir) / filenames.IDENTITY).is_file():
-        found = f"{filenames.COMPOSED} is missing" if Path(run_dir).is_dir() else "there is no such folder"
-        raise UserError(f"{run_dir} is not a run directory of spo: {found}")
+    run_dir = Path(run_dir)
+    file = run_dir / filenames.COMPOSED
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is not a run directory of spo: there is no such folder")
+    if absent := [name for name in (filenames.COMPOSED, filenames.IDENTITY) if not (run_dir / name).exists()]:
+        raise UserError(f"{run_dir} is not a run directory of spo: {absent[0]} is missing")
     register_resolvers()
     try:
         cfg = OmegaConf.load(file)
+    except OSError as error:
+        raise _damaged(file, error.strerror or str(error)) from error
     except Exception as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    assert isinstance(cfg, DictConfig)
-    cfg.paths.run = str(Path(run_dir).absolute())  # The directory may have been moved.
+        raise _damaged(file, first_line(error)) from error
+    if not isinstance(cfg, DictConfig):
+        raise _damaged(file, "it holds a list and not the keys of a configuration")
+    recorded = (read_mapping(run_dir / filenames.IDENTITY) or {}).get("config")
+    expected = {"paths", *(str(key).partition(".")[0] for key in (recorded if isinstance(recorded, dict) else {}))}
+    if absent := sorted(key for key in expected if key not in cfg):
+        raise _damaged(file, f"it does not have the key {absent[0]}")
+    if not isinstance(cfg._get_node("paths"), DictConfig):
+        raise _damaged(file, "its key paths does not hold further keys")
+    cfg.paths.run = str(run_dir.absolute())  # The directory may have been moved.
     OmegaConf.set_struct(cfg, True)
     return cfg
+
+
+def _damaged(file: Path, reason: str) -> UserError:
+    return UserError(
+        f"{file} is damaged ({reason}): start the run again with its own command, which writes the file anew; "
+        f"{filenames.PROVENANCE} has the command"
+    )

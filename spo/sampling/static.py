@@ -145,6 +145,11 @@ def _overridden_generation_methods(model: type[nn.Module]) -> list[str]:
     return [name for name in shared if getattr(model, name, None) is not getattr(GenerationMixin, name)]
 
 
+def _cache_keyword(model: nn.Module) -> str:
+    """Return the name under which a model takes its cache; transformers renamed ``past_key_values`` to ``cache``."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 @torch.no_grad()
 def decode(
     model: nn.Module,
@@ -173,17 +178,18 @@ def decode(
     (n, width), limit = ids.shape, numbers.shape[1]
     lengths = mask.sum(1).tolist()
     states = PreallocatedCache(n, width + limit, padded=min(lengths) < width)
-    last_only = {"logits_to_keep": 1} if base_model(model)._supports_logits_to_keep() else {}
+    more: dict[str, Any] = {_cache_keyword(base_model(model)): states}
+    if base_model(model)._supports_logits_to_keep():
+        more["logits_to_keep"] = 1
 
     def forward(ids: Tensor, positions: Tensor, attended: Tensor | None) -> Tensor:
         output = model(
             input_ids=ids,
             attention_mask=attended,
             position_ids=positions,
-            past_key_values=states,
             use_cache=True,
             return_dict=True,
-            **last_only,
+            **more,
         )
         return output.logits[:, -1].float()  # In float32, as `generate` does, so that both draw the same tokens.
 

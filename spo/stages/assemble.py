@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,6 +11,8 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from spo.callbacks import Interruption, ValidationSamples
 from spo.data.datamodule import PreferenceDataModule
@@ -18,12 +21,15 @@ from spo.exact import ExactMetrics, World
 from spo.forward.speed import Speed
 from spo.losses import Loss
 from spo.models import Reference
+from spo.models.optimizer import make_with_names
 from spo.models.saving import check_mergeable
 from spo.module import AlignmentModule
 from spo.objective import Enumeration, Prompts
 from spo.regularizers import Regularizer
+from spo.schedules.optimization import warmup_steps
 from spo.stages.prepare import Prepared
 from spo.stages.reference_logps import logps_store, precomputed_logps
+from spo.stages.regularizer_prompts import regularizer_prompts
 from spo.watch import ProbeSettings
 
 
@@ -94,13 +100,14 @@ def build_module(
         reference,
         alpha=instantiate(cfg.alpha),
         beta=instantiate(cfg.beta),
-        optimizer=instantiate(cfg.optimizer, _convert_="all"),
-        scheduler=instantiate(cfg.scheduler, _convert_="all"),
+        optimizer=build_optimizer(cfg, policy),
+        scheduler=build_scheduler(cfg),
         prompts=Prompts(
             [prompt.ids for prompt in prepared.sampling_prompts("train", cfg.data.max_new_tokens)],
             [prompt.ids for prompt in prepared.sampling_prompts("selection", cfg.data.max_new_tokens)],
             prepared.stop_ids,
             prepared.tokenizer.pad_token_id,
+            regularizer_prompts(cfg, prepared, regularizer),
         ),
         probe=probe,
         clip_norm=cfg.trainer.gradient_clip_val,
@@ -111,6 +118,24 @@ def build_module(
         speed=Speed(**cfg.speed),
         enumeration=enumeration,
     )
+
+
+def build_optimizer(cfg: DictConfig, policy: nn.Module) -> Callable[[list[nn.Parameter]], Optimizer]:
+    """Return a function from trainable parameters to their optimizer.
+
+    An optimizer with the key ``decay_norm_and_bias`` gets the names of the parameters too.
+    """
+    make = instantiate(cfg.optimizer, _convert_="all")
+    return partial(make_with_names, make, policy) if "decay_norm_and_bias" in cfg.optimizer else make
+
+
+def build_scheduler(cfg: DictConfig) -> Callable[[Optimizer], LRScheduler]:
+    """Return a function from the optimizer to its learning-rate schedule; a share of warm-up becomes a number."""
+    settings = cfg.scheduler
+    if settings.get("num_warmup_steps") is not None:
+        warmup = warmup_steps(settings.num_warmup_steps, cfg.trainer.max_steps)
+        settings = OmegaConf.merge(settings, {"num_warmup_steps": warmup})
+    return instantiate(settings, _convert_="all")
 
 
 def build_data(
@@ -138,8 +163,9 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Callback]
     """Return the Trainer of the run.
 
     The alignment step clips gradients and the data module distributes pairs over ranks, so the Trainer does neither.
+    ``trainer.max_steps`` is the length of the run; it includes the limit of ``trainer.max_epochs``.
     """
-    settings = {key: value for key, value in cfg.trainer.items() if key != "gradient_clip_val"}
+    settings = {key: value for key, value in cfg.trainer.items() if key not in ("gradient_clip_val", "max_epochs")}
     shown = cfg.trainer.enable_progress_bar
     return instantiate(
         OmegaConf.create(settings),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from spo.comparison.compare import Comparison, compare
 from spo.comparison.runs import find_runs
+from spo.errors import placed_by
 from spo.pages.comparison_files import write_files
 from spo.pages.comparison_page import write_page
 from spo.pages.comparison_table import print_comparison
@@ -39,7 +40,8 @@ def compare_command(
     found = find_runs(paths)
     comparison = compare(found, metric=metric, select=select, baseline=baseline, anyway=anyway)
     folder = out or _beside(paths)
-    files = [write_page(comparison, folder), *write_files(comparison, folder).values()]
+    with placed_by("give another folder with --out", folder):
+        files = [write_page(comparison, folder), *write_files(comparison, folder).values()]
     print_comparison(comparison)
     for file in files:
         print(f"{file.suffix.removeprefix('.'):5s}{file}")

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.records import filenames
-from spo.records.files import read_json
+from spo.records.files import read_mapping
 from spo.tracking import RunDescription
 
 
@@ -36,7 +36,7 @@ def describe(cfg: DictConfig, run_dir: Path, *, recorded: Sequence[Mapping[str, 
     parts = [method_name(cfg), *_coefficients(cfg), f"seed-{cfg.seed}"]
     # The record is read again, because it has the names of environment variables and not the secrets in them.
     config = OmegaConf.to_container(OmegaConf.load(run_dir / filenames.CONFIG))
-    provenance = read_json(run_dir / filenames.PROVENANCE)
+    provenance = read_mapping(run_dir / filenames.PROVENANCE)
     return RunDescription(
         name="_".join(parts),
         group=run_dir.parent.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,10 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import Progress, TimeElapsedColumn
 
 from spo.config.checks import check_config
+from spo.config.coefficients import COEFFICIENTS
 from spo.config.compose import job_name
 from spo.data import EvalPrompt
 from spo.data.rows import Split
-from spo.errors import UserError
+from spo.errors import COPY_RUN, UserError, memory_for, placed_by
 from spo.evaluation import EvaluationSettings
 from spo.evaluation.assess import Evaluation, assess, draw_both
 from spo.evaluation.cached_completions import cached_completions
@@ -31,13 +33,15 @@ from spo.metrics.catalogue import INTERVAL_ENDS
 from spo.pages.panels import result_panel
 from spo.records import filenames
 from spo.records.digests import model_digest
-from spo.records.files import read_json, write_json, write_jsonl, write_text
+from spo.records.files import read_mapping, write_json, write_jsonl, write_text
 from spo.records.policy import verify_policy
 from spo.runs.saved_config import load_config, resolved
+from spo.schedules import Constant
 from spo.stages.evaluation_config import evaluation_config
 from spo.stages.from_config import eval_device, model_plugins, resolve_values
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
+from spo.wording import finite
 
 SELECTION_METRICS = ("win_rate", *(f"win_rate{end}" for end in INTERVAL_ENDS), "reward", "kl", "entropy")
 """Metrics of the final evaluation that are measured on the selection split too, for choosing between settings."""
@@ -69,10 +73,12 @@ def evaluate_command(run_dir: Path, overrides: Sequence[str]) -> dict[str, float
     prepared = prepare_run(cfg, model_from=resolve_values(own))
     evaluation = evaluate_run(cfg, prepared, run_dir)
     folder = run_dir / filenames.EVALUATIONS / job_name(list(overrides))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / filenames.CONFIG, OmegaConf.to_yaml(OmegaConf.create(resolved(cfg))))
-    evaluation.write_samples(folder)
-    write_json(folder / filenames.METRICS, evaluation.metrics)
+    refuse_nonfinite(evaluation.metrics)
+    with placed_by(COPY_RUN, run_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / filenames.CONFIG, OmegaConf.to_yaml(OmegaConf.create(resolved(cfg))))
+        evaluation.write_samples(folder)
+        write_json(folder / filenames.METRICS, evaluation.metrics)
     result_panel(evaluation.metrics, evaluation.samples, folder)
     return evaluation.metrics
 
@@ -131,31 +137,73 @@ def evaluate_run(
     models = load_models(cfg, prepared, run_dir) if models is None else models
     prompts = _prompts(prepared, settings)
     opponents = find_opponents(settings, prompts["test"], prepared.pairs.test) if judge is not None else {}
-    completions = _draw(cfg, prepared, run_dir, models, prompts, settings)
+    with memory_for("sampling for the evaluation", "evaluation.batch_size", "evaluation.max_new_tokens"):
+        completions = _draw(cfg, prepared, run_dir, models, prompts, settings)
 
     whole = prepared.language is not None
-    test = assess(prompts["test"], *completions["test"], settings, judge, whole, opponents)
     selection = None
-    if "selection" in prompts:
-        against_reference = replace(settings, against=[REFERENCE])
-        selection = assess(prompts["selection"], *completions["selection"], against_reference, judge)
-    elif whole and settings.selection_prompts > 0:
+    # Judges that do not have a batch size do not run a model.
+    judge_size = "judge.batch_size" if "batch_size" in (cfg.judge or {}) else "evaluation.num_prompts"
+    with memory_for("judging", judge_size):
+        test = assess(prompts["test"], *completions["test"], settings, judge, whole, opponents)
+        if "selection" in prompts:
+            against_reference = replace(settings, against=[REFERENCE])
+            selection = assess(prompts["selection"], *completions["selection"], against_reference, judge)
+    if selection is None and whole and settings.selection_prompts > 0:
         selection = replace(test, samples=[])  # both splits consist of the whole language
 
-    metrics = test.metrics | pair_metrics(
-        instantiate(cfg.method.loss, _convert_="all"),
-        read_json(run_dir / filenames.COEFFICIENTS),
-        models.policy,
-        models.reference,
-        prepared.pairs.test,
-        models.speed,
-        batch_size=cfg.data.eval_batch_size,
-        pad_token_id=prepared.tokenizer.pad_token_id,
-    )
+    with memory_for("scoring the test pairs", "data.eval_batch_size", "speed.max_logits"):
+        metrics = test.metrics | pair_metrics(
+            instantiate(cfg.method.loss, _convert_="all"),
+            _final_coefficients(cfg, run_dir),
+            models.policy,
+            models.reference,
+            prepared.pairs.test,
+            models.speed,
+            batch_size=cfg.data.eval_batch_size,
+            pad_token_id=prepared.tokenizer.pad_token_id,
+        )
     if judge is not None:
         metrics |= {f"eval/judge/{name}": value for name, value in judge.usage().items()}
     metrics |= _selection_metrics(selection)
     return RunEvaluation(metrics, test.samples, [] if selection is None else selection.samples)
+
+
+def _final_coefficients(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
+    """Return the final values of alpha and beta; of a damaged file, those that are constant.
+
+    Raises:
+        UserError: The file is missing or damaged, and a coefficient varies during training.
+    """
+    file = run_dir / filenames.COEFFICIENTS
+    found = read_mapping(file) or {}
+    final = {name: value for name in COEFFICIENTS if (value := finite(found.get(name))) is not None}
+    for name in COEFFICIENTS:
+        if name not in final and isinstance(schedule := instantiate(cfg[name]), Constant):
+            final[name] = schedule(0)
+    if missing := [name for name in COEFFICIENTS if name not in final]:
+        raise UserError(
+            f"{file} is missing or damaged, so the final value of {missing[0]} is unknown: move {filenames.METRICS} "
+            f"away and resume the run (spo train --resume {run_dir}), which writes both again from the last checkpoint"
+        )
+    return final
+
+
+def refuse_nonfinite(metrics: Mapping[str, float]) -> None:
+    """Refuse a result that is not a number, which no file may hold and no comparison could use.
+
+    Args:
+        metrics: Final metrics of a run, or those of an evaluation.
+
+    Raises:
+        UserError: A metric is infinite or undefined.
+    """
+    if wrong := [f"{key} is {value:g}" for key, value in metrics.items() if not math.isfinite(value)]:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(
+            f"the evaluation ends in numbers that are not finite ({', '.join(wrong[:3])}{more}); the policy and its "
+            "samples are saved: look at them, at optimizer.lr and model.dtype, and at the rewards of the judge"
+        )
 
 
 def load_models(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> Models:

@@ -82,6 +82,8 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
     """
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    # cuDNN builds a plan for each new shape, which takes longer than a step. Here almost every batch has a new shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     spec = model_spec(cfg)
     source: Source = instantiate(cfg.data.source, _convert_="all")
     if spec.path is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from spo.batching import Item, chunks, split_by_tokens
 from spo.data import DataError, TokenizedPair
 from spo.data.logps_store import LogpsStore, sequence_key
+from spo.errors import memory_for, placed_by
 from spo.forward.speed import Speed
 from spo.models import PrecomputedReference
 from spo.records.digests import code_version, digest, model_digest
@@ -97,16 +99,22 @@ def precomputed_logps(cfg: DictConfig, prepared: Prepared, reference: Precompute
     keys = [sequence_key(*row) for row in rows]
     requested, device = Speed(**cfg.speed), eval_device(cfg)
     store = logps_store(cfg, prepared, reference.cache_dir, requested, device)
-    store.file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{store.file}.lock"):
-        known = store.get(keys)
-        missing = [rows[i] for i in known.isnan().nonzero().squeeze(-1).tolist()]
+    known = store.get(keys) if store.file.is_file() else torch.full((len(keys),), torch.nan, dtype=store.dtype)
+    missing = _missing(rows, known)
+    # A store that has everything needs no lock, so that it may lie in a folder that cannot be written.
+    with _writing(store.file) if missing else nullcontext():
+        if missing:
+            known = store.get(keys)  # Another process may have made the pass.
+            missing = _missing(rows, known)
         if missing:
             log.info("scoring the pairs with the reference model: %d of %d sequences", len(missing), len(rows))
             model = prepared.spec.start(prepared.base).to(device)
             speed = requested.resolve_for(model)
             # The precision is that of the policy in the Trainer, so that both round alike.
-            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
+            with (
+                torch.autocast(device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"),
+                memory_for("scoring pairs with the reference", "reference.batch_tokens", "speed.max_logits"),
+            ):
                 fill(store, model, missing, prepared.tokenizer.pad_token_id, speed, reference.batch_tokens)
             known = store.get(keys)
     if lost := int(known.isnan().sum()):
@@ -117,6 +125,19 @@ def precomputed_logps(cfg: DictConfig, prepared: Prepared, reference: Precompute
     reference.found, reference.computed = len(rows) - len(missing), len(missing)
     logps = dict(zip(rows, known.tolist(), strict=True))
     return {split: _table(pairs, logps, store.dtype) for split, pairs in splits.items() if pairs}
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """Hold the lock of a store, which one process at a time fills."""
+    with placed_by("set reference.cache_dir", file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            yield
+
+
+def _missing(rows: Sequence[Row], known: Tensor) -> list[Row]:
+    return [rows[i] for i in known.isnan().nonzero().squeeze(-1).tolist()]
 
 
 @torch.no_grad()

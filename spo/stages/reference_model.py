@@ -18,6 +18,7 @@ from spo.data import PreparedPairs, RowError, Source
 from spo.data.datamodule import PreferenceDataModule
 from spo.data.splits import prepare
 from spo.forward.speed import Speed
+from spo.guard import StageKeys
 from spo.losses import SFTLoss
 from spo.models import ModelSpec, NoReference
 from spo.models.saving import save_policy
@@ -27,6 +28,7 @@ from spo.records.cache import cached
 from spo.records.digests import code_version, model_digest
 from spo.regularizers import NoRegularizer
 from spo.schedules import Constant
+from spo.schedules.optimization import warmup_steps
 from spo.stages.from_config import data_key, eval_device, make_renderer, model_plugins, rendering_key
 from spo.stages.pairs import no_completer
 
@@ -40,6 +42,7 @@ CODE_DEPENDENCIES = (
     "sampling",
     "seeds.py",
     "forward",
+    "guard.py",
     "module.py",
     "objective",
     "regularizers/base.py",
@@ -114,7 +117,7 @@ def _fit_supervised(cfg: DictConfig, model: Any, pairs: PreparedPairs, tokenizer
         ),
         scheduler=partial(
             get_cosine_schedule_with_warmup,
-            num_warmup_steps=sft.num_warmup_steps,
+            num_warmup_steps=warmup_steps(sft.num_warmup_steps, sft.max_steps),
             num_training_steps=sft.max_steps,
         ),
         prompts=Prompts([], [], pairs.stop_ids, pad),
@@ -125,6 +128,12 @@ def _fit_supervised(cfg: DictConfig, model: Any, pairs: PreparedPairs, tokenizer
         log_every_n_steps=20,
         seed=cfg.data.seed,
         speed=Speed(**cfg.speed),
+        keys=StageKeys(
+            lr="sft.lr",
+            clip_norm="sft.clip_norm",
+            stage="the supervised fine-tuning",
+            memory=("sft.batch_size", "speed.max_logits", "data.max_length"),
+        ),
     )
     data = PreferenceDataModule(
         pairs.train,

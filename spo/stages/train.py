@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -16,6 +17,7 @@ from omegaconf import DictConfig
 from spo.callbacks.history import HistoryLogger
 from spo.config.checks import check_config, warnings
 from spo.config.coefficients import COEFFICIENTS
+from spo.config.compose import fill_empty_groups, pin
 from spo.data import SPLITS
 from spo.data.splits import REPORTED_COUNTS
 from spo.evaluation.saved_policy import TrainedPolicy, rows_to_compare
@@ -26,7 +28,8 @@ from spo.pages.run_page import render_report
 from spo.pages.start_facts import start_facts
 from spo.records import filenames
 from spo.records.digests import digest, model_digest
-from spo.records.files import write_json, write_jsonl
+from spo.records.files import replacing, write_json, write_jsonl
+from spo.records.leftovers import remove_abandoned_builds
 from spo.records.policy import write_policy_digests
 from spo.records.run import read_result
 from spo.runs.checkpoints import last_checkpoint
@@ -37,11 +40,13 @@ from spo.runs.resume import resumed_config
 from spo.stages.assemble import Parts, assemble, validation_samples
 from spo.stages.checkpointing import checkpoint_folder, choose_weights, fit, prepare_checkpoints
 from spo.stages.description import describe, title
-from spo.stages.evaluate import evaluate_run, load_models
+from spo.stages.evaluate import evaluate_run, load_models, refuse_nonfinite
 from spo.stages.from_config import eval_device, resolve_values
+from spo.stages.length import with_length
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
 from spo.tracking import Tracker
+from spo.tracking.guard import make_guarded, writable_home
 
 
 def train(cfg: DictConfig, *, resumed: bool = False, checked: bool = False) -> dict[str, float]:
@@ -59,14 +64,15 @@ def train(cfg: DictConfig, *, resumed: bool = False, checked: bool = False) -> d
         UserError: The configuration is impossible, or the run directory belongs to another run.
     """
     quiet_libraries()
+    fill_empty_groups(cfg)
+    pin(cfg)
     if not checked:
         check_config(cfg)
     run_dir = Path(cfg.paths.run)
-    with claim(run_dir, cfg, resumed=resumed) as status, collect_notes() as notes:
+    with claim(run_dir, cfg, resumed=resumed) as status, writable_home(run_dir), collect_notes() as notes:
         if status is Status.FINISHED:
             return _show_finished(run_dir)
-        # Resolved only now, because the record has the names of environment variables and not the secrets in them.
-        return _run(resolve_values(cfg), run_dir, notes, resume=status is Status.UNFINISHED)
+        return _run(cfg, run_dir, notes, resume=status is Status.UNFINISHED)
 
 
 def resume(run_dir: Path, overrides: list[str]) -> dict[str, float]:
@@ -82,19 +88,24 @@ def resume(run_dir: Path, overrides: list[str]) -> dict[str, float]:
     return train(resumed_config(run_dir, overrides), resumed=True)
 
 
-def _run(cfg: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: bool) -> dict[str, float]:
+def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: bool) -> dict[str, float]:
     started = perf_counter()
+    # Resolved only now, because the record has the names of environment variables and not the secrets in them.
+    cfg = resolve_values(composed)
     seed_everything(cfg.seed, workers=True, verbose=False)
     point = last_checkpoint(run_dir, checkpoint_folder(cfg)) if resume else None
     if point is not None:
         record_continuation(run_dir, cfg, max(point.step, 0))
+    remove_abandoned_builds(Path(cfg.paths.cache).absolute())
     prepared = prepare_run(cfg)
+    cfg = with_length(composed, len(prepared.pairs.train))
     _record_inputs(prepared, run_dir, max(point.step, 0) if point else 0)
     prepared_at = perf_counter()
 
     step, history = (None, None) if point is None else (point.step, point.history)
     record = HistoryLogger(run_dir / filenames.HISTORY, step, history, cfg.trainer.log_every_n_steps)
-    loggers = [instantiate(node) for node in cfg.logger.values()]
+    made = (make_guarded(str(name), partial(instantiate, node)) for name, node in cfg.logger.items())
+    loggers = [logger for logger in made if logger is not None]
     trackers = [logger for logger in loggers if isinstance(logger, Tracker)]
     parts = assemble(cfg, prepared, [record, *loggers])
     module, trainer = parts.module, parts.trainer
@@ -119,7 +130,8 @@ def _run(cfg: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: boo
             module.policy, rows_to_compare(prepared.pairs.train), module.speed, eval_device(cfg), weights
         )
         kept = None if weights is None else {**weights}  # Saving empties the mapping that it gets.
-        save_policy(module.policy, prepared.tokenizer, policy, kept, prepared.stop_ids)
+        with replacing(policy) as folder:
+            save_policy(module.policy, prepared.tokenizer, folder, kept, prepared.stop_ids)
         write_policy_digests(run_dir)
 
         judge = next((callback.judge for callback in validation_samples(trainer)), None)
@@ -143,10 +155,16 @@ def _run(cfg: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: boo
             **{f"time/{key}": value for key, value in times.items()},
         }
         evaluation.write_samples(run_dir)
+        refuse_nonfinite(metrics)
+        finish(run_dir, metrics)
+        render_report(run_dir)
+        # The record is complete before a tracker, which may fail or hang, reads it.
         for tracker in trackers:
             tracker.conclude(metrics, evaluation.samples)
-    finish(run_dir, metrics)
-    render_report(run_dir)
+        if notes.keys() - metrics.keys():
+            metrics |= notes
+            finish(run_dir, metrics)
+            render_report(run_dir)
     result_panel(metrics, evaluation.samples, run_dir)
     return metrics
 
@@ -154,6 +172,8 @@ def _run(cfg: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: boo
 def _show_finished(run_dir: Path) -> dict[str, float]:
     """Show the result of a finished run, in one line within a sweep, and return its metrics."""
     metrics, samples = read_result(run_dir)
+    if not (run_dir / filenames.REPORT).is_file():
+        render_report(run_dir)
     if sweep_dir() is not None:
         print(f"finished before: {run_dir}")
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -25,60 +23,30 @@ from spo.config.groups import group_members
 from spo.errors import UserError
 from spo.losses import Loss
 from spo.records.files import write_json
+from spo.regularizers import GlobalKL
 from spo.resources import conf_dir
-from spo.stages.assemble import assemble
 from spo.stages.description import method_name
-from spo.stages.from_config import resolve_values
-from spo.stages.prepare import prepare_run
 from spo.stages.quiet import quiet_libraries
+from spo.stages.verify_case import SAMPLED_CHECKS, Case, Verdict, run_case
 
 PLAN = "verify.yaml"
 
 
 @dataclass(frozen=True)
-class Case:
-    """One training: a method with one pair of coefficients on one model.
+class Member:
+    """A method to verify.
 
     Attributes:
-        member: Member of the config group ``method``.
-        model: Member of the config group ``model``.
-        alpha: Softness, ``None`` if the method does not read it.
-        beta: Temperature of the method or weight of the KL, ``None`` if nothing reads it.
-        overrides: All overrides that compose the configuration.
+        key: Member of the config group ``method``.
+        name: Name of the method.
+        loss: Loss of the method.
+        samples: Whether the method's own regularizer is the KL on samples of the policy.
     """
 
-    member: str
-    model: str
-    alpha: float | None
-    beta: float | None
-    overrides: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Result of a training.
-
-    Attributes:
-        method: Name of the method.
-        model: ``tabular`` or ``tiny``.
-        alpha: Softness, or ``None``.
-        beta: Temperature of the method or weight of the KL, or ``None``.
-        tv: Total variation to the optimum, mean over prompts; ``None`` if it is not finite or there is no optimum.
-        entropy: Entropy of the trained policy, nats per response.
-        entropy_predicted: Entropy of the optimum, nats per response.
-        optimum: ``closed form``, ``numerical`` or ``none``.
-        passed: Whether ``tv`` is within the tolerance of the model.
-    """
-
-    method: str
-    model: str
-    alpha: float | None
-    beta: float | None
-    tv: float | None
-    entropy: float | None
-    entropy_predicted: float | None
-    optimum: str
-    passed: bool
+    key: str
+    name: str
+    loss: Loss[Any]
+    samples: bool
 
 
 def verify_command(methods: Sequence[str], full: bool, config_dir: str | None, json_file: Path | None) -> bool:
@@ -107,7 +75,7 @@ def verify_command(methods: Sequence[str], full: bool, config_dir: str | None, j
         task = progress.add_task("verifying", total=len(cases))
         for number, case in enumerate(cases):
             progress.update(task, description=f"{case.member}, {case.model}")
-            verdicts.append(run_case(case, Path(folder), number, plan.tolerance[case.model], config_dir))
+            verdicts.append(run_case(case, plan, Path(folder) / str(number), Path(folder) / "cache", config_dir))
             progress.advance(task)
     console.print(_table(verdicts))
     for line in skipped:
@@ -136,80 +104,63 @@ def plan_cases(
         raise UserError(f"there is no method {unknown[0]}; {hint}")
     cases: list[Case] = []
     skipped: list[str] = []
-    for member in methods or known:
-        loss, name = _instantiate_loss(member, config_dir)
-        if not loss.uses_rejected:
-            skipped.append(f"{name} is skipped: it learns from completions alone and compares none")
+    for key in methods or known:
+        member = _member(key, config_dir)
+        if not member.loss.uses_rejected:
+            skipped.append(f"{member.name} is skipped: it learns from completions alone and compares none")
             continue
-        cases += _cases(plan, "full" if full else "default", member, loss)
+        found = _cases(plan, "full" if full else "default", member)
+        # What is sampled does not depend on the method, so the first method that samples stands for all.
+        sampled = {case.check for case in cases} & {*SAMPLED_CHECKS}
+        cases += [case for case in found if case.check not in sampled]
     return cases, skipped
 
 
-def _instantiate_loss(member: str, config_dir: str | None) -> tuple[Loss[Any], str]:
+def _member(member: str, config_dir: str | None) -> Member:
     cfg = compose([f"method={member}"], config_dir=config_dir, run_dir=".")
     check_config(cfg)
-    return instantiate(cfg.method.loss, _convert_="all"), method_name(cfg)
+    loss: Loss[Any] = instantiate(cfg.method.loss, _convert_="all")
+    samples = isinstance(instantiate(cfg.regularizer, _convert_="all"), GlobalKL)
+    return Member(member, method_name(cfg), loss, samples)
 
 
-def _cases(plan: DictConfig, grid: str, member: str, loss: Loss[Any]) -> Iterator[Case]:
-    shared = [*plan.overrides, *(plan.lists if loss.uses_lists else []), f"method={member}"]
+def _cases(plan: DictConfig, grid: str, member: Member) -> Iterator[Case]:
+    loss = member.loss
+    shared = [*plan.overrides, *(plan.lists if loss.uses_lists else []), f"method={member.key}"]
     for model, settings in plan.grids[grid].items():
         seen = []
         for setting in settings:
-            with_kl = setting.get("kl", False)
-            if with_kl and loss.uses_beta:
+            check, kl = setting.get("check", "optimum"), setting.get("kl", False)
+            if (kl is True and loss.uses_beta) or (check in ("sampled", "sampler") and not member.samples):
                 continue
             alpha = float(setting.alpha) if loss.uses_alpha else None
-            beta = float(setting.beta) if loss.uses_beta or with_kl else None
-            if (alpha, beta) in seen:
+            beta = float(setting.beta) if loss.uses_beta or kl else None
+            if (check, alpha, beta) in seen:
                 continue
-            seen.append((alpha, beta))
+            seen.append((check, alpha, beta))
             chosen = [f"model={model}", *plan.models[model]]
-            chosen.append(f"regularizer={'enumerated_kl' if with_kl else 'none'}")
+            chosen.append(f"regularizer={_regularizer(check, bool(kl))}")
+            chosen += plan.checks[check]
+            weight: float | str = float(kl) if loss.uses_beta else "beta"
+            chosen += [f"regularizer.weight={weight}"] if kl else []
             chosen += [f"{key}={value}" for key, value in (("alpha", alpha), ("beta", beta)) if value is not None]
-            yield Case(member, str(model), alpha, beta, (*shared, *chosen))
+            kl_weight = float(setting.beta if weight == "beta" else weight) if kl else 0.0
+            yield Case(member.key, str(model), check, alpha, beta, kl_weight, (*shared, *chosen))
 
 
-def run_case(case: Case, folder: Path, number: int, tolerance: float, config_dir: str | None) -> Verdict:
-    """Train one case as ``spo train`` does, and measure the distance to its optimum."""
-    overrides = [*case.overrides, f"paths.cache={folder / 'cache'}"]
-    composed = compose(overrides, config_dir=config_dir, run_dir=folder / str(number))
-    check_config(composed)
-    cfg = resolve_values(composed)
-    seed_everything(cfg.seed, workers=True, verbose=False)
-    prepared = prepare_run(cfg)
-    parts = assemble(cfg, prepared, [])
-    assert parts.exact is not None
-    try:
-        parts.trainer.fit(parts.module, datamodule=parts.data)
-        measured = parts.exact.measure(parts.module)
-        optimum = parts.exact.optimum(parts.module)
-    except (FloatingPointError, ValueError, RuntimeError):
-        if all(parameter.isfinite().all() for parameter in parts.module.policy.parameters()):
-            raise
-        measured, optimum = {}, None  # diverged weights are a result, not an error
-    found = {key: _finite(measured.get(key)) for key in ("tv", "entropy", "entropy_optimum")}
-    return Verdict(
-        method=method_name(cfg),
-        model=case.model,
-        alpha=case.alpha,
-        beta=case.beta,
-        tv=found["tv"],
-        entropy=found["entropy"],
-        entropy_predicted=found["entropy_optimum"],
-        optimum="none" if optimum is None else optimum.found,
-        passed=found["tv"] is not None and found["tv"] <= tolerance,
-    )
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _regularizer(check: str, kl: bool) -> str:
+    if check in SAMPLED_CHECKS:
+        return "global_kl"
+    return "enumerated_kl" if kl else "none"
 
 
 def _table(verdicts: Sequence[Verdict]) -> Table:
-    table = Table(title="trained policies against the optimum of what they minimize", caption=CAPTION, box=SIMPLE_HEAD)
-    for name in ("method", "model", "alpha", "beta", "tv", "entropy", "predicted", ""):
-        table.add_column(name, justify="left" if name in ("method", "model", "") else "right", no_wrap=True)
+    table = Table(
+        title="trained policies against what the papers predict", caption=CAPTION, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    texts = ("method", "model", "check", "")
+    for name in ("method", "model", "check", "alpha", "beta", "error", "entropy", "predicted", ""):
+        table.add_column(name, justify="left" if name in texts else "right", no_wrap=True)
     for verdict in verdicts:
         reached, predicted = (
             "" if number is None else f"{number:.4f}" for number in (verdict.entropy, verdict.entropy_predicted)
@@ -217,8 +168,9 @@ def _table(verdicts: Sequence[Verdict]) -> Table:
         table.add_row(
             verdict.method,
             verdict.model,
+            verdict.check,
             *("" if number is None else f"{number:g}" for number in (verdict.alpha, verdict.beta)),
-            "none" if verdict.tv is None else f"{verdict.tv:.0e}",
+            _error(verdict),
             reached,
             predicted + ("*" if verdict.optimum == "numerical" else " "),
             "[green]pass[/]" if verdict.passed else "[red]FAIL[/]",
@@ -226,7 +178,14 @@ def _table(verdicts: Sequence[Verdict]) -> Table:
     return table
 
 
+def _error(verdict: Verdict) -> str:
+    if verdict.deviation is not None:
+        return f"{verdict.deviation:.1f} sd"
+    return "none" if verdict.tv is None else f"{verdict.tv:.0e}"
+
+
 CAPTION = (
-    "tv: total variation to the optimum, which the loss states in closed form or (*) which was found numerically. "
-    "Entropies in nats per response. For methods that do not read beta it is the weight of the exact KL."
+    "error: total variation to the optimum (* no closed form), after steps to the policy that gradient descent on the "
+    "paper's objective reaches, and standard deviations from the expectation of what is sampled. Entropies in nats per "
+    "response. For methods that do not read beta it is the weight of the KL."
 )

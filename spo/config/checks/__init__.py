@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from spo.config.checks.combinations import combination_problems
 from spo.config.checks.files import file_problems
 from spo.config.checks.notes import warnings
-from spo.config.checks.settings import missing_and_unresolved, setting_problems
+from spo.config.checks.settings import absent_groups, missing_and_unresolved, setting_problems, with_some_length
 from spo.config.checks.targets import CheckedParts, target_problems
 from spo.errors import ConfigProblems
 
@@ -42,12 +42,14 @@ def problems(cfg: DictConfig) -> list[str]:
 
 def quick_problems(cfg: DictConfig) -> list[str]:
     """Return missing and wrong values and files that do not exist, found without importing what runs."""
-    parts = (missing_and_unresolved, setting_problems, file_problems)
+    cfg = with_some_length(cfg)
+    parts = (missing_and_unresolved, absent_groups, setting_problems, file_problems)
     return list(dict.fromkeys(problem for part in parts for problem in part(cfg)))
 
 
 def code_problems(cfg: DictConfig) -> list[str]:
     """Return problems of targets, their parameters and their combination; this imports the code that they name."""
+    cfg = with_some_length(cfg)
     found = list(target_problems(cfg))
     parts = CheckedParts(cfg, found)
     return list(dict.fromkeys([*found, *combination_problems(cfg, parts)]))

@@ -58,6 +58,11 @@ def _objective(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
             f"regularizer={regularizer_name} sums over every response, which takes a data set "
             "that can be enumerated: choose data=enumerable, or regularizer=global_kl"
         )
+    if regularizer.prompts != "train" and getattr(parts.source, "language", None) is not None:
+        yield (
+            f"regularizer.prompts={regularizer.prompts}: every split of an enumerable language has all of its prompts: "
+            "choose regularizer.prompts=train"
+        )
     if declares(loss, "uses_lists") and not hasattr(loss, "of_ranking"):
         yield f"method.loss: {type(loss).__name__} declares uses_lists: derive it from spo.losses.ListLoss"
     if uses_reference and not scores_pairs:

@@ -9,7 +9,8 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from spo.config.checks.folders import ADAPTER_CONFIG, folder_problems, looks_like_path
-from spo.config.nodes import select
+from spo.config.checks.settings import follows_size
+from spo.config.nodes import select, suggestion
 from spo.records import filenames
 
 
@@ -23,6 +24,7 @@ def file_problems(cfg: DictConfig) -> Iterator[str]:
         yield from _template_problems(str(template))
     if (judge := select(cfg, "judge.path")) is not None:
         yield from folder_problems("judge.path", str(judge))
+    yield from _regularizer_prompts(cfg)
     yield from _opponents(cfg)
 
 
@@ -31,6 +33,16 @@ def missing_data(path: str) -> str | None:
     if Path(path).expanduser().exists():
         return None
     return f"data.path={path}: there is no such file or folder (seen from {Path.cwd()})"
+
+
+def _regularizer_prompts(cfg: DictConfig) -> Iterator[str]:
+    """Yield why ``regularizer.prompts`` names neither a split nor a file."""
+    chosen, splits = select(cfg, "regularizer.prompts"), ("train", "selection")
+    if isinstance(chosen, str) and chosen not in splits and not Path(chosen).expanduser().exists():
+        yield (
+            f"regularizer.prompts={chosen}: choose train, selection, or a file with a column prompt (there is no such "
+            f"file, seen from {Path.cwd()}){suggestion(chosen, splits)}"
+        )
 
 
 def _template_problems(path: str) -> Iterator[str]:
@@ -64,13 +76,26 @@ def _model(cfg: DictConfig) -> Iterator[str]:
     if path is not None and initial is not None:
         yield f"model.path={path}: this model makes its own weights; for yours write model=hf model.path={path}"
     elif path is not None:
-        yield from folder_problems("model.path", str(path))
+        problems = list(folder_problems("model.path", str(path)))
+        yield from problems or _uncounted(cfg, str(path))
     elif initial is None and not OmegaConf.is_missing(model, "path"):
         yield "model.path and model.initial are both null: one of them has to say where the model comes from"
     if (adapter := select(cfg, "model.adapter_path")) is not None:
         if select(cfg, "model.lora") is None:
             yield f"model.adapter_path={adapter}: an adapter needs model.lora; write model=hf_lora"
         yield from folder_problems("model.adapter_path", str(adapter), ADAPTER_CONFIG)
+
+
+def _uncounted(cfg: DictConfig, path: str) -> Iterator[str]:
+    """Yield why there is no learning rate for a model whose parameters cannot be counted."""
+    if follows_size(cfg, "optimizer.lr"):
+        reason = f"it is not in the local cache; download it with `hf download {path}`"
+        if Path(path).is_dir():
+            reason = "the folder does not hold model.safetensors or its shards; save the model with save_pretrained"
+        yield (
+            f"model.path={path}: its parameters, on which the learning rate depends, cannot be counted, because "
+            f"{reason}, or set optimizer.lr"
+        )
 
 
 def _opponents(cfg: DictConfig) -> Iterator[str]:

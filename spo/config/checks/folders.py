@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from spo.records.parameters import LENGTH_BYTES, read_header
+
 MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
-LENGTH_BYTES = 8
-"""Bytes at the beginning of a safetensors file that hold the length of its header."""
 FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
 """Types of weights that are numbers by themselves, by the names in the header of a safetensors file."""
 COPY = "copy or download it again"
@@ -113,16 +113,15 @@ def _safetensors_problem(file: Path, is_quantized: bool) -> str | None:
         start = stream.read(LENGTH_BYTES)
         if start == b"version ":
             return f"is a pointer of Git LFS and not the weights: fetch them with `git lfs pull`, or {COPY}"
-        length = int.from_bytes(start, "little")
-        if size < LENGTH_BYTES + length or size <= LENGTH_BYTES:
-            return f"is cut off or is not a safetensors file ({size} bytes); {COPY}"
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            whole = LENGTH_BYTES + length + max((one["data_offsets"][1] for one in header.values()), default=0)
-            types = {name: one["dtype"] for name, one in header.items() if name.endswith(".weight")}
-        except (ValueError, TypeError, AttributeError, KeyError, IndexError):
-            return f"does not have the header of a safetensors file; {COPY}"
+    length = int.from_bytes(start, "little")
+    if size < LENGTH_BYTES + length or size <= LENGTH_BYTES:
+        return f"is cut off or is not a safetensors file ({size} bytes); {COPY}"
+    try:
+        header = read_header(file)
+        whole = LENGTH_BYTES + length + max((one["data_offsets"][1] for one in header.values()), default=0)
+        types = {name: one["dtype"] for name, one in header.items() if name.endswith(".weight")}
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError):
+        return f"does not have the header of a safetensors file; {COPY}"
     if size < whole:
         return f"is cut off: it has {size} of {whole} bytes; {COPY}"
     packed = sorted(name for name, dtype in types.items() if dtype not in FLOAT_TYPES)

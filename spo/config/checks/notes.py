@@ -20,8 +20,14 @@ def warnings(cfg: DictConfig) -> list[str]:
         notes.append(f"nothing reads beta in {name} with this regularizer: what you set it to has no effect")
     for key in (name for name in COEFFICIENTS if name not in unused):
         every, steps = select(cfg, f"{key}.every"), select(cfg, "trainer.max_steps")
-        if every is not None and every > steps:
+        if every is not None and steps is not None and every > steps:
             notes.append(f"{key}.every={every} is more than trainer.max_steps={steps}: {key} is never adjusted")
+    warmup, steps = select(cfg, "scheduler.num_warmup_steps"), select(cfg, "trainer.max_steps")
+    if warmup is not None and steps is not None and warmup >= max(steps, 2):
+        notes.append(
+            f"scheduler.num_warmup_steps={warmup}, but the run has {steps} steps: the learning rate does not reach "
+            f"optimizer.lr={select(cfg, 'optimizer.lr')}"
+        )
     if getattr(regularizer, "probe_metric", None) is not None and select(cfg, "probe.num_prompts") == 0:
         notes.append(
             "probe.num_prompts=0 leaves the regularizer out of val/loss: it is measured on the probe's samples"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
@@ -30,8 +32,8 @@ DERIVED_TRAINER_KEYS = {
     "callbacks": "use the group callbacks",
     "strategy": "use the group strategy",
     "plugins": "use the group strategy",
-    "max_epochs": "use trainer.max_steps",
-    "min_epochs": "use trainer.max_steps",
+    "min_epochs": "use trainer.max_steps or trainer.max_epochs",
+    "min_steps": "use trainer.max_steps or trainer.max_epochs",
     "check_val_every_n_epoch": "use trainer.val_check_interval, in optimizer steps",
     "use_distributed_sampler": "the data module distributes the pairs over devices itself",
     "enable_checkpointing": "use callbacks=none",
@@ -40,6 +42,14 @@ DERIVED_TRAINER_KEYS = {
     "gradient_clip_algorithm": "gradients are clipped by their norm",
     "reload_dataloaders_every_n_epochs": "the data module is read once",
 }
+
+# Groups that a run cannot do without, as an experiment file with `GROUP: null` would.
+NEEDED_GROUPS = (
+    *("paths", "alpha", "beta", "regularizer", "reference", "data", "model", "method", "sft", "optimizer", "scheduler"),
+    *("strategy", "speed", "trainer", "evaluation"),
+)
+ASSUMED_STEPS = 1_000_000
+"""Number of steps with which a configuration is checked before its data is read."""
 
 
 def missing_and_unresolved(cfg: DictConfig) -> Iterator[str]:
@@ -57,10 +67,27 @@ def missing_and_unresolved(cfg: DictConfig) -> Iterator[str]:
                 yield f"{key}: {first_line(error)}"
 
 
+def with_some_length(cfg: DictConfig) -> DictConfig:
+    """Return the configuration, with some number of steps where it follows from trainer.max_epochs and the data."""
+    if select(cfg, "trainer.max_steps") is not None or not isinstance(select(cfg, "trainer.max_epochs"), int | float):
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    OmegaConf.update(cfg, "trainer.max_steps", ASSUMED_STEPS)
+    return cfg
+
+
+def absent_groups(cfg: DictConfig) -> Iterator[str]:
+    """Yield groups that a run cannot do without and that are null or were removed."""
+    for group in NEEDED_GROUPS:
+        if not isinstance(select(cfg, group), DictConfig):
+            yield f"{group}={shown(select(cfg, group))}: a run needs this group; choose a member ({group}=MEMBER)"
+
+
 def setting_problems(cfg: DictConfig) -> Iterator[str]:
     """Yield values that do not fit the schema, and relations between them that cannot hold."""
     wrong = [key for key, hint in typed_keys().items() if is_given(cfg, key) and violation(select(cfg, key), hint)]
     # A value that refers to another key is wrong because that one is: report it only if there is no such key.
+    wrong = [key for key in wrong if not (follows_size(cfg, key) or _follows_length(cfg, key))]
     for key in [key for key in wrong if not _is_reference(cfg, key)] or wrong:
         value = select(cfg, key)
         yield f"{key}={shown(value)}: {violation(value, typed_keys()[key])}"
@@ -86,6 +113,22 @@ def _is_reference(cfg: DictConfig, key: str) -> bool:
     return OmegaConf.is_interpolation(select(cfg, parent) if parent else cfg, name)
 
 
+def follows_size(cfg: DictConfig, key: str) -> bool:
+    """Return whether a key lacks its value because the parameters of the model cannot be counted."""
+    model, value = select(cfg, "model"), select(cfg, key)
+    unknown = isinstance(model, DictConfig) and "num_parameters" in model and select(cfg, "model.default_lr") is None
+    return unknown and value is None and _is_reference(cfg, key)
+
+
+def _follows_length(cfg: DictConfig, key: str) -> bool:
+    """Return whether a key lacks its value because the run does not have a length, which is reported by itself."""
+    parent, _, name = key.rpartition(".")
+    if select(cfg, key) is not None or not parent or not _is_reference(cfg, key):
+        return False
+    raw: Any = OmegaConf.to_container(select(cfg, parent))
+    return "trainer.max_steps" in str(raw[name])
+
+
 def shown(value: object) -> str:
     """Return a value as a person writes it on the command line."""
     return "null" if value is None else str(value)
@@ -98,6 +141,8 @@ def _trainer(cfg: DictConfig) -> Iterator[str]:
             yield f"trainer.{name} cannot be set: {instead}"
     if str(select(cfg, "trainer.devices")) == "0":
         yield "trainer.devices=0: must be a number of devices, a list of them, or auto"
+    if "max_steps" in given and select(cfg, "trainer.max_steps") is None and select(cfg, "trainer.max_epochs") is None:
+        yield "trainer.max_steps=null: set it, or trainer.max_epochs"
 
 
 def _relations(cfg: DictConfig) -> Iterator[str]:

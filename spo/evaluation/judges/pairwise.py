@@ -18,7 +18,7 @@ from spo.errors import JudgeError
 from spo.evaluation.judges.base import JudgedPair, progress
 from spo.records.digests import digest
 from spo.records.plugins import plugin_digests
-from spo.records.store import SharedStore
+from spo.records.store import DamagedRowError, SharedStore
 
 PLACEHOLDERS = ("prompt", "first", "second")
 
@@ -150,9 +150,9 @@ class VerdictStore(SharedStore):
 
         def read(database: sqlite3.Connection) -> dict[str, float]:
             found = ((key, database.execute("SELECT verdict FROM verdicts WHERE key = ?", [key])) for key in keys)
-            return {key: row[0] for key, cursor in found if (row := cursor.fetchone()) is not None}
+            return {key: _checked(row[0]) for key, cursor in found if (row := cursor.fetchone()) is not None}
 
-        return self.transact(read)
+        return self.transact(read, reads=True)
 
     def put(self, verdicts: Mapping[str, float]) -> None:
         """Store verdicts.
@@ -163,6 +163,12 @@ class VerdictStore(SharedStore):
         if verdicts:
             rows = list(verdicts.items())
             self.transact(lambda database: database.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", rows))
+
+
+def _checked(verdict: object) -> float:
+    if not (isinstance(verdict, float | int) and 0 <= verdict <= 1):
+        raise DamagedRowError
+    return float(verdict)
 
 
 def check_template(template: str) -> str:

@@ -1,0 +1,1 @@
+"""Planted bugs, and the tests that have to fail on each of them: ``python -m tests.mutants``."""
