@@ -456,7 +456,7 @@ def test_failure_of_a_tracker_is_noted_and_ends_its_work_alone(where: str, tmp_p
             assert isinstance(logger, Logger) and logger.calls[-1] == "close"
             order = ["init", "describe", "log_metrics", "conclude", "close"]
             assert logger.calls == list(dict.fromkeys([*order[: order.index(where) + 1], "close"]))
-    assert notes == {"notes/logger_failed/bad": 1.0}
+    assert notes == {"notes/logger_failed_bad": 1.0}
 
 
 def test_home_that_cannot_be_written_is_replaced_during_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,7 +483,7 @@ def test_run_with_a_failing_tracker_is_finished(where: str, tmp_path: Path, cach
     bad = f"+logger.bad={{_target_: {__name__}.Failing, save_dir: {tmp_path}, where: {where}}}"
     overrides = [*EXACT, bad, f"hydra.run.dir={tmp_path / 'run'}", f"paths.cache='{cache_dir}'"]
     assert cli.main(["train", *overrides]) == 0
-    assert read_json(tmp_path / "run/metrics.json")["notes/logger_failed/bad"] == 1
+    assert read_json(tmp_path / "run/metrics.json")["notes/logger_failed_bad"] == 1
     assert (tmp_path / "run/report.html").is_file() and not (tmp_path / "run/failure.json").exists()
 
 

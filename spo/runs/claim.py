@@ -162,8 +162,7 @@ def _status(run_dir: Path, cfg: DictConfig, resumed: bool) -> Status:
     ours = identity(cfg)
     theirs = _stored_identity(run_dir, ours)
     if theirs is None:
-        foreign = sorted(file.name for file in run_dir.iterdir() if not _IGNORED.fullmatch(file.name))
-        if set(foreign) - _BEFORE_IDENTITY:
+        if foreign := _foreign_files(run_dir):
             shown = ", ".join(foreign[:4]) + (", ..." if len(foreign) > 4 else "")
             raise UserError(
                 f"{run_dir} holds files that do not belong to a run of spo ({shown}): "
@@ -203,16 +202,18 @@ def _begin(run_dir: Path, cfg: DictConfig, ours: Mapping[str, Any], **facts: Any
 def _stored_identity(run_dir: Path, ours: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the identity of the run in a directory, ``None`` if there is no run.
 
-    A damaged file is written again if the provenance shows that the run there is ours.
+    A missing or damaged file is written again if the provenance shows that the run there is ours.
 
     Raises:
         UserError: The file is damaged, and the run may be another one.
     """
     file = run_dir / filenames.IDENTITY
     found = read_identity(run_dir)
-    if found is not None or not (file.exists() or is_finished(run_dir)):
+    if found is not None or not (file.exists() or _foreign_files(run_dir)):
         return found
     if (read_mapping(run_dir / filenames.PROVENANCE) or {}).get("identity") != ours["digest"]:
+        if not (file.exists() or is_finished(run_dir)):
+            return None
         raise UserError(
             f"{file} is missing or damaged, so the run in this directory cannot be told from another one: restore the "
             "file, choose another hydra.run.dir, or add rerun=true to move the run aside"
@@ -221,6 +222,12 @@ def _stored_identity(run_dir: Path, ours: Mapping[str, Any]) -> dict[str, Any] |
         move_aside(file)
     write_json(file, ours)
     return dict(ours)
+
+
+def _foreign_files(run_dir: Path) -> list[str]:
+    """Return the files of a directory, unless they may be there before a run starts."""
+    names = sorted(file.name for file in run_dir.iterdir() if not _IGNORED.fullmatch(file.name))
+    return names if set(names) - _BEFORE_IDENTITY else []
 
 
 def _repair(run_dir: Path, cfg: DictConfig) -> None:

@@ -70,7 +70,7 @@ def make_guarded(name: str, make: Callable[[], Logger]) -> Logger | None:
 def _note_failure(name: str, error: Exception) -> None:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     note(
-        f"logger_failed/{name}",
+        f"logger_failed_{name}",
         f"logger.{name} has failed and shows no more of this run ({type(error).__name__}: {reason}); the files of the "
         "run directory are complete without it",
     )
