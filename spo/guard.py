@@ -225,6 +225,7 @@ class Guard:
                 words += f"; {count} steps were skipped before it (callbacks.nonfinite.max_skipped={self.max_skipped})"
             raise NonFiniteError(words)
         self.skipped.append(step.number)
+        module.trained.skip_step(step.number)
         module.train_metrics.forget(step.metrics)
         self.note_skipped(words)
 

@@ -23,6 +23,7 @@ from spo.forward.speed import Speed, compile_blocks
 from spo.guard import Guard, StageKeys
 from spo.losses import Loss
 from spo.metrics.sums import SumsAndCounts
+from spo.metrics.trained import Trained
 from spo.models.reference import Reference
 from spo.objective import Enumeration, Pairs, Part, Prompts
 from spo.regularizers import Regularizer
@@ -79,6 +80,7 @@ class AlignmentModule(LightningModule):
         controllers: Schedules that adjust themselves to what the probe measures.
         validated: Means of the last validation, under their names without ``val/``.
         step_listeners: Functions of the Trainer that are called when an optimizer step is complete and logged.
+        trained: Steps, pairs and sampled tokens so far.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class AlignmentModule(LightningModule):
         self.val_metrics = SumsAndCounts((*of_pairs, *HEALTH_METRICS, LOSS_SCALE))
         self.validated: dict[str, float] = {}
         self.step_listeners: list[Callable[[Trainer], None]] = []
+        self.trained = Trained()
         self._resumed_rng_state: Tensor | None = None
         # The checkpoint of an adapter holds the adapter, not the frozen weights below it.
         self.strict_loading = all(parameter.requires_grad for parameter in policy.parameters())
@@ -189,6 +192,7 @@ class AlignmentModule(LightningModule):
                 **{name: schedule(step) for name, schedule in self.coefficients.items()},
             }
         )
+        self.trained.add_step(step, window.num_pairs)  # The guard takes a step back that it skips.
         with self.guard.gate(optimizer, loss, grad_norm, group):
             optimizer.step()
         optimizer.zero_grad()
@@ -216,19 +220,28 @@ class AlignmentModule(LightningModule):
         measured = self.probe.measure(self.prompts.train, "train", step)
         self.train_metrics.update({"probe_s": perf_counter() - started})
         self.train_metrics.update(self.controllers.adjust(measured, step))
-        if not self.is_log_step:
-            return
+        if self.is_log_step:
+            row = self._training_row() | {f"train/{key}": value for key, value in measured.items()}
+            self._log(row)
+            self.log_dict(row, logger=False)
+
+    def log_remaining_steps(self) -> None:
+        """Log a row of the steps since the last one, if training stopped between two rows."""
+        self.guard.settle()
+        if self.trained.steps > 0 and not self.is_log_step:
+            self._log(self._training_row())
+
+    def _training_row(self) -> dict[str, float]:
+        """Return the means over the steps since the last row, and begin the next one."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.guard.check_possible(data.train, "training", step - 1)
+        self.guard.check_possible(data.train, "training", self.global_step - 1)
         means = self.train_metrics.compute()
         self.train_metrics.reset()
-        row = {f"time/{key}" if key in TIME_METRICS else f"train/{key}": value for key, value in means.items()}
-        self._log(row | {f"train/{key}": value for key, value in measured.items()})
+        return {f"time/{key}" if key in TIME_METRICS else f"train/{key}": value for key, value in means.items()}
 
     def _log(self, row: dict[str, float]) -> None:
         for logger in self.loggers:
             logger.log_metrics(row, step=self.global_step)
-        self.log_dict(row, logger=False)
 
     # --- validation --------------------------------------------------------------------------------------------
 
@@ -269,7 +282,9 @@ class AlignmentModule(LightningModule):
         means["loss"] = means["loss/preference"] + self.regularization.weight(step) * means.get("loss/regularizer", 0.0)
         self.guard.check_validation(means["loss"], data.selection, step)
         self.validated = means
-        self._log({f"val/{key}": value for key, value in means.items()})
+        row = {f"val/{key}": value for key, value in means.items()}
+        self._log(row)
+        self.log_dict(row, logger=False)
 
     # --- life cycle --------------------------------------------------------------------------------------------
 
@@ -331,6 +346,7 @@ class AlignmentModule(LightningModule):
         checkpoint["torch_rng_state"] = torch.get_rng_state()
         checkpoint["controllers"] = self.controllers.state_dict()
         checkpoint["train_metrics"] = self.train_metrics.by_rank()  # `state_dict` has those of the first rank alone
+        checkpoint["trained"] = self.trained.state_dict()
         if not self.strict_loading:
             frozen = {f"policy.{name}" for name, p in self.policy.named_parameters() if not p.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
@@ -343,4 +359,7 @@ class AlignmentModule(LightningModule):
         if (rows := checkpoint.get("train_metrics")) is not None and self._trainer is not None:  # newer than 0.1.0
             own = self.train_metrics.of_rank(rows, self.global_rank, self.world_size)
             checkpoint["state_dict"] |= {f"train_metrics.{name}": tensor for name, tensor in own.items()}
+        # Version 0.1.0 did not count pairs.
+        unknown = {"steps": checkpoint["global_step"], "pairs": None, "sampled_tokens": None}
+        self.trained.load_state_dict(checkpoint.get("trained", unknown))
         self.guard.skipped = checkpoint.get("skipped_steps", [])  # checkpoints of version 0.1.0 lack it

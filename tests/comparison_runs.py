@@ -41,6 +41,7 @@ def write_run(
     judge: bool = True,
     finished: bool = True,
     error: str | None = None,
+    trained: Mapping[str, float] | None = None,
     without: Iterable[str] = (),
 ) -> Path:
     """Write a run directory.
@@ -60,6 +61,7 @@ def write_run(
         judge: Whether there are rewards and verdicts.
         finished: Whether there are final numbers.
         error: Reason why the last attempt failed; ``None`` for no failure.
+        trained: Changes of the budget in ``metrics.json``.
         without: Keys that are left out of ``metrics.json``.
     """
     config = _config(method, seed, alpha, beta, prompts, samples) | dict(changes or {})
@@ -85,6 +87,7 @@ def write_run(
     _lines(run_dir / "history.jsonl", history)
     if finished:
         metrics = {**{k: v for row in history for k, v in row.items() if k != "step"}, **_metrics(generator, rows, kl)}
+        metrics |= _trained(config) | dict(trained or {})
         _json(run_dir / "metrics.json", {key: value for key, value in metrics.items() if key not in set(without)})
         _lines(run_dir / "samples.jsonl", rows)
     if error is not None:
@@ -216,6 +219,17 @@ def _metrics(generator: random.Random, rows: list[dict[str, Any]], kl: float) ->
             "val/reward": mean("reward") + generator.gauss(0, 0.05),
         }
     return metrics
+
+
+def _trained(config: Mapping[str, Any]) -> dict[str, float]:
+    steps = config["trainer.max_steps"]
+    tokens = 640.0 * steps if config["method.name"] == "spo" else 0.0
+    return {
+        "trained/steps": steps,
+        "trained/pairs": steps * config["data.batch_size"],
+        "trained/sampled_tokens": tokens,
+        "trained/changed_share": 1.0,
+    }
 
 
 def _history(generator: random.Random, kl: float, entropy: float, finished: bool) -> list[dict[str, Any]]:

@@ -354,6 +354,26 @@ def spoil_config(key: str, value: Any) -> Callable[[Path], None]:
     return spoil
 
 
+def spoil_trained(steps: int, pairs: int | None = None, **how: Any) -> Callable[[Path], None]:
+    def spoil(sweep: Path) -> None:
+        for seed in (1, 2):
+            shutil.rmtree(next(sweep.glob(f"method-ipo*seed-{seed}")))
+            trained = {"trained/steps": steps, "trained/pairs": 32 * steps if pairs is None else pairs}
+            write_run(sweep, method="ipo", seed=seed, trained=trained, **how)
+
+    return spoil
+
+
+def spoil_old_history(sweep: Path) -> None:
+    """Make all runs like those of version 0.1.0, and stop one of them early."""
+    for run in sweep.glob("method-*"):
+        metrics = json.loads((run / "metrics.json").read_text())
+        kept = {key: value for key, value in metrics.items() if not key.startswith("trained/")}
+        (run / "metrics.json").write_text(json.dumps(kept))
+    file = next(sweep.glob("method-ipo*seed-1")) / "history.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:9]))
+
+
 def spoil_digest(sweep: Path) -> None:
     shutil.rmtree(next(sweep.glob("method-ipo*seed-1")))
     write_run(sweep, method="ipo", seed=1, provenance={"pairs_sha256": "ef" * 32})
@@ -398,6 +418,15 @@ def spoil_job(sweep: Path) -> None:
         (spoil_config("sft.max_steps", 1), "the initial model differs between runs: sft.max_steps (1 or 300)"),
         (spoil_config("judge._target_", "x"), "the evaluation differs between runs: judge._target_ ("),
         (spoil_config("trainer.max_steps", 9), "the methods were trained for different lengths: "),
+        (
+            spoil_trained(18),
+            "the methods were trained for different lengths: dpo 60 steps on 1,920 pairs, ipo 18 steps on 576 pairs",
+        ),
+        (spoil_trained(60, 1900), "dpo 60 steps on 1,920 pairs, ipo 60 steps on 1,900 pairs, spo 60 steps on 1,920"),
+        (
+            spoil_old_history,
+            "dpo 60 steps of 32 pairs, ipo 18 steps of 32 pairs (seed 1), 60 steps of 32 pairs (seed 2), spo 60 steps",
+        ),
         (spoil_prompts, "the test prompts are not the same for all runs (48 samples: "),
         (spoil_run(), "seed-1 is unfinished, at step 30"),
         (spoil_run(error="the loss is not finite"), "seed-1 is failed: the loss is not finite"),

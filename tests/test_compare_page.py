@@ -60,7 +60,11 @@ def test_comparison_page_shows_the_results(grid: tuple[Comparison, Path]) -> Non
     assert "27 settings · 2 seeds · 24 test prompts · selected by val/win_rate" in page.text
     for method in comparison.methods:
         one = method.estimates["win_rate"]
-        assert f"{method.name} {method.best.label} 9 2 {one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" in page.text
+        trained = f"60 steps, 1,920 pairs, {'38,400' if method.name == 'spo' else '0'} tokens sampled"
+        assert (
+            f"{method.name} {method.best.label} 9 2 {trained} {one.value:.3f} [{one.low:.3f}, {one.high:.3f}]"
+            in page.text
+        )
     for difference in comparison.differences:
         found = "significant" if difference.significant else "no difference shown"
         assert f"{difference.first} − {difference.second} {difference.estimate.value:+.3}"[:14] in page.text

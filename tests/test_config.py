@@ -616,7 +616,7 @@ def test_unusable_chat_template_file_is_rejected(tmp_path: Path) -> None:
         ["model=hf", "model.path=gpt2"],
         ["model=hf_lora", "model.path=org/name", "model.lora.r=4"],
         ["+debug=tiny", "data.batch_size=4"],
-        ["+trainer.limit_val_batches=2"],
+        ["trainer.max_time=00:12:00:00"],
         ["trainer=gpu", "trainer.precision=bf16-mixed"],
         ["logger=csv"],
         ["callbacks=none", "evaluation=quick", "scheduler=cosine", "optimizer=sgd"],

@@ -160,6 +160,7 @@ NEW_KEYS = {
         "data.chat_template_kwargs",
         "data.split_special_tokens",
         "model.attn_implementation",
+        "trainer.max_time",
         "optimizer._target_",
         "optimizer.decay_norm_and_bias",
         "regularizer.prompts",

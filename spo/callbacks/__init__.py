@@ -7,5 +7,15 @@ from spo.callbacks.interruption import Interruption
 from spo.callbacks.nonfinite import NonFinite
 from spo.callbacks.progress import Progress
 from spo.callbacks.samples import ValidationSamples
+from spo.callbacks.stop import Stop
 
-__all__ = ["Checkpoint", "DataTime", "Health", "Interruption", "NonFinite", "Progress", "ValidationSamples"]
+__all__ = [
+    "Checkpoint",
+    "DataTime",
+    "Health",
+    "Interruption",
+    "NonFinite",
+    "Progress",
+    "Stop",
+    "ValidationSamples",
+]

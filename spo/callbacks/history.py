@@ -61,10 +61,12 @@ class HistoryLogger(Logger):
                 lines.pop()
             self._start = sum(map(len, lines))  # json.dumps writes ASCII only, so characters are bytes
 
+    def _rows(self) -> dict[int, dict[str, Any]]:
+        return _rows_by_step(self.path.read_bytes().decode("utf-8", "replace") if self.path.exists() else "")
+
     def _rows_until(self, step: int, recorded: str | None, log_every_n_steps: int | None) -> list[dict[str, Any]]:
         """Return the rows of the file up to a step, repaired from the text that a checkpoint holds."""
-        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
-        found, known = _rows_by_step(text), _rows_by_step(recorded or "")
+        found, known = self._rows(), _rows_by_step(recorded or "")
         if missing := [one for one in known if one not in found and one <= step]:
             _note(
                 "history_repaired",
@@ -99,7 +101,13 @@ class HistoryLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add metrics to the row of their step; a number that is not finite becomes null."""
+        """Add metrics to the row of their step; a number that is not finite becomes null.
+
+        Monitors of Lightning count a step late. A step that is over does not get a second row, so their numbers join
+        the current one.
+        """
+        if self._row and step is not None:
+            step = max(step, self._row["step"])
         if self._row and self._row["step"] != step:
             self.save()
             self._start, self._row = self.path.stat().st_size, {}
@@ -115,7 +123,7 @@ class HistoryLogger(Logger):
             step: Step of a validation, from which all metrics other than ``train/`` and ``time/`` come.
         """
         of_training = {key: value for key, value in self.latest.items() if key.startswith(OF_TRAINING)}
-        row = _rows_by_step(self.path.read_text(encoding="utf-8")).get(step, {})
+        row = self._rows().get(step, {})
         of_step = {key: value for key, value in row.items() if not key.startswith(OF_TRAINING) and key != "step"}
         return of_training | {key: value for key, value in of_step.items() if value is not None}
 
@@ -139,6 +147,11 @@ class HistoryLogger(Logger):
                 file.seek(self._start)
                 file.write(to_json(self._row) + "\n")
             self._written = dict(self._row)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return all rows, those from before a resume included."""
+        self.save()
+        return list(self._rows().values())
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from spo.comparison.runs import Found, Run
 
 # Parts of a configuration that must be the same for all runs: the data, the initial model and the evaluation.
 _DATA, _START, _JUDGING = ("data",), ("model", "sft"), ("evaluation", "judge")
+# The budget is compared by itself: by what was trained, where the runs recorded it.
 _BUDGET = ("trainer.max_steps", "data.batch_size")
 # Names in a message beyond which the rest is counted.
 _MAX_NAMES = 6
+_BySeed = Mapping[int, Counter[str]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ def find_problems(found: Found) -> list[Problem]:
     finished = [run for run in runs if run.failure is None]
     problems = [Problem(text) for text in found.problems]
     problems += [Problem(f"{run.name} is {run.failure}", frozenset({run.method})) for run in runs if run.failure]
-    problems += [*_duplicates(finished), *_budgets(runs), *_seeds(runs)]
+    problems += [*_duplicates(finished), *_trials(runs), *_budgets(finished), *_seeds(runs)]
     problems += _mixed_digests(finished)
     problems += [*_mixed(finished, "the data", _DATA), *_mixed(finished, "the initial model", _START)]
     problems += [*_mixed(finished, "the evaluation", _JUDGING), *_prompts(finished)]
@@ -81,30 +85,56 @@ def _reason(runs: Sequence[Run]) -> str:
     return f"{' and '.join(differing)} {verb}" if differing else "their configurations differ"
 
 
-def _budgets(runs: Sequence[Run]) -> list[Problem]:
-    """Find methods with more settings than others, or with longer training."""
-    problems = []
+def _trials(runs: Sequence[Run]) -> list[Problem]:
+    """Find methods with more settings than others."""
     trials = {name: len({run.key for run in some}) for name, some in _by(runs, lambda run: run.method).items()}
-    if len(set(trials.values())) > 1:
-        counted = ", ".join(f"{name} {count}" for name, count in trials.items())
-        most = max(trials.values())
-        problems.append(
-            Problem(
-                f"the numbers of settings tried differ: {counted}; the best of many settings is better by chance alone",
-                frozenset(name for name, count in trials.items() if count == most),
-            )
-        )
+    if len(set(trials.values())) <= 1:
+        return []
+    counted, most = ", ".join(f"{name} {count}" for name, count in trials.items()), max(trials.values())
+    text = f"the numbers of settings tried differ: {counted}; the best of many settings is better by chance alone"
+    return [Problem(text, frozenset(name for name, count in trials.items() if count == most))]
+
+
+def _budgets(runs: Sequence[Run]) -> list[Problem]:
+    """Find methods that were trained for other numbers of steps or pairs than others, on the seeds that they share."""
+    counted = all(run.trained_pairs is not None for run in runs)
+
+    def words(run: Run) -> str:
+        pairs = f"on {run.trained_pairs:,.0f}" if counted else f"of {run.setting.get('data.batch_size')}"
+        return f"{run.trained_steps or 0:,.0f} steps {pairs} pairs"
+
+    methods = _by(runs, lambda run: run.method)
     spent = {
-        name: sorted({tuple(run.setting.get(key) for key in _BUDGET) for run in some}, key=str)
-        for name, some in _by(runs, lambda run: run.method).items()
+        name: {seed: Counter(map(words, of_seed)) for seed, of_seed in _by(some, lambda run: run.seed).items()}
+        for name, some in methods.items()
     }
-    if len({str(one) for one in spent.values()}) > 1:
-        counted = ", ".join(
-            f"{name} {' and '.join(f'{steps} steps of {size} pairs' for steps, size in some)}"
-            for name, some in spent.items()
-        )
-        problems.append(Problem(f"the methods were trained for different lengths: {counted}"))
-    return problems
+    if all(_equal_budgets(one, other) for one, other in combinations(spent.values(), 2)):
+        return []
+    described = ", ".join(f"{name} {_budget_by_seed(by_seed)}" for name, by_seed in spent.items())
+    return [Problem(f"the methods were trained for different lengths: {described}")]
+
+
+def _equal_budgets(one: _BySeed, other: _BySeed) -> bool:
+    shared = one.keys() & other.keys()
+    if not shared:
+        return _equal(sum(one.values(), Counter()), sum(other.values(), Counter()))
+    return all(_equal(one[seed], other[seed]) for seed in shared)
+
+
+def _equal(one: Counter[str], other: Counter[str]) -> bool:
+    """Return whether budgets are the same; unequal numbers of settings are a problem of their own."""
+    return one == other if one.total() == other.total() else one.keys() == other.keys()
+
+
+def _budget_by_seed(by_seed: _BySeed) -> str:
+    """Write the budgets of a method, with their seeds where they differ."""
+    seeds: dict[str, list[int]] = {}
+    for seed, budgets in sorted(by_seed.items()):
+        for budget in budgets:
+            seeds.setdefault(budget, []).append(seed)
+    if len(seeds) == 1:
+        return next(iter(seeds))
+    return _names([f"{budget} (seed{'s' if len(some) > 1 else ''} {_names(some)})" for budget, some in seeds.items()])
 
 
 def _seeds(runs: Sequence[Run]) -> list[Problem]:

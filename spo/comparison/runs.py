@@ -97,6 +97,18 @@ class Run:
         ]
         return [self.record, *(one for one in again if _evaluation_config(one) == _evaluation_config(self.record))]
 
+    @property
+    def trained_steps(self) -> float | None:
+        """Return the optimizer steps that the run trained; runs of version 0.1.0 state them in their history alone."""
+        logged = [step for row in self.record.history if (step := finite(row.get("step"))) is not None]
+        counted = self.record.metric("trained/steps")
+        return counted if counted is not None else max(logged, default=finite(self.setting.get("trainer.max_steps")))
+
+    @property
+    def trained_pairs(self) -> float | None:
+        """Return the pairs that the run trained on; ``None`` for a run of version 0.1.0, which did not count them."""
+        return self.record.metric("trained/pairs")
+
     def number(self, key: str) -> float | None:
         """Return a final number, or the last one of the history if the final one is missing."""
         value = self.record.metric(key)

@@ -162,7 +162,9 @@ class Trainer:
     val_check_interval: PositiveInt
     log_every_n_steps: PositiveInt
     gradient_clip_val: PositiveFloat | None
-    num_sanity_val_steps: Annotated[int, Ge(-1)]
+    num_sanity_val_steps: Annotated[
+        Literal[-1, 0], Advice("-1 validates once before the first step, on the whole selection split, and 0 does not")
+    ]
     enable_progress_bar: bool
     deterministic: bool | Literal["warn"]
 

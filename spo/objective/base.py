@@ -14,6 +14,7 @@ from spo.types import Window
 if TYPE_CHECKING:
     from spo.forward.speed import Speed
     from spo.metrics.sums import SumsAndCounts
+    from spo.metrics.trained import Trained
     from spo.models.reference import Reference
     from spo.objective.enumerated import Enumeration
     from spo.objective.scored import ScoredBatch
@@ -60,6 +61,7 @@ class Run(Protocol):
         micro_batch_tokens: Most tokens per forward pass, or ``None`` for no limit.
         seed: Random seed of the run.
         train_metrics: Accumulator of what a step measures.
+        trained: Steps, pairs and sampled tokens so far.
     """
 
     policy: nn.Module
@@ -73,6 +75,7 @@ class Run(Protocol):
     micro_batch_tokens: int | None
     seed: int
     train_metrics: SumsAndCounts
+    trained: Trained
 
     @property
     def device(self) -> torch.device:

@@ -106,11 +106,18 @@ class SampleDivergence(Divergence):
         started, stale = perf_counter(), buffer.is_stale(step)
         if stale:
             buffer.refresh(self.run.policy, step)
+            self.run.trained.add_samples(self._over_processes(int(buffer.held.completion_length.sum())))
         if self.run.speed.keep_reference and buffer.reference_logits is None:
             buffer.reference_logits = self._reference_logits(buffer.held)
         if stale:
             self.run.train_metrics.update({"sampling_s": perf_counter() - started})
         return buffer
+
+    def _over_processes(self, count: int) -> int:
+        total = torch.tensor(count, device=self.run.device)
+        if self.run.world_size > 1:
+            torch.distributed.all_reduce(total)
+        return int(total)
 
     def validation_value(self, means: Mapping[str, float]) -> float | None:
         """Return the probe's estimate on fresh samples, since those of the buffer are stale."""

@@ -8,11 +8,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from spo.comparison.compare import Comparison, Difference, Method
 from spo.metrics.catalogue import label, shown_in
-from spo.pages.comparison_words import describe_difference, describe_procedure, interval
+from spo.metrics.trained import BUDGET_WORDS, PREFIX
+from spo.pages.comparison_words import describe_difference, describe_procedure, describe_training, interval
 from spo.records.files import to_json, write_text
 from spo.stats import Estimate
 from spo.wording import number
@@ -56,6 +58,7 @@ def _method(method: Method) -> dict[str, Any]:
         "trials": len(method.settings),
         "best": method.best.label,
         "seeds": method.best.seeds,
+        "trained": _trained(method),
         "metrics": {name: _estimate(one) for name, one in method.estimates.items()},
         "problems": [problem.text for problem in method.problems],
         "settings": [
@@ -69,6 +72,16 @@ def _method(method: Method) -> dict[str, Any]:
             for setting in method.settings
         ],
     }
+
+
+def _trained(method: Method) -> dict[str, float | None]:
+    """Return the mean budget of the runs of the best setting; ``None`` where a run did not record it."""
+    found: dict[str, float | None] = {}
+    for key in BUDGET_WORDS:
+        counts = [run.record.metric(PREFIX + key) for run in method.best.runs]
+        known = [count for count in counts if count is not None]
+        found[key] = fmean(known) if len(known) == len(counts) else None
+    return found
 
 
 def _estimate(estimate: Estimate) -> dict[str, float | None]:
@@ -94,9 +107,10 @@ def to_csv(comparison: Comparison) -> str:
     writer = csv.writer(text, lineterminator="\n")
     names = columns(comparison)
     ends = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
-    writer.writerow(["method", "setting", "trials", "seeds", "prompts", *ends, "problems"])
+    spent = [f"{PREFIX}{key}" for key in BUDGET_WORDS]
+    writer.writerow(["method", "setting", "trials", "seeds", "prompts", *spent, *ends, "problems"])
     for method in comparison.methods:
-        numbers: list[float | None] = []
+        numbers: list[float | None] = list(_trained(method).values())
         for name in names:
             one = method.estimates.get(name)
             numbers += [None, None, None] if one is None else [one.value, one.low, one.high]
@@ -127,11 +141,11 @@ def _markdown(comparison: Comparison) -> Iterator[str]:
         yield from (f"> - {_cell(problem.text)}" for problem in comparison.problems)
         yield ""
     names = columns(comparison)
-    yield _row(["method", "best setting", "trials", "seeds", *(label(name) for name in names)])
-    yield _row(["---", "---", *["---:"] * (2 + len(names))])
+    yield _row(["method", "best setting", "trials", "seeds", "trained", *(label(name) for name in names)])
+    yield _row(["---", "---", "---:", "---:", "---", *["---:"] * len(names)])
     for method in comparison.methods:
         cells = [method.name + (" (!)" if method.problems else ""), method.best.label]
-        cells += [str(len(method.settings)), str(len(method.best.seeds))]
+        cells += [str(len(method.settings)), str(len(method.best.seeds)), describe_training(method.best)]
         for name in names:
             one = method.estimates.get(name)
             cells.append("–" if one is None else f"{number(one.value)} {interval(one)}".rstrip())

@@ -14,7 +14,14 @@ from spo.metrics.catalogue import label, unit
 from spo.pages.charts import marker
 from spo.pages.comparison_figures import curves, frontier, headline, hues, settings_chart, win_matrix
 from spo.pages.comparison_files import PAGE, columns
-from spo.pages.comparison_words import describe_difference, describe_p_value, describe_procedure, interval, join_names
+from spo.pages.comparison_words import (
+    describe_difference,
+    describe_p_value,
+    describe_procedure,
+    describe_training,
+    interval,
+    join_names,
+)
 from spo.pages.dashboard import Dashboard, load_spec
 from spo.pages.run_page import TEMPLATES
 from spo.pages.selfcontained import write_selfcontained
@@ -59,6 +66,7 @@ def write_page(comparison: Comparison, folder: Path, dashboard: Dashboard | None
         how=describe_procedure(comparison),
         label=label,
         number=number,
+        describe_training=describe_training,
     )
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from spo.comparison.compare import Comparison, Method
 from spo.metrics.catalogue import label, unit
 from spo.pages.comparison_files import columns
-from spo.pages.comparison_words import describe_difference, describe_procedure, interval
+from spo.pages.comparison_words import describe_difference, describe_procedure, describe_training, interval
 from spo.wording import clean, number
 
 # Characters of the columns; methods that do not fit go into a table below.
@@ -53,7 +53,9 @@ def _table(console: Console, comparison: Comparison, methods: Sequence[Method]) 
         )
     table.add_row("best setting", *(_text(console, method.best.label.replace(", ", "\n")) for method in methods))
     table.add_row("settings tried", *(str(len(method.settings)) for method in methods))
-    table.add_row("seeds", *(", ".join(map(str, method.best.seeds)) for method in methods), end_section=True)
+    table.add_row("seeds", *(", ".join(map(str, method.best.seeds)) for method in methods))
+    trained = (describe_training(method.best).replace(", ", "\n") for method in methods)
+    table.add_row("trained", *(_text(console, words) for words in trained), end_section=True)
     for name in columns(comparison):
         cells = []
         for method in methods:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from spo.comparison.choice import Setting
 from spo.comparison.compare import Comparison, Difference
 from spo.metrics.catalogue import label
+from spo.metrics.trained import BUDGET_WORDS, PREFIX
 from spo.stats import Estimate
 from spo.wording import number
 
@@ -13,6 +15,17 @@ def interval(estimate: Estimate | None) -> str:
     if estimate is None or estimate.low is None or estimate.high is None:
         return ""
     return f"[{number(estimate.low)}, {number(estimate.high)}]"
+
+
+def describe_training(setting: Setting) -> str:
+    """Write the budget of a setting, such as ``60 steps, 480 pairs, 0 tokens sampled``; ranges where seeds differ."""
+    found = []
+    for key, words in BUDGET_WORDS.items():
+        counts = [count for run in setting.runs if (count := run.record.metric(PREFIX + key)) is not None]
+        if counts:
+            lowest, highest = (f"{end:,.0f}" for end in (min(counts), max(counts)))
+            found.append(f"{lowest if lowest == highest else f'{lowest} to {highest}'} {words}")
+    return ", ".join(found) or "not recorded"
 
 
 def describe_difference(difference: Difference, comparison: Comparison) -> str:

@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from spo.metrics.catalogue import INTERVAL_ENDS, find, label, rank, unit
+from spo.metrics.trained import describe_budget
 from spo.records import filenames
-from spo.records.run import read_alarms
+from spo.records.run import read_alarms, read_stop
 from spo.wording import clean, describe_win_rate, finite, number, shorten, verdict_word
 
 _CONTROLLED = "_length_controlled"
@@ -53,6 +54,10 @@ def result_panel(metrics: dict[str, float], samples: list[dict[str, Any]], run_d
     parts: list[RenderableType] = [*_win_rate(console, metrics), Text(), _before_after(console, metrics)]
     if (step := finite(metrics.get("policy/step"))) is not None:
         parts.insert(0, _text(console, f"weights of step {step:,.0f}, the best on the selection split"))
+    if budget := describe_budget(metrics):
+        parts += [Text(), _text(console, f"trained: {budget}")]
+    if stopped := read_stop(run_dir):
+        parts.append(_text(console, stopped, "yellow"))
     parts += [_text(console, f"health: {alarm}", "yellow") for alarm in read_alarms(run_dir)]
     for name, row in _chosen(samples):
         parts += [Text(), _sample(console, name, row)]

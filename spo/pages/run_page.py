@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from spo.metrics.catalogue import INTERVAL_ENDS, find, label, rank, shown_in, unit
+from spo.metrics.trained import describe_budget
 from spo.pages.charts import LineChart, Series, histogram, interval_bar, line_chart
 from spo.pages.dashboard import Curves, Dashboard, load_spec, unit_of
 from spo.pages.selfcontained import write_selfcontained
@@ -55,6 +56,7 @@ def render_report(run_dir: Path, dashboard: Dashboard | None = None) -> Path:
         title=_title(run),
         facts=_facts(run),
         status=_status(run),
+        stopped=run.provenance.get("stopped"),
         win_rate=_win_rate(run),
         cards=_cards(run),
         table=_table(run),
@@ -118,7 +120,9 @@ def _facts(run: RunRecord) -> list[str]:
         weight = finite(run.get("regularizer.weight"))
         facts.append(f"regularizer {str(regularizer).rpartition('.')[2]}" + (f" × {weight:g}" if weight else ""))
     steps = finite(run.get("trainer.max_steps"))
-    if steps and steps > 0:
+    if budget := describe_budget(run.metrics or {}):
+        facts.append(f"trained {budget}")
+    elif steps and steps > 0:
         facts.append(f"{steps:,.0f} steps")
     if (best := run.metric("policy/step")) is not None:
         facts.append(f"weights of step {best:,.0f}, the best by {run.get('callbacks.checkpoint.monitor')}")

@@ -121,6 +121,12 @@ def read_alarms(run_dir: Path) -> list[str]:
         return []
 
 
+def read_stop(run_dir: Path) -> str | None:
+    """Return the sentence of ``provenance.json`` about a training that stopped early, ``None`` if there is none."""
+    words = (read_mapping(run_dir / filenames.PROVENANCE) or {}).get("stopped")
+    return words if isinstance(words, str) else None
+
+
 def _text(run: RunRecord, path: Path, consequence: str) -> str | None:
     if not path.is_file():
         run.notes.append(f"{path.name} is missing: {consequence}.")

@@ -115,6 +115,19 @@ def record_inputs(run_dir: Path, inputs: Mapping[str, str], step: int = 0) -> No
     write_json(run_dir / filenames.PROVENANCE, {**provenance, "inputs": dict(inputs)})
 
 
+def record_stop(run_dir: Path, words: str | None) -> None:
+    """Record in ``provenance.json`` why training stopped before its last step.
+
+    Args:
+        run_dir: Run directory.
+        words: Sentence for a person; ``None`` if training took all of its steps, which removes an earlier sentence.
+    """
+    provenance = read_mapping(run_dir / filenames.PROVENANCE) or {}
+    provenance.pop("stopped", None)
+    stopped = {} if words is None else {"stopped": words}
+    write_json(run_dir / filenames.PROVENANCE, provenance | stopped)
+
+
 def _mappings(value: Any) -> list[dict[str, Any]]:
     """Return the entries of a list in the file, none where a person or a fault has changed it to something else."""
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []

@@ -15,17 +15,17 @@ from spo.config.compose import compose, expand_numbers, parse
 from spo.config.trust import Caller, check_trusted
 from spo.errors import ConfigProblems, UserError
 from spo.records import filenames
-from spo.records.files import read_json, write_json
+from spo.records.files import read_json, read_mapping, write_json
 from spo.runs.claim import is_finished, locked
 from spo.runs.identity import identity, known_digests, with_digest
 from spo.runs.processes import is_first_process
 from spo.runs.saved_config import load_config, refuse_redacted, write_config
 
 # Keys and groups that a resumed run may change, always and until it is finished.
-LENGTH = ("trainer.max_steps", "trainer.max_epochs")
+LENGTH, TIME = ("trainer.max_steps", "trainer.max_epochs"), "trainer.max_time"
 # A run that stopped at a loss that is not finite may leave that step out.
 NONFINITE = ("callbacks.nonfinite.action", "callbacks.nonfinite.max_skipped")
-RESUMABLE = (*LENGTH, "logger", "strategy", "model.trust_remote_code", *NONFINITE)
+RESUMABLE = (*LENGTH, TIME, "logger", "strategy", "model.trust_remote_code", *NONFINITE)
 UNTIL_FINISHED = ("judge", "evaluation")
 
 
@@ -34,10 +34,10 @@ def resumed_config(
 ) -> DictConfig:
     """Return the configuration with which the run in ``run_dir`` resumes, and record its changes there.
 
-    Only ``trainer.max_steps``, ``trainer.max_epochs``, the keys of ``callbacks.nonfinite``, ``logger`` and ``strategy``
-    may change and, until the run is finished, ``judge`` and ``evaluation``: a judge that cannot be asked costs no
-    training. A finished run resumes where its length grew. Its limits are those of the identity: ``composed.yaml`` has
-    the steps that followed from them.
+    Only the length (``trainer.max_steps``, ``max_epochs`` or ``max_time``), the keys of ``callbacks.nonfinite``,
+    ``logger`` and ``strategy`` may change and, until the run is finished, ``judge`` and ``evaluation``: a judge that
+    cannot be asked costs no training. A finished run resumes where its length grew, or where ``max_time`` changed and
+    had stopped it. Its limits are those of the identity: ``composed.yaml`` has the steps that followed from them.
 
     Args:
         run_dir: Run directory.
@@ -52,7 +52,7 @@ def resumed_config(
     """
     run_dir = Path(run_dir)
     cfg = load_config(run_dir)
-    before = OmegaConf.select(cfg, "trainer.max_steps")
+    before, time_before = OmegaConf.select(cfg, "trainer.max_steps"), OmegaConf.select(cfg, TIME)
     if OmegaConf.select(cfg, "trainer.max_epochs") is not None:
         cfg.trainer.max_steps = _given(run_dir).get("trainer.max_steps")
     problems: list[str] = []
@@ -69,7 +69,7 @@ def resumed_config(
         raise ConfigProblems(problems)
     if overrides and is_first_process():
         with locked(run_dir):
-            _record_changes(run_dir, cfg, before)
+            _record_changes(run_dir, cfg, before, time_before)
     return cfg
 
 
@@ -81,9 +81,9 @@ def _change(cfg: DictConfig, text: str, run_dir: Path, config_dir: str | Path | 
         raise UserError(f"{text}: the run is finished; spo evaluate {run_dir} {text} evaluates it again")
     if key not in RESUMABLE and group not in (*RESUMABLE, *UNTIL_FINISHED):
         raise UserError(
-            f"{text}: a resumed run cannot change this; it can change {', '.join(LENGTH)}, logger.* and strategy.*, "
-            "callbacks.nonfinite.action and .max_skipped, and judge.* and evaluation.* until it is finished (start a "
-            "new run to change anything else)"
+            f"{text}: a resumed run cannot change this; it can change {', '.join((*LENGTH, TIME))}, logger.* and "
+            "strategy.*, callbacks.nonfinite.action and .max_skipped, and judge.* and evaluation.* until it is "
+            "finished (start a new run to change anything else)"
         )
     if override.is_sweep_override() or override.is_delete():
         raise UserError(f"{text}: a resumed run takes one value per key")
@@ -112,17 +112,21 @@ def _given(run_dir: Path) -> Mapping[str, Any]:
     return (read_json(run_dir / filenames.IDENTITY) or {}).get("config", {})
 
 
-def _record_changes(run_dir: Path, cfg: DictConfig, before: int | None) -> None:
+def _record_changes(run_dir: Path, cfg: DictConfig, before: int | None, time_before: Any) -> None:
     old, finished = read_json(run_dir / filenames.IDENTITY) or {}, is_finished(run_dir)
     epochs = OmegaConf.select(cfg, "trainer.max_epochs")
     limits, given = (cfg.trainer.max_steps, epochs), tuple(_given(run_dir).get(key) for key in LENGTH)
+    # Runs of version 0.1.0 do not have this number.
+    trained = int((read_mapping(run_dir / filenames.METRICS) or {}).get("trained/steps", before or 0))
+    has_other_time = trained < (before or 0) and OmegaConf.select(cfg, TIME) != time_before
     if finished and before is not None and limits != given:
         # The steps of more epochs are known only when the data is read, so a limit in epochs grows with its number.
         shorter = limits[0] is not None and limits[0] <= before
         if shorter or (epochs is not None and given[1] is not None and epochs < given[1]):
             key, value = (LENGTH[0], limits[0]) if shorter else (LENGTH[1], epochs)
             raise UserError(f"{key}={value}: the run in {run_dir} is finished at {before} steps")
-        (run_dir / filenames.METRICS).rename(run_dir / filenames.earlier_metrics(before))
+    if finished and before is not None and (limits != given or has_other_time):
+        (run_dir / filenames.METRICS).rename(run_dir / filenames.earlier_metrics(trained))
     new = identity(cfg)
     write_config(run_dir, cfg)
     # The code stays the one that started the run: the same command rejects another version, and provenance.json lists

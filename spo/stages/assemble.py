@@ -7,15 +7,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from spo.callbacks import Interruption, ValidationSamples
+from spo.callbacks import Interruption, Stop, ValidationSamples
+from spo.config.checks.callbacks import members
+from spo.config.nodes import first_line
 from spo.data.datamodule import PreferenceDataModule
+from spo.errors import UserError
 from spo.evaluation import EvaluationSettings
 from spo.exact import ExactMetrics, World
 from spo.forward.speed import Speed
@@ -42,12 +47,14 @@ class Parts:
         data: Batches of the train and selection splits.
         trainer: Trainer that fits the module to the data.
         exact: Metrics against the optimum, ``None`` for data that cannot be enumerated.
+        stop: Callback that knows why training ended before its last step.
     """
 
     module: AlignmentModule
     data: PreferenceDataModule
     trainer: Trainer
     exact: ExactMetrics | None
+    stop: Stop
 
 
 def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
@@ -64,13 +71,14 @@ def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
     exact = build_exact(cfg, prepared)
     enumeration = None if exact is None else Enumeration(exact.world.sequences, len(exact.world.rewards))
     module = build_module(cfg, policy, reference, prepared, enumeration)
-    trainer = build_trainer(cfg, loggers, [] if exact is None else [exact])
+    stop = Stop()
+    trainer = build_trainer(cfg, loggers, [stop] if exact is None else [stop, exact])
     sampled = _attach_validation_samples(cfg, prepared, trainer)
     if module.needs_reference_model or (sampled and reference.scores_samples):
         reference.attach(lambda: prepared.spec.start(prepared.base))
     reference.use_store(partial(logps_store, cfg, prepared))
     data = build_data(cfg, reference, module, prepared)
-    return Parts(module, data, trainer, exact)
+    return Parts(module, data, trainer, exact, stop)
 
 
 def build_exact(cfg: DictConfig, prepared: Prepared) -> ExactMetrics | None:
@@ -166,13 +174,14 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Callback]
     ``trainer.max_steps`` is the length of the run; it includes the limit of ``trainer.max_epochs``.
     """
     settings = {key: value for key, value in cfg.trainer.items() if key not in ("gradient_clip_val", "max_epochs")}
-    shown = cfg.trainer.enable_progress_bar
-    return instantiate(
+    added = [instantiate(node) for node in members(cfg).values()]
+    if not cfg.trainer.enable_progress_bar:
+        added = [callback for callback in added if not isinstance(callback, ProgressBar)]
+    make = partial(
+        instantiate,
         OmegaConf.create(settings),
         logger=loggers,
-        callbacks=callbacks
-        + [instantiate(node) for name, node in cfg.callbacks.items() if shown or name != "progress"]
-        + [Interruption()],
+        callbacks=[*callbacks, *added, Interruption()],
         strategy=instantiate(cfg.strategy).plugin,
         max_epochs=-1,
         check_val_every_n_epoch=None,
@@ -181,7 +190,13 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Callback]
         enable_model_summary=False,
         enable_checkpointing=True,
         default_root_dir=cfg.paths.run,
+        _convert_="all",  # Lightning does not take a mapping of Hydra as its trainer.max_time.
     )
+    try:
+        return make()
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise UserError(f"trainer or callbacks: Lightning refuses these settings: {first_line(cause)}") from error
 
 
 def _attach_validation_samples(cfg: DictConfig, prepared: Prepared, trainer: Trainer) -> bool:

@@ -35,7 +35,7 @@ from spo.records.run import read_result
 from spo.runs.checkpoints import last_checkpoint
 from spo.runs.claim import Status, claim, finish
 from spo.runs.processes import is_first_process, sweep_dir
-from spo.runs.provenance import record_continuation, record_inputs
+from spo.runs.provenance import record_continuation, record_inputs, record_stop
 from spo.runs.resume import resumed_config
 from spo.secrets import remember_secrets
 from spo.stages.assemble import Parts, assemble, validation_samples
@@ -46,6 +46,7 @@ from spo.stages.from_config import eval_device, resolve_values
 from spo.stages.length import with_length
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
+from spo.stages.trained import Start, check_pairs, check_steps, check_weights
 from spo.tracking import Tracker
 from spo.tracking.guard import make_guarded, writable_home
 
@@ -116,6 +117,8 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
     parts = assemble(cfg, prepared, [record, *loggers])
     module, trainer = parts.module, parts.trainer
     prepare_checkpoints(cfg, trainer, run_dir, prepared)
+    check_pairs(prepared.pairs.train, module.loss)
+    start = Start(module.policy)
     if trainer.is_global_zero:
         _show_start(cfg, prepared, parts)
     with ExitStack() as stack:
@@ -128,6 +131,10 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
         if not trainer.is_global_zero:
             return {}
         weights = chosen.whole
+        record_stop(run_dir, check_steps(trainer.global_step, cfg.trainer.max_steps, parts.stop))
+        after = weights or dict(module.policy.named_parameters())
+        steps, skipped = trainer.global_step, len(module.guard.skipped)
+        budget = module.trained.metrics() | check_weights(start, after, steps, cfg, record.rows(), skipped)
         module.reference.to(torch.device("cpu"))  # frees memory for the evaluation, which loads what was saved
         final = {name: getattr(module, name)(chosen.step) for name in COEFFICIENTS}
         write_json(run_dir / filenames.COEFFICIENTS, final)
@@ -155,6 +162,7 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
             **(record.latest if chosen.step == trainer.global_step else record.latest_with_validation_of(chosen.step)),
             **({"policy/step": float(chosen.step)} if cfg.evaluation.get("policy") == "best" else {}),
             **evaluation.metrics,
+            **budget,
             **({} if gap is None else {"policy/saved_gap": gap}),
             **{f"data/pairs_{key}": float(prepared.pairs.counts[key]) for key in REPORTED_COUNTS},
             **notes,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
+from spo.config.checks.callbacks import callback_problems
 from spo.config.checks.combinations import combination_problems
 from spo.config.checks.files import file_problems
 from spo.config.checks.notes import warnings
@@ -52,4 +53,4 @@ def code_problems(cfg: DictConfig) -> list[str]:
     cfg = with_some_length(cfg)
     found = list(target_problems(cfg))
     parts = CheckedParts(cfg, found)
-    return list(dict.fromkeys([*found, *combination_problems(cfg, parts)]))
+    return list(dict.fromkeys([*found, *callback_problems(cfg, parts), *combination_problems(cfg, parts)]))

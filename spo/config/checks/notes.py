@@ -8,6 +8,8 @@ from spo.config.checks.targets import CheckedParts
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.nodes import select
 
+HALF_PRECISION = ("bfloat16", "float16")
+
 
 def warnings(cfg: DictConfig) -> list[str]:
     """Return a sentence for each setting that is allowed but has no effect, or another one than its name suggests."""
@@ -36,6 +38,12 @@ def warnings(cfg: DictConfig) -> list[str]:
         notes.append(
             "regularizer.estimator=k1 measures the KL and does not regularize: its gradient is zero in expectation; "
             "tokenwise, unbiased and k2 have a gradient of the KL"
+        )
+    dtype = str(select(cfg, "model.dtype"))
+    if dtype in HALF_PRECISION and select(cfg, "model.lora") is None:  # Adapters are in float32.
+        notes.append(
+            f"model.dtype={dtype} trains the weights in {dtype}, where small updates round away; "
+            "model.dtype=float32 trainer.precision=bf16-mixed computes in bfloat16 and keeps the weights in float32"
         )
     if select(cfg, "model.adapter_path") is not None:
         notes.append("model.adapter_path brings its own rank, scale and targets: model.lora.* is not read")

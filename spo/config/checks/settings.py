@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from spo.config.nodes import entries, first_line, select
+from spo.config.nodes import entries, first_line, listed, select, suggestion
 from spo.config.schema import typed_keys
 from spo.config.values import violation
 
@@ -41,7 +41,18 @@ DERIVED_TRAINER_KEYS = {
     "default_root_dir": "use hydra.run.dir",
     "gradient_clip_algorithm": "gradients are clipped by their norm",
     "reload_dataloaders_every_n_epochs": "the data module is read once",
+    "fast_dev_run": "use +debug=tiny, a whole run of a few steps",
+    "overfit_batches": "use data.limit to train on few pairs",
+    "limit_train_batches": "use trainer.max_steps, or data.limit to train on few pairs",
+    "limit_val_batches": "use data.splits.selection: a validation covers the whole selection split",
+    "limit_test_batches": "use evaluation.num_prompts",
+    "limit_predict_batches": "use evaluation.num_prompts",
+    "barebones": "it turns the record of the run off; compare speeds with benchmarks/",
+    "sync_batchnorm": "language models do not have batch normalization",
+    "enable_autolog_hparams": "the record holds the configuration",
+    "model_registry": "policy/ in the run directory is the trained model",
 }
+PROFILERS = ("simple", "advanced", "pytorch", "xla")
 
 # Groups that a run cannot do without, as an experiment file with `GROUP: null` would.
 NEEDED_GROUPS = (
@@ -139,6 +150,9 @@ def _trainer(cfg: DictConfig) -> Iterator[str]:
     for name, instead in DERIVED_TRAINER_KEYS.items():
         if name in given:
             yield f"trainer.{name} cannot be set: {instead}"
+    profiler = select(cfg, "trainer.profiler")
+    if isinstance(profiler, str) and profiler not in PROFILERS:
+        yield f"trainer.profiler={profiler}: choose {listed([*PROFILERS, 'null'])}{suggestion(profiler, PROFILERS)}"
     if str(select(cfg, "trainer.devices")) == "0":
         yield "trainer.devices=0: must be a number of devices, a list of them, or auto"
     if "max_steps" in given and select(cfg, "trainer.max_steps") is None and select(cfg, "trainer.max_epochs") is None:

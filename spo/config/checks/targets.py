@@ -148,6 +148,7 @@ class CheckedParts:
         """Return what the node at a key makes, ``None`` (and a problem) if it cannot be made."""
         from hydra.errors import InstantiationException
         from hydra.utils import instantiate
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
 
         node = select(self.cfg, key)
         if not isinstance(node, DictConfig) or self.has_problem(key):
@@ -158,7 +159,8 @@ class CheckedParts:
             return None
         except InstantiationException as error:
             cause = error.__cause__ or error
-            if not isinstance(cause, ValueError | TypeError | JudgeError | InstantiationException):
+            wrong_value = (ValueError, TypeError, JudgeError, InstantiationException, MisconfigurationException)
+            if not isinstance(cause, wrong_value):
                 raise  # A fault in the code, not a wrong value.
             words = first_line(cause)
             self.problems.append(words if words.startswith(key) else f"{key}: {words}")

@@ -1,0 +1,87 @@
+"""The budget that a run has trained so far: optimizer steps, pairs, and tokens sampled for the objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from spo.wording import finite
+
+PREFIX = "trained/"
+"""Beginning of the keys of the budget in ``metrics.json``."""
+BUDGET_WORDS = {"steps": "steps", "pairs": "pairs", "sampled_tokens": "tokens sampled"}
+"""Counts of the budget, each with its words for people."""
+
+
+@dataclass
+class Trained:
+    """Counts over all processes, from the first step on, also after a resume.
+
+    Attributes:
+        steps: Optimizer steps that changed the weights; a step that was skipped does not count.
+        pairs: Pairs of these steps, or ``None`` if a checkpoint of an older version did not record them.
+        sampled_tokens: Completion tokens that were sampled for the objective, or ``None`` as for ``pairs``. Samples
+            that only measure the policy do not count.
+    """
+
+    steps: int = 0
+    pairs: int | None = 0
+    sampled_tokens: int | None = 0
+    _recent: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
+
+    def add_step(self, number: int, pairs: int) -> None:
+        """Count an optimizer step.
+
+        Args:
+            number: Steps before this one.
+            pairs: Pairs of the step, over all processes.
+        """
+        # Whether a step was skipped may be known only when the next one begins.
+        self._recent = {key: count for key, count in self._recent.items() if key == number - 1} | {number: pairs}
+        self._count(1, pairs)
+
+    def skip_step(self, number: int) -> None:
+        """Take back one of the last two steps, because it did not change the weights.
+
+        Args:
+            number: Number that the step was counted with.
+        """
+        self._count(-1, -self._recent.pop(number))
+
+    def _count(self, steps: int, pairs: int) -> None:
+        self.steps += steps
+        if self.pairs is not None:
+            self.pairs += pairs
+
+    def add_samples(self, tokens: int) -> None:
+        """Count samples of the policy.
+
+        Args:
+            tokens: Completion tokens of the samples, over all processes.
+        """
+        if self.sampled_tokens is not None:
+            self.sampled_tokens += tokens
+
+    def metrics(self) -> dict[str, float]:
+        """Return the known counts under their keys in ``metrics.json``."""
+        return {PREFIX + name: float(count) for name, count in self.state_dict().items() if count is not None}
+
+    def state_dict(self) -> dict[str, int | None]:
+        """Return the counts."""
+        return {name: getattr(self, name) for name in BUDGET_WORDS}
+
+    def load_state_dict(self, state: Mapping[str, int | None]) -> None:
+        """Restore the counts that :meth:`state_dict` returned."""
+        for name, count in state.items():
+            setattr(self, name, count)
+
+
+def describe_budget(metrics: Mapping[str, Any]) -> str:
+    """Write the budget of a run, such as ``18 steps, 144 pairs, 2,304 tokens sampled``; empty where it is unknown.
+
+    Args:
+        metrics: Content of ``metrics.json``.
+    """
+    known = {words: finite(metrics.get(PREFIX + name)) for name, words in BUDGET_WORDS.items()}
+    return ", ".join(f"{count:,.0f} {words}" for words, count in known.items() if count is not None)
