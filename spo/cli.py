@@ -261,7 +261,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Words after ``spo``; ``None`` for those of the process.
 
     Returns:
-        Exit status: 0, 1 for an error in the run or its settings, 2 for a wrong command line, 130 for an interruption.
+        Exit status: 0, 1 for an error in the run or its settings, 2 for a wrong command line, 128 plus the number of a
+        signal that interrupted it.
     """
     end_scrubbing = scrub_output()
     try:
@@ -302,17 +303,24 @@ def _main(words: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(help_of(name, arguments))
         return 0
+    from spo.runs.processes import is_first_process
+    from spo.signals import Interrupted, handled
+
     # Python would print a traceback for each line of a log file on a full disk.
     logging.raiseExceptions = os.environ.get("SPO_DEBUG") == "1"
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # It warns if the home folder cannot be written.
     if name in ("train", "inspect", "verify"):  # Other commands read directories that may be somebody else's.
         import_from_current_folder()
     try:
-        return RUN[name](arguments)
+        with handled():
+            return RUN[name](arguments)
     except UsageError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except Interrupted as interruption:
+        # Lightning kills the first process, which still writes its files, if another one reports an error.
+        return _fail(str(interruption), interruption.status) if is_first_process() else 0
     except Exception as error:
         if os.environ.get("SPO_DEBUG") == "1":
             raise

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -79,6 +79,7 @@ class AlignmentModule(LightningModule):
         regularization: Part of the objective that the regularizer adds.
         controllers: Schedules that adjust themselves to what the probe measures.
         validated: Means of the last validation, under their names without ``val/``.
+        step_listeners: Functions of the Trainer that are called when an optimizer step is complete and logged.
         trained: Steps, pairs and sampled tokens so far.
     """
 
@@ -132,6 +133,7 @@ class AlignmentModule(LightningModule):
         self.train_metrics = SumsAndCounts((*of_pairs, *STEP_METRICS, *self.controllers.metrics, *TIME_METRICS))
         self.val_metrics = SumsAndCounts((*of_pairs, *HEALTH_METRICS, LOSS_SCALE))
         self.validated: dict[str, float] = {}
+        self.step_listeners: list[Callable[[Trainer], None]] = []
         self.trained = Trained()
         self._resumed_rng_state: Tensor | None = None
         # The checkpoint of an adapter holds the adapter, not the frozen weights below it.
@@ -204,7 +206,12 @@ class AlignmentModule(LightningModule):
         return nullcontext()
 
     def on_train_batch_end(self, outputs: Any, batch: Window, batch_idx: int) -> None:
-        """Adjust the controllers that are due, and log a row every ``log_every_n_steps``."""
+        """Adjust the controllers that are due, log a row every ``log_every_n_steps``, and call the listeners."""
+        self._adjust_and_log()
+        for listener in self.step_listeners:
+            listener(self.trainer)
+
+    def _adjust_and_log(self) -> None:
         step = self.global_step
         if not (self.controllers.are_due(step) or self.is_log_step):
             return
@@ -338,6 +345,7 @@ class AlignmentModule(LightningModule):
         checkpoint["sample_buffer"] = self.regularization.state_dict()  # the name of version 0.1.0
         checkpoint["torch_rng_state"] = torch.get_rng_state()
         checkpoint["controllers"] = self.controllers.state_dict()
+        checkpoint["train_metrics"] = self.train_metrics.by_rank()  # `state_dict` has those of the first rank alone
         checkpoint["trained"] = self.trained.state_dict()
         if not self.strict_loading:
             frozen = {f"policy.{name}" for name, p in self.policy.named_parameters() if not p.requires_grad}
@@ -348,6 +356,9 @@ class AlignmentModule(LightningModule):
         self.regularization.load_state_dict(checkpoint["sample_buffer"])
         self._resumed_rng_state = checkpoint["torch_rng_state"]
         self.controllers.load_state_dict(checkpoint["controllers"])
+        if (rows := checkpoint.get("train_metrics")) is not None and self._trainer is not None:  # newer than 0.1.0
+            own = self.train_metrics.of_rank(rows, self.global_rank, self.world_size)
+            checkpoint["state_dict"] |= {f"train_metrics.{name}": tensor for name, tensor in own.items()}
         # Version 0.1.0 did not count pairs.
         unknown = {"steps": checkpoint["global_step"], "pairs": None, "sampled_tokens": None}
         self.trained.load_state_dict(checkpoint.get("trained", unknown))

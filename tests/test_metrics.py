@@ -125,3 +125,12 @@ def test_repetition_by_hand() -> None:
     assert repetition([1, 2] * 4) == pytest.approx(3 / 5)  # 1212 2121 1212 2121 1212
     assert repetition([7] * 9) == pytest.approx(5 / 6)
     assert repetition("abab", n=2) == pytest.approx(1 / 3)  # type: ignore[arg-type]
+
+
+def test_sums_of_each_process_return_to_it() -> None:
+    metric = SumsAndCounts(("a", "b"))
+    metric.update({"a": torch.tensor([1.0, 3.0])})
+    assert {name: rows.tolist() for name, rows in metric.by_rank().items()} == {"sums": [[4, 0]], "counts": [[2, 0]]}
+    rows = {"sums": torch.tensor([[4.0, 0.0], [1.0, 2.0]]), "counts": torch.tensor([[2.0, 0.0], [1.0, 1.0]])}
+    assert metric.of_rank(rows, 1, 2)["sums"].tolist() == [1, 2]
+    assert [metric.of_rank(rows, rank, 3)["counts"].tolist() for rank in range(3)] == [[3, 1], [0, 0], [0, 0]]

@@ -150,6 +150,9 @@ def test_finished_old_run_resumes_for_more_steps(tmp_path: Path, capsys: pytest.
 NEW_KEYS = {
     f"  - {key}"
     for key in (
+        "callbacks.checkpoint.every_n_steps",
+        "callbacks.checkpoint.top_k",
+        "evaluation.policy",
         "callbacks.nonfinite._target_",
         "callbacks.nonfinite.action",
         "callbacks.nonfinite.max_skipped",

@@ -253,21 +253,24 @@ def empty(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, flip, empty])
-def test_damaged_checkpoint_is_skipped(
-    damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_damaged_checkpoint_is_skipped_with_a_note(
+    damage: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "checkpoints"
-    assert last_checkpoint(tmp_path) == (None, -1)
+    assert last_checkpoint(tmp_path) == (None, -1, None)
     folder.mkdir()
-    for name, step in (("last", 8), ("best", 5)):
+    for name, step in (("last", 8), ("best", 5), ("step-3", 3), ("step-6", 6)):
         torch.save({"global_step": step, "weights": torch.ones(1000, 20)}, folder / f"{name}.ckpt")
-    assert last_checkpoint(tmp_path) == (str(folder / "last.ckpt"), 8)
-    assert capsys.readouterr().err == ""
+    assert last_checkpoint(tmp_path) == (str(folder / "last.ckpt"), 8, None)
+    assert caplog.text == ""
     damage(folder / "last.ckpt")
-    assert last_checkpoint(tmp_path) == (str(folder / "best.ckpt"), 5)
-    assert capsys.readouterr().err == f"spo: {folder}/last.ckpt is damaged: skipped\n"
-    damage(folder / "best.ckpt")
-    assert last_checkpoint(tmp_path) == (None, -1)
+    assert last_checkpoint(tmp_path) == (str(folder / "step-6.ckpt"), 6, None)
+    [record] = caplog.records
+    assert record.getMessage() == f"{folder}/last.ckpt is damaged: the run resumes from step-6.ckpt at step 6"
+    for name in ("best", "step-3", "step-6"):
+        damage(folder / f"{name}.ckpt")
+    assert last_checkpoint(tmp_path) == (None, -1, None)
+    assert "are damaged: the run starts again, since it does not have another checkpoint" in caplog.text
 
 
 def test_run_with_damaged_checkpoints_restarts_with_the_same_result(
@@ -287,7 +290,7 @@ def test_run_with_damaged_checkpoints_restarts_with_the_same_result(
         job(broken, cache, *FAST, "method=dpo")
     for checkpoint in (broken / "checkpoints").iterdir():
         cut(checkpoint)
-    assert job(broken, cache, *FAST, "method=dpo") == whole
+    assert job(broken, cache, *FAST, "method=dpo") == {**whole, "notes/damaged_checkpoints": 2.0}
     assert history(broken) == history(tmp_path / "whole")
     assert not (broken / "failure.json").exists()
 

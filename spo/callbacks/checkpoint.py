@@ -1,44 +1,225 @@
-"""Checkpoints of a run: the last step, to resume from, and the best one."""
+"""Checkpoints of a run: the last step, to resume from, and the best ones."""
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint as BaseCheckpoint
 
+from spo.bounds import NonNegativeInt, PositiveInt
+from spo.callbacks.history import HistoryLogger
+from spo.errors import UserError
+from spo.module import AlignmentModule
 from spo.records import filenames
 
+RUN_KEY = "run_identity"
+"""Entry of a checkpoint that holds the digest of the run's identity; checkpoints of version 0.1.0 do not have it."""
+HISTORY_KEY = "history"
+"""Entry of a checkpoint that holds ``history.jsonl`` up to its step: compressed text as a tensor of bytes."""
+STEP_FILES = "step-*.ckpt"
 
-class Checkpoint(ModelCheckpoint):
-    """``last.ckpt`` and ``best.ckpt``, written at every validation; ``last.ckpt`` at the end of training too.
+
+class Checkpoint(BaseCheckpoint):
+    """``last.ckpt`` at every validation, and the best checkpoints by a metric.
+
+    Each file is written under a temporary name and renamed, so a process that is killed meanwhile leaves the earlier
+    one. ``best.ckpt`` is the best checkpoint. With ``top_k`` above 1, the best ones are also ``step-N.ckpt``. Of equal
+    values, the earlier step is better; a value that is not finite is never among the best.
 
     Args:
         dirpath: Folder of the checkpoints.
-        monitor: Logged metric that decides the best.
+        monitor: Logged metric of the validation that decides which checkpoints are the best.
         mode: Whether the best is the lowest (``"min"``) or the highest (``"max"``).
+        every_n_steps: Optimizer steps between writes of ``last.ckpt`` in addition to those at validations; ``None``
+            for none. The defaults are those of runs of version 0.1.0, whose configurations do not have these keys.
+        top_k: Number of best checkpoints to keep, 0 for none.
+
+    Attributes:
+        run: Digest of the run's identity, which checkpoints carry; ``None`` outside of runs.
+        best: Values of the best checkpoints by step, best first.
     """
 
-    def __init__(self, dirpath: str, monitor: str, mode: Literal["min", "max"]) -> None:
-        super().__init__(
-            dirpath=dirpath,
-            filename="best",
-            monitor=monitor,
-            mode=mode,
-            save_top_k=1,
-            save_last=True,
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
-        )
+    def __init__(
+        self,
+        dirpath: str,
+        monitor: str,
+        mode: Literal["min", "max"],
+        every_n_steps: PositiveInt | None = None,
+        top_k: NonNegativeInt = 1,
+    ) -> None:
+        self.folder, self.monitor, self.mode = Path(dirpath).expanduser(), monitor, mode
+        self.every_n_steps, self.top_k = every_n_steps, top_k
+        self.run: str | None = None
+        self.best: dict[int, float] = {}
+        self._saved_step = 0  # A run that has not trained does not need a checkpoint.
+        self._first_step: int | None = None
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        # A run resumed from a checkpoint does not log that step again, so the rows up to it must be on disk first.
-        for logger in trainer.loggers:
-            logger.save()
-        super()._save_checkpoint(trainer, filepath)
+    @property
+    def last_path(self) -> Path:
+        """Return the path of ``last.ckpt``."""
+        return self.folder / filenames.LAST_CHECKPOINT
+
+    @property
+    def best_path(self) -> Path:
+        """Return the path of ``best.ckpt``."""
+        return self.folder / filenames.BEST_CHECKPOINT
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask the module to be called when a step is complete: a hook for callbacks runs before the module's own."""
+        if isinstance(pl_module, AlignmentModule):
+            pl_module.step_listeners.append(self._on_step_complete)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note which step is saved already."""
+        self._saved_step = trainer.global_step
+
+    def _on_step_complete(self, trainer: Trainer) -> None:
+        at_interval = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        # Data without selection pairs has the checkpoints of validations without the validations.
+        if at_interval or (_is_time_to_validate(trainer) and not validation_follows(trainer)):
+            self.save_last(trainer)
+
+    def save_last(self, trainer: Trainer) -> None:
+        """Write ``last.ckpt``, unless this step is saved or a validation follows it, which saves it.
+
+        Lightning would skip the validation of a run that resumes from a checkpoint between step and validation.
+        """
+        if trainer.global_step != self._saved_step and not validation_follows(trainer):
+            self._save(trainer, self.last_path)
+            self._saved_step = trainer.global_step
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write ``last.ckpt``, and the best ones if this validation is among them."""
+        value = self._value(trainer)
+        if trainer.sanity_checking:
+            return
+        if value is not None:
+            self._rank(trainer, value)
+        self._save(trainer, self.last_path)
+        self._saved_step = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the final state if the last step did not validate."""
-        super().on_train_end(trainer, pl_module)
-        if trainer.global_step > self._last_global_step_saved:
-            trainer.save_checkpoint(f"{self.dirpath}/{filenames.LAST_CHECKPOINT}")
+        if trainer.global_step != self._saved_step:
+            self._save(trainer, self.last_path)
+            self._saved_step = trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the values of the best checkpoints."""
+        return {"best": dict(self.best)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.best = dict(state_dict["best"])
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the identity of the run, and its history, from which a damaged file is repaired."""
+        checkpoint[RUN_KEY] = self.run
+        if (history := _history(trainer)) is not None and history.path.exists():
+            packed = bytearray(zlib.compress(history.path.read_bytes()))
+            checkpoint[HISTORY_KEY] = torch.frombuffer(packed, dtype=torch.uint8)
+
+    def _value(self, trainer: Trainer) -> float | None:
+        """Return the value of the monitored metric on every process; ``None`` where it is absent or not finite.
+
+        Raises:
+            UserError: The first validation does not log the metric.
+        """
+        if self.top_k == 0:
+            return None
+        metrics: dict[str, Any] = dict(trainer.callback_metrics)
+        if (history := _history(trainer)) is not None:
+            metrics |= history.row(trainer.global_step)  # with metrics that callbacks send to loggers only
+        # Only the first process has a history, and all must agree on what to save.
+        known, value = trainer.strategy.broadcast((sorted(metrics), metrics.get(self.monitor)))
+        if self.monitor not in known and trainer.global_step == self._first_validation(trainer):
+            names = ", ".join(name for name in known if name.startswith("val/") and "/health/" not in name)
+            raise UserError(
+                f"callbacks.checkpoint.monitor={self.monitor}: the validation does not log this metric; choose one "
+                f"of {names}, or set callbacks.checkpoint.top_k=0"
+            )
+        found = math.nan if value is None else float(value)
+        return found if math.isfinite(found) else None
+
+    def _first_validation(self, trainer: Trainer) -> int:
+        if self._first_step is None:
+            self._first_step = trainer.global_step
+        return self._first_step
+
+    def _rank(self, trainer: Trainer, value: float) -> None:
+        """Save this step if it is among the best, and remove those that are not any more."""
+        step = trainer.global_step
+        values = {**{earlier: known for earlier, known in self.best.items() if earlier < step}, step: value}
+        sign = 1 if self.mode == "min" else -1
+        ranked = sorted(values, key=lambda one: (sign * values[one], one))[: self.top_k]
+        self.best = {one: values[one] for one in ranked}
+        if step not in self.best:
+            return
+        path = self.best_path if self.top_k == 1 else self._step_path(step)
+        self._save(trainer, path)
+        if trainer.is_global_zero and self.top_k > 1:
+            if ranked[0] == step:
+                _link(path, self.best_path)
+            for file in set(self.folder.glob(STEP_FILES)) - {self._step_path(one) for one in ranked}:
+                file.unlink()
+
+    def _step_path(self, step: int) -> Path:
+        return self.folder / STEP_FILES.replace("*", str(step))
+
+    def _save(self, trainer: Trainer, path: Path) -> None:
+        # A run resumed from a checkpoint does not log that step again, so the rows up to it must be on disk first.
+        for logger in trainer.loggers:
+            logger.save()
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        try:
+            trainer.save_checkpoint(unfinished)  # Every process takes part, and waits for the others.
+        except OSError:
+            if unfinished.is_file():
+                unfinished.unlink()
+            raise
+        if trainer.is_global_zero:
+            if path.is_dir():  # DeepSpeed writes a folder, which cannot replace another one.
+                shutil.rmtree(path)
+            unfinished.replace(path)
+        trainer.strategy.barrier()
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Return whether a validation follows the optimizer step just done."""
+    return _is_time_to_validate(trainer) and not trainer.fit_loop.epoch_loop.val_loop.skip
+
+
+def _is_time_to_validate(trainer: Trainer) -> bool:
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def checkpoint_callback(trainer: Trainer) -> Checkpoint | None:
+    """Return the callback that writes the checkpoints of a run, ``None`` if there is none."""
+    return next((one for one in trainer.checkpoint_callbacks if isinstance(one, Checkpoint)), None)
+
+
+def _history(trainer: Trainer) -> HistoryLogger | None:
+    if not trainer.is_global_zero:
+        return None
+    return next((logger for logger in trainer.loggers if isinstance(logger, HistoryLogger)), None)
+
+
+def _link(file: Path, name: Path) -> None:
+    """Give a file a second name, in place of an earlier file; copy it where the file system does not have links."""
+    unfinished = name.with_name(f".{name.name}.unfinished")
+    unfinished.unlink(missing_ok=True)
+    try:
+        os.link(file, unfinished)
+    except OSError:
+        shutil.copyfile(file, unfinished)
+    unfinished.replace(name)

@@ -237,7 +237,8 @@ def _failure(directory: Path, record: RunRecord) -> str | None:
         return None
     failure = _json(directory / filenames.FAILURE)
     if failure is not None:
-        return f"failed: {failure.get('error', 'no reason was recorded')}"
+        kind = "unfinished" if failure.get("kind") == "interrupted" else "failed"
+        return f"{kind}: {failure.get('error', 'no reason was recorded')}"
     steps = [step for row in record.history if (step := finite(row.get("step"))) is not None]
     return f"unfinished, at step {max(steps):,.0f}" if steps else "unfinished, before its first step"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from spo.bounds import NonNegativeInt, OpenFraction, PositiveFloat, PositiveInt
 
@@ -28,6 +29,8 @@ class EvaluationSettings:
         bootstrap_samples: Number of resamples of the prompts.
         self_bleu_samples: Number of completions for self-BLEU, whose cost is quadratic.
         seed: Random seed of the sampling.
+        policy: Weights that are evaluated and saved: those of the last step, or of the best checkpoint. The default is
+            that of runs of version 0.1.0, whose configurations do not have this key.
     """
 
     num_prompts: PositiveInt
@@ -41,3 +44,4 @@ class EvaluationSettings:
     bootstrap_samples: PositiveInt
     self_bleu_samples: NonNegativeInt
     seed: NonNegativeInt
+    policy: Literal["last", "best"] = "last"

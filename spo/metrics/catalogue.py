@@ -255,6 +255,7 @@ CATALOGUE: list[Metric] = [
         bounds=NOT_NEGATIVE,
         of_policy=False,
     ),
+    Metric("policy/step", "step of the evaluated weights", "optimizer steps", of_policy=False),
     Metric("trained/steps", "steps trained", "optimizer steps", bounds=NOT_NEGATIVE, of_policy=False),
     Metric("trained/pairs", "pairs trained", "pairs", bounds=NOT_NEGATIVE, of_policy=False),
     Metric("trained/sampled_tokens", "tokens sampled in training", "tokens", bounds=NOT_NEGATIVE, of_policy=False),

@@ -83,6 +83,32 @@ class SumsAndCounts(Metric):
         self._sum_stored()
         return super().state_dict(*args, **kwargs)
 
+    def by_rank(self) -> dict[str, Tensor]:
+        """Return the sums and counts of each process as rows. All processes must call it."""
+        self._sum_stored()
+        found = {"sums": self.sums.clone(), "counts": self.counts.clone()}
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return {name: tensor[None] for name, tensor in found.items()}
+        rows = {
+            name: [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+            for name, tensor in found.items()
+        }
+        for name, tensor in found.items():
+            torch.distributed.all_gather(rows[name], tensor)
+        return {name: torch.stack(of_ranks) for name, of_ranks in rows.items()}
+
+    def of_rank(self, rows: Mapping[str, Tensor], rank: int, world_size: int) -> dict[str, Tensor]:
+        """Return what :meth:`by_rank` holds for a process; of another number of processes, the first has all.
+
+        Args:
+            rows: Sums and counts of each process.
+            rank: Rank of the process.
+            world_size: Number of processes now.
+        """
+        if len(rows["sums"]) == world_size:
+            return {name: of_ranks[rank] for name, of_ranks in rows.items()}
+        return {name: of_ranks.sum(0) * (rank == 0) for name, of_ranks in rows.items()}
+
     def reset(self) -> None:
         """Clear all sums, counts and stored values."""
         super().reset()

@@ -52,6 +52,8 @@ def result_panel(metrics: dict[str, float], samples: list[dict[str, Any]], run_d
     """
     console = Console()
     parts: list[RenderableType] = [*_win_rate(console, metrics), Text(), _before_after(console, metrics)]
+    if (step := finite(metrics.get("policy/step"))) is not None:
+        parts.insert(0, _text(console, f"weights of step {step:,.0f}, the best on the selection split"))
     if budget := describe_budget(metrics):
         parts += [Text(), _text(console, f"trained: {budget}")]
     if stopped := read_stop(run_dir):

@@ -124,6 +124,8 @@ def _facts(run: RunRecord) -> list[str]:
         facts.append(f"trained {budget}")
     elif steps and steps > 0:
         facts.append(f"{steps:,.0f} steps")
+    if (best := run.metric("policy/step")) is not None:
+        facts.append(f"weights of step {best:,.0f}, the best by {run.get('callbacks.checkpoint.monitor')}")
     return facts
 
 

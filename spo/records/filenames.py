@@ -15,6 +15,7 @@ HISTORY = "history.jsonl"
 SAMPLES = "samples.jsonl"
 SELECTION_SAMPLES = "samples.selection.jsonl"
 COEFFICIENTS = "coefficients.json"
+POLICY_DIGESTS = "policy.json"  # SHA-256 of each file of the saved policy
 HEALTH = "health.json"
 BAD_ROWS = "bad_rows.jsonl"
 FAILURE = "failure.json"
@@ -35,6 +36,8 @@ BEST_CHECKPOINT = "best.ckpt"
 # Files and folders of a sweep directory.
 SWEEP = "sweep.json"
 SWEEP_LOCK = ".sweep.lock"
+PROCESS = ".process"  # beginning of the name of a file that stands for a running process of a job
+STOP = ".stop"  # no further job begins
 OPTIMIZATION = "optimization.json"
 OPTIMIZATION_LOCK = ".optuna.lock"
 COMPARISON = "comparison"

@@ -10,10 +10,10 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from spo.errors import SET_RUN, UserError, error_line, placed_by
 from spo.records import filenames
@@ -24,6 +24,7 @@ from spo.runs.identity import changed_plugins, differences, identity
 from spo.runs.processes import is_first_process, sweep_dir
 from spo.runs.provenance import write_provenance
 from spo.runs.saved_config import is_readable_config, write_config
+from spo.signals import Interrupted
 
 # Files that others put into a fresh directory: Hydra's log and settings, our lock, and temporary files of a crash.
 _IGNORED = re.compile(r"\..*|.*\.log")
@@ -67,7 +68,8 @@ def claim(run_dir: Path, cfg: DictConfig, *, resumed: bool = False) -> Iterator[
         UserError: The directory holds another run, files of something else, or a run that another process has.
     """
     if not is_first_process():
-        started = (run_dir / filenames.CHECKPOINTS).is_dir() and not cfg.rerun
+        folder = OmegaConf.select(cfg, "callbacks.checkpoint.dirpath") or run_dir / filenames.CHECKPOINTS
+        started = Path(folder).is_dir() and not cfg.rerun
         done = is_finished(run_dir) and not cfg.rerun
         yield Status.FINISHED if done else Status.UNFINISHED if started else Status.NEW
         return
@@ -84,6 +86,11 @@ def claim(run_dir: Path, cfg: DictConfig, *, resumed: bool = False) -> Iterator[
                 with suppress(OSError):  # The disk may be full, and the error at hand says so.
                     write_failure(run_dir, error_line(error), traceback.format_exc())
                 raise
+            except Interrupted as interruption:
+                with suppress(OSError):
+                    write_failure(run_dir, str(interruption), kind="interrupted")
+                remedy = f"the same command or spo train --resume {run_dir} resumes it"
+                raise interruption.with_remedy(remedy) from None
 
 
 def finish(run_dir: Path, metrics: Mapping[str, float]) -> None:
@@ -97,12 +104,15 @@ def is_finished(run_dir: Path) -> bool:
     return bool(read_mapping(run_dir / filenames.METRICS))
 
 
-def write_failure(run_dir: Path, error: str, trace: str = "") -> None:
-    """Write ``failure.json``: the reason of the last failure, and the number of failed attempts."""
+def write_failure(
+    run_dir: Path, error: str, trace: str = "", kind: Literal["failed", "interrupted"] = "failed"
+) -> None:
+    """Write ``failure.json``: kind and reason of the last failure, and the number of attempts that did not finish."""
     before = (read_failure(run_dir) or {}).get("attempts")
     attempts = before + 1 if isinstance(before, int) else 1
     at = datetime.now(UTC).isoformat(timespec="milliseconds")
-    write_json(run_dir / filenames.FAILURE, {"error": error, "traceback": trace, "at": at, "attempts": attempts})
+    failure = {"kind": kind, "error": error, "traceback": trace, "at": at, "attempts": attempts}
+    write_json(run_dir / filenames.FAILURE, failure)
 
 
 def read_failure(run_dir: Path) -> dict[str, Any] | None:

@@ -82,6 +82,13 @@ def with_digest(parts: Mapping[str, Any]) -> dict[str, Any]:
     return {**json.loads(text, parse_constant=str), "digest": digest(scrubbed(parts))}
 
 
+def known_digests(parts: Mapping[str, Any] | None) -> list[str]:
+    """Return the digest of a stored identity, and those from before a resumed run changed a key."""
+    if not isinstance(parts, Mapping):
+        return []
+    return [one for one in (parts.get("digest"), *parts.get("earlier_digests", [])) if isinstance(one, str)]
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return one line for each difference between two identities."""
     before, after = old.get("config", {}), new.get("config", {})

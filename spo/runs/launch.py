@@ -24,6 +24,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 import spo
+from spo import signals
 from spo.config.compose import VERSION_BASE, register_resolvers
 from spo.config.plan import Plan
 from spo.errors import UserError, error_line, user_message
@@ -32,10 +33,12 @@ from spo.records.files import write_text
 from spo.records.sweep import SweepJob
 from spo.resources import MAIN_CONFIG, conf_dir
 from spo.runs import optuna_sweeper
-from spo.runs.claim import write_failure
+from spo.runs.claim import read_failure, write_failure
+from spo.runs.job_processes import is_stopping, job_processes, registered
 from spo.runs.ledger import Ledger
 from spo.runs.processes import SWEEP_VARIABLE, import_from_current_folder, is_first_process, sweep_dir
 from spo.secrets import command_line, remember_secrets, scrub, scrub_logs
+from spo.signals import Interrupted
 
 Train = Callable[[DictConfig], Any]
 MAX_ATTEMPTS = 3
@@ -91,9 +94,11 @@ def launch_sweep(flags: Sequence[str], planned: Plan, train: Train, config_dir: 
     try:
         for attempts_left in reversed(range(MAX_ATTEMPTS)):
             try:
-                run_hydra(arguments, _SweepTask(train, config_dir, list(sys.argv)))
+                with job_processes(planned.sweep_dir):
+                    run_hydra(arguments, _SweepTask(train, config_dir, list(sys.argv)))
                 break
             except Exception as error:  # Jobs record their own errors, so this one comes from the launcher.
+                signals.raise_received()  # A worker that a signal ended has not died by itself.
                 entries = entries if planned.complete else ledger.entries()
                 names = ledger.begun(entries)
                 if not names and user_message(error) is None:
@@ -106,6 +111,8 @@ def launch_sweep(flags: Sequence[str], planned: Plan, train: Train, config_dir: 
                     f"spo: a process died ({error_line(error)}) at work on {', '.join(names)}: {next_step}",
                     file=sys.stderr,
                 )
+    except Interrupted as interruption:
+        raise Interrupted(interruption.signum, "the same command resumes the sweep") from None
     finally:
         del os.environ[SWEEP_VARIABLE]
         _scrub_sweep_file(planned.sweep_dir)
@@ -179,6 +186,7 @@ class _SweepTask:
 
     def __init__(self, train: Train, config_dir: str | None, argv: list[str]) -> None:
         self.train, self.config_dir, self.argv = train, config_dir, argv
+        self.process = os.getpid()
 
     def __call__(self, cfg: DictConfig) -> Any:
         sys.argv = self.argv
@@ -188,6 +196,8 @@ class _SweepTask:
         if not is_first_process():
             return self.train(cfg)
         job = HydraConfig.get()
+        if is_stopping(Path(job.sweep.dir)):
+            return None
         overrides, directory = _overrides(job), Path(job.runtime.output_dir).name
         _scrub_sweep_file(Path(job.sweep.dir))
         ledger = Ledger(Path(job.sweep.dir))
@@ -199,8 +209,16 @@ class _SweepTask:
             result = None
             if _needs_own_process(cfg):
                 _run_in_own_process(self.config_dir)
-            else:
+            elif os.getpid() == self.process:
                 result = self.train(cfg)
+            else:
+                with signals.handled(), registered(ledger.directory, os.getpid()):
+                    result = self.train(cfg)
+        except Interrupted:
+            ledger.note(overrides, directory, "unfinished")
+            if signals.received() is None or is_stopping(ledger.directory):
+                return None  # The signal was for the job alone, or its command waits for all jobs to stop.
+            raise
         except Exception as error:
             words = user_message(error) or traceback.format_exc()
             print(f"spo: the job {' '.join(overrides)} failed: {words}", file=sys.stderr)
@@ -248,10 +266,19 @@ def _run_in_own_process(config_dir: str | None) -> None:
     overrides, run_dir = _overrides(job), Path(job.runtime.output_dir)
     command = [sys.executable, "-m", "spo", "train", *(["--config-dir", config_dir] if config_dir else [])]
     directory = str(run_dir).replace("'", r"\'")
+    signals.survive()
     with _safe_path():
-        status = subprocess.run([*command, *overrides, "hydra.mode=RUN", f"hydra.run.dir='{directory}'"]).returncode
+        process = subprocess.Popen([*command, *overrides, "hydra.mode=RUN", f"hydra.run.dir='{directory}'"])
+    try:
+        with registered(Path(job.sweep.dir), process.pid):
+            status = process.wait()
+    except BaseException:
+        process.terminate()
+        raise
     if status == 0:
         return
+    if (failure := read_failure(run_dir)) is not None and failure.get("kind") == "interrupted" and status > 128:
+        raise Interrupted(status - 128)
     entry = Ledger(Path(job.sweep.dir)).entry(overrides)
     if entry is not None and entry.status == "failed":
         raise UserError(entry.error)

@@ -128,5 +128,5 @@ def _find(entries: Sequence[SweepJob], overrides: Sequence[str]) -> SweepJob | N
 def _read_status(entry: SweepJob, directory: Path) -> None:
     if is_finished(directory):
         entry.status = "finished"
-    elif failure := read_failure(directory):
+    elif (failure := read_failure(directory)) and failure.get("kind") != "interrupted":
         entry.status, entry.error = "failed", str(failure.get("error", "no reason was recorded"))

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from spo import signals
 from spo.config.coefficients import unused_coefficients
 from spo.errors import UserError
 from spo.records import filenames
@@ -94,6 +95,7 @@ class OptunaSweeper(Sweeper):
             while trials := self._next(study):
                 jobs = [self.space.job(trial.params) for trial in trials]
                 self.launcher.launch(jobs, initial_job_idx=trials[0].number)
+                signals.raise_received()  # The trials are unfinished, and a repeated command resumes them.
                 for trial, job in zip(trials, jobs, strict=True):
                     self._record(study, trial, job)
                 self._write(study)

@@ -17,7 +17,7 @@ from spo.errors import ConfigProblems, UserError
 from spo.records import filenames
 from spo.records.files import read_json, read_mapping, write_json
 from spo.runs.claim import is_finished, locked
-from spo.runs.identity import identity, with_digest
+from spo.runs.identity import identity, known_digests, with_digest
 from spo.runs.processes import is_first_process
 from spo.runs.saved_config import load_config, refuse_redacted, write_config
 
@@ -134,5 +134,7 @@ def _record_changes(run_dir: Path, cfg: DictConfig, before: int | None, time_bef
     parts = {**old, "config": new["config"], "judge": new["judge"]}
     if "plugins" in old:
         parts["plugins"] = {name: old["plugins"].get(name, sha256) for name, sha256 in new["plugins"].items()}
-    parts.pop("digest", None)
-    write_json(run_dir / filenames.IDENTITY, with_digest(parts))
+    earlier = known_digests(old)  # The checkpoints until now carry them.
+    for name in ("digest", "earlier_digests"):
+        parts.pop(name, None)
+    write_json(run_dir / filenames.IDENTITY, {**with_digest(parts), "earlier_digests": earlier})

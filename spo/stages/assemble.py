@@ -10,13 +10,13 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from spo.callbacks import Stop, ValidationSamples
+from spo.callbacks import Interruption, Stop, ValidationSamples
 from spo.config.checks.callbacks import members
 from spo.config.nodes import first_line
 from spo.data.datamodule import PreferenceDataModule
@@ -181,14 +181,14 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Callback]
         instantiate,
         OmegaConf.create(settings),
         logger=loggers,
-        callbacks=[*callbacks, *added],
+        callbacks=[*callbacks, *added, Interruption()],
         strategy=instantiate(cfg.strategy).plugin,
         max_epochs=-1,
         check_val_every_n_epoch=None,
         val_check_interval=max(min(cfg.trainer.val_check_interval, cfg.trainer.max_steps), 1),
         use_distributed_sampler=False,
         enable_model_summary=False,
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in added),
+        enable_checkpointing=True,
         default_root_dir=cfg.paths.run,
         _convert_="all",  # Lightning does not take a mapping of Hydra as its trainer.max_time.
     )

@@ -35,6 +35,7 @@ from spo.pages.panels import result_panel
 from spo.records import filenames
 from spo.records.digests import model_digest
 from spo.records.files import read_mapping, write_json, write_jsonl, write_text
+from spo.records.policy import verify_policy
 from spo.runs.saved_config import load_config, refuse_redacted, resolved
 from spo.schedules import Constant
 from spo.stages.evaluation_config import evaluation_config
@@ -72,6 +73,7 @@ def evaluate_command(
     own = load_config(run_dir)
     if not (run_dir / filenames.POLICY / "config.json").is_file():
         raise UserError(f"{run_dir} does not have a policy yet: finish it with spo train --resume {run_dir}")
+    verify_policy(run_dir)
     cfg = evaluation_config(own, overrides, config_dir)
     own.judge, own.evaluation, own.model = cfg.judge, cfg.evaluation, cfg.model  # Those of the run are not used.
     caller = Caller.of(overrides, allow, config_dir)

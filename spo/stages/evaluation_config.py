@@ -43,6 +43,10 @@ def evaluation_config(own: DictConfig, overrides: Sequence[str], config_dir: str
             f"an evaluation can change {', '.join(CHANGEABLE_KEYS)} only, not {', '.join(map(str, unsupported))}: "
             "train another run for that"
         )
+    if saved := [one.input_line for one in parsed if one.key_or_group == "evaluation.policy"]:
+        raise UserError(
+            f"{saved[0]} decides which weights training saves: spo evaluate measures those in policy/; remove it"
+        )
     cfg = OmegaConf.create(OmegaConf.to_container(own, resolve=False))
     assert isinstance(cfg, DictConfig)
     # A member of a group replaces the whole group, as in a new composition. Single keys are set below, on top of it.

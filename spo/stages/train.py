@@ -21,7 +21,7 @@ from spo.config.compose import fill_empty_groups, pin
 from spo.data import SPLITS
 from spo.data.splits import REPORTED_COUNTS
 from spo.evaluation.saved_policy import TrainedPolicy, rows_to_compare
-from spo.models.saving import save_policy, whole_state_dict
+from spo.models.saving import save_policy
 from spo.notes import collect_notes
 from spo.pages.panels import result_panel, start_panel
 from spo.pages.run_page import render_report
@@ -30,6 +30,7 @@ from spo.records import filenames
 from spo.records.digests import digest, model_digest
 from spo.records.files import replacing, write_json, write_jsonl
 from spo.records.leftovers import remove_abandoned_builds
+from spo.records.policy import write_policy_digests
 from spo.records.run import read_result
 from spo.runs.checkpoints import last_checkpoint
 from spo.runs.claim import Status, claim, finish
@@ -38,6 +39,7 @@ from spo.runs.provenance import record_continuation, record_inputs, record_stop
 from spo.runs.resume import resumed_config
 from spo.secrets import remember_secrets
 from spo.stages.assemble import Parts, assemble, validation_samples
+from spo.stages.checkpointing import checkpoint_folder, choose_weights, fit, prepare_checkpoints
 from spo.stages.description import describe, title
 from spo.stages.evaluate import evaluate_run, load_models, refuse_nonfinite
 from spo.stages.from_config import eval_device, resolve_values
@@ -98,21 +100,23 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
     # Resolved only now, because the record has the names of environment variables and not the secrets in them.
     cfg = resolve_values(composed)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    checkpoint, step = last_checkpoint(run_dir) if resume else (None, None)
-    if step is not None:
-        record_continuation(run_dir, cfg, max(step, 0))
+    point = last_checkpoint(run_dir, checkpoint_folder(cfg)) if resume else None
+    if point is not None:
+        record_continuation(run_dir, cfg, max(point.step, 0))
     remove_abandoned_builds(Path(cfg.paths.cache).absolute())
     prepared = prepare_run(cfg)
     cfg = with_length(composed, len(prepared.pairs.train))
-    _record_inputs(prepared, run_dir, max(step or 0, 0))
+    _record_inputs(prepared, run_dir, max(point.step, 0) if point else 0)
     prepared_at = perf_counter()
 
-    record = HistoryLogger(run_dir / filenames.HISTORY, resume_at=step)
+    step, history = (None, None) if point is None else (point.step, point.history)
+    record = HistoryLogger(run_dir / filenames.HISTORY, step, history, cfg.trainer.log_every_n_steps)
     made = (make_guarded(str(name), partial(instantiate, node)) for name, node in cfg.logger.items())
     loggers = [logger for logger in made if logger is not None]
     trackers = [logger for logger in loggers if isinstance(logger, Tracker)]
     parts = assemble(cfg, prepared, [record, *loggers])
     module, trainer = parts.module, parts.trainer
+    prepare_checkpoints(cfg, trainer, run_dir, prepared)
     check_pairs(prepared.pairs.train, module.loss)
     start = Start(module.policy)
     if trainer.is_global_zero:
@@ -121,17 +125,18 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
         for tracker in trackers:
             stack.callback(tracker.close)  # a failed job must not leave its run open for the next job
             tracker.describe(describe(cfg, run_dir, recorded=record.resumed))
-        trainer.fit(module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
+        fit(parts, None if point is None else point.path)
         trained_at = perf_counter()
-        weights = whole_state_dict(module.policy)  # gathers shards, so every rank takes part
+        chosen = choose_weights(cfg, module, trainer)  # may gather shards, so every rank takes part
         if not trainer.is_global_zero:
             return {}
+        weights = chosen.whole
         record_stop(run_dir, check_steps(trainer.global_step, cfg.trainer.max_steps, parts.stop))
         after = weights or dict(module.policy.named_parameters())
         steps, skipped = trainer.global_step, len(module.guard.skipped)
         budget = module.trained.metrics() | check_weights(start, after, steps, cfg, record.rows(), skipped)
         module.reference.to(torch.device("cpu"))  # frees memory for the evaluation, which loads what was saved
-        final = {name: getattr(module, name)(trainer.global_step) for name in COEFFICIENTS}
+        final = {name: getattr(module, name)(chosen.step) for name in COEFFICIENTS}
         write_json(run_dir / filenames.COEFFICIENTS, final)
         policy = run_dir / filenames.POLICY
         trained = TrainedPolicy(
@@ -140,20 +145,22 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
         kept = None if weights is None else {**weights}  # Saving empties the mapping that it gets.
         with replacing(policy) as folder:
             save_policy(module.policy, prepared.tokenizer, folder, kept, prepared.stop_ids)
+        write_policy_digests(run_dir)
 
         judge = next((callback.judge for callback in validation_samples(trainer)), None)
         models = load_models(cfg, prepared, run_dir)
         gap = trained.gap(models.policy, policy)
         evaluation = evaluate_run(cfg, prepared, run_dir, judge, models)
         better = {key: value for key, value in evaluation.metrics.items() if key in record.latest}
-        for logger in trainer.loggers:  # each curve ends in the number of metrics.json
-            logger.log_metrics(better, step=trainer.global_step)
+        for logger in trainer.loggers if chosen.step == trainer.global_step else ():
+            logger.log_metrics(better, step=trainer.global_step)  # each curve ends in the number of metrics.json
             logger.save()
 
         times = {"prepare_s": prepared_at - started, "train_s": trained_at - prepared_at}
         times |= {"evaluate_s": perf_counter() - trained_at, "total_s": perf_counter() - started}
         metrics = {
-            **record.latest,
+            **(record.latest if chosen.step == trainer.global_step else record.latest_with_validation_of(chosen.step)),
+            **({"policy/step": float(chosen.step)} if cfg.evaluation.get("policy") == "best" else {}),
             **evaluation.metrics,
             **budget,
             **({} if gap is None else {"policy/saved_gap": gap}),

@@ -163,6 +163,11 @@ def _relations(cfg: DictConfig) -> Iterator[str]:
     shares = [select(cfg, f"data.splits.{name}") for name in ("selection", "test")]
     if all(isinstance(share, int | float) and 0 <= share < 1 for share in shares) and sum(shares) >= 1:
         yield f"data.splits: selection={shares[0]} and test={shares[1]} leave no prompt to train on"
+    if select(cfg, "evaluation.policy") == "best":
+        if select(cfg, "callbacks.checkpoint") is None:
+            yield "evaluation.policy=best takes checkpoints, and there are none: use callbacks=default"
+        elif select(cfg, "callbacks.checkpoint.top_k") == 0:
+            yield "evaluation.policy=best takes a best checkpoint, and callbacks.checkpoint.top_k=0: set it to 1"
     batch, micro = select(cfg, "data.batch_size"), select(cfg, "data.micro_batch_size")
     if isinstance(batch, int) and isinstance(micro, int) and micro > batch:
         yield f"data.micro_batch_size={micro} exceeds data.batch_size={batch}: it is a part of the batch"

@@ -1,0 +1,48 @@
+"""Digests of the saved policy, by which a change of its files is noticed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spo.errors import UserError
+from spo.records import filenames
+from spo.records.digests import MODEL_SUFFIXES, file_digest
+from spo.records.files import read_json, write_json
+
+
+def write_policy_digests(run_dir: Path) -> None:
+    """Write ``policy.json``: the SHA-256 of each file in the policy folder of a run."""
+    write_json(run_dir / filenames.POLICY_DIGESTS, _digests(run_dir / filenames.POLICY))
+
+
+def verify_policy(run_dir: Path) -> None:
+    """Check that the policy folder of a run is as the run wrote it. A run of version 0.1.0 does not have digests.
+
+    Further files are no change, unless their kind decides what a model computes.
+
+    Raises:
+        UserError: A file was changed, removed or added, or the digests cannot be read.
+    """
+    file, folder = run_dir / filenames.POLICY_DIGESTS, run_dir / filenames.POLICY
+    if not file.exists():
+        return
+    recorded = read_json(file)
+    if not isinstance(recorded, dict):
+        raise UserError(f"{file} is damaged, so {folder} cannot be verified: {_REMEDY}")
+    found = _digests(folder)
+    changed = [f"{name} was changed" for name in found.keys() & recorded.keys() if found[name] != recorded[name]]
+    changed += [f"{name} is missing" for name in recorded.keys() - found.keys()]
+    changed += [f"{name} was added" for name in found.keys() - recorded.keys() if Path(name).suffix in MODEL_SUFFIXES]
+    if changed:
+        raise UserError(f"{folder} is not what the run saved ({', '.join(sorted(changed))}): {_REMEDY}")
+
+
+_REMEDY = (
+    f"restore the files, or remove {filenames.METRICS} and resume the run, which saves its policy again from the last "
+    "checkpoint"
+)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file_digest(file) for file in files}

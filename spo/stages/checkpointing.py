@@ -1,0 +1,140 @@
+"""Training with checkpoints: their place and identity, and the weights that a run evaluates and saves."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, OmegaConf
+from torch.distributed.fsdp import FSDPModule
+
+from spo.callbacks import Interruption
+from spo.callbacks.checkpoint import checkpoint_callback
+from spo.errors import UserError
+from spo.models.saving import whole_state_dict
+from spo.module import AlignmentModule
+from spo.records import filenames
+from spo.records.files import read_json
+from spo.runs.checkpoints import is_of_run, read_checkpoint
+from spo.runs.identity import known_digests
+from spo.signals import Interrupted, received
+from spo.stages.assemble import Parts
+from spo.stages.prepare import Prepared
+
+BEST = "best"
+WAIT_SECONDS = 60
+"""Time that further processes of a run have to end after the first one has written the checkpoint of all."""
+
+
+@dataclass(frozen=True)
+class ChosenWeights:
+    """The weights that a run evaluates and saves; the policy of the module has them.
+
+    Attributes:
+        step: Optimizer step that they are from.
+        whole: All weights of a sharded policy, gathered on the first rank; ``None`` for any other policy.
+    """
+
+    step: int
+    whole: dict[str, Any] | None
+
+
+def checkpoint_folder(cfg: DictConfig) -> Path | None:
+    """Return the folder of the checkpoints that the configuration names, ``None`` if there are none."""
+    folder = OmegaConf.select(cfg, "callbacks.checkpoint.dirpath")
+    return None if folder is None else Path(str(folder)).expanduser()
+
+
+def prepare_checkpoints(cfg: DictConfig, trainer: Trainer, run_dir: Path, prepared: Prepared) -> None:
+    """Let checkpoints carry the identity of the run, and check that the best one can be chosen.
+
+    Raises:
+        UserError: The best checkpoint is wanted, and the data does not have pairs to choose it by.
+    """
+    callback = checkpoint_callback(trainer)
+    if callback is not None:
+        callback.run = next(iter(known_digests(read_json(run_dir / filenames.IDENTITY))), None)
+    if _wants_best(cfg) and not prepared.pairs.selection:
+        raise UserError(
+            "evaluation.policy=best: the selection split does not have a pair to choose a checkpoint by; set "
+            "data.splits.selection to a larger share, or evaluation.policy=last"
+        )
+
+
+def fit(parts: Parts, checkpoint: str | None) -> None:
+    """Train from a checkpoint, or from the start.
+
+    Args:
+        parts: Module, data and trainer.
+        checkpoint: Path of the checkpoint, or ``None``.
+
+    Raises:
+        Interrupted: A signal came.
+    """
+    trainer = parts.trainer
+    try:
+        trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
+    except Interrupted:
+        _end_other_processes(trainer)
+        raise
+    except Exception as error:
+        # A signal to all processes ends the workers that load data, and the step at hand fails.
+        if (signum := received()) is not None:
+            raise Interrupted(signum, "the step at hand failed") from error
+        raise
+
+
+def _end_other_processes(trainer: Trainer) -> None:
+    """Wait for the processes that Lightning has started, which stop too; kill those that would wait for this one."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    together = any(isinstance(callback, Interruption) and callback.stopped for callback in callbacks)
+    for process in getattr(trainer.strategy.launcher, "procs", []):
+        try:
+            process.wait(WAIT_SECONDS if together else 0)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+
+
+def choose_weights(cfg: DictConfig, module: AlignmentModule, trainer: Trainer) -> ChosenWeights:
+    """Return the weights that ``evaluation.policy`` names, and load them into the policy. All ranks must call it.
+
+    Raises:
+        UserError: The best checkpoint is wanted and is missing, damaged, or that of another step or run.
+    """
+    callback, run_dir = checkpoint_callback(trainer), Path(cfg.paths.run)
+    if not _wants_best(cfg) or callback is None or trainer.global_step == 0:
+        return ChosenWeights(trainer.global_step, whole_state_dict(module.policy))
+    if not callback.best:
+        raise UserError(
+            f"evaluation.policy=best: no validation has a finite {callback.monitor}; resume with evaluation.policy=last"
+        )
+    step = next(iter(callback.best))
+    if step == trainer.global_step:
+        return ChosenWeights(step, whole_state_dict(module.policy))
+    if not trainer.is_global_zero:  # The first rank alone saves and evaluates.
+        return ChosenWeights(step, None)
+    checkpoint = read_checkpoint(callback.best_path)
+    if checkpoint is None or checkpoint["global_step"] != step or not is_of_run(run_dir, checkpoint):
+        raise UserError(
+            f"evaluation.policy=best: {callback.best_path} is not the intact checkpoint of step {step} of this run; "
+            "resume with evaluation.policy=last"
+        )
+    of_policy = "policy."
+    weights = {
+        name.removeprefix(of_policy): weight
+        for name, weight in checkpoint["state_dict"].items()
+        if name.startswith(of_policy)
+    }
+    module.controllers.load_state_dict(checkpoint["controllers"])
+    if isinstance(module.policy, FSDPModule):
+        return ChosenWeights(step, weights)
+    module.policy.load_state_dict(weights, strict=module.strict_loading)
+    return ChosenWeights(step, None)
+
+
+def _wants_best(cfg: DictConfig) -> bool:
+    return cfg.evaluation.get("policy") == BEST
