@@ -305,17 +305,17 @@ def test_the_best_weights_are_chosen_with_their_step(tmp_path: Path) -> None:
     module, trainer = trained(tmp_path, mode="max")
     last = {name: weight.clone() for name, weight in module.policy.state_dict().items()}
     cfg.evaluation.policy = "last"
-    assert choose_weights(cfg, module, trainer).step == 8
+    assert choose_weights(cfg, module, trainer, None).step == 8
     assert all(torch.equal(weight, last[name]) for name, weight in module.policy.state_dict().items())
     cfg.evaluation.policy = "best"
-    assert choose_weights(cfg, module, trainer).step == 3
+    assert choose_weights(cfg, module, trainer, None).step == 3
     best = torch.load(tmp_path / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
     for name, weight in module.policy.state_dict().items():
         assert torch.equal(weight, best[f"policy.{name}"])
     assert any(not torch.equal(weight, last[name]) for name, weight in module.policy.state_dict().items())
     (tmp_path / "checkpoints/last.ckpt").rename(tmp_path / "checkpoints/best.ckpt")
     with pytest.raises(UserError, match=r"best.ckpt is not the intact checkpoint of step 3 .*evaluation.policy=last"):
-        choose_weights(cfg, module, trainer)
+        choose_weights(cfg, module, trainer, None)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from torch.distributed.fsdp import FSDPModule
 from spo.callbacks import Interruption
 from spo.callbacks.checkpoint import checkpoint_callback
 from spo.errors import UserError
-from spo.models.saving import whole_state_dict
 from spo.module import AlignmentModule
 from spo.records import filenames
 from spo.records.files import read_json
@@ -99,24 +98,30 @@ def _end_other_processes(trainer: Trainer) -> None:
             process.send_signal(signal.SIGKILL)
 
 
-def choose_weights(cfg: DictConfig, module: AlignmentModule, trainer: Trainer) -> ChosenWeights:
-    """Return the weights that ``evaluation.policy`` names, and load them into the policy. All ranks must call it.
+def choose_weights(
+    cfg: DictConfig, module: AlignmentModule, trainer: Trainer, last: dict[str, Any] | None
+) -> ChosenWeights:
+    """Return the weights that ``evaluation.policy`` names, and load them into the policy of the first rank.
+
+    Args:
+        cfg: Configuration of the run, resolved.
+        module: Module after training.
+        trainer: Trainer of the run.
+        last: All weights of a sharded policy after training; ``None`` for any other policy.
 
     Raises:
         UserError: The best checkpoint is wanted and is missing, damaged, or that of another step or run.
     """
     callback, run_dir = checkpoint_callback(trainer), Path(cfg.paths.run)
     if not _wants_best(cfg) or callback is None or trainer.global_step == 0:
-        return ChosenWeights(trainer.global_step, whole_state_dict(module.policy))
+        return ChosenWeights(trainer.global_step, last)
     if not callback.best:
         raise UserError(
             f"evaluation.policy=best: no validation has a finite {callback.monitor}; resume with evaluation.policy=last"
         )
     step = next(iter(callback.best))
     if step == trainer.global_step:
-        return ChosenWeights(step, whole_state_dict(module.policy))
-    if not trainer.is_global_zero:  # The first rank alone saves and evaluates.
-        return ChosenWeights(step, None)
+        return ChosenWeights(step, last)
     checkpoint = read_checkpoint(callback.best_path)
     if checkpoint is None or checkpoint["global_step"] != step or not is_of_run(run_dir, checkpoint):
         raise UserError(

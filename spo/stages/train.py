@@ -21,7 +21,7 @@ from spo.config.compose import fill_empty_groups, pin
 from spo.data import SPLITS
 from spo.data.splits import REPORTED_COUNTS
 from spo.evaluation.saved_policy import TrainedPolicy, rows_to_compare
-from spo.models.saving import save_policy
+from spo.models.saving import save_policy, whole_state_dict
 from spo.notes import collect_notes
 from spo.pages.panels import result_panel, start_panel
 from spo.pages.run_page import render_report
@@ -127,14 +127,15 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
             tracker.describe(describe(cfg, run_dir, recorded=record.resumed))
         fit(parts, None if point is None else point.path)
         trained_at = perf_counter()
-        chosen = choose_weights(cfg, module, trainer)  # may gather shards, so every rank takes part
+        last = whole_state_dict(module.policy)  # gathers shards, so every rank takes part
         if not trainer.is_global_zero:
             return {}
-        weights = chosen.whole
         record_stop(run_dir, check_steps(trainer.global_step, cfg.trainer.max_steps, parts.stop))
-        after = weights or dict(module.policy.named_parameters())
+        after = last or dict(module.policy.named_parameters())
         steps, skipped = trainer.global_step, len(module.guard.skipped)
         budget = module.trained.metrics() | check_weights(start, after, steps, cfg, record.rows(), skipped)
+        chosen = choose_weights(cfg, module, trainer, last)
+        weights = chosen.whole
         module.reference.to(torch.device("cpu"))  # frees memory for the evaluation, which loads what was saved
         final = {name: getattr(module, name)(chosen.step) for name in COEFFICIENTS}
         write_json(run_dir / filenames.COEFFICIENTS, final)
