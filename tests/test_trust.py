@@ -236,7 +236,9 @@ def test_a_received_directory_runs_only_what_is_ours(case: str, payload: tuple[P
     assert module not in sys.modules and f"spo_{module}" not in sys.modules
 
 
-@pytest.mark.parametrize("place", ["history.jsonl", "checkpoints", "checkpoints/last.ckpt", "evaluations", ".lock"])
+@pytest.mark.parametrize(
+    "place", ["history.jsonl", "checkpoints", "checkpoints/last.ckpt", "evaluations", ".lock", "wandb"]
+)
 def test_a_link_out_of_a_received_directory_is_refused(place: str, tmp_path: Path) -> None:
     run = received(tmp_path)
     target = tmp_path / "mine"
@@ -249,6 +251,14 @@ def test_a_link_out_of_a_received_directory_is_refused(place: str, tmp_path: Pat
     assert target.read_text() == "mine"
     (run / "policy/copy").symlink_to("config.json")  # A link that stays inside is fine.
     assert resumed_config(run, [], allow=[str(target)])
+
+
+def test_links_of_wandb_to_its_logs_are_no_reason_for_a_refusal(tmp_path: Path) -> None:
+    run = received(tmp_path)
+    logs = run / "wandb/offline-run-1/logs"
+    logs.mkdir(parents=True)
+    (logs / "debug-core.log").symlink_to(tmp_path / "core-debug.log")
+    assert resumed_config(run, [])
 
 
 # --- what the caller allows ----------------------------------------------------------------------------------------

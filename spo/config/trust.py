@@ -69,6 +69,7 @@ _WRITING_GROUPS = {"callbacks", "logger", "strategy", "trainer"}
 _PLACE = re.compile(r"(path|dir|file|folder|root)$", re.IGNORECASE)
 _NAME_IN_FOLDER = re.compile(r"^(filename|name|version|prefix|sub_dir)$")
 _CACHE_FOLDERS = ("sft", "pairs", "draws", "reference_logps", "verdicts.sqlite")
+_WANDB_FOLDER = "wandb"
 _LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -294,6 +295,9 @@ def _links(run_dir: Path, caller: Caller) -> Iterator[tuple[str, str]]:
             if os.path.islink(path) and not _is_inside(path, run_dir) and not caller.allows_path(path):
                 target = os.path.realpath(path)
                 yield f"has a link out of it ({os.path.relpath(path, run_dir)} to {target})", f"--allow {target}"
+        if _WANDB_FOLDER in folders:
+            # W&B links the folder of each run to its log in the user's cache, and never writes to that folder again.
+            folders.remove(_WANDB_FOLDER)
 
 
 def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
