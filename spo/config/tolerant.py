@@ -124,9 +124,9 @@ class TolerantComposer:
         if "Could not override" in text or "is not in struct" in text:
             if key.rpartition(".")[0] == "data.chat_template_kwargs":
                 return f"write it with a plus, +{override.input_line}"
-            if members := self._members_with(key):
-                return f"unknown key; {listed(members)} has it"
-            return f"unknown key{_key_suggestion(key, cfg, self.groups)}"
+            members = self._members_with(key)
+            elsewhere = f"; {listed(members)} has it" if members else ""
+            return f"unknown key{_key_suggestion(key, cfg, self.groups)}{elsewhere}"
         return first_line(error)
 
     def _members_with(self, key: str) -> list[str]:
