@@ -602,6 +602,8 @@ def test_parameters_that_cannot_be_counted_do_not_hide_other_problems() -> None:
 
 def test_unknown_key_names_the_keys_of_its_group_and_the_members_that_have_it() -> None:
     assert problem_text("alpha=linear", "alpha.value=3").endswith("alpha has end, start, steps; alpha=constant has it")
+    without = problem_text("method=dpo", "regularizer.prompts=selection")  # this group does not have a key
+    assert without.endswith("regularizer.prompts=selection: unknown key; regularizer=global_kl has it")
 
 
 def test_unusable_chat_template_file_is_rejected(tmp_path: Path) -> None:

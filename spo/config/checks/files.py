@@ -38,10 +38,10 @@ def missing_data(path: str) -> str | None:
 def _regularizer_prompts(cfg: DictConfig) -> Iterator[str]:
     """Yield why ``regularizer.prompts`` names neither a split nor a file."""
     chosen, splits = select(cfg, "regularizer.prompts"), ("train", "selection")
-    if isinstance(chosen, str) and chosen not in splits and not Path(chosen).expanduser().exists():
+    if chosen is not None and chosen not in splits and not Path(str(chosen)).expanduser().exists():
         yield (
             f"regularizer.prompts={chosen}: choose train, selection, or a file with a column prompt (there is no such "
-            f"file, seen from {Path.cwd()}){suggestion(chosen, splits)}"
+            f"file, seen from {Path.cwd()}){suggestion(str(chosen), splits)}"
         )
 
 
