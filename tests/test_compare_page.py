@@ -74,6 +74,17 @@ def test_comparison_page_shows_the_results(grid: tuple[Comparison, Path]) -> Non
     assert page.text.count("But it was lost.") == 6 * 4  # six prompts, three methods and the reference
 
 
+def test_numbers_of_the_reference_stand_below_those_of_the_methods(grid: tuple[Comparison, Path]) -> None:
+    comparison, path = grid
+    (table,) = re.findall(r'<table[^>]* id="table">(.*?)</table>', path.read_text(), re.S)
+    head, *_, foot = rows = [
+        re.findall(r"<t[hd][ >].*?</t[hd]>", row, re.S) for row in re.findall(r"<tr>.*?</tr>", table, re.S)
+    ]
+    assert len(rows) == 5 and {len(row) for row in rows} == {len(head)}
+    (place,) = (number for number, cell in enumerate(head) if "KL to the reference" in cell)
+    assert foot[place] == '<td class="num">0</td>' and comparison.reference["kl"] == 0
+
+
 def test_frontier_draws_a_point_per_run_and_a_line_per_method(grid: tuple[Comparison, Path]) -> None:
     comparison, path = grid
     for cost in ("kl", "entropy"):

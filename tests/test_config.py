@@ -555,7 +555,7 @@ def test_reference_to_wrong_value_is_not_reported_twice() -> None:
         (["model.initial=null"], "model.path and model.initial are both null"),
         (["model=hf", "model.path=./nowhere"], "model.path=./nowhere: there is no such folder"),
         (
-            ["model=hf", "model.path=gpt2", "data=jsonl", "data.path=x.jsonl"],
+            ["model=hf", "model.path=gpt2", "optimizer.lr=1e-5", "data=jsonl", "data.path=x.jsonl"],
             "data.path=x.jsonl: there is no such file",
         ),
         (["method=dpo", "regularizer=local_kl", "regularizer.weight=beta"], "needs a number of its own"),
@@ -567,7 +567,7 @@ def test_reference_to_wrong_value_is_not_reported_twice() -> None:
         (["rerun=maybe"], "rerun=maybe: must be true or false"),
         (["strategy=fsdp"], "set trainer.devices"),
         (
-            ["strategy=fsdp", "trainer.devices=2", "model=hf_lora", "model.path=gpt2"],
+            ["strategy=fsdp", "trainer.devices=2", "model=hf_lora", "model.path=gpt2", "optimizer.lr=1e-5"],
             "choose strategy=ddp, or model=hf",
         ),
         (["regularizer.refresh_every=0"], "regularizer.refresh_every=0: must be at least 1"),
@@ -592,6 +592,18 @@ def test_reference_to_wrong_value_is_not_reported_twice() -> None:
 def test_impossible_combination_is_rejected(overrides: list[str], part: str) -> None:
     text = problem_text(*overrides)
     assert part in text and text.startswith("the configuration has a problem:")
+
+
+def test_parameters_that_cannot_be_counted_do_not_hide_other_problems() -> None:
+    text = problem_text("model=hf_lora", "model.path=some/model-not-here", "data=jsonl", "data.path=x.jsonl")
+    assert text.startswith("the configuration has 2 problems:\n  - model.path=some/model-not-here: its parameters")
+    assert "data.path=x.jsonl: there is no such file" in text
+
+
+def test_unknown_key_names_the_keys_of_its_group_and_the_members_that_have_it() -> None:
+    assert problem_text("alpha=linear", "alpha.value=3").endswith("alpha has end, start, steps; alpha=constant has it")
+    without = problem_text("method=dpo", "regularizer.prompts=selection")  # this group does not have a key
+    assert without.endswith("regularizer.prompts=selection: unknown key; regularizer=global_kl has it")
 
 
 def test_unusable_chat_template_file_is_rejected(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import textwrap
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from spo.cli import main
 from spo.resources import conf_dir
-from spo.stages.verify import plan_cases
+from spo.stages.verify import _table, plan_cases
+from spo.stages.verify_case import Verdict
 from tests.commands import spo
 
 PLAN: Any = OmegaConf.load(conf_dir() / "verify.yaml")
@@ -106,6 +109,14 @@ def test_user_methods_are_verified_and_a_flipped_sign_fails(
     assert all(row["tv"] <= PLAN.tolerance[row["check"]][row["model"]] for row in found if row["passed"])
     out = capsys.readouterr().out
     assert "FAIL" in out and "pass" in out and "flipped" in out
+
+
+@pytest.mark.parametrize("name", ["spo_best_of_n", "a_method_of_ours_with_a_very_long_name"])
+def test_no_verdict_is_cut_on_a_narrow_terminal(name: str) -> None:
+    verdict = Verdict(name, "tabular", "optimum", 0.25, 0.25, "numerical", False, 1.23e-7, 1.25, 1.25, None)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(_table([verdict]))
+    assert "FAIL" in (shown := console.export_text()) and "…" not in shown and "1.2500*" in shown
 
 
 def test_methods_that_cannot_be_verified_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

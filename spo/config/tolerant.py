@@ -124,9 +124,11 @@ class TolerantComposer:
         if "Could not override" in text or "is not in struct" in text:
             if key.rpartition(".")[0] == "data.chat_template_kwargs":
                 return f"write it with a plus, +{override.input_line}"
+            hint = _key_suggestion(key, cfg, self.groups)
             if members := self._members_with(key):
-                return f"unknown key; {listed(members)} has it"
-            return f"unknown key{_key_suggestion(key, cfg, self.groups)}"
+                # The key exists, so that a guess at another one would mislead.
+                hint = f"{'' if hint.endswith('?') else hint}; {listed(members)} has it"
+            return f"unknown key{hint}"
         return first_line(error)
 
     def _members_with(self, key: str) -> list[str]:
@@ -182,9 +184,10 @@ def _key_suggestion(key: str, cfg: DictConfig, groups: Iterable[str]) -> str:
     keys = keys_of(cfg) | set(groups)
     parent, _, leaf = key.rpartition(".")
     siblings = sorted(known.rpartition(".")[2] for known in keys if parent and known.rpartition(".")[0] == parent)
+    siblings = [name for name in siblings if name not in DIRECTIVES]
     if close := difflib.get_close_matches(leaf, siblings, n=1):
         return f"; did you mean {parent}.{close[0]}?"
     if siblings:
-        return f"; {parent} has {', '.join(name for name in siblings if name not in DIRECTIVES)}"
+        return f"; {parent} has {', '.join(siblings)}"
     same_leaf = sorted(known for known in keys if known.rpartition(".")[2] == leaf)
     return f"; did you mean {listed(same_leaf[:4])}?" if same_leaf else suggestion(key, sorted(keys))

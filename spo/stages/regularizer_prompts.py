@@ -24,7 +24,7 @@ def regularizer_prompts(cfg: DictConfig, prepared: Prepared, regularizer: Regula
     Raises:
         DataError: There is no prompt, or none that leaves room for a sample.
     """
-    chosen = regularizer.prompts
+    chosen = str(regularizer.prompts)  # A file may have a number for a name.
     if chosen == "train":
         return ()
     new = OmegaConf.select(cfg, "regularizer.max_new_tokens") or cfg.data.max_new_tokens

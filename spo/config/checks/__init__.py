@@ -10,9 +10,15 @@ from omegaconf import DictConfig
 
 from spo.config.checks.callbacks import callback_problems
 from spo.config.checks.combinations import combination_problems
-from spo.config.checks.files import file_problems
+from spo.config.checks.files import file_problems, uncounted_parameters
 from spo.config.checks.notes import warnings
-from spo.config.checks.settings import absent_groups, missing_and_unresolved, setting_problems, with_some_length
+from spo.config.checks.settings import (
+    absent_groups,
+    missing_and_unresolved,
+    setting_problems,
+    with_some_length,
+    with_some_rate,
+)
 from spo.config.checks.targets import CheckedParts, target_problems
 from spo.errors import ConfigProblems
 
@@ -49,8 +55,12 @@ def quick_problems(cfg: DictConfig) -> list[str]:
 
 
 def code_problems(cfg: DictConfig) -> list[str]:
-    """Return problems of targets, their parameters and their combination; this imports the code that they name."""
-    cfg = with_some_length(cfg)
-    found = list(target_problems(cfg))
+    """Return problems of targets, their parameters and their combination; this imports the code that they name.
+
+    Parameters that cannot be counted are among them, so that a mistake in a combination is shown beside them.
+    """
+    uncounted = list(uncounted_parameters(cfg))
+    cfg = with_some_rate(with_some_length(cfg))
+    found = [*uncounted, *target_problems(cfg)]
     parts = CheckedParts(cfg, found)
     return list(dict.fromkeys([*found, *callback_problems(cfg, parts), *combination_problems(cfg, parts)]))

@@ -38,10 +38,10 @@ def missing_data(path: str) -> str | None:
 def _regularizer_prompts(cfg: DictConfig) -> Iterator[str]:
     """Yield why ``regularizer.prompts`` names neither a split nor a file."""
     chosen, splits = select(cfg, "regularizer.prompts"), ("train", "selection")
-    if isinstance(chosen, str) and chosen not in splits and not Path(chosen).expanduser().exists():
+    if chosen is not None and chosen not in splits and not Path(str(chosen)).expanduser().exists():
         yield (
             f"regularizer.prompts={chosen}: choose train, selection, or a file with a column prompt (there is no such "
-            f"file, seen from {Path.cwd()}){suggestion(chosen, splits)}"
+            f"file, seen from {Path.cwd()}){suggestion(str(chosen), splits)}"
         )
 
 
@@ -76,8 +76,7 @@ def _model(cfg: DictConfig) -> Iterator[str]:
     if path is not None and initial is not None:
         yield f"model.path={path}: this model makes its own weights; for yours write model=hf model.path={path}"
     elif path is not None:
-        problems = list(folder_problems("model.path", str(path)))
-        yield from problems or _uncounted(cfg, str(path))
+        yield from folder_problems("model.path", str(path))
     elif initial is None and not OmegaConf.is_missing(model, "path"):
         yield "model.path and model.initial are both null: one of them has to say where the model comes from"
     if (adapter := select(cfg, "model.adapter_path")) is not None:
@@ -86,11 +85,12 @@ def _model(cfg: DictConfig) -> Iterator[str]:
         yield from folder_problems("model.adapter_path", str(adapter), ADAPTER_CONFIG)
 
 
-def _uncounted(cfg: DictConfig, path: str) -> Iterator[str]:
+def uncounted_parameters(cfg: DictConfig) -> Iterator[str]:
     """Yield why there is no learning rate for a model whose parameters cannot be counted."""
-    if follows_size(cfg, "optimizer.lr"):
+    path = select(cfg, "model.path")
+    if path is not None and follows_size(cfg, "optimizer.lr"):
         reason = f"it is not in the local cache; download it with `hf download {path}`"
-        if Path(path).is_dir():
+        if Path(str(path)).is_dir():
             reason = "the folder does not hold model.safetensors or its shards; save the model with save_pretrained"
         yield (
             f"model.path={path}: its parameters, on which the learning rate depends, cannot be counted, because "

@@ -61,6 +61,8 @@ NEEDED_GROUPS = (
 )
 ASSUMED_STEPS = 1_000_000
 """Number of steps with which a configuration is checked before its data is read."""
+ASSUMED_RATE = 1e-5
+"""Learning rate with which a configuration is checked where the parameters of its model cannot be counted."""
 
 
 def missing_and_unresolved(cfg: DictConfig) -> Iterator[str]:
@@ -84,6 +86,15 @@ def with_some_length(cfg: DictConfig) -> DictConfig:
         return cfg
     cfg = copy.deepcopy(cfg)
     OmegaConf.update(cfg, "trainer.max_steps", ASSUMED_STEPS)
+    return cfg
+
+
+def with_some_rate(cfg: DictConfig) -> DictConfig:
+    """Return the configuration, with some learning rate where it follows from parameters that cannot be counted."""
+    if not follows_size(cfg, "optimizer.lr"):
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    OmegaConf.update(cfg, "model.default_lr", ASSUMED_RATE)
     return cfg
 
 
