@@ -26,9 +26,10 @@ from spo.config.checks import quick_problems
 from spo.config.compose import compose
 from spo.errors import UserError
 from spo.module import AlignmentModule
+from spo.notes import collect_notes, note
 from spo.records.policy import verify_policy, write_policy_digests
 from spo.runs.checkpoints import last_checkpoint
-from spo.runs.claim import claim
+from spo.runs.claim import Status, claim, finish
 from spo.runs.identity import identity, known_digests
 from spo.runs.job_processes import is_stopping, job_processes, registered
 from spo.runs.ledger import Ledger
@@ -126,6 +127,16 @@ def test_the_command_line_ends_in_one_line_and_the_status_of_the_signal(
     assert failure["kind"] == "interrupted" and failure["traceback"] == ""
     [entry] = Ledger(tmp_path).begin("command", [([], "run")])
     assert entry.status == "unfinished"  # and not failed
+
+
+def test_the_next_start_of_a_run_interrupted_after_its_result_removes_the_failure(tmp_path: Path) -> None:
+    cfg = compose(run_dir=tmp_path)
+    with pytest.raises(Interrupted), claim(tmp_path, cfg):
+        finish(tmp_path, {"eval/kl": 1.0})
+        raise Interrupted(signal.SIGTERM)
+    assert (tmp_path / "failure.json").exists()
+    with claim(tmp_path, cfg) as status:
+        assert status is Status.FINISHED and not (tmp_path / "failure.json").exists()
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -254,6 +265,20 @@ def test_last_checkpoint_is_written_every_n_steps_and_a_run_resumes_from_it(
     folder, weights = straight
     assert rows(tmp_path) == rows(folder)
     assert all(torch.equal(weight, module.policy.state_dict()[name]) for name, weight in weights.items())
+
+
+def test_a_note_of_training_outlives_an_interruption(tmp_path: Path) -> None:
+    class Note(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 1:
+                note("early", "something happened in the second step", 3)
+
+    with collect_notes(), pytest.raises(Interrupted):
+        trained(tmp_path, Note(), Raise(4))
+    with collect_notes() as notes:
+        note("late", "the resumed run makes this note too", 2)
+        trained(tmp_path, Note(), resume=True)
+    assert notes == {"notes/early": 3, "notes/late": 2}
 
 
 def test_data_without_selection_pairs_has_checkpoints(tmp_path: Path) -> None:
