@@ -7,7 +7,7 @@ were cleaned or a model that runs without packing. Any part of the package may w
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -34,6 +34,22 @@ def note(key: str, sentence: str, count: float = 1) -> None:
         log.warning(sentence)
     if collected is not None:
         collected[PREFIX + key] = float(count)
+
+
+def collected_notes() -> dict[str, float]:
+    """Return the counts of the notes so far by key, with :data:`PREFIX`; empty outside of a run."""
+    return dict(_collected.get() or {})
+
+
+def restore_notes(earlier: Mapping[str, float]) -> None:
+    """Add the notes of an interrupted run to those of the run that resumes it, whose own counts are newer.
+
+    Args:
+        earlier: What :func:`collected_notes` returned.
+    """
+    collected = _collected.get()
+    if collected is not None:
+        collected.update({key: count for key, count in earlier.items() if key not in collected})
 
 
 @contextmanager

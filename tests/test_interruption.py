@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,9 +27,12 @@ from spo.config.checks import quick_problems
 from spo.config.compose import compose
 from spo.errors import UserError
 from spo.module import AlignmentModule
+from spo.notes import collect_notes, note
+from spo.records import filenames
 from spo.records.policy import verify_policy, write_policy_digests
+from spo.runs import launch
 from spo.runs.checkpoints import last_checkpoint
-from spo.runs.claim import claim
+from spo.runs.claim import Status, claim, finish
 from spo.runs.identity import identity, known_digests
 from spo.runs.job_processes import is_stopping, job_processes, registered
 from spo.runs.ledger import Ledger
@@ -126,6 +130,16 @@ def test_the_command_line_ends_in_one_line_and_the_status_of_the_signal(
     assert failure["kind"] == "interrupted" and failure["traceback"] == ""
     [entry] = Ledger(tmp_path).begin("command", [([], "run")])
     assert entry.status == "unfinished"  # and not failed
+
+
+def test_the_next_start_of_a_run_interrupted_after_its_result_removes_the_failure(tmp_path: Path) -> None:
+    cfg = compose(run_dir=tmp_path)
+    with pytest.raises(Interrupted), claim(tmp_path, cfg):
+        finish(tmp_path, {"eval/kl": 1.0})
+        raise Interrupted(signal.SIGTERM)
+    assert (tmp_path / "failure.json").exists()
+    with claim(tmp_path, cfg) as status:
+        assert status is Status.FINISHED and not (tmp_path / "failure.json").exists()
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -254,6 +268,20 @@ def test_last_checkpoint_is_written_every_n_steps_and_a_run_resumes_from_it(
     folder, weights = straight
     assert rows(tmp_path) == rows(folder)
     assert all(torch.equal(weight, module.policy.state_dict()[name]) for name, weight in weights.items())
+
+
+def test_a_note_of_training_outlives_an_interruption(tmp_path: Path) -> None:
+    class Note(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 1:
+                note("early", "something happened in the second step", 3)
+
+    with collect_notes(), pytest.raises(Interrupted):
+        trained(tmp_path, Note(), Raise(4))
+    with collect_notes() as notes:
+        note("late", "the resumed run makes this note too", 2)
+        trained(tmp_path, Note(), resume=True)
+    assert notes == {"notes/early": 3, "notes/late": 2}
 
 
 def test_data_without_selection_pairs_has_checkpoints(tmp_path: Path) -> None:
@@ -432,6 +460,38 @@ def test_a_signal_is_passed_on_to_the_processes_of_jobs(tmp_path: Path, monkeypa
         pytest.fail("nobody to wait for")
 
 
+def end_own_process(program: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a Python program in place of a job's command."""
+    node = {"sweep": {"dir": str(run.parent)}, "runtime": {"output_dir": str(run)}, "overrides": {"task": []}}
+    monkeypatch.setattr(launch.HydraConfig, "get", lambda: OmegaConf.create(node))
+    popen = subprocess.Popen
+    with monkeypatch.context() as patch, signals.handled():
+        patch.setattr(launch.subprocess, "Popen", lambda command: popen([sys.executable, "-c", program]))
+        launch._run_in_own_process(None)
+
+
+def test_a_job_that_is_entered_after_the_signal_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / filenames.STOP).touch()
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        end_own_process("import time; time.sleep(20)", tmp_path / "run", monkeypatch)
+    assert not (tmp_path / "run/failure.json").exists()
+
+
+def test_a_job_that_a_signal_ends_while_it_starts_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    program = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
+    with pytest.raises(UserError, match="killed by signal 15"):
+        end_own_process(program, tmp_path / "run", monkeypatch)
+    (tmp_path / "run/failure.json").unlink()
+    stop = f"import pathlib; pathlib.Path({str(tmp_path / filenames.STOP)!r}).touch(); "
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        end_own_process(stop + program, tmp_path / "run", monkeypatch)
+    assert not (tmp_path / "run/failure.json").exists()
+
+
 # --- whole commands ------------------------------------------------------------------------------------------------
 
 LONG = (*FAST, "method=dpo", "trainer.max_steps=200", "trainer.val_check_interval=20", "trainer.log_every_n_steps=3")
@@ -531,7 +591,9 @@ def test_a_signal_before_and_after_training_ends_a_run_that_resumes(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_best_weights_are_evaluated_and_saved(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_weights_are_evaluated_and_saved(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, settings = tmp_path / "run", (*FAST, "method=dpo", "callbacks.checkpoint.mode=max")
     metrics = job(run, cache, *settings, "evaluation.policy=best")
     assert metrics["policy/step"] == 2  # the loss falls, so the first validation has the largest one
@@ -548,3 +610,7 @@ def test_the_best_weights_are_evaluated_and_saved(cache: Path, tmp_path: Path, m
     weights = run / "policy/model.safetensors"
     weights.write_bytes((tmp_path / "short/policy/model.safetensors").read_bytes()[:-1] + b"\0")
     assert cli.main(["evaluate", "run"]) == 1
+    shutil.rmtree(run / "policy")
+    capsys.readouterr()
+    assert cli.main(["evaluate", "run"]) == 1
+    assert "policy is missing: restore the files" in capsys.readouterr().err

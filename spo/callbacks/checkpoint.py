@@ -17,12 +17,15 @@ from spo.bounds import NonNegativeInt, PositiveInt
 from spo.callbacks.history import HistoryLogger
 from spo.errors import UserError
 from spo.module import AlignmentModule
+from spo.notes import collected_notes, restore_notes
 from spo.records import filenames
 
 RUN_KEY = "run_identity"
 """Entry of a checkpoint that holds the digest of the run's identity; checkpoints of version 0.1.0 do not have it."""
 HISTORY_KEY = "history"
 """Entry of a checkpoint that holds ``history.jsonl`` up to its step: compressed text as a tensor of bytes."""
+NOTES_KEY = "notes"
+"""Entry of a checkpoint that holds the counts of the notes until its step; those of version 0.1.0 lack it."""
 STEP_FILES = "step-*.ckpt"
 
 
@@ -120,11 +123,16 @@ class Checkpoint(BaseCheckpoint):
         self.best = dict(state_dict["best"])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the identity of the run, and its history, from which a damaged file is repaired."""
+        """Add the identity of the run, its notes, and its history, from which a damaged file is repaired."""
         checkpoint[RUN_KEY] = self.run
+        checkpoint[NOTES_KEY] = collected_notes()
         if (history := _history(trainer)) is not None and history.path.exists():
             packed = bytearray(zlib.compress(history.path.read_bytes()))
             checkpoint[HISTORY_KEY] = torch.frombuffer(packed, dtype=torch.uint8)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore the notes, some of which only the steps before the checkpoint give rise to."""
+        restore_notes(checkpoint.get(NOTES_KEY, {}))
 
     def _value(self, trainer: Trainer) -> float | None:
         """Return the value of the monitored metric on every process; ``None`` where it is absent or not finite.

@@ -79,6 +79,8 @@ def claim(run_dir: Path, cfg: DictConfig, *, resumed: bool = False) -> Iterator[
         with locked(run_dir, wait=sweep_dir() is not None):
             remove_leftovers(run_dir)
             status = _status(run_dir, cfg, resumed)
+            if status is Status.FINISHED:  # A run may fail or be interrupted after its result is written.
+                (run_dir / filenames.FAILURE).unlink(missing_ok=True)
             try:
                 with placed_by(SET_RUN, run_dir):
                     yield status

@@ -33,13 +33,14 @@ def job_processes(sweep_dir: Path) -> Iterator[None]:
         left.unlink(missing_ok=True)
 
     def relay(signum: int) -> bool:
-        running = list(sweep_dir.glob(f"{here}*"))
-        if running:
-            (sweep_dir / filenames.STOP).touch()
-        for file in running:
+        if not any(sweep_dir.glob(f"{here}*")):
+            return False
+        (sweep_dir / filenames.STOP).touch()
+        # Looked up again: a job that is entered from here on finds the file, and stops by itself.
+        for file in sweep_dir.glob(f"{here}*"):
             with suppress(OSError):  # It has just ended.
                 os.kill(int(file.name.rpartition(".")[2]), signal.SIGINT if file.read_text() else signum)
-        return bool(running)
+        return True
 
     with signals.relayed(relay):
         yield

@@ -263,14 +263,16 @@ def _needs_own_process(cfg: DictConfig) -> bool:
 
 def _run_in_own_process(config_dir: str | None) -> None:
     job = HydraConfig.get()
-    overrides, run_dir = _overrides(job), Path(job.runtime.output_dir)
+    overrides, run_dir, sweep_dir = _overrides(job), Path(job.runtime.output_dir), Path(job.sweep.dir)
     command = [sys.executable, "-m", "spo", "train", *(["--config-dir", config_dir] if config_dir else [])]
     directory = str(run_dir).replace("'", r"\'")
     signals.survive()
     with _safe_path():
         process = subprocess.Popen([*command, *overrides, "hydra.mode=RUN", f"hydra.run.dir='{directory}'"])
     try:
-        with registered(Path(job.sweep.dir), process.pid):
+        with registered(sweep_dir, process.pid):
+            if is_stopping(sweep_dir):  # The signal to all jobs came before this one was entered.
+                process.terminate()
             status = process.wait()
     except BaseException:
         process.terminate()
@@ -279,7 +281,9 @@ def _run_in_own_process(config_dir: str | None) -> None:
         return
     if (failure := read_failure(run_dir)) is not None and failure.get("kind") == "interrupted" and status > 128:
         raise Interrupted(status - 128)
-    entry = Ledger(Path(job.sweep.dir)).entry(overrides)
+    if status < 0 and is_stopping(sweep_dir):  # The signal came before the job handled signals.
+        raise Interrupted(-status)
+    entry = Ledger(sweep_dir).entry(overrides)
     if entry is not None and entry.status == "failed":
         raise UserError(entry.error)
     words = f"its process was killed by signal {-status}" if status < 0 else f"its process ended with status {status}"

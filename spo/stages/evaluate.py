@@ -35,7 +35,8 @@ from spo.pages.panels import result_panel
 from spo.records import filenames
 from spo.records.digests import model_digest
 from spo.records.files import read_mapping, write_json, write_jsonl, write_text
-from spo.records.policy import verify_policy
+from spo.records.policy import POLICY_REMEDY, verify_policy
+from spo.runs.claim import is_finished
 from spo.runs.saved_config import load_config, refuse_redacted, resolved
 from spo.schedules import Constant
 from spo.stages.evaluation_config import evaluation_config
@@ -72,6 +73,8 @@ def evaluate_command(
     quiet_libraries()
     own = load_config(run_dir)
     if not (run_dir / filenames.POLICY / "config.json").is_file():
+        if is_finished(run_dir):
+            raise UserError(f"{run_dir / filenames.POLICY} is missing: {POLICY_REMEDY}")
         raise UserError(f"{run_dir} does not have a policy yet: finish it with spo train --resume {run_dir}")
     verify_policy(run_dir)
     cfg = evaluation_config(own, overrides, config_dir)
