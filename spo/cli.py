@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from spo.help import COMMANDS, help_of
 from spo.runs.processes import import_from_current_folder
 from spo.secrets import scrub_output
+from spo.wording import clean
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -335,5 +336,5 @@ def _main(words: list[str]) -> int:
 def _fail(message: str, status: int) -> int:
     with suppress(OSError):
         sys.stdout.flush()
-    print(f"spo: {message}", file=sys.stderr)
+    print(f"spo: {clean(message)}", file=sys.stderr)  # A received file may hold commands for the terminal.
     return status

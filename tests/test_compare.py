@@ -531,6 +531,14 @@ def test_csv_json_and_markdown_contain_the_same_numbers(tmp_path: Path) -> None:
     assert all(one["words"] in markdown for one in plain["differences"])
 
 
+def test_tables_hold_no_commands_for_the_terminal(tmp_path: Path) -> None:
+    write_run(tmp_path, method="spo", changes={"method.name": "a\x1b[2J\x07b"})
+    write_run(tmp_path, method="dpo")
+    comparison = compared(tmp_path, anyway=True)
+    for text in (to_csv(comparison), to_markdown(comparison)):
+        assert "a␛[2J␇b" in text and "\x1b" not in text and "\x07" not in text
+
+
 @pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "-", "dpo", "a=b"])
 def test_csv_cells_are_text_to_a_spreadsheet(name: str, tmp_path: Path) -> None:
     write_run(tmp_path, method="spo", changes={"method.name": name})

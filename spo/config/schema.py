@@ -38,6 +38,9 @@ Precision = Annotated[
 WarmUp = Annotated[int, Ge(0)] | Annotated[float, Ge(0), Lt(1), Advice("a number below 1 is a share of the steps")]
 
 
+Seed = Annotated[int, Ge(0), Lt(2**32)]  # NumPy's range
+
+
 @dataclass(frozen=True)
 class Probe:
     """Keys ``probe.*``."""
@@ -58,7 +61,7 @@ class Splits:
 class Data:
     """Keys ``data.*`` that every data set has."""
 
-    seed: NonNegativeInt
+    seed: Seed
     batch_size: PositiveInt
     micro_batch_size: PositiveInt | None
     micro_batch_tokens: PositiveInt | None
@@ -173,7 +176,7 @@ class Trainer:
 class Configuration:
     """Keys of the whole configuration."""
 
-    seed: NonNegativeInt
+    seed: Seed
     threads: PositiveInt | None
     rerun: bool
     tags: Sequence[str]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shlex
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from omegaconf.grammar_parser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse as parse_value
 
 from spo.config.compose import compose, parse, register_resolvers
-from spo.config.nodes import first_line
+from spo.config.nodes import first_line, listed
 from spo.errors import UserError
 from spo.records.files import load_yaml
 from spo.resources import conf_dir
@@ -68,9 +69,13 @@ _RESOLVERS = {"oc.env", "oc.select", "oc.dict.keys", "oc.dict.values", "oc.depre
 _WRITING_GROUPS = {"callbacks", "logger", "strategy", "trainer"}
 _PLACE = re.compile(r"(path|dir|file|folder|root)$", re.IGNORECASE)
 _NAME_IN_FOLDER = re.compile(r"^(filename|name|version|prefix|sub_dir)$")
+# The name may be an interpolation itself.
+_READ_VARIABLE = re.compile(r"oc\.env\s*:\s*([^,}]+)")
 _CACHE_FOLDERS = ("sft", "pairs", "draws", "reference_logps", "verdicts.sqlite")
 _WANDB_FOLDER = "wandb"
 _LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
+# What a configuration asks for, in words, and the words of the command that allow it.
+_Found = tuple[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -134,32 +139,34 @@ def check_trusted(cfg: DictConfig, run_dir: Path, caller: Caller) -> None:
     """
     register_resolvers()
     found = [*_code(OmegaConf.to_container(cfg, resolve=False), caller), *_links(run_dir, caller)]
+    found += _tracker_settings(run_dir, caller)
     if not found:  # Only known resolvers are called.
         try:
             values: Any = OmegaConf.to_container(cfg, resolve=True)
         except OmegaConfBaseException as error:
             raise UserError(f"the configuration of {run_dir} cannot be resolved: {first_line(error)}") from error
-        found = [*_remote_code(values, caller), *_addresses(values, caller), *_places(values, run_dir, caller)]
+        raw = OmegaConf.to_container(cfg, resolve=False)
+        found = [*_remote_code(values, caller), *_addresses(values, raw, caller), *_places(values, run_dir, caller)]
     if found:
         problems, remedies = (list(dict.fromkeys(part)) for part in zip(*found, strict=True))
         raise UserError(
             f"{run_dir} may come from somebody else, and it {' and '.join(problems)}; if you trust it, add "
-            f"{' '.join(remedies)} to the command"
+            f"{shlex.join(word for remedy in remedies for word in remedy)} to the command"
         )
 
 
 # --- code ----------------------------------------------------------------------------------------------------------
 
 
-def _code(raw: Any, caller: Caller) -> Iterator[tuple[str, str]]:
+def _code(raw: Any, caller: Caller) -> Iterator[_Found]:
     """Yield targets that are not allowed, and resolvers that could make one."""
     for key, target in _targets(raw):
         if not (caller.allows_name(target) or _is_known(key, target)):
-            yield f"runs {target} as {key or 'the whole configuration'}", f"--allow {target}"
+            yield f"runs {target} as {key or 'the whole configuration'}", ("--allow", target)
     for key, text in _texts(raw):
         for name in _resolvers(text):
             if not (name in _RESOLVERS or name.startswith("spo.") or caller.sets(key) or caller.allows_name(name)):
-                yield f"calls the resolver {name} in {key}", f"--allow {name}"
+                yield f"calls the resolver {name} in {key}", ("--allow", name)
 
 
 def _targets(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -239,22 +246,39 @@ def _part(target: str) -> Any:
 # --- what else a file could ask for --------------------------------------------------------------------------------
 
 
-def _remote_code(values: Any, caller: Caller) -> Iterator[tuple[str, str]]:
+def _remote_code(values: Any, caller: Caller) -> Iterator[_Found]:
     """Yield keys that let code in a model folder run."""
     for key, value in _leaves(values):
         if key.rpartition(".")[2] == "trust_remote_code" and value not in (False, None) and not caller.sets(key):
-            yield f"lets code in a model folder run ({key}={value})", f"{key}=true"
+            yield f"lets code in a model folder run ({key}={value})", (f"{key}=true",)
 
 
-def _addresses(values: Any, caller: Caller) -> Iterator[tuple[str, str]]:
-    """Yield addresses on other machines that would receive a key from the environment."""
+def _addresses(values: Any, raw: Any, caller: Caller) -> Iterator[_Found]:
+    """Yield addresses on other machines that would receive a value from the environment."""
     for key, value in _leaves(values):
         parent, _, name = key.rpartition(".")
         if name != "base_url" or caller.sets(key) or value == _official_address():
             continue
+        if urlsplit(str(value)).hostname in _LOCAL_HOSTS:
+            continue
         variable = next((other for at, other in _leaves(values) if at == f"{parent}.key_variable"), None)
-        if variable is not None and urlsplit(str(value)).hostname not in _LOCAL_HOSTS:
-            yield f"sends the key in {variable} to {value}", f"{key}={value}"
+        if variable is not None:
+            yield f"sends the key in {variable} to {value}", (f"{key}={value}",)
+        elif parent:  # An interpolation may lead from the request to any key that reads the environment.
+            read = sorted(_variables(raw) - _shipped_variables())
+            if read:
+                yield f"may send {listed(read)} of the environment to {value}", (f"{key}={value}",)
+
+
+def _variables(node: Any) -> set[str]:
+    """Return the names of environment variables that the texts in nested dictionaries and lists read."""
+    return {name for _, text in _texts(node) for name in _READ_VARIABLE.findall(text)}
+
+
+@cache
+def _shipped_variables() -> frozenset[str]:
+    files = conf_dir().glob("*/**/*.yaml")
+    return frozenset().union(*(_variables(load_yaml(file.read_text(encoding="utf-8"))) for file in files))
 
 
 @cache
@@ -262,20 +286,27 @@ def _official_address() -> str:
     return str(load_yaml((conf_dir() / "judge" / "openai.yaml").read_text(encoding="utf-8"))["base_url"])
 
 
-def _places(values: Any, run_dir: Path, caller: Caller) -> Iterator[tuple[str, str]]:
+def _places(values: Any, run_dir: Path, caller: Caller) -> Iterator[_Found]:
     """Yield files and folders outside the run directory that a part would write."""
     cache_dir = str(values.get("paths", {}).get("cache") or "")
     if cache_dir and not (caller.sets("paths.cache") or caller.allows_path(cache_dir) or _is_cache(cache_dir)):
-        yield f"uses the folder {cache_dir} as its cache", f"--allow {_absolute(cache_dir)}"
+        yield f"uses the folder {cache_dir} as its cache", ("--allow", _absolute(cache_dir))
     for key, value in _leaves(values):
         group, _, rest = key.partition(".")
-        name = rest.rpartition(".")[2]
+        parent, _, name = rest.rpartition(".")
         if not isinstance(value, str) or not value or caller.sets(key):
             continue
         if group in _WRITING_GROUPS:
             if _NAME_IN_FOLDER.match(name):
                 is_inside = not os.path.isabs(value) and ".." not in Path(value).parts
-            elif _PLACE.search(name) or os.path.isabs(value) or value.startswith("~"):
+            # What a positional argument means is not known here.
+            elif (
+                _PLACE.search(name)
+                or parent.endswith("_args_")
+                or name == "_args_"
+                or os.path.isabs(value)
+                or value.startswith("~")
+            ):
                 is_inside = _is_inside(value, run_dir)
             else:
                 continue
@@ -284,20 +315,27 @@ def _places(values: Any, run_dir: Path, caller: Caller) -> Iterator[tuple[str, s
         else:
             continue
         if not is_inside and not caller.allows_path(value):
-            yield f"writes outside its own folder ({key}={value})", f"--allow {_absolute(value)}"
+            yield f"writes outside its own folder ({key}={value})", ("--allow", _absolute(value))
 
 
-def _links(run_dir: Path, caller: Caller) -> Iterator[tuple[str, str]]:
+def _links(run_dir: Path, caller: Caller) -> Iterator[_Found]:
     """Yield links in the run directory that lead out of it: what is written there would land elsewhere."""
     for folder, folders, files in os.walk(run_dir):
         for name in sorted([*folders, *files]):
             path = os.path.join(folder, name)
             if os.path.islink(path) and not _is_inside(path, run_dir) and not caller.allows_path(path):
                 target = os.path.realpath(path)
-                yield f"has a link out of it ({os.path.relpath(path, run_dir)} to {target})", f"--allow {target}"
-        if _WANDB_FOLDER in folders:
+                yield f"has a link out of it ({os.path.relpath(path, run_dir)} to {target})", ("--allow", target)
+        if folder == os.path.join(run_dir, _WANDB_FOLDER):
             # W&B links the folder of each run to its log in the user's cache, and never writes to that folder again.
-            folders.remove(_WANDB_FOLDER)
+            folders.clear()
+
+
+def _tracker_settings(run_dir: Path, caller: Caller) -> Iterator[_Found]:
+    """Yield settings of W&B, which its client reads in the current folder; they may name a server for the API key."""
+    file = run_dir / _WANDB_FOLDER / "settings"
+    if file.exists() and not caller.allows_path(str(file)):
+        yield f"has settings of W&B ({_WANDB_FOLDER}/{file.name})", ("--allow", _absolute(file))
 
 
 def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:

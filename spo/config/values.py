@@ -120,7 +120,7 @@ def _words(kind: Any, metadata: tuple[Any, ...], value: Any) -> str:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int and not (is_number and isinstance(value, int)):
         return "a whole number"
-    if is_number and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):  # A long integer does not fit into a float.
         return "a finite number"
     limits = " and ".join(_limits(metadata))
     if limits == "above 0":

@@ -23,7 +23,7 @@ from spo.pages.comparison_words import (
 )
 from spo.records.files import to_json, write_text
 from spo.stats import Estimate
-from spo.wording import number
+from spo.wording import clean, number
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 JSON, CSV, MARKDOWN, PAGE = "comparison.json", "table.csv", "comparison.md", "comparison.html"
@@ -140,7 +140,7 @@ def to_csv(comparison: Comparison) -> str:
 
 def _as_text(cell: str) -> str:
     """Return a cell that no spreadsheet reads as a formula; a number stays as it is."""
-    cell = cell.replace("\r", " ")  # The csv module does not quote it, and it would end the row.
+    cell = clean(cell.replace("\r", " "))  # The csv module does not quote it, and it would end the row.
     is_formula = (cell[:1] == "\t" or cell.strip()[:1] in ("=", "+", "-", "@")) and not _NUMBER.fullmatch(cell)
     return f"'{cell}" if is_formula else cell
 
@@ -180,7 +180,7 @@ def _row(cells: list[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+    return clean(text).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
 def write_files(comparison: Comparison, folder: Path) -> dict[str, Path]:

@@ -14,6 +14,7 @@ from spo.config.checks.files import file_problems, uncounted_parameters
 from spo.config.checks.notes import warnings
 from spo.config.checks.settings import (
     absent_groups,
+    directive_problems,
     missing_and_unresolved,
     setting_problems,
     with_some_length,
@@ -50,7 +51,7 @@ def problems(cfg: DictConfig) -> list[str]:
 def quick_problems(cfg: DictConfig) -> list[str]:
     """Return missing and wrong values and files that do not exist, found without importing what runs."""
     cfg = with_some_length(cfg)
-    parts = (missing_and_unresolved, absent_groups, setting_problems, file_problems)
+    parts = (missing_and_unresolved, absent_groups, directive_problems, setting_problems, file_problems)
     return list(dict.fromkeys(problem for part in parts for problem in part(cfg)))
 
 

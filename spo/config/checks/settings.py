@@ -6,10 +6,10 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from spo.config.nodes import entries, first_line, listed, select, suggestion
+from spo.config.nodes import entries, first_line, listed, nodes_with_target, select, suggestion
 from spo.config.schema import typed_keys
 from spo.config.values import violation
 
@@ -59,6 +59,15 @@ NEEDED_GROUPS = (
     *("paths", "alpha", "beta", "regularizer", "reference", "data", "model", "method", "sft", "optimizer", "scheduler"),
     *("strategy", "speed", "trainer", "evaluation"),
 )
+# Groups of parts with a name each; a part that is null is off.
+NAMED_PARTS = ("callbacks", "logger")
+DIRECTIVE_TYPES: tuple[tuple[str, type, str], ...] = (
+    ("_target_", str, "the dotted path of a class or function"),
+    ("_partial_", bool, "true or false"),
+    ("_recursive_", bool, "true or false"),
+    ("_args_", ListConfig, "a list"),
+)
+CONVERSIONS = ("none", "partial", "object", "all")
 ASSUMED_STEPS = 1_000_000
 """Number of steps with which a configuration is checked before its data is read."""
 ASSUMED_RATE = 1e-5
@@ -99,10 +108,35 @@ def with_some_rate(cfg: DictConfig) -> DictConfig:
 
 
 def absent_groups(cfg: DictConfig) -> Iterator[str]:
-    """Yield groups that a run cannot do without and that are null or were removed."""
+    """Yield groups that a run cannot do without and that are null or were removed, and groups of another shape."""
     for group in NEEDED_GROUPS:
         if not isinstance(select(cfg, group), DictConfig):
             yield f"{group}={shown(select(cfg, group))}: a run needs this group; choose a member ({group}=MEMBER)"
+    for group in NAMED_PARTS:
+        given = select(cfg, group)
+        if given is not None and not isinstance(given, DictConfig):
+            yield f"{group}={shown(given)}: must be null, or a mapping of names to parts, each with a _target_"
+            continue
+        for name in map(str, given or {}):
+            part = select(cfg, f"{group}.{name}")
+            if part is not None and select(cfg, f"{group}.{name}._target_") is None:
+                yield f"{group}.{name}={shown(part)}: must be null, or have a _target_ ({group}.{name}._target_=CLASS)"
+    if not isinstance(select(cfg, "probe"), DictConfig):
+        yield f"probe={shown(select(cfg, 'probe'))}: must have its keys; probe.num_prompts=0 turns the probe off"
+    judge = select(cfg, "judge")
+    if judge is not None and not isinstance(judge, DictConfig):
+        yield f"judge={shown(judge)}: choose a member (judge=MEMBER)"
+
+
+def directive_problems(cfg: DictConfig) -> Iterator[str]:
+    """Yield keys of Hydra beside a ``_target_``, such as ``_partial_``, whose values Hydra does not accept."""
+    for key, node in nodes_with_target(cfg):
+        for name, kinds, words in DIRECTIVE_TYPES:
+            value = select(node, name)
+            if value is not None and not isinstance(value, kinds):
+                yield f"{key}.{name}={shown(value)}: must be {words}"
+        if str(select(node, "_convert_", "none")).lower() not in CONVERSIONS:
+            yield f"{key}._convert_={shown(node['_convert_'])}: choose {listed(CONVERSIONS)}"
 
 
 def setting_problems(cfg: DictConfig) -> Iterator[str]:
