@@ -107,7 +107,7 @@ class Bootstrap:
             scores: ``(S, P)``, one row per seed and one column per prompt; one column if a seed has a single number.
 
         Raises:
-            ValueError: If there are no scores.
+            ValueError: If there are no scores, or one is not finite.
         """
         _require_scores(scores)
         return self._estimate(scores.mean(axis=0), len(scores), self._mean_deviations(scores))
@@ -120,7 +120,7 @@ class Bootstrap:
             by_opponent: ``(T, P)`` the same scores by the seed of an opponent that has other seeds, where both vary.
 
         Raises:
-            ValueError: If there are no scores.
+            ValueError: If there are no scores, or one is not finite.
         """
         _require_scores(scores)
         (seeds, prompts), value = scores.shape, min(1.0, max(0.0, float(scores.mean())))
@@ -146,7 +146,7 @@ class Bootstrap:
             paired: Whether row ``s`` of both tables has the same seed, so that what both share of it cancels.
 
         Raises:
-            ValueError: If there are no scores.
+            ValueError: If there are no scores, or one is not finite.
         """
         _require_scores(first, second)
         if paired:
@@ -291,6 +291,8 @@ def _too_few(deviations: Array, numbers: int, confidence: float) -> bool:
 def _require_scores(*tables: Array) -> None:
     if any(table.size == 0 for table in tables):
         raise ValueError("there are no scores")
+    if not all(np.isfinite(table).all() for table in tables):
+        raise ValueError("scores have to be finite")  # Comparisons with NaN are false, which would look significant.
 
 
 # --- shares --------------------------------------------------------------------------------------------------------

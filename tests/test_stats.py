@@ -274,3 +274,11 @@ def test_pareto_by_hand() -> None:
     points = [(3.0, 0.7), (1.0, 0.6), (2.0, 0.5), (5.0, 0.9), (5.0, 0.8), (4.0, 0.7)]
     assert pareto(points) == [1, 0, 3]
     assert pareto([]) == []
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_scores_that_are_not_finite_do_not_become_evidence(odd: float) -> None:
+    table = np.array([[0.5, odd, 1.0]])
+    for estimate in (FAST.mean, FAST.share, lambda scores: FAST.difference(np.ones((1, 3)), scores, paired=True)):
+        with pytest.raises(ValueError, match="finite"):
+            estimate(table)
