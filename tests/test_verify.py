@@ -83,6 +83,7 @@ def test_each_comparing_method_has_two_settings_and_a_transformer_case() -> None
         assert settings < {(case.model, case.check, case.alpha, case.beta) for case in full if case.member == method}
 
 
+@pytest.mark.slow
 def test_user_methods_are_verified_and_a_flipped_sign_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
