@@ -6,6 +6,13 @@ Hydra.
 
 from __future__ import annotations
 
+import sys
+
+# `python -m spo` puts the current folder first, where a typing.py would run instead of Python's own. At this moment
+# Python still looks for spo/__main__.py, so argv[0] is "-m"; an import by another program is left alone.
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and {"spo", "spo.__main__", "-mspo"} & {*sys.orig_argv}:
+    del sys.path[0]
+
 from typing import TYPE_CHECKING, Any
 
 from spo import _old_names as _old_names

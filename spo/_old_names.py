@@ -73,7 +73,7 @@ OLD_NAMES: dict[str, str] = {
     "spo.runtime.rundir.Status": "spo.runs.claim.Status",
     "spo.runtime.rundir.claim": "spo.runs.claim.claim",
     "spo.runtime.rundir.code_version": "spo.records.digests.code_version",
-    "spo.runtime.rundir.command_line": "spo.runs.secrets.command_line",
+    "spo.runtime.rundir.command_line": "spo.secrets.command_line",
     "spo.runtime.rundir.differences": "spo.runs.identity.differences",
     "spo.runtime.rundir.finish": "spo.runs.claim.finish",
     "spo.runtime.rundir.flatten": "spo.records.files.flatten",

@@ -51,22 +51,24 @@ def train(cfg: DictConfig) -> dict[str, float]:
     return train(cfg)
 
 
-def evaluate(run_dir: PathLike, overrides: Sequence[str] = ()) -> dict[str, float]:
+def evaluate(run_dir: PathLike, overrides: Sequence[str] = (), *, allow: Sequence[str] = ()) -> dict[str, float]:
     """Evaluate the policy of a finished run again; the files of the run itself do not change.
 
     Args:
         run_dir: Directory of the run.
         overrides: Overrides of the groups ``data``, ``evaluation`` and ``judge``.
+        allow: Targets, modules, and paths that the directory may use, as with ``--allow``.
 
     Returns:
         The metrics of this evaluation.
 
     Raises:
-        UserError: The run does not have a policy, or an override belongs to another group.
+        UserError: The run does not have a policy, an override belongs to another group, or the directory asks for
+            something that needs ``allow``.
     """
     from spo.stages.evaluate import evaluate_command
 
-    return evaluate_command(Path(run_dir), list(overrides))
+    return evaluate_command(Path(run_dir), list(overrides), list(allow))
 
 
 def compare(

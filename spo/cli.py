@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.help import COMMANDS, help_of
+from spo.runs.processes import import_from_current_folder
+from spo.secrets import scrub_output
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -105,13 +107,14 @@ def _checked_job(cfg: DictConfig) -> Any:
 def _resume(arguments: list[str]) -> int:
     parser = _Parser("spo train --resume RUN_DIR [trainer.max_steps=N] [logger.KEY=VALUE] [strategy=MEMBER] ...")
     parser.add_argument("--resume", metavar="RUN_DIR", type=Path, required=True)
+    parser.add_trust()
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args(arguments)
     from spo.errors import COPY_RUN, placed_by
     from spo.stages.train import resume
 
     with placed_by(COPY_RUN, given.resume):
-        resume(given.resume, given.overrides)
+        resume(given.resume, given.overrides, given.allow, given.config_dir)
     return 0
 
 
@@ -121,11 +124,12 @@ def _resume(arguments: list[str]) -> int:
 def _evaluate(arguments: list[str]) -> int:
     parser = _Parser(COMMANDS["evaluate"].usage)
     parser.add_argument("run_dir", type=Path)
+    parser.add_trust()
     parser.add_argument("overrides", nargs="*")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     from spo.stages.evaluate import evaluate_command
 
-    evaluate_command(given.run_dir, given.overrides)
+    evaluate_command(given.run_dir, given.overrides, given.allow, given.config_dir)
     return 0
 
 
@@ -226,6 +230,11 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, usage: str) -> None:
         super().__init__(prog="spo", usage=usage, add_help=False, allow_abbrev=False)
 
+    def add_trust(self) -> None:
+        """Add the flags by which a person allows what the configuration of a run directory asks for."""
+        self.add_argument("--allow", action="append", default=[], metavar="NAME")
+        self.add_argument("--config-dir", "-cd", metavar="DIR")
+
     def error(self, message: str) -> Any:
         raise UsageError(f"{message}\nusage: {self.usage}")
 
@@ -254,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 for an error in the run or its settings, 2 for a wrong command line, 130 for an interruption.
     """
+    end_scrubbing = scrub_output()
     try:
         status = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -264,6 +274,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # The output goes to a file on a full disk; results are in the files of the run.
         _drop_output()
         return _fail(f"the output of this command cannot be written: {error.strerror}", 1)
+    finally:
+        if argv is not None:  # Python prints the traceback of a fault after the end of the process's own command.
+            end_scrubbing()
 
 
 def _drop_output() -> None:
@@ -292,9 +305,9 @@ def _main(words: list[str]) -> int:
     # Python would print a traceback for each line of a log file on a full disk.
     logging.raiseExceptions = os.environ.get("SPO_DEBUG") == "1"
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # It warns if the home folder cannot be written.
+    if name in ("train", "inspect", "verify"):  # Other commands read directories that may be somebody else's.
+        import_from_current_folder()
     try:
-        if "" not in sys.path and os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())  # As `python -m` does, since a `_target_` may lie in the current folder.
         return RUN[name](arguments)
     except UsageError as error:
         return _fail(str(error), 2)

@@ -92,7 +92,8 @@ COMMANDS = {
     "train": Command(
         "align a model and evaluate it",
         "spo train [GROUP=MEMBER] [KEY=VALUE] ... [-m] [--cfg job] [--config-dir DIR]\n"
-        "       spo train --resume RUN_DIR [trainer.max_steps=N] [logger.KEY=VALUE] [strategy=MEMBER] ...",
+        "       spo train --resume RUN_DIR [trainer.max_steps=N] [logger.KEY=VALUE] [strategy=MEMBER] ... "
+        "[--allow NAME]",
         """
         Makes or loads the reference model, aligns it with a method, and evaluates the result on held-out prompts.
         The run directory gets the model, the metrics, the samples and report.html. Without arguments it uses a
@@ -103,6 +104,7 @@ COMMANDS = {
         --config-dir DIR  a folder with your own members of the groups below
         --resume RUN_DIR  resume an interrupted run, or train for more steps; an unfinished run also takes another
                           judge=MEMBER or evaluation.KEY=VALUE
+        --allow NAME      with --resume: let the directory use NAME, as in spo evaluate --help
         --hydra-help      Hydra's own flags, all of which work
 
         Plain numbers work for alpha and beta: alpha=0.5 is alpha=constant alpha.value=0.5.
@@ -118,8 +120,16 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "evaluate the policy of a run again",
-        "spo evaluate RUN_DIR [KEY=VALUE] ...",
-        "Samples answers to test prompts from policy and reference, and compares them, with other settings or data.",
+        "spo evaluate RUN_DIR [KEY=VALUE] ... [--allow NAME] ... [--config-dir DIR]",
+        """
+        Samples answers to test prompts from policy and reference, and compares them, with other settings or data.
+
+        A directory may come from somebody else. Of what it names, only the parts of spo and a few of torch,
+        transformers, and lightning run. Code that you name yourself, in an override or in --config-dir, runs too.
+
+        --allow NAME      let the directory use NAME: a _target_, a module with all its targets, or a path to write to
+        --config-dir DIR  a folder with your own members of the config groups
+        """,
         [
             "spo evaluate outputs/runs/RUN evaluation.num_prompts=512",
             "spo evaluate outputs/runs/RUN data=jsonl data.path=PAIRS.jsonl",

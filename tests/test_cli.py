@@ -208,10 +208,11 @@ def test_resume_evaluate_and_inspect_receive_their_arguments(monkeypatch: pytest
     monkeypatch.setattr("spo.stages.inspect.inspect", lambda cfg, *given: calls.append((cfg.data.seed, *given)))
     monkeypatch.setattr("spo.stages.evaluate.evaluate_command", lambda *given: calls.append(given))
     assert cli.main(["train", "trainer.max_steps=9", "--resume", "a/b", "logger=csv"]) == 0
-    assert cli.main(["evaluate", "a/b", "seed=1"]) == 0
+    assert cli.main(["evaluate", "a/b", "--allow", "mypkg", "seed=1", "--allow", "x.Y", "-cd", "c"]) == 0
     assert cli.main(["inspect", "data.seed=4", "--limit", "2", "model=tiny", "--json", "c.json"]) == 0
     read = (4, 2, Path("c.json"))
-    assert calls == [(Path("a/b"), ["trainer.max_steps=9", "logger=csv"]), (Path("a/b"), ["seed=1"]), read]
+    resumed = (Path("a/b"), ["trainer.max_steps=9", "logger=csv"], [], None)
+    assert calls == [resumed, (Path("a/b"), ["seed=1"], ["mypkg", "x.Y"], "c"), read]
 
 
 # --- several jobs --------------------------------------------------------------------------------------------------

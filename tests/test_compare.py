@@ -466,6 +466,18 @@ def test_csv_json_and_markdown_contain_the_same_numbers(tmp_path: Path) -> None:
     assert all(one["words"] in markdown for one in plain["differences"])
 
 
+@pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "-", "dpo", "a=b"])
+def test_csv_cells_are_text_to_a_spreadsheet(name: str, tmp_path: Path) -> None:
+    write_run(tmp_path, method="spo", changes={"method.name": name})
+    write_run(tmp_path, method="dpo")
+    comparison = compared(tmp_path, anyway=True)
+    found = {row["method"] for row in csv.DictReader(io.StringIO(to_csv(comparison), newline=""))}
+    assert found == {"dpo", name if name in ("dpo", "a=b") else f"'{name}".replace("\r", " ")}
+    rows = list(csv.reader(io.StringIO(to_csv(comparison), newline="")))
+    for cell in (cell for row in rows for cell in row if cell[:1] in tuple("=+-@\t\r")):
+        float(cell)  # Only a negative number may begin so.
+
+
 def test_compare_writes_next_to_the_runs_or_into_the_given_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

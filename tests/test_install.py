@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import sys
+import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -71,6 +72,24 @@ def test_wheel_holds_what_a_run_needs_and_nothing_else(wheel: Path) -> None:
     assert {"spo/conf/train.yaml", "spo/py.typed", "spo/pages/templates/report.html.j2"} < wanted
     assert {name for name in names if ".dist-info/" not in name} == wanted
     assert {name.rpartition("/")[2] for name in names - wanted} >= {"METADATA", "LICENSE", "entry_points.txt"}
+
+
+def test_description_of_the_wheel_has_no_link_into_the_repository(wheel: Path) -> None:
+    """A package index shows the README without the files that it links to."""
+    (metadata,) = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA")]
+    text = zipfile.ZipFile(wheel).read(metadata).decode()
+    targets = re.findall(r"\]\(([^)]*)\)", text)
+    assert len(targets) > 10 and all(target.startswith("https://") for target in targets)
+    assert "docs/" not in "".join(targets) and "pip install" in text
+
+
+def test_source_archive_holds_what_the_commands_of_the_readme_need(tmp_path: Path) -> None:
+    tracked = run(["git", "ls-files"], ROOT).split()
+    code = "import sys, hatchling.build as backend; print(backend.build_sdist(sys.argv[1]))"
+    archive = tmp_path / run([sys.executable, "-c", code, str(tmp_path)], ROOT).splitlines()[-1]
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    assert {name for name in tracked if (ROOT / name).exists()} <= names
 
 
 def test_version_of_the_wheel_comes_from_the_package(wheel: Path) -> None:
@@ -156,6 +175,18 @@ def test_wheel_with_its_dependencies(wheel: Path, tmp_path: Path, empty: Path) -
     assert (empty / "first" / "policy" / "model.safetensors").is_file()
 
 
+@pytest.mark.nightly
+def test_fast_tests_with_the_lowest_versions(tmp_path: Path) -> None:
+    """As the workflow does it, in an environment with the lowest versions that pyproject.toml declares."""
+    programs = fresh_environment(tmp_path / "environment")
+    torch = next(line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch=="))
+    run(["python", "-m", "pip", "install", "-q", "uv"], tmp_path, programs)
+    lowest = ["uv", "pip", "install", "-q", "--python", str(programs / "python"), "--resolution", "lowest-direct"]
+    run([*lowest, "-e", f"{ROOT}[test]", torch], tmp_path, programs)
+    skipped = ["--deselect", "tests/test_install.py::test_constraints_pin_all_that_is_installed"]
+    run(["python", "-m", "pytest", *skipped], ROOT, programs)
+
+
 # --- what is declared ----------------------------------------------------------------------------------------------
 
 
@@ -225,7 +256,7 @@ def test_constraints_pin_all_that_is_installed() -> None:
     assert {name for name in wanted if not name.startswith(accelerator)} <= pinned.keys()
     for text in [
         *PROJECT["dependencies"],
-        *(one for extra in ("test", "trl", "docs", "dev", "peft") for one in EXTRAS[extra]),
+        *(one for extra in EXTRAS.values() for one in extra),
     ]:
         requirement = Requirement(text)
         if requirement.name != "spo":

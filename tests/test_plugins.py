@@ -199,7 +199,7 @@ def test_changes_of_a_resumed_run_keep_the_plugins_that_started_it(write: Write,
     started = json.loads((run_dir / "identity.json").read_text())["plugins"]
     write("plug_loss.py", "class MyLoss: x = 1\n")
     new_process()
-    resumed_config(run_dir, ["trainer.max_steps=10"])
+    resumed_config(run_dir, ["trainer.max_steps=10"], allow=["plug_loss"])
     assert json.loads((run_dir / "identity.json").read_text())["plugins"] == started
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from spo.config.checks import check_config
 from spo.config.compose import compose
 from spo.errors import ConfigProblems, UserError
 from spo.records.digests import code_version
@@ -19,7 +20,7 @@ from spo.runs.identity import differences, identity
 from spo.runs.provenance import git_state, record_continuation, record_inputs
 from spo.runs.resume import resumed_config
 from spo.runs.saved_config import load_config, resolved
-from spo.runs.secrets import command_line
+from spo.secrets import command_line
 from spo.stages.evaluation_config import evaluation_config
 
 
@@ -295,6 +296,17 @@ def test_resume_accepts_other_steps_loggers_and_strategy(tmp_path: Path) -> None
         assert status is Status.UNFINISHED
     with pytest.raises(UserError, match=r"trainer\.max_steps: 20 there, 10 now"):
         claimed(tmp_path, "trainer.max_steps=10", "seed=3", "strategy=ddp")
+
+
+def test_resume_may_skip_the_step_at_which_the_run_stopped(tmp_path: Path) -> None:
+    claimed(tmp_path)
+    cfg = resumed_config(tmp_path, ["callbacks.nonfinite.action=skip", "callbacks.nonfinite.max_skipped=2"])
+    assert (cfg.callbacks.nonfinite.action, cfg.callbacks.nonfinite.max_skipped) == ("skip", 2)
+    with claim(tmp_path, cfg) as status:
+        assert status is Status.UNFINISHED
+    check_config(resumed_config(tmp_path, []))
+    with pytest.raises(ConfigProblems, match=r"callbacks\.nonfinite\.action=go: choose stop or skip"):
+        check_config(resumed_config(tmp_path, ["callbacks.nonfinite.action=go"]))
 
 
 def test_resume_rejects_every_other_change(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, RangeSweep, ValueType
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
@@ -27,6 +27,7 @@ from spo.records.operational_keys import OPERATIONAL_KEYS
 from spo.records.parameters import count_parameters
 from spo.resources import MAIN_CONFIG, conf_dir
 from spo.schedules.optimization import learning_rate
+from spo.secrets import remember_secrets, without_secrets
 
 VERSION_BASE = "1.3"
 
@@ -81,7 +82,9 @@ def composer(config_dir: str | Path | None = None) -> Iterator[Any]:
 
         def composed(overrides: Sequence[str]) -> DictConfig:
             own = any(override.lstrip("+").startswith("hydra.searchpath") for override in overrides)
-            return pin(hydra.compose(MAIN_CONFIG, [*([] if own else extra), *overrides], return_hydra_config=True))
+            cfg = hydra.compose(MAIN_CONFIG, [*([] if own else extra), *overrides], return_hydra_config=True)
+            remember_secrets(OmegaConf.to_container(cfg, resolve=False))
+            return pin(cfg)
 
         yield composed
 
@@ -339,7 +342,10 @@ def job_name(overrides: Sequence[str], dropped: Sequence[str] = ()) -> str:
         overrides: Overrides of a job.
         dropped: Further groups to omit, such as coefficients that the job does not read.
     """
-    named = [text for text in map(str, overrides) if _group(text) not in _UNNAMED_GROUPS.union(dropped)]
+    typed: Any = OmegaConf.to_container(overrides, resolve=False) if isinstance(overrides, ListConfig) else overrides
+    named = [
+        text for text in without_secrets(list(map(str, typed))) if _group(text) not in _UNNAMED_GROUPS.union(dropped)
+    ]
     if not named:
         return "default"
     parts, lossless = [], True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from spo.records.files import to_json, write_text
 from spo.stats import Estimate
 from spo.wording import number
 
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 JSON, CSV, MARKDOWN, PAGE = "comparison.json", "table.csv", "comparison.md", "comparison.html"
 
 
@@ -100,10 +102,18 @@ def to_csv(comparison: Comparison) -> str:
             numbers += [None, None, None] if one is None else [one.value, one.low, one.high]
         seeds = " ".join(map(str, method.best.seeds))
         problems = " | ".join(problem.text for problem in method.problems)
-        writer.writerow(
-            [method.name, method.best.label, len(method.settings), seeds, comparison.prompts, *numbers, problems]
-        )
+        texts = map(_as_text, (method.name, method.best.label, seeds, problems))
+        name_cell, setting_cell, seeds_cell, problems_cell = texts
+        counts = [len(method.settings), seeds_cell, comparison.prompts]
+        writer.writerow([name_cell, setting_cell, *counts, *numbers, problems_cell])
     return text.getvalue()
+
+
+def _as_text(cell: str) -> str:
+    """Return a cell that no spreadsheet reads as a formula; a number stays as it is."""
+    cell = cell.replace("\r", " ")  # The csv module does not quote it, and it would end the row.
+    is_formula = (cell[:1] == "\t" or cell.strip()[:1] in ("=", "+", "-", "@")) and not _NUMBER.fullmatch(cell)
+    return f"'{cell}" if is_formula else cell
 
 
 def to_markdown(comparison: Comparison) -> str:

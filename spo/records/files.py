@@ -15,19 +15,20 @@ from typing import Any
 import yaml
 
 from spo.errors import UserError
+from spo.secrets import scrub
 
 log = logging.getLogger(__name__)
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file atomically: readers see the old content or the whole new one.
+    """Write a text file atomically and without secrets: readers see the old content or the whole new one.
 
     Raises:
         OSError: The file cannot be written; the error names it.
     """
     temporary = temporary_path(file)
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(scrub(text), encoding="utf-8")
         temporary.replace(file)
     except OSError as error:
         with suppress(OSError):

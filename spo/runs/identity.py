@@ -16,6 +16,7 @@ from spo.records.files import flatten
 from spo.records.operational_keys import is_operational
 from spo.records.plugins import PluginSource, plugin_sources
 from spo.runs.saved_config import resolved
+from spo.secrets import scrubbed
 
 _ABSENT = object()
 _FILES = {
@@ -75,10 +76,10 @@ def plugins(cfg: DictConfig, unused: Sequence[str] = ()) -> dict[str, PluginSour
 
 
 def with_digest(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts of an identity as JSON values, with their digest."""
-    text = json.dumps(parts, sort_keys=True, default=str)
+    """Return the parts of an identity as JSON values without secrets, with their digest."""
+    text = json.dumps(scrubbed(parts), sort_keys=True, default=str)
     # JSON does not have infinities, which a parameter of a plugin may be.
-    return {**json.loads(text, parse_constant=str), "digest": digest(parts)}
+    return {**json.loads(text, parse_constant=str), "digest": digest(scrubbed(parts))}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

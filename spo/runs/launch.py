@@ -10,6 +10,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,21 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobRuntime, run_job
 from hydra.types import HydraContext
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+import spo
 from spo.config.compose import VERSION_BASE, register_resolvers
 from spo.config.plan import Plan
 from spo.errors import UserError, error_line, user_message
 from spo.pages.sweep_table import print_sweep
+from spo.records.files import write_text
 from spo.records.sweep import SweepJob
 from spo.resources import MAIN_CONFIG, conf_dir
 from spo.runs import optuna_sweeper
 from spo.runs.claim import write_failure
 from spo.runs.ledger import Ledger
-from spo.runs.processes import SWEEP_VARIABLE, is_first_process, sweep_dir
-from spo.runs.secrets import command_line
+from spo.runs.processes import SWEEP_VARIABLE, import_from_current_folder, is_first_process, sweep_dir
+from spo.secrets import command_line, remember_secrets, scrub, scrub_logs
 
 Train = Callable[[DictConfig], Any]
 MAX_ATTEMPTS = 3
@@ -105,6 +108,7 @@ def launch_sweep(flags: Sequence[str], planned: Plan, train: Train, config_dir: 
                 )
     finally:
         del os.environ[SWEEP_VARIABLE]
+        _scrub_sweep_file(planned.sweep_dir)
         entries = ledger.settle(entries if planned.complete else ledger.entries(), died)
         if planned.complete:
             print_sweep(entries, planned.sweep_dir)
@@ -158,7 +162,7 @@ def _in_ledger(train: Train) -> Train:
             if (directory := sweep_dir()) is not None and is_first_process():
                 job = HydraConfig.get()
                 name = Path(job.runtime.output_dir).name
-                Ledger(directory).note(list(job.overrides.task), name, "failed", error_line(error))
+                Ledger(directory).note(_overrides(job), name, "failed", error_line(error))
             raise
 
     return task
@@ -178,10 +182,14 @@ class _SweepTask:
 
     def __call__(self, cfg: DictConfig) -> Any:
         sys.argv = self.argv
+        import_from_current_folder()  # Launchers start processes of their own, which main() does not prepare.
+        scrub_logs()
+        remember_secrets(OmegaConf.to_container(cfg, resolve=False))
         if not is_first_process():
             return self.train(cfg)
         job = HydraConfig.get()
-        overrides, directory = list(job.overrides.task), Path(job.runtime.output_dir).name
+        overrides, directory = _overrides(job), Path(job.runtime.output_dir).name
+        _scrub_sweep_file(Path(job.sweep.dir))
         ledger = Ledger(Path(job.sweep.dir))
         entry = ledger.entry(overrides)
         if entry is not None and (entry.same_as or (cfg.rerun and entry.status == "finished")):
@@ -200,6 +208,19 @@ class _SweepTask:
             return None
         ledger.note(overrides, directory, "finished")
         return result
+
+
+def _overrides(job: Any) -> list[str]:
+    """Return the overrides of a job as typed: ``${oc.env:NAME}`` in one of them is not resolved."""
+    overrides: Any = OmegaConf.to_container(job.overrides.task, resolve=False)
+    return [str(override) for override in overrides]
+
+
+def _scrub_sweep_file(sweep_dir: Path) -> None:
+    """Remove secrets from the file into which Hydra writes the overrides of a multirun."""
+    file = sweep_dir / "multirun.yaml"
+    if file.is_file() and scrub(text := file.read_text(encoding="utf-8")) != text:
+        write_text(file, text)
 
 
 def _notes(entries: Sequence[SweepJob]) -> Iterator[str]:
@@ -224,10 +245,11 @@ def _needs_own_process(cfg: DictConfig) -> bool:
 
 def _run_in_own_process(config_dir: str | None) -> None:
     job = HydraConfig.get()
-    overrides, run_dir = list(job.overrides.task), Path(job.runtime.output_dir)
+    overrides, run_dir = _overrides(job), Path(job.runtime.output_dir)
     command = [sys.executable, "-m", "spo", "train", *(["--config-dir", config_dir] if config_dir else [])]
     directory = str(run_dir).replace("'", r"\'")
-    status = subprocess.run([*command, *overrides, "hydra.mode=RUN", f"hydra.run.dir='{directory}'"]).returncode
+    with _safe_path():
+        status = subprocess.run([*command, *overrides, "hydra.mode=RUN", f"hydra.run.dir='{directory}'"]).returncode
     if status == 0:
         return
     entry = Ledger(Path(job.sweep.dir)).entry(overrides)
@@ -236,3 +258,16 @@ def _run_in_own_process(config_dir: str | None) -> None:
     words = f"its process was killed by signal {-status}" if status < 0 else f"its process ended with status {status}"
     write_failure(run_dir, words)
     raise UserError(words)
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Keep the current folder off the path of Python processes that start meanwhile, unless this package lies there."""
+    if "PYTHONSAFEPATH" in os.environ or Path(spo.__file__).parents[1] == Path.cwd():
+        yield
+        return
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONSAFEPATH"]

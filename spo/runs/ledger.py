@@ -15,6 +15,7 @@ from spo.records import filenames
 from spo.records.files import move_aside, read_json, write_json
 from spo.records.sweep import JobStatus, SweepJob, parse_jobs, read_jobs
 from spo.runs.claim import is_finished, is_locked, read_failure, write_failure
+from spo.secrets import without_secrets
 
 DIED_MESSAGE = "its process died: it was killed, perhaps because memory ran out"
 
@@ -120,7 +121,8 @@ class Ledger:
 
 
 def _find(entries: Sequence[SweepJob], overrides: Sequence[str]) -> SweepJob | None:
-    return next((entry for entry in entries if entry.overrides == list(overrides)), None)
+    wanted = without_secrets(overrides)  # The file does not hold secrets.
+    return next((entry for entry in entries if without_secrets(entry.overrides) == wanted), None)
 
 
 def _read_status(entry: SweepJob, directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 # Environment variable that holds the sweep directory, for jobs of the sweep in any process.
@@ -14,6 +15,12 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 def is_first_process() -> bool:
     """Return whether this process is the one of its run that writes files."""
     return all(os.environ.get(name, "0") in ("", "0") for name in RANK_VARIABLES)
+
+
+def import_from_current_folder() -> None:
+    """Let a ``_target_`` lie in the current folder. It comes last, so its files cannot replace those of a library."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def sweep_dir() -> Path | None:

@@ -19,7 +19,7 @@ from spo.records.digests import code_version
 from spo.records.files import read_mapping, write_json
 from spo.runs.identity import changed_plugins, plugins, prompt_file
 from spo.runs.processes import is_first_process
-from spo.runs.secrets import command_line
+from spo.secrets import command_line
 
 PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "omegaconf", "wandb", "datasets", "peft", "numpy")
 _INPUTS = {"reference_sha256": "the reference model", "pairs_sha256": "the preference pairs"}

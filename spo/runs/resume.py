@@ -12,47 +12,59 @@ from omegaconf.errors import OmegaConfBaseException
 
 from spo.config.checks.settings import setting_problems, with_some_length
 from spo.config.compose import compose, expand_numbers, parse
+from spo.config.trust import Caller, check_trusted
 from spo.errors import ConfigProblems, UserError
 from spo.records import filenames
 from spo.records.files import read_json, write_json
 from spo.runs.claim import is_finished, locked
 from spo.runs.identity import identity, with_digest
 from spo.runs.processes import is_first_process
-from spo.runs.saved_config import load_config, write_config
+from spo.runs.saved_config import load_config, refuse_redacted, write_config
 
 # Keys and groups that a resumed run may change, always and until it is finished.
 LENGTH = ("trainer.max_steps", "trainer.max_epochs")
-RESUMABLE = (*LENGTH, "logger", "strategy")
+# A run that stopped at a loss that is not finite may leave that step out.
+NONFINITE = ("callbacks.nonfinite.action", "callbacks.nonfinite.max_skipped")
+RESUMABLE = (*LENGTH, "logger", "strategy", "model.trust_remote_code", *NONFINITE)
 UNTIL_FINISHED = ("judge", "evaluation")
 
 
-def resumed_config(run_dir: Path, overrides: Sequence[str]) -> DictConfig:
+def resumed_config(
+    run_dir: Path, overrides: Sequence[str], allow: Sequence[str] = (), config_dir: str | Path | None = None
+) -> DictConfig:
     """Return the configuration with which the run in ``run_dir`` resumes, and record its changes there.
 
-    Only ``trainer.max_steps``, ``trainer.max_epochs``, ``logger`` and ``strategy`` may change and, until the run is
-    finished, ``judge`` and ``evaluation``: a judge that cannot be asked costs no training. A finished run resumes where
-    its length grew. Its limits are those of the identity: ``composed.yaml`` has the steps that followed from them.
+    Only ``trainer.max_steps``, ``trainer.max_epochs``, the keys of ``callbacks.nonfinite``, ``logger`` and ``strategy``
+    may change and, until the run is finished, ``judge`` and ``evaluation``: a judge that cannot be asked costs no
+    training. A finished run resumes where its length grew. Its limits are those of the identity: ``composed.yaml`` has
+    the steps that followed from them.
 
     Args:
         run_dir: Run directory.
         overrides: Changes, in Hydra's grammar.
+        allow: Targets, modules and paths of the configuration that may be used although it came with the directory.
+        config_dir: Folder with further members of the groups. What its files name may be used too.
 
     Raises:
         ConfigProblems: An override changes another key, or one that does not exist.
-        UserError: The directory does not hold a run, or the run is finished at more steps.
+        UserError: The directory does not hold a run, the run is finished at more steps, or its configuration asks for
+            something that the caller must allow.
     """
     run_dir = Path(run_dir)
     cfg = load_config(run_dir)
-    before = cfg.trainer.max_steps
+    before = OmegaConf.select(cfg, "trainer.max_steps")
     if OmegaConf.select(cfg, "trainer.max_epochs") is not None:
         cfg.trainer.max_steps = _given(run_dir).get("trainer.max_steps")
     problems: list[str] = []
     for text in sorted(overrides, key=lambda text: "." in text.partition("=")[0]):  # groups before their keys
         try:
             for single in expand_numbers([text]):
-                _change(cfg, single, run_dir)
+                _change(cfg, single, run_dir, config_dir)
         except UserError as error:
             problems.append(str(error))
+    if not problems:
+        check_trusted(cfg, run_dir, Caller.of(overrides, allow, config_dir))
+        refuse_redacted(cfg)
     if problems := [*problems, *setting_problems(_length(cfg))]:
         raise ConfigProblems(problems)
     if overrides and is_first_process():
@@ -61,7 +73,7 @@ def resumed_config(run_dir: Path, overrides: Sequence[str]) -> DictConfig:
     return cfg
 
 
-def _change(cfg: DictConfig, text: str, run_dir: Path) -> None:
+def _change(cfg: DictConfig, text: str, run_dir: Path, config_dir: str | Path | None) -> None:
     override = parse(text)
     key = override.key_or_group
     group = key.partition(".")[0]
@@ -70,13 +82,14 @@ def _change(cfg: DictConfig, text: str, run_dir: Path) -> None:
     if key not in RESUMABLE and group not in (*RESUMABLE, *UNTIL_FINISHED):
         raise UserError(
             f"{text}: a resumed run cannot change this; it can change {', '.join(LENGTH)}, logger.* and strategy.*, "
-            "and judge.* and evaluation.* until it is finished (start a new run to change anything else)"
+            "callbacks.nonfinite.action and .max_skipped, and judge.* and evaluation.* until it is finished (start a "
+            "new run to change anything else)"
         )
     if override.is_sweep_override() or override.is_delete():
         raise UserError(f"{text}: a resumed run takes one value per key")
     with open_dict(cfg) if override.is_add() or override.is_force_add() else nullcontext():
         if key == group:
-            fresh = compose([f"{key}={override.value()}"], run_dir=run_dir)[key]
+            fresh = compose([f"{key}={override.value()}"], config_dir=config_dir, run_dir=run_dir)[key]
             cfg[key] = OmegaConf.to_container(fresh, resolve=False)
             return
         try:

@@ -12,19 +12,24 @@ from spo.config.compose import register_resolvers
 from spo.config.nodes import first_line
 from spo.errors import UserError
 from spo.records import filenames
-from spo.records.files import load_yaml, read_mapping, write_text
-from spo.runs.secrets import REDACTED, is_secret_key, reads_secret_variable, redact
+from spo.records.files import flatten, load_yaml, read_mapping, write_text
+from spo.secrets import REDACTED, is_secret_key, reads_secret_variable, redact, remember_secrets, scrubbed
 
 
-def resolved(cfg: DictConfig | ListConfig) -> Any:
+def resolved(cfg: DictConfig | ListConfig, key: str = "") -> Any:
     """Return the configuration as plain values without secrets.
 
     Every interpolation is resolved, except those that read a secret from the environment. Other values of keys that
-    name a secret are replaced by ``<redacted>``.
+    name a secret are replaced by ``<redacted>``, and so is every copy of a secret in another value.
+
+    Args:
+        cfg: Configuration, its interpolations unresolved.
+        key: Dotted key of ``cfg`` in a larger configuration.
     """
     if isinstance(cfg, ListConfig):
-        return [_value(cfg, index, "") for index in range(len(cfg))]
-    return {str(name): _value(cfg, name, str(name)) for name in cfg}
+        return [_value(cfg, index, key) for index in range(len(cfg))]
+    prefix = f"{key}." if key else ""
+    return {str(name): _value(cfg, name, f"{prefix}{name!s}") for name in cfg}
 
 
 def _value(node: Any, name: Any, key: str) -> Any:
@@ -34,8 +39,8 @@ def _value(node: Any, name: Any, key: str) -> Any:
         return raw
     value = node[name]
     if isinstance(value, DictConfig | ListConfig):
-        return resolved(value)
-    return REDACTED if isinstance(value, str) and value and is_secret_key(key) else value
+        return resolved(value, key)
+    return REDACTED if isinstance(value, str) and value and is_secret_key(key) else scrubbed(value)
 
 
 def write_config(run_dir: Path, cfg: DictConfig) -> None:
@@ -44,7 +49,7 @@ def write_config(run_dir: Path, cfg: DictConfig) -> None:
     The interpolations are stored too: when a resumed run changes a key, the keys that follow from it change as well.
     """
     write_text(run_dir / filenames.CONFIG, OmegaConf.to_yaml(OmegaConf.create(resolved(cfg))))
-    composed = redact(OmegaConf.to_container(cfg, resolve=False))
+    composed = scrubbed(redact(OmegaConf.to_container(cfg, resolve=False)))
     composed.pop("hydra", None)
     composed["paths"]["run"] = str(Path(run_dir).absolute())
     write_text(run_dir / filenames.COMPOSED, OmegaConf.to_yaml(OmegaConf.create(composed)))
@@ -85,6 +90,8 @@ def load_config(run_dir: Path) -> DictConfig:
         raise _damaged(file, f"it does not have the key {absent[0]}")
     if not isinstance(cfg._get_node("paths"), DictConfig):
         raise _damaged(file, "its key paths does not hold further keys")
+    remember_secrets(OmegaConf.to_container(cfg, resolve=False))
+    cfg.pop("hydra", None)
     cfg.paths.run = str(run_dir.absolute())  # The directory may have been moved.
     OmegaConf.set_struct(cfg, True)
     return cfg
@@ -95,3 +102,20 @@ def _damaged(file: Path, reason: str) -> UserError:
         f"{file} is damaged ({reason}): start the run again with its own command, which writes the file anew; "
         f"{filenames.PROVENANCE} has the command"
     )
+
+
+def refuse_redacted(cfg: DictConfig) -> None:
+    """Refuse a configuration that needs a secret which the record does not hold.
+
+    Args:
+        cfg: Configuration of a run directory with the caller's overrides.
+
+    Raises:
+        UserError: A value is ``<redacted>``.
+    """
+    values: Any = OmegaConf.to_container(cfg, resolve=False)
+    if missing := [key for key, value in flatten(values).items() if isinstance(value, str) and REDACTED in value]:
+        raise UserError(
+            f"{', '.join(missing)}: the run directory does not hold this secret; give it again as {missing[0]}=VALUE, "
+            "or as ${oc.env:NAME} with the secret in that environment variable"
+        )

@@ -17,6 +17,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from spo.config.checks import check_config
 from spo.config.coefficients import COEFFICIENTS
 from spo.config.compose import job_name
+from spo.config.trust import Caller, check_trusted
 from spo.data import EvalPrompt
 from spo.data.rows import Split
 from spo.errors import COPY_RUN, UserError, memory_for, placed_by
@@ -34,7 +35,7 @@ from spo.pages.panels import result_panel
 from spo.records import filenames
 from spo.records.digests import model_digest
 from spo.records.files import read_mapping, write_json, write_jsonl, write_text
-from spo.runs.saved_config import load_config, resolved
+from spo.runs.saved_config import load_config, refuse_redacted, resolved
 from spo.schedules import Constant
 from spo.stages.evaluation_config import evaluation_config
 from spo.stages.from_config import eval_device, model_plugins, resolve_values
@@ -46,7 +47,9 @@ SELECTION_METRICS = ("win_rate", *(f"win_rate{end}" for end in INTERVAL_ENDS), "
 """Metrics of the final evaluation that are measured on the selection split too, for choosing between settings."""
 
 
-def evaluate_command(run_dir: Path, overrides: Sequence[str]) -> dict[str, float]:
+def evaluate_command(
+    run_dir: Path, overrides: Sequence[str], allow: Sequence[str] = (), config_dir: str | Path | None = None
+) -> dict[str, float]:
     """Evaluate the policy of a finished run again, as before or with other data or settings.
 
     The record of the run stays as it is. The result goes to ``evaluations/NAME`` inside the run directory, where NAME
@@ -55,21 +58,30 @@ def evaluate_command(run_dir: Path, overrides: Sequence[str]) -> dict[str, float
     Args:
         run_dir: Directory of a run that has written its policy.
         overrides: Overrides of the groups ``data``, ``evaluation`` and ``judge``, and of the device.
+        allow: Targets, modules and paths of the configuration that may be used although it came with the directory.
+        config_dir: Folder with further members of the groups. What its files name may be used too.
 
     Returns:
         The metrics.
 
     Raises:
-        UserError: The run does not have a policy, or an override is of another group.
+        UserError: The run does not have a policy, an override is of another group, or the configuration asks for
+            something that the caller must allow.
     """
     quiet_libraries()
     own = load_config(run_dir)
     if not (run_dir / filenames.POLICY / "config.json").is_file():
         raise UserError(f"{run_dir} does not have a policy yet: finish it with spo train --resume {run_dir}")
-    cfg = evaluation_config(own, overrides)
+    cfg = evaluation_config(own, overrides, config_dir)
+    own.judge, own.evaluation, own.model = cfg.judge, cfg.evaluation, cfg.model  # Those of the run are not used.
+    caller = Caller.of(overrides, allow, config_dir)
+    for used in (cfg, own):
+        check_trusted(used, run_dir, caller)
+    refuse_redacted(cfg)
     check_config(cfg)
-    prepared = prepare_run(cfg, model_from=resolve_values(own))
-    evaluation = evaluate_run(cfg, prepared, run_dir)
+    values = resolve_values(cfg)
+    prepared = prepare_run(values, model_from=resolve_values(own))
+    evaluation = evaluate_run(values, prepared, run_dir)
     folder = run_dir / filenames.EVALUATIONS / job_name(list(overrides))
     refuse_nonfinite(evaluation.metrics)
     with placed_by(COPY_RUN, run_dir):

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from spo.config.compose import compose, expand_numbers, parse
 from spo.errors import UserError
-from spo.stages.from_config import resolve_values
 
-CHANGEABLE_KEYS = ("data", "evaluation", "judge", "trainer.accelerator", "trainer.devices")
+CHANGEABLE_KEYS = (
+    "data",
+    "evaluation",
+    "judge",
+    "trainer.accelerator",
+    "trainer.devices",
+    "model.trust_remote_code",
+)
 """Groups and keys that an evaluation may change."""
 
 
-def evaluation_config(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Return the configuration of a run with overrides of its evaluation, without interpolations.
+def evaluation_config(own: DictConfig, overrides: Sequence[str], config_dir: str | Path | None = None) -> DictConfig:
+    """Return the configuration of a run with overrides of its evaluation, its interpolations unresolved.
 
     Args:
         own: Configuration of the run.
         overrides: Overrides of the keys and groups in :data:`CHANGEABLE_KEYS`.
+        config_dir: Folder with further members of the groups.
 
     Raises:
         UserError: An override is of another key, or its key does not exist.
@@ -41,7 +49,7 @@ def evaluation_config(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
     for group in {one.key_or_group for one in parsed} & {"data", "evaluation", "judge"}:
         of_group = (one.input_line for one in parsed if one.key_or_group.partition(".")[0] == group)
         chosen = [line for line in of_group if line is not None]
-        cfg[group] = OmegaConf.to_container(compose(chosen, run_dir=own.paths.run)[group], resolve=False)
+        cfg[group] = OmegaConf.to_container(compose(chosen, config_dir, own.paths.run)[group], resolve=False)
     OmegaConf.set_struct(cfg, True)
     for one in parsed:
         if "." in one.key_or_group:
@@ -51,4 +59,4 @@ def evaluation_config(own: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 raise UserError(
                     f"{one.input_line}: the configuration of the run does not have this key ({error})"
                 ) from error
-    return resolve_values(cfg)
+    return cfg

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from time import perf_counter
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from spo.callbacks.history import HistoryLogger
 from spo.config.checks import check_config, warnings
@@ -36,6 +36,7 @@ from spo.runs.claim import Status, claim, finish
 from spo.runs.processes import is_first_process, sweep_dir
 from spo.runs.provenance import record_continuation, record_inputs
 from spo.runs.resume import resumed_config
+from spo.secrets import remember_secrets
 from spo.stages.assemble import Parts, assemble, validation_samples
 from spo.stages.description import describe, title
 from spo.stages.evaluate import evaluate_run, load_models, refuse_nonfinite
@@ -63,6 +64,7 @@ def train(cfg: DictConfig, *, resumed: bool = False, checked: bool = False) -> d
     """
     quiet_libraries()
     fill_empty_groups(cfg)
+    remember_secrets(OmegaConf.to_container(cfg, resolve=False))
     pin(cfg)
     if not checked:
         check_config(cfg)
@@ -73,17 +75,21 @@ def train(cfg: DictConfig, *, resumed: bool = False, checked: bool = False) -> d
         return _run(cfg, run_dir, notes, resume=status is Status.UNFINISHED)
 
 
-def resume(run_dir: Path, overrides: list[str]) -> dict[str, float]:
+def resume(
+    run_dir: Path, overrides: Sequence[str], allow: Sequence[str] = (), config_dir: str | Path | None = None
+) -> dict[str, float]:
     """Resume the run in ``run_dir`` from its last checkpoint, with its own configuration.
 
     Args:
         run_dir: Run directory.
         overrides: Overrides that change time or cost and no result.
+        allow: Targets, modules and paths of the configuration that may be used although it came with the directory.
+        config_dir: Folder with further members of the groups.
 
     Returns:
         The final metrics.
     """
-    return train(resumed_config(run_dir, overrides), resumed=True)
+    return train(resumed_config(run_dir, overrides, allow, config_dir), resumed=True)
 
 
 def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: bool) -> dict[str, float]:

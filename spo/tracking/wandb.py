@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from spo.records import filenames
 from spo.records.files import flatten, read_json, write_json
+from spo.secrets import scrubbed, without_secrets
 from spo.tracking.describe import RunDescription
 from spo.tracking.login import has_api_key
 
@@ -48,14 +50,21 @@ class WandbTracker(WandbLogger):
         self._wandb_init.pop("anonymous", None)  # wandb deprecates it
         self._wandb_init.update(
             id=_run_id(description.directory / filenames.WANDB_RUN),
-            name=description.name,
-            group=description.group,
-            job_type=description.job_type,
-            tags=description.tags,
+            # As W&B's own client does, its variables decide over names that no key of the configuration sets.
+            name=os.environ.get("WANDB_NAME") or description.name,
+            group=os.environ.get("WANDB_RUN_GROUP") or description.group,
+            job_type=os.environ.get("WANDB_JOB_TYPE") or description.job_type,
+            tags=list(dict.fromkeys([*description.tags, *filter(None, os.environ.get("WANDB_TAGS", "").split(","))])),
             config=description.config,
         )
+        self._wandb_init.update(scrubbed(self._wandb_init))
         _supersede(Path(self._wandb_init["dir"]) / "wandb", self._wandb_init["id"])
-        known = self.experiment.starting_step  # 0 unless the server has the run
+        typed = sys.argv
+        sys.argv = without_secrets(typed)  # The client records the command line.
+        try:
+            known = self.experiment.starting_step  # 0 unless the server has the run
+        finally:
+            sys.argv = typed
         for row in description.recorded:
             if row["step"] >= known:
                 values = {key: math.nan if value is None else value for key, value in row.items() if key != "step"}
@@ -76,7 +85,7 @@ class WandbTracker(WandbLogger):
         if samples:
             rows = [flatten(row, "/") for row in samples]
             columns: list[str | int] = list(dict.fromkeys(column for row in rows for column in row))
-            data = [[row.get(str(column)) for column in columns] for row in rows]
+            data = [[scrubbed(row.get(str(column))) for column in columns] for row in rows]
             run.log({"samples": wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
         run.summary.update(metrics)
 

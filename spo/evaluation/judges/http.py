@@ -17,6 +17,7 @@ from spo.errors import JudgeError
 from spo.evaluation.judges.base import JudgedPair
 from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, question
 from spo.notes import note
+from spo.secrets import remember, remember_secrets, scrub
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -93,6 +94,8 @@ class HTTPJudge(PairwiseJudge):
         self.concurrency = concurrency
         self.prices = None if input_price is None or output_price is None else (input_price, output_price)
         self._key = _key(key_variable)
+        remember(self._key)
+        remember_secrets({"request": self.request})
         self._pace = Pace(requests_per_minute)
 
     @property
@@ -152,7 +155,7 @@ class HTTPJudge(PairwiseJudge):
                 continue
             if match := _ANSWER.fullmatch(answer):
                 return _ANSWERS[match[1].upper()]
-        return f"it answered {answer!r:.80} instead of A, B or TIE"
+        return f"it answered {scrub(answer)!r:.80} instead of A, B or TIE"
 
     def _count(self, usage: Any) -> None:
         if usage is None:
@@ -164,6 +167,7 @@ class HTTPJudge(PairwiseJudge):
 
     def _without_key(self, error: Exception) -> str:
         text = f"{error}".replace(self._key, "<key>") if self._key else f"{error}"
+        text = scrub(text)  # before the cut, which could leave a part of a secret
         return text if len(text) <= 300 else f"{text[:300]} ..."
 
     @cached_property
