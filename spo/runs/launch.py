@@ -19,7 +19,7 @@ from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobRuntime, run_job
+from hydra.core.utils import JobRuntime, JobStatus, run_job
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
@@ -65,7 +65,9 @@ def launch_run(planned: Plan, train: Train) -> Any:
     context.callbacks.on_run_start(config=cfg, config_name=MAIN_CONFIG)
     done = run_job(_in_ledger(train), cfg, "hydra.run.dir", None, context)
     context.callbacks.on_run_end(config=cfg, config_name=MAIN_CONFIG, job_return=done)
-    return done.return_value  # It raises the error of a job that failed.
+    if done.status is JobStatus.FAILED:
+        raise done._return_value  # Hydra's own property prints all overrides before it raises.
+    return done.return_value
 
 
 def launch_sweep(flags: Sequence[str], planned: Plan, train: Train, config_dir: str | None = None) -> bool:

@@ -146,8 +146,14 @@ def git_state(folder: Path, tracked: str = ".") -> dict[str, Any] | None:
     """
 
     def git(*arguments: str) -> str | None:
+        # Otherwise `git status` would write the index, and a full disk would leave its lock in the repository.
         try:
-            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
+            done = subprocess.run(
+                ["git", "--no-optional-locks", "-C", str(folder), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=20,
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
