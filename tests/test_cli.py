@@ -243,11 +243,14 @@ def test_job_on_several_devices_gets_its_own_process(
 ) -> None:
     commands: list[list[str]] = []
 
-    def start(command: list[str]) -> subprocess.CompletedProcess[bytes]:
-        commands.append(command)
-        return subprocess.CompletedProcess(command, 0)
+    class Started(subprocess.Popen[bytes]):
+        """A process that does nothing, in place of the job."""
 
-    monkeypatch.setattr(launch.subprocess, "run", start)
+        def __init__(self, command: list[str]) -> None:
+            commands.append(command)
+            super().__init__(["true"])
+
+    monkeypatch.setattr(launch.subprocess, "Popen", Started)
     (tmp_path / "own").mkdir()
     words = ["train", "-m", "--config-dir", "own", "alpha=0.1,0.2", "trainer=cpu", "trainer.devices=2"]
     assert cli.main([*words, "hydra.sweep.dir=sweep"]) == 0
