@@ -258,7 +258,7 @@ def test_plugin_part_needs_no_reference_and_keeps_its_state(tmp_path: Path) -> N
     module, with_it = gradients_of(tmp_path, Decay(0.5), reference=None, reference_model=None)
     for name, parameter in tiny_llama(0, scale=0.1).named_parameters():
         torch.testing.assert_close(with_it[name] - without[name], 0.5 * parameter.detach(), rtol=1e-5, atol=1e-6)
-    checkpoint: dict[str, Any] = {"state_dict": {}}
+    checkpoint: dict[str, Any] = {"state_dict": {}, "global_step": 1}
     module.on_save_checkpoint(checkpoint)
     resumed = make_module(tiny_llama(0), regularizer=Decay("beta"), beta=0.2)
     resumed.on_load_checkpoint(checkpoint)
