@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # Tests run in parallel.
+# A shell starts background jobs with an ignored SIGINT, and nohup with an ignored SIGHUP. Tests raise both.
+for name in ("SIGINT", "SIGHUP"):
+    if (signum := getattr(signal, name, None)) is not None and signal.getsignal(signum) is signal.SIG_IGN:
+        signal.signal(signum, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 
 
 # The slowest files, which start first so that neither worker waits for the other at the end.

@@ -409,6 +409,7 @@ def test_single_run_warns_once(cache: Path, tmp_path: Path, capsys: pytest.Captu
 
 LANGUAGE = ("data=enumerable", "model=tabular", "callbacks=none", "trainer.max_steps=300", "probe.num_prompts=128")
 LANGUAGE += ("trainer.val_check_interval=300", "evaluation.samples_per_prompt=1000", "optimizer.lr=0.1")
+LANGUAGE += ("scheduler.num_warmup_steps=10",)
 
 
 def test_entropy_of_enumerable_language_reaches_target(cache: Path, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def check_names(metrics: Numbers, method: str) -> None:
     assert all(read or f"train/{name}" not in metrics for name, read in coefficients.items())
     clock = re.compile(r"(^|[/_])(time|seconds|s|per_second|speed)$")
     assert all(isinstance(value, float) and value == value for value in metrics.values())
-    assert {key.partition("/")[0] for key in metrics} == {"train", "val", "eval", "data", "policy", "time"}
+    assert {key.partition("/")[0] for key in metrics} == {"train", "val", "eval", "data", "trained", "policy", "time"}
     assert [key for key in metrics if clock.search(key) and not key.startswith("time/")] == []
     assert 0 <= metrics["eval/win_rate_ci_low"] <= metrics["eval/win_rate"] <= metrics["eval/win_rate_ci_high"] <= 1
 

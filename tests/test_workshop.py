@@ -77,7 +77,7 @@ def test_makefile_has_the_checks() -> None:
 
 def test_ci_runs_every_check_before_the_tests() -> None:
     stages = dict(re.findall(r"^stage (\w+) (.+)$", CI, re.MULTILINE))
-    assert list(stages)[-5:] == ["lint", "types", "docs", "test", "slow"]
+    assert list(stages)[-6:] == ["lint", "types", "docs", "lowest", "test", "slow"]
     for name in ("lint", "types", "docs", "slow"):
         assert stages[name] == f"make {name}"
     assert "$test_command" in stages["test"]
