@@ -134,3 +134,19 @@ def test_sums_of_each_process_return_to_it() -> None:
     rows = {"sums": torch.tensor([[4.0, 0.0], [1.0, 2.0]]), "counts": torch.tensor([[2.0, 0.0], [1.0, 1.0]])}
     assert metric.of_rank(rows, 1, 2)["sums"].tolist() == [1, 2]
     assert [metric.of_rank(rows, rank, 3)["counts"].tolist() for rank in range(3)] == [[3, 1], [0, 0], [0, 0]]
+
+
+def test_sums_saved_between_two_steps_continue_bit_for_bit() -> None:
+    values = torch.rand(9, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e3 - 500
+    found = []
+    for saved_after in (None, 2, 5):
+        sums = SumsAndCounts(("x",))
+        for step, row in enumerate(values):
+            sums.start_group()
+            sums.update({"x": row})
+            if step == saved_after:
+                state = sums.state_dict()
+                sums = SumsAndCounts(("x",))
+                sums.load_state_dict(state)
+        found.append(sums.compute()["x"])
+    assert found[0] == found[1] == found[2]

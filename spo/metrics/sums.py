@@ -61,10 +61,8 @@ class SumsAndCounts(Metric):
 
     def _sum_stored(self) -> None:
         groups, self._stored = self._stored, [{}]
-        stored: Group = {}
-        for name, new in (item for group in groups for item in group.items()):
-            stored.setdefault(name, []).extend(new)
-        for name, values in stored.items():
+        # One group after the other, as a run adds them that was saved between two groups and resumes.
+        for name, values in (item for group in groups for item in group.items()):
             position = self.names.index(name)
             tensors = [value.double().flatten() for value in values if isinstance(value, Tensor)]
             numbers = [value for value in values if not isinstance(value, Tensor)]
