@@ -1,4 +1,4 @@
-"""How often intervals and tests are right, for docs/explanation/comparison-statistics.md.
+"""Simulation of how often intervals and tests are right, for docs/explanation/comparison-statistics.md.
 
 Usage: ``python -m benchmarks.intervals [differences] [power] [shares] [--tables N] [--seed N]``
 

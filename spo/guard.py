@@ -27,8 +27,6 @@ COEFFICIENT_RANGE = (1e-6, 1e6)
 """Range of alpha and beta outside of which they are named as the likely cause."""
 LARGE_WEIGHT = 1e15
 """Weight of a pair from which on it is named as the likely cause: squares of its gradient approach float32's limit."""
-
-
 ASYNCHRONOUS_DEVICES = ("cuda",)
 """Types of devices that the host runs ahead of, and that copy to it without blocking it."""
 
@@ -210,12 +208,13 @@ class Guard:
     def _refuse(self, step: Step) -> None:
         """Count a step that is not taken, or raise."""
         module = self.module
-        facts = self._facts(step.scores, module.trainer.datamodule.train, "training", step.number)  # type: ignore[attr-defined]
+        train = module.trainer.datamodule.train  # type: ignore[attr-defined]
+        facts = self._facts(step.scores, train, "training", step.number)
         loss_is_bad = not math.isfinite(float(step.loss))
         name = "loss" if loss_is_bad or facts.bad else "gradient"
         value = float(step.loss if loss_is_bad else step.grad_norm)
-        pairs = describe_pairs(facts, module.trainer.datamodule.train)  # type: ignore[attr-defined]
-        cause = self._likely_cause(facts, module.trainer.datamodule.train, step.number, name)  # type: ignore[attr-defined]
+        pairs = describe_pairs(facts, train)
+        cause = self._likely_cause(facts, train, step.number, name)
         what = "is not finite" if math.isfinite(value) else f"is {value:g}"
         stage = f" of {self.keys.stage}" if self.keys.stage else ""
         words = f"the {name} of step {step.number + 1}{stage} {what}, and the step was not taken: {pairs}; {cause}"

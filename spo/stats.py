@@ -333,7 +333,7 @@ def _wilson(share: float, scales: Array, confidence: float) -> tuple[float, floa
 
 @dataclass(frozen=True)
 class SeedEffect:
-    """What tables of scores tell about how the means of seeds vary.
+    """Evidence of tables of scores about how the means of seeds vary.
 
     Attributes:
         mean_square: Variance of the means of seeds over prompts.

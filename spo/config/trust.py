@@ -177,12 +177,9 @@ def _targets(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield from _targets(value, f"{key}.{name}" if key else str(name))
 
 
-def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+def _texts(node: Any) -> Iterator[tuple[str, str]]:
     """Yield the key and the value of every text in nested dictionaries and lists."""
-    if isinstance(node, str):
-        yield key, node
-    for name, value in node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ():
-        yield from _texts(value, f"{key}.{name}" if key else str(name))
+    yield from ((at, value) for at, value in _leaves(node) if isinstance(value, str))
 
 
 def _resolvers(text: str) -> Iterator[str]:

@@ -20,7 +20,7 @@ class PromptFile(FileSource):
 
     Args:
         path: Path of the file or folder.
-        columns: Mapping from column names of the data to the file's, of which the columns above are used.
+        columns: Mapping from the names of the columns above to those in the file. Other names are ignored.
         on_bad_row: Policy for a malformed row, ``stop`` or ``skip``.
     """
 

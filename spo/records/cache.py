@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from spo.errors import SET_CACHE, placed_by
-from spo.records.digests import digest, file_digest
+from spo.records.digests import digest, folder_digests
 from spo.records.files import read_mapping, remove, write_json
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def cached(root: str | Path, kind: str, key: dict[str, Any], build: Callable[[Pa
             temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
             try:
                 build(temporary)
-                manifest = {"key": key, "files": _file_digests(temporary)}
+                manifest = {"key": key, "files": folder_digests(temporary, without=MANIFEST)}
                 write_json(temporary / MANIFEST, manifest)
                 temporary.rename(folder)
             except BaseException:
@@ -110,11 +110,6 @@ def _lock(folder: Path) -> str:
     return f"{folder}.lock"
 
 
-def _file_digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {str(path.relative_to(folder)): file_digest(path) for path in files}
-
-
 def _is_intact(folder: Path) -> bool:
     manifest = read_mapping(folder / MANIFEST)
-    return manifest is not None and manifest.get("files") == _file_digests(folder)
+    return manifest is not None and manifest.get("files") == folder_digests(folder, without=MANIFEST)

@@ -25,6 +25,17 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def folder_digests(folder: Path, without: str = "") -> dict[str, str]:
+    """Return the SHA-256 of each file in a folder and its subfolders, by relative path.
+
+    Args:
+        folder: Folder.
+        without: Name of files that do not count.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != without)
+    return {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
+
+
 def path_digest(path: str | Path) -> str:
     """Return the SHA-256 over the names and bytes of a file or of all files of a folder.
 

@@ -6,19 +6,19 @@ from pathlib import Path
 
 from spo.errors import UserError
 from spo.records import filenames
-from spo.records.digests import MODEL_SUFFIXES, file_digest
+from spo.records.digests import MODEL_SUFFIXES, folder_digests
 from spo.records.files import read_json, write_json
 
 POLICY_REMEDY = (
     f"restore the files, or remove {filenames.METRICS} and resume the run, which saves its policy again from the last "
     "checkpoint"
 )
-"""What to do where the saved policy of a finished run is not as the run saved it."""
+"""Remedy where the saved policy of a finished run is not as the run saved it."""
 
 
 def write_policy_digests(run_dir: Path) -> None:
     """Write ``policy.json``: the SHA-256 of each file in the policy folder of a run."""
-    write_json(run_dir / filenames.POLICY_DIGESTS, _digests(run_dir / filenames.POLICY))
+    write_json(run_dir / filenames.POLICY_DIGESTS, folder_digests(run_dir / filenames.POLICY))
 
 
 def verify_policy(run_dir: Path) -> None:
@@ -35,14 +35,9 @@ def verify_policy(run_dir: Path) -> None:
     recorded = read_json(file)
     if not isinstance(recorded, dict):
         raise UserError(f"{file} is damaged, so {folder} cannot be verified: {POLICY_REMEDY}")
-    found = _digests(folder)
+    found = folder_digests(folder)
     changed = [f"{name} was changed" for name in found.keys() & recorded.keys() if found[name] != recorded[name]]
     changed += [f"{name} is missing" for name in recorded.keys() - found.keys()]
     changed += [f"{name} was added" for name in found.keys() - recorded.keys() if Path(name).suffix in MODEL_SUFFIXES]
     if changed:
         raise UserError(f"{folder} is not what the run saved ({', '.join(sorted(changed))}): {POLICY_REMEDY}")
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
