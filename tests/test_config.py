@@ -662,7 +662,7 @@ def test_multirun_checks_all_jobs_together() -> None:
     assert planned.multirun and planned.jobs[1].cfg.alpha.value == 0.2
     text = problem_text("method=spo,dop,dpo", "reference=none,frozen", "seed=-1,1", multirun=True)
     assert "method=dop: no such member of method" in text
-    assert "seed=-1: must be at least 0 [job method=spo reference=none seed=-1 and 3 more]" in text
+    assert "seed=-1: must be at least 0 and below 4294967296 [job method=spo reference=none seed=-1 and 3 more]" in text
     text = problem_text("method=spo,dpo", "reference=none,frozen", multirun=True)
     assert "method=dpo needs a reference model, but reference=none" in text
     assert "[job method=dpo reference=none]" in text and "frozen [job method=dop" not in text

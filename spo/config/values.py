@@ -134,7 +134,7 @@ def _limits(metadata: tuple[Any, ...]) -> Iterator[str]:
         if type(bound) in _BOUNDS:
             name, _, words = _BOUNDS[type(bound)]
             if math.isfinite(number := getattr(bound, name)):
-                yield f"{words} {number:g}"
+                yield f"{words} {number}" if isinstance(number, int) else f"{words} {number:g}"
 
 
 def _container_words(container: type) -> str:
