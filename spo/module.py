@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any, cast
@@ -104,10 +104,12 @@ class AlignmentModule(LightningModule):
         speed: Speed,
         enumeration: Enumeration | None = None,
         keys: StageKeys | None = None,
+        extra_references: Mapping[str, Reference] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.policy, self.loss, self.regularizer, self.reference = policy, loss, regularizer, reference
+        self.extra_references = extra_references or {}
         self.alpha, self.beta = alpha, beta
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.prompts, self.enumeration = prompts, enumeration

@@ -15,12 +15,12 @@ from spo.errors import UserError
 from spo.exact.optimum import total_variation
 from spo.forward.probe import enable_packing
 from spo.losses import DPOLoss, PreferenceLoss, SPOLoss, WeightedSPOLoss
-from spo.losses.base import expected_loss
 from spo.models import FrozenReference
 from spo.ops import KL_ESTIMATORS, KLEstimator, Logits, entropy, kl, token_entropy, token_kl, token_logps
 from spo.ops.logps import DeferredLogits
 from spo.regularizers import EnumeratedKL, LocalKL
 from spo.sampling.draw import next_tokens
+from spo.types import PairLogps
 from tests.helpers import (
     PLAIN,
     VOCAB,
@@ -234,8 +234,8 @@ def test_pair_with_a_masked_token_is_named(split: str, lowest: float, tmp_path: 
 def test_label_of_probability_zero_counts_as_zero(preference: float) -> None:
     margin = torch.tensor([torch.inf, -torch.inf, 1.0], requires_grad=True)
     label = torch.full((3,), preference)
-    sign = 1 if preference else -1
-    losses = expected_loss(lambda m: -nn.functional.logsigmoid(m), margin, label)
+    sign, zeros = 1 if preference else -1, torch.zeros(3)
+    losses = DPOLoss()(PairLogps(margin, zeros, zeros, zeros, preference=label), alpha=1.0, beta=1.0)
     torch.testing.assert_close(losses, -nn.functional.logsigmoid(sign * margin))
     assert not torch.autograd.grad(losses[2], margin)[0].isnan().any()
 

@@ -44,7 +44,7 @@ class ShareLoss(ListLoss):
 
     uses_reference = False
     uses_beta = False
-    uses_batch_statistics = True
+    full_batch = True
 
     def of_ranking(self, lists: ListLogps, *, alpha: float, beta: float) -> Tensor:
         best, others = lists.policy[:, 0], lists.policy[:, 1:].masked_fill(~lists.mask[:, 1:], 0).sum(-1)
@@ -118,7 +118,7 @@ def test_step_and_validation_are_one_call_of_the_loss(tmp_path: Path) -> None:
     pairs, policy = some_pairs()[:7], Bigrams(0)
     batch = collate(pairs, range(7), PAD)
     logps = completion_logps(policy, batch.sequences), completion_logps(Bigrams(1), batch.sequences)
-    value = LOSS(batch.pair_logps(*logps), alpha=0.2, beta=0.1).mean()
+    value = LOSS(PairLogps.of_batch(batch, *logps), alpha=0.2, beta=0.1).mean()
     value.backward()
     models: dict[str, Any] = {"reference": FrozenReference(), "reference_model": Bigrams(1)}
     module = make_module(Bigrams(0), loss=LOSS, **models, lr=0.0, speed=PLAIN)

@@ -413,7 +413,7 @@ def test_equal_implicit_rewards_count_one_half(loss: Loss[Any]) -> None:
     chosen = torch.tensor([-1.0, -2.0, -3.0, math.nan])
     rejected = torch.tensor([-2.0, -2.0, -2.0, -2.0])
     given: Any = PairLogps(chosen, rejected, torch.zeros(4), torch.zeros(4))
-    if loss.uses_lists:
+    if loss.inputs is ListLogps:
         policy, mask = torch.stack([chosen, rejected], 1), torch.ones(4, 2, dtype=torch.bool)
         given = ListLogps(policy, mask, torch.arange(2).expand(4, 2), torch.zeros(4, 2))
     assert loss.metrics(given, alpha=0.5, beta=0.1)["rewards/accuracies"].tolist() == [1.0, 0.5, 0.0, 0.0]

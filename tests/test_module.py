@@ -183,7 +183,8 @@ def test_gradient_is_mean_loss_plus_weighted_divergence(name: str, tmp_path: Pat
     policy, reference = tiny_llama(0, scale=0.1), frozen(tiny_llama(1, scale=0.1))
     pairs = random_pairs(9, seed=1, preference=lambda i: 1 - i / 100, weight=lambda i: 0.5 + i / 10)
     batch = collate(pairs, range(9), PAD)
-    seen = batch.pair_logps(completion_logps(policy, batch.sequences), completion_logps(reference, batch.sequences))
+    logps = [completion_logps(model, batch.sequences) for model in (policy, reference)]
+    seen = PairLogps.of_batch(batch, *logps)
     total = loss(seen, alpha=0.2, beta=0.1).mean()
     if isinstance(regularizer, PairRegularizer | SampleRegularizer):
         sequences = got.buffer.rows(0) if got.buffer is not None else batch.sequences
@@ -246,7 +247,7 @@ def test_step_uses_its_own_coefficients_and_learning_rate(tmp_path: Path) -> Non
     batch = collate(pairs, range(6), PAD)
     for alpha, beta, rate in zip(alphas, betas, rates, strict=True):
         p, q = (completion_logits(model, batch.sequences) for model in (policy, reference))
-        seen = batch.pair_logps(completion_logps(policy, batch.sequences), None)
+        seen = PairLogps.of_batch(batch, completion_logps(policy, batch.sequences), None)
         divergence = batch.mean_per_pair(LocalKL(0.0)(p, q, batch.sequences)).mean()
         total = SPOLoss()(seen, alpha=alpha, beta=beta).mean() + beta * divergence
         gradients = torch.autograd.grad(total, list(policy.parameters()))
@@ -470,7 +471,7 @@ def test_training_metrics_same_for_any_micro_batch_and_cover_interval(tmp_path: 
 
 
 class SharpnessLoss(DPOLoss):
-    metric_names = (*DPOLoss.metric_names, "sharpness")
+    extra_metrics = ("sharpness",)
 
     def metrics(self, pair: PairLogps, /, *, alpha: float, beta: float) -> dict[str, Tensor]:
         found = super().metrics(pair, alpha=alpha, beta=beta)
@@ -634,7 +635,7 @@ def test_step_never_waits_for_device(fused: bool, name: str, tmp_path: Path, mon
             with no_host_syncs(monkeypatch) as places:
                 super(Spied, self).training_step(window, batch_idx)
             # The samples of the buffer and their lengths are on the host, where laying them out does not wait.
-            on_host = ("types.py", "forward/packing.py") if name == "spo_global" else ()
+            on_host = ("types/", "forward/packing.py") if name == "spo_global" else ()
             waited.extend(place for place in places if not any(file in place for file in on_host))
 
     module = make_module(

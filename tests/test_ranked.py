@@ -217,12 +217,12 @@ def test_batch_of_lists_of_different_lengths() -> None:
     assert batch.completions.tolist() == [[0, 1, 2], [2, 3, 4], [-1, 5, 0], [-1, 6, -1]]
     assert batch.sequences.completion_length.tolist() == [2, 2, 3, 2, 2, 4, 3]
     assert batch.reference_logps is not None and batch.reference_logps.tolist() == [0, 4, 8, 5, 9, 6, 7]
-    seen = batch.list_logps(-torch.arange(1.0, 8.0), batch.reference_logps)
+    seen = ListLogps.of_batch(batch, -torch.arange(1.0, 8.0), batch.reference_logps)
     assert seen.mask.tolist() == [[True, True, False, False], [True] * 4, [True, True, True, False]]
     assert seen.policy.tolist() == [[-1, -3, 0, 0], [-2, -4, -6, -7], [-3, -5, -1, 0]]
     assert seen.reference is not None and seen.reference.tolist() == [[0, 8, 0, 0], [4, 5, 6, 7], [8, 9, 0, 0]]
     assert batch.mean_per_pair(torch.arange(1.0, 8.0)).tolist() == [2, 4.75, 3]
-    pair = batch.pair_logps(-torch.arange(1.0, 8.0), None)
+    pair = PairLogps.of_batch(batch, -torch.arange(1.0, 8.0), None)
     assert pair.policy_rejected is not None and pair.policy_rejected.tolist() == [-3, -4, -5]
 
 

@@ -16,7 +16,7 @@ from spo.records.digests import code_version, digest
 from spo.records.files import read_json, write_json
 
 CODE_DEPENDENCIES = (
-    "types.py",
+    "types",
     "batching.py",
     "ops",
     "models",

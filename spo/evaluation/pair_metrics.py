@@ -15,7 +15,7 @@ from spo.losses import Loss
 from spo.metrics.calibration import Calibration
 from spo.metrics.sums import SumsAndCounts
 from spo.objective import concat_logps, loss_inputs
-from spo.types import ListLogps, PairLogps
+from spo.types import Logps
 
 _NAMES = ("rewards/accuracies", "rewards/margins")
 
@@ -50,12 +50,13 @@ def pair_metrics(
     if not pairs:
         return {}
     device = next(policy.parameters()).device
-    parts: list[PairLogps | ListLogps] = []
+    parts: list[Logps] = []
     sizes: list[Tensor] = []
     for first in range(0, len(pairs), batch_size):
         chunk = pairs[first : first + batch_size]
         batch = collate(chunk, range(len(chunk)), pad_token_id, arrange=speed.arrange).to(device)
-        parts.append(loss_inputs(loss, batch, *(speed.logps(model, batch.sequences) for model in (policy, reference))))
+        ours, theirs = (speed.logps(model, batch.sequences) for model in (policy, reference))
+        parts.append(loss_inputs(loss, batch, ours, theirs))
         sizes.append(batch.mask().sum(0))
     # The loss sees all pairs at once, because its metrics may depend on their company.
     whole = concat_logps(parts)
@@ -64,7 +65,8 @@ def pair_metrics(
     metric.update({name: values[name].cpu() for name in _NAMES if name in values})
     is_pair = torch.cat(sizes) == 2  # a longer list does not have a single preference
     if "rewards/margins" in values and is_pair.any():
-        preference = None if whole.preference is None else whole.preference[is_pair].cpu()
+        labels = whole.columns().get("preference")
+        preference = None if labels is None else labels[is_pair].cpu()
         calibration.update(values["rewards/margins"][is_pair].cpu(), preference)
     reliability = calibration.compute() if calibration.update_called else {}
     found = metric.compute() | {f"calibration/{name}": value for name, value in reliability.items()}

@@ -15,8 +15,9 @@ from spo.data.enumerable import Language
 from spo.forward.head import completion_logits
 from spo.forward.modes import eval_mode
 from spo.losses import Loss
+from spo.objective import loss_inputs
 from spo.ops import completion_targets, sum_per_sequence, token_logps
-from spo.types import ListLogps, PairLogps, Sequences
+from spo.types import Logps, PreferenceBatch, Sequences
 
 MAX_SEQUENCES_PER_FORWARD = 4096
 
@@ -91,31 +92,10 @@ class World:
                 parts.append(sum_per_sequence(token_logps(logits, completion_targets(part)), part))
         return torch.cat(parts).cpu().view_as(self.rewards)
 
-    def rows(self, loss: Loss[Any], policy: Tensor, reference: Tensor) -> PairLogps | ListLogps:
+    def rows(self, loss: Loss[Any], policy: Tensor, reference: Tensor) -> Logps:
         """Return the rows in the shape that ``loss`` reads, from ``(P, R)`` log-probs of policy and reference."""
-        return self._lists(policy, reference) if loss.uses_lists else self._pairs(policy, reference)
-
-    def _pairs(self, policy: Tensor, reference: Tensor) -> PairLogps:
-        chosen, rejected = self.completions
-        policy, reference, lengths = policy.flatten(), reference.flatten(), self.lengths.flatten()
-        return PairLogps(
-            policy_chosen=policy[chosen],
-            policy_rejected=policy[rejected],
-            reference_chosen=reference[chosen],
-            reference_rejected=reference[rejected],
-            chosen_length=lengths[chosen],
-            rejected_length=lengths[rejected],
-            preference=self.preference,
-            weight=self.weight,
+        count = self.completions.shape[1]
+        batch = PreferenceBatch(
+            self.sequences, torch.arange(count), self.preference, self.weight, completions=self.completions
         )
-
-    def _lists(self, policy: Tensor, reference: Tensor) -> ListLogps:
-        n, rows = self.completions.shape
-        return ListLogps(
-            policy=policy.flatten()[self.completions.T],
-            mask=torch.ones(rows, n, dtype=torch.bool),
-            order=torch.arange(n).expand(rows, n),
-            reference=reference.flatten()[self.completions.T],
-            weight=self.weight,
-            preference=self.preference,
-        )
+        return loss_inputs(loss, batch, policy.flatten(), reference.flatten())

@@ -1,7 +1,8 @@
 """Preference losses, one file for each method. This list is a convenience for imports; nothing reads it."""
 
-from spo.losses.base import ListLoss, Loss, PreferenceLoss
+from spo.losses.base import LabelledLoss, ListLoss, Loss, PreferenceLoss
 from spo.losses.best_of_n import SPOBestOfNLoss
+from spo.losses.declarations import Column, DataNeeds, Drawn, Feature, Mismatched, Role, Term
 from spo.losses.dpo import DPOLoss
 from spo.losses.ipo import IPOLoss
 from spo.losses.ranked import SPORankedLoss
@@ -9,14 +10,22 @@ from spo.losses.sft import SFTLoss
 from spo.losses.spo import SPOLoss, WeightedSPOLoss
 
 __all__ = [
+    "Column",
     "DPOLoss",
+    "DataNeeds",
+    "Drawn",
+    "Feature",
     "IPOLoss",
+    "LabelledLoss",
     "ListLoss",
     "Loss",
+    "Mismatched",
     "PreferenceLoss",
+    "Role",
     "SFTLoss",
     "SPOBestOfNLoss",
     "SPOLoss",
     "SPORankedLoss",
+    "Term",
     "WeightedSPOLoss",
 ]

@@ -2,57 +2,107 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
-from spo.types import ListLogps, PairLogps
+from spo.losses.declarations import Feature, Role, Term
+from spo.types import LabelledLogps, ListLogps, Logps, PairLogps
 
-Logps = TypeVar("Logps", PairLogps, ListLogps)
+LogpsT = TypeVar("LogpsT", bound=Logps)
+LOSS_METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+"""Metrics that every loss has, as far as its data has them."""
+_OLD_NAMES = {"uses_batch_statistics": "full_batch", "metric_names": "extra_metrics"}
+"""Declarations of version 0.1.0, and their names today."""
 
 
-class Loss(ABC, Generic[Logps]):
-    """A loss of ``B`` pairs or lists. Subclasses declare, as class attributes, what a run has to provide.
+class Loss(ABC, Generic[LogpsT]):
+    """A loss of ``B`` pairs, lists or labelled completions. Subclasses declare what a run has to provide.
 
-    Derive a loss from :class:`PreferenceLoss` or :class:`ListLoss`.
+    Derive a loss from :class:`PreferenceLoss`, :class:`ListLoss` or :class:`LabelledLoss`. A loss may be an
+    ``nn.Module`` too, as the second base class: its parameters are then trained with the policy, its buffers are in
+    checkpoints, and ``loss.safetensors`` in the run directory has both.
 
     Attributes:
-        uses_reference: The loss reads ``reference_chosen`` and ``reference_rejected``.
-        uses_rejected: The loss reads ``policy_rejected``; false only for methods that learn from completions alone.
+        inputs: Shape of the log-probs that the loss reads, which also decides what kind of data fits.
+        uses_reference: The loss reads log-probs of the reference.
+        uses_rejected: The loss reads the rejected completion; false only for methods that learn from completions alone.
         uses_alpha: The loss reads alpha.
         uses_beta: The loss reads beta; if false, beta is free to be the weight of the regularizer.
-        uses_batch_statistics: The loss of a pair depends on the other pairs. It is then called once with all pairs of
-            the optimizer step, over micro-batches and processes, or with all pairs of the split in a validation.
-        uses_lists: The loss takes whole lists of completions, best first, as :class:`~spo.types.ListLogps`. A pair is
-            a list of two.
-        metric_names: Keys that :meth:`metrics` can return. Processes exchange metrics by position, so the keys are
-            known before the first batch, and a loss with another metric adds its key.
+        terms: Numbers of each completion that are computed from token log-probs or logits, by name. The loss reads
+            them as ``logps.terms[name]``.
+        features: Numbers of a row, by name, as ``logps.features[name]``.
+        extra_completions: Further completions of each prompt, by name, as ``logps.extra[name]``.
+        extra_references: Names of references beside the main one, whose log-probs are ``logps.references[name]``. The
+            configuration gives each name a model (``extra_references.NAME=PATH``).
+        full_batch: The loss of a pair depends on the other pairs. It is then called once with all pairs of the
+            optimizer step, over micro-batches and processes, or with all pairs of the split in a validation.
+        extra_metrics: Keys of metrics that :meth:`metrics` returns beside :data:`LOSS_METRICS`. Processes exchange
+            metrics by position, so the keys are known before the first batch.
     """
 
+    inputs: ClassVar[type[Logps]] = PairLogps
     uses_reference: ClassVar[bool] = True
     uses_rejected: ClassVar[bool] = True
     uses_alpha: ClassVar[bool] = False
     uses_beta: ClassVar[bool] = True
-    uses_batch_statistics: ClassVar[bool] = False
-    uses_lists: ClassVar[bool] = False
-    metric_names: ClassVar[tuple[str, ...]] = (
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/margins",
-        "rewards/accuracies",
-        "logps/chosen",
-        "logps/rejected",
-    )
+    terms: Mapping[str, Term] = {}
+    features: Mapping[str, Feature] = {}
+    extra_completions: Mapping[str, Role] = {}
+    extra_references: tuple[str, ...] = ()
+    full_batch: bool = False
+    extra_metrics: tuple[str, ...] = ()
 
-    @abstractmethod
-    def __call__(self, logps: Logps, /, *, alpha: float, beta: float) -> Tensor:
-        """Compute the loss of each pair or list.
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for old, new in _OLD_NAMES.items():
+            if old in vars(cls):
+                warnings.warn(f"{cls.__name__}.{old} is now {new}", DeprecationWarning, stacklevel=2)
+                value = vars(cls)[old]
+                is_names = old == "metric_names"
+                setattr(cls, new, tuple(key for key in value if key not in LOSS_METRICS) if is_names else value)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the keys that :meth:`metrics` can return."""
+        return (*LOSS_METRICS, *self.extra_metrics)
+
+    @property
+    def needs_reference_logits(self) -> bool:
+        """Return whether a term reads token log-probs or logits of the reference."""
+        return any(term.needs_reference_logits for term in self.terms.values())
+
+    @property
+    def has_statistics(self) -> bool:
+        """Return whether the loss updates statistics from all pairs of each optimizer step."""
+        return type(self).update_statistics is not Loss.update_statistics
+
+    def update_statistics(self, logps: LogpsT) -> None:
+        """Update running statistics, which are buffers of the loss. Called once before the loss of a training step.
 
         Args:
-            logps: Log-probabilities of ``B`` pairs or lists.
+            logps: Detached log-probs of all pairs of the optimizer step, over micro-batches and processes. Every
+                process gets the same ones.
+        """
+
+    @abstractmethod
+    def __call__(self, logps: LogpsT, /, *, alpha: float, beta: float) -> Tensor:
+        """Compute the loss of each pair, list or completion.
+
+        Args:
+            logps: Log-probabilities of ``B`` pairs, lists or completions.
             alpha: Softness.
             beta: Temperature of the method, if it has one.
 
@@ -61,16 +111,17 @@ class Loss(ABC, Generic[Logps]):
         """
 
     @abstractmethod
-    def metrics(self, logps: Logps, /, *, alpha: float, beta: float) -> dict[str, Tensor]:
-        """Compute the metrics of each pair or list.
+    def metrics(self, logps: LogpsT, /, *, alpha: float, beta: float) -> dict[str, Tensor]:
+        """Compute the metrics of each pair, list or completion.
 
         Args:
-            logps: Log-probabilities of ``B`` pairs or lists.
+            logps: Log-probabilities of ``B`` pairs, lists or completions.
             alpha: Softness.
             beta: Temperature of the method, if it has one.
 
         Returns:
-            ``(B,)`` for each of ``metric_names``, except those that the pairs or lists do not have.
+            ``(B,)`` for each of ``metric_names``, except those that the data does not have. NaN marks a row that does
+            not have a metric, such as the reward of a rejected completion where there is a desirable one only.
         """
 
     def optimum(
@@ -95,11 +146,33 @@ class Loss(ABC, Generic[Logps]):
 
 
 class PreferenceLoss(Loss[PairLogps]):
-    """A loss of pairs."""
+    """A loss of pairs. It applies soft labels and weights; subclasses write :meth:`of_pairs`."""
 
-    @abstractmethod
+    def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
+        """Compute the loss of each pair if chosen is certainly better, without weights and soft labels.
+
+        Args:
+            pair: Log-probabilities of ``B`` pairs.
+            alpha: Softness.
+            beta: Temperature of the method, if it has one.
+
+        Returns:
+            ``(B,)``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must write of_pairs")
+
     def __call__(self, pair: PairLogps, /, *, alpha: float, beta: float) -> Tensor:
-        """Compute the ``(B,)`` loss of each pair, see :meth:`Loss.__call__`."""
+        """Compute the ``(B,)`` expected loss of each pair over its label, times its weight."""
+        preference = pair.preference
+        if preference is None or not self.uses_rejected:
+            return weighted(self.of_pairs(pair, alpha=alpha, beta=beta), pair)
+        both = [name for name, feature in self.features.items() if feature.per_completion]
+        right, wrong = pair, pair.swapped(both)
+        if not self.full_batch:
+            # A label of probability zero counts as zero, also where its loss would be infinite.
+            right, wrong = _without(right, preference == 0), _without(wrong, preference == 1)
+        losses = preference * self.of_pairs(right, alpha=alpha, beta=beta)
+        return weighted(losses + (1 - preference) * self.of_pairs(wrong, alpha=alpha, beta=beta), pair)
 
     def rewards(self, pair: PairLogps, *, alpha: float, beta: float) -> tuple[Tensor, Tensor | None]:
         """Return the implicit rewards for metrics, by default ``beta * (log pi - log pi_ref)``.
@@ -132,7 +205,7 @@ class PreferenceLoss(Loss[PairLogps]):
 class ListLoss(Loss[ListLogps]):
     """A loss of ranked lists. It applies the order, weights and soft labels; subclasses write :meth:`of_ranking`."""
 
-    uses_lists: ClassVar[bool] = True
+    inputs: ClassVar[type[Logps]] = ListLogps
 
     @abstractmethod
     def of_ranking(self, lists: ListLogps, *, alpha: float, beta: float) -> Tensor:
@@ -184,6 +257,53 @@ class ListLoss(Loss[ListLogps]):
         }
 
 
+class LabelledLoss(Loss[LabelledLogps]):
+    """A loss of completions that are labelled good or bad. It applies soft labels and weights.
+
+    Subclasses write :meth:`of_labels`.
+    """
+
+    inputs: ClassVar[type[Logps]] = LabelledLogps
+    uses_rejected: ClassVar[bool] = False
+
+    @abstractmethod
+    def of_labels(self, logps: LabelledLogps, *, alpha: float, beta: float) -> Tensor:
+        """Compute the loss of each completion for a label of 1 (desirable) or 0, without weights.
+
+        Args:
+            logps: Log-probabilities of ``B`` completions, with labels 1 or 0.
+            alpha: Softness.
+            beta: Temperature of the method, if it has one.
+
+        Returns:
+            ``(B,)``.
+        """
+
+    def __call__(self, logps: LabelledLogps, /, *, alpha: float, beta: float) -> Tensor:
+        """Compute the ``(B,)`` expected loss of each completion over its label, times its weight."""
+        ones = torch.ones_like(logps.policy)
+        good = self.of_labels(replace(logps, label=ones), alpha=alpha, beta=beta)
+        bad = self.of_labels(replace(logps, label=0 * ones), alpha=alpha, beta=beta)
+        # A label of probability zero counts as zero, also where its loss would be infinite.
+        good, bad = good.masked_fill(logps.label == 0, 0), bad.masked_fill(logps.label == 1, 0)
+        return weighted(logps.label * good + (1 - logps.label) * bad, logps)
+
+    def rewards(self, logps: LabelledLogps, *, alpha: float, beta: float) -> Tensor:
+        """Return the ``(B,)`` implicit rewards for metrics, by default ``beta * (log pi - log pi_ref)``."""
+        return beta * (logps.policy if logps.reference is None else logps.policy - logps.reference)
+
+    def metrics(self, logps: LabelledLogps, /, *, alpha: float, beta: float) -> dict[str, Tensor]:
+        """Compute the metrics of :meth:`Loss.metrics`: "chosen" are desirable completions, "rejected" the others."""
+        rewards, desirable = self.rewards(logps, alpha=alpha, beta=beta), logps.label > 0.5
+        missing = torch.nan
+        return {
+            "rewards/chosen": rewards.masked_fill(~desirable, missing),
+            "rewards/rejected": rewards.masked_fill(desirable, missing),
+            "logps/chosen": logps.policy.masked_fill(~desirable, missing),
+            "logps/rejected": logps.policy.masked_fill(desirable, missing),
+        }
+
+
 def is_higher(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Return 1 where the reward of chosen is higher, 0.5 where both are equal, as before training, and else 0."""
     return ((chosen > rejected).float() + (chosen >= rejected).float()) / 2
@@ -221,24 +341,22 @@ def reference_margin(pair: PairLogps) -> Tensor:
     return pair.reference_chosen - pair.reference_rejected
 
 
-def expected_loss(of_margin: Callable[[Tensor], Tensor], margin: Tensor, preference: Tensor | None) -> Tensor:
-    """Return the expectation of a pairwise loss over its label: ``p f(margin) + (1 - p) f(-margin)``.
+def _without(pair: PairLogps, rows: Tensor) -> PairLogps:
+    """Return pairs in which the log-probs and terms of some rows are 0 and constant.
 
     Args:
-        of_margin: Loss of a pair as a function of chosen minus rejected.
-        margin: ``(B,)`` chosen minus rejected.
-        preference: ``(B,)`` probability p that chosen is better; ``None`` for 1.
-
-    Returns:
-        ``(B,)``.
+        pair: Log-probabilities of ``B`` pairs.
+        rows: ``(B,)`` mask of the rows.
     """
-    if preference is None:
-        return of_margin(margin)
-    # A label of probability zero counts as zero, also where its loss would be infinite.
-    right, wrong = margin.masked_fill(preference == 0, 0), (-margin).masked_fill(preference == 1, 0)
-    return preference * of_margin(right) + (1 - preference) * of_margin(wrong)
+    columns = pair.columns()
+    of_models = {path: value for path, value in columns.items() if path.partition("/")[0] not in _LABELS}
+    filled = {path: value.masked_fill(rows.view(-1, *[1] * (value.ndim - 1)), 0) for path, value in of_models.items()}
+    return pair.with_columns(columns | filled)
 
 
-def weighted(losses: Tensor, logps: PairLogps | ListLogps) -> Tensor:
+_LABELS = ("preference", "weight", "features", "chosen_length", "rejected_length")
+
+
+def weighted(losses: Tensor, logps: PairLogps | ListLogps | LabelledLogps) -> Tensor:
     """Return the ``(B,)`` losses times the weights of the pairs or lists, if there are any."""
     return losses if logps.weight is None else losses * logps.weight

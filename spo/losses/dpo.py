@@ -8,7 +8,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from spo.losses.base import PreferenceLoss, expected_loss, policy_margin, reference_margin, weighted
+from spo.losses.base import PreferenceLoss, policy_margin, reference_margin
 from spo.types import PairLogps
 
 
@@ -36,14 +36,13 @@ class DPOLoss(PreferenceLoss):
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
         self.label_smoothing = label_smoothing
 
-    def __call__(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
+    def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` loss of each pair."""
         margin = policy_margin(pair) - reference_margin(pair)
-        preference = pair.preference
-        if self.label_smoothing:
-            certain = margin.new_ones(()) if preference is None else preference
-            preference = certain * (1 - self.label_smoothing) + (1 - certain) * self.label_smoothing
-        return weighted(expected_loss(lambda h: -logsigmoid(beta * h), margin, preference), pair)
+        losses = -logsigmoid(beta * margin)
+        if not self.label_smoothing:
+            return losses
+        return (1 - self.label_smoothing) * losses - self.label_smoothing * logsigmoid(-beta * margin)
 
     def optimum(
         self, rewards: Tensor, reference_logps: Tensor, alpha: float, beta: float, *, lengths: Tensor | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spo.losses.base import PreferenceLoss, expected_loss, log_ratios, reference_margin, weighted
+from spo.losses.base import PreferenceLoss, log_ratios, reference_margin
 from spo.types import PairLogps
 
 
@@ -26,11 +26,11 @@ class IPOLoss(PreferenceLoss):
     def __init__(self, length_normalize: bool = True) -> None:
         self.length_normalize = length_normalize
 
-    def __call__(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
+    def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` loss of each pair."""
         reference_margin(pair)  # It raises if a reference log-probability is missing, which `log_ratios` allows.
         chosen, rejected = self._ratios(pair)
-        return weighted(expected_loss(lambda h: (h - 1 / (2 * beta)) ** 2, chosen - rejected, pair.preference), pair)
+        return (chosen - rejected - 1 / (2 * beta)) ** 2
 
     def rewards(self, pair: PairLogps, *, alpha: float, beta: float) -> tuple[Tensor, Tensor | None]:
         """Return tau times the log-ratio in the convention of the loss, so that the target margin is 1/2."""

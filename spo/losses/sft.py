@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from spo.losses.base import PreferenceLoss, weighted
+from spo.losses.base import PreferenceLoss
 from spo.types import PairLogps
 
 
@@ -28,14 +28,14 @@ class SFTLoss(PreferenceLoss):
     def __init__(self, length_normalize: bool = False) -> None:
         self.length_normalize = length_normalize
 
-    def __call__(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
+    def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` loss of each pair."""
         losses = -pair.policy_chosen
         if self.length_normalize:
             if pair.chosen_length is None:
                 raise ValueError("SFT with length_normalize=true needs chosen_length")
             losses = losses / pair.chosen_length
-        return weighted(losses, pair)
+        return losses
 
     def rewards(self, pair: PairLogps, *, alpha: float, beta: float) -> tuple[Tensor, Tensor | None]:
         """Return log pi(y|x), the only quantity that SFT changes."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from spo.bounds import NonNegativeFloat, PositiveFloat
-from spo.losses.base import PreferenceLoss, expected_loss, policy_margin, weighted
+from spo.losses.base import PreferenceLoss, policy_margin
 from spo.types import PairLogps
 
 
@@ -29,10 +29,9 @@ class SPOLoss(PreferenceLoss):
     uses_alpha: ClassVar[bool] = True
     uses_beta: ClassVar[bool] = False
 
-    def __call__(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
+    def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` loss of each pair."""
-        losses = expected_loss(lambda d: -logsigmoid(alpha * d) / alpha, policy_margin(pair), pair.preference)
-        return weighted(losses, pair)
+        return -logsigmoid(alpha * policy_margin(pair)) / alpha
 
     def optimum(
         self, rewards: Tensor, reference_logps: Tensor, alpha: float, beta: float, *, lengths: Tensor | None = None
@@ -69,7 +68,7 @@ class WeightedSPOLoss(SPOLoss):
         ValueError: ``gamma`` is negative or ``clip`` is not positive.
     """
 
-    uses_batch_statistics: ClassVar[bool] = True
+    full_batch: bool = True
 
     def __init__(self, gamma: NonNegativeFloat = 0.1, clip: PositiveFloat = 3.0) -> None:
         if not (gamma >= 0 and clip > 0):
@@ -85,6 +84,6 @@ class WeightedSPOLoss(SPOLoss):
         mu = (log_mu - log_mu.max()).exp()
         return mu / mu.mean()
 
-    def __call__(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
+    def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` loss of each pair."""
-        return self.weights(pair) * super().__call__(pair, alpha=alpha, beta=beta)
+        return self.weights(pair) * super().of_pairs(pair, alpha=alpha, beta=beta)

@@ -3,7 +3,7 @@
 from spo.objective.base import Divergence, Part, Prompts, Run, Term
 from spo.objective.enumerated import EnumeratedDivergence, Enumeration
 from spo.objective.joint import concat_logps
-from spo.objective.pairs import PairDivergence, Pairs
+from spo.objective.pairs import PairDivergence, Pairs, parameters_of, score
 from spo.objective.samples import SampleDivergence, SampleSettings
 from spo.objective.scored import ScoredBatch, loss_inputs
 
@@ -22,4 +22,6 @@ __all__ = [
     "Term",
     "concat_logps",
     "loss_inputs",
+    "parameters_of",
+    "score",
 ]

@@ -52,6 +52,7 @@ class Run(Protocol):
     Attributes:
         policy: Model in training.
         reference: Source of reference log-probabilities.
+        extra_references: Further references that the loss declares, by name.
         speed: Switches of how models are run.
         alpha: Schedule of the softness.
         beta: Schedule of the method's temperature, or of the regularizer's weight.
@@ -66,6 +67,7 @@ class Run(Protocol):
 
     policy: nn.Module
     reference: Reference
+    extra_references: Mapping[str, Reference]
     speed: Speed
     alpha: Schedule
     beta: Schedule

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from spo.types import ListLogps, PairLogps
-
-Logps = PairLogps | ListLogps
+from spo.types import ListLogps, Logps
 
 
 def concat_logps(parts: Sequence[Logps]) -> Logps:
-    """Return the pairs or lists of several batches as one, in their order.
+    """Return the pairs, lists or completions of several batches as one, in their order.
 
     Args:
         parts: Log-probs of at least one batch. Lists are filled up to the longest one, which their mask shows.
@@ -26,17 +23,15 @@ def concat_logps(parts: Sequence[Logps]) -> Logps:
     """
     longest = max((part.mask.shape[1] for part in parts if isinstance(part, ListLogps)), default=0)
     parts = [_filled_up(_dense(part), longest) for part in parts]
-    columns: dict[str, Any] = {}
-    for name in (field.name for field in fields(parts[0])):
-        values = [value for part in parts if (value := getattr(part, name)) is not None]
-        if values and len(values) < len(parts):
-            raise ValueError(f"{name} is known for some of the pairs only")
-        columns[name] = torch.cat(values) if values else None
-    return replace(parts[0], **columns)
+    columns = [part.columns() for part in parts]
+    for one in columns:
+        if differing := one.keys() ^ columns[0].keys():
+            raise ValueError(f"{sorted(differing)[0]} is known for some of the pairs only")
+    return parts[0].with_columns({path: torch.cat([one[path] for one in columns]) for path in columns[0]})
 
 
 def gather_logps(own: Logps, rank: int, world_size: int) -> tuple[Logps, slice]:
-    """Return the pairs or lists of all processes, and which of them are those of this process.
+    """Return the rows of all processes, and which of them are those of this process.
 
     Args:
         own: Log-probs of this process. They keep their gradient, and those of other processes do not have one.
@@ -46,28 +41,32 @@ def gather_logps(own: Logps, rank: int, world_size: int) -> tuple[Logps, slice]:
     own = _dense(own)
     everyone = [own]
     if world_size > 1:
-        known = {field.name: value for field in fields(own) if (value := getattr(own, field.name)) is not None}
-        columns = {name: gather_all_tensors(value.detach().contiguous()) for name, value in known.items()}
-        of_rank: list[dict[str, Any]] = [
-            {name: values[i] for name, values in columns.items()} for i in range(world_size)
-        ]
-        everyone = [replace(own, **of_one) for of_one in of_rank]
+        columns = {path: gather_all_tensors(value.detach().contiguous()) for path, value in own.columns().items()}
+        everyone = [own.with_columns({path: values[i] for path, values in columns.items()}) for i in range(world_size)]
         everyone[rank] = own
-    sizes = [len(cast(Tensor, part.weight)) for part in everyone]
+    sizes = list(map(len, everyone))
     first = sum(sizes[:rank])
     return concat_logps(everyone), slice(first, first + sizes[rank])
 
 
+def leaves_of(logps: Logps) -> tuple[Logps, dict[str, Tensor]]:
+    """Return a copy whose numbers come from nowhere, and those of them that gradients of the policy may reach."""
+    columns = {path: value.detach() for path, value in logps.columns().items()}
+    leaves = {path: columns[path].requires_grad_() for path in columns if logps.is_of_policy(path)}
+    return logps.with_columns(columns), leaves
+
+
 def _dense(logps: Logps) -> Logps:
-    """Return the pairs or lists with their labels and weights, which may be missing for 1 in some batches only."""
-    policy = logps.policy if isinstance(logps, ListLogps) else logps.policy_chosen
-    ones = policy.new_ones(len(policy))
-    preference, weight = (ones if value is None else value.to(ones) for value in (logps.preference, logps.weight))
-    return replace(logps, preference=preference, weight=weight)
+    """Return the rows with their labels and weights, which may be missing for 1 in some batches only."""
+    names = {one.name for one in fields(logps)} & {"preference", "weight"}
+    like = next(value for path, value in logps.columns().items() if logps.is_of_policy(path))
+    ones = like.new_ones(len(like))
+    known = {name: value.to(ones) for name in names if (value := getattr(logps, name)) is not None}
+    return logps.with_columns(logps.columns() | dict.fromkeys(names, ones) | known)
 
 
 def _filled_up(lists: Logps, longest: int) -> Logps:
-    if isinstance(lists, PairLogps):
+    if not isinstance(lists, ListLogps):
         return lists
     extra = longest - lists.mask.shape[1]
     columns = torch.arange(longest - extra, longest, device=lists.order.device)
@@ -81,4 +80,6 @@ def _filled_up(lists: Logps, longest: int) -> Logps:
         mask=wide(lists.mask),
         order=torch.cat([lists.order, columns.expand(len(lists.order), -1)], dim=1),
         reference=None if lists.reference is None else wide(lists.reference),
+        terms={name: wide(value) for name, value in lists.terms.items()},
+        references={name: wide(value) for name, value in lists.references.items()},
     )

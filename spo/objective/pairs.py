@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spo.objective.base import Divergence, Part, Run, Term
-from spo.objective.joint import concat_logps, gather_logps
-from spo.objective.scored import ScoredBatch, loss_inputs
+from spo.objective.joint import concat_logps, gather_logps, leaves_of
+from spo.objective.scored import ScoredBatch
 from spo.ops import Logits
-from spo.types import ListLogps, PairLogps, PreferenceBatch, Sequences, Window
+from spo.types import Logps, PreferenceBatch, Sequences, Window
 
 if TYPE_CHECKING:
+    from spo.forward.speed import Speed
     from spo.losses import Loss
+    from spo.models.reference import Reference
 
 
 IMPOSSIBLE_LOGP = -1e8
 """Log-prob in nats that only a completion with a masked token has, or one under a policy that has diverged."""
 MASKED_LOGP = -1e30
 """Log-prob in nats of a completion with a token whose logit is -inf, or as low as a dtype allows."""
-Scores = tuple[PreferenceBatch, Tensor, Tensor | None]
-"""A batch, and ``(N,)`` log-probs of its sequences under the policy and, if the loss reads it, the reference."""
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,61 @@ def impossible(policy: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor
     return masked, (policy <= IMPOSSIBLE_LOGP).any(0)
 
 
-class Joint(NamedTuple):
+@dataclass(frozen=True)
+class Joint:
     """Numbers that a micro-batch needs from a loss that was called with all pairs of a step.
 
     Attributes:
-        slopes: ``(N,)`` derivative of the sum of all losses by the log-prob of each sequence of the micro-batch.
+        slopes: Derivative of the sum of all losses by each number of the policy in the micro-batch, by its path.
         metrics: ``(B,)`` values of each metric.
+        parameters: Derivative of the sum of all losses by each parameter of the loss; empty but in one micro-batch.
     """
 
-    slopes: Tensor
-    metrics: dict[str, Tensor]
+    slopes: Mapping[str, Tensor]
+    metrics: Mapping[str, Tensor]
+    parameters: Sequence[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+
+
+def parameters_of(loss: Loss[Any]) -> list[nn.Parameter]:
+    """Return the trainable parameters of a loss that is a module; empty for any other loss."""
+    return [p for p in loss.parameters() if p.requires_grad] if isinstance(loss, nn.Module) else []
+
+
+def score(
+    batch: PreferenceBatch,
+    loss: Loss[Any],
+    policy: nn.Module,
+    reference: Reference,
+    speed: Speed,
+    extra_references: Mapping[str, Reference],
+    needs_reference_logits: bool = False,
+) -> ScoredBatch:
+    """Run the policy on a batch, and the references as far as the loss reads them.
+
+    Args:
+        batch: Batch of pairs, lists or labelled completions.
+        loss: Loss of the method.
+        policy: Model in training.
+        reference: Source of reference log-probs.
+        speed: Speed settings, resolved for the models.
+        extra_references: Further references that the loss declares, by name.
+        needs_reference_logits: Whether something beside the loss reads the reference's logits.
+    """
+    logits = speed.logits(policy, batch.sequences)
+    others = {name: extra_references[name].pair_logps(batch, policy, speed) for name in loss.extra_references}
+    if needs_reference_logits or loss.needs_reference_logits:
+        with reference.active(policy) as model:
+            return ScoredBatch(batch, logits, speed.logits(model, batch.sequences), extra_references=others)
+    stored = reference.pair_logps(batch, policy, speed) if loss.uses_reference else None
+    return ScoredBatch(batch, logits, stored_reference=stored, extra_references=others)
 
 
 class Pairs(Part):
     """The mean loss of the pairs of a window, one term per micro-batch.
 
-    A loss that declares ``uses_batch_statistics`` is called once with all pairs of the window, on all processes, and
-    its slopes are then carried into each micro-batch. With several micro-batches this takes a second forward pass of
-    each. A validation calls it with all pairs of the split.
+    A loss that declares ``full_batch`` or has statistics is called once with all pairs of the window, on all processes,
+    and its slopes are then carried into each micro-batch. With several micro-batches this takes a second forward pass
+    of each. A validation calls a loss with ``full_batch`` with all pairs of the split.
 
     Args:
         run: Run that the part belongs to.
@@ -99,7 +136,8 @@ class Pairs(Part):
     ) -> None:
         self.run, self.loss = run, loss
         self.regularization, self.needs_reference_logits = regularization, needs_reference_logits
-        self.validated: list[PairLogps | ListLogps] = []
+        self.needs_whole_step = loss.full_batch or loss.has_statistics
+        self.validated: list[Logps] = []
         self.scores: list[PairScores] = []
         self._is_impossible: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -112,8 +150,8 @@ class Pairs(Part):
 
         def term(batch: PreferenceBatch, known: Joint | None) -> Tensor:
             scored = self.score(batch)
-            if known is None and self.loss.uses_batch_statistics:
-                [known] = self.joint([(batch, scored.policy_logps, scored.reference_logps)], step)
+            if known is None and self.needs_whole_step:
+                [known] = self.joint([scored.inputs_of(self.loss)], step)
             total, metrics = self.evaluate(scored, step, known)
             self.run.train_metrics.update(metrics)
             return total * scale
@@ -123,46 +161,56 @@ class Pairs(Part):
     def _score_ahead(self, window: Window, step: int) -> Sequence[Joint | None]:
         """Return what a loss of all pairs of the step needs to know before the first of several micro-batches."""
         batches, run = window.micro_batches, self.run
-        if len(batches) == 1 or not self.loss.uses_batch_statistics:
+        if len(batches) == 1 or not self.needs_whole_step:
             return [None] * len(batches)
-        scores = []
         # Dropout draws the same numbers again in the passes with gradient.
         with torch.no_grad(), torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
-            for batch in batches:
-                scored = self.score(batch)
-                scores.append((batch, scored.policy_logps, scored.reference_logps))
-        return self.joint(scores, step)
+            inputs = [self.score(batch).inputs_of(self.loss) for batch in batches]
+        return self.joint(inputs, step)
 
-    def joint(self, scores: Sequence[Scores], step: int) -> list[Joint]:
+    def joint(self, inputs: Sequence[Logps], step: int) -> list[Joint]:
         """Call the loss once with all pairs of a step, over micro-batches and processes.
 
         Args:
-            scores: Batch, policy and reference log-probs of each micro-batch of this process.
+            inputs: Log-probs of each micro-batch of this process.
             step: Optimizer steps taken so far.
 
         Returns:
             Slopes and metrics of each micro-batch.
         """
-        leaves = [policy.detach().requires_grad_() for _, policy, _ in scores]
+        parts, leaves = zip(*map(leaves_of, inputs), strict=True)
+        parameters = parameters_of(self.loss)
         with torch.enable_grad():
-            parts = [
-                loss_inputs(self.loss, batch, leaf, reference)
-                for (batch, _, reference), leaf in zip(scores, leaves, strict=True)
-            ]
-            losses, metrics, own = self._of_all(parts, step)
-            slopes = torch.autograd.grad(losses.sum(), leaves)
-        sizes = [len(batch) for batch, _, _ in scores]
+            whole, own = gather_logps(concat_logps(parts), self.run.global_rank, self.run.world_size)
+            if self.loss.has_statistics:
+                self.loss.update_statistics(whole.with_columns({k: v.detach() for k, v in whole.columns().items()}))
+            losses, metrics = self.losses(whole, step)
+            wanted = [*(leaf for of_part in leaves for leaf in of_part.values()), *parameters]
+            slopes = iter(torch.autograd.grad(losses.sum(), wanted, allow_unused=True))
+        sizes = list(map(len, inputs))
         split = {name: values[own].detach().split(sizes) for name, values in metrics.items()}
-        return [Joint(slope, {name: parts[i] for name, parts in split.items()}) for i, slope in enumerate(slopes)]
-
-    def _of_all(self, parts: Sequence[PairLogps | ListLogps], step: int) -> tuple[Tensor, dict[str, Tensor], slice]:
-        """Return losses and metrics of the pairs of all processes, and which of them are those of this process."""
-        whole, place = gather_logps(concat_logps(parts), self.run.global_rank, self.run.world_size)
-        return *self.losses(whole, step), place
+        found = [
+            Joint(
+                {path: slope for path in of_part if (slope := next(slopes)) is not None},
+                {name: of_parts[i] for name, of_parts in split.items()},
+            )
+            for i, of_part in enumerate(leaves)
+        ]
+        of_loss = [(p, slope) for p in parameters if (slope := next(slopes)) is not None]
+        return [replace(found[0], parameters=of_loss), *found[1:]]
 
     def score(self, batch: PreferenceBatch) -> ScoredBatch:
         """Run the policy on a batch, and the reference where its log-probs are read and not stored."""
-        scored = self._score(batch)
+        run = self.run
+        scored = score(
+            batch,
+            self.loss,
+            run.policy,
+            run.reference,
+            run.speed,
+            run.extra_references,
+            self.needs_reference_logits,
+        )
         policy = batch.per_completion(scored.policy_logps)
         reference = None if scored.reference_logps is None else batch.per_completion(scored.reference_logps)
         self._is_impossible.append((batch.index, *impossible(policy, reference)))
@@ -180,16 +228,6 @@ class Pairs(Part):
         masked = {row for index, found, _ in seen for row in index[found].tolist()}
         return sorted(masked), sorted({row for index, _, found in seen for row in index[found].tolist()} - masked)
 
-    def _score(self, batch: PreferenceBatch) -> ScoredBatch:
-        run, sequences = self.run, batch.sequences
-        policy = run.speed.logits(run.policy, sequences)
-        if self.needs_reference_logits:
-            with run.reference.active(run.policy) as model:
-                return ScoredBatch(batch, policy, reference=run.speed.logits(model, sequences))
-        if self.loss.uses_reference:
-            return ScoredBatch(batch, policy, stored_reference=run.reference.pair_logps(batch, run.policy, run.speed))
-        return ScoredBatch(batch, policy)
-
     def evaluate(self, scored: ScoredBatch, step: int, joint: Joint | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the objective summed over a batch, and ``(B,)`` of each metric.
 
@@ -203,7 +241,11 @@ class Pairs(Part):
             total = losses.sum()
         else:
             metrics = dict(joint.metrics)
-            change = (scored.policy_logps * joint.slopes).sum()
+            numbers = scored.inputs_of(self.loss).columns()
+            changes = [(numbers[path] * slope).sum() for path, slope in joint.slopes.items()]
+            # Every process has the derivative by the loss's parameters, of which the step takes the sum of all shares.
+            changes += [(p * slope).sum() / self.run.world_size for p, slope in joint.parameters]
+            change = torch.stack(changes).sum()
             total = metrics["loss/preference"].sum() + (change - change.detach())
         each = metrics["loss/preference"]
         divergence = self.regularization.on_pairs(scored)
@@ -227,7 +269,7 @@ class Pairs(Part):
 
     def validate(self, scored: ScoredBatch, step: int) -> dict[str, Tensor]:
         """Return ``(B,)`` of each metric of a batch that is known before the other batches of the split."""
-        if not self.loss.uses_batch_statistics:
+        if not self.loss.full_batch:
             return self.evaluate(scored, step)[1]
         self.validated.append(scored.inputs_of(self.loss))
         divergence = self.regularization.on_pairs(scored)
@@ -240,13 +282,14 @@ class Pairs(Part):
         parts, self.validated = self.validated, []
         if not parts:
             return {}
-        losses, metrics, own = self._of_all(parts, step)
+        whole, own = gather_logps(concat_logps(parts), self.run.global_rank, self.run.world_size)
+        losses, metrics = self.losses(whole, step)
         sizes = [len(one.index) for one in self.scores]
         parts_of = zip(self.scores, losses[own].detach().split(sizes), strict=True)
         self.scores = [replace(one, losses=of_batch) for one, of_batch in parts_of]
         return {name: values[own] for name, values in metrics.items()}
 
-    def losses(self, logps: PairLogps | ListLogps, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, logps: Logps, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each pair or list, ``(B,)``, and the metrics that follow from its log-probs."""
         alpha, beta = self.run.alpha(step), self.run.beta(step)
         losses = self.loss(logps, alpha=alpha, beta=beta)

@@ -1,16 +1,18 @@
-"""A batch as policy and reference see it."""
+"""A batch as policy and references see it: the one place where log-probs become the input of a loss."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from spo.errors import UserError
 from spo.ops import Logits, completion_targets, sum_per_sequence, token_logps
-from spo.types import ListLogps, PairLogps, PreferenceBatch
+from spo.types import CompletionLogps, Logps, PreferenceBatch
 
 if TYPE_CHECKING:
     from spo.losses import Loss
@@ -25,17 +27,34 @@ class ScoredBatch:
         policy: ``(M, V)`` logits of the policy at the completion tokens.
         reference: ``(M, V)`` logits of the reference, or ``None`` if nothing reads them.
         stored_reference: ``(N,)`` summed reference log-probs that need no logits, or ``None``.
+        extra_references: ``(N,)`` summed log-probs under each further reference, by name.
     """
 
     batch: PreferenceBatch
     policy: Logits
     reference: Logits | None = None
     stored_reference: Tensor | None = None
+    extra_references: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def policy_tokens(self) -> Tensor:
         """Return ``(M,)`` log-probs of the completion tokens under the policy, in nats."""
         return token_logps(self.policy, completion_targets(self.batch.sequences))
+
+    @cached_property
+    def reference_tokens(self) -> Tensor:
+        """Return ``(M,)`` log-probs of the completion tokens under the reference, in nats, without gradient.
+
+        Raises:
+            UserError: The reference's logits were not computed, because no term declares that it reads them.
+        """
+        if self.reference is None:
+            raise UserError(
+                "method.loss: a term reads the tokens of the reference, but does not declare it: write "
+                "Term(compute, needs_reference_logits=True)"
+            )
+        with torch.no_grad():  # deferred logits compute the head only here
+            return token_logps(self.reference, completion_targets(self.batch.sequences))
 
     @cached_property
     def policy_logps(self) -> Tensor:
@@ -47,18 +66,82 @@ class ScoredBatch:
         """Return ``(N,)`` log-probs of the completions under the reference, or ``None`` if it was not asked."""
         if self.reference is None:
             return self.stored_reference
-        with torch.no_grad():  # deferred logits compute the head only here
-            tokens = token_logps(self.reference, completion_targets(self.batch.sequences))
-            return sum_per_sequence(tokens, self.batch.sequences)
+        return sum_per_sequence(self.reference_tokens, self.batch.sequences)
 
-    def inputs_of(self, loss: Loss[Any]) -> PairLogps | ListLogps:
-        """Return the log-probs in the shape that a loss reads."""
-        return loss_inputs(loss, self.batch, self.policy_logps, self.reference_logps)
+    def per_completion(self, tokens: Tensor) -> Tensor:
+        """Return the sums of ``(M,)`` numbers over the tokens of each completion, ``(n, B)``, best first."""
+        return self.batch.per_completion(sum_per_sequence(tokens, self.batch.sequences))
+
+    def mean_per_completion(self, tokens: Tensor) -> Tensor:
+        """Return the means of ``(M,)`` numbers over the tokens of each completion, ``(n, B)``, best first."""
+        return self.per_completion(tokens) / self.lengths.clamp(min=1)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Return the ``(n, B)`` number of tokens of each completion, 0 for a missing one."""
+        return self.batch.per_completion(self.batch.sequences.completion_length)
+
+    def common_prefix(self, tokens: Tensor) -> Tensor:
+        """Return sums of ``(M,)`` numbers over as many first tokens as the shortest completion of the row has.
+
+        Returns:
+            ``(n, B)``, best first.
+        """
+        batch, sequences = self.batch, self.batch.sequences
+        shortest = self.lengths.masked_fill(~batch.mask(), torch.iinfo(torch.long).max).amin(0)
+        # Sums over the first k tokens of a completion are differences of running sums over all tokens laid end to end.
+        running = torch.cat([tokens.new_zeros(1), tokens]).double().cumsum(0)
+        end = sequences.completion_length.cumsum(0)
+        first = batch.per_completion(end - sequences.completion_length)
+        sums = running[first + shortest] - running[first]
+        return sums.to(tokens.dtype).masked_fill(~batch.mask(), 0)
+
+    def inputs_of(self, loss: Loss[Any]) -> Logps:
+        """Return what a loss reads of the batch.
+
+        Raises:
+            UserError: A term has another shape than ``(n, B)``.
+        """
+        logps = loss_inputs(loss, self.batch, self.policy_logps, self.reference_logps, self.extra_references)
+        if not loss.terms:
+            return logps
+        terms = {name: term.compute(self) for name, term in loss.terms.items()}
+        for name, value in terms.items():
+            if value.shape != self.batch.mask().shape:
+                raise UserError(
+                    f"method.loss: the term {name!r} must return a number of each completion, of shape "
+                    f"{tuple(self.batch.mask().shape)}, and returns {tuple(value.shape)}: sum over tokens with "
+                    "scored.per_completion"
+                )
+        return replace(logps, terms={name: loss.inputs.arrange(value) for name, value in terms.items()})
 
 
 def loss_inputs(
-    loss: Loss[Any], batch: PreferenceBatch, policy_logps: Tensor, reference_logps: Tensor | None
-) -> PairLogps | ListLogps:
-    """Return ``(N,)`` log-probs of the sequences of a batch in the shape that a loss reads."""
-    shaped = batch.list_logps if loss.uses_lists else batch.pair_logps
-    return shaped(policy_logps, reference_logps)
+    loss: Loss[Any],
+    batch: PreferenceBatch,
+    policy_logps: Tensor,
+    reference_logps: Tensor | None,
+    extra_references: Mapping[str, Tensor] | None = None,
+) -> Logps:
+    """Return what a loss without terms reads of a batch.
+
+    Args:
+        loss: Loss of the method.
+        batch: Batch of ``N`` sequences.
+        policy_logps: ``(N,)`` summed log-probs of the sequences under the policy.
+        reference_logps: ``(N,)`` summed log-probs of the sequences under the reference, or ``None``.
+        extra_references: ``(N,)`` summed log-probs of the sequences under each further reference, by name.
+    """
+    arrange, lengths = loss.inputs.arrange, batch.sequences.completion_length
+    extra = {}
+    for name, role in loss.extra_completions.items():
+        place = batch.extra[name]
+        policy = policy_logps[place]
+        extra[name] = CompletionLogps(
+            policy if role.gradient else policy.detach(),
+            lengths[place],
+            None if reference_logps is None else reference_logps[place],
+        )
+    references = {name: arrange(batch.per_completion(logps)) for name, logps in (extra_references or {}).items()}
+    logps = loss.inputs.of_batch(batch, policy_logps, reference_logps)
+    return replace(logps, references=references, features=batch.features, extra=extra)

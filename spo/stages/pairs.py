@@ -24,7 +24,7 @@ from spo.stages.from_config import data_key, eval_device, model_plugins, renderi
 log = logging.getLogger(__name__)
 COMPLETIONS_PER_BATCH = 512
 CODE_DEPENDENCIES = (
-    "types.py",
+    "types",
     "batching.py",
     "ops",
     "data",

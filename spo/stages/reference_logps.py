@@ -29,7 +29,7 @@ from spo.types import pad_sequences
 
 log = logging.getLogger(__name__)
 CODE_DEPENDENCIES = (
-    "types.py",
+    "types",
     "batching.py",
     "ops",
     "models",

@@ -34,7 +34,7 @@ from spo.stages.pairs import no_completer
 
 log = logging.getLogger(__name__)
 CODE_DEPENDENCIES = (
-    "types.py",
+    "types",
     "batching.py",
     "ops",
     "data",

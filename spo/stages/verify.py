@@ -28,6 +28,7 @@ from spo.resources import conf_dir
 from spo.stages.description import method_name
 from spo.stages.quiet import quiet_libraries
 from spo.stages.verify_case import SAMPLED_CHECKS, Case, Verdict, run_case
+from spo.types import ListLogps
 
 PLAN = "verify.yaml"
 
@@ -126,7 +127,7 @@ def _member(member: str, config_dir: str | None) -> Member:
 
 def _cases(plan: DictConfig, grid: str, member: Member) -> Iterator[Case]:
     loss = member.loss
-    shared = [*plan.overrides, *(plan.lists if loss.uses_lists else []), f"method={member.key}"]
+    shared = [*plan.overrides, *(plan.lists if loss.inputs is ListLogps else []), f"method={member.key}"]
     for model, settings in plan.grids[grid].items():
         seen = []
         for setting in settings:

@@ -16,9 +16,9 @@ GRADIENT_TEST = "test_module.py::test_gradient_is_mean_loss_plus_weighted_diverg
 LOSSES = (
     _mutant(
         "spo_without_1_over_alpha",
-        "losses.spo.SPOLoss.__call__",
-        "-logsigmoid(alpha * d) / alpha",
-        "-logsigmoid(alpha * d)",
+        "losses.spo.SPOLoss.of_pairs",
+        "-logsigmoid(alpha * policy_margin(pair)) / alpha",
+        "-logsigmoid(alpha * policy_margin(pair))",
         "verify:spo:tabular:steps",
         "verify:spo:tabular:optimum+kl",
         f"{LOSS_TEST}[hard-spo]",
@@ -49,9 +49,9 @@ LOSSES = (
     ),
     _mutant(
         "soft_labels_ignored",
-        "losses.base.expected_loss",
-        "if preference is None",
-        "if True",
+        "losses.base.PreferenceLoss.__call__",
+        "if preference is None or",
+        "if True or",
         f"{LOSS_TEST}[soft-dpo]",
         "test_losses.py::test_loss_ignores_swapping_the_pair_and_its_label[spo]",
     ),
@@ -64,7 +64,7 @@ LOSSES = (
     ),
     _mutant(
         "dpo_per_token",
-        "losses.dpo.DPOLoss.__call__",
+        "losses.dpo.DPOLoss.of_pairs",
         "policy_margin(pair) - reference_margin(pair)",
         "(policy_margin(pair) - reference_margin(pair)) / pair.chosen_length",
         "verify:dpo:tabular:steps",
@@ -72,7 +72,7 @@ LOSSES = (
     ),
     _mutant(
         "dpo_beta_on_the_policy_alone",
-        "losses.dpo.DPOLoss.__call__",
+        "losses.dpo.DPOLoss.of_pairs",
         "policy_margin(pair) - reference_margin(pair)",
         "policy_margin(pair) - reference_margin(pair) / beta",
         "verify:dpo:tabular:steps",
@@ -80,9 +80,9 @@ LOSSES = (
     ),
     _mutant(
         "cdpo_smoothing_of_the_wrong_sign",
-        "losses.dpo.DPOLoss.__call__",
-        "certain * (1 - self.label_smoothing) + (1 - certain) * self.label_smoothing",
-        "certain * self.label_smoothing + (1 - certain) * (1 - self.label_smoothing)",
+        "losses.dpo.DPOLoss.of_pairs",
+        "-beta * margin",
+        "beta * margin",
         "verify:cdpo:tabular:steps",
         f"{LOSS_TEST}[hard-cdpo]",
     ),
@@ -105,7 +105,7 @@ LOSSES = (
     ),
     _mutant(
         "ipo_target_of_1_over_tau",
-        "losses.ipo.IPOLoss.__call__",
+        "losses.ipo.IPOLoss.of_pairs",
         "1 / (2 * beta)",
         "1 / beta",
         "verify:ipo_sum:tabular:steps",

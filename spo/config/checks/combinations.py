@@ -52,7 +52,7 @@ def _objective(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
         yield f"regularizer: {name} is not a regularizer: derive it from spo.regularizers.Regularizer"
         return
     uses_reference = declares(loss, "uses_reference")
-    reads_stored = uses_reference and not regularizer.needs_reference_logits
+    reads_stored = uses_reference and not (regularizer.needs_reference_logits or loss.needs_reference_logits)
     if regularizer.needs_enumeration and getattr(parts.source, "language", None) is None:
         yield (
             f"regularizer={regularizer_name} sums over every response, which takes a data set "
@@ -63,8 +63,6 @@ def _objective(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
             f"regularizer.prompts={regularizer.prompts}: every split of an enumerable language has all of its prompts: "
             "choose regularizer.prompts=train"
         )
-    if declares(loss, "uses_lists") and not hasattr(loss, "of_ranking"):
-        yield f"method.loss: {type(loss).__name__} declares uses_lists: derive it from spo.losses.ListLoss"
     if uses_reference and not scores_pairs:
         yield (
             f"method={method} needs a reference model, but reference={member} provides none: choose reference=frozen"
@@ -114,6 +112,7 @@ def _data(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     if source is None:
         return
     from spo.data.source import Source
+    from spo.types import PairLogps
 
     if not isinstance(source, Source):
         yield f"data.source: {type(source).__name__} is not a source: derive it from spo.data.source.Source"
@@ -123,7 +122,7 @@ def _data(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     except ValueError as error:
         yield first_line(error)
     # Supervised methods lose nothing of a list: they learn from its best completion alone.
-    reads_pairs = loss is not None and not declares(loss, "uses_lists") and declares(loss, "uses_rejected")
+    reads_pairs = loss is not None and getattr(loss, "inputs", None) is PairLogps and declares(loss, "uses_rejected")
     if source.yields_lists and reads_pairs:
         yield (
             f"method={select(cfg, 'method.name')} compares two completions, but the data has lists of more: choose "
@@ -183,9 +182,11 @@ def declares(loss: Any, name: str) -> bool:
 
 def _list_methods() -> list[str]:
     """Return the shipped methods that read lists."""
+    from spo.types import ListLogps
+
     found = []
     for file in sorted((conf_dir() / "method").glob("*.yaml")):
-        if declares(locate(str(OmegaConf.select(OmegaConf.load(file), "loss._target_"))), "uses_lists"):
+        if locate(str(OmegaConf.select(OmegaConf.load(file), "loss._target_"))).inputs is ListLogps:
             found.append(file.stem)
     return found
 

@@ -1,0 +1,189 @@
+"""What a loss may ask for besides the summed log-probabilities of its completions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from torch import Tensor
+
+from spo.types import LabelledLogps, ListLogps, Logps, PairLogps
+
+if TYPE_CHECKING:
+    from spo.losses.base import Loss
+    from spo.objective import ScoredBatch
+
+Ids = tuple[int, ...]
+
+
+class Term(NamedTuple):
+    """A number of each completion that a loss computes from token log-probs or logits.
+
+    Attributes:
+        compute: Function of a scored batch to ``(n, B)``, best completions first, such as
+            ``lambda scored: scored.per_completion(scored.policy_tokens)``. Gradients flow through it unless it detaches
+            them. The policy and the reference are not run again.
+        needs_reference_logits: Whether ``compute`` reads ``reference`` or ``reference_tokens`` of the scored batch.
+    """
+
+    compute: Callable[[ScoredBatch], Tensor]
+    needs_reference_logits: bool = False
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Numbers of a row that a loss reads.
+
+    Attributes:
+        column: Name of the column; a pair of names for one number per completion, chosen first.
+        size: Length of the list of numbers that the column holds; ``None`` for a single number.
+        default: Number for rows without the column; ``None`` makes the column required.
+    """
+
+    column: str | tuple[str, str]
+    size: int | None = None
+    default: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None and (self.size < 1 or self.default is not None or self.per_completion):
+            raise ValueError("size must be positive; a feature with a size has one column and no default")
+
+    @property
+    def per_completion(self) -> bool:
+        """Return whether there is a number for each of the two completions."""
+        return not isinstance(self.column, str)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the names of the columns."""
+        return (self.column,) if isinstance(self.column, str) else self.column
+
+
+class RoleInputs(Protocol):
+    """What further completions of the rows of a split are made from."""
+
+    prompt_ids: Sequence[str]
+    """Digest of the prompt of each row."""
+    completions: Sequence[Ids]
+    """Tokens of the best or only completion of each row."""
+
+    def column(self, name: str) -> Sequence[Ids]:
+        """Return the tokens of a text column of each row as a completion of its prompt."""
+
+    def draw(self) -> Sequence[Ids]:
+        """Return one completion of each prompt, drawn from the reference model once and cached."""
+
+
+@dataclass(frozen=True)
+class Role(ABC):
+    """A further completion of each prompt. To write one, derive from this class and write :meth:`tokens`.
+
+    Attributes:
+        gradient: Whether gradients flow through the policy's log-prob of the completion.
+        text_columns: Text columns of the rows that it reads.
+    """
+
+    gradient: bool = field(default=False, kw_only=True)
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Return the names of the text columns that it reads."""
+        return ()
+
+    @abstractmethod
+    def tokens(self, rows: RoleInputs) -> Sequence[Ids]:
+        """Return the tokens of the further completion of each row."""
+
+
+@dataclass(frozen=True)
+class Column(Role):
+    """A completion that a text column of the data holds, such as an anchor response.
+
+    Attributes:
+        name: Name of the column.
+    """
+
+    name: str
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Return the name of the column."""
+        return (self.name,)
+
+    def tokens(self, rows: RoleInputs) -> Sequence[Ids]:
+        """Return the tokens of the column."""
+        return rows.column(self.name)
+
+
+@dataclass(frozen=True)
+class Mismatched(Role):
+    """The completion of the closest row before it in the split, in a circle, that has another prompt (KTO)."""
+
+    def tokens(self, rows: RoleInputs) -> Sequence[Ids]:
+        """Return the completion of another prompt for each row.
+
+        Raises:
+            ValueError: All rows have the same prompt.
+        """
+        prompts, count = rows.prompt_ids, len(rows.prompt_ids)
+        if count and len(set(prompts)) == 1:
+            raise ValueError("mismatched completions need rows with at least two prompts")
+        # Row of the nearest other prompt before each row; the walk around the circle starts behind a change of prompt.
+        start = next((i for i in range(count) if prompts[i] != prompts[i - 1]), 0)
+        other = [0] * count
+        for i in (j % count for j in range(start, start + count)):
+            other[i] = (i - 1) % count if prompts[i] != prompts[i - 1] else other[i - 1]
+        return [rows.completions[j] for j in other]
+
+
+@dataclass(frozen=True)
+class Drawn(Role):
+    """A completion that is drawn from the reference model once, with the seed of the data, and cached."""
+
+    def tokens(self, rows: RoleInputs) -> Sequence[Ids]:
+        """Return the drawn completions."""
+        return rows.draw()
+
+
+@dataclass(frozen=True)
+class DataNeeds:
+    """What a loss asks of the data.
+
+    Attributes:
+        inputs: Shape of the log-probs that the loss reads, which decides what kind of data fits.
+        rejected: Whether the loss reads the rejected completion of a pair.
+        features: Numbers of a row by name.
+        extra_completions: Further completions by name.
+    """
+
+    inputs: type[Logps] = PairLogps
+    rejected: bool = True
+    features: Mapping[str, Feature] = field(default_factory=dict)
+    extra_completions: Mapping[str, Role] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, loss: Loss) -> DataNeeds:
+        """Return the needs that a loss declares."""
+        return cls(loss.inputs, loss.uses_rejected, dict(loss.features), dict(loss.extra_completions))
+
+    @property
+    def labelled(self) -> bool:
+        """Return whether the loss reads single completions with labels."""
+        return self.inputs is LabelledLogps
+
+    @property
+    def lists(self) -> bool:
+        """Return whether the loss reads lists of completions."""
+        return self.inputs is ListLogps
+
+    @property
+    def number_columns(self) -> tuple[str, ...]:
+        """Return the columns with numbers, each once."""
+        return tuple(dict.fromkeys(name for one in self.features.values() for name in one.columns))
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Return the columns with texts, each once."""
+        return tuple(dict.fromkeys(name for role in self.extra_completions.values() for name in role.text_columns))
