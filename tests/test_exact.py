@@ -29,11 +29,14 @@ def world(responses: int = R, seed: int = 0, pairs: list[tuple[int, int]] | None
     pairs = list(combinations(range(responses), 2)) if pairs is None else pairs
     rows = torch.tensor([(p * responses + i, p * responses + j) for p in range(P) for i, j in pairs]).T
     chosen, rejected = rewards.flatten()[rows]
-    nothing = torch.zeros(1, 2, dtype=torch.long)
+    lengths = torch.randint(1, 4, (P, responses), generator=torch.Generator().manual_seed(seed))
+    count = P * responses
+    ids = torch.zeros(count, 4, dtype=torch.long)
+    sequences = Sequences(ids, torch.ones(count, dtype=torch.long), 1 + lengths.flatten())
     return World(
-        sequences=Sequences(nothing, torch.tensor([1]), torch.tensor([2])),
+        sequences=sequences,
         rewards=rewards,
-        lengths=torch.randint(1, 4, (P, responses), generator=torch.Generator().manual_seed(seed)).double(),
+        lengths=lengths.double(),
         support=torch.ones(P, responses, dtype=torch.bool),
         completions=rows,
         preference=(chosen - rejected).sigmoid(),
