@@ -152,6 +152,16 @@ class AlignmentModule(LightningModule):
         wanted = self.loss.uses_reference or self.regularizer.needs_reference or self.probe.settings is not None
         return wanted and self.reference.scores_samples
 
+    def _all_references(self) -> dict[str, Reference]:
+        """Return the references by their configuration keys."""
+        return {"reference": self.reference} | {
+            f"extra_references.{k}": one for k, one in self.extra_references.items()
+        }
+
+    def _check_references(self) -> None:
+        for key, reference in self._all_references().items():
+            reference.check_unmoved(key)
+
     @property
     def world_size(self) -> int:
         """Return the number of processes."""
@@ -250,6 +260,7 @@ class AlignmentModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Clear the sums of the selection split."""
         self.guard.settle()
+        self._check_references()
         self.val_metrics.reset()
         self.pairs.validated, self.pairs.scores = [], []
 
@@ -306,14 +317,18 @@ class AlignmentModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
 
     def setup(self, stage: str) -> None:
-        """Move the reference to the device."""
-        self.reference.to(self.device)
+        """Move the references to the device."""
+        for reference in self._all_references().values():
+            reference.to(self.device)
 
     def on_fit_start(self) -> None:
         """Resolve which speed switches policy and reference support, on the device where they will run."""
         models = [self.policy]
         if self.needs_reference_model:
             with self.reference.active(self.policy) as reference:
+                models.append(reference)
+        for extra in self.extra_references.values():
+            with extra.active(self.policy) as reference:
                 models.append(reference)
         self.speed = self.speed.resolve_for(*models)
         if self.speed.compile:
@@ -322,11 +337,13 @@ class AlignmentModule(LightningModule):
     def on_train_start(self) -> None:
         """Switch the policy to training mode, which Lightning leaves to the module."""
         self.policy.train()
-        self.reference.to(self.device)
+        for reference in self._all_references().values():
+            reference.to(self.device)
         self.guard.start()
 
     def on_train_end(self) -> None:
         """Check the weights that training ends with, and note the steps that were skipped."""
+        self._check_references()
         self.guard.check_weights()
         self.guard.note_skipped()
 
@@ -341,7 +358,9 @@ class AlignmentModule(LightningModule):
 
         Raises:
             NonFiniteError: A step that was not taken ends the run, or the weights are not finite.
+            UserError: The weights of a reference changed, and it does not declare that it moves.
         """
+        self._check_references()
         self.guard.check_weights()
         checkpoint["skipped_steps"] = self.guard.skipped
         checkpoint["sample_buffer"] = self.regularization.state_dict()  # the name of version 0.1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from spo.bounds import PositiveInt
 from spo.data.logps_store import LogpsStore
+from spo.errors import UserError
+from spo.models.fingerprint import fingerprint
 from spo.models.given_adapter import REFERENCE_ADAPTER
 from spo.types import PreferenceBatch
 
@@ -29,12 +31,16 @@ class Reference:
         scores_samples: Whether it can score any sequence, such as a sample of the policy.
         stores_logps: Whether it stores log-probs of pairs, which is of use only if the loss reads them from there.
         needs_adapter: Whether it needs a policy with an adapter.
+        moves: Whether its weights change during training, in :meth:`after_step`. All other references stay as they are,
+            which :meth:`check_unmoved` checks. Checkpoints have the weights of a reference that moves.
     """
 
     scores_pairs: ClassVar[bool] = True
     scores_samples: ClassVar[bool] = True
     stores_logps: ClassVar[bool] = False
     needs_adapter: ClassVar[bool] = False
+    moves: ClassVar[bool] = False
+    _fingerprint: int | None = None
 
     def attach(self, load: Callable[[], nn.Module]) -> None:
         """Prepare for training.
@@ -82,18 +88,71 @@ class Reference:
         with self.active(policy) as reference:
             return speed.logps(reference, batch.sequences)
 
+    def after_step(self, policy: nn.Module, step: int) -> None:
+        """Move the weights, if the class declares ``moves``. Called on every process after each optimizer step.
+
+        Args:
+            policy: Model in training, with the weights after the step.
+            step: Optimizer steps taken so far, this one included.
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights that checkpoints have: those of a reference that moves, else none."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the weights of :meth:`state_dict`."""
+
+    def weights(self) -> Iterator[Tensor]:
+        """Yield the weights that must not change unless the class declares ``moves``: those of its models."""
+        for value in vars(self).values():
+            if isinstance(value, nn.Module):
+                yield from (weight for weight in value.state_dict().values() if isinstance(weight, Tensor))
+
+    def check_unmoved(self, key: str = "reference") -> None:
+        """Check that the weights are those of the first call, unless the class declares ``moves``.
+
+        It waits for the device.
+
+        Args:
+            key: Configuration key of this reference.
+
+        Raises:
+            UserError: A callback or a method of the reference changed the weights.
+        """
+        if self.moves:
+            return
+        now = fingerprint(self.weights())
+        if self._fingerprint is None:
+            self._fingerprint = now
+        elif now != self._fingerprint:
+            raise UserError(
+                f"{key}: the weights of this {type(self).__name__} changed during training, and it does not declare "
+                "that it moves: change them in after_step of a class with moves = True, and choose that class with "
+                "reference._target_=MODULE.CLASS"
+            )
+
 
 class FrozenReference(Reference):
-    """A frozen second copy of the model that training starts from."""
+    """A second copy of the model that training starts from. It stays as it is, unless a subclass declares ``moves``."""
 
     def __init__(self) -> None:
         self.model: nn.Module | None = None
 
     def attach(self, load: Callable[[], nn.Module]) -> None:
         self.model = load()
+        self._fingerprint = None
+        self.check_unmoved()
 
     def describe(self) -> str:
-        return "frozen copy"
+        return f"{super().describe()}, a copy that moves" if self.moves else "frozen copy"
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.model.state_dict() if self.moves and self.model is not None else {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if self.moves and self.model is not None:
+            self.model.load_state_dict(state)
 
     def to(self, device: torch.device) -> None:
         if self.model is not None:
@@ -147,6 +206,7 @@ class CachedReference(FrozenReference):
         logps = self.store.get(batch.keys)
         missing = logps.isnan().nonzero().squeeze(-1)
         if len(missing) > 0:
+            self.check_unmoved()  # Other runs read what is stored, so it must be of the weights that name the store.
             sequences = batch.sequences
             if len(missing) < len(logps):
                 sequences = speed.arrange(sequences.to("cpu").rows(missing)).to(device)
@@ -190,12 +250,20 @@ class AdapterOffReference(Reference):
     """
 
     needs_adapter: ClassVar[bool] = True
+    policy: nn.Module | None = None
 
     def describe(self) -> str:
         return "initial state of the adapter"
 
+    def weights(self) -> Iterator[Tensor]:
+        if self.policy is not None:
+            yield from (weight for weight in self.policy.parameters() if not weight.requires_grad)
+
     @contextmanager
     def active(self, policy: nn.Module) -> Iterator[nn.Module]:
+        if self.policy is None:
+            self.policy = policy
+            self.check_unmoved()
         modes = {module: module.training for module in policy.modules()}
         policy.eval()  # Adapter dropout must not reach the reference.
         try:
