@@ -152,15 +152,10 @@ class AlignmentModule(LightningModule):
         wanted = self.loss.uses_reference or self.regularizer.needs_reference or self.probe.settings is not None
         return wanted and self.reference.scores_samples
 
-    def _all_references(self) -> dict[str, Reference]:
-        """Return the references by their configuration keys."""
-        return {"reference": self.reference} | {
-            f"extra_references.{k}": one for k, one in self.extra_references.items()
-        }
-
-    def _check_references(self) -> None:
-        for key, reference in self._all_references().items():
-            reference.check_unmoved(key)
+    @property
+    def references(self) -> list[Reference]:
+        """Return the main reference and the further ones."""
+        return [self.reference, *self.extra_references.values()]
 
     @property
     def world_size(self) -> int:
@@ -318,8 +313,7 @@ class AlignmentModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Move the references to the device."""
-        for reference in self._all_references().values():
-            reference.to(self.device)
+        self._place_references()
 
     def on_fit_start(self) -> None:
         """Resolve which speed switches policy and reference support, on the device where they will run."""
@@ -337,15 +331,22 @@ class AlignmentModule(LightningModule):
     def on_train_start(self) -> None:
         """Switch the policy to training mode, which Lightning leaves to the module."""
         self.policy.train()
-        for reference in self._all_references().values():
-            reference.to(self.device)
+        self._place_references()
         self.guard.start()
 
     def on_train_end(self) -> None:
-        """Check the weights that training ends with, and note the steps that were skipped."""
-        self._check_references()
+        """Check the weights that training ends with and the references, and note the steps that were skipped."""
         self.guard.check_weights()
+        self._check_references()
         self.guard.note_skipped()
+
+    def _place_references(self) -> None:
+        for reference in self.references:
+            reference.to(self.device)
+
+    def _check_references(self) -> None:
+        for reference in self.references:
+            reference.check_unmoved()
 
     def on_train_batch_start(self, batch: Window, batch_idx: int) -> None:
         """Restore a resumed random state: not earlier, since a data loader draws from it when it starts."""
@@ -358,10 +359,9 @@ class AlignmentModule(LightningModule):
 
         Raises:
             NonFiniteError: A step that was not taken ends the run, or the weights are not finite.
-            UserError: The weights of a reference changed, and it does not declare that it moves.
         """
-        self._check_references()
         self.guard.check_weights()
+        self._check_references()
         checkpoint["skipped_steps"] = self.guard.skipped
         checkpoint["sample_buffer"] = self.regularization.state_dict()  # the name of version 0.1.0
         checkpoint["torch_rng_state"] = torch.get_rng_state()

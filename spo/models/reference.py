@@ -33,6 +33,7 @@ class Reference:
         needs_adapter: Whether it needs a policy with an adapter.
         moves: Whether its weights change during training, in :meth:`after_step`. All other references stay as they are,
             which :meth:`check_unmoved` checks. Checkpoints have the weights of a reference that moves.
+        key: Configuration key of the reference.
     """
 
     scores_pairs: ClassVar[bool] = True
@@ -40,6 +41,7 @@ class Reference:
     stores_logps: ClassVar[bool] = False
     needs_adapter: ClassVar[bool] = False
     moves: ClassVar[bool] = False
+    key: str = "reference"
     _fingerprint: int | None = None
 
     def attach(self, load: Callable[[], nn.Module]) -> None:
@@ -89,11 +91,11 @@ class Reference:
             return speed.logps(reference, batch.sequences)
 
     def after_step(self, policy: nn.Module, step: int) -> None:
-        """Move the weights, if the class declares ``moves``. Called on every process after each optimizer step.
+        """Follow the policy, if the class declares ``moves``. Called on every process after each step that was taken.
 
         Args:
-            policy: Model in training, with the weights after the step.
-            step: Optimizer steps taken so far, this one included.
+            policy: Model in training, after the step.
+            step: Optimizer steps taken so far, those that were skipped not counted: 1, 2, 3, and so on.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -109,13 +111,10 @@ class Reference:
             if isinstance(value, nn.Module):
                 yield from (weight for weight in value.state_dict().values() if isinstance(weight, Tensor))
 
-    def check_unmoved(self, key: str = "reference") -> None:
+    def check_unmoved(self) -> None:
         """Check that the weights are those of the first call, unless the class declares ``moves``.
 
         It waits for the device.
-
-        Args:
-            key: Configuration key of this reference.
 
         Raises:
             UserError: A callback or a method of the reference changed the weights.
@@ -127,8 +126,8 @@ class Reference:
             self._fingerprint = now
         elif now != self._fingerprint:
             raise UserError(
-                f"{key}: the weights of this {type(self).__name__} changed during training, and it does not declare "
-                "that it moves: change them in after_step of a class with moves = True, and choose that class with "
+                f"{self.key}: the weights of this {type(self).__name__} changed during training, and it does not "
+                "declare that it moves: change them in after_step of a class with moves = True, and choose that class with "
                 "reference._target_=MODULE.CLASS"
             )
 
