@@ -3,7 +3,7 @@
 from spo.objective.base import Divergence, Part, Prompts, Run, Term
 from spo.objective.enumerated import EnumeratedDivergence, Enumeration
 from spo.objective.joint import concat_logps
-from spo.objective.pairs import PairDivergence, Pairs, parameters_of, score
+from spo.objective.pairs import PairDivergence, Pairs, metrics_of, parameters_of, score
 from spo.objective.samples import SampleDivergence, SampleSettings
 from spo.objective.scored import ScoredBatch, loss_inputs
 
@@ -22,6 +22,7 @@ __all__ = [
     "Term",
     "concat_logps",
     "loss_inputs",
+    "metrics_of",
     "parameters_of",
     "score",
 ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from spo.errors import UserError
 from spo.objective.base import Divergence, Part, Run, Term
 from spo.objective.joint import concat_logps, gather_logps, leaves_of
 from spo.objective.scored import ScoredBatch
@@ -107,6 +108,33 @@ def score(
             return ScoredBatch(batch, logits, speed.logits(model, batch.sequences), extra_references=others)
     stored = reference.pair_logps(batch, policy, speed) if loss.uses_reference else None
     return ScoredBatch(batch, logits, stored_reference=stored, extra_references=others)
+
+
+def metrics_of(loss: Loss[Any], logps: Logps, alpha: float, beta: float) -> dict[str, Tensor]:
+    """Return ``(B,)`` of each metric that a loss computes.
+
+    Args:
+        loss: Loss of the method.
+        logps: Log-probs of ``B`` pairs, lists or labelled completions.
+        alpha: Softness.
+        beta: Temperature of the method.
+
+    Raises:
+        UserError: The loss returns a metric that it does not declare, or one of another shape.
+    """
+    found = loss.metrics(logps, alpha=alpha, beta=beta)
+    if undeclared := sorted(found.keys() - set(loss.metric_names)):
+        raise UserError(
+            f"method.loss: {type(loss).__name__}.metrics returns {undeclared[0]!r}, which the loss does not declare: "
+            f"add it to extra_metrics = {(*loss.extra_metrics, undeclared[0])}"
+        )
+    for name, values in found.items():
+        if values.shape != (len(logps),):
+            raise UserError(
+                f"method.loss: {type(loss).__name__}.metrics must return one number of each row as {name!r}, of shape "
+                f"{(len(logps),)}, and returns {tuple(values.shape)}: a mean over the batch would count wrongly"
+            )
+    return found
 
 
 class Pairs(Part):
@@ -293,7 +321,7 @@ class Pairs(Part):
         """Return the loss of each pair or list, ``(B,)``, and the metrics that follow from its log-probs."""
         alpha, beta = self.run.alpha(step), self.run.beta(step)
         losses = self.loss(logps, alpha=alpha, beta=beta)
-        return losses, {"loss/preference": losses, **self.loss.metrics(logps, alpha=alpha, beta=beta)}
+        return losses, {"loss/preference": losses, **metrics_of(self.loss, logps, alpha, beta)}
 
 
 class PairDivergence(Divergence):

@@ -133,6 +133,8 @@ def loss_inputs(
         extra_references: ``(N,)`` summed log-probs of the sequences under each further reference, by name.
     """
     arrange, lengths = loss.inputs.arrange, batch.sequences.completion_length
+    if not loss.uses_reference:
+        reference_logps = None  # A regularizer may have them computed, which the loss must not depend on.
     extra = {}
     for name, role in loss.extra_completions.items():
         place = batch.extra[name]
