@@ -427,7 +427,7 @@ class OddsLoss(PreferenceLoss):
 
     def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
         chosen, rejected = pair.policy_chosen, pair.policy_rejected
-        assert rejected is not None
+        assert rejected is not None and pair.chosen_length is not None
         return (1 - rejected.exp()).log() - (1 - chosen.exp()).log() + chosen / pair.chosen_length
 
 
