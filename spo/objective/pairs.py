@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spo.errors import UserError
-from spo.objective.base import Divergence, Part, Run, Term
+from spo.objective.base import Divergence, Part, Run, StepTerm
 from spo.objective.joint import concat_logps, gather_logps, leaves_of
-from spo.objective.scored import ScoredBatch
+from spo.objective.scored import ScoredBatch, metrics_of
 from spo.ops import Logits
 from spo.types import Logps, PreferenceBatch, Sequences, Window
 
@@ -110,33 +109,6 @@ def score(
     return ScoredBatch(batch, logits, stored_reference=stored, extra_references=others)
 
 
-def metrics_of(loss: Loss[Any], logps: Logps, alpha: float, beta: float) -> dict[str, Tensor]:
-    """Return ``(B,)`` of each metric that a loss computes.
-
-    Args:
-        loss: Loss of the method.
-        logps: Log-probs of ``B`` pairs, lists or labelled completions.
-        alpha: Softness.
-        beta: Temperature of the method.
-
-    Raises:
-        UserError: The loss returns a metric that it does not declare, or one of another shape.
-    """
-    found = loss.metrics(logps, alpha=alpha, beta=beta)
-    if undeclared := sorted(found.keys() - set(loss.metric_names)):
-        raise UserError(
-            f"method.loss: {type(loss).__name__}.metrics returns {undeclared[0]!r}, which the loss does not declare: "
-            f"add it to extra_metrics = {(*loss.extra_metrics, undeclared[0])}"
-        )
-    for name, values in found.items():
-        if values.shape != (len(logps),):
-            raise UserError(
-                f"method.loss: {type(loss).__name__}.metrics must return one number of each row as {name!r}, of shape "
-                f"{(len(logps),)}, and returns {tuple(values.shape)}: a mean over the batch would count wrongly"
-            )
-    return found
-
-
 class Pairs(Part):
     """The mean loss of the pairs of a window, one term per micro-batch.
 
@@ -169,7 +141,7 @@ class Pairs(Part):
         self.scores: list[PairScores] = []
         self._is_impossible: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def terms(self, window: Window, step: int) -> Iterator[Term]:
+    def terms(self, window: Window, step: int) -> Iterator[StepTerm]:
         """Prepare one term per micro-batch, see :meth:`Part.terms`."""
         # Gradients are averaged over processes, so the sum over this process's pairs is multiplied by their number.
         scale = self.run.world_size / window.num_pairs

@@ -147,3 +147,30 @@ def loss_inputs(
     references = {name: arrange(batch.per_completion(logps)) for name, logps in (extra_references or {}).items()}
     logps = loss.inputs.of_batch(batch, policy_logps, reference_logps)
     return replace(logps, references=references, features=batch.features, extra=extra)
+
+
+def metrics_of(loss: Loss[Any], logps: Logps, alpha: float, beta: float) -> dict[str, Tensor]:
+    """Return ``(B,)`` of each metric that a loss computes.
+
+    Args:
+        loss: Loss of the method.
+        logps: Log-probs of ``B`` pairs, lists or labelled completions.
+        alpha: Softness.
+        beta: Temperature of the method.
+
+    Raises:
+        UserError: The loss returns a metric that it does not declare, or one of another shape.
+    """
+    found = loss.metrics(logps, alpha=alpha, beta=beta)
+    if undeclared := sorted(found.keys() - set(loss.metric_names)):
+        raise UserError(
+            f"method.loss: {type(loss).__name__}.metrics returns {undeclared[0]!r}, which the loss does not declare: "
+            f"add it to extra_metrics = {(*loss.extra_metrics, undeclared[0])}"
+        )
+    for name, values in found.items():
+        if values.shape != (len(logps),):
+            raise UserError(
+                f"method.loss: {type(loss).__name__}.metrics must return one number of each row as {name!r}, of shape "
+                f"{(len(logps),)}, and returns {tuple(values.shape)}: a mean over the batch would count wrongly"
+            )
+    return found
