@@ -12,7 +12,7 @@ import yaml
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag, TypeAdapter, ValidationError
 
 from spo.errors import UserError
-from spo.metrics.catalogue import SHARE, Place, find, find_logged, shown_in, title
+from spo.metrics.catalogue import SHARE, Place, find, find_logged, label, shown_in, title
 from spo.records.run import RunRecord
 from spo.resources import conf_dir
 
@@ -211,8 +211,8 @@ class Dashboard(_Node):
         if not logged:
             return self
         final = [name for name in logged if run.metric(f"eval/{name}") is not None and f"eval/{name}" not in self.keys]
-        curves = [Curves(title(name), (name,)) for name in logged]
-        bars = [Bars(title(name), (f"eval/{name}",)) for name in final]
+        curves = [Curves(label(name), (name,)) for name in logged]
+        bars = [Bars(label(name), (f"eval/{name}",)) for name in final]
         return replace(self, sections=(*self.sections, Section("Further curves", (*curves, *bars))))
 
 
