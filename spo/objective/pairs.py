@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spo.objective.base import Divergence, Part, Run, Term
+from spo.objective.base import Divergence, Part, Run, StepTerm
 from spo.objective.joint import concat_logps, gather_logps, leaves_of
-from spo.objective.scored import ScoredBatch
+from spo.objective.scored import ScoredBatch, metrics_of
 from spo.ops import Logits
 from spo.types import Logps, PreferenceBatch, Sequences, Window
 
@@ -141,7 +141,7 @@ class Pairs(Part):
         self.scores: list[PairScores] = []
         self._is_impossible: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def terms(self, window: Window, step: int) -> Iterator[Term]:
+    def terms(self, window: Window, step: int) -> Iterator[StepTerm]:
         """Prepare one term per micro-batch, see :meth:`Part.terms`."""
         # Gradients are averaged over processes, so the sum over this process's pairs is multiplied by their number.
         scale = self.run.world_size / window.num_pairs
@@ -293,7 +293,7 @@ class Pairs(Part):
         """Return the loss of each pair or list, ``(B,)``, and the metrics that follow from its log-probs."""
         alpha, beta = self.run.alpha(step), self.run.beta(step)
         losses = self.loss(logps, alpha=alpha, beta=beta)
-        return losses, {"loss/preference": losses, **self.loss.metrics(logps, alpha=alpha, beta=beta)}
+        return losses, {"loss/preference": losses, **metrics_of(self.loss, logps, alpha, beta)}
 
 
 class PairDivergence(Divergence):
