@@ -32,6 +32,7 @@ from spo.module import AlignmentModule
 from spo.objective import Enumeration, Prompts
 from spo.regularizers import Regularizer
 from spo.schedules.optimization import warmup_steps
+from spo.stages.extra_references import load_extra_references
 from spo.stages.prepare import Prepared
 from spo.stages.reference_logps import logps_store, precomputed_logps
 from spo.stages.regularizer_prompts import regularizer_prompts
@@ -125,6 +126,7 @@ def build_module(
         seed=cfg.seed,
         speed=Speed(**cfg.speed),
         enumeration=enumeration,
+        extra_references=load_extra_references(cfg, prepared),
     )
 
 
