@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,14 @@ class Reference:
         scores_samples: Whether it can score any sequence, such as a sample of the policy.
         stores_logps: Whether it stores log-probs of pairs, which is of use only if the loss reads them from there.
         needs_adapter: Whether it needs a policy with an adapter.
+        moves: Whether it changes during training.
     """
 
     scores_pairs: ClassVar[bool] = True
     scores_samples: ClassVar[bool] = True
     stores_logps: ClassVar[bool] = False
     needs_adapter: ClassVar[bool] = False
+    moves: ClassVar[bool] = False
 
     def attach(self, load: Callable[[], nn.Module]) -> None:
         """Prepare for training.
@@ -64,6 +66,24 @@ class Reference:
 
     def to(self, device: torch.device) -> None:
         """Move the model to the device of the policy."""
+
+    def after_step(self, policy: nn.Module, step: int) -> None:
+        """Follow the policy, once after each optimizer step that was taken.
+
+        Args:
+            policy: Model in training, after the step.
+            step: Optimizer steps taken so far, those that were skipped not counted: 1, 2, 3, and so on.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what training has changed, for checkpoints; empty for a reference that does not move."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+
+    def check_unmoved(self) -> None:
+        """Refuse a reference that has moved although it does not declare that it moves."""
 
     @contextmanager
     def active(self, policy: nn.Module) -> Iterator[nn.Module]:

@@ -3,7 +3,8 @@
 from spo.objective.base import Divergence, Part, Prompts, Run, Term
 from spo.objective.enumerated import EnumeratedDivergence, Enumeration
 from spo.objective.joint import concat_logps
-from spo.objective.pairs import PairDivergence, Pairs, parameters_of, score
+from spo.objective.learned import parameters_of
+from spo.objective.pairs import PairDivergence, Pairs, check_outputs, score
 from spo.objective.samples import SampleDivergence, SampleSettings
 from spo.objective.scored import ScoredBatch, loss_inputs
 
@@ -20,6 +21,7 @@ __all__ = [
     "SampleSettings",
     "ScoredBatch",
     "Term",
+    "check_outputs",
     "concat_logps",
     "loss_inputs",
     "parameters_of",

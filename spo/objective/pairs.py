@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from spo.errors import UserError
 from spo.objective.base import Divergence, Part, Run, Term
 from spo.objective.joint import concat_logps, gather_logps, leaves_of
+from spo.objective.learned import parameters_of, update_statistics
 from spo.objective.scored import ScoredBatch
 from spo.ops import Logits
 from spo.types import Logps, PreferenceBatch, Sequences, Window
@@ -73,11 +75,6 @@ class Joint:
     slopes: Mapping[str, Tensor]
     metrics: Mapping[str, Tensor]
     parameters: Sequence[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
-
-
-def parameters_of(loss: Loss[Any]) -> list[nn.Parameter]:
-    """Return the trainable parameters of a loss that is a module; empty for any other loss."""
-    return [p for p in loss.parameters() if p.requires_grad] if isinstance(loss, nn.Module) else []
 
 
 def score(
@@ -183,7 +180,7 @@ class Pairs(Part):
         with torch.enable_grad():
             whole, own = gather_logps(concat_logps(parts), self.run.global_rank, self.run.world_size)
             if self.loss.has_statistics:
-                self.loss.update_statistics(whole.with_columns({k: v.detach() for k, v in whole.columns().items()}))
+                update_statistics(self.loss, whole)
             losses, metrics = self.losses(whole, step)
             wanted = [*(leaf for of_part in leaves for leaf in of_part.values()), *parameters]
             slopes = iter(torch.autograd.grad(losses.sum(), wanted, allow_unused=True))
@@ -292,8 +289,35 @@ class Pairs(Part):
     def losses(self, logps: Logps, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each pair or list, ``(B,)``, and the metrics that follow from its log-probs."""
         alpha, beta = self.run.alpha(step), self.run.beta(step)
-        losses = self.loss(logps, alpha=alpha, beta=beta)
-        return losses, {"loss/preference": losses, **self.loss.metrics(logps, alpha=alpha, beta=beta)}
+        # Layers of a loss would compute in half precision under bf16-mixed, and not in an evaluation.
+        with torch.autocast(self.run.device.type, enabled=False):
+            losses = self.loss(logps, alpha=alpha, beta=beta)
+            metrics = self.loss.metrics(logps, alpha=alpha, beta=beta)
+        check_outputs(self.loss, losses, metrics, len(logps))
+        return losses, {"loss/preference": losses, **metrics}
+
+
+def check_outputs(loss: Loss[Any], losses: Tensor, metrics: Mapping[str, Tensor], count: int) -> None:
+    """Refuse losses and metrics that are not a number for each pair, and metrics that the loss does not declare.
+
+    Args:
+        loss: Loss of the method.
+        losses: Losses that it returns.
+        metrics: Metrics that it returns.
+        count: Number of pairs, lists or completions.
+
+    Raises:
+        UserError: There are such losses or metrics.
+    """
+    name = type(loss).__name__
+    if unknown := sorted(metrics.keys() - set(loss.metric_names)):
+        raise UserError(f"method.loss: {name}.metrics returns {unknown[0]!r}: add it to extra_metrics")
+    for what, values in (("the loss", losses), *((f"the metric {key!r}", value) for key, value in metrics.items())):
+        if values.shape != (count,):
+            raise UserError(
+                f"method.loss: {what} of {name} must be a number for each of {count} pairs, and has the shape "
+                f"{tuple(values.shape)}: return the values before their mean or sum"
+            )
 
 
 class PairDivergence(Divergence):
