@@ -28,7 +28,7 @@ from spo.losses.base import policy_margin
 from spo.models import FrozenReference
 from spo.models.optimizer import adamw, clip_gradients, make_apart, make_with_names
 from spo.models.saving import whole_state_dict
-from spo.objective import Divergence, Run, Term
+from spo.objective import Divergence, Run, StepTerm
 from spo.objective.learned import tensors_of
 from spo.regularizers import NoRegularizer
 from spo.types import PairLogps, Window
@@ -349,7 +349,7 @@ class Pull(NoRegularizer):
 
 
 class PullPart(Divergence):
-    def terms(self, window: Window, step: int) -> Iterator[Term]:
+    def terms(self, window: Window, step: int) -> Iterator[StepTerm]:
         policy = self.run.policy
         yield lambda: torch.stack([0.01 * p.square().sum() for p in policy.parameters()]).sum()
 

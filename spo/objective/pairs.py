@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spo.errors import UserError
-from spo.objective.base import Divergence, Part, Run, Term
+from spo.objective.base import Divergence, Part, Run, StepTerm
 from spo.objective.joint import concat_logps, gather_logps, leaves_of
 from spo.objective.learned import parameters_of, update_statistics
-from spo.objective.scored import ScoredBatch
+from spo.objective.scored import ScoredBatch, losses_of, metrics_of
 from spo.ops import Logits
 from spo.types import Logps, PreferenceBatch, Sequences, Window
 
@@ -138,7 +137,7 @@ class Pairs(Part):
         self.scores: list[PairScores] = []
         self._is_impossible: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def terms(self, window: Window, step: int) -> Iterator[Term]:
+    def terms(self, window: Window, step: int) -> Iterator[StepTerm]:
         """Prepare one term per micro-batch, see :meth:`Part.terms`."""
         # Gradients are averaged over processes, so the sum over this process's pairs is multiplied by their number.
         scale = self.run.world_size / window.num_pairs
@@ -291,33 +290,8 @@ class Pairs(Part):
         alpha, beta = self.run.alpha(step), self.run.beta(step)
         # Layers of a loss would compute in half precision under bf16-mixed, and not in an evaluation.
         with torch.autocast(self.run.device.type, enabled=False):
-            losses = self.loss(logps, alpha=alpha, beta=beta)
-            metrics = self.loss.metrics(logps, alpha=alpha, beta=beta)
-        check_outputs(self.loss, losses, metrics, len(logps))
-        return losses, {"loss/preference": losses, **metrics}
-
-
-def check_outputs(loss: Loss[Any], losses: Tensor, metrics: Mapping[str, Tensor], count: int) -> None:
-    """Refuse losses and metrics that are not a number for each pair, and metrics that the loss does not declare.
-
-    Args:
-        loss: Loss of the method.
-        losses: Losses that it returns.
-        metrics: Metrics that it returns.
-        count: Number of pairs, lists or completions.
-
-    Raises:
-        UserError: There are such losses or metrics.
-    """
-    name = type(loss).__name__
-    if unknown := sorted(metrics.keys() - set(loss.metric_names)):
-        raise UserError(f"method.loss: {name}.metrics returns {unknown[0]!r}: add it to extra_metrics")
-    for what, values in (("the loss", losses), *((f"the metric {key!r}", value) for key, value in metrics.items())):
-        if values.shape != (count,):
-            raise UserError(
-                f"method.loss: {what} of {name} must be a number for each of {count} pairs, and has the shape "
-                f"{tuple(values.shape)}: return the values before their mean or sum"
-            )
+            losses = losses_of(self.loss, logps, alpha, beta)
+            return losses, {"loss/preference": losses, **metrics_of(self.loss, logps, alpha, beta)}
 
 
 class PairDivergence(Divergence):
