@@ -87,14 +87,14 @@ class ScoredBatch:
         Returns:
             ``(n, B)``, best first.
         """
-        batch, sequences = self.batch, self.batch.sequences
-        shortest = self.lengths.masked_fill(~batch.mask(), torch.iinfo(torch.long).max).amin(0)
-        # Sums over the first k tokens of a completion are differences of running sums over all tokens laid end to end.
-        running = torch.cat([tokens.new_zeros(1), tokens]).double().cumsum(0)
-        end = sequences.completion_length.cumsum(0)
-        first = batch.per_completion(end - sequences.completion_length)
-        sums = running[first + shortest] - running[first]
-        return sums.to(tokens.dtype).masked_fill(~batch.mask(), 0)
+        sequences, mask = self.batch.sequences, self.batch.mask()
+        shortest = self.lengths.masked_fill(~mask, torch.iinfo(torch.long).max).amin(0)
+        # Not differences of running sums over all tokens: one of them may be infinite, or too large to add others to.
+        rows = torch.zeros_like(sequences.input_ids, dtype=tokens.dtype).flatten()
+        rows = rows.index_copy(0, sequences.left_aligned_index, tokens).view_as(sequences.input_ids)
+        of_completions = rows[self.batch.per_completion(torch.arange(len(rows), device=rows.device))]
+        inside = torch.arange(rows.shape[1], device=rows.device) < shortest[:, None]
+        return of_completions.masked_fill(~(inside & mask[..., None]), 0).sum(-1)
 
     def inputs_of(self, loss: Loss[Any]) -> Logps:
         """Return what a loss reads of the batch.
