@@ -1,6 +1,6 @@
 """The parts that the objective of a step is the sum of: the pairs, and what a regularizer adds."""
 
-from spo.objective.base import Divergence, Part, Prompts, Run, Term
+from spo.objective.base import Divergence, Part, Prompts, Run, StepTerm
 from spo.objective.enumerated import EnumeratedDivergence, Enumeration
 from spo.objective.joint import concat_logps
 from spo.objective.pairs import PairDivergence, Pairs, parameters_of, score
@@ -19,7 +19,7 @@ __all__ = [
     "SampleDivergence",
     "SampleSettings",
     "ScoredBatch",
-    "Term",
+    "StepTerm",
     "concat_logps",
     "loss_inputs",
     "parameters_of",

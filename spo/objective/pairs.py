@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spo.objective.base import Divergence, Part, Run, Term
+from spo.objective.base import Divergence, Part, Run, StepTerm
 from spo.objective.joint import concat_logps, gather_logps, leaves_of
 from spo.objective.scored import ScoredBatch
 from spo.ops import Logits
@@ -141,7 +141,7 @@ class Pairs(Part):
         self.scores: list[PairScores] = []
         self._is_impossible: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def terms(self, window: Window, step: int) -> Iterator[Term]:
+    def terms(self, window: Window, step: int) -> Iterator[StepTerm]:
         """Prepare one term per micro-batch, see :meth:`Part.terms`."""
         # Gradients are averaged over processes, so the sum over this process's pairs is multiplied by their number.
         scale = self.run.world_size / window.num_pairs
