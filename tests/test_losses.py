@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -417,3 +418,26 @@ def test_equal_implicit_rewards_count_one_half(loss: Loss[Any]) -> None:
         policy, mask = torch.stack([chosen, rejected], 1), torch.ones(4, 2, dtype=torch.bool)
         given = ListLogps(policy, mask, torch.arange(2).expand(4, 2), torch.zeros(4, 2))
     assert loss.metrics(given, alpha=0.5, beta=0.1)["rewards/accuracies"].tolist() == [1.0, 0.5, 0.0, 0.0]
+
+
+class OddsLoss(PreferenceLoss):
+    """A loss that is infinite for a completion of probability one, as the odds of ORPO are."""
+
+    uses_reference = False
+
+    def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
+        chosen, rejected = pair.policy_chosen, pair.policy_rejected
+        assert rejected is not None and pair.chosen_length is not None
+        return (1 - rejected.exp()).log() - (1 - chosen.exp()).log() + chosen / pair.chosen_length
+
+
+def test_certain_labels_do_not_depend_on_the_loss_of_the_other_label() -> None:
+    chosen = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    rejected, lengths = torch.tensor([-2.0, -0.0, -1.0]), torch.tensor([2.0, 3.0, 4.0])
+    pair = PairLogps(chosen, rejected, chosen_length=lengths, rejected_length=torch.zeros(3))
+    certain = OddsLoss()(replace(pair, preference=torch.ones(3)), alpha=1.0, beta=1.0)
+    expected = OddsLoss().of_pairs(pair, alpha=1.0, beta=1.0)
+    torch.testing.assert_close(certain, expected)
+    [gradient] = torch.autograd.grad(certain[0] + certain[2], chosen)
+    [wanted] = torch.autograd.grad(expected[0] + expected[2], chosen)
+    torch.testing.assert_close(gradient, wanted)

@@ -16,7 +16,7 @@ from spo.config.compose import compose
 from spo.data.collate import collate
 from spo.forward.head import completion_logits
 from spo.models import FrozenReference
-from spo.objective import Divergence, Run, Term
+from spo.objective import Divergence, Run, StepTerm
 from spo.ops import KL_ESTIMATORS
 from spo.regularizers import (
     EnumeratedKL,
@@ -218,7 +218,7 @@ class Decay(Regularizer):
 class DecayPart(Divergence):
     steps = 0
 
-    def terms(self, window: Window, step: int) -> Iterator[Term]:
+    def terms(self, window: Window, step: int) -> Iterator[StepTerm]:
         self.steps += 1
         yield lambda: self.weight(step) * sum((p**2).sum() for p in self.run.policy.parameters()) / 2
 

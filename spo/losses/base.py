@@ -170,9 +170,10 @@ class PreferenceLoss(Loss[PairLogps]):
         right, wrong = pair, pair.swapped(both)
         if not self.full_batch:
             # A label of probability zero counts as zero, also where its loss would be infinite.
-            right, wrong = _without(right, preference == 0), _without(wrong, preference == 1)
-        losses = preference * self.of_pairs(right, alpha=alpha, beta=beta)
-        return weighted(losses + (1 - preference) * self.of_pairs(wrong, alpha=alpha, beta=beta), pair)
+            right, wrong = _where(preference == 0, wrong, right), _where(preference == 1, right, wrong)
+        if_right = self.of_pairs(right, alpha=alpha, beta=beta).masked_fill(preference == 0, 0)
+        if_wrong = self.of_pairs(wrong, alpha=alpha, beta=beta).masked_fill(preference == 1, 0)
+        return weighted(preference * if_right + (1 - preference) * if_wrong, pair)
 
     def rewards(self, pair: PairLogps, *, alpha: float, beta: float) -> tuple[Tensor, Tensor | None]:
         """Return the implicit rewards for metrics, by default ``beta * (log pi - log pi_ref)``.
@@ -226,6 +227,9 @@ class ListLoss(Loss[ListLogps]):
         if lists.preference is not None:
             reverse = replace(lists, order=lists.order.flip(-1)).best_first()
             other = self.of_ranking(reverse, alpha=alpha, beta=beta)
+            # A label of probability zero counts as zero, also where its loss would be infinite.
+            losses = losses.masked_fill(lists.preference == 0, 0)
+            other = other.masked_fill(lists.preference == 1, 0)
             losses = lists.preference * losses + (1 - lists.preference) * other
         return weighted(losses, lists)
 
@@ -341,20 +345,15 @@ def reference_margin(pair: PairLogps) -> Tensor:
     return pair.reference_chosen - pair.reference_rejected
 
 
-def _without(pair: PairLogps, rows: Tensor) -> PairLogps:
-    """Return pairs in which the log-probs and terms of some rows are 0 and constant.
-
-    Args:
-        pair: Log-probabilities of ``B`` pairs.
-        rows: ``(B,)`` mask of the rows.
-    """
+def _where(rows: Tensor, pair: PairLogps, other: PairLogps) -> PairLogps:
+    """Return the ``(B,)`` masked rows from ``pair``, and the others from ``other``."""
     columns = pair.columns()
-    of_models = {path: value for path, value in columns.items() if path.partition("/")[0] not in _LABELS}
-    filled = {path: value.masked_fill(rows.view(-1, *[1] * (value.ndim - 1)), 0) for path, value in of_models.items()}
-    return pair.with_columns(columns | filled)
-
-
-_LABELS = ("preference", "weight", "features", "chosen_length", "rejected_length")
+    return pair.with_columns(
+        {
+            path: torch.where(rows.view(-1, *[1] * (value.ndim - 1)), columns[path], value)
+            for path, value in other.columns().items()
+        }
+    )
 
 
 def weighted(losses: Tensor, logps: PairLogps | ListLogps | LabelledLogps) -> Tensor:

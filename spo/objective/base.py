@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from spo.objective.scored import ScoredBatch
     from spo.schedules import Schedule
 
-Term = Callable[[], Tensor]
+StepTerm = Callable[[], Tensor]
 """Compute a differentiable scalar. The step differentiates the terms one after the other and adds the gradients up."""
 
 
@@ -95,7 +95,7 @@ class Run(Protocol):
 class Part:
     """A part of the objective. A step minimizes the sum of the terms of all parts, averaged over processes."""
 
-    def terms(self, window: Window, step: int) -> Iterable[Term]:
+    def terms(self, window: Window, step: int) -> Iterable[StepTerm]:
         """Prepare the terms of one optimizer step.
 
         Work that comes before any forward pass with gradient, such as drawing samples, is done here and not in a term.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spo.objective.base import Divergence, Run, Term
+from spo.objective.base import Divergence, Run, StepTerm
 from spo.types import Sequences, Window
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class EnumeratedDivergence(Divergence):
         self._layout: Speed | None = None
         self._arranged = enumeration.sequences
 
-    def terms(self, window: Window, step: int) -> Iterator[Term]:
+    def terms(self, window: Window, step: int) -> Iterator[StepTerm]:
         """Prepare the one term, a mean over prompts."""
 
         def term() -> Tensor:

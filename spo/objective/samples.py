@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spo.forward.head import can_defer, completion_states, deferred_logits
-from spo.objective.base import Divergence, Run, Term
+from spo.objective.base import Divergence, Run, StepTerm
 from spo.ops import Logits, concat_logits
 from spo.sampling import SampleBuffer
 from spo.types import Sequences, Window
@@ -82,7 +82,7 @@ class SampleDivergence(Divergence):
             world_size=run.world_size,
         )
 
-    def terms(self, window: Window, step: int) -> Iterator[Term]:
+    def terms(self, window: Window, step: int) -> Iterator[StepTerm]:
         """Draw samples where they are due, and prepare one term per micro-batch of the step's samples."""
         buffer = self.fill(step)
         index = buffer.index(step)

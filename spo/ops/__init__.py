@@ -3,6 +3,8 @@
 from spo.ops.divergence import KL_ESTIMATORS, KLEstimator, entropy, kl, token_entropy, token_kl
 from spo.ops.logps import (
     Logits,
+    at_least_float32,
+    by_rows,
     completion_targets,
     concat_logits,
     rows_of,
@@ -14,6 +16,8 @@ __all__ = [
     "KL_ESTIMATORS",
     "KLEstimator",
     "Logits",
+    "at_least_float32",
+    "by_rows",
     "completion_targets",
     "concat_logits",
     "entropy",
