@@ -43,6 +43,7 @@ from spo.runs.saved_config import load_config, refuse_redacted, resolved
 from spo.schedules import Constant
 from spo.stages.evaluation_config import evaluation_config
 from spo.stages.from_config import eval_device, model_plugins, resolve_values
+from spo.stages.extra_references import load_extra_references
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
 from spo.wording import finite
@@ -201,7 +202,12 @@ def build_scoring(cfg: DictConfig, prepared: Prepared, run_dir: Path, models: Mo
         reference = FrozenReference()
     if loss.uses_reference or loss.needs_reference_logits:
         reference.attach(lambda: models.reference)
-    return Scoring(loss, _final_coefficients(cfg, run_dir), models.policy, reference, models.speed)
+    further, speed = load_extra_references(cfg, prepared), models.speed
+    for one in further.values():
+        one.to(device)
+        with one.active(models.policy) as model:
+            speed = speed.resolve_for(model)
+    return Scoring(loss, _final_coefficients(cfg, run_dir), models.policy, reference, speed, further)
 
 
 def _final_coefficients(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
