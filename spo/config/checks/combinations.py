@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from spo.config.checks.files import missing_data
+from spo.config.checks.losses import loss_problems
 from spo.config.checks.targets import CheckedParts
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.nodes import first_line, listed, locate, select
@@ -28,7 +29,7 @@ def combination_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
         parts: Parts of the run that ``cfg`` describes.
     """
     found = [*_objective(cfg, parts), *_coefficients(cfg, parts), *_data(cfg, parts)]
-    found += [*_model(cfg, parts), *_optimizer(parts), *_judge(cfg, parts)]
+    found += [*_model(cfg, parts), *_optimizer(parts), *_judge(cfg, parts), *loss_problems(parts)]
     yield from [*parts.problems, *found]
 
 
