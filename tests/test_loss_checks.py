@@ -117,7 +117,7 @@ METRICS = {
         ("loss", "loss/preference", "grad_norm", "kl", "lr", "step_s", "p_eos", "alpha", "beta/kl", "buffer/age"),
         "another metric already",
     ),
-    **dict.fromkeys(("win_rate", "reward/length", "self_bleu", "exact/tv"), "another metric already"),
+    **dict.fromkeys(("win_rate", "reference/kl", "reward/length", "self_bleu", "exact/tv"), "another metric already"),
 }
 
 

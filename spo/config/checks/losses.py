@@ -139,7 +139,7 @@ def _metrics(loss: Any) -> Iterator[str]:
             yield f"method.loss: {name}.extra_metrics has {key!r} twice, or a metric that every loss has: remove it"
         elif (
             key in of_module
-            or key.startswith(("alpha/", "beta/"))
+            or key.startswith(("alpha/", "beta/", "reference/"))
             or any(entry.argument(key) is not None for entry in CATALOGUE)
         ):
             yield f"method.loss: {name}.extra_metrics has {key!r}, which is another metric already: choose another name"
