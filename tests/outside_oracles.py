@@ -154,7 +154,9 @@ def hinge(better: Completion, worse: Completion, beta: float) -> Tensor:
 
 
 def mrpo(better: Completion, worse: Completion, beta: float) -> Tensor:
-    (extra_better, base_better), (extra_worse, base_worse) = ((y.logp(EXTRA), y.logp(REFERENCE)) for y in (better, worse))
+    (extra_better, base_better), (extra_worse, base_worse) = (
+        (y.logp(EXTRA), y.logp(REFERENCE)) for y in (better, worse)
+    )
     gap_extra, gap_base = abs(extra_better - extra_worse), abs(base_better - base_worse)
     share = gap_extra / (gap_extra + gap_base + 1e-6)
     size_better, size_worse = abs(extra_better + base_better) / 2, abs(extra_worse + base_worse) / 2
