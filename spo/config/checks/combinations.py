@@ -44,8 +44,6 @@ def _objective(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
             "spo.losses.ListLoss for ranked lists"
         )
         return
-    if loss is not None:
-        yield from _own_metrics(loss)
     if loss is None or regularizer is None or reference is None:
         return
     method, member = select(cfg, "method.name"), member_name("reference", reference)
@@ -92,18 +90,6 @@ def _objective(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
             f"regularizer.weight=beta: {method} reads beta itself, so the regularizer needs a number of its own, "
             "such as regularizer.weight=0.01"
         )
-
-
-def _own_metrics(loss: Loss[Any]) -> Iterator[str]:
-    """Yield keys of the loss's own metrics under which another number would be lost."""
-    from spo.metrics.catalogue import find
-    from spo.module import STEP_METRICS, TIME_METRICS
-    from spo.watch import HEALTH_METRICS, PROBE_METRICS
-
-    measured = {*STEP_METRICS, *TIME_METRICS, *HEALTH_METRICS, *PROBE_METRICS}
-    for name in loss.extra_metrics:
-        if name in measured or find(name) is not None or name.startswith("reference/"):
-            yield f"method.loss: extra_metrics has {name!r}, the key of another metric: choose a name of its own"
 
 
 def _coefficients(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:

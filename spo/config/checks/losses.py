@@ -120,7 +120,7 @@ _OURS = ("spo", "torch", "builtins", "abc", "typing")
 
 def _metrics(loss: Any) -> Iterator[str]:
     from spo.losses.base import LOSS_METRICS
-    from spo.metrics.catalogue import CATALOGUE
+    from spo.metrics.catalogue import find
     from spo.module import STEP_METRICS, TIME_METRICS
     from spo.watch import HEALTH_METRICS, PROBE_METRICS
 
@@ -137,11 +137,7 @@ def _metrics(loss: Any) -> Iterator[str]:
             )
         elif key in seen:
             yield f"method.loss: {name}.extra_metrics has {key!r} twice, or a metric that every loss has: remove it"
-        elif (
-            key in of_module
-            or key.startswith(("alpha/", "beta/"))
-            or any(entry.argument(key) is not None for entry in CATALOGUE)
-        ):
-            yield f"method.loss: {name}.extra_metrics has {key!r}, which is another metric already: choose another name"
+        elif key in of_module or key.startswith(("alpha/", "beta/", "reference/")) or find(key) is not None:
+            yield f"method.loss: {name}.extra_metrics has {key!r}, the key of another metric: choose a name of its own"
         if isinstance(key, str):
             seen.add(key)
