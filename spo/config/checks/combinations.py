@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,9 +16,6 @@ from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.nodes import EXTRA_REFERENCES, extra_references, first_line, listed, locate, select, suggestion
 from spo.errors import JudgeError
 from spo.resources import conf_dir
-
-if TYPE_CHECKING:
-    pass
 
 
 def combination_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
