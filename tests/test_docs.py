@@ -6,6 +6,8 @@ run-tiny
     Executed with ``+debug=tiny`` appended to each command that composes a configuration.
 compose
     Executed with ``--cfg job`` and one value for each seed appended, which keeps sweeps over seeds short.
+loss
+    A file with a loss: ``tests/test_loss_examples.py`` trains and validates with it, and compares its values.
 parse
     Parsed only: commands that need a network, an account or a cluster, and files that a person writes. A file whose
     first line is a comment with its path is put into the folder of the blocks below it.
@@ -36,7 +38,7 @@ from tests.commands import enter
 from tests.environments import ROOT, copy_of_project, fresh_environment, run
 from tests.helpers import save_model
 
-TAGS = ("run", "run-tiny", "compose", "parse")
+TAGS = ("run", "run-tiny", "compose", "loss", "parse")
 MAX_PARSED_BLOCKS = 12
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MAX_WIDTH = 100
@@ -103,7 +105,7 @@ def tagged(*tags: str) -> Iterator[object]:
     """Yield the blocks with these tags as test parameters; those that execute something are slow."""
     for block in BLOCKS:
         if block.tag in tags:
-            fast = block.tag in ("compose", "parse")
+            fast = block.tag in ("compose", "loss", "parse")
             yield pytest.param(block, id=str(block), marks=() if fast else pytest.mark.slow)
 
 
@@ -135,7 +137,7 @@ def prepare_folder(folder: Path, block: Block) -> None:
 
 def test_every_block_has_a_known_tag() -> None:
     assert [str(block) for block in BLOCKS if block.tag not in TAGS] == []
-    runnable = [block for block in BLOCKS if block.tag != "parse"]
+    runnable = [block for block in BLOCKS if block.tag not in ("loss", "parse")]
     assert [str(block) for block in runnable if block.language not in COMMANDS] == []
     assert len([block for block in BLOCKS if block.tag == "parse"]) <= MAX_PARSED_BLOCKS
     assert {block.tag for block in BLOCKS} == set(TAGS)

@@ -1,6 +1,14 @@
 """Preference losses, one file for each method. This list is a convenience for imports; nothing reads it."""
 
-from spo.losses.base import LabelledLoss, ListLoss, Loss, PreferenceLoss
+from spo.losses.base import (
+    LabelledLoss,
+    ListLoss,
+    Loss,
+    PreferenceLoss,
+    log_ratios,
+    policy_margin,
+    reference_margin,
+)
 from spo.losses.best_of_n import SPOBestOfNLoss
 from spo.losses.declarations import Column, DataNeeds, Drawn, Feature, Mismatched, Role, Term
 from spo.losses.dpo import DPOLoss
@@ -28,4 +36,7 @@ __all__ = [
     "SPORankedLoss",
     "Term",
     "WeightedSPOLoss",
+    "log_ratios",
+    "policy_margin",
+    "reference_margin",
 ]

@@ -3,7 +3,8 @@
 from spo.objective.base import Divergence, Part, Prompts, Run, StepTerm
 from spo.objective.enumerated import EnumeratedDivergence, Enumeration
 from spo.objective.joint import concat_logps
-from spo.objective.pairs import PairDivergence, Pairs, parameters_of, score
+from spo.objective.learned import parameters_of
+from spo.objective.pairs import PairDivergence, Pairs, score
 from spo.objective.samples import SampleDivergence, SampleSettings
 from spo.objective.scored import ScoredBatch, loss_inputs, metrics_of
 

@@ -149,6 +149,27 @@ def loss_inputs(
     return replace(logps, references=references, features=batch.features, extra=extra)
 
 
+def losses_of(loss: Loss[Any], logps: Logps, alpha: float, beta: float) -> Tensor:
+    """Return the ``(B,)`` losses.
+
+    Args:
+        loss: Loss of the method.
+        logps: Log-probs of ``B`` pairs, lists or labelled completions.
+        alpha: Softness.
+        beta: Temperature of the method.
+
+    Raises:
+        UserError: The loss returns another shape, such as that of a mean.
+    """
+    losses = loss(logps, alpha=alpha, beta=beta)
+    if losses.shape != (len(logps),):
+        raise UserError(
+            f"method.loss: {type(loss).__name__} must return one loss of each row, of shape {(len(logps),)}, and "
+            f"returns {tuple(losses.shape)}: leave out its mean or sum"
+        )
+    return losses
+
+
 def metrics_of(loss: Loss[Any], logps: Logps, alpha: float, beta: float) -> dict[str, Tensor]:
     """Return ``(B,)`` of each metric that a loss computes.
 
