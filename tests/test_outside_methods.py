@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -350,3 +353,41 @@ def test_step_equals_trl(name: str, layout: str, tmp_path: Path) -> None:
     assert module.values[0] == pytest.approx(theirs.item(), rel=1e-6)
     slopes = {f"policy.{key}": p.grad for key, p in model.named_parameters() if p.grad is not None}
     assert_close(module.slopes[0], slopes, 5e-6)
+
+
+# --- processes -----------------------------------------------------------------------------------------------------
+
+SPREAD = [(torch.float64, None, STEPS, 1e-12), (torch.float64, 2, STEPS, 1e-12), (torch.float32, 2, 1, 1e-6)]
+"""Dtype, pairs of a micro-batch, steps, and by how much of the largest gradient two processes may differ from one."""
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    command += ["-m", "tests.test_outside_methods", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    for name in METHODS:
+        for case, (dtype, _, steps, tolerance) in enumerate(SPREAD):
+            alone = fitted(tmp_path, name, soft=True, dtype=dtype, steps=steps)
+            both = two[name, case]
+            assert both["values"] == pytest.approx(alone.values, rel=max(tolerance, 1e-12))
+            for ours, theirs in zip(both["slopes"], alone.slopes, strict=True):
+                assert_close(ours, theirs, tolerance)
+
+
+if __name__ == "__main__":
+    [out] = map(Path, sys.argv[1:])
+    found = {}
+    for name in METHODS:
+        for case, (dtype, micro, steps, _) in enumerate(SPREAD):
+            options: dict[str, Any] = {"devices": 2, "strategy": "ddp"}
+            module = fitted(out, name, soft=True, dtype=dtype, micro=micro, steps=steps, **options)
+            found[name, case] = {"values": module.values, "slopes": module.slopes}
+            is_first = module.trainer.is_global_zero
+    if is_first:
+        torch.save(found, out / "two.pt")
