@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -125,8 +125,8 @@ class Reference:
         elif now != self._fingerprint:
             raise UserError(
                 f"{self.key}: the weights of this {type(self).__name__} changed during training, and it does not "
-                "declare that it moves: change them in after_step of a class with moves = True, and choose that class with "
-                "reference._target_=MODULE.CLASS"
+                "declare that it moves: change them in after_step of a class with moves = True, and choose that "
+                "class with reference._target_=MODULE.CLASS"
             )
 
 
