@@ -43,7 +43,7 @@ CONF = ROOT / "tests" / "outside" / "conf"
 sys.path.append(str(CONF.parent))  # as PYTHONPATH does for a user
 
 BETA, BATCH, STEPS = 0.1, 6, 3
-METHODS = sorted({path.stem for path in CONF.glob("method/*.yaml")} - {"debiased", "kto", "mrpo", "rpo", "tr_dpo"})
+METHODS = sorted({path.stem for path in CONF.glob("method/*.yaml")} - {"debiased", "kto", "rpo"})
 TERMS, STATE = ("ld_dpo", "tdpo2", "wpo"), ("bco", "debiased", "tr_dpo")
 MODELS = {POLICY: 0, REFERENCE: 1, EXTRA: 2}
 
