@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -213,7 +212,7 @@ def _record_inputs(prepared: Prepared, run_dir: Path, step: int) -> None:
     """
     if not is_first_process():
         return
-    pairs = {split: [dataclasses.astuple(pair) for pair in getattr(prepared.pairs, split)] for split in SPLITS}
+    pairs = {split: [pair.identity() for pair in getattr(prepared.pairs, split)] for split in SPLITS}
     inputs = {"reference_sha256": model_digest(prepared.base), "pairs_sha256": digest(pairs)}
     record_inputs(run_dir, inputs, step)
     if bad := prepared.bad_rows:
