@@ -45,7 +45,11 @@ def _objective(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     method, member = select(cfg, "method.name"), member_name("reference", reference)
     regularizer_name = member_name("regularizer", type(regularizer))
     scores_pairs, scores_samples = (getattr(reference, name, True) for name in ("scores_pairs", "scores_samples"))
-    from spo.regularizers import Regularizer  # Imports torch, which a wrong command must not wait for.
+    # Imports torch, which a wrong command must not wait for.
+    from torch.nn import Module
+
+    from spo.regularizers import Regularizer
+    from spo.types import ListLogps
 
     if not isinstance(regularizer, Regularizer):
         name = type(regularizer).__name__
@@ -62,6 +66,16 @@ def _objective(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
         yield (
             f"regularizer.prompts={regularizer.prompts}: every split of an enumerable language has all of its prompts: "
             "choose regularizer.prompts=train"
+        )
+    if declares(loss, "uses_lists") and loss.inputs is not ListLogps:
+        yield (
+            f"method.loss: {type(loss).__name__} declares uses_lists, which no longer has an effect: derive it from "
+            "spo.losses.ListLoss, and write of_ranking"
+        )
+    if isinstance(loss, Module) and type(loss).__call__ is Module.__call__:
+        yield (
+            f"method.loss: {type(loss).__name__} is called as a module, not as a loss: name nn.Module after "
+            "spo.losses.PreferenceLoss among its base classes"
         )
     if uses_reference and not scores_pairs:
         yield (
