@@ -169,16 +169,24 @@ def _report(arguments: list[str]) -> int:
 def _dashboard(arguments: list[str]) -> int:
     parser = _Parser(COMMANDS["dashboard"].usage)
     parser.add_argument("project", metavar="ENTITY/PROJECT")
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="*", type=Path)
     parser.add_argument("--spec", metavar="NAME|FILE")
     parser.add_argument("--group-by", metavar="KEY")
     parser.add_argument("--report", action="store_true")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     entity, _, project = given.project.partition("/")
     if not (entity and project) or "/" in project:
         raise UsageError(f"{given.project}: give the entity and the project as ENTITY/PROJECT\nusage: {parser.usage}")
+    from spo.errors import UserError
     from spo.pages.dashboard import load_spec
+    from spo.records.run import NotARunError, read_run
 
     dashboard = load_spec(given.spec)
+    for run_dir in given.run_dirs:
+        try:
+            dashboard = dashboard.with_metrics_of(read_run(run_dir))
+        except NotARunError as error:
+            raise UserError(str(error)) from error
     from spo.tracking import workspace
 
     make = workspace.report if given.report else workspace.workspace

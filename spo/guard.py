@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from spo.errors import UserError
 from spo.metrics.sums import Group
 from spo.notes import note
+from spo.objective.learned import tensors_of
 from spo.objective.pairs import PairScores, impossible
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Facts:
         policy: Positions of pairs whose log-probs under the policy are not finite.
         reference: Positions of pairs whose log-probs under the reference are not finite.
         losses: Loss and position of the other pairs.
-        broken: Names of the policy's tensors that are not finite.
+        broken: Names of the tensors of policy and loss that are not finite.
     """
 
     masked: list[int] = field(default_factory=list)
@@ -111,8 +112,8 @@ class Guard:
 
     The host does not wait for the device at each step where the optimizer can be told on the device to leave weights
     and state as they are, which PyTorch's fused optimizers can (``found_inf``). The host then reads the flag of a step
-    one step later, before it starts the next update. Other optimizers, sharded weights and the first step of a process
-    cost one wait for one number.
+    one step later, before it starts the next update. Other optimizers, sharded weights, a reference that moves and the
+    first step of a process cost one wait for one number. Running statistics of a loss are restored on the device.
 
     Args:
         module: Module whose steps are guarded.
@@ -152,6 +153,7 @@ class Guard:
         """
         self.settle()
         is_bad = self._over_processes((~(loss.isfinite() & grad_norm.isfinite())).float())  # fused optimizers want a 1
+        self.module.statistics.restore_if(is_bad)
         step = Step(self.module.global_step, loss, grad_norm, is_bad, self.module.pairs.scores, metrics)
         if self._can_defer(optimizer.optimizer):
             with _told_to_skip(optimizer.optimizer, is_bad), self._update_in_words():
@@ -181,6 +183,7 @@ class Guard:
             and getattr(optimizer, "_step_supports_amp_scaling", False)
             # A fused SGD does not initialize its momentum in a first step that it skips.
             and (isinstance(optimizer, torch.optim.Adam) or not self._is_first)
+            and not self.module.reference_follows
             and not any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
         )
 
@@ -305,7 +308,7 @@ class Guard:
         if self._broken_at_start is None or self._count_broken() <= self._broken_at_start:
             return
         step = self.module.global_step
-        names = ", ".join(_broken(self.module.policy)[:MAX_NAMED_PAIRS]) or "the state of the optimizer"
+        names = ", ".join(_broken(self.module)[:MAX_NAMED_PAIRS]) or "the state of the optimizer"
         raise NonFiniteError(
             f"the update of step {step} made weights infinite or undefined ({names}), and they were not saved: "
             f"{self._too_fast()}"
@@ -313,7 +316,7 @@ class Guard:
 
     def _count_broken(self) -> int:
         states = [state for one in self.module.trainer.optimizers for state in one.state.values()]
-        numbers = [*self.module.policy.parameters(), *(v for state in states for v in state.values())]
+        numbers = [*_weights(self.module).values(), *(v for state in states for v in state.values())]
         counts = [(~_local(x).isfinite()).sum() for x in numbers if isinstance(x, Tensor) and x.is_floating_point()]
         device = self.module.device
         total = torch.stack([torch.zeros((), device=device), *(count.to(device) for count in counts)]).sum()
@@ -333,7 +336,7 @@ class Guard:
         Raises:
             UserError: A pair has a completion of probability zero.
         """
-        facts = Facts(broken=_broken(self.module.policy))
+        facts = Facts(broken=_broken(self.module))
         for one in scores:
             index, losses = one.index.tolist(), one.losses.tolist()
             masked, unlikely = impossible(one.policy, one.reference)
@@ -425,9 +428,22 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _broken(policy: nn.Module) -> list[str]:
-    """Return the names of tensors with broken weights in this process; -inf may be a bias that masks a token."""
-    return [name for name, p in policy.named_parameters() if not (_local(p) < math.inf).all()]
+def _weights(module: AlignmentModule) -> dict[str, Tensor]:
+    """Return the weights of the policy, and the parameters and buffers of the loss, by name."""
+    return dict(module.policy.named_parameters()) | tensors_of(module.loss)
+
+
+def _broken(module: AlignmentModule) -> list[str]:
+    """Return the names of tensors with broken numbers in this process.
+
+    -inf may be a bias that masks a token, and a buffer may start at +inf, as a running minimum does.
+    """
+    found = _weights(module).items()
+    return [
+        name
+        for name, x in found
+        if (~(_local(x) < math.inf) if isinstance(x, nn.Parameter) else _local(x).isnan()).any()
+    ]
 
 
 def _where(pairs: Sequence[TokenizedPair], position: int) -> str:

@@ -163,16 +163,17 @@ COMMANDS = {
     ),
     "dashboard": Command(
         "make a W&B workspace or report for the runs of a project",
-        "spo dashboard ENTITY/PROJECT [--report] [--group-by KEY] [--spec NAME|FILE]",
+        "spo dashboard ENTITY/PROJECT [RUN_DIR ...] [--report] [--group-by KEY] [--spec NAME|FILE]",
         """
         Saves a dashboard as a new view of a W&B project: a workspace, or a report to edit and share. It needs an API
-        key and pip install 'spo[dashboards]'. spo report draws the same dashboard without W&B.
+        key and pip install 'spo[dashboards]'. spo report draws the same dashboard without W&B. What a given run logged
+        beyond the dashboard, such as metrics of your own loss, gets panels too.
 
         --report          a report instead of a workspace
         --group-by KEY    one line, a mean with a band, for each value of a configuration key
         --spec NAME|FILE  a dashboard of conf/dashboard, or your own yaml file
         """,
-        ["spo dashboard ENTITY/spo", "spo dashboard ENTITY/spo --report --group-by method.name"],
+        ["spo dashboard ENTITY/spo outputs/runs/RUN", "spo dashboard ENTITY/spo --report --group-by method.name"],
     ),
     "inspect": Command(
         "show the rows of a data set as tokens, masks and text",

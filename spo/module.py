@@ -13,8 +13,6 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -24,8 +22,11 @@ from spo.guard import Guard, StageKeys
 from spo.losses import Loss
 from spo.metrics.sums import SumsAndCounts
 from spo.metrics.trained import Trained
+from spo.models.optimizer import clip_gradients
 from spo.models.reference import Reference
-from spo.objective import Enumeration, Pairs, Part, Prompts
+from spo.models.sharding import shard
+from spo.objective import Enumeration, Pairs, Part, Prompts, parameters_of
+from spo.objective.learned import Statistics, check_state, fit_dtype, share_gradients, share_tensors, tensors_of
 from spo.regularizers import Regularizer
 from spo.schedules import Schedule
 from spo.types import PreferenceBatch, Window
@@ -81,6 +82,7 @@ class AlignmentModule(LightningModule):
         validated: Means of the last validation, under their names without ``val/``.
         step_listeners: Functions of the Trainer that are called when an optimizer step is complete and logged.
         trained: Steps, pairs and sampled tokens so far.
+        statistics: Buffers of the loss before the step at hand.
     """
 
     def __init__(
@@ -132,12 +134,18 @@ class AlignmentModule(LightningModule):
         self.register_state_dict_pre_hook(lambda *_: self.guard.settle())
         # Checkpoints hold the sums by position, so the order of these names is part of their format.
         of_pairs = ("loss/preference", "loss/regularizer", *loss.metric_names)
-        self.train_metrics = SumsAndCounts((*of_pairs, *STEP_METRICS, *self.controllers.metrics, *TIME_METRICS))
-        self.val_metrics = SumsAndCounts((*of_pairs, *HEALTH_METRICS, LOSS_SCALE))
+        of_steps = (*of_pairs, *STEP_METRICS, *self.controllers.metrics, *TIME_METRICS)
+        self.train_metrics = SumsAndCounts(of_steps, gaps=loss.metric_names)
+        of_validation = (*of_pairs, *HEALTH_METRICS, LOSS_SCALE)
+        self.val_metrics = SumsAndCounts(of_validation, gaps=(*loss.metric_names, LOSS_SCALE))
         self.validated: dict[str, float] = {}
         self.step_listeners: list[Callable[[Trainer], None]] = []
         self.trained = Trained()
         self._resumed_rng_state: Tensor | None = None
+        fit_dtype(loss, policy)
+        self.statistics = Statistics(loss)
+        # DDP would wait for parameters of the loss in a backward pass that does not use them; see `share_gradients`.
+        self._ddp_params_and_buffers_to_ignore = list(tensors_of(loss))
         # The checkpoint of an adapter holds the adapter, not the frozen weights below it.
         self.strict_loading = all(parameter.requires_grad for parameter in policy.parameters())
 
@@ -151,6 +159,21 @@ class AlignmentModule(LightningModule):
         """Return whether a reference model is available and loss, regularizer or probe score sequences with it."""
         wanted = self.loss.uses_reference or self.regularizer.needs_reference or self.probe.settings is not None
         return wanted and self.reference.scores_samples
+
+    @property
+    def references(self) -> list[Reference]:
+        """Return the main reference and the further ones."""
+        return [self.reference, *self.extra_references.values()]
+
+    @property
+    def reference_follows(self) -> bool:
+        """Return whether the reference acts after each step, which then has to be known as taken or skipped."""
+        return type(self.reference).after_step is not Reference.after_step
+
+    @property
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return the trainable parameters of the policy, then those of the loss."""
+        return [p for p in self.policy.parameters() if p.requires_grad] + parameters_of(self.loss)
 
     @property
     def world_size(self) -> int:
@@ -175,16 +198,14 @@ class AlignmentModule(LightningModule):
         optimizer = cast(LightningOptimizer, self.optimizers())  # configure_optimizers makes one
         terms = [term for part in self.parts for term in part.terms(window, step)]
         losses = []
+        self.statistics.remember()
         for position, term in enumerate(terms):
             with self._gradient_sync(enabled=position == len(terms) - 1):
                 loss = term()
                 self.manual_backward(loss)
             losses.append(loss.detach())
-        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        limit = float("inf") if self.clip_norm is None else self.clip_norm
-        grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
-        if isinstance(grad_norm, DTensor):
-            grad_norm = grad_norm.full_tensor()
+        share_gradients(self.loss, self.world_size)
+        grad_norm = clip_gradients(self.trainable_parameters, self.clip_norm)
         loss = torch.stack(losses).sum()
         self.train_metrics.update(
             {
@@ -198,6 +219,8 @@ class AlignmentModule(LightningModule):
         with self.guard.gate(optimizer, loss, grad_norm, group):
             optimizer.step()
         optimizer.zero_grad()
+        if self.reference_follows and step not in self.guard.skipped:
+            self.reference.after_step(self.policy, self.global_step - len(self.guard.skipped))
         cast(LRScheduler, self.lr_schedulers()).step()
         self.train_metrics.update({"step_s": perf_counter() - started})
 
@@ -250,6 +273,7 @@ class AlignmentModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Clear the sums of the selection split."""
         self.guard.settle()
+        self._check_references()
         self.val_metrics.reset()
         self.pairs.validated, self.pairs.scores = [], []
 
@@ -291,29 +315,28 @@ class AlignmentModule(LightningModule):
     # --- life cycle --------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Shard the policy under FSDP2: every block by itself, the rest together. Other strategies need nothing."""
-        if self.device_mesh is None or isinstance(self.policy, FSDPModule):
-            return
-        mesh = self.device_mesh["data_parallel"]
-        for blocks in [module for module in self.policy.modules() if isinstance(module, nn.ModuleList)]:
-            for block in blocks:
-                fully_shard(block, mesh=mesh)
-        fully_shard(self.policy, mesh=mesh)
+        """Shard the policy under FSDP2. Other strategies need nothing."""
+        if self.device_mesh is not None:
+            shard(self.policy, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Make one optimizer over the trainable parameters, and its learning-rate schedule."""
-        optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        """Make one optimizer over the trainable parameters of policy and loss, and its learning-rate schedule."""
+        optimizer = self.make_optimizer(self.trainable_parameters)
         return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
 
     def setup(self, stage: str) -> None:
-        """Move the reference to the device."""
-        self.reference.to(self.device)
+        """Move the references to the device."""
+        self._place_references()
 
     def on_fit_start(self) -> None:
-        """Resolve which speed switches policy and reference support, on the device where they will run."""
+        """Share the tensors of the loss, and resolve the speed switches that all models support on their device."""
+        share_tensors(self.loss, self.world_size)
         models = [self.policy]
         if self.needs_reference_model:
             with self.reference.active(self.policy) as reference:
+                models.append(reference)
+        for extra in self.extra_references.values():
+            with extra.active(self.policy) as reference:
                 models.append(reference)
         self.speed = self.speed.resolve_for(*models)
         if self.speed.compile:
@@ -322,13 +345,22 @@ class AlignmentModule(LightningModule):
     def on_train_start(self) -> None:
         """Switch the policy to training mode, which Lightning leaves to the module."""
         self.policy.train()
-        self.reference.to(self.device)
+        self._place_references()
         self.guard.start()
 
     def on_train_end(self) -> None:
-        """Check the weights that training ends with, and note the steps that were skipped."""
+        """Check the weights that training ends with and the references, and note the steps that were skipped."""
         self.guard.check_weights()
+        self._check_references()
         self.guard.note_skipped()
+
+    def _place_references(self) -> None:
+        for reference in self.references:
+            reference.to(self.device)
+
+    def _check_references(self) -> None:
+        for reference in self.references:
+            reference.check_unmoved()
 
     def on_train_batch_start(self, batch: Window, batch_idx: int) -> None:
         """Restore a resumed random state: not earlier, since a data loader draws from it when it starts."""
@@ -343,6 +375,9 @@ class AlignmentModule(LightningModule):
             NonFiniteError: A step that was not taken ends the run, or the weights are not finite.
         """
         self.guard.check_weights()
+        self._check_references()
+        if state := self.reference.state_dict():
+            checkpoint["reference"] = state
         checkpoint["skipped_steps"] = self.guard.skipped
         checkpoint["sample_buffer"] = self.regularization.state_dict()  # the name of version 0.1.0
         checkpoint["torch_rng_state"] = torch.get_rng_state()
@@ -354,13 +389,25 @@ class AlignmentModule(LightningModule):
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what :meth:`on_save_checkpoint` added."""
+        """Restore what :meth:`on_save_checkpoint` added.
+
+        Raises:
+            UserError: The loss of the checkpoint has other parameters or buffers.
+        """
+        if "reference" in checkpoint:
+            self.reference.load_state_dict(checkpoint["reference"])
         self.regularization.load_state_dict(checkpoint["sample_buffer"])
         self._resumed_rng_state = checkpoint["torch_rng_state"]
         self.controllers.load_state_dict(checkpoint["controllers"])
+        state = checkpoint.get("state_dict")  # absent for a sharded policy, whose strategy has loaded it by now
+        if state is not None:
+            check_state(self.loss, state)
         if (rows := checkpoint.get("train_metrics")) is not None and self._trainer is not None:  # newer than 0.1.0
             own = self.train_metrics.of_rank(rows, self.global_rank, self.world_size)
-            checkpoint["state_dict"] |= {f"train_metrics.{name}": tensor for name, tensor in own.items()}
+            if state is None:
+                self.train_metrics.load_state_dict(own)
+            else:
+                state |= {f"train_metrics.{name}": tensor for name, tensor in own.items()}
         # Version 0.1.0 did not count pairs.
         unknown = {"steps": checkpoint["global_step"], "pairs": None, "sampled_tokens": None}
         self.trained.load_state_dict(checkpoint.get("trained", unknown))

@@ -25,6 +25,7 @@ from spo.losses import Loss, SPOLoss
 from spo.models import ModelSpec, NoReference, Reference
 from spo.module import AlignmentModule
 from spo.objective import Prompts, SampleDivergence
+from spo.objective.learned import tensors_of
 from spo.ops import completion_targets, sum_per_sequence, token_logps
 from spo.regularizers import NoRegularizer, Regularizer
 from spo.sampling import SampleBuffer
@@ -186,7 +187,7 @@ class Spied(AlignmentModule):
         plain = optimizer.step
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            named = self.policy.named_parameters()
+            named = [*self.policy.named_parameters(), *tensors_of(self.loss).items()]
             self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
             if self.buffer is not None:
                 self.sampled.append(self.buffer.rows(self.global_step).input_ids.clone())

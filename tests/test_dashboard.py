@@ -16,6 +16,7 @@ from spo import cli
 from spo.errors import UserError
 from spo.pages.dashboard import Bars, Curves, Dashboard, Scatter, Section, load_spec, unit_of
 from spo.pages.run_page import render_report
+from spo.records.run import read_run
 from spo.tracking.login import has_api_key
 from spo.tracking.workspace import report, workspace
 from tests.commands import TINY, job, numbers, rows, shared_cache
@@ -110,6 +111,26 @@ def test_two_panels_may_show_the_same_metric(tmp_path: Path) -> None:
     page = Page(render_report(write_run(tmp_path), Dashboard("Twice", (Section("Loss", panels),))))
     keys = [attributes["data-chart"] for tag, attributes in page.elements if "data-chart" in attributes]
     assert keys[:2] == ["loss", "loss"]
+
+
+def test_metrics_beyond_the_dashboard_get_panels_of_their_own(tmp_path: Path) -> None:
+    logged = [
+        {"step": 1, "train/loss": 1.0, "train/method/gap": 2.0},
+        {"step": 2, "val/method/gap": 3.0, "val/new": 1.0},
+    ]
+    final = {"eval/method/gap": 4.0, "eval/kl": 1.0}
+    run = write_run(tmp_path / "run", history__jsonl=logged, metrics__json=final)
+    shipped = load_spec()
+    dashboard = shipped.with_metrics_of(read_run(run))
+    assert dashboard.sections[:-1] == shipped.sections
+    gap = Curves("method/gap", ("method/gap",))
+    assert dashboard.sections[-1] == Section(
+        "Further curves", (gap, Curves("new", ("new",)), Bars("method/gap", ("eval/method/gap",)))
+    )
+    assert gap.keys == ("train/method/gap", "val/method/gap")
+    assert dashboard.with_metrics_of(read_run(run)) == dashboard
+    charts = Page(render_report(run)).charts
+    assert [one["values"] for one in charts["method/gap"]["series"]] == [[2.0], [3.0]]
 
 
 # --- what is logged ------------------------------------------------------------------------------------------------
@@ -225,9 +246,13 @@ def test_dashboard_command_saves_a_workspace_or_a_report(
     for view in (ws.Workspace, wr.Report):
         monkeypatch.setattr(view, "save", lambda self: saved.append(self))
         monkeypatch.setattr(view, "url", "https://address")
-    assert cli.main(["dashboard", "someone/spo", *kind, "--spec", str(tmp_path / "mine.yaml")]) == 0
+    run = write_run(tmp_path / "run", history__jsonl=[{"step": 1, "train/method/gap": 2.0}])
+    assert cli.main(["dashboard", "someone/spo", str(run), *kind, "--spec", str(tmp_path / "mine.yaml")]) == 0
     assert capsys.readouterr().out == "https://address\n"
     assert isinstance(saved[0], wr.Report if kind else ws.Workspace)
+    assert "train/method/gap" in str(saved[0])
+    assert cli.main(["dashboard", "someone/spo", str(tmp_path / "nowhere"), *kind]) == 1
+    assert "nowhere is not a directory" in capsys.readouterr().err
     assert (saved[0].title if kind else saved[0].name) == "Mine"
 
     def refuse(self: Any) -> None:

@@ -64,6 +64,19 @@ def test_state_survives_a_checkpoint() -> None:
     assert second.compute() == {"a": 3.0}
 
 
+def test_missing_elements_of_named_quantities_are_left_out_and_any_other_nan_is_seen() -> None:
+    nan = math.nan
+    metric = SumsAndCounts(("own", "none", "loss"), gaps=("own", "none"))
+    metric.update({"own": torch.tensor([1.0, nan, 3.0]), "none": torch.tensor([nan]), "loss": torch.tensor([1.0, nan])})
+    metric.update({"own": nan, "none": nan, "loss": 1.0})
+    metric.update({"own": 8.0})
+    found = metric.compute()
+    assert found["own"] == 4.0 and "none" not in found and math.isnan(found["loss"])
+    infinite = SumsAndCounts(("own",), gaps=("own",))
+    infinite.update({"own": torch.tensor([math.inf, nan])})
+    assert infinite.compute() == {"own": math.inf}
+
+
 # -------------------------------------------------------------------------------------------------- calibration
 
 

@@ -507,5 +507,5 @@ def test_names_are_looked_up_when_the_optimizer_is_made() -> None:
         return adamw(params, **settings())
 
     model.weight = nn.Parameter(torch.zeros(2, 2))  # as sharding does
-    make_with_names(make, model, list(model.parameters()))
+    make_with_names(make, {"": model}, list(model.parameters()))
     assert made == ["weight", "bias"]

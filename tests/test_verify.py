@@ -23,7 +23,9 @@ PLAN: Any = OmegaConf.load(conf_dir() / "verify.yaml")
 METHODS = sorted({case.member for case in plan_cases(PLAN, False, None)[0]})
 
 OWN = """
-    from spo.losses import PreferenceLoss, SPOLoss
+    import torch
+
+    from spo.losses import DPOLoss, LabelledLoss, PreferenceLoss, SPOLoss, Term
 
 
     class Flipped(SPOLoss):
@@ -49,6 +51,27 @@ OWN = """
 
         def optimum(self, rewards, reference_logps, alpha, beta, *, lengths=None):
             return None
+
+
+    class Prefixed(DPOLoss):
+        terms = {"prefix": Term(lambda scored: scored.common_prefix(scored.policy_tokens))}
+
+
+    class Labelled(LabelledLoss):
+        def of_labels(self, logps, *, alpha, beta):
+            return -logps.policy
+
+
+    class Headed(torch.nn.Module, DPOLoss):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            DPOLoss.__init__(self)
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        __call__ = DPOLoss.__call__
+
+        def update_statistics(self, logps):
+            pass
     """
 
 
@@ -118,6 +141,20 @@ def test_no_verdict_is_cut_on_a_narrow_terminal(name: str) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(_table([verdict]))
     assert "FAIL" in (shown := console.export_text()) and "…" not in shown and "1.2500*" in shown
+
+
+def test_methods_that_read_more_than_enumeration_has_are_skipped_with_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    conf = own_methods(tmp_path, "prefixed", "labelled", "headed")
+    cases, skipped = plan_cases(PLAN, False, str(conf), ["prefixed", "labelled", "headed", "dpo"])
+    assert {case.member for case in cases} == {"dpo"}
+    assert skipped == [
+        "prefixed is skipped: it reads numbers of single tokens, not log-probs of responses alone",
+        "labelled is skipped: it reads labels of single completions, not log-probs of responses alone",
+        "headed is skipped: it reads running statistics and parameters of its own, not log-probs of responses alone",
+    ]
 
 
 def test_methods_that_cannot_be_verified_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,6 +106,8 @@ def choose_selector(runs: Sequence[Run], wanted: str | None, notes: list[str]) -
         if all(run.number(key) is not None for run in runs):
             if wanted is None and key != SELECTORS[0]:
                 notes.append(f"Settings were selected by {key}: not all runs have {SELECTORS[0]}.")
+            if better(key) is None:
+                notes.append(f"Settings were selected by the largest {key}, whose better direction is unknown.")
             return key
     keys = (key for key in runs[0].record.metrics or {} if key.startswith("val/"))
     known = sorted(key for key in keys if all(run.record.metric(key) is not None for run in runs))

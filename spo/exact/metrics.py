@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from spo.exact.optimum import Objective, Optimum, find_optimum, total_variation
+from spo.exact.optimum import Objective, Optimum, beyond_enumeration, find_optimum, total_variation
 from spo.exact.world import World
 from spo.module import AlignmentModule
 from spo.ops import entropy, kl
@@ -21,7 +21,8 @@ class ExactMetrics(Callback):
     ``exact/mass_outside`` (probability of responses that never appear in the data). Where the objective has a single
     minimum also ``exact/tv`` and ``exact/kl_optimum`` (total variation to it, KL(policy || optimum)) and
     ``exact/entropy_optimum``. With a schedule the optimum is that of the coefficients in force at the step. There is
-    no optimum if the regularizer is another divergence than KL(policy || reference) over all responses.
+    no optimum if the regularizer is another divergence than KL(policy || reference) over all responses, or if the loss
+    reads more than the log-probs of responses.
 
     Args:
         world: Language and rows.
@@ -71,7 +72,7 @@ class ExactMetrics(Callback):
         """Return where the module's objective is least at its present step, or ``None`` if that is unknown."""
         alpha, beta = module.alpha(module.global_step), module.beta(module.global_step)
         kl_weight = module.regularizer.kl_weight(beta)
-        if kl_weight is None:
+        if kl_weight is None or beyond_enumeration(module.loss) is not None:
             return None
         key = (alpha, beta, kl_weight)
         if key not in self._optima:

@@ -13,7 +13,9 @@ from torch import Tensor
 from spo.errors import UserError
 from spo.exact.world import World
 from spo.losses import Loss
+from spo.objective import parameters_of
 from spo.ops import kl
+from spo.types import LabelledLogps
 
 MAX_NEWTON_RESPONSES = 1000
 """Most responses, of all prompts together, for which second derivatives are computed."""
@@ -89,6 +91,21 @@ class Objective:
                 break
             group = merged
         return bool((group.view_as(self.world.rewards) == group.view_as(self.world.rewards)[:, :1]).all())
+
+
+def beyond_enumeration(loss: Loss[Any]) -> str | None:
+    """Return why the log-probs of all responses do not determine a loss, or ``None`` if they do."""
+    declared = {
+        "numbers of single tokens": loss.terms,
+        "features of a row": loss.features,
+        "further completions": loss.extra_completions,
+        "further references": loss.extra_references,
+        "labels of single completions": loss.inputs is LabelledLogps,
+        "running statistics": loss.has_statistics,
+        "parameters of its own": parameters_of(loss),
+    }
+    read = [words for words, is_declared in declared.items() if is_declared]
+    return f"it reads {' and '.join(read)}, not log-probs of responses alone" if read else None
 
 
 def total_variation(p: Tensor, q: Tensor) -> Tensor:

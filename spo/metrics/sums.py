@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -22,15 +23,16 @@ class SumsAndCounts(Metric):
     Args:
         names: Names of the quantities.
         over_ranks: Whether to reduce over processes; false where one process computes alone.
+        gaps: Names of the quantities in which NaN stands for a missing element. In the others it makes the mean NaN.
     """
 
     full_state_update = False
     sums: Tensor
     counts: Tensor
 
-    def __init__(self, names: tuple[str, ...], over_ranks: bool = True) -> None:
+    def __init__(self, names: tuple[str, ...], over_ranks: bool = True, gaps: Collection[str] = ()) -> None:
         super().__init__(sync_on_compute=over_ranks)
-        self.names = names
+        self.names, self.gaps = names, frozenset(gaps)
         self._stored: list[Group] = [{}]
         # Persistent, so that a run resumed between two log steps reports the mean over the whole interval.
         self.add_state("sums", torch.zeros(len(names), dtype=torch.float64), "sum", persistent=True)
@@ -63,13 +65,18 @@ class SumsAndCounts(Metric):
         groups, self._stored = self._stored, [{}]
         # One group after the other, as a run adds them that was saved between two groups and resumes.
         for name, values in (item for group in groups for item in group.items()):
-            position = self.names.index(name)
+            position, has_gaps = self.names.index(name), name in self.gaps
             tensors = [value.double().flatten() for value in values if isinstance(value, Tensor)]
             numbers = [value for value in values if not isinstance(value, Tensor)]
+            if has_gaps:
+                numbers = [value for value in numbers if not math.isnan(value)]
             self.sums[position] += sum(numbers)
-            self.counts[position] += len(numbers) + sum(tensor.numel() for tensor in tensors)
+            self.counts[position] += len(numbers)
             if tensors:
-                self.sums[position] += torch.cat([tensor.to(self.sums.device) for tensor in tensors]).sum()
+                elements = torch.cat([tensor.to(self.sums.device) for tensor in tensors])
+                missing = elements.isnan() if has_gaps else torch.zeros_like(elements, dtype=torch.bool)
+                self.counts[position] += (~missing).sum()
+                self.sums[position] += elements.masked_fill(missing, 0).sum()
 
     def sync_context(self, *args: Any, **kwargs: Any) -> Any:
         """Sum stored values before processes exchange them."""

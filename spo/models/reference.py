@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from spo.bounds import PositiveInt
 from spo.data.logps_store import LogpsStore
+from spo.errors import UserError
+from spo.models.fingerprint import fingerprint
 from spo.models.given_adapter import REFERENCE_ADAPTER
 from spo.types import PreferenceBatch
 
@@ -29,12 +31,18 @@ class Reference:
         scores_samples: Whether it can score any sequence, such as a sample of the policy.
         stores_logps: Whether it stores log-probs of pairs, which is of use only if the loss reads them from there.
         needs_adapter: Whether it needs a policy with an adapter.
+        moves: Whether its weights change during training, in :meth:`after_step`. All other references stay as they are,
+            which :meth:`check_unmoved` checks. Checkpoints have the weights of a reference that moves.
+        key: Configuration key of the reference.
     """
 
     scores_pairs: ClassVar[bool] = True
     scores_samples: ClassVar[bool] = True
     stores_logps: ClassVar[bool] = False
     needs_adapter: ClassVar[bool] = False
+    moves: ClassVar[bool] = False
+    key: str = "reference"
+    _fingerprint: int | None = None
 
     def attach(self, load: Callable[[], nn.Module]) -> None:
         """Prepare for training.
@@ -76,24 +84,72 @@ class Reference:
         yield policy
 
     def pair_logps(self, batch: PreferenceBatch, policy: nn.Module, speed: Speed) -> Tensor:
-        """Return ``(N,)`` summed log-probs of a batch's sequences: those that came with it, else computed now."""
-        if batch.reference_logps is not None:
-            return batch.reference_logps
+        """Return ``(N,)`` summed log-probs of a batch's sequences."""
         with self.active(policy) as reference:
             return speed.logps(reference, batch.sequences)
 
+    def after_step(self, policy: nn.Module, step: int) -> None:
+        """Follow the policy, if the class declares ``moves``. Called on every process after each step that was taken.
+
+        Args:
+            policy: Model in training, after the step.
+            step: Optimizer steps taken so far, those that were skipped not counted: 1, 2, 3, and so on.
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights that checkpoints have: those of a reference that moves, else none."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the weights of :meth:`state_dict`."""
+
+    def weights(self) -> Iterator[Tensor]:
+        """Yield the weights that must not change unless the class declares ``moves``: those of its models."""
+        for value in vars(self).values():
+            if isinstance(value, nn.Module):
+                yield from (weight for weight in value.state_dict().values() if isinstance(weight, Tensor))
+
+    def check_unmoved(self) -> None:
+        """Check that the weights are those of the first call, unless the class declares ``moves``.
+
+        It waits for the device.
+
+        Raises:
+            UserError: A callback or a method of the reference changed the weights.
+        """
+        if self.moves:
+            return
+        now = fingerprint(self.weights())
+        if self._fingerprint is None:
+            self._fingerprint = now
+        elif now != self._fingerprint:
+            raise UserError(
+                f"{self.key}: the weights of this {type(self).__name__} changed during training, and it does not "
+                "declare that it moves: change them in after_step of a class with moves = True, and choose that "
+                "class with reference._target_=MODULE.CLASS"
+            )
+
 
 class FrozenReference(Reference):
-    """A frozen second copy of the model that training starts from."""
+    """A second copy of the model that training starts from. It stays as it is, unless a subclass declares ``moves``."""
 
     def __init__(self) -> None:
         self.model: nn.Module | None = None
 
     def attach(self, load: Callable[[], nn.Module]) -> None:
         self.model = load()
+        self._fingerprint = None
+        self.check_unmoved()
 
     def describe(self) -> str:
-        return "frozen copy"
+        return f"{super().describe()}, a copy that moves" if self.moves else "frozen copy"
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.model.state_dict() if self.moves and self.model is not None else {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if self.moves and self.model is not None:
+            self.model.load_state_dict(state)
 
     def to(self, device: torch.device) -> None:
         if self.model is not None:
@@ -147,6 +203,7 @@ class CachedReference(FrozenReference):
         logps = self.store.get(batch.keys)
         missing = logps.isnan().nonzero().squeeze(-1)
         if len(missing) > 0:
+            self.check_unmoved()  # Other runs read what is stored, so it must be of the weights that name the store.
             sequences = batch.sequences
             if len(missing) < len(logps):
                 sequences = speed.arrange(sequences.to("cpu").rows(missing)).to(device)
@@ -178,6 +235,11 @@ class PrecomputedReference(Reference):
     def precompute(self, score: Callable[[PrecomputedReference], dict[str, Tensor]]) -> dict[str, Tensor]:
         return score(self)
 
+    def pair_logps(self, batch: PreferenceBatch, policy: nn.Module, speed: Speed) -> Tensor:
+        if batch.reference_logps is None:
+            raise RuntimeError("this batch came without the log-probs that were computed before training")
+        return batch.reference_logps
+
     def describe(self) -> str:
         return f"stored log-probs of {self.found + self.computed} sequences, {self.computed} of them new"
 
@@ -190,12 +252,20 @@ class AdapterOffReference(Reference):
     """
 
     needs_adapter: ClassVar[bool] = True
+    policy: nn.Module | None = None
 
     def describe(self) -> str:
         return "initial state of the adapter"
 
+    def weights(self) -> Iterator[Tensor]:
+        if self.policy is not None:
+            yield from (weight for weight in self.policy.parameters() if not weight.requires_grad)
+
     @contextmanager
     def active(self, policy: nn.Module) -> Iterator[nn.Module]:
+        if self.policy is None:
+            self.policy = policy
+            self.check_unmoved()
         modes = {module: module.training for module in policy.modules()}
         policy.eval()  # Adapter dropout must not reach the reference.
         try:

@@ -3,9 +3,10 @@
 from spo.objective.base import Divergence, Part, Prompts, Run, StepTerm
 from spo.objective.enumerated import EnumeratedDivergence, Enumeration
 from spo.objective.joint import concat_logps
-from spo.objective.pairs import PairDivergence, Pairs, parameters_of, score
+from spo.objective.learned import parameters_of
+from spo.objective.pairs import PairDivergence, Pairs, score
 from spo.objective.samples import SampleDivergence, SampleSettings
-from spo.objective.scored import ScoredBatch, loss_inputs
+from spo.objective.scored import ScoredBatch, loss_inputs, metrics_of
 
 __all__ = [
     "Divergence",
@@ -22,6 +23,7 @@ __all__ = [
     "StepTerm",
     "concat_logps",
     "loss_inputs",
+    "metrics_of",
     "parameters_of",
     "score",
 ]

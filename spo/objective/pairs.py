@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from spo.objective.base import Divergence, Part, Run, StepTerm
 from spo.objective.joint import concat_logps, gather_logps, leaves_of
-from spo.objective.scored import ScoredBatch
+from spo.objective.learned import parameters_of, update_statistics
+from spo.objective.scored import ScoredBatch, losses_of, metrics_of
 from spo.ops import Logits
 from spo.types import Logps, PreferenceBatch, Sequences, Window
 
@@ -73,11 +74,6 @@ class Joint:
     slopes: Mapping[str, Tensor]
     metrics: Mapping[str, Tensor]
     parameters: Sequence[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
-
-
-def parameters_of(loss: Loss[Any]) -> list[nn.Parameter]:
-    """Return the trainable parameters of a loss that is a module; empty for any other loss."""
-    return [p for p in loss.parameters() if p.requires_grad] if isinstance(loss, nn.Module) else []
 
 
 def score(
@@ -183,7 +179,7 @@ class Pairs(Part):
         with torch.enable_grad():
             whole, own = gather_logps(concat_logps(parts), self.run.global_rank, self.run.world_size)
             if self.loss.has_statistics:
-                self.loss.update_statistics(whole.with_columns({k: v.detach() for k, v in whole.columns().items()}))
+                update_statistics(self.loss, whole)
             losses, metrics = self.losses(whole, step)
             wanted = [*(leaf for of_part in leaves for leaf in of_part.values()), *parameters]
             slopes = iter(torch.autograd.grad(losses.sum(), wanted, allow_unused=True))
@@ -292,8 +288,10 @@ class Pairs(Part):
     def losses(self, logps: Logps, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each pair or list, ``(B,)``, and the metrics that follow from its log-probs."""
         alpha, beta = self.run.alpha(step), self.run.beta(step)
-        losses = self.loss(logps, alpha=alpha, beta=beta)
-        return losses, {"loss/preference": losses, **self.loss.metrics(logps, alpha=alpha, beta=beta)}
+        # Layers of a loss would compute in half precision under bf16-mixed, and not in an evaluation.
+        with torch.autocast(self.run.device.type, enabled=False):
+            losses = losses_of(self.loss, logps, alpha, beta)
+            return losses, {"loss/preference": losses, **metrics_of(self.loss, logps, alpha, beta)}
 
 
 class PairDivergence(Divergence):

@@ -87,14 +87,14 @@ class ScoredBatch:
         Returns:
             ``(n, B)``, best first.
         """
-        batch, sequences = self.batch, self.batch.sequences
-        shortest = self.lengths.masked_fill(~batch.mask(), torch.iinfo(torch.long).max).amin(0)
-        # Sums over the first k tokens of a completion are differences of running sums over all tokens laid end to end.
-        running = torch.cat([tokens.new_zeros(1), tokens]).double().cumsum(0)
-        end = sequences.completion_length.cumsum(0)
-        first = batch.per_completion(end - sequences.completion_length)
-        sums = running[first + shortest] - running[first]
-        return sums.to(tokens.dtype).masked_fill(~batch.mask(), 0)
+        sequences, mask = self.batch.sequences, self.batch.mask()
+        shortest = self.lengths.masked_fill(~mask, torch.iinfo(torch.long).max).amin(0)
+        # Not differences of running sums over all tokens: one of them may be infinite, or too large to add others to.
+        rows = torch.zeros_like(sequences.input_ids, dtype=tokens.dtype).flatten()
+        rows = rows.index_copy(0, sequences.left_aligned_index, tokens).view_as(sequences.input_ids)
+        of_completions = rows[self.batch.per_completion(torch.arange(len(rows), device=rows.device))]
+        inside = torch.arange(rows.shape[1], device=rows.device) < shortest[:, None]
+        return of_completions.masked_fill(~(inside & mask[..., None]), 0).sum(-1)
 
     def inputs_of(self, loss: Loss[Any]) -> Logps:
         """Return what a loss reads of the batch.
@@ -133,6 +133,8 @@ def loss_inputs(
         extra_references: ``(N,)`` summed log-probs of the sequences under each further reference, by name.
     """
     arrange, lengths = loss.inputs.arrange, batch.sequences.completion_length
+    if not loss.uses_reference:
+        reference_logps = None  # A regularizer may have them computed, which the loss must not depend on.
     extra = {}
     for name, role in loss.extra_completions.items():
         place = batch.extra[name]
@@ -145,3 +147,51 @@ def loss_inputs(
     references = {name: arrange(batch.per_completion(logps)) for name, logps in (extra_references or {}).items()}
     logps = loss.inputs.of_batch(batch, policy_logps, reference_logps)
     return replace(logps, references=references, features=batch.features, extra=extra)
+
+
+def losses_of(loss: Loss[Any], logps: Logps, alpha: float, beta: float) -> Tensor:
+    """Return the ``(B,)`` losses.
+
+    Args:
+        loss: Loss of the method.
+        logps: Log-probs of ``B`` pairs, lists or labelled completions.
+        alpha: Softness.
+        beta: Temperature of the method.
+
+    Raises:
+        UserError: The loss returns another shape, such as that of a mean.
+    """
+    losses = loss(logps, alpha=alpha, beta=beta)
+    if losses.shape != (len(logps),):
+        raise UserError(
+            f"method.loss: {type(loss).__name__} must return one loss of each row, of shape {(len(logps),)}, and "
+            f"returns {tuple(losses.shape)}: leave out its mean or sum"
+        )
+    return losses
+
+
+def metrics_of(loss: Loss[Any], logps: Logps, alpha: float, beta: float) -> dict[str, Tensor]:
+    """Return ``(B,)`` of each metric that a loss computes.
+
+    Args:
+        loss: Loss of the method.
+        logps: Log-probs of ``B`` pairs, lists or labelled completions.
+        alpha: Softness.
+        beta: Temperature of the method.
+
+    Raises:
+        UserError: The loss returns a metric that it does not declare, or one of another shape.
+    """
+    found = loss.metrics(logps, alpha=alpha, beta=beta)
+    if undeclared := sorted(found.keys() - set(loss.metric_names)):
+        raise UserError(
+            f"method.loss: {type(loss).__name__}.metrics returns {undeclared[0]!r}, which the loss does not declare: "
+            f"add it to extra_metrics = {(*loss.extra_metrics, undeclared[0])}"
+        )
+    for name, values in found.items():
+        if values.shape != (len(logps),):
+            raise UserError(
+                f"method.loss: {type(loss).__name__}.metrics must return one number of each row as {name!r}, of shape "
+                f"{(len(logps),)}, and returns {tuple(values.shape)}: a mean over the batch would count wrongly"
+            )
+    return found

@@ -174,10 +174,7 @@ def _log_ratio(policy_logits: Logits, reference_logits: Logits, sequences: Seque
 
 def _later_minus_baseline(values: Tensor, sequences: Sequences) -> Tensor:
     """Return ``(M,)``: the sum of the values after each token, minus its mean over the other sequences there."""
-    width = sequences.input_ids.shape[1]
-    row = sequences.completion_index // width
-    # Completions start at the left edge here: a column is a position in the completion, wherever the prompts end.
-    cells = sequences.completion_index - sequences.prompt_length[row]
+    width, cells = sequences.input_ids.shape[1], sequences.left_aligned_index
     padded = values.new_zeros(sequences.input_ids.numel()).index_copy(0, cells, values).view(-1, width)
     later = padded.flip(1).cumsum(1).flip(1) - padded
     reached = torch.arange(width, device=values.device) < sequences.completion_length[:, None]

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from spo.comparison.compare import Comparison, Difference, Duel, Method
-from spo.metrics.catalogue import label, shown_in
+from spo.metrics.catalogue import find, label, shown_in
 from spo.metrics.trained import BUDGET_WORDS, PREFIX
 from spo.pages.comparison_words import (
     describe_difference,
@@ -30,8 +30,10 @@ JSON, CSV, MARKDOWN, PAGE = "comparison.json", "table.csv", "comparison.md", "co
 
 
 def columns(comparison: Comparison) -> list[str]:
-    """Return the metrics of the table that some method has, the main one first."""
-    order = dict.fromkeys((comparison.metric_name, *shown_in("comparison")))
+    """Return the metrics of the table that some method has: the main one first, those of single losses last."""
+    measured = (name for method in comparison.methods for name in method.estimates)
+    own = sorted({name for name in measured if find(name) is None})
+    order = dict.fromkeys((comparison.metric_name, *shown_in("comparison"), *own))
     return [name for name in order if any(name in method.estimates for method in comparison.methods)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -12,10 +12,13 @@ import yaml
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag, TypeAdapter, ValidationError
 
 from spo.errors import UserError
-from spo.metrics.catalogue import SHARE, Place, find, find_logged, shown_in, title
+from spo.metrics.catalogue import SHARE, Place, find, find_logged, label, shown_in, title
+from spo.records.run import RunRecord
 from spo.resources import conf_dir
 
 DEFAULT = "alignment"
+SPLITS = ("train", "val")
+SCHEDULES = ("alpha", "beta")
 
 
 def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -195,6 +198,22 @@ class Dashboard(_Node):
     def keys(self) -> frozenset[str]:
         """Return the keys of every metric that some panel shows."""
         return frozenset(key for section in self.sections for panel in section.panels for key in panel.keys)
+
+    def with_metrics_of(self, run: RunRecord) -> Dashboard:
+        """Return the dashboard with panels for what a run logged beyond it, such as metrics that its loss adds.
+
+        Args:
+            run: Run. Its metrics of training and validation get curves, and those of the test split get bars too.
+        """
+        known = {metric for section in self.sections for curves in section.curves for metric in curves.metrics}
+        keys = dict.fromkeys(key.partition("/") for row in run.history for key in row)
+        logged = dict.fromkeys(name for split, _, name in keys if split in SPLITS and name not in {*known, *SCHEDULES})
+        if not logged:
+            return self
+        final = [name for name in logged if run.metric(f"eval/{name}") is not None and f"eval/{name}" not in self.keys]
+        curves = [Curves(label(name), (name,)) for name in logged]
+        bars = [Bars(label(name), (f"eval/{name}",)) for name in final]
+        return replace(self, sections=(*self.sections, Section("Further curves", (*curves, *bars))))
 
 
 def unit_of(key: str) -> str:

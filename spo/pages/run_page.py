@@ -13,18 +13,15 @@ from markupsafe import Markup
 from spo.metrics.catalogue import INTERVAL_ENDS, find, label, rank, shown_in, unit
 from spo.metrics.trained import describe_budget
 from spo.pages.charts import LineChart, Series, histogram, interval_bar, line_chart
-from spo.pages.dashboard import Curves, Dashboard, load_spec, unit_of
+from spo.pages.dashboard import SCHEDULES, SPLITS, Curves, Dashboard, load_spec, unit_of
 from spo.pages.selfcontained import write_selfcontained
 from spo.records import filenames
 from spo.records.run import RunRecord, read_run
 from spo.wording import clean, describe_win_rate, duration, finite, number, shorten, verdict_word
 
 TEMPLATES = Path(__file__).parent / "templates"
-SPLITS = ("train", "val")
 # Limits that keep the page of any run below a megabyte.
-_SAMPLES_PER_ORDER, _SAMPLE_BYTES, _TEXT_CHARACTERS, _FILE_CHARACTERS, _PANELS = 20, 350_000, 3000, 60_000, 30
-
-SCHEDULES = ("alpha", "beta")
+_SAMPLES_PER_ORDER, _SAMPLE_BYTES, _TEXT_CHARACTERS, _FILE_CHARACTERS, _PANELS = 20, 350_000, 3000, 60_000, 40
 
 
 def render_report(run_dir: Path, dashboard: Dashboard | None = None) -> Path:
@@ -248,14 +245,9 @@ def _curves(run: RunRecord, dashboard: Dashboard) -> tuple[list[dict[str, Any]],
 
 def _panels(run: RunRecord, dashboard: Dashboard) -> Iterable[tuple[str, list[LineChart]]]:
     """Yield the sections of the dashboard that the run fills, and the other metrics that it logged."""
-    for section in dashboard.sections:
+    for section in dashboard.with_metrics_of(run).sections:
         panels = [_panel(run, curves) for curves in section.curves]
         yield section.title, [panel for panel in panels if panel.series]
-    known = {metric for section in dashboard.sections for curves in section.curves for metric in curves.metrics}
-    logged = dict.fromkeys(key.partition("/") for row in run.history for key in row)
-    others = dict.fromkeys(name for split, _, name in logged if split in SPLITS and name not in {*known, *SCHEDULES})
-    panels = [_panel(run, Curves(label(name), (name,))) for name in others]
-    yield "Further curves", [panel for panel in panels if panel.series]
 
 
 def _panel(run: RunRecord, curves: Curves) -> LineChart:

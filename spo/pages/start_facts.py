@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from spo.batching import steps_per_epoch
 from spo.data import PreparedPairs
 from spo.data.splits import REPORTED_COUNTS
-from spo.exact import ExactMetrics
+from spo.exact import ExactMetrics, beyond_enumeration
 from spo.metrics.catalogue import unit
 from spo.module import AlignmentModule
 from spo.ops import entropy
@@ -82,7 +82,8 @@ def _short(number: int) -> str:
 def _describe_optimum(module: AlignmentModule, exact: ExactMetrics) -> str:
     optimum = exact.optimum(module)
     if optimum is None:
-        return "none: the data and the objective do not determine a single policy"
+        reason = beyond_enumeration(module.loss) or "the data and the objective do not determine a single policy"
+        return f"none: {reason}"
     stated = "as the loss states it" if optimum.found == "closed form" else "found numerically"
     return f"{stated}, entropy {float(entropy(optimum.logps).mean()):.4g} nats per response"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
@@ -26,12 +27,14 @@ from spo.exact import ExactMetrics, World
 from spo.forward.speed import Speed
 from spo.losses import Loss
 from spo.models import Reference
-from spo.models.optimizer import make_with_names
+from spo.models.optimizer import make_apart, make_with_names
 from spo.models.saving import check_mergeable
 from spo.module import AlignmentModule
 from spo.objective import Enumeration, Prompts
+from spo.objective.learned import PREFIX
 from spo.regularizers import Regularizer
 from spo.schedules.optimization import warmup_steps
+from spo.seeds import derive_seed
 from spo.stages.prepare import Prepared
 from spo.stages.reference_logps import logps_store, precomputed_logps
 from spo.stages.regularizer_prompts import regularizer_prompts
@@ -98,7 +101,7 @@ def build_module(
     enumeration: Enumeration | None = None,
 ) -> AlignmentModule:
     """Return the LightningModule of the run."""
-    loss: Loss[Any] = instantiate(cfg.method.loss, _convert_="all")
+    loss = build_loss(cfg)
     regularizer: Regularizer = instantiate(cfg.regularizer, _convert_="all")
     probe = ProbeSettings(**cfg.probe) if cfg.probe.num_prompts > 0 else None
     return AlignmentModule(
@@ -108,7 +111,7 @@ def build_module(
         reference,
         alpha=instantiate(cfg.alpha),
         beta=instantiate(cfg.beta),
-        optimizer=build_optimizer(cfg, policy),
+        optimizer=build_optimizer(cfg, policy, loss),
         scheduler=build_scheduler(cfg),
         prompts=Prompts(
             [prompt.ids for prompt in prepared.sampling_prompts("train", cfg.data.max_new_tokens)],
@@ -128,13 +131,26 @@ def build_module(
     )
 
 
-def build_optimizer(cfg: DictConfig, policy: nn.Module) -> Callable[[list[nn.Parameter]], Optimizer]:
-    """Return a function from trainable parameters to their optimizer.
+def build_loss(cfg: DictConfig) -> Loss[Any]:
+    """Return the loss of the run, whose new parameters follow from the seed of the run alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed("loss", cfg.seed))
+        loss: Loss[Any] = instantiate(cfg.method.loss, _convert_="all")
+    return loss
+
+
+def build_optimizer(
+    cfg: DictConfig, policy: nn.Module, loss: Loss[Any] | None = None
+) -> Callable[[list[nn.Parameter]], Optimizer]:
+    """Return a function from trainable parameters of policy and loss to their optimizer.
 
     An optimizer with the key ``decay_norm_and_bias`` gets the names of the parameters too.
     """
     make = instantiate(cfg.optimizer, _convert_="all")
-    return partial(make_with_names, make, policy) if "decay_norm_and_bias" in cfg.optimizer else make
+    models = {"": policy} | ({PREFIX: loss} if isinstance(loss, nn.Module) else {})
+    return (
+        partial(make_with_names, make, models) if "decay_norm_and_bias" in cfg.optimizer else partial(make_apart, make)
+    )
 
 
 def build_scheduler(cfg: DictConfig) -> Callable[[Optimizer], LRScheduler]:

@@ -27,10 +27,12 @@ from spo.evaluation.cached_completions import cached_completions
 from spo.evaluation.completions import Draws
 from spo.evaluation.judges import Judge
 from spo.evaluation.opponents import find_opponents
-from spo.evaluation.pair_metrics import pair_metrics
+from spo.evaluation.pair_metrics import Scoring, pair_metrics
 from spo.evaluation.settings import REFERENCE
 from spo.forward.speed import Speed
+from spo.losses import Loss
 from spo.metrics.catalogue import INTERVAL_ENDS
+from spo.models import FrozenReference, Reference
 from spo.pages.panels import result_panel
 from spo.records import filenames
 from spo.records.digests import model_digest
@@ -169,12 +171,8 @@ def evaluate_run(
 
     with memory_for("scoring the test pairs", "data.eval_batch_size", "speed.max_logits"):
         metrics = test.metrics | pair_metrics(
-            instantiate(cfg.method.loss, _convert_="all"),
-            _final_coefficients(cfg, run_dir),
-            models.policy,
-            models.reference,
+            build_scoring(cfg, prepared, run_dir, models),
             prepared.pairs.test,
-            models.speed,
             batch_size=cfg.data.eval_batch_size,
             pad_token_id=prepared.tokenizer.pad_token_id,
         )
@@ -182,6 +180,28 @@ def evaluate_run(
         metrics |= {f"eval/judge/{name}": value for name, value in judge.usage().items()}
     metrics |= _selection_metrics(selection)
     return RunEvaluation(metrics, test.samples, [] if selection is None else selection.samples)
+
+
+def build_scoring(cfg: DictConfig, prepared: Prepared, run_dir: Path, models: Models) -> Scoring:
+    """Return the loss and the references as they were at the end of training.
+
+    Args:
+        cfg: Configuration of the run, resolved.
+        prepared: Prepared run with the model.
+        run_dir: Run directory.
+        models: Saved policy and the model that training started from.
+    """
+    loss: Loss[Any] = instantiate(cfg.method.loss, _convert_="all")
+    device = eval_device(cfg)
+    if isinstance(loss, torch.nn.Module):
+        loss.eval().requires_grad_(False).to(device)
+    reference: Reference = instantiate(cfg.reference)
+    if reference.needs_adapter or not reference.scores_samples:
+        # The saved policy is merged, and stored log-probs are of other pairs: both come from the start of training.
+        reference = FrozenReference()
+    if loss.uses_reference or loss.needs_reference_logits:
+        reference.attach(lambda: models.reference)
+    return Scoring(loss, _final_coefficients(cfg, run_dir), models.policy, reference, models.speed)
 
 
 def _final_coefficients(cfg: DictConfig, run_dir: Path) -> dict[str, float]:

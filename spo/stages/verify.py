@@ -21,6 +21,7 @@ from spo.config.checks import check_config
 from spo.config.compose import compose
 from spo.config.groups import group_members
 from spo.errors import UserError
+from spo.exact import beyond_enumeration
 from spo.losses import Loss
 from spo.records.files import write_json
 from spo.regularizers import GlobalKL
@@ -107,8 +108,11 @@ def plan_cases(
     skipped: list[str] = []
     for key in methods or known:
         member = _member(key, config_dir)
-        if not member.loss.uses_rejected:
-            skipped.append(f"{member.name} is skipped: it learns from completions alone and compares none")
+        reason = beyond_enumeration(member.loss)
+        if reason is None and not member.loss.uses_rejected:
+            reason = "it learns from completions alone and compares none"
+        if reason is not None:
+            skipped.append(f"{member.name} is skipped: {reason}")
             continue
         found = _cases(plan, "full" if full else "default", member)
         # What is sampled does not depend on the method, so the first method that samples stands for all.

@@ -74,6 +74,11 @@ class Sequences(Movable):
         return self.length - self.prompt_length
 
     @property
+    def left_aligned_index(self) -> Tensor:
+        """Return ``completion_index`` of the same completions moved to the left edge: a column counts their tokens."""
+        return self.completion_index - self.prompt_length[self.completion_index // self.input_ids.shape[1]]
+
+    @property
     def last_token(self) -> Tensor:
         """Return the ``(N,)`` id of the last token of each sequence."""
         return self.input_ids.gather(1, self.length[:, None] - 1).squeeze(1)

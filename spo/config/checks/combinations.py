@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -15,6 +15,9 @@ from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.nodes import first_line, listed, locate, select
 from spo.errors import JudgeError
 from spo.resources import conf_dir
+
+if TYPE_CHECKING:
+    from spo.losses import Loss
 
 
 def combination_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
@@ -40,6 +43,8 @@ def _objective(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
             "spo.losses.ListLoss for ranked lists"
         )
         return
+    if loss is not None:
+        yield from _own_metrics(loss)
     if loss is None or regularizer is None or reference is None:
         return
     method, member = select(cfg, "method.name"), member_name("reference", reference)
@@ -100,6 +105,18 @@ def _objective(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
             f"regularizer.weight=beta: {method} reads beta itself, so the regularizer needs a number of its own, "
             "such as regularizer.weight=0.01"
         )
+
+
+def _own_metrics(loss: Loss[Any]) -> Iterator[str]:
+    """Yield keys of the loss's own metrics under which another number would be lost."""
+    from spo.metrics.catalogue import find
+    from spo.module import STEP_METRICS, TIME_METRICS
+    from spo.watch import HEALTH_METRICS, PROBE_METRICS
+
+    measured = {*STEP_METRICS, *TIME_METRICS, *HEALTH_METRICS, *PROBE_METRICS}
+    for name in loss.extra_metrics:
+        if name in measured or find(name) is not None or name.startswith("reference/"):
+            yield f"method.loss: extra_metrics has {name!r}, the key of another metric: choose a name of its own"
 
 
 def _coefficients(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
