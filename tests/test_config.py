@@ -682,7 +682,7 @@ OUTSIDE_LOSS = """
 from spo.losses import PreferenceLoss
 class MyLoss(PreferenceLoss):
     def __init__(self, scale): self.scale = scale
-    def __call__(self, pair, *, alpha, beta): return self.scale * (pair.policy_rejected - pair.policy_chosen)
+    def of_pairs(self, pair, *, alpha, beta): return self.scale * (pair.policy_rejected - pair.policy_chosen)
 """
 
 

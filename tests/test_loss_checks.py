@@ -115,9 +115,11 @@ METRICS = {
     "rewards/margins": "twice, or a metric that every loss has",
     **dict.fromkeys(
         ("loss", "loss/preference", "grad_norm", "kl", "lr", "step_s", "p_eos", "alpha", "beta/kl", "buffer/age"),
-        "another metric already",
+        "the key of another metric",
     ),
-    **dict.fromkeys(("win_rate", "reference/kl", "reward/length", "self_bleu", "exact/tv"), "another metric already"),
+    **dict.fromkeys(
+        ("win_rate", "reference/kl", "reward/length", "self_bleu", "exact/tv"), "the key of another metric"
+    ),
 }
 
 

@@ -28,8 +28,19 @@ def loss_problems(parts: CheckedParts) -> Iterator[str]:
     from spo.losses import Loss
 
     if isinstance(parts.loss, Loss):
+        yield from _inputs(parts.loss)
         yield from _state(parts.loss, getattr(parts.target("strategy.plugin"), "__name__", ""))
         yield from _metrics(parts.loss)
+
+
+def _inputs(loss: Any) -> Iterator[str]:
+    from spo.types import ListLogps
+
+    if getattr(loss, "uses_lists", False) and loss.inputs is not ListLogps:
+        yield (
+            f"method.loss: {type(loss).__name__} declares uses_lists, which no longer has an effect: derive it from "
+            "spo.losses.ListLoss, and write of_ranking"
+        )
 
 
 def _state(loss: Any, strategy: str) -> Iterator[str]:
@@ -120,7 +131,7 @@ _OURS = ("spo", "torch", "builtins", "abc", "typing")
 
 def _metrics(loss: Any) -> Iterator[str]:
     from spo.losses.base import LOSS_METRICS
-    from spo.metrics.catalogue import CATALOGUE
+    from spo.metrics.catalogue import find
     from spo.module import STEP_METRICS, TIME_METRICS
     from spo.watch import HEALTH_METRICS, PROBE_METRICS
 
@@ -137,11 +148,7 @@ def _metrics(loss: Any) -> Iterator[str]:
             )
         elif key in seen:
             yield f"method.loss: {name}.extra_metrics has {key!r} twice, or a metric that every loss has: remove it"
-        elif (
-            key in of_module
-            or key.startswith(("alpha/", "beta/", "reference/"))
-            or any(entry.argument(key) is not None for entry in CATALOGUE)
-        ):
-            yield f"method.loss: {name}.extra_metrics has {key!r}, which is another metric already: choose another name"
+        elif key in of_module or key.startswith(("alpha/", "beta/", "reference/")) or find(key) is not None:
+            yield f"method.loss: {name}.extra_metrics has {key!r}, the key of another metric: choose a name of its own"
         if isinstance(key, str):
             seen.add(key)
