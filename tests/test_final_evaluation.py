@@ -18,7 +18,7 @@ PLUGIN = """
     import torch
     from torch import nn
 
-    from spo.losses import DPOLoss, Term
+    from spo.losses import DPOLoss, LabelledLoss, Term
     from spo.models import FrozenReference
 
 
@@ -76,6 +76,18 @@ PLUGIN = """
             return super().metrics(pair, alpha=alpha, beta=beta) | {"prefix/short": short}
 
 
+    class Labelled(LabelledLoss):
+        extra_metrics = ("labelled/gap", "labelled/never")
+
+        def of_labels(self, logps, *, alpha, beta):
+            return -((2 * logps.label - 1) * beta * (logps.policy - logps.reference)).sigmoid()
+
+        def metrics(self, logps, /, *, alpha, beta):
+            never = torch.full_like(logps.policy, torch.nan)
+            own = {"labelled/gap": logps.policy.where(logps.label > 0.5, torch.nan), "labelled/never": never}
+            return super().metrics(logps, alpha=alpha, beta=beta) | own
+
+
     class Following(FrozenReference):
         moves = True
 
@@ -130,6 +142,20 @@ def test_final_evaluation_repeats_the_last_validation(name: str, plugin: Path) -
         (run / "reference.safetensors").unlink()
         with pytest.raises(UserError, match=r"reference\.safetensors is missing"):
             evaluate_command(run, [], allowed)
+
+
+@pytest.mark.slow
+def test_labelled_completions_have_the_metrics_of_single_completions(plugin: Path) -> None:
+    run, metrics = trained(plugin, "~method.loss.label_smoothing", "method.loss._target_=evaluated_plugin.Labelled")
+    of_pairs = {
+        f"{split}/{name}" for split in ("train", "val", "eval") for name in ("rewards/margins", "labelled/never")
+    }
+    assert not metrics.keys() & of_pairs and not any("calibration" in key for key in metrics)
+    assert metrics["val/rewards/chosen"] > metrics["val/rewards/rejected"]
+    assert metrics["eval/labelled/gap"] == pytest.approx(metrics["val/labelled/gap"], abs=1e-5)
+    assert metrics["exact/entropy"] > 0 and "exact/tv" not in metrics
+    again = evaluate_command(run, [], ["evaluated_plugin.Labelled"])
+    assert again["eval/labelled/gap"] == pytest.approx(metrics["eval/labelled/gap"], abs=1e-6)
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ from spo.runs.claim import is_finished
 from spo.runs.saved_config import load_config, refuse_redacted, resolved
 from spo.schedules import Constant
 from spo.stages.evaluation_config import evaluation_config
+from spo.stages.extra_references import load_extra_references
 from spo.stages.from_config import eval_device, model_plugins, resolve_values
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
@@ -184,7 +185,7 @@ def evaluate_run(
 
 
 def build_scoring(cfg: DictConfig, prepared: Prepared, run_dir: Path, models: Models) -> Scoring:
-    """Return the loss and the reference as they were at the end of training.
+    """Return the loss and the references as they were at the end of training.
 
     Args:
         cfg: Configuration of the run, resolved.
@@ -209,7 +210,12 @@ def build_scoring(cfg: DictConfig, prepared: Prepared, run_dir: Path, models: Mo
         reference.attach(lambda: prepared.spec.start(prepared.base).to(device) if reference.moves else models.reference)
         if reference.moves:
             reference.load_state_dict(load_reference_state(run_dir))
-    return Scoring(loss, _final_coefficients(cfg, run_dir), models.policy, reference, models.speed)
+    further, speed = load_extra_references(cfg, prepared), models.speed
+    for one in further.values():
+        one.to(device)
+        with one.active(models.policy) as model:
+            speed = speed.resolve_for(model)
+    return Scoring(loss, _final_coefficients(cfg, run_dir), models.policy, reference, speed, further)
 
 
 def _final_coefficients(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
