@@ -72,7 +72,8 @@ class ExactMetrics(Callback):
         """Return where the module's objective is least at its present step, or ``None`` if that is unknown."""
         alpha, beta = module.alpha(module.global_step), module.beta(module.global_step)
         kl_weight = module.regularizer.kl_weight(beta)
-        if kl_weight is None or beyond_enumeration(module.loss) is not None:
+        changes = module.reference.moves  # An objective that changes does not have one minimum.
+        if kl_weight is None or changes or beyond_enumeration(module.loss) is not None:
             return None
         key = (alpha, beta, kl_weight)
         if key not in self._optima:
