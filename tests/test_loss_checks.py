@@ -117,7 +117,9 @@ METRICS = {
         ("loss", "loss/preference", "grad_norm", "kl", "lr", "step_s", "p_eos", "alpha", "beta/kl", "buffer/age"),
         "the key of another metric",
     ),
-    **dict.fromkeys(("win_rate", "reward/length", "self_bleu", "exact/tv"), "the key of another metric"),
+    **dict.fromkeys(
+        ("win_rate", "reference/kl", "reward/length", "self_bleu", "exact/tv"), "the key of another metric"
+    ),
 }
 
 

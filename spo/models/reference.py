@@ -127,8 +127,8 @@ class Reference:
         elif now != self._fingerprint:
             raise UserError(
                 f"{self.key}: the weights of this {type(self).__name__} changed during training, and it does not "
-                "declare that it moves: change them in after_step of a class with moves = True, and choose that class "
-                "with reference._target_=MODULE.CLASS"
+                "declare that it moves: change them in after_step of a class with moves = True, and choose that "
+                "class with reference._target_=MODULE.CLASS"
             )
 
 

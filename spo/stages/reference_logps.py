@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -100,7 +100,8 @@ def precomputed_logps(cfg: DictConfig, prepared: Prepared, reference: Precompute
         reference: Reference that names the folder of the store; the number of log-probs found there is set on it.
 
     Returns:
-        ``(P, n)`` per split, best first; NaN where a list has fewer than ``n`` completions.
+        ``(P, n)`` per split: the completions, best first, with NaN where a list is shorter, and then the further
+        completions.
 
     Raises:
         DataError: Log-probs of the reference are not numbers, or the store cannot be used.
@@ -199,11 +200,18 @@ def cut_into_batches(rows: Sequence[Row], batch_tokens: int, speed: Speed) -> It
 
 
 def _rows(pair: TokenizedPair) -> list[Row]:
-    return [(pair.prompt_ids, completion) for completion in pair.completions]
+    return [(pair.prompt_ids, completion) for completion in pair.sequences]
 
 
 def _table(pairs: Sequence[TokenizedPair], logps: dict[Row, float], dtype: torch.dtype) -> Tensor:
-    lists = [[logps[row] for row in _rows(pair)] for pair in pairs]
-    longest = max(map(len, lists))
+    def scores(pair: TokenizedPair, completions: Iterable[tuple[int, ...]]) -> list[float]:
+        return [logps[pair.prompt_ids, completion] for completion in completions]
+
+    longest = max(len(pair.completions) for pair in pairs)
     # Nothing reads the padding. NaN would reveal code that does.
-    return torch.tensor([values + [torch.nan] * (longest - len(values)) for values in lists], dtype=dtype)
+    padding = [[torch.nan] * (longest - len(pair.completions)) for pair in pairs]
+    table = [
+        scores(pair, pair.completions) + missing + scores(pair, pair.extra.values())
+        for pair, missing in zip(pairs, padding, strict=True)
+    ]
+    return torch.tensor(table, dtype=dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -220,7 +219,7 @@ def _record_inputs(cfg: DictConfig, prepared: Prepared, run_dir: Path, step: int
     """
     if not is_first_process():
         return
-    pairs = {split: [dataclasses.astuple(pair) for pair in getattr(prepared.pairs, split)] for split in SPLITS}
+    pairs = {split: [pair.identity() for pair in getattr(prepared.pairs, split)] for split in SPLITS}
     inputs: dict[str, Any] = {"reference_sha256": model_digest(prepared.base), "pairs_sha256": digest(pairs)}
     further = {name: model_digest(path) for name, path in extra_references(cfg).items()}
     record_inputs(run_dir, inputs | ({"extra_references_sha256": further} if further else {}), step)

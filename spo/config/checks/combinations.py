@@ -192,7 +192,7 @@ def _data(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     if source is None:
         return
     from spo.data.source import Source
-    from spo.types import PairLogps
+    from spo.losses import DataNeeds, Loss
 
     if not isinstance(source, Source):
         yield f"data.source: {type(source).__name__} is not a source: derive it from spo.data.source.Source"
@@ -201,13 +201,53 @@ def _data(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
         source.check_limits(select(cfg, "data.max_length"), select(cfg, "data.truncation"))
     except ValueError as error:
         yield first_line(error)
+    if isinstance(loss, Loss):
+        yield from _mismatches(cfg, source, loss)
+    source.needs = DataNeeds() if not isinstance(loss, Loss) else DataNeeds.of(loss)
+    try:
+        source.check_columns()
+    except ValueError as error:
+        yield first_line(error)
+
+
+def _mismatches(cfg: DictConfig, source: Any, loss: Any) -> Iterator[str]:
+    """Yield what the loss asks of the data and the source does not have."""
+    from spo.losses import DataNeeds
+    from spo.types import PairLogps
+
+    needs = DataNeeds.of(loss)
+    method, data = f"method={select(cfg, 'method.name')}", f"data={member_name('data', type(source), 'source')}"
     # Supervised methods lose nothing of a list: they learn from its best completion alone.
-    reads_pairs = loss is not None and getattr(loss, "inputs", None) is PairLogps and declares(loss, "uses_rejected")
-    if source.yields_lists and reads_pairs:
+    if source.yields_lists and needs.inputs is PairLogps and needs.rejected:
         yield (
-            f"method={select(cfg, 'method.name')} compares two completions, but the data has lists of more: choose "
+            f"{method} compares two completions, but the data has lists of more: choose "
             f"{listed(f'method={name}' for name in _list_methods())}, or lists of two "
             "(data.source.max_responses=2 in data=ranked_jsonl, data.source.list_size=2 in data=enumerable)"
+        )
+    if source.yields_lists and needs.labelled:
+        yield (
+            f"{method} reads single completions with labels, but {data} has lists of more than two: choose "
+            "data=labelled_jsonl, or data of pairs, whose two completions become labelled ones"
+        )
+    if source.yields_labels and not needs.labelled:
+        what = "lists of completions" if needs.lists else "pairs of completions" if needs.rejected else "completions"
+        yield (
+            f"{method} reads {what} without labels, but each row of {data} is a single completion with a label: choose "
+            "a method of labelled completions (inputs = LabelledLogps), or data of pairs such as data=jsonl"
+        )
+    if (source.yields_lists or needs.labelled) and (
+        both := [name for name, feature in needs.features.items() if feature.per_completion]
+    ):
+        yield (
+            f"{method}: the feature {both[0]!r} is a number of each completion of a pair, and "
+            f"{'this method reads single completions' if needs.labelled else f'{data} has lists of more than two'}: "
+            "declare a column with one value for each row"
+        )
+    columns = [*needs.number_columns, *needs.text_columns]
+    if columns and not source.has_columns:
+        yield (
+            f"{method} reads the column{'s' if len(columns) > 1 else ''} {', '.join(columns)}, but {data} does not "
+            "have such columns: choose data from a file, such as data=jsonl"
         )
 
 
@@ -271,10 +311,16 @@ def _list_methods() -> list[str]:
     return found
 
 
-def member_name(group: str, cls: type) -> str:
-    """Return the shipped member of a group that makes ``cls``, or the name of the class; for messages."""
+def member_name(group: str, cls: type, part: str = "") -> str:
+    """Return the shipped member of a group that makes ``cls``, or the name of the class; for messages.
+
+    Args:
+        group: Group of the configuration.
+        cls: Class.
+        part: Key below the group whose ``_target_`` makes the class; empty for the group itself.
+    """
     for file in sorted((conf_dir() / group).glob("*.yaml")):
-        target = OmegaConf.select(OmegaConf.load(file), "_target_")
+        target = OmegaConf.select(OmegaConf.load(file), f"{part}._target_" if part else "_target_")
         if target is not None and str(target).rpartition(".")[2] == cls.__name__:
             return file.stem
     return cls.__name__

@@ -28,8 +28,19 @@ def loss_problems(parts: CheckedParts) -> Iterator[str]:
     from spo.losses import Loss
 
     if isinstance(parts.loss, Loss):
+        yield from _inputs(parts.loss)
         yield from _state(parts.loss, getattr(parts.target("strategy.plugin"), "__name__", ""))
         yield from _metrics(parts.loss)
+
+
+def _inputs(loss: Any) -> Iterator[str]:
+    from spo.types import ListLogps
+
+    if getattr(loss, "uses_lists", False) and loss.inputs is not ListLogps:
+        yield (
+            f"method.loss: {type(loss).__name__} declares uses_lists, which no longer has an effect: derive it from "
+            "spo.losses.ListLoss, and write of_ranking"
+        )
 
 
 def _state(loss: Any, strategy: str) -> Iterator[str]:
