@@ -39,7 +39,7 @@ OWN = """
         uses_reference = uses_beta = False
         uses_alpha = True
 
-        def __call__(self, pair, *, alpha, beta):
+        def of_pairs(self, pair, *, alpha, beta):
             return (pair.policy_chosen - pair.policy_rejected) ** 2 / alpha
 
         def optimum(self, rewards, reference_logps, alpha, beta, *, lengths=None):
