@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import socket
 import subprocess
@@ -19,9 +21,11 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from spo import cli
 from spo.data import TokenizedPair
 from spo.forward.speed import Speed
 from spo.models import FrozenReference
+from tests.commands import TINY
 from tests.helpers import (
     BOS,
     EOS,
@@ -34,6 +38,7 @@ from tests.helpers import (
     make_module,
     make_trainer,
     random_pairs,
+    save_model,
     tiny_tokenizer,
 )
 from tests.outside_oracles import EXTRA, ORACLES, POLICY, REFERENCE, Completion, Oracle, Row, completion
@@ -43,7 +48,7 @@ CONF = ROOT / "tests" / "outside" / "conf"
 sys.path.append(str(CONF.parent))  # as PYTHONPATH does for a user
 
 BETA, BATCH, STEPS = 0.1, 6, 3
-METHODS = sorted({path.stem for path in CONF.glob("method/*.yaml")} - {"debiased", "kto", "rpo"})
+METHODS = sorted(path.stem for path in CONF.glob("method/*.yaml"))
 TERMS, STATE = ("ld_dpo", "tdpo2", "wpo"), ("bco", "debiased", "tr_dpo")
 MODELS = {POLICY: 0, REFERENCE: 1, EXTRA: 2}
 
@@ -91,7 +96,7 @@ def some_rows(name: str, *, soft: bool) -> list[TokenizedPair]:
     pairs = random_pairs(
         11,
         seed=1,
-        preference=lambda i: None if i % 2 or not soft else 0.6 + i / 30,
+        preference=lambda i: None if i % 2 or not soft else 0.3 + i / 20,
         weight=lambda i: None if i > 5 or not soft else 0.5 + i / 10,
     )
     pairs[3:5] = [replace(pair, prompt_ids=pairs[2].prompt_ids, prompt_id=pairs[2].prompt_id) for pair in pairs[3:5]]
@@ -126,13 +131,13 @@ def row_of(pair: TokenizedPair, models: dict[str, nn.Module]) -> Row:
     def single(number: float | None) -> float:
         return 1.0 if number is None else float(torch.tensor(number))
 
-    numbers = [single(number) for number in getattr(pair, "features", {}).get("number", (0.0, 0.0))]  # type: ignore[union-attr]
+    numbers = [single(number) for number in pair.features.get("number", (0.0, 0.0))]  # type: ignore[union-attr]
     return Row(
         completion(pair.prompt_ids, pair.chosen_ids, models, numbers[0]),
         seen(pair.rejected_ids, numbers[1]),
-        seen(getattr(pair, "extra", {}).get("mismatched")),
-        getattr(pair, "features", {}).get("embedding", ()),  # type: ignore[arg-type]
-        single(pair.preference),
+        seen(pair.extra.get("mismatched")),
+        pair.features.get("embedding", ()),  # type: ignore[arg-type]
+        single(pair.preference if pair.label is None else pair.label),
         single(pair.weight),
     )
 
@@ -342,7 +347,7 @@ def trl_step(name: str, rows: list[TokenizedPair], model: nn.Module, reference: 
     return trainer._compute_loss(trainer.model, trainer.data_collator(examples), return_outputs=False)
 
 
-@pytest.mark.parametrize("name", [*TRL_METHODS])
+@pytest.mark.parametrize("name", [*TRL_METHODS, "kto"])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_step_equals_trl(name: str, layout: str, tmp_path: Path) -> None:
     module = fitted(tmp_path, name, dtype=torch.float32, layout=layout, steps=1)
@@ -353,6 +358,60 @@ def test_step_equals_trl(name: str, layout: str, tmp_path: Path) -> None:
     assert module.values[0] == pytest.approx(theirs.item(), rel=1e-6)
     slopes = {f"policy.{key}": p.grad for key, p in model.named_parameters() if p.grad is not None}
     assert_close(module.slopes[0], slopes, 5e-6)
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def write_rows(path: Path, labelled: bool) -> Path:
+    """Write rows of words of the tiny tokenizer with all columns that a method reads."""
+    random = torch.Generator().manual_seed(5)
+
+    def words(most: int) -> str:
+        return " ".join(f"w{i}" for i in torch.randint(3, VOCAB, (most,), generator=random).tolist())
+
+    def row(i: int) -> dict[str, Any]:
+        prompt = f"{words(3)} w{3 + i % 20} w{3 + i // 20}"
+        if labelled:
+            return {"prompt": prompt, "completion": f" {words(2 + i % 4)}", "label": i % 3 > 0}
+        numbers = torch.randn(5, generator=random).tolist()
+        styles = {"chosen_style": numbers[3], "rejected_style": numbers[4]}
+        pair = {"prompt": prompt, "chosen": f" {words(2 + i % 4)}", "rejected": f" {words(5 - i % 3)} w3"}
+        return {**pair, **styles, "embedding": numbers[:3], "preference": 0.9 if i % 2 else 0.3, "weight": 1 + i % 2}
+
+    path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(64)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with data and two models."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for kind in ("pairs", "labelled"):
+        write_rows(folder / f"{kind}.jsonl", kind == "labelled")
+    for seed in (0, 1):
+        save_model(folder / f"model{seed}", seed=seed, scale=0.1)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "data"), [*((name, "pairs") for name in METHODS), ("kto", "labelled")])
+def test_command_trains(name: str, data: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPO_CACHE_DIR", str(inputs / "cache"))
+    words = [TINY, f"data={'labelled_jsonl' if data == 'labelled' else 'jsonl'}", f"data.path={inputs}/{data}.jsonl"]
+    words += ["model=hf", f"model.path={inputs}/model0", "judge=none", "logger=record", "optimizer.lr=1e-3"]
+    words += ["trainer=cpu", "data.max_length=32", "data.max_new_tokens=8", "hydra.run.dir=run"]
+    words += [f"extra_references.{extra}={inputs}/model1" for extra in make_loss(name).extra_references]
+    assert cli.main(["train", "--config-dir", str(CONF), f"method={name}", *words]) == 0
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    numbers = [value for value in metrics.values() if isinstance(value, float)]
+    assert numbers and all(map(math.isfinite, numbers))
+    assert metrics["train/grad_norm"] > 0 and metrics["train/rewards/chosen"] != 0
+    for key in make_loss(name).extra_metrics:
+        assert all(f"{split}/{key}" in metrics for split in ("train", "val", "eval"))
+        assert key in Path("run/report.html").read_text()
+    assert Path("run/loss.safetensors").is_file() == (name in ("bco", "debiased"))
 
 
 # --- processes -----------------------------------------------------------------------------------------------------
