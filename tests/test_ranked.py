@@ -409,7 +409,7 @@ def test_missing_columns_and_unknown_names(tmp_path: Path) -> None:
             read(source(tmp_path, {key: value for key, value in GOOD.items() if key != column}))
         assert error.value.column == column
     with pytest.raises(DataError, match="choose from prompt, responses, scores, order, weight"):
-        source(tmp_path, GOOD, chosen="best")
+        read(source(tmp_path, GOOD, chosen="best"))
 
 
 # ----------------------------------------------------------------------------------------------------- composition

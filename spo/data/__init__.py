@@ -5,6 +5,7 @@ Import :mod:`spo.data.collate` and :mod:`spo.data.datamodule` by their own names
 
 from spo.data.files import FileSource, HHSource
 from spo.data.hub import HubSource
+from spo.data.labelled import LabelledFileSource
 from spo.data.ranked import RankedFileSource
 from spo.data.rendering import Dropped, Renderer, TokenizedPair, prompt_id
 from spo.data.rows import SPLITS, Completer, Completion, DataError, Reward, Row, RowError
@@ -22,6 +23,7 @@ __all__ = [
     "FileSource",
     "HHSource",
     "HubSource",
+    "LabelledFileSource",
     "NoPreference",
     "PreparedPairs",
     "RankedFileSource",

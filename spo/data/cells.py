@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from typing import Any
 
 from spo.data.rows import RowError
 
+LARGEST_NUMBER = float(2**128 - 2**104)
+"""Largest number that float32, the type of the numbers in a batch, can hold."""
 RESERVED_KWARGS = frozenset(
     ("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "conversations", "messages",
      "return_assistant_tokens_mask", "return_dict", "tokenize", "tools")
@@ -19,6 +22,31 @@ def describe_type(value: Any) -> str:
     """Return the name of a value's type for messages."""
     names = {type(None): "null", bool: "true or false", str: "text", list: "a list", dict: "an object"}
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
+
+
+def number_cell(value: Any, where: str, column: str, lowest: float = -math.inf, highest: float = math.inf) -> float:
+    """Return a finite number that float32 can hold.
+
+    Args:
+        value: Value of a column, or an item of its list.
+        where: Place of the record for messages, such as file and line.
+        column: Name of the column.
+        lowest: Smallest allowed number.
+        highest: Largest allowed number.
+
+    Raises:
+        RowError: If the value is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RowError(where, f"must be a number, not {describe_type(value)}", column)
+    # The comparison is negated because NaN fails every comparison.
+    if not lowest <= value <= highest or value in (math.inf, -math.inf):
+        words = {(0.0, 1.0): "between 0 and 1", (0.0, math.inf): "finite and not negative"}
+        allowed = words.get((lowest, highest), "finite")
+        raise RowError(where, f"must be {allowed}, not {value}", column)
+    if abs(value) > LARGEST_NUMBER:
+        raise RowError(where, f"must be at most {LARGEST_NUMBER:.2g} in size, which is the limit of float32", column)
+    return float(value)
 
 
 def require_utf8(text: str, where: str, column: str) -> str:

@@ -27,8 +27,8 @@ def collate(
         pairs: Pairs of this batch, all with or all without a rejected completion.
         indices: Position of each pair in its split.
         pad_token_id: Token that fills the right end of a row; no mask depends on it.
-        reference_logps: ``(P, n)`` summed reference log-probs of the completions, best first, of all ``P`` pairs of the
-            split.
+        reference_logps: ``(P, n)`` summed reference log-probs of all ``P`` pairs of the split: first the completions,
+            the best one first, and then the further completions, in the order of ``extra``.
         arrange: Function that lays the sequences out for the forward pass, such as packing.
 
     Returns:
@@ -50,21 +50,33 @@ def collate(
         ]
         for rank in range(size)
     ]
+    extra = {
+        name: [seen.setdefault((pair.prompt_ids, pair.extra[name]), len(seen)) for pair in pairs]
+        for name in pairs[0].extra
+    }
     index = torch.tensor(list(indices))
     return PreferenceBatch(
         sequences=arrange(pad_sequences(list(seen), pad_token_id)),
         index=index,
         preference=_column([pair.preference for pair in pairs]),
         weight=_column([pair.weight for pair in pairs]),
-        reference_logps=None if reference_logps is None else _per_sequence(reference_logps[index].T, completions),
+        reference_logps=None
+        if reference_logps is None
+        else _per_sequence(reference_logps[index].T, completions, list(extra.values())),
         completions=torch.tensor(completions),
         keys=[sequence_key(*row) for row in seen],
+        label=None if pairs[0].label is None else torch.tensor([float(pair.label) for pair in pairs]),  # type: ignore[arg-type]
+        features={name: torch.tensor([pair.features[name] for pair in pairs]) for name in pairs[0].features},
+        extra={name: torch.tensor(places) for name, places in extra.items()},
     )
 
 
-def _per_sequence(values: Tensor, completions: list[list[int]]) -> Tensor:
-    """Return ``(N,)`` values of distinct sequences from ``(n, B)`` values of completions."""
+def _per_sequence(values: Tensor, completions: list[list[int]], extra: list[list[int]]) -> Tensor:
+    """Return ``(N,)`` values of distinct sequences from ``(n, B)`` values of completions, the further ones last."""
+    # The longest list of the split may not be in this batch.
+    values = torch.cat([values[: len(completions)], values[len(values) - len(extra) :]])
     first: dict[int, int] = {}
+    completions = completions + extra
     for position, sequence in enumerate(sequence for rank in completions for sequence in rank):
         if sequence >= 0:
             first.setdefault(sequence, position)

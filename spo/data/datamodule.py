@@ -40,7 +40,8 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: Number of processes that collate.
         pad_token_id: Token that fills the right end of a row.
         max_steps: Number of optimizer steps of the whole run.
-        reference_logps: Precomputed ``(P, n)`` reference log-probs of the splits ``train`` and ``selection``.
+        reference_logps: Precomputed reference log-probs of the splits ``train`` and ``selection``, see
+            :func:`~spo.data.collate.collate`.
 
     Attributes:
         waited_s: Time in seconds that training has waited for windows so far.
@@ -145,8 +146,8 @@ class PreferenceDataModule(LightningDataModule):
         """Return lengths, sizes and padding as :func:`~spo.data.windows.deal_micro_batches` takes them."""
         speed = self._speed()
         padded = not speed.packs
-        lengths = [len(pair.prompt_ids) + max(map(len, pair.completions)) for pair in pairs]
-        sizes = [len(pair.completions) if padded else pair_tokens(pair, speed.share_prompts) for pair in pairs]
+        lengths = [len(pair.prompt_ids) + max(map(len, pair.sequences)) for pair in pairs]
+        sizes = [len(pair.sequences) if padded else pair_tokens(pair, speed.share_prompts) for pair in pairs]
         return np.array(lengths), np.array(sizes), padded
 
     def _speed(self) -> Any:
@@ -163,11 +164,11 @@ def pair_tokens(pair: TokenizedPair, share_prompts: bool) -> int:
     """Return the number of tokens that a model computes for a pair or list, without padding.
 
     Args:
-        pair: Pair or list with all of its completions.
+        pair: Pair or list with all of its completions, further ones included.
         share_prompts: Whether the prompt counts once instead of once for each completion. Two pairs with the same
             prompt count it twice.
     """
-    completions = pair.completions
+    completions = pair.sequences
     return len(pair.prompt_ids) * (1 if share_prompts else len(completions)) + sum(map(len, completions))
 
 

@@ -20,7 +20,8 @@ class FileSource(TableSource):
 
     A row has ``chosen``, ``rejected`` and ``prompt``. Each is text or a list of ``{"role", "content"}`` messages.
     Without ``prompt``, the beginning that chosen and rejected share becomes the prompt. ``preference`` (in [0, 1]) and
-    ``weight`` (>= 0) are optional. So are ``tools`` and ``chat_template_kwargs`` of conversations.
+    ``weight`` (>= 0) are optional. So are ``tools`` and ``chat_template_kwargs`` of conversations. ``rejected`` is
+    optional for a method that does not read it.
 
     Args:
         path: Path of the file or folder.
@@ -47,7 +48,7 @@ class FileSource(TableSource):
         """Yield the records of all files, and an error for an empty file; files do not assign splits."""
         for file in data_files(self.path, self.key):
             empty = True
-            for where, record in read_records(file, self.findings):
+            for where, record in read_records(file, self.findings, self.number_columns):
                 empty = False
                 yield where, None, record
             if empty:
@@ -72,9 +73,10 @@ class HHSource(FileSource):
         """Convert a pair of dialogues to a row and ignore a ``prompt`` column, since the dialogues contain it."""
         return super().parse({k: v for k, v in record.items() if k != "prompt"}, where, split)
 
-    def split_prompt(self, chosen: Candidate, rejected: Candidate, where: str) -> tuple[Text, Text, Text]:
-        """Split two dialogues after the last turn marker of the assistant that both share."""
-        better, worse = chosen.text, rejected.text
+    def split_prompt(self, chosen: Candidate, rejected: Candidate | None, where: str) -> tuple[Text, list[Text]]:
+        """Split the dialogues after the last turn marker of the assistant that both share."""
+        second = rejected or chosen
+        better, worse = chosen.text, second.text
         if not (isinstance(better, str) and isinstance(worse, str)):
             raise RowError(where, "a transcript must be one text; for lists of messages use data=jsonl", "chosen")
         # The last marker, since both dialogues may share several turns before they differ.
@@ -82,9 +84,9 @@ class HHSource(FileSource):
         if cut < 0:
             raise RowError(where, f"chosen and rejected do not share a {_ASSISTANT!r} turn", "chosen")
         cut += len(_ASSISTANT)
-        for dialogue, column in ((better, chosen.column), (worse, rejected.column)):
+        for dialogue, column in ((better, chosen.column), (worse, second.column)):
             if dialogue.rfind(_HUMAN) > dialogue.rfind(_ASSISTANT):
                 raise RowError(where, "ends with a turn of the human; the last turn must be the assistant's", column)
         if _HUMAN in better[cut:] + worse[cut:]:
             self.findings.add("other_turns", where)
-        return better[:cut], better[cut:], worse[cut:]
+        return better[:cut], [better[cut:]] if rejected is None else [better[cut:], worse[cut:]]

@@ -24,6 +24,9 @@ SENTENCES = {
     "repeated_rows": "Rows that repeat an earlier row: {count} (first: {first}).",
     "contradicting_pairs": "Pairs of completions that rows of the same prompt rank both ways: {count} (first: "
     "{first}).",
+    "contradicting_labels": "Rows that label a completion of an earlier row the other way: {count} (first: {first}).",
+    "missing_rejected": "Rows without a rejected completion: {count} (first: {first}). The method does not read it, so "
+    "the rejected completions of the other rows are not used either.",
     "similar_prompts": "Prompts that differ from another prompt only in white space, or in fields beside the text: "
     "{count} (first: {first}). They are in the same split.",
 }

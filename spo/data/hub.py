@@ -8,7 +8,7 @@ from spo.bounds import OnBadRow
 from spo.data.cells import without_nulls
 from spo.data.readers import Record
 from spo.data.rows import DataError, RowError, Split
-from spo.data.tables import COLUMNS, NOTED_COLUMNS, TableSource
+from spo.data.tables import NOTED_COLUMNS, TableSource
 
 
 class HubSource(TableSource):
@@ -69,7 +69,7 @@ class HubSource(TableSource):
                 ) from error
             media = {"image", "images"} & {*table.column_names}
             self.ignored.update(dict.fromkeys(media, len(table)))
-            wanted = {*(self.columns.get(column, column) for column in COLUMNS), *NOTED_COLUMNS}
+            wanted = {*map(self.column_name, self.read_columns), *NOTED_COLUMNS}
             # Other columns may be images or audio, which are costly to decode.
             table = table.select_columns([name for name in table.column_names if name in wanted - media])
             for i, record in enumerate(table):

@@ -76,6 +76,35 @@ def separate_prompt(
     return prompt, list(completions)
 
 
+def follow_prompt(prompt: Text, candidate: Candidate, where: str, whole: bool = False) -> Text:
+    """Return a further completion of a prompt that is known, a conversation without a repetition of the prompt.
+
+    Args:
+        prompt: Prompt of the row.
+        candidate: Further completion.
+        where: Place of the record for messages.
+        whole: Whether the completions of the row were whole texts, so that this one must begin with the prompt too.
+
+    Raises:
+        RowError: If prompt and completion differ in form, or if the completion does not follow the prompt.
+    """
+    text = candidate.text
+    if isinstance(prompt, str) != isinstance(text, str):
+        forms = ("is text, but the other completions are messages", "is a list of messages, but the prompt is text")
+        raise candidate.error(where, forms[isinstance(prompt, str)])
+    if whole and text[: len(prompt)] != prompt:
+        raise candidate.error(
+            where, "does not begin with the prompt that chosen and rejected share; write it into a column prompt"
+        )
+    if isinstance(text, str):
+        return text[len(prompt) :] if whole else text
+    completion = text[len(prompt) :] if whole else _without_repeated_turns(prompt, text)  # type: ignore[arg-type]
+    if completion:
+        _check_start(candidate, prompt, completion, where)  # type: ignore[arg-type]
+        _check_end(candidate, completion, where)
+    return completion
+
+
 def split_conversations(candidates: Sequence[Candidate], where: str) -> tuple[tuple[Message, ...], list[Text]]:
     """Split conversations into the leading messages that all share and the rests.
 
@@ -143,6 +172,8 @@ def _without_repeated_turns(prompt: tuple[Message, ...], completion: tuple[Messa
 def remove_repeated_texts(rows: Sequence[Row], findings: Findings) -> list[Row]:
     """Return the rows without text prompts that all completions of their row repeat at the beginning.
 
+    A text in a further column is a completion too. It is judged by itself.
+
     A short prompt may recur by chance. It is removed if most rows of the data repeat their prompt.
 
     Args:
@@ -153,32 +184,43 @@ def remove_repeated_texts(rows: Sequence[Row], findings: Findings) -> list[Row]:
     usual = sum(rest is not None for rest in rests) > len(rows) / 2
     result: list[Row] = []
     for row, rest in zip(rows, rests, strict=True):
-        if rest is None:
-            result.append(row)
-        elif usual or len(str(row.prompt).strip()) >= MIN_REPEATED_CHARACTERS:
+        removed = usual or len(str(row.prompt).strip()) >= MIN_REPEATED_CHARACTERS
+        further = _columns_after_prompt(row)
+        if removed and (rest is not None or further):
             findings.add("repeated_prompts", row.where)
-            chosen, *others = rest
-            result.append(replace(row, chosen=chosen, rejected=(*others, None)[0], worse=tuple(others[1:])))
-        else:
+            chosen, *others = row.completions if rest is None else rest
+            columns = {**row.columns, **further}
+            result.append(
+                replace(row, chosen=chosen, rejected=(*others, None)[0], worse=tuple(others[1:]), columns=columns)
+            )
+            continue
+        if rest is not None or further:
             findings.add("short_repeats", row.where)
-            result.append(row)
+        result.append(row)
     return result
 
 
 def _completions_after_prompt(row: Row) -> list[str] | None:
     """Return the parts of the completions after the prompt's text, ``None`` unless all begin with it."""
-    if not isinstance(row.prompt, str) or not row.prompt.strip():
+    rests = [_after_prompt(row.prompt, text) for text in row.completions]
+    return None if None in rests else rests  # type: ignore[return-value]
+
+
+def _columns_after_prompt(row: Row) -> dict[str, str]:
+    """Return the parts of the texts in further columns after the prompt's text, for those that begin with it."""
+    rests = {name: _after_prompt(row.prompt, text) for name, text in row.columns.items() if isinstance(text, str)}
+    return {name: rest for name, rest in rests.items() if rest is not None}
+
+
+def _after_prompt(prompt: Text, text: Text) -> str | None:
+    """Return the part of a text after the text of a prompt, ``None`` unless it begins with it."""
+    if not isinstance(prompt, str) or not isinstance(text, str) or not prompt.strip():
         return None
-    prompt, rests = row.prompt, []
-    for text in map(str, row.completions):
-        # White space around the prompt may be missing or doubled in the repetition.
-        begin = prompt if text.startswith(prompt) else text[: len(text) - len(text.lstrip())] + prompt.strip()
-        rest = text.removeprefix(begin)
-        in_word = begin[-1].isalnum() and rest[:1].isalnum() and len(prompt.strip()) < MIN_REPEATED_CHARACTERS
-        if len(rest) == len(text) or in_word:
-            return None
-        rests.append(rest)
-    return rests
+    # White space around the prompt may be missing or doubled in the repetition.
+    begin = prompt if text.startswith(prompt) else text[: len(text) - len(text.lstrip())] + prompt.strip()
+    rest = text.removeprefix(begin)
+    in_word = begin[-1].isalnum() and rest[:1].isalnum() and len(prompt.strip()) < MIN_REPEATED_CHARACTERS
+    return None if len(rest) == len(text) or in_word else rest
 
 
 def shared_prompt_length(chosen: str, rejected: str) -> int:

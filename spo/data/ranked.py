@@ -96,6 +96,7 @@ class RankedFileSource(FileSource):
         weight = self._number(record, "weight", where, math.inf)
         self.dropped_responses += dropped
         values = self._template_values(record, prompt, where)
+        values["columns"] = self._declared_columns(record, prompt, where)
         return Row(prompt, chosen, rejected, weight=weight, split=split, where=where, worse=tuple(worse), **values)
 
     def _ranks(self, record: Record, responses: Sequence[Text], where: str) -> list[list[int]]:

@@ -6,7 +6,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -44,16 +44,19 @@ def data_files(path: Path, key: str = "data.path") -> list[Path]:
     return [path]
 
 
-def read_records(file: Path, findings: Findings) -> Iterator[tuple[str, Record | RowError]]:
+def read_records(
+    file: Path, findings: Findings, numbers: Collection[str] = ("preference", "weight")
+) -> Iterator[tuple[str, Record | RowError]]:
     """Yield the records of a file, each with its file and line; the error takes the place of an unreadable record.
 
     Args:
         file: Data file.
         findings: Counts, to which records with duplicate keys are added.
+        numbers: Columns of a csv file that hold numbers, and not text.
     """
     if file.suffix == ".parquet":
         return _parquet_records(file, findings)
-    return _csv_records(file, findings) if file.suffix == ".csv" else _jsonl_records(file, findings)
+    return _csv_records(file, findings, numbers) if file.suffix == ".csv" else _jsonl_records(file, findings)
 
 
 def _jsonl_records(file: Path, findings: Findings) -> Iterator[tuple[str, Record | RowError]]:
@@ -100,7 +103,7 @@ def _lines(file: Path) -> Iterator[tuple[str, bytes | RowError]]:
         yield where, RowError(where, f"the gzip file is cut off or damaged here ({error}); the rest is lost")
 
 
-def _csv_records(file: Path, findings: Findings) -> Iterator[tuple[str, Record | RowError]]:
+def _csv_records(file: Path, findings: Findings, numbers: Collection[str]) -> Iterator[tuple[str, Record | RowError]]:
     # Undecodable bytes become lone surrogates, so that `cells` reports them with their row.
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.reader(stream, strict=True)
@@ -125,18 +128,26 @@ def _csv_records(file: Path, findings: Findings) -> Iterator[tuple[str, Record |
             elif len(fields) == len(header):
                 if len(set(header)) < len(header):
                     findings.add("duplicate_keys", where)
-                yield where, {column: _csv_value(column, value) for column, value in zip(header, fields, strict=True)}
+                cells = zip(header, fields, strict=True)
+                yield where, {name: _csv_number(value) if name in numbers else value for name, value in cells}
             elif fields:
                 yield where, RowError(where, f"has {len(fields)} fields, but the header has {len(header)}")
 
 
-def _csv_value(column: str, value: str) -> Any:
-    # Every csv value is text. A number that cannot be read stays text, which the checks of a row report.
-    if column not in ("preference", "weight"):
-        return value
+def _csv_number(value: str) -> Any:
+    """Return a csv value as a number, true or false, or a list of numbers; ``None`` for white space.
+
+    Every csv value is text. What cannot be read stays text, which the checks of a row report.
+    """
+    if not value.strip():
+        return None
     try:
-        return float(value) if value.strip() else None
+        return float(value)
     except ValueError:
+        pass
+    try:
+        return json.loads(value.lower())  # Other tools write True, and lists as JSON does.
+    except (ValueError, RecursionError):
         return value
 
 

@@ -25,15 +25,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from spo.bounds import Truncation
 from spo.data.cells import RESERVED_KWARGS
 from spo.data.chat import ChatTemplate, find_end
 from spo.data.conversations import ConversationWriter, Rendered, shared_length
-from spo.data.encoding import TextEncoder
+from spo.data.encoding import Ids, TextEncoder
+from spo.data.needs import Numbers, read_text
 from spo.data.remarks import Remarks
 from spo.data.rows import DataError, Message, Row, RowError, Split, Text
 
@@ -49,11 +50,11 @@ class TokenizedPair:
 
     Attributes:
         prompt_ids: Tokens of the prompt, after BOS if the tokenizer has one.
-        chosen_ids: Tokens of the better completion, with its end token unless it was cut.
-        rejected_ids: Tokens of the worse completion; ``None`` for supervised data.
+        chosen_ids: Tokens of the better or only completion, with its end token unless it was cut.
+        rejected_ids: Tokens of the worse completion; ``None`` for a single completion.
         prompt_text: Prompt as the model sees it; for conversations, the rendered template.
         chosen_text: Better completion without the tokens that end it.
-        rejected_text: Worse completion without the tokens that end it; ``None`` for supervised data.
+        rejected_text: Worse completion without the tokens that end it; ``None`` for a single completion.
         prompt_id: Digest of the row's prompt, the same for every tokenizer.
         preference: Probability that chosen is better; ``None`` means 1.
         weight: Weight of the pair; ``None`` means 1.
@@ -65,6 +66,10 @@ class TokenizedPair:
         worse_texts: Texts of the completions in ``worse_ids``.
         prompt_messages: Messages of the row's prompt; empty for a text prompt.
         repeated: Number of completions that were dropped because a better one has the same tokens.
+        label: Probability that a single completion is desirable; ``None`` for other data.
+        features: Numbers of the row that the loss reads, by the name of the feature.
+        extra: Tokens of further completions of the prompt, by name. :meth:`Renderer.render` names them by the column of
+            their text, and :func:`~spo.data.splits.prepare` as the loss does.
     """
 
     prompt_ids: tuple[int, ...]
@@ -84,6 +89,9 @@ class TokenizedPair:
     worse_texts: tuple[str, ...] = ()
     prompt_messages: tuple[Message, ...] = ()
     repeated: int = 0
+    label: float | None = None
+    features: Mapping[str, Numbers] = field(default_factory=dict)
+    extra: Mapping[str, Ids] = field(default_factory=dict)
 
     @property
     def completions(self) -> tuple[tuple[int, ...], ...]:
@@ -96,6 +104,21 @@ class TokenizedPair:
         """Return the texts of all completions, the best one first."""
         first = (self.chosen_text,) if self.rejected_text is None else (self.chosen_text, self.rejected_text)
         return first + self.worse_texts
+
+    @property
+    def sequences(self) -> tuple[Ids, ...]:
+        """Return the tokens of each distinct completion that a model scores, further ones last."""
+        return tuple(dict.fromkeys((*self.completions, *self.extra.values())))
+
+    def identity(self) -> tuple[Any, ...]:
+        """Return all values of the row, from which the digest of the data is made.
+
+        Labels, features and further completions are left out of a row that has none of them, so that the digest of such
+        data is that of earlier versions.
+        """
+        values = astuple(self)
+        later = (self.label, self.features, self.extra)
+        return values if self.label is not None or any(later[1:]) else values[: -len(later)]
 
 
 @dataclass(frozen=True)
@@ -181,17 +204,24 @@ class Renderer:
         """Return the tokens that end a completion, in ascending order; EOS is one once a text was rendered."""
         return tuple(sorted(self._stop_ids))
 
-    def render(self, row: Row) -> TokenizedPair | Dropped:
+    def render(
+        self, row: Row, columns: Sequence[str] = (), name_of: Callable[[str], str] = str
+    ) -> TokenizedPair | Dropped:
         """Return the row as tokens, or the reason why it was dropped.
 
+        Args:
+            row: Row to convert.
+            columns: Columns of the row with texts of further completions, which become ``extra`` by their names.
+            name_of: Function from the name of a column to its name in the data, for messages.
+
         Raises:
-            RowError: If neither a prompt nor a BOS can begin the text, if the chat template rejects the messages, or if
-                it leaves out their content.
+            RowError: If a column is missing, if neither a prompt nor a BOS can begin the text, if the chat template
+                rejects the messages, or if it leaves out their content.
             DataError: If the row is a conversation and the tokenizer does not have a chat template.
         """
         leaks = self.encoder.leaks
         self._remarks.begin_row()
-        text = self._as_text(row)
+        text = self._as_text(row, [read_text(row, name, name_of(name)) for name in columns])
         plain, *whole = self.encoder.encode([text.prompt, *text.wholes])
         if self.encoder.leaks > leaks:
             self._remarks.add("control_text_leaks")
@@ -208,6 +238,7 @@ class Renderer:
         completions = tuple(
             ids[cut:] if n else (*ids[cut:], self.eos_id) for ids, n in zip(whole, text.end_tokens, strict=True)
         )
+        own = len(completions) - len(columns)
         best_alone = TokenizedPair(
             prompt_ids=prompt,
             chosen_ids=completions[0],
@@ -222,12 +253,18 @@ class Renderer:
             where=row.where,
             boundary_moved=cut < len(plain),
             prompt_messages=() if isinstance(row.prompt, str) else row.prompt,
+            label=row.label,
+            extra=dict(zip(columns, completions[own:], strict=True)),
         )
-        pair = _with_completions(best_alone, completions, text.texts)
-        if isinstance(pair, Dropped) or len(prompt) + max(map(len, completions)) <= self.max_length:
+        pair = _with_completions(best_alone, completions[:own], text.texts[:own])
+        return pair if isinstance(pair, Dropped) else self.fit(pair)
+
+    def fit(self, pair: TokenizedPair) -> TokenizedPair | Dropped:
+        """Return a pair within the length limit, or the reason why it was dropped."""
+        if len(pair.prompt_ids) + max(map(len, pair.sequences)) <= self.max_length:
             return pair
         if self.truncation == "drop_pair":
-            return Dropped("too_long", row.where)
+            return Dropped("too_long", pair.where)
         if self.truncation == "trim_completion":
             return self._trim_completion(pair)
         return self._trim_prompt(pair)
@@ -271,15 +308,16 @@ class Renderer:
             return ()  # The template decides, in training as in every program that samples from the policy.
         return () if self.bos_id is None or ids[:1] == (self.bos_id,) else (self.bos_id,)
 
-    def _as_text(self, row: Row) -> Rendered:
+    def _as_text(self, row: Row, further: Sequence[Text] = ()) -> Rendered:
+        completions = [*row.completions, *further]
         if isinstance(row.prompt, str):
-            return self._columns(row.prompt, [str(text) for text in row.completions])
+            return self._columns(row.prompt, [str(text) for text in completions])
         if self._writer is None:
             raise DataError(
                 f"{row.where}: the row is a list of messages, but the tokenizer does not have a chat template. Use the "
                 "model's chat version, give a template as data.chat_template=FILE, or write the data as text"
             )
-        return self._writer.write(row, [messages for messages in row.completions if messages])  # type: ignore[misc]
+        return self._writer.write(row, [messages for messages in completions if messages])  # type: ignore[misc]
 
     def _columns(self, prompt: str, completions: Sequence[str]) -> Rendered:
         """Return text columns as they are, apart from BOS and EOS that other tools write into them."""
@@ -324,13 +362,14 @@ class Renderer:
         kept = [ids[:room] for ids in pair.completions]
         whole = zip(kept, pair.completions, pair.texts, strict=True)
         texts = [text if ids == full else self.decode(ids) for ids, full, text in whole]
+        extra = {name: ids[:room] for name, ids in pair.extra.items()}
         # Completions that differ only after the cut are the same now.
-        return _with_completions(replace(pair, truncated=True), kept, texts)
+        return _with_completions(replace(pair, truncated=True, extra=extra), kept, texts)
 
     def _trim_prompt(self, pair: TokenizedPair) -> TokenizedPair | Dropped:
         # A chat template may have written the BOS as text, so the first token is checked, not the tokenizer's habit.
         bos = int(pair.prompt_ids[0] == self.bos_id)
-        room = self.max_length - bos - max(map(len, pair.completions))
+        room = self.max_length - bos - max(map(len, pair.sequences))
         if room < 1:
             return Dropped("completion_too_long", pair.where)
         kept = pair.prompt_ids[bos:][-room:]

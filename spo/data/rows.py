@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from spo.errors import DataError
@@ -35,12 +35,12 @@ class RowError(DataError):
 
 @dataclass(frozen=True)
 class Row:
-    """A preference pair, a ranked list, or a single completion for supervised data (``rejected`` is ``None``).
+    """A preference pair, a ranked list, or a single completion: one with a label, or one of supervised data.
 
     Attributes:
         prompt: Text, or the messages before the completion (``{"role": ..., "content": ...}``).
-        chosen: Better completion, in the form of ``prompt``; as messages, the turns that follow it.
-        rejected: Worse completion; ``None`` for supervised data.
+        chosen: Better or only completion, in the form of ``prompt``; as messages, the turns that follow it.
+        rejected: Worse completion; ``None`` for a single completion.
         preference: Probability that chosen is the better one; ``None`` means 1.
         weight: Non-negative weight of the pair; ``None`` means 1.
         split: Split that the source assigns; with ``None``, the hash of the prompt decides.
@@ -48,6 +48,9 @@ class Row:
         worse: Completions of a ranked list after ``rejected``, each worse than the one before it.
         tools: Tools of a conversation for the chat template, or ``None``.
         template_kwargs: Arguments of the chat template that this row sets, or ``None``.
+        label: Probability that a single completion is desirable; ``None`` for other data.
+        columns: Values of the columns that the loss reads, by name: numbers, lists of numbers, and texts or messages of
+            further completions.
     """
 
     prompt: Text
@@ -60,6 +63,8 @@ class Row:
     worse: tuple[Text, ...] = ()
     tools: tuple[dict[str, Any], ...] | None = None
     template_kwargs: Mapping[str, Any] | None = None
+    label: float | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def completions(self) -> tuple[Text, ...]:

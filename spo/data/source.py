@@ -11,6 +11,7 @@ from spo.data.rows import Completer, Row, RowError, Split
 
 if TYPE_CHECKING:
     from spo.data.enumerable import Language
+    from spo.losses import DataNeeds
 
 
 class Source(ABC):
@@ -21,6 +22,8 @@ class Source(ABC):
     Attributes:
         samples_rows: Whether :meth:`rows` samples completions from the reference model, so that its result is cached.
         yields_lists: Whether a row can have more than two completions.
+        yields_labels: Whether each row is a single completion with a label.
+        has_columns: Whether rows can have the columns that a loss declares, in ``Row.columns``.
         reads_local_files: Whether ``data.path`` must exist on this machine.
         language: Prompts and responses of data that can be enumerated; ``None`` for other data.
         bad_rows: Rows that the last call of :meth:`rows` skipped, with the reasons.
@@ -31,14 +34,41 @@ class Source(ABC):
 
     samples_rows: bool = False
     yields_lists: bool = False
+    yields_labels: bool = False
+    has_columns: bool = False
     reads_local_files: bool = False
     language: Language | None = None
+    _needs: DataNeeds | None = None
 
     def __init__(self) -> None:
         self.bad_rows: list[RowError] = []
         self.dropped_pairs: Counter[str] = Counter()
         self.dropped_responses: Counter[str] = Counter()
         self.findings = Findings()
+
+    @property
+    def needs(self) -> DataNeeds:
+        """Return what the loss asks of the data; the stages set it before they call :meth:`rows`."""
+        if self._needs is None:
+            from spo.losses import DataNeeds  # Imports torch, which a reader of files does not need.
+
+            self._needs = DataNeeds()
+        return self._needs
+
+    @needs.setter
+    def needs(self, needs: DataNeeds) -> None:
+        self._needs = needs
+
+    def column_name(self, name: str) -> str:
+        """Return the data's own name of a column, for messages."""
+        return name
+
+    def check_columns(self) -> None:  # noqa: B027, most data does not have names of its own
+        """Check the names that the configuration gives to columns.
+
+        Raises:
+            DataError: If a name is not that of a column that is read.
+        """
 
     def check_limits(self, max_length: int, truncation: str) -> None:  # noqa: B027, most data takes any limits
         """Check that the length limit suits the data.

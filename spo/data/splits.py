@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from spo.data.findings import Findings
 from spo.data.messages import message_text
+from spo.data.needs import Draw, SplitRows, as_labelled, check_kind, further_completions, needs_pairs, read_features
 from spo.data.rendering import TRUNCATIONS, Dropped, Renderer, TokenizedPair, prompt_id
 from spo.data.rows import SPLITS, DataError, Message, Row, RowError, Split, Text
 from spo.notes import note
+
+if TYPE_CHECKING:
+    from spo.losses import DataNeeds
 
 REPORTED_COUNTS = ("read", "used", "dropped", "truncated")
 """Counts of pairs in the panel at the start and in ``metrics.json``."""
@@ -19,14 +24,15 @@ REPORTED_COUNTS = ("read", "used", "dropped", "truncated")
 
 @dataclass(frozen=True)
 class PreparedPairs:
-    """The pairs of each split.
+    """The pairs, lists or labelled completions of each split.
 
     Attributes:
         train: Pairs to train on.
         selection: Pairs to choose checkpoints and settings by.
         test: Pairs of the final evaluation.
         counts: Numbers of pairs: ``read``, ``used``, ``dropped`` and each ``dropped/REASON``, the used ones that are
-            ``truncated`` or have ``boundary_moved``, and the size of each split.
+            ``truncated`` or have ``boundary_moved``, and the size of each split. A pair that a loss reads as two
+            labelled completions counts as one, but twice in the size of its split.
         warnings: Messages for the person who starts the run.
         stop_ids: Tokens that end a completion, in ascending order: those of the renderer, and the last token of every
             completion that was not cut.
@@ -67,6 +73,10 @@ def prepare(
     test: float,
     min_pairs: int,
     bad_rows: list[RowError] | None = None,
+    *,
+    needs: DataNeeds | None = None,
+    name_of: Callable[[str], str] = str,
+    draw: Draw | None = None,
 ) -> PreparedPairs:
     """Tokenize the rows and split them by prompt.
 
@@ -84,21 +94,27 @@ def prepare(
         selection: Share of the prompts for the selection split; 0 for none, otherwise at least one prompt.
         test: Share of the prompts for the test split; 0 for none, otherwise at least one prompt.
         min_pairs: Smallest number of pairs that must be left.
-        bad_rows: List that gets the errors of rows that the renderer cannot use; ``None`` raises the first one.
+        bad_rows: List that gets the errors of rows that cannot be used; ``None`` raises the first one.
+        needs: What the loss asks of the data; ``None`` for the rows as they are.
+        name_of: Function from the name of a column to its name in the data, for messages.
+        draw: Function that draws further completions from the reference model; ``None`` where there is no model.
 
     Raises:
-        DataError: If fewer than ``min_pairs`` pairs are left, or too few prompts for the splits.
-        RowError: If the renderer cannot use a row.
+        DataError: If fewer than ``min_pairs`` pairs are left, too few prompts for the splits, or rows of which the
+            further completions of the loss cannot be made.
+        RowError: If the renderer or the loss cannot use a row.
     """
     if not (selection >= 0 and test >= 0 and selection + test < 1):
         raise DataError(
             f"data.splits: selection={selection}, test={test}: shares must be at least 0 and leave prompts to train"
         )
+    if needs is not None and not needs_pairs(needs):
+        rows = _without_some_rejected(rows)
     used: list[TokenizedPair] = []
     reasons: Counter[str] = Counter()
     for row in rows:
         try:
-            result = renderer.render(row)
+            result = _tokenized(row, renderer, needs, name_of)
         except RowError as error:
             if bad_rows is None:
                 raise
@@ -121,6 +137,15 @@ def prepare(
     parts: dict[str, list[TokenizedPair]] = {
         split: [pair for pair in kept if split_of[group_of[pair.prompt_id]] == split] for split in SPLITS
     }
+    ends = {ids[-1] for pair in kept if not pair.truncated for ids in pair.sequences}
+    stop_ids = tuple(sorted({*renderer.stop_ids, *ends}))
+    if needs is not None:
+        for split, pairs in parts.items():
+            fitting, parts[split] = _as_loss_reads(pairs, needs, renderer, SplitRows((), stop_ids, draw), split)
+            if too_long := len(pairs) - len(fitting):
+                reasons["too_long"] += too_long
+                lost = set(map(id, pairs)) - set(map(id, fitting))
+                kept = [pair for pair in kept if id(pair) not in lost]
     counts: dict[str, int] = {
         "read": len(rows),
         "used": len(kept),
@@ -146,9 +171,50 @@ def prepare(
         warnings.append(f"{repeated} responses were dropped from their lists: a better one has the same tokens")
     if len(kept) < len(rows) / 2:
         warnings.append(f"{len(rows) - len(kept)} of {len(rows)} pairs were dropped{_explain_drops(reasons, renderer)}")
-    ends = {completion[-1] for pair in kept if not pair.truncated for completion in pair.completions}
-    stop_ids = tuple(sorted({*renderer.stop_ids, *ends}))
     return PreparedPairs(parts["train"], parts["selection"], parts["test"], counts, warnings, stop_ids)
+
+
+def _without_some_rejected(rows: Sequence[Row]) -> Sequence[Row]:
+    """Return the rows without rejected completions if some of them do not have one, since all batches are alike."""
+    alone = [row for row in rows if row.rejected is None]
+    if not alone or len(alone) == len(rows):
+        return rows
+    findings = Findings()
+    findings.add("missing_rejected", alone[0].where, len(alone))
+    findings.write_notes()
+    return [replace(row, rejected=None, worse=()) for row in rows]
+
+
+def _tokenized(
+    row: Row, renderer: Renderer, needs: DataNeeds | None, name_of: Callable[[str], str]
+) -> TokenizedPair | Dropped:
+    """Return a row as tokens, with the numbers and texts that the loss reads, or the reason why it was dropped."""
+    if needs is None:
+        return renderer.render(row)
+    check_kind(row, needs)
+    features = read_features(needs.features, row, name_of)
+    pair = renderer.render(row, needs.text_columns, name_of)
+    return pair if isinstance(pair, Dropped) else replace(pair, features=features)
+
+
+def _as_loss_reads(
+    pairs: Sequence[TokenizedPair], needs: DataNeeds, renderer: Renderer, split_rows: SplitRows, split: str
+) -> tuple[list[TokenizedPair], list[TokenizedPair]]:
+    """Return the pairs of a split that fit the length limit with their further completions, and their rows.
+
+    A pair is one row, or two for a loss of labelled completions. It fits if all of its rows do.
+    """
+    rows_of = [as_labelled(pair) if needs.labelled else [pair] for pair in pairs]
+    flat = replace(split_rows, rows=[row for rows in rows_of for row in rows])
+    made = iter([renderer.fit(row) for row in further_completions(needs, flat, split)])
+    fitting: list[TokenizedPair] = []
+    result: list[TokenizedPair] = []
+    for pair, rows in zip(pairs, rows_of, strict=True):
+        whole = [row for row in (next(made) for _ in rows) if isinstance(row, TokenizedPair)]
+        if len(whole) == len(rows):
+            fitting.append(pair)
+            result += whole
+    return fitting, result
 
 
 def eval_prompts(pairs: Sequence[TokenizedPair]) -> list[EvalPrompt]:

@@ -13,11 +13,13 @@ from itertools import combinations
 from typing import Any, ClassVar
 
 from spo.bounds import OnBadRow
-from spo.data.cells import describe_type, template_kwargs, tool_list
+from spo.data.cells import number_cell, template_kwargs, tool_list
 from spo.data.findings import Findings
 from spo.data.messages import is_empty, text_or_messages
+from spo.data.needs import needs_pairs
 from spo.data.prompts import (
     Candidate,
+    follow_prompt,
     remove_repeated_texts,
     separate_prompt,
     shared_prompt_length,
@@ -49,25 +51,25 @@ class TableSource(Source):
     """A source of records with the columns ``chosen`` and ``rejected``.
 
     The columns ``prompt``, ``preference`` and ``weight`` are optional. Conversations may have ``tools`` and
-    ``chat_template_kwargs``. Other columns are ignored, those in :data:`NOTED_COLUMNS` with a note.
+    ``chat_template_kwargs``. A column that the loss declares is read too. Other columns are ignored, those in
+    :data:`NOTED_COLUMNS` with a note. ``rejected`` is optional for a loss that does not read it.
 
     Args:
         on_bad_row: Policy for a malformed row: ``stop`` raises its error; ``skip`` skips, counts and lists the row.
-        columns: Mapping from names in :attr:`known` to the data's own column names, where these differ.
+        columns: Mapping from names in :attr:`read_columns` to the data's own column names, where these differ.
 
     Attributes:
-        known: Names of the columns that this source reads.
+        known: Names of the columns that this source reads for every loss.
         counts: Number of rows that the last call of :meth:`rows` ``read`` and ``skipped``.
         ignored: Number of rows with a value in a column that is not read, by column of :data:`NOTED_COLUMNS`.
     """
 
     known: ClassVar[tuple[str, ...]] = COLUMNS
+    has_columns = True
 
     def __init__(self, on_bad_row: OnBadRow, columns: Mapping[str, str] | None) -> None:
         if on_bad_row not in ("stop", "skip"):
             raise DataError(f"data.on_bad_row={on_bad_row}: choose stop or skip")
-        if unknown := set(columns or {}) - set(self.known):
-            raise DataError(f"data.source.columns: unknown {sorted(unknown)}; choose from {', '.join(self.known)}")
         super().__init__()
         self.on_bad_row = on_bad_row
         self.columns = dict(columns or {})
@@ -79,6 +81,27 @@ class TableSource(Source):
     @abstractmethod
     def name(self) -> str:
         """Return the name of the data for messages."""
+
+    @property
+    def read_columns(self) -> tuple[str, ...]:
+        """Return the names of all columns that are read, those that the loss declares included."""
+        return tuple(dict.fromkeys((*self.known, *self.needs.number_columns, *self.needs.text_columns)))
+
+    @property
+    def number_columns(self) -> frozenset[str]:
+        """Return the data's names of the columns with numbers."""
+        return frozenset(map(self.column_name, ("preference", "weight", "label", *self.needs.number_columns)))
+
+    def column_name(self, name: str) -> str:
+        """Return the data's own name of a column."""
+        return self.columns.get(name, name)
+
+    def check_columns(self) -> None:
+        """Check the names in ``data.source.columns``, see :meth:`spo.data.source.Source.check_columns`."""
+        if unknown := set(self.columns) - set(self.read_columns):
+            raise DataError(
+                f"data.source.columns: unknown {sorted(unknown)}; choose from {', '.join(self.read_columns)}"
+            )
 
     @abstractmethod
     def records(self) -> Iterator[tuple[str, Split | None, Record | RowError]]:
@@ -95,8 +118,9 @@ class TableSource(Source):
 
         Raises:
             RowError: If a row is malformed and ``on_bad_row`` is ``stop``.
-            DataError: If the data is missing, or if no row can be used.
+            DataError: If the data is missing, if no row can be used, or if ``data.source.columns`` has an unknown name.
         """
+        self.check_columns()
         rows: list[Row] = []
         self.bad_rows = []
         self.findings.clear()
@@ -131,7 +155,8 @@ class TableSource(Source):
         """Return the rows without repeated text prompts; a row that then has an empty completion is skipped."""
         kept: list[Row] = []
         for row in remove_repeated_texts(rows, self.findings):
-            if any(map(is_empty, row.completions)):
+            further = [row.columns[name] for name in self.needs.text_columns]
+            if any(map(is_empty, [*row.completions, *further])):
                 self.bad_rows.append(NoPreference(row.where, "a completion only repeats the prompt"))
             else:
                 kept.append(row)
@@ -149,49 +174,83 @@ class TableSource(Source):
             RowError: If the record is malformed, with the column and the reason.
             NoPreference: If a completion is empty, or if both are equal.
         """
-        chosen, rejected = (self._candidate(record, name, where) for name in ("chosen", "rejected"))
-        if isinstance(chosen.text, str) != isinstance(rejected.text, str):
-            raise RowError(where, "one of chosen and rejected is text, the other a list of messages", rejected.column)
-        column = self.columns.get("prompt", "prompt")
+        candidates = [self._candidate(record, name, where) for name in self._completions(record)]
+        if len({isinstance(candidate.text, str) for candidate in candidates}) > 1:
+            reason = "one of chosen and rejected is text, the other a list of messages"
+            raise RowError(where, reason, candidates[-1].column)
+        column = self.column_name("prompt")
         self._has_prompts |= column in record
         # A column that the user mapped must exist; an unmapped prompt may be absent, null or an empty list.
-        if "prompt" not in self.columns and record.get(column) in (None, []):
-            prompt, *completions = self.split_prompt(chosen, rejected, where)
+        implied = "prompt" not in self.columns and record.get(column) in (None, [])
+        if implied:
+            prompt, completions = self.split_prompt(candidates[0], (*candidates, None)[1], where)
             self._check_implied_prompt(record, prompt, where)
         else:
             given = self._text(record, "prompt", where)
-            prompt, completions = separate_prompt(given, [chosen, rejected], column, where, self.findings)
+            prompt, completions = separate_prompt(given, candidates, column, where, self.findings)
         self._count_turns(prompt, completions, where)
-        better, worse = completions
-        for candidate, completion in ((chosen, better), (rejected, worse)):
+        for candidate, completion in zip(candidates, completions, strict=True):
             if is_empty(completion):
                 raise NoPreference(where, "the completion is empty", candidate.column)
+        better, worse = completions[0], (*completions, None)[1]
         if better == worse:
-            raise NoPreference(where, "chosen and rejected are equal", rejected.column)
+            raise NoPreference(where, "chosen and rejected are equal", candidates[-1].column)
         preference = self._number(record, "preference", where, 1.0)
         weight = self._number(record, "weight", where, math.inf)
+        columns = self._declared_columns(record, prompt, where, implied)
         values = self._template_values(record, prompt, where)
-        return Row(prompt, better, worse, preference, weight, split, where, **values)
+        return Row(prompt, better, worse, preference, weight, split, where, columns=columns, **values)
 
-    def split_prompt(self, chosen: Candidate, rejected: Candidate, where: str) -> tuple[Text, Text, Text]:
-        """Split two whole texts or conversations into the shared prompt and the two completions.
+    def _completions(self, record: Record) -> Sequence[str]:
+        """Return the names of the columns with the completions of a record."""
+        column = self.column_name("rejected")
+        # A column that the user mapped must exist.
+        absent = record.get(column) is None and ("rejected" not in self.columns or column in record)
+        return ("chosen",) if absent and not needs_pairs(self.needs) else ("chosen", "rejected")
+
+    def split_prompt(self, chosen: Candidate, rejected: Candidate | None, where: str) -> tuple[Text, list[Text]]:
+        """Split whole texts or conversations into the shared prompt and the completions.
 
         Args:
             chosen: Prompt and better completion.
-            rejected: Prompt and worse completion, in the same form.
+            rejected: Prompt and worse completion in the same form, ``None`` if there is only one completion.
             where: Place of the record for messages.
 
         Returns:
-            Prompt, better completion and worse completion.
+            Prompt, and the completions, the better one first.
 
         Raises:
-            RowError: If the shared beginning of two conversations is not followed by messages of the assistant.
+            RowError: If the shared beginning of two conversations is not followed by messages of the assistant, or if
+                nothing shows where the prompt of a single text ends.
         """
-        if isinstance(chosen.text, str):
-            cut = shared_prompt_length(chosen.text, str(rejected.text))
-            return chosen.text[:cut], chosen.text[cut:], rejected.text[cut:]
-        prompt, completions = split_conversations([chosen, rejected], where)
-        return prompt, completions[0], completions[1]
+        if not isinstance(chosen.text, str):
+            return split_conversations([chosen] if rejected is None else [chosen, rejected], where)
+        if rejected is None:
+            reason = "missing; a row without a rejected completion needs a prompt, since there is nothing to find it by"
+            raise RowError(where, reason, self.column_name("prompt"))
+        cut = shared_prompt_length(chosen.text, str(rejected.text))
+        return chosen.text[:cut], [chosen.text[cut:], rejected.text[cut:]]
+
+    def _declared_columns(self, record: Record, prompt: Text, where: str, implied: bool = False) -> dict[str, Any]:
+        """Return the values of the columns that the loss declares: numbers as they are, and further completions.
+
+        Args:
+            record: Values by column name.
+            prompt: Prompt of the row.
+            where: Place of the record for messages.
+            implied: Whether the completions of the record are whole texts, which begin with the prompt.
+        """
+        values: dict[str, Any] = {}
+        for name in self.needs.number_columns:
+            # A column that the user mapped must exist; without an unmapped one, the loss may have a default.
+            mapped = name in self.columns
+            values[name] = self._required(record, name, where)[1] if mapped else record.get(name)
+        for name in self.needs.text_columns:
+            candidate = self._candidate(record, name, where)
+            values[name] = follow_prompt(prompt, candidate, where, implied)
+            if is_empty(values[name]):
+                raise candidate.error(where, "the completion is empty")
+        return values
 
     def _check_implied_prompt(self, record: Record, prompt: Text, where: str) -> None:
         """Count a row without a prompt, and reject it if another column holds the prompt."""
@@ -200,7 +259,7 @@ class TableSource(Source):
         missing = {name for name, value in values.items() if not (isinstance(value, str) and value.strip() in prompt)}
         # Text of one such column in the shared beginning shows that chosen and rejected contain the prompt.
         if values and missing == values.keys() and (not prompt or isinstance(prompt, str)):
-            column, [name, *_] = self.columns.get("prompt", "prompt"), values
+            column, [name, *_] = self.column_name("prompt"), values
             reason = (
                 f"there is no prompt, and chosen and rejected do not begin with {name!r}; set "
                 f"data.source.columns={{prompt: {name}}}, or rename the column to prompt"
@@ -217,9 +276,9 @@ class TableSource(Source):
 
     def _template_values(self, record: Record, prompt: Text, where: str) -> dict[str, Any]:
         """Return the fields of a row that the chat template reads, and count the columns that nothing reads."""
-        used = {self.columns.get(name, name) for name in self.known}
+        used = {*map(self.column_name, self.read_columns)}
         ignored = [column for column in NOTED_COLUMNS if column not in used]
-        tools, kwargs = (self.columns.get(name, name) for name in TEMPLATE_COLUMNS)
+        tools, kwargs = map(self.column_name, TEMPLATE_COLUMNS)
         values: dict[str, Any] = {}
         if isinstance(prompt, str):
             ignored += [tools, kwargs]
@@ -234,33 +293,26 @@ class TableSource(Source):
         return text_or_messages(value, where, column)
 
     def _candidate(self, record: Record, name: str, where: str) -> Candidate:
-        return Candidate(self._text(record, name, where), self.columns.get(name, name))
+        return Candidate(self._text(record, name, where), self.column_name(name))
 
     def _required(self, record: Record, name: str, where: str) -> tuple[str, Any]:
         """Return the data's name of a column, and its value in a record that must have it."""
-        column = self.columns.get(name, name)
+        column = self.column_name(name)
         if column not in record:
             raise RowError(where, f"missing; the row has {', '.join(map(str, record)) or 'no columns'}", column)
         return column, record[column]
 
     def _number(self, record: Record, name: str, where: str, highest: float) -> float | None:
-        column = self.columns.get(name, name)
-        value = record.get(column)
-        if value is None:
+        column = self.column_name(name)
+        if record.get(column) is None:
             if name in self.columns and column not in record:
                 raise RowError(where, f"missing; the row has {', '.join(map(str, record))}", column)
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise RowError(where, f"must be a number, not {describe_type(value)}", column)
-        # The comparison is negated because NaN fails every comparison.
-        if not 0 <= value <= highest or value == math.inf:
-            allowed = "between 0 and 1" if highest == 1 else "finite and not negative"
-            raise RowError(where, f"must be {allowed}, not {value}", column)
-        return float(value)
+        return number_cell(record[column], where, column, 0.0, highest)
 
 
 def _find_repeats(rows: Sequence[Row], findings: Findings) -> None:
-    """Count rows that repeat another row, and pairs of completions that rows of a prompt rank both ways."""
+    """Count rows that repeat another row, and completions that rows of a prompt rank or label both ways."""
     by_prompt: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_prompt[prompt_id(row.prompt, row.tools, row.template_kwargs)].append(row)
@@ -269,13 +321,16 @@ def _find_repeats(rows: Sequence[Row], findings: Findings) -> None:
             continue
         seen: set[tuple[Any, ...]] = set()
         ranked: set[tuple[str, ...]] = set()
+        labelled: dict[str, bool] = {}
         for row in group:
             ranking = [prompt_id(text) for text in row.completions]
-            key = (*ranking, row.preference, row.weight)
+            key = (*ranking, row.preference, row.weight, row.label)
             if key in seen:
                 findings.add("repeated_rows", row.where)
                 continue
             seen.add(key)
+            if row.label not in (None, 0.5) and labelled.setdefault(ranking[0], row.label > 0.5) != (row.label > 0.5):
+                findings.add("contradicting_labels", row.where)
             if row.preference == 0.5:
                 continue
             if row.preference is not None and row.preference < 0.5:

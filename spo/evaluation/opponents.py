@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spo.data import EvalPrompt, TokenizedPair
+from spo.data.needs import is_desirable
 from spo.errors import UserError
 from spo.evaluation.assess import Opponent
 from spo.evaluation.settings import CHOSEN, REFERENCE, EvaluationSettings
@@ -44,17 +45,24 @@ def _chosen_responses(
 ) -> Opponent:
     """Return the chosen responses of the data, by prompt and sample.
 
-    If a prompt has several pairs, its samples are compared with their chosen responses in turn.
+    If a prompt has several pairs, its samples are compared with their chosen responses in turn. The chosen responses of
+    labelled data are the desirable ones.
     """
     responses: dict[str, list[tuple[str, int]]] = {}
     for pair in pairs:
+        if not is_desirable(pair.label):
+            continue
         responses.setdefault(pair.prompt_id, []).append((pair.chosen_text, len(pair.chosen_ids)))
     answered = [prompt.prompt_id for prompt in prompts if prompt.prompt_id in responses]
     if not answered:
-        raise UserError("evaluation.against=[chosen]: none of the test prompts has a pair; leave chosen out")
+        raise UserError(
+            "evaluation.against=[chosen]: none of the test prompts has a chosen or desirable response; leave chosen out"
+        )
     if without_pair := len(prompts) - len(answered):
         log.warning(
-            "%d of %d test prompts do not have a pair: no comparison with chosen responses", without_pair, len(prompts)
+            "%d of %d test prompts do not have a chosen response: they are not compared with one",
+            without_pair,
+            len(prompts),
         )
     return {
         (name, i): responses[name][i % len(responses[name])]

@@ -64,10 +64,13 @@ class Feature:
 class RoleInputs(Protocol):
     """What further completions of the rows of a split are made from."""
 
-    prompt_ids: Sequence[str]
-    """Digest of the prompt of each row."""
-    completions: Sequence[Ids]
-    """Tokens of the best or only completion of each row."""
+    @property
+    def prompt_ids(self) -> Sequence[str]:
+        """Return the digest of the prompt of each row."""
+
+    @property
+    def completions(self) -> Sequence[Ids]:
+        """Return the tokens of the best or only completion of each row."""
 
     def column(self, name: str) -> Sequence[Ids]:
         """Return the tokens of a text column of each row as a completion of its prompt."""

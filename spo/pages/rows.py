@@ -51,16 +51,21 @@ def show_rows(
 def _panel(number: int, pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> Panel:
     body = Text()
     names = ["chosen", "rejected", *(f"rejected, place {place}" for place in range(3, len(pair.completions) + 1))]
+    if pair.label is not None:
+        names = ["completion"]
     for name, text in zip(["prompt", *names], [pair.prompt_text, *pair.texts], strict=False):
         body.append(f"{name}\n", "bold").append(f"{text}\n\n", _PROMPT if name == "prompt" else _COMPLETION)
-    for name, completion in zip(names, pair.completions, strict=False):
+    named = [*zip(names, pair.completions, strict=False), *pair.extra.items()]
+    for name, completion in named:
         body.append(f"tokens of prompt + {name}: {len(pair.prompt_ids)} + {len(completion)}\n", "bold")
         body.append_text(_tokens(pair.prompt_ids, completion, tokenizer, stop_ids))
         body.append("\nmask ").append("." * len(pair.prompt_ids), _PROMPT)
         body.append("#" * len(completion), _COMPLETION).append("\n\n")
     facts = {
         "prompt id": pair.prompt_id,
-        "preference": 1.0 if pair.preference is None else pair.preference,
+        **({"preference": 1.0 if pair.preference is None else pair.preference} if pair.label is None else {}),
+        **({} if pair.label is None else {"label": pair.label}),
+        **pair.features,
         "weight": 1.0 if pair.weight is None else pair.weight,
         "truncated": pair.truncated,
         "tokens merge after the prompt": pair.boundary_moved,

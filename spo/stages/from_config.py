@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from spo.config.nodes import targets
 from spo.data import Renderer, Source
 from spo.errors import UserError
+from spo.losses import DataNeeds
 from spo.models import ModelSpec
 from spo.records.digests import path_digest
 from spo.records.plugins import plugin_digests
@@ -37,6 +38,12 @@ def model_spec(cfg: DictConfig) -> ModelSpec:
     """Return the ``model`` group as an object, without the defaults that it lends to other groups."""
     names = [field.name for field in dataclasses.fields(ModelSpec)]
     return ModelSpec(**instantiate({name: cfg.model[name] for name in names}, _convert_="all"))
+
+
+def data_needs(cfg: DictConfig) -> DataNeeds:
+    """Return what the loss asks of the data. Parameters that a loss draws leave the global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return DataNeeds.of(instantiate(cfg.method.loss, _convert_="all"))
 
 
 def make_renderer(

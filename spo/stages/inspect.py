@@ -57,6 +57,9 @@ def _records(prepared: Prepared) -> Iterator[dict[str, Any]]:
                 "prompt_text": prepared.tokenizer.decode(list(pair.prompt_ids), clean_up_tokenization_spaces=False),
                 "chosen_text": pair.chosen_text,
                 **({"worse_ids": pair.worse_ids, "worse_texts": pair.worse_texts} if pair.worse_ids else {}),
+                **({} if pair.label is None else {"label": pair.label}),
+                **({"features": pair.features} if pair.features else {}),
+                **({"extra_ids": pair.extra} if pair.extra else {}),
             }
 
 

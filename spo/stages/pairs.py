@@ -14,9 +14,10 @@ from rich.progress import track
 
 from spo.batching import by_length
 from spo.data import Completion, DataError, Renderer, Row, Source
+from spo.data.encoding import Ids
 from spo.models import ModelSpec
 from spo.records.cache import cached
-from spo.records.digests import code_version, model_digest
+from spo.records.digests import code_version, digest, model_digest
 from spo.records.files import read_json, read_jsonl, write_json, write_jsonl
 from spo.sampling import contents, derive_seed, is_finished, sample
 from spo.stages.from_config import data_key, eval_device, model_plugins, rendering_key
@@ -62,19 +63,85 @@ def preference_rows(
         write_json(folder / DROPPED_FILE, source.dropped_pairs)
 
     key = {
+        **_sampling_key(cfg, spec, base),
+        "data": data_key(cfg),
+        "rendering": rendering_key(cfg),
+        "stop_ids": renderer.stop_ids,
+        "columns": [*source.needs.number_columns, *source.needs.text_columns],
+    }
+    folder = cached(cfg.paths.cache, "pairs", key, write)
+    return [Row(**row) for row in read_jsonl(folder / ROWS_FILE)], read_json(folder / DROPPED_FILE)
+
+
+def drawn_completions(
+    cfg: DictConfig, spec: ModelSpec, base: str, renderer: Renderer, prompts: Sequence[Ids], stop_ids: Sequence[int]
+) -> list[Ids]:
+    """Return one completion of each prompt, drawn from the reference model once and cached.
+
+    A completion depends on the reference model, the seed of the data and the prompt. It is cut at
+    ``data.max_new_tokens``, or at ``data.max_length`` tokens with its prompt.
+
+    Args:
+        cfg: Configuration of the run, resolved.
+        spec: Settings for loading models.
+        base: Folder or hub name of the reference model.
+        renderer: Conversion between texts and tokens.
+        prompts: Tokens of distinct prompts.
+        stop_ids: Tokens that end a completion.
+    """
+
+    def write(folder: Path) -> None:
+        log.info("sampling further completions of %d prompts from the reference model", len(prompts))
+        model = spec.start(base).to(eval_device(cfg))
+        write_jsonl(folder / ROWS_FILE, ({"ids": ids} for ids in _draw(cfg, model, prompts, stop_ids, renderer)))
+
+    key = {
+        **_sampling_key(cfg, spec, base),
+        "prompts": digest([list(ids) for ids in prompts]),
+        "stop_ids": list(stop_ids),
+        "max_length": renderer.max_length,
+    }
+    folder = cached(cfg.paths.cache, "completions_of_reference", key, write)
+    return [tuple(row["ids"]) for row in read_jsonl(folder / ROWS_FILE)]
+
+
+def _sampling_key(cfg: DictConfig, spec: ModelSpec, base: str) -> dict[str, Any]:
+    """Return the part of a cache key that identifies how the reference model samples."""
+    return {
         "code": code_version(*CODE_DEPENDENCIES),
         "base": model_digest(base),
         "adapter": spec.adapter_path and model_digest(spec.adapter_path),
         "plugins": model_plugins(cfg),
         "dtype": spec.dtype,
-        "data": data_key(cfg),
-        "rendering": rendering_key(cfg),
         "max_new_tokens": cfg.data.max_new_tokens,
-        "stop_ids": renderer.stop_ids,
         "seed": cfg.data.seed,
     }
-    folder = cached(cfg.paths.cache, "pairs", key, write)
-    return [Row(**row) for row in read_jsonl(folder / ROWS_FILE)], read_json(folder / DROPPED_FILE)
+
+
+def _draw(
+    cfg: DictConfig, model: Any, prompts: Sequence[Ids], stop_ids: Sequence[int], renderer: Renderer
+) -> list[list[int]]:
+    """Draw one completion of each prompt from the reference model, within the length limit."""
+    drawn: dict[int, list[int]] = {}
+    room = [min(cfg.data.max_new_tokens, renderer.max_length - len(ids)) for ids in prompts]
+    parts: list[list[int]] = []
+    for new in sorted(set(room)):
+        alike = [row for row, own in enumerate(room) if own == new]
+        lengths = [len(prompts[row]) for row in alike]
+        parts += [[alike[i] for i in part] for part in by_length(lengths, COMPLETIONS_PER_BATCH)]
+    for rows in track(parts, "sampling further completions", transient=True):
+        sequences = sample(
+            model,
+            [prompts[row] for row in rows],
+            max_new_tokens=room[rows[0]],
+            temperature=1.0,
+            stop_ids=stop_ids,
+            pad_token_id=renderer.tokenizer.pad_token_id,
+            seeds=[derive_seed("further completions", cfg.data.seed, *prompts[row]) for row in rows],
+            sampler=cfg.speed.sampler,
+        )
+        drawn |= zip(rows, sequences.completions(), strict=True)
+    return [drawn[row] for row in range(len(prompts))]
 
 
 def _complete(

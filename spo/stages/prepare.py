@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from hydra.utils import instantiate
@@ -13,13 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from spo.data import DataError, EvalPrompt, PreparedPairs, Renderer, Row, RowError, Source, eval_prompts, prompt_id
 from spo.data.enumerable import Language
+from spo.data.needs import Draw
 from spo.data.rows import SPLITS, Split
 from spo.data.splits import prepare
 from spo.models import ModelSpec
 from spo.models.generation import note_stops_in_text
 from spo.models.loading import load_config
-from spo.stages.from_config import make_renderer, model_spec
-from spo.stages.pairs import preference_rows
+from spo.stages.from_config import data_needs, make_renderer, model_spec
+from spo.stages.pairs import drawn_completions, preference_rows
 from spo.stages.reference_model import reference_model
 
 
@@ -98,8 +100,11 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
     stop_ids = spec.stop_ids(base)
     note_stops_in_text(base, stop_ids, tokenizer)
     renderer = make_renderer(cfg, tokenizer, source, stop_ids)
+    # The reference model is the same for every method, so it is made before the source knows the loss.
+    source.needs = data_needs(cfg)
     rows, dropped = preference_rows(cfg, spec, source, base, renderer)
-    pairs = _prepare_pairs(cfg, source, renderer, rows, dropped)
+    draw = partial(drawn_completions, cfg, spec, base, renderer)
+    pairs = _prepare_pairs(cfg, source, renderer, rows, dropped, draw)
     prompts = {split: _prompts(source, split, pairs, renderer) for split in SPLITS}
     return Prepared(spec, base, tokenizer, renderer, pairs, prompts, list(source.bad_rows), source.language)
 
@@ -115,7 +120,7 @@ def _check_context(cfg: DictConfig, spec: ModelSpec, path: str) -> None:
 
 
 def _prepare_pairs(
-    cfg: DictConfig, source: Source, renderer: Renderer, rows: Sequence[Row], dropped: Mapping[str, int]
+    cfg: DictConfig, source: Source, renderer: Renderer, rows: Sequence[Row], dropped: Mapping[str, int], draw: Draw
 ) -> PreparedPairs:
     """Return the rows as tokens, in splits; counts and warnings include what the source dropped."""
     if not rows and dropped:
@@ -129,7 +134,18 @@ def _prepare_pairs(
     source.findings.write_notes()
     lost = sum(dropped.values()) + len(source.bad_rows)
     bad_rows = source.bad_rows if cfg.data.get("on_bad_row") == "skip" else None
-    pairs = prepare(rows, renderer, cfg.data.seed, selection, test, cfg.data.min_pairs, bad_rows)
+    pairs = prepare(
+        rows,
+        renderer,
+        cfg.data.seed,
+        selection,
+        test,
+        cfg.data.min_pairs,
+        bad_rows,
+        needs=source.needs,
+        name_of=source.column_name,
+        draw=draw,
+    )
     if whole:
         counts = pairs.counts | dict.fromkeys(SPLITS, len(pairs.train))
         pairs = dataclasses.replace(pairs, selection=pairs.train, test=pairs.train, counts=counts)

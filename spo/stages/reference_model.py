@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from functools import partial
 from pathlib import Path
@@ -16,10 +15,11 @@ from transformers import get_cosine_schedule_with_warmup
 from spo.callbacks import Progress
 from spo.data import PreparedPairs, RowError, Source
 from spo.data.datamodule import PreferenceDataModule
+from spo.data.needs import supervised
 from spo.data.splits import prepare
 from spo.forward.speed import Speed
 from spo.guard import StageKeys
-from spo.losses import SFTLoss
+from spo.losses import DataNeeds, SFTLoss
 from spo.models import ModelSpec, NoReference
 from spo.models.saving import save_policy
 from spo.module import AlignmentModule
@@ -93,7 +93,8 @@ def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path) -
         # A source without rows of its own for this purpose lends the best completion of each preference row.
         rows = source.sft_rows()
         if rows is None:
-            rows = [dataclasses.replace(row, rejected=None, worse=()) for row in source.rows(no_completer)]
+            source.needs = DataNeeds.of(SFTLoss())
+            rows = supervised(source.rows(no_completer))
         renderer = make_renderer(cfg, tokenizer, source, stop_ids)
         bad_rows: list[RowError] | None = [] if cfg.data.get("on_bad_row") == "skip" else None
         pairs = prepare(rows, renderer, cfg.data.seed, 0.0, 0.0, min_pairs=1, bad_rows=bad_rows)

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from spo.config.checks.files import missing_data
+from spo.config.checks.losses import loss_problems
 from spo.config.checks.targets import CheckedParts
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
-from spo.config.nodes import first_line, listed, locate, select
+from spo.config.nodes import EXTRA_REFERENCES, extra_references, first_line, listed, locate, select, suggestion
 from spo.errors import JudgeError
 from spo.resources import conf_dir
-
-if TYPE_CHECKING:
-    from spo.losses import Loss
 
 
 def combination_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
@@ -27,8 +25,9 @@ def combination_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
         cfg: Composed configuration.
         parts: Parts of the run that ``cfg`` describes.
     """
-    found = [*_objective(cfg, parts), *_coefficients(cfg, parts), *_data(cfg, parts)]
-    found += [*_model(cfg, parts), *_optimizer(parts), *_judge(cfg, parts)]
+    found = [*_objective(cfg, parts), *_moving_reference(cfg, parts), *_extra_references(cfg, parts)]
+    found += [*_coefficients(cfg, parts), *_data(cfg, parts)]
+    found += [*_model(cfg, parts), *_optimizer(parts), *_judge(cfg, parts), *loss_problems(parts)]
     yield from [*parts.problems, *found]
 
 
@@ -43,25 +42,15 @@ def _objective(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
             "spo.losses.ListLoss for ranked lists"
         )
         return
-    if loss is not None:
-        yield from _own_metrics(loss)
     if loss is None or regularizer is None or reference is None:
         return
-    method, member = select(cfg, "method.name"), member_name("reference", reference)
-    regularizer_name = member_name("regularizer", type(regularizer))
-    scores_pairs, scores_samples = (getattr(reference, name, True) for name in ("scores_pairs", "scores_samples"))
-    # Imports torch, which a wrong command must not wait for.
-    from torch.nn import Module
-
-    from spo.regularizers import Regularizer
-    from spo.types import ListLogps
+    method, regularizer_name = select(cfg, "method.name"), member_name("regularizer", type(regularizer))
+    from spo.regularizers import Regularizer  # Imports torch, which a wrong command must not wait for.
 
     if not isinstance(regularizer, Regularizer):
         name = type(regularizer).__name__
         yield f"regularizer: {name} is not a regularizer: derive it from spo.regularizers.Regularizer"
         return
-    uses_reference = declares(loss, "uses_reference")
-    reads_stored = uses_reference and not (regularizer.needs_reference_logits or loss.needs_reference_logits)
     if regularizer.needs_enumeration and getattr(parts.source, "language", None) is None:
         yield (
             f"regularizer={regularizer_name} sums over every response, which takes a data set "
@@ -72,16 +61,28 @@ def _objective(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
             f"regularizer.prompts={regularizer.prompts}: every split of an enumerable language has all of its prompts: "
             "choose regularizer.prompts=train"
         )
-    if declares(loss, "uses_lists") and loss.inputs is not ListLogps:
+    yield from _references(cfg, loss, regularizer, reference)
+    if regularizer.follows_beta and declares(loss, "uses_beta"):
         yield (
-            f"method.loss: {type(loss).__name__} declares uses_lists, which no longer has an effect: derive it from "
-            "spo.losses.ListLoss, and write of_ranking"
+            f"regularizer.weight=beta: {method} reads beta itself, so the regularizer needs a number of its own, "
+            "such as regularizer.weight=0.01"
         )
-    if isinstance(loss, Module) and type(loss).__call__ is Module.__call__:
-        yield (
-            f"method.loss: {type(loss).__name__} is called as a module, not as a loss: name nn.Module after "
-            "spo.losses.PreferenceLoss among its base classes"
-        )
+
+
+def _references(cfg: DictConfig, loss: Any, regularizer: Any, reference: Any) -> Iterator[str]:
+    """Yield why the reference does not provide what loss and regularizer read, or provides what nothing reads.
+
+    Args:
+        cfg: Composed configuration.
+        loss: Loss of the method.
+        regularizer: Regularizer of the run.
+        reference: Class of the reference.
+    """
+    method, member = select(cfg, "method.name"), member_name("reference", reference)
+    regularizer_name = member_name("regularizer", type(regularizer))
+    scores_pairs, scores_samples = (getattr(reference, name, True) for name in ("scores_pairs", "scores_samples"))
+    uses_reference = declares(loss, "uses_reference")
+    reads_stored = uses_reference and not (regularizer.needs_reference_logits or loss.needs_reference_logits)
     if uses_reference and not scores_pairs:
         yield (
             f"method={method} needs a reference model, but reference={member} provides none: choose reference=frozen"
@@ -100,23 +101,71 @@ def _objective(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
         )
     if getattr(reference, "needs_adapter", False) and select(cfg, "model.lora") is None:
         yield f"reference={member} needs an adapter to switch off, but model.lora is null: choose model=hf_lora"
-    if regularizer.follows_beta and declares(loss, "uses_beta"):
+
+
+def _moving_reference(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
+    """Yield why the weights of the reference cannot move."""
+    from spo.models import Reference
+
+    reference = parts.reference
+    if not (isinstance(reference, type) and issubclass(reference, Reference)):
+        return
+    chosen = f"reference={member_name('reference', reference)}"
+    if not reference.moves:
+        if reference.after_step is not Reference.after_step:
+            yield (
+                f"{chosen} has after_step, which changes its weights, and does not declare it: write moves = True in "
+                f"{reference.__name__}"
+            )
+        return
+    if reference.stores_logps:
         yield (
-            f"regularizer.weight=beta: {method} reads beta itself, so the regularizer needs a number of its own, "
-            "such as regularizer.weight=0.01"
+            f"{chosen} moves, so log-probabilities that it stored would be those of weights it no longer has: derive "
+            f"{reference.__name__} from spo.models.FrozenReference"
+        )
+    if reference.needs_adapter:
+        yield (
+            f"{chosen} moves, but its weights are those of the policy, which would move too: derive "
+            f"{reference.__name__} from spo.models.FrozenReference"
+        )
+    if reference.state_dict is Reference.state_dict or reference.load_state_dict is Reference.load_state_dict:
+        yield (
+            f"{chosen} moves, but a resumed run would not have its weights: write state_dict and load_state_dict, or "
+            f"derive {reference.__name__} from spo.models.FrozenReference"
+        )
+    strategies = {"ModelParallelStrategy": "fsdp", "FSDPStrategy": "fsdp", "DeepSpeedStrategy": "deepspeed"}
+    if (strategy := strategies.get(_strategy(parts))) is not None:
+        yield (
+            f"{chosen} moves by the weights of the policy, and strategy={strategy} distributes those over devices: "
+            "choose strategy=ddp"
         )
 
 
-def _own_metrics(loss: Loss[Any]) -> Iterator[str]:
-    """Yield keys of the loss's own metrics under which another number would be lost."""
-    from spo.metrics.catalogue import find
-    from spo.module import STEP_METRICS, TIME_METRICS
-    from spo.watch import HEALTH_METRICS, PROBE_METRICS
+def _extra_references(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
+    """Yield names of further references that have no model, or that nothing reads."""
+    if parts.loss is None:
+        return
+    given, declared = extra_references(cfg), getattr(parts.loss, "extra_references", ())
+    method = select(cfg, "method.name")
+    if isinstance(declared, str):
+        yield f"method.loss: extra_references={declared!r} is a text: write the tuple ({declared!r},)"
+        return
+    yield from (
+        f"method={method} needs a model for its reference {name!r}: set {EXTRA_REFERENCES}.{name}=PATH"
+        for name in declared
+        if name not in given
+    )
+    reads = f"it reads {listed(declared)}" if declared else "it reads none beside the main one"
+    yield from (
+        f"{EXTRA_REFERENCES}.{name}: method={method} does not read this reference ({reads}){suggestion(name, declared)}"
+        for name in given
+        if name not in declared
+    )
 
-    measured = {*STEP_METRICS, *TIME_METRICS, *HEALTH_METRICS, *PROBE_METRICS}
-    for name in loss.extra_metrics:
-        if name in measured or find(name) is not None or name.startswith("reference/"):
-            yield f"method.loss: extra_metrics has {name!r}, the key of another metric: choose a name of its own"
+
+def _strategy(parts: CheckedParts) -> str:
+    """Return the class of the strategy, an empty text for a name that Lightning resolves."""
+    return str(getattr(parts.target("strategy.plugin"), "__name__", ""))
 
 
 def _coefficients(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
@@ -143,7 +192,7 @@ def _data(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     if source is None:
         return
     from spo.data.source import Source
-    from spo.types import PairLogps
+    from spo.losses import DataNeeds, Loss
 
     if not isinstance(source, Source):
         yield f"data.source: {type(source).__name__} is not a source: derive it from spo.data.source.Source"
@@ -152,19 +201,59 @@ def _data(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
         source.check_limits(select(cfg, "data.max_length"), select(cfg, "data.truncation"))
     except ValueError as error:
         yield first_line(error)
+    if isinstance(loss, Loss):
+        yield from _mismatches(cfg, source, loss)
+    source.needs = DataNeeds() if not isinstance(loss, Loss) else DataNeeds.of(loss)
+    try:
+        source.check_columns()
+    except ValueError as error:
+        yield first_line(error)
+
+
+def _mismatches(cfg: DictConfig, source: Any, loss: Any) -> Iterator[str]:
+    """Yield what the loss asks of the data and the source does not have."""
+    from spo.losses import DataNeeds
+    from spo.types import PairLogps
+
+    needs = DataNeeds.of(loss)
+    method, data = f"method={select(cfg, 'method.name')}", f"data={member_name('data', type(source), 'source')}"
     # Supervised methods lose nothing of a list: they learn from its best completion alone.
-    reads_pairs = loss is not None and getattr(loss, "inputs", None) is PairLogps and declares(loss, "uses_rejected")
-    if source.yields_lists and reads_pairs:
+    if source.yields_lists and needs.inputs is PairLogps and needs.rejected:
         yield (
-            f"method={select(cfg, 'method.name')} compares two completions, but the data has lists of more: choose "
+            f"{method} compares two completions, but the data has lists of more: choose "
             f"{listed(f'method={name}' for name in _list_methods())}, or lists of two "
             "(data.source.max_responses=2 in data=ranked_jsonl, data.source.list_size=2 in data=enumerable)"
+        )
+    if source.yields_lists and needs.labelled:
+        yield (
+            f"{method} reads single completions with labels, but {data} has lists of more than two: choose "
+            "data=labelled_jsonl, or data of pairs, whose two completions become labelled ones"
+        )
+    if source.yields_labels and not needs.labelled:
+        what = "lists of completions" if needs.lists else "pairs of completions" if needs.rejected else "completions"
+        yield (
+            f"{method} reads {what} without labels, but each row of {data} is a single completion with a label: choose "
+            "a method of labelled completions (inputs = LabelledLogps), or data of pairs such as data=jsonl"
+        )
+    if (source.yields_lists or needs.labelled) and (
+        both := [name for name, feature in needs.features.items() if feature.per_completion]
+    ):
+        yield (
+            f"{method}: the feature {both[0]!r} is a number of each completion of a pair, and "
+            f"{'this method reads single completions' if needs.labelled else f'{data} has lists of more than two'}: "
+            "declare a column with one value for each row"
+        )
+    columns = [*needs.number_columns, *needs.text_columns]
+    if columns and not source.has_columns:
+        yield (
+            f"{method} reads the column{'s' if len(columns) > 1 else ''} {', '.join(columns)}, but {data} does not "
+            "have such columns: choose data from a file, such as data=jsonl"
         )
 
 
 def _model(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     """Yield why a model cannot be trained as the strategy wants, or cannot be built if it makes its own weights."""
-    shards = getattr(parts.target("strategy.plugin"), "__name__", "") == "ModelParallelStrategy"
+    shards = _strategy(parts) == "ModelParallelStrategy"
     if shards and select(cfg, "model.lora") is not None:
         # Samples are drawn from the model below the adapter, which does not gather the shards of the whole.
         yield "strategy=fsdp shards all weights, and model.lora trains an adapter: choose strategy=ddp, or model=hf"
@@ -222,10 +311,16 @@ def _list_methods() -> list[str]:
     return found
 
 
-def member_name(group: str, cls: type) -> str:
-    """Return the shipped member of a group that makes ``cls``, or the name of the class; for messages."""
+def member_name(group: str, cls: type, part: str = "") -> str:
+    """Return the shipped member of a group that makes ``cls``, or the name of the class; for messages.
+
+    Args:
+        group: Group of the configuration.
+        cls: Class.
+        part: Key below the group whose ``_target_`` makes the class; empty for the group itself.
+    """
     for file in sorted((conf_dir() / group).glob("*.yaml")):
-        target = OmegaConf.select(OmegaConf.load(file), "_target_")
+        target = OmegaConf.select(OmegaConf.load(file), f"{part}._target_" if part else "_target_")
         if target is not None and str(target).rpartition(".")[2] == cls.__name__:
             return file.stem
     return cls.__name__
