@@ -358,6 +358,32 @@ def test_precomputed_logps_pad_shorter_lists_with_nan(model_folder: Path, tmp_pa
     torch.testing.assert_close(batch.reference_logps, completion_logps(model, batch.sequences), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_precomputed_logps_cover_further_completions(size: int, model_folder: Path, tmp_path: Path) -> None:
+    lists = [replace(PAIRS[0], worse_ids=((8, 2), (9, 9, 2))), PAIRS[1], PAIRS[2]]
+    extra = [{"a": PAIRS[i - 1].chosen_ids, "b": lists[i].chosen_ids if i == 1 else (7, i + 4, 2)} for i in range(3)]
+    lists = [replace(one, extra=own) for one, own in zip(lists, extra, strict=True)]
+    table = scored(tmp_path, prepared(model_folder, lists, []))[0]["train"]
+    assert table.shape == (3, 4 + 2) and table.isnan().sum() == 4
+    model = model_spec().start(model_folder)
+    # A batch may lack the longest list of the split.
+    batch = collate(lists[-size:], range(3)[-size:], PAD, table)
+    assert batch.reference_logps is not None
+    torch.testing.assert_close(batch.reference_logps, completion_logps(model, batch.sequences), rtol=0, atol=1e-5)
+
+
+def test_cached_logps_cover_further_completions(tmp_path: Path) -> None:
+    pairs = [replace(PAIRS[0], extra={"a": (7, 8, 2)}), replace(PAIRS[1], extra={"a": (9, 2)})]
+    reference, model = CachedReference(str(tmp_path)), tiny_llama(3)
+    reference.attach(lambda: model)
+    reference.use_store(lambda folder, speed, device: LogpsStore(Path(folder) / "a.sqlite", torch.float64))
+    batch = collate(pairs, [0, 1], PAD)
+    first = reference.pair_logps(batch, model, PLAIN)
+    reference.model = None  # the second time, all of them come from the store
+    torch.testing.assert_close(reference.pair_logps(batch, model, PLAIN), first, rtol=0, atol=0)
+    torch.testing.assert_close(first, completion_logps(model, batch.sequences))
+
+
 def test_precomputed_logps_report_a_reference_that_returns_nan(tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     model: Any = tiny_llama(dtype=torch.float32)

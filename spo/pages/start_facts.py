@@ -89,8 +89,8 @@ def _short(number: int) -> str:
 def _describe_optimum(module: AlignmentModule, exact: ExactMetrics) -> str:
     optimum = exact.optimum(module)
     if optimum is None:
-        reason = beyond_enumeration(module.loss) or "the data and the objective do not determine a single policy"
-        return f"none: {reason}"
+        reason = beyond_enumeration(module.loss, module.reference)
+        return f"none: {reason or 'the data and the objective do not determine a single policy'}"
     stated = "as the loss states it" if optimum.found == "closed form" else "found numerically"
     return f"{stated}, entropy {float(entropy(optimum.logps).mean()):.4g} nats per response"
 

@@ -33,6 +33,7 @@ CODE_DEPENDENCIES = (
     "sampling",
     "seeds.py",
     "forward",
+    "losses/declarations.py",
     "stages/from_config.py",
     "stages/pairs.py",
 )

@@ -47,6 +47,7 @@ CODE_DEPENDENCIES = (
     "objective",
     "regularizers/base.py",
     "losses/base.py",
+    "losses/declarations.py",
     "losses/sft.py",
     "schedules",
     "stages/from_config.py",

@@ -22,6 +22,7 @@ from spo.config.nodes import extra_references
 from spo.data import SPLITS
 from spo.data.splits import REPORTED_COUNTS
 from spo.evaluation.saved_policy import TrainedPolicy, rows_to_compare
+from spo.models.run_state import save_loss, save_reference
 from spo.models.saving import save_policy, whole_state_dict
 from spo.notes import collect_notes
 from spo.pages.panels import result_panel, start_panel
@@ -148,6 +149,8 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
         kept = None if weights is None else {**weights}  # Saving empties the mapping that it gets.
         with replacing(policy) as folder:
             save_policy(module.policy, prepared.tokenizer, folder, kept, prepared.stop_ids)
+        save_loss(module.loss, run_dir)
+        save_reference(module.reference.state_dict(), run_dir)
         write_policy_digests(run_dir)
 
         judge = next((callback.judge for callback in validation_samples(trainer)), None)

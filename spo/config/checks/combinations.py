@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from spo.config.checks.files import missing_data
+from spo.config.checks.losses import loss_problems
 from spo.config.checks.targets import CheckedParts
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.nodes import EXTRA_REFERENCES, extra_references, first_line, listed, locate, select, suggestion
 from spo.errors import JudgeError
 from spo.resources import conf_dir
-
-if TYPE_CHECKING:
-    from spo.losses import Loss
 
 
 def combination_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
@@ -29,7 +27,7 @@ def combination_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     """
     found = [*_objective(cfg, parts), *_moving_reference(cfg, parts), *_extra_references(cfg, parts)]
     found += [*_coefficients(cfg, parts), *_data(cfg, parts)]
-    found += [*_model(cfg, parts), *_optimizer(parts), *_judge(cfg, parts)]
+    found += [*_model(cfg, parts), *_optimizer(parts), *_judge(cfg, parts), *loss_problems(parts)]
     yield from [*parts.problems, *found]
 
 
@@ -44,8 +42,6 @@ def _objective(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
             "spo.losses.ListLoss for ranked lists"
         )
         return
-    if loss is not None:
-        yield from _own_metrics(loss)
     if loss is None or regularizer is None or reference is None:
         return
     method, regularizer_name = select(cfg, "method.name"), member_name("regularizer", type(regularizer))
@@ -170,18 +166,6 @@ def _extra_references(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
 def _strategy(parts: CheckedParts) -> str:
     """Return the class of the strategy, an empty text for a name that Lightning resolves."""
     return str(getattr(parts.target("strategy.plugin"), "__name__", ""))
-
-
-def _own_metrics(loss: Loss[Any]) -> Iterator[str]:
-    """Yield keys of the loss's own metrics under which another number would be lost."""
-    from spo.metrics.catalogue import find
-    from spo.module import STEP_METRICS, TIME_METRICS
-    from spo.watch import HEALTH_METRICS, PROBE_METRICS
-
-    measured = {*STEP_METRICS, *TIME_METRICS, *HEALTH_METRICS, *PROBE_METRICS}
-    for name in loss.extra_metrics:
-        if name in measured or find(name) is not None or name.startswith("reference/"):
-            yield f"method.loss: extra_metrics has {name!r}, the key of another metric: choose a name of its own"
 
 
 def _coefficients(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
