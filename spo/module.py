@@ -112,6 +112,7 @@ class AlignmentModule(LightningModule):
         self.automatic_optimization = False
         self.policy, self.loss, self.regularizer, self.reference = policy, loss, regularizer, reference
         self.extra_references = extra_references or {}
+        self.references = [reference, *self.extra_references.values()]
         self.alpha, self.beta = alpha, beta
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.prompts, self.enumeration = prompts, enumeration
@@ -159,11 +160,6 @@ class AlignmentModule(LightningModule):
         """Return whether a reference model is available and loss, regularizer or probe score sequences with it."""
         wanted = self.loss.uses_reference or self.regularizer.needs_reference or self.probe.settings is not None
         return wanted and self.reference.scores_samples
-
-    @property
-    def references(self) -> list[Reference]:
-        """Return the main reference and the further ones."""
-        return [self.reference, *self.extra_references.values()]
 
     @property
     def reference_follows(self) -> bool:

@@ -23,7 +23,7 @@ from spo.comparison.refusals import find_problems
 from spo.comparison.runs import CannotCompare, find_runs
 from spo.comparison.scores import scores_by_prompt, win_shares
 from spo.evaluation.winrate import win_rates
-from spo.pages.comparison_files import to_csv, to_dict, to_markdown
+from spo.pages.comparison_files import columns, to_csv, to_dict, to_markdown
 from spo.pages.comparison_table import print_comparison
 from spo.pages.comparison_words import describe_difference, describe_duels
 from spo.resources import conf_dir
@@ -129,6 +129,34 @@ def test_kl_and_entropy_scores_vary_as_samples_around_the_recorded_mean(tmp_path
     ratio = [row["logp_policy"] - row["logp_reference"] for row in run.samples]
     assert np.allclose(np.diff(list(scores_by_prompt(run, "kl").values())), np.diff(ratio))
     assert scores_by_prompt(run, "distinct_2") == {} and scores_by_prompt(run, "unheard_of") == {}
+
+
+def test_metrics_that_single_losses_add_come_last_in_the_table(tmp_path: Path) -> None:
+    def add(metrics: dict[str, float]) -> None:
+        metrics |= {"eval/method/gap": 0.25, "eval/reference/method/gap": 0.0, "val/method/gap": 0.5}
+
+    rewrite(write_run(tmp_path, method="spo", alpha=0.1) / "metrics.json", add)
+    without = ("eval/rewards/accuracies", "eval/rewards/margins", "val/rewards/accuracies", "val/rewards/margins")
+    write_run(tmp_path, method="dpo", without=without)
+    comparison = compared(tmp_path)
+    assert columns(comparison)[-1] == "method/gap" and "reference/method/gap" not in columns(comparison)
+    ours, theirs = (
+        next(method.estimates.get("method/gap") for method in comparison.methods if method.name == name)
+        for name in ("spo", "dpo")
+    )
+    assert ours is not None and ours.value == 0.25 and theirs is None
+    print_comparison(comparison)
+
+
+def test_selecting_by_a_metric_without_a_known_direction_is_noted(tmp_path: Path) -> None:
+    for alpha in (0.1, 0.3):
+        rewrite(
+            write_run(tmp_path, alpha=alpha) / "metrics.json",
+            lambda metrics, alpha=alpha: metrics.update({"val/method/gap": alpha}),
+        )
+    notes = compared(tmp_path, select="val/method/gap").notes
+    assert "Settings were selected by the largest val/method/gap, whose better direction is unknown." in notes
+    assert not any("unknown" in note for note in compared(tmp_path, select="val/reward").notes)
 
 
 def test_equal_length_interval_agrees_with_the_evaluation(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class MyLoss(PreferenceLoss):
     def __init__(self, margin):
         self.margin = margin
 
-    def __call__(self, pair, *, alpha, beta):
+    def of_pairs(self, pair, *, alpha, beta):
         chosen = pair.policy_chosen - pair.reference_chosen
         rejected = pair.policy_rejected - pair.reference_rejected
         return (self.margin - beta * (chosen - rejected)).clamp(min=0)

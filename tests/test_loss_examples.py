@@ -5,6 +5,7 @@ The losses get what they declare and nothing else, so an example that forgets a 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -130,11 +131,15 @@ def trained(loss: Loss[Any], folder: Path) -> Spied:
 @EACH
 def test_example_takes_a_step_and_a_validation(make: type[Loss[Any]], tmp_path: Path) -> None:
     loss = make()
+    before = copy.deepcopy(loss)
     module = trained(loss, tmp_path)
     logged = {key: float(value) for key, value in module.trainer.callback_metrics.items()}
     wanted = ["train/loss", "val/loss", *(f"{place}/{key}" for place in ("train", "val") for key in loss.extra_metrics)]
     assert all(math.isfinite(logged[key]) for key in wanted)
     assert sum(float(gradient.abs().sum()) for gradient in module.gradients[0].values()) > 0
+    if isinstance(loss, nn.Module) and isinstance(before, nn.Module):
+        state, initial = loss.state_dict(), before.state_dict()
+        assert state and not any(torch.equal(state[name], initial[name]) for name in state)
 
 
 # ------------------------------------------------------------------------------------------------------- declarations

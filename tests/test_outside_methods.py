@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import socket
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,11 +21,27 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from spo import cli
 from spo.data import TokenizedPair
 from spo.forward.speed import Speed
 from spo.models import FrozenReference
-from tests.helpers import BOS, EOS, FAST, PLAIN, VOCAB, Spied, make_data, make_module, make_trainer, random_pairs
-from tests.outside_oracles import EXTRA, ORACLES, POLICY, REFERENCE, Oracle, Row, completion
+from tests.commands import TINY
+from tests.helpers import (
+    BOS,
+    EOS,
+    FAST,
+    PLAIN,
+    VOCAB,
+    Spied,
+    frozen,
+    make_data,
+    make_module,
+    make_trainer,
+    random_pairs,
+    save_model,
+    tiny_tokenizer,
+)
+from tests.outside_oracles import EXTRA, ORACLES, POLICY, REFERENCE, Completion, Oracle, Row, completion
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "tests" / "outside" / "conf"
@@ -75,23 +96,49 @@ def some_rows(name: str, *, soft: bool) -> list[TokenizedPair]:
     pairs = random_pairs(
         11,
         seed=1,
-        preference=lambda i: None if i % 2 or not soft else 0.6 + i / 30,
+        preference=lambda i: None if i % 2 or not soft else 0.3 + i / 20,
         weight=lambda i: None if i > 5 or not soft else 0.5 + i / 10,
     )
     pairs[3:5] = [replace(pair, prompt_ids=pairs[2].prompt_ids, prompt_id=pairs[2].prompt_id) for pair in pairs[3:5]]
     pairs[4] = replace(pairs[4], chosen_ids=pairs[2].rejected_ids)
-    return pairs
+    return [replace(pair, **columns) for pair, columns in zip(pairs, columns_of(name, pairs, soft), strict=True)]
+
+
+def columns_of(name: str, pairs: list[TokenizedPair], soft: bool) -> list[dict[str, Any]]:
+    """Return what else the rows of a method have."""
+    random = torch.Generator().manual_seed(3)
+    numbers = torch.randn(len(pairs), 3, generator=random).tolist()
+    if name == "rpo":
+        return [{"features": {"embedding": tuple(row)}} for row in numbers]
+    if name == "debiased":
+        return [{"features": {"number": (row[0], row[1])}} for row in numbers]
+    if name == "kto":
+        single = {"rejected_ids": None, "rejected_text": None, "preference": None}
+        others = [pairs[i - 1 if i not in (3, 4) else 1].chosen_ids for i in range(len(pairs))]
+        return [
+            {**single, "label": 0.2 + i / 20 if soft else float(i % 3 > 0), "extra": {"mismatched": other}}
+            for i, other in enumerate(others)
+        ]
+    return [{} for _ in pairs]
 
 
 def row_of(pair: TokenizedPair, models: dict[str, nn.Module]) -> Row:
-    def seen(tokens: Sequence[int], number: float = 0.0) -> Any:
-        return completion(pair.prompt_ids, tokens, models, number)
+    """Return a row as the closed forms see it; its numbers are those of single precision."""
 
+    def seen(tokens: Sequence[int] | None, number: float = 0.0) -> Completion | None:
+        return completion(pair.prompt_ids, tokens, models, number) if tokens else None
+
+    def single(number: float | None) -> float:
+        return 1.0 if number is None else float(torch.tensor(number))
+
+    numbers = [single(number) for number in pair.features.get("number", (0.0, 0.0))]  # type: ignore[union-attr]
     return Row(
-        seen(pair.chosen_ids),
-        seen(pair.rejected_ids or ()),
-        right=1.0 if pair.preference is None else float(torch.tensor(pair.preference)),
-        weight=1.0 if pair.weight is None else float(torch.tensor(pair.weight)),
+        completion(pair.prompt_ids, pair.chosen_ids, models, numbers[0]),
+        seen(pair.rejected_ids, numbers[1]),
+        seen(pair.extra.get("mismatched")),
+        pair.features.get("embedding", ()),  # type: ignore[arg-type]
+        single(pair.preference if pair.label is None else pair.label),
+        single(pair.weight),
     )
 
 
@@ -157,6 +204,10 @@ def fitted(
         beta=BETA,
         optimizer=optimizer,
     )
+    if name == "mrpo":
+        extra = FrozenReference()
+        extra.attach(lambda: frozen(models[EXTRA]))
+        module.extra_references = {"extra": extra}
     module.__class__ = Watched
     rows = some_rows(name, soft=soft)
     data = make_data(rows, max_steps=planned, batch_size=BATCH, micro_batch_size=micro)
@@ -240,3 +291,162 @@ def test_terms_do_not_cost_a_forward_pass(name: str, micro: int, passes: int, tm
     """A loss of all pairs of a step takes a second pass of several micro-batches, and none of a single one."""
     module = fitted(tmp_path, name, micro=BATCH // micro, steps=1)
     assert module.passes == {POLICY: passes, REFERENCE: passes}
+
+
+# --- TRL, where it has the method ----------------------------------------------------------------------------------
+
+TRL_METHODS: dict[str, dict[str, Any]] = {
+    "aot": {"loss_type": ["aot"]},
+    "hinge": {"loss_type": ["hinge"]},
+    "ld_dpo": {"ld_alpha": 0.5},
+    "wpo": {"use_weighting": True},
+}
+
+
+def trl_arguments(folder: Path, **changes: Any) -> dict[str, Any]:
+    fixed = {"use_cpu": True, "bf16": False, "report_to": [], "gradient_checkpointing": False, "disable_tqdm": True}
+    return {"output_dir": str(folder), "beta": BETA, "max_length": None, "disable_dropout": True, **fixed, **changes}
+
+
+def trl_step(name: str, rows: list[TokenizedPair], model: nn.Module, reference: nn.Module, folder: Path) -> Tensor:
+    """Return the loss that TRL's own trainer computes of the rows, from its own forward passes."""
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    from datasets import Dataset
+
+    tokenizer = tiny_tokenizer()
+    trainer: Any
+    if name == "kto":
+        unpaired = {"prompt": ["w3", "w4"], "completion": ["w5", "w6"], "label": [True, False]}
+        options: Any = trl.KTOConfig(**trl_arguments(folder, per_device_train_batch_size=2))
+        trainer = trl.KTOTrainer(
+            model, reference, options, train_dataset=Dataset.from_dict(unpaired), processing_class=tokenizer
+        )
+        examples = [
+            {
+                "prompt_ids": list(row.prompt_ids),
+                "completion_ids": list(row.chosen_ids),
+                "KL_completion_ids": list(row.extra["mismatched"]),
+                "label": bool(row.label),
+            }
+            for row in rows
+        ]
+    else:
+        pair = {"prompt": ["w3"], "chosen": ["w5"], "rejected": ["w6"]}
+        options = trl.DPOConfig(**trl_arguments(folder, **TRL_METHODS[name]))
+        trainer = trl.DPOTrainer(
+            model, reference, options, train_dataset=Dataset.from_dict(pair), processing_class=tokenizer
+        )
+        examples = [
+            {
+                "prompt_ids": list(row.prompt_ids),
+                "chosen_ids": list(row.chosen_ids),
+                "rejected_ids": list(row.rejected_ids or ()),
+            }
+            for row in rows
+        ]
+    return trainer._compute_loss(trainer.model, trainer.data_collator(examples), return_outputs=False)
+
+
+@pytest.mark.parametrize("name", [*TRL_METHODS, "kto"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_step_equals_trl(name: str, layout: str, tmp_path: Path) -> None:
+    module = fitted(tmp_path, name, dtype=torch.float32, layout=layout, steps=1)
+    rows = [some_rows(name, soft=False)[i] for i in module.indices[0]]
+    model, reference = (small_model(MODELS[which], torch.float32) for which in (POLICY, REFERENCE))
+    theirs = trl_step(name, rows, model, reference, tmp_path / "trl")
+    theirs.backward()
+    assert module.values[0] == pytest.approx(theirs.item(), rel=1e-6)
+    slopes = {f"policy.{key}": p.grad for key, p in model.named_parameters() if p.grad is not None}
+    assert_close(module.slopes[0], slopes, 5e-6)
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def write_rows(path: Path, labelled: bool) -> Path:
+    """Write rows of words of the tiny tokenizer with all columns that a method reads."""
+    random = torch.Generator().manual_seed(5)
+
+    def words(most: int) -> str:
+        return " ".join(f"w{i}" for i in torch.randint(3, VOCAB, (most,), generator=random).tolist())
+
+    def row(i: int) -> dict[str, Any]:
+        prompt = f"{words(3)} w{3 + i % 20} w{3 + i // 20}"
+        if labelled:
+            return {"prompt": prompt, "completion": f" {words(2 + i % 4)}", "label": i % 3 > 0}
+        numbers = torch.randn(5, generator=random).tolist()
+        styles = {"chosen_style": numbers[3], "rejected_style": numbers[4]}
+        pair = {"prompt": prompt, "chosen": f" {words(2 + i % 4)}", "rejected": f" {words(5 - i % 3)} w3"}
+        return {**pair, **styles, "embedding": numbers[:3], "preference": 0.9 if i % 2 else 0.3, "weight": 1 + i % 2}
+
+    path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(64)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with data and two models."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for kind in ("pairs", "labelled"):
+        write_rows(folder / f"{kind}.jsonl", kind == "labelled")
+    for seed in (0, 1):
+        save_model(folder / f"model{seed}", seed=seed, scale=0.1)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "data"), [*((name, "pairs") for name in METHODS), ("kto", "labelled")])
+def test_command_trains(name: str, data: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPO_CACHE_DIR", str(inputs / "cache"))
+    words = [TINY, f"data={'labelled_jsonl' if data == 'labelled' else 'jsonl'}", f"data.path={inputs}/{data}.jsonl"]
+    words += ["model=hf", f"model.path={inputs}/model0", "judge=none", "logger=record", "optimizer.lr=1e-3"]
+    words += ["trainer=cpu", "data.max_length=32", "data.max_new_tokens=8", "hydra.run.dir=run"]
+    words += [f"extra_references.{extra}={inputs}/model1" for extra in make_loss(name).extra_references]
+    assert cli.main(["train", "--config-dir", str(CONF), f"method={name}", *words]) == 0
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    numbers = [value for value in metrics.values() if isinstance(value, float)]
+    assert numbers and all(map(math.isfinite, numbers))
+    assert metrics["train/grad_norm"] > 0 and metrics["train/rewards/chosen"] != 0
+    for key in make_loss(name).extra_metrics:
+        assert all(f"{split}/{key}" in metrics for split in ("train", "val", "eval"))
+        assert key in Path("run/report.html").read_text()
+    assert Path("run/loss.safetensors").is_file() == (name in ("bco", "debiased"))
+
+
+# --- processes -----------------------------------------------------------------------------------------------------
+
+SPREAD = [(torch.float64, None, STEPS, 1e-12), (torch.float64, 2, STEPS, 1e-12), (torch.float32, 2, 1, 1e-6)]
+"""Dtype, pairs of a micro-batch, steps, and by how much of the largest gradient two processes may differ from one."""
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    command += ["-m", "tests.test_outside_methods", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    for name in METHODS:
+        for case, (dtype, _, steps, tolerance) in enumerate(SPREAD):
+            alone = fitted(tmp_path, name, soft=True, dtype=dtype, steps=steps)
+            both = two[name, case]
+            assert both["values"] == pytest.approx(alone.values, rel=max(tolerance, 1e-12))
+            for ours, theirs in zip(both["slopes"], alone.slopes, strict=True):
+                assert_close(ours, theirs, tolerance)
+
+
+if __name__ == "__main__":
+    [out] = map(Path, sys.argv[1:])
+    found = {}
+    for name in METHODS:
+        for case, (dtype, micro, steps, _) in enumerate(SPREAD):
+            options: dict[str, Any] = {"devices": 2, "strategy": "ddp"}
+            module = fitted(out, name, soft=True, dtype=dtype, micro=micro, steps=steps, **options)
+            found[name, case] = {"values": module.values, "slopes": module.slopes}
+            is_first = module.trainer.is_global_zero
+    if is_first:
+        torch.save(found, out / "two.pt")

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import DictConfig
 
+from spo.config.checks import problems
 from spo.config.compose import compose
 from spo.config.nodes import targets
 from spo.errors import UserError
 from spo.evaluation.judges.pairwise import PairwiseJudge
+from spo.losses import DPOLoss
+from spo.losses.base import LOSS_METRICS
 from spo.records.digests import model_digest
 from spo.records.plugins import LIBRARIES, plugin_digests, plugin_sources
 from spo.runs.another_run import refuse_another_run
@@ -269,3 +273,79 @@ def test_verdicts_belong_to_the_code_of_the_judge(write: Write, tmp_path: Path) 
         return judge.verdicts(pair)
 
     assert [verdict("<"), verdict(">"), verdict("<")] == [[1.0], [0.0], [1.0]]
+
+
+# ------------------------------------------------------------------------------------- losses written for 0.1.0
+
+
+def test_old_declarations_of_a_loss_are_translated() -> None:
+    with pytest.warns(DeprecationWarning) as caught:
+
+        class Old(DPOLoss):
+            uses_batch_statistics = True
+            metric_names = (*DPOLoss.metric_names, "mine/share")
+
+    assert [str(one.message) for one in caught] == [
+        "Old.uses_batch_statistics is now full_batch",
+        "Old.metric_names is now extra_metrics",
+    ]
+    loss = Old()
+    assert loss.full_batch and loss.uses_batch_statistics and loss.extra_metrics == ("mine/share",)
+    assert loss.metric_names == Old.metric_names == (*LOSS_METRICS, "mine/share")
+    assert not DPOLoss().full_batch and DPOLoss().metric_names == LOSS_METRICS
+
+    class New(Old):
+        full_batch, extra_metrics = False, ()
+
+    assert not New().uses_batch_statistics and New().metric_names == LOSS_METRICS
+
+
+def test_old_declarations_of_an_object_are_translated() -> None:
+    class Old(DPOLoss, torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.uses_batch_statistics = True
+            self.metric_names = (*self.metric_names, "mine/share")
+
+    with pytest.warns(DeprecationWarning):
+
+        class Computed(DPOLoss):
+            @property
+            def metric_names(self) -> tuple[str, ...]:
+                return (*LOSS_METRICS, "mine/computed")
+
+    assert (Old().full_batch, Old().extra_metrics) == (True, ("mine/share",))
+    assert Computed().extra_metrics == ("mine/computed",) and Computed().metric_names[-1] == "mine/computed"
+
+
+LOSSES_OF_LISTS = """
+import torch
+from spo.losses import ListLoss, PreferenceLoss
+
+class List(ListLoss):
+    uses_lists = True
+    def of_ranking(self, lists, *, alpha, beta): return -lists.policy[:, 0]
+
+class Pair(PreferenceLoss):
+    uses_lists = True
+    def of_pairs(self, pair, *, alpha, beta): return -pair.policy_chosen
+
+class Module(torch.nn.Module, PreferenceLoss):
+    def of_pairs(self, pair, *, alpha, beta): return -pair.policy_chosen
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("List", None),
+        ("Pair", "method.loss: Pair declares uses_lists, which no longer has an effect: derive it from "),
+        ("Module", "method.loss: Module is called as a module, not as a loss: name nn.Module after spo.losses"),
+    ],
+)
+def test_base_classes_of_a_loss_are_checked(write: Write, tmp_path: Path, name: str, words: str | None) -> None:
+    write("plug_lists.py", LOSSES_OF_LISTS)
+    cfg = compose(["method=dpo"], run_dir=tmp_path)
+    cfg.method.loss = {"_target_": f"plug_lists.{name}"}
+    found = "\n".join(problems(cfg))
+    assert found == "" if words is None else words in found

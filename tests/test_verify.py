@@ -39,7 +39,7 @@ OWN = """
         uses_reference = uses_beta = False
         uses_alpha = True
 
-        def __call__(self, pair, *, alpha, beta):
+        def of_pairs(self, pair, *, alpha, beta):
             return (pair.policy_chosen - pair.policy_rejected) ** 2 / alpha
 
         def optimum(self, rewards, reference_logps, alpha, beta, *, lengths=None):
@@ -62,16 +62,17 @@ OWN = """
             return -logps.policy
 
 
-    class Headed(torch.nn.Module, DPOLoss):
+    class Headed(PreferenceLoss, torch.nn.Module):
         def __init__(self):
-            torch.nn.Module.__init__(self)
-            DPOLoss.__init__(self)
+            super().__init__()
             self.scale = torch.nn.Parameter(torch.ones(()))
-
-        __call__ = DPOLoss.__call__
+            self.register_buffer("steps", torch.zeros(()))
 
         def update_statistics(self, logps):
-            pass
+            self.steps += 1
+
+        def of_pairs(self, pair, *, alpha, beta):
+            return self.scale * pair.policy_chosen
     """
 
 

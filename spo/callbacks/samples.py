@@ -77,7 +77,7 @@ class ValidationSamples(Callback):
         policy, reference = pl_module.policy, pl_module.reference
         with eval_mode(policy):
             ours = self._draw(policy, "policy", pl_module.speed)
-            if self._reference is None and reference.scores_samples:
+            if (self._reference is None or reference.moves) and reference.scores_samples:
                 with reference.active(policy) as model:
                     self._reference = self._draw(model, "reference", pl_module.speed)
         if not trainer.is_global_zero:

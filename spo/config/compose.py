@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
-from spo.config.nodes import select
+from spo.config.nodes import EXTRA_REFERENCES, select
 from spo.errors import UserError
 from spo.records.operational_keys import OPERATIONAL_KEYS
 from spo.records.parameters import count_parameters
@@ -169,7 +169,7 @@ def expand_numbers(overrides: Sequence[str]) -> list[str]:
 
     This applies if the key is exactly ``alpha`` or ``beta`` and every value is a positive number: one number, several
     of a multirun, a ``choice``, a ``range`` or an ``interval``. Names of schedules stay as they are. A group that may
-    be empty accepts ``null`` for the member that leaves it empty.
+    be empty accepts ``null`` for the member that leaves it empty. ``extra_references`` takes new keys without a plus.
 
     Args:
         overrides: Overrides as typed.
@@ -185,6 +185,8 @@ def expand_numbers(overrides: Sequence[str]) -> list[str]:
             result += [] if member is None else [f"{key.strip()}={member}"]
         elif equals and key.strip() in COEFFICIENTS and _is_number(parse(override)):
             result += [f"{key.strip()}=constant", f"{key.strip()}.value={value}"]
+        elif equals and key.strip().startswith(f"{EXTRA_REFERENCES}."):
+            result.append(f"++{override.strip()}")
         else:
             result.append(override)
     return result

@@ -13,6 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from spo.errors import missing_package
 
+EXTRA_REFERENCES = "extra_references"
+"""Key with the models of the references that a method declares beside the main one, by name."""
 DIRECTIVES = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 
 
@@ -87,6 +89,16 @@ def select(cfg: DictConfig, key: str, default: Any = None) -> Any:
         return OmegaConf.select(cfg, key, default=default, throw_on_missing=False)
     except OmegaConfBaseException:
         return default
+
+
+def extra_references(cfg: DictConfig) -> dict[str, Any]:
+    """Return what the configuration gives as further references, by name; a run of version 0.1 does not have the key.
+
+    A value that is missing or cannot be resolved is ``None``.
+    """
+    given = select(cfg, EXTRA_REFERENCES)
+    names = list(map(str, given)) if isinstance(given, DictConfig) else []
+    return {name: select(cfg, f"{EXTRA_REFERENCES}.{name}") for name in names}
 
 
 def first_line(error: BaseException) -> str:

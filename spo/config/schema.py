@@ -179,6 +179,7 @@ class Configuration:
     seed: Seed
     threads: PositiveInt | None
     rerun: bool
+    extra_references: dict[str, str]
     tags: Sequence[str]
     probe: Probe
     data: Data

@@ -22,7 +22,7 @@ class ExactMetrics(Callback):
     minimum also ``exact/tv`` and ``exact/kl_optimum`` (total variation to it, KL(policy || optimum)) and
     ``exact/entropy_optimum``. With a schedule the optimum is that of the coefficients in force at the step. There is
     no optimum if the regularizer is another divergence than KL(policy || reference) over all responses, or if the loss
-    reads more than the log-probs of responses.
+    reads more than the log-probs of responses under the policy and a reference that stays as it is.
 
     Args:
         world: Language and rows.
@@ -72,7 +72,7 @@ class ExactMetrics(Callback):
         """Return where the module's objective is least at its present step, or ``None`` if that is unknown."""
         alpha, beta = module.alpha(module.global_step), module.beta(module.global_step)
         kl_weight = module.regularizer.kl_weight(beta)
-        if kl_weight is None or beyond_enumeration(module.loss) is not None:
+        if kl_weight is None or beyond_enumeration(module.loss, module.reference) is not None:
             return None
         key = (alpha, beta, kl_weight)
         if key not in self._optima:

@@ -13,6 +13,7 @@ from torch import Tensor
 from spo.errors import UserError
 from spo.exact.world import World
 from spo.losses import Loss
+from spo.models import Reference
 from spo.objective import parameters_of
 from spo.ops import kl
 from spo.types import LabelledLogps
@@ -93,8 +94,8 @@ class Objective:
         return bool((group.view_as(self.world.rewards) == group.view_as(self.world.rewards)[:, :1]).all())
 
 
-def beyond_enumeration(loss: Loss[Any]) -> str | None:
-    """Return why the log-probs of all responses do not determine a loss, or ``None`` if they do."""
+def beyond_enumeration(loss: Loss[Any], reference: Reference) -> str | None:
+    """Return why an objective does not follow from the log-probs of all responses, or ``None`` if it does."""
     declared = {
         "numbers of single tokens": loss.terms,
         "features of a row": loss.features,
@@ -103,6 +104,7 @@ def beyond_enumeration(loss: Loss[Any]) -> str | None:
         "labels of single completions": loss.inputs is LabelledLogps,
         "running statistics": loss.has_statistics,
         "parameters of its own": parameters_of(loss),
+        "a reference that moves": reference.moves,
     }
     read = [words for words, is_declared in declared.items() if is_declared]
     return f"it reads {' and '.join(read)}, not log-probs of responses alone" if read else None

@@ -24,8 +24,43 @@ LOSS_METRICS = (
     "logps/rejected",
 )
 """Metrics that every loss has, as far as its data has them."""
-_OLD_NAMES = {"uses_batch_statistics": "full_batch", "metric_names": "extra_metrics"}
-"""Declarations of version 0.1.0, and their names today."""
+
+
+class _OldName:
+    """A declaration of version 0.1.0, which reads and sets that of today.
+
+    Args:
+        name: Name of the declaration today.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, loss: Any, owner: type) -> Any:
+        return getattr(owner if loss is None else loss, self.name)
+
+    def __set__(self, loss: Any, value: Any) -> None:
+        setattr(loss, self.name, self.translated(value))
+
+    def translated(self, value: Any) -> Any:
+        """Return the value of today's declaration."""
+        return value
+
+
+class _MetricNames(_OldName):
+    """Keys of all metrics of a loss, of which a loss declares today only those that not every loss has."""
+
+    def __get__(self, loss: Any, owner: type) -> tuple[str, ...]:
+        return (*LOSS_METRICS, *super().__get__(loss, owner))
+
+    def translated(self, value: Any) -> Any:
+        if isinstance(value, property):
+            return property(lambda loss: self.translated(value.__get__(loss)))
+        return tuple(key for key in value if key not in LOSS_METRICS)
+
+
+_OLD_NAMES = {"uses_batch_statistics": _OldName("full_batch"), "metric_names": _MetricNames("extra_metrics")}
+"""Declarations of version 0.1.0."""
 
 
 class Loss(ABC, Generic[LogpsT]):
@@ -64,20 +99,16 @@ class Loss(ABC, Generic[LogpsT]):
     extra_references: tuple[str, ...] = ()
     full_batch: bool = False
     extra_metrics: tuple[str, ...] = ()
+    uses_batch_statistics = _OLD_NAMES["uses_batch_statistics"]
+    metric_names = _OLD_NAMES["metric_names"]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for old, new in _OLD_NAMES.items():
-            if old in vars(cls):
-                warnings.warn(f"{cls.__name__}.{old} is now {new}", DeprecationWarning, stacklevel=2)
-                value = vars(cls)[old]
-                is_names = old == "metric_names"
-                setattr(cls, new, tuple(key for key in value if key not in LOSS_METRICS) if is_names else value)
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        """Return the keys that :meth:`metrics` can return."""
-        return (*LOSS_METRICS, *self.extra_metrics)
+        for name, old in _OLD_NAMES.items():
+            if name in vars(cls):
+                warnings.warn(f"{cls.__name__}.{name} is now {old.name}", DeprecationWarning, stacklevel=2)
+                setattr(cls, old.name, old.translated(vars(cls)[name]))
+                delattr(cls, name)  # The name of today decides in classes that derive from this one.
 
     @property
     def needs_reference_logits(self) -> bool:

@@ -30,8 +30,8 @@ class Origin:
 
     @property
     def group(self) -> str:
-        """Return the config group of the key, such as ``model``."""
-        return "model" if self.key is None else self.key.partition(".")[0]
+        """Return the config group with the settings for loading: that of the key if it has a path, else ``model``."""
+        return "model" if self.key is None or not self.key.endswith(".path") else self.key.partition(".")[0]
 
     def __str__(self) -> str:
         return str(self.path) if self.key is None else f"{self.key}={self.path}"

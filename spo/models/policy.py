@@ -65,8 +65,17 @@ class ModelSpec:
             path: Hugging Face folder or hub name.
             dropout: Dropout probability wherever the architecture has dropout.
         """
+        return self.load(self.origin(path), dropout=dropout)
+
+    def load(self, origin: Origin, *, dropout: float = 0.0) -> PreTrainedModel:
+        """Load a model without an adapter, in eval mode, with these settings.
+
+        Args:
+            origin: Place of the model.
+            dropout: Dropout probability wherever the architecture has dropout.
+        """
         return load_causal_model(
-            self.origin(path),
+            origin,
             dtype=getattr(torch, self.dtype),
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,9 @@ class Reference:
         yield policy
 
     def pair_logps(self, batch: PreferenceBatch, policy: nn.Module, speed: Speed) -> Tensor:
-        """Return ``(N,)`` summed log-probs of a batch's sequences."""
+        """Return ``(N,)`` summed log-probs of a batch's sequences: those that came with it, else computed now."""
+        if batch.reference_logps is not None:
+            return batch.reference_logps
         with self.active(policy) as reference:
             return speed.logps(reference, batch.sequences)
 
@@ -125,8 +127,8 @@ class Reference:
         elif now != self._fingerprint:
             raise UserError(
                 f"{self.key}: the weights of this {type(self).__name__} changed during training, and it does not "
-                "declare that it moves: change them in after_step of a class with moves = True, and choose that class with "
-                "reference._target_=MODULE.CLASS"
+                "declare that it moves: change them in after_step of a class with moves = True, and choose that "
+                "class with reference._target_=MODULE.CLASS"
             )
 
 
@@ -234,11 +236,6 @@ class PrecomputedReference(Reference):
 
     def precompute(self, score: Callable[[PrecomputedReference], dict[str, Tensor]]) -> dict[str, Tensor]:
         return score(self)
-
-    def pair_logps(self, batch: PreferenceBatch, policy: nn.Module, speed: Speed) -> Tensor:
-        if batch.reference_logps is None:
-            raise RuntimeError("this batch came without the log-probs that were computed before training")
-        return batch.reference_logps
 
     def describe(self) -> str:
         return f"stored log-probs of {self.found + self.computed} sequences, {self.computed} of them new"

@@ -97,7 +97,8 @@ def score(
         needs_reference_logits: Whether something beside the loss reads the reference's logits.
     """
     logits = speed.logits(policy, batch.sequences)
-    others = {name: extra_references[name].pair_logps(batch, policy, speed) for name in loss.extra_references}
+    bare = replace(batch, reference_logps=None)  # What came with the batch is of the main reference.
+    others = {name: extra_references[name].pair_logps(bare, policy, speed) for name in loss.extra_references}
     if needs_reference_logits or loss.needs_reference_logits:
         with reference.active(policy) as model:
             return ScoredBatch(batch, logits, speed.logits(model, batch.sequences), extra_references=others)

@@ -107,7 +107,8 @@ class SampleDivergence(Divergence):
         if stale:
             buffer.refresh(self.run.policy, step)
             self.run.trained.add_samples(self._over_processes(int(buffer.held.completion_length.sum())))
-        if self.run.speed.keep_reference and buffer.reference_logits is None:
+        # The logits of a reference that moves would soon be those of other weights.
+        if self.run.speed.keep_reference and not self.run.reference.moves and buffer.reference_logits is None:
             buffer.reference_logits = self._reference_logits(buffer.held)
         if stale:
             self.run.train_metrics.update({"sampling_s": perf_counter() - started})

@@ -6,6 +6,7 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from spo.batching import steps_per_epoch
+from spo.config.nodes import extra_references
 from spo.data import PreparedPairs
 from spo.data.splits import REPORTED_COUNTS
 from spo.exact import ExactMetrics, beyond_enumeration
@@ -40,6 +41,7 @@ def start_facts(
     return {
         "policy": f"{total:,} parameters" + ("" if trainable == total else f", {trainable:,} of them trained"),
         "reference": module.reference.describe(),
+        **_describe_extra_references(cfg),
         "pairs": ", ".join(f"{counts[key]} {key}" for key in REPORTED_COUNTS),
         "splits": f"{counts['train']} train, {counts['selection']} selection, {counts['test']} test pairs",
         "a step": f"{size} pairs, about {tokens * size // len(train):,} tokens",
@@ -51,6 +53,11 @@ def start_facts(
         "devices": f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}",
         "run directory": str(cfg.paths.run),
     } | ({} if exact is None else {"optimum": _describe_optimum(module, exact)})
+
+
+def _describe_extra_references(cfg: DictConfig) -> dict[str, str]:
+    found = ", ".join(f"{name} ({path})" for name, path in extra_references(cfg).items())
+    return {"more references": found} if found else {}
 
 
 def _describe_rate(cfg: DictConfig) -> dict[str, str]:
@@ -82,8 +89,8 @@ def _short(number: int) -> str:
 def _describe_optimum(module: AlignmentModule, exact: ExactMetrics) -> str:
     optimum = exact.optimum(module)
     if optimum is None:
-        reason = beyond_enumeration(module.loss) or "the data and the objective do not determine a single policy"
-        return f"none: {reason}"
+        reason = beyond_enumeration(module.loss, module.reference)
+        return f"none: {reason or 'the data and the objective do not determine a single policy'}"
     stated = "as the loss states it" if optimum.found == "closed form" else "found numerically"
     return f"{stated}, entropy {float(entropy(optimum.logps).mean()):.4g} nats per response"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spo.errors import UserError
 from spo.records import filenames
-from spo.records.digests import MODEL_SUFFIXES, folder_digests
+from spo.records.digests import MODEL_SUFFIXES, file_digest, folder_digests
 from spo.records.files import read_json, write_json
 
 POLICY_REMEDY = (
@@ -17,13 +17,20 @@ POLICY_REMEDY = (
 
 
 def write_policy_digests(run_dir: Path) -> None:
-    """Write ``policy.json``: the SHA-256 of each file in the policy folder of a run."""
-    write_json(run_dir / filenames.POLICY_DIGESTS, folder_digests(run_dir / filenames.POLICY))
+    """Write ``policy.json``: the SHA-256 of each file in the policy folder of a run, and of the files beside it."""
+    write_json(run_dir / filenames.POLICY_DIGESTS, _digests(run_dir))
+
+
+def _digests(run_dir: Path) -> dict[str, str]:
+    """Return the digests by path, relative to the policy folder."""
+    beside = (file for name in (filenames.LOSS, filenames.REFERENCE) if (file := run_dir / name).is_file())
+    return folder_digests(run_dir / filenames.POLICY) | {f"../{file.name}": file_digest(file) for file in beside}
 
 
 def verify_policy(run_dir: Path) -> None:
-    """Check that the policy folder of a run is as the run wrote it. A run of version 0.1.0 does not have digests.
+    """Check that the policy folder of a run and the files beside it are as the run wrote them.
 
+    A run of version 0.1.0 does not have digests.
     Further files are no change, unless their kind decides what a model computes.
 
     Raises:
@@ -35,7 +42,7 @@ def verify_policy(run_dir: Path) -> None:
     recorded = read_json(file)
     if not isinstance(recorded, dict):
         raise UserError(f"{file} is damaged, so {folder} cannot be verified: {POLICY_REMEDY}")
-    found = folder_digests(folder)
+    found = _digests(run_dir)
     changed = [f"{name} was changed" for name in found.keys() & recorded.keys() if found[name] != recorded[name]]
     changed += [f"{name} is missing" for name in recorded.keys() - found.keys()]
     changed += [f"{name} was added" for name in found.keys() - recorded.keys() if Path(name).suffix in MODEL_SUFFIXES]

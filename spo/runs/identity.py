@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from spo.config.coefficients import unused_coefficients
-from spo.config.nodes import targets
+from spo.config.nodes import EXTRA_REFERENCES, extra_references, targets
 from spo.records.digests import code_version, digest, model_digest, path_digest
 from spo.records.files import flatten
 from spo.records.operational_keys import is_operational
@@ -23,6 +23,7 @@ _FILES = {
     "data": "bytes of the data",
     "weights": "weights of the model",
     "adapter": "weights of the adapter",
+    "extra_references": "weights of the further references",
     "judge": "weights of the judge",
     "regularizer_prompts": "prompts of the regularizer",
 }
@@ -38,8 +39,8 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
     Returns:
         A mapping with ``config`` (flat keys, without operational keys and without a coefficient that the method does
         not use), the digests ``data``, ``weights``, ``adapter``, ``judge`` and ``regularizer_prompts`` (``None`` where
-        the configuration does not name such a file), ``code``, ``plugins`` (a digest by module), and the ``digest`` of
-        all of these.
+        the configuration does not name such a file), those of ``extra_references`` by name if there are some,
+        ``code``, ``plugins`` (a digest by module), and the ``digest`` of all of these.
     """
     unused = unused_coefficients(cfg) if unused is None else unused
     flat = {
@@ -47,6 +48,9 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
         for key, value in flatten(resolved(cfg)).items()
         if not is_operational(key) and key.partition(".")[0] not in unused
     }
+    further = {name: _model_digest(path) for name, path in extra_references(cfg).items()}
+    if not further:  # Runs of earlier versions do not have the key.
+        flat.pop(EXTRA_REFERENCES, None)
     # Runs in different places are the same, so values that lie in a folder of `paths` start with its name instead.
     # Longest first: a folder may lie in another one.
     folders = sorted(((str(path), f"<{name}>") for name, path in cfg.paths.items()), key=lambda pair: -len(pair[0]))
@@ -56,6 +60,7 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
             "data": _data_digest(OmegaConf.select(cfg, "data.path")),
             "weights": _model_digest(OmegaConf.select(cfg, "model.path")),
             "adapter": _model_digest(OmegaConf.select(cfg, "model.adapter_path")),
+            **({"extra_references": further} if further else {}),
             "judge": _model_digest(OmegaConf.select(cfg, "judge.path")),
             "regularizer_prompts": _data_digest(prompt_file(cfg)),
             "code": code_version(),

@@ -22,7 +22,11 @@ from spo.runs.processes import is_first_process
 from spo.secrets import command_line
 
 PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "omegaconf", "wandb", "datasets", "peft", "numpy")
-_INPUTS = {"reference_sha256": "the reference model", "pairs_sha256": "the preference pairs"}
+_INPUTS = {
+    "reference_sha256": "the reference model",
+    "extra_references_sha256": "the further references",
+    "pairs_sha256": "the preference pairs",
+}
 
 
 def write_provenance(run_dir: Path, cfg: DictConfig, parts: Mapping[str, Any], **facts: Any) -> None:
@@ -90,7 +94,7 @@ def record_continuation(run_dir: Path, cfg: DictConfig, step: int) -> None:
     write_json(run_dir / filenames.PROVENANCE, {**provenance, "continued_with": [*continued, entry]})
 
 
-def record_inputs(run_dir: Path, inputs: Mapping[str, str], step: int = 0) -> None:
+def record_inputs(run_dir: Path, inputs: Mapping[str, Any], step: int = 0) -> None:
     """Record the digests of the reference model and the preference pairs in ``provenance.json``.
 
     A resumed run may make them again, on another machine or with other code. If they differ from those of the steps
@@ -98,7 +102,8 @@ def record_inputs(run_dir: Path, inputs: Mapping[str, str], step: int = 0) -> No
 
     Args:
         run_dir: Run directory.
-        inputs: Digests ``reference_sha256`` and ``pairs_sha256``.
+        inputs: Digests ``reference_sha256`` and ``pairs_sha256``, and those of further references by name
+            (``extra_references_sha256``) where there are some.
         step: Optimizer step of the checkpoint that the run continues from, 0 where it starts.
     """
     provenance = read_mapping(run_dir / filenames.PROVENANCE) or {}

@@ -35,6 +35,7 @@ from spo.objective.learned import PREFIX
 from spo.regularizers import Regularizer
 from spo.schedules.optimization import warmup_steps
 from spo.seeds import derive_seed
+from spo.stages.extra_references import load_extra_references
 from spo.stages.prepare import Prepared
 from spo.stages.reference_logps import logps_store, precomputed_logps
 from spo.stages.regularizer_prompts import regularizer_prompts
@@ -128,6 +129,7 @@ def build_module(
         seed=cfg.seed,
         speed=Speed(**cfg.speed),
         enumeration=enumeration,
+        extra_references=load_extra_references(cfg, prepared),
     )
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import signal
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from spo.callbacks import Interruption
 from spo.callbacks.checkpoint import checkpoint_callback
 from spo.errors import UserError
 from spo.module import AlignmentModule
+from spo.objective.learned import PREFIX
 from spo.records import filenames
 from spo.records.files import read_json
 from spo.runs.checkpoints import is_of_run, read_checkpoint
@@ -31,7 +34,7 @@ WAIT_SECONDS = 60
 
 @dataclass(frozen=True)
 class ChosenWeights:
-    """The weights that a run evaluates and saves; the policy of the module has them.
+    """The weights that a run evaluates and saves; policy, loss and reference of the module have them.
 
     Attributes:
         step: Optimizer step that they are from.
@@ -101,7 +104,7 @@ def _end_other_processes(trainer: Trainer) -> None:
 def choose_weights(
     cfg: DictConfig, module: AlignmentModule, trainer: Trainer, last: dict[str, Any] | None
 ) -> ChosenWeights:
-    """Return the weights that ``evaluation.policy`` names, and load them into the policy of the first rank.
+    """Return the weights that ``evaluation.policy`` names, and load them into the module of the first rank.
 
     Args:
         cfg: Configuration of the run, resolved.
@@ -128,17 +131,20 @@ def choose_weights(
             f"evaluation.policy=best: {callback.best_path} is not the intact checkpoint of step {step} of this run; "
             "resume with evaluation.policy=last"
         )
-    of_policy = "policy."
-    weights = {
-        name.removeprefix(of_policy): weight
-        for name, weight in checkpoint["state_dict"].items()
-        if name.startswith(of_policy)
-    }
+    weights = _below("policy.", checkpoint["state_dict"])
+    if isinstance(module.loss, nn.Module):
+        module.loss.load_state_dict(_below(PREFIX, checkpoint["state_dict"]))
+    if "reference" in checkpoint:
+        module.reference.load_state_dict(checkpoint["reference"])
     module.controllers.load_state_dict(checkpoint["controllers"])
     if isinstance(module.policy, FSDPModule):
         return ChosenWeights(step, weights)
     module.policy.load_state_dict(weights, strict=module.strict_loading)
     return ChosenWeights(step, None)
+
+
+def _below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _wants_best(cfg: DictConfig) -> bool:

@@ -33,6 +33,7 @@ from spo.forward.speed import Speed
 from spo.losses import Loss
 from spo.metrics.catalogue import INTERVAL_ENDS
 from spo.models import FrozenReference, Reference
+from spo.models.run_state import load_loss, load_reference_state
 from spo.pages.panels import result_panel
 from spo.records import filenames
 from spo.records.digests import model_digest
@@ -42,6 +43,7 @@ from spo.runs.claim import is_finished
 from spo.runs.saved_config import load_config, refuse_redacted, resolved
 from spo.schedules import Constant
 from spo.stages.evaluation_config import evaluation_config
+from spo.stages.extra_references import load_extra_references
 from spo.stages.from_config import eval_device, model_plugins, resolve_values
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
@@ -190,18 +192,30 @@ def build_scoring(cfg: DictConfig, prepared: Prepared, run_dir: Path, models: Mo
         prepared: Prepared run with the model.
         run_dir: Run directory.
         models: Saved policy and the model that training started from.
+
+    Raises:
+        UserError: A file beside the policy is missing or damaged, or belongs to another loss.
     """
     loss: Loss[Any] = instantiate(cfg.method.loss, _convert_="all")
+    load_loss(loss, run_dir)
     device = eval_device(cfg)
     if isinstance(loss, torch.nn.Module):
-        loss.eval().requires_grad_(False).to(device)
+        loss.requires_grad_(False).to(device)
     reference: Reference = instantiate(cfg.reference)
     if reference.needs_adapter or not reference.scores_samples:
         # The saved policy is merged, and stored log-probs are of other pairs: both come from the start of training.
         reference = FrozenReference()
     if loss.uses_reference or loss.needs_reference_logits:
-        reference.attach(lambda: models.reference)
-    return Scoring(loss, _final_coefficients(cfg, run_dir), models.policy, reference, models.speed)
+        # The evaluation compares samples with the start of training, so a reference that moved needs its own copy.
+        reference.attach(lambda: prepared.spec.start(prepared.base).to(device) if reference.moves else models.reference)
+        if reference.moves:
+            reference.load_state_dict(load_reference_state(run_dir))
+    further, speed = load_extra_references(cfg, prepared), models.speed
+    for one in further.values():
+        one.to(device)
+        with one.active(models.policy) as model:
+            speed = speed.resolve_for(model)
+    return Scoring(loss, _final_coefficients(cfg, run_dir), models.policy, reference, speed, further)
 
 
 def _final_coefficients(cfg: DictConfig, run_dir: Path) -> dict[str, float]:

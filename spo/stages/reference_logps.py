@@ -12,17 +12,19 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 from torch import Tensor
 
 from spo.batching import Item, chunks, split_by_tokens
+from spo.config.nodes import targets
 from spo.data import DataError, TokenizedPair
 from spo.data.logps_store import LogpsStore, sequence_key
 from spo.errors import memory_for, placed_by
 from spo.forward.speed import Speed
 from spo.models import PrecomputedReference
 from spo.records.digests import code_version, digest, model_digest
+from spo.records.plugins import plugin_digests
 from spo.stages.from_config import eval_device, model_plugins
 from spo.stages.prepare import Prepared
 from spo.types import pad_sequences
@@ -66,6 +68,7 @@ def logps_store(cfg: DictConfig, prepared: Prepared, cache_dir: str, speed: Spee
         "weights_and_tokenizer": model_digest(prepared.base),
         "adapter": spec.adapter_path and model_digest(spec.adapter_path),
         "plugins": model_plugins(cfg),
+        **_reference_plugin(cfg),
         "dtype": spec.dtype,
         "attn_implementation": spec.attn_implementation,
         "precision": cfg.trainer.precision,
@@ -75,6 +78,14 @@ def logps_store(cfg: DictConfig, prepared: Prepared, cache_dir: str, speed: Spee
     }
     dtype = torch.float64 if spec.dtype == "float64" else torch.float32
     return LogpsStore(Path(cache_dir).resolve() / f"{digest(key)[:32]}.sqlite", dtype)
+
+
+def _reference_plugin(cfg: DictConfig) -> dict[str, Any]:
+    """Return code and settings of a reference outside the package, whose weights may be others than the model's."""
+    sources = plugin_digests(targets(cfg.reference).values()) if "reference" in cfg else {}
+    if not sources:
+        return {}
+    return {"reference": [sources, OmegaConf.to_container(cfg.reference, resolve=True)]}
 
 
 def precomputed_logps(cfg: DictConfig, prepared: Prepared, reference: PrecomputedReference) -> dict[str, Tensor]:

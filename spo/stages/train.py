@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
@@ -17,9 +18,11 @@ from spo.callbacks.history import HistoryLogger
 from spo.config.checks import check_config, warnings
 from spo.config.coefficients import COEFFICIENTS
 from spo.config.compose import fill_empty_groups, pin
+from spo.config.nodes import extra_references
 from spo.data import SPLITS
 from spo.data.splits import REPORTED_COUNTS
 from spo.evaluation.saved_policy import TrainedPolicy, rows_to_compare
+from spo.models.run_state import save_loss, save_reference
 from spo.models.saving import save_policy, whole_state_dict
 from spo.notes import collect_notes
 from spo.pages.panels import result_panel, start_panel
@@ -105,7 +108,7 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
     remove_abandoned_builds(Path(cfg.paths.cache).absolute())
     prepared = prepare_run(cfg)
     cfg = with_length(composed, len(prepared.pairs.train))
-    _record_inputs(prepared, run_dir, max(point.step, 0) if point else 0)
+    _record_inputs(cfg, prepared, run_dir, max(point.step, 0) if point else 0)
     prepared_at = perf_counter()
 
     step, history = (None, None) if point is None else (point.step, point.history)
@@ -135,7 +138,8 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
         budget = module.trained.metrics() | check_weights(start, after, steps, cfg, record.rows(), skipped)
         chosen = choose_weights(cfg, module, trainer, last)
         weights = chosen.whole
-        module.reference.to(torch.device("cpu"))  # frees memory for the evaluation, which loads what was saved
+        for reference in module.references:
+            reference.to(torch.device("cpu"))  # frees memory for the evaluation, which loads what was saved
         final = {name: getattr(module, name)(chosen.step) for name in COEFFICIENTS}
         write_json(run_dir / filenames.COEFFICIENTS, final)
         policy = run_dir / filenames.POLICY
@@ -145,6 +149,8 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
         kept = None if weights is None else {**weights}  # Saving empties the mapping that it gets.
         with replacing(policy) as folder:
             save_policy(module.policy, prepared.tokenizer, folder, kept, prepared.stop_ids)
+        save_loss(module.loss, run_dir)
+        save_reference(module.reference.state_dict(), run_dir)
         write_policy_digests(run_dir)
 
         judge = next((callback.judge for callback in validation_samples(trainer)), None)
@@ -202,10 +208,11 @@ def _show_start(cfg: DictConfig, prepared: Prepared, parts: Parts) -> None:
     start_panel(title(cfg), start_facts(cfg, parts.module, prepared.pairs, parts.trainer, parts.exact), notes)
 
 
-def _record_inputs(prepared: Prepared, run_dir: Path, step: int) -> None:
-    """Record the digests of the reference model and the pairs, and the rows that were skipped.
+def _record_inputs(cfg: DictConfig, prepared: Prepared, run_dir: Path, step: int) -> None:
+    """Record the digests of the references and the pairs, and the rows that were skipped.
 
     Args:
+        cfg: Configuration of the run, resolved.
         prepared: Model and pairs.
         run_dir: Run directory.
         step: Optimizer step of the checkpoint that the run continues from, 0 where it starts.
@@ -213,8 +220,9 @@ def _record_inputs(prepared: Prepared, run_dir: Path, step: int) -> None:
     if not is_first_process():
         return
     pairs = {split: [pair.identity() for pair in getattr(prepared.pairs, split)] for split in SPLITS}
-    inputs = {"reference_sha256": model_digest(prepared.base), "pairs_sha256": digest(pairs)}
-    record_inputs(run_dir, inputs, step)
+    inputs: dict[str, Any] = {"reference_sha256": model_digest(prepared.base), "pairs_sha256": digest(pairs)}
+    further = {name: model_digest(path) for name, path in extra_references(cfg).items()}
+    record_inputs(run_dir, inputs | ({"extra_references_sha256": further} if further else {}), step)
     if bad := prepared.bad_rows:
         rows = [{"where": error.where, "column": error.column, "reason": error.reason} for error in bad]
         write_jsonl(run_dir / filenames.BAD_ROWS, rows)

@@ -16,6 +16,7 @@ from spo.losses import Loss
 from spo.metrics.trained import PREFIX
 from spo.models.saving import HALF_PRECISION
 from spo.notes import note
+from spo.stages.label_checks import check_labels
 from spo.wording import number
 
 SAMPLED_WEIGHTS = 4096
@@ -74,15 +75,16 @@ def fingerprint(weight: Tensor) -> Fingerprint:
 
 
 def check_pairs(pairs: Sequence[TokenizedPair], loss: Loss[Any]) -> None:
-    """Refuse pairs from which nothing can be learned.
+    """Refuse pairs from which nothing can be learned, or from which the loss would learn something else.
 
     Args:
         pairs: Pairs of the train split.
         loss: Loss of the method.
 
     Raises:
-        UserError: No pair has both a weight and a preference.
+        UserError: No pair has both a weight and a preference, or the loss ignores one of them.
     """
+    check_labels(pairs, loss)
     weightless = sum(pair.weight == 0 for pair in pairs)
     # The minimum of a loss with a reference is the reference itself, where training starts.
     undecided = sum(pair.weight != 0 and pair.preference == 0.5 for pair in pairs) if loss.uses_reference else 0

@@ -23,6 +23,7 @@ from spo.config.groups import group_members
 from spo.errors import UserError
 from spo.exact import beyond_enumeration
 from spo.losses import Loss
+from spo.models import Reference
 from spo.records.files import write_json
 from spo.regularizers import GlobalKL
 from spo.resources import conf_dir
@@ -42,12 +43,14 @@ class Member:
         key: Member of the config group ``method``.
         name: Name of the method.
         loss: Loss of the method.
+        reference: Reference of the method.
         samples: Whether the method's own regularizer is the KL on samples of the policy.
     """
 
     key: str
     name: str
     loss: Loss[Any]
+    reference: Reference
     samples: bool
 
 
@@ -108,7 +111,7 @@ def plan_cases(
     skipped: list[str] = []
     for key in methods or known:
         member = _member(key, config_dir)
-        reason = beyond_enumeration(member.loss)
+        reason = beyond_enumeration(member.loss, member.reference)
         if reason is None and not member.loss.uses_rejected:
             reason = "it learns from completions alone and compares none"
         if reason is not None:
@@ -126,7 +129,7 @@ def _member(member: str, config_dir: str | None) -> Member:
     check_config(cfg)
     loss: Loss[Any] = instantiate(cfg.method.loss, _convert_="all")
     samples = isinstance(instantiate(cfg.regularizer, _convert_="all"), GlobalKL)
-    return Member(member, method_name(cfg), loss, samples)
+    return Member(member, method_name(cfg), loss, instantiate(cfg.reference), samples)
 
 
 def _cases(plan: DictConfig, grid: str, member: Member) -> Iterator[Case]:

@@ -121,6 +121,11 @@ class Logps(Movable, ABC):
         return tensor.T if place in self.ROWS_LAST else tensor
 
 
+def _in_precision_of(logps: Tensor, *labels: Tensor | None) -> tuple[Any, ...]:
+    """Return labels and weights in the dtype of the log-probs: 1 minus a label would round in a smaller one."""
+    return tuple(None if label is None else label.to(logps.dtype) for label in labels)
+
+
 _MAPPINGS = ("terms", "references", "features", "extra")
 
 
@@ -163,7 +168,7 @@ class PairLogps(Logps):
 
         policy, reference = sides(policy_logps), sides(reference_logps)
         length = sides(batch.sequences.completion_length)
-        return cls(*policy, *reference, *length, batch.preference, batch.weight)
+        return cls(*policy, *reference, *length, *_in_precision_of(policy_logps, batch.preference, batch.weight))
 
     @staticmethod
     def arrange(values: Tensor) -> Tensor:
@@ -226,12 +231,13 @@ class LabelledLogps(Logps):
         """
         if batch.label is None:
             raise ValueError("a loss of labelled completions needs data with labels")
+        label, weight = _in_precision_of(policy_logps, batch.label, batch.weight)
         return cls(
             policy=batch.per_completion(policy_logps)[0],
-            label=batch.label,
+            label=label,
             reference=None if reference_logps is None else batch.per_completion(reference_logps)[0],
             length=batch.per_completion(batch.sequences.completion_length)[0],
-            weight=batch.weight,
+            weight=weight,
         )
 
     @staticmethod
@@ -267,13 +273,14 @@ class ListLogps(Logps):
     def of_batch(cls, batch: PreferenceBatch, policy_logps: Tensor, reference_logps: Tensor | None) -> ListLogps:
         """Return the lists of a batch; a pair is a list of two."""
         mask = batch.mask().T
+        preference, weight = _in_precision_of(policy_logps, batch.preference, batch.weight)
         return cls(
             policy=batch.per_completion(policy_logps).T,
             mask=mask,
             order=torch.arange(mask.shape[1], device=mask.device).expand_as(mask),
             reference=None if reference_logps is None else batch.per_completion(reference_logps).T,
-            weight=batch.weight,
-            preference=batch.preference,
+            weight=weight,
+            preference=preference,
         )
 
     @staticmethod

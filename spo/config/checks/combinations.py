@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from spo.config.checks.files import missing_data
+from spo.config.checks.losses import loss_problems
 from spo.config.checks.targets import CheckedParts
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
-from spo.config.nodes import first_line, listed, locate, select
+from spo.config.nodes import EXTRA_REFERENCES, extra_references, first_line, listed, locate, select, suggestion
 from spo.errors import JudgeError
 from spo.resources import conf_dir
-
-if TYPE_CHECKING:
-    from spo.losses import Loss
 
 
 def combination_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
@@ -27,8 +25,9 @@ def combination_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
         cfg: Composed configuration.
         parts: Parts of the run that ``cfg`` describes.
     """
-    found = [*_objective(cfg, parts), *_coefficients(cfg, parts), *_data(cfg, parts)]
-    found += [*_model(cfg, parts), *_optimizer(parts), *_judge(cfg, parts)]
+    found = [*_objective(cfg, parts), *_moving_reference(cfg, parts), *_extra_references(cfg, parts)]
+    found += [*_coefficients(cfg, parts), *_data(cfg, parts)]
+    found += [*_model(cfg, parts), *_optimizer(parts), *_judge(cfg, parts), *loss_problems(parts)]
     yield from [*parts.problems, *found]
 
 
@@ -43,21 +42,15 @@ def _objective(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
             "spo.losses.ListLoss for ranked lists"
         )
         return
-    if loss is not None:
-        yield from _own_metrics(loss)
     if loss is None or regularizer is None or reference is None:
         return
-    method, member = select(cfg, "method.name"), member_name("reference", reference)
-    regularizer_name = member_name("regularizer", type(regularizer))
-    scores_pairs, scores_samples = (getattr(reference, name, True) for name in ("scores_pairs", "scores_samples"))
+    method, regularizer_name = select(cfg, "method.name"), member_name("regularizer", type(regularizer))
     from spo.regularizers import Regularizer  # Imports torch, which a wrong command must not wait for.
 
     if not isinstance(regularizer, Regularizer):
         name = type(regularizer).__name__
         yield f"regularizer: {name} is not a regularizer: derive it from spo.regularizers.Regularizer"
         return
-    uses_reference = declares(loss, "uses_reference")
-    reads_stored = uses_reference and not (regularizer.needs_reference_logits or loss.needs_reference_logits)
     if regularizer.needs_enumeration and getattr(parts.source, "language", None) is None:
         yield (
             f"regularizer={regularizer_name} sums over every response, which takes a data set "
@@ -68,6 +61,28 @@ def _objective(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
             f"regularizer.prompts={regularizer.prompts}: every split of an enumerable language has all of its prompts: "
             "choose regularizer.prompts=train"
         )
+    yield from _references(cfg, loss, regularizer, reference)
+    if regularizer.follows_beta and declares(loss, "uses_beta"):
+        yield (
+            f"regularizer.weight=beta: {method} reads beta itself, so the regularizer needs a number of its own, "
+            "such as regularizer.weight=0.01"
+        )
+
+
+def _references(cfg: DictConfig, loss: Any, regularizer: Any, reference: Any) -> Iterator[str]:
+    """Yield why the reference does not provide what loss and regularizer read, or provides what nothing reads.
+
+    Args:
+        cfg: Composed configuration.
+        loss: Loss of the method.
+        regularizer: Regularizer of the run.
+        reference: Class of the reference.
+    """
+    method, member = select(cfg, "method.name"), member_name("reference", reference)
+    regularizer_name = member_name("regularizer", type(regularizer))
+    scores_pairs, scores_samples = (getattr(reference, name, True) for name in ("scores_pairs", "scores_samples"))
+    uses_reference = declares(loss, "uses_reference")
+    reads_stored = uses_reference and not (regularizer.needs_reference_logits or loss.needs_reference_logits)
     if uses_reference and not scores_pairs:
         yield (
             f"method={method} needs a reference model, but reference={member} provides none: choose reference=frozen"
@@ -86,23 +101,71 @@ def _objective(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
         )
     if getattr(reference, "needs_adapter", False) and select(cfg, "model.lora") is None:
         yield f"reference={member} needs an adapter to switch off, but model.lora is null: choose model=hf_lora"
-    if regularizer.follows_beta and declares(loss, "uses_beta"):
+
+
+def _moving_reference(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
+    """Yield why the weights of the reference cannot move."""
+    from spo.models import Reference
+
+    reference = parts.reference
+    if not (isinstance(reference, type) and issubclass(reference, Reference)):
+        return
+    chosen = f"reference={member_name('reference', reference)}"
+    if not reference.moves:
+        if reference.after_step is not Reference.after_step:
+            yield (
+                f"{chosen} has after_step, which changes its weights, and does not declare it: write moves = True in "
+                f"{reference.__name__}"
+            )
+        return
+    if reference.stores_logps:
         yield (
-            f"regularizer.weight=beta: {method} reads beta itself, so the regularizer needs a number of its own, "
-            "such as regularizer.weight=0.01"
+            f"{chosen} moves, so log-probabilities that it stored would be those of weights it no longer has: derive "
+            f"{reference.__name__} from spo.models.FrozenReference"
+        )
+    if reference.needs_adapter:
+        yield (
+            f"{chosen} moves, but its weights are those of the policy, which would move too: derive "
+            f"{reference.__name__} from spo.models.FrozenReference"
+        )
+    if reference.state_dict is Reference.state_dict or reference.load_state_dict is Reference.load_state_dict:
+        yield (
+            f"{chosen} moves, but a resumed run would not have its weights: write state_dict and load_state_dict, or "
+            f"derive {reference.__name__} from spo.models.FrozenReference"
+        )
+    strategies = {"ModelParallelStrategy": "fsdp", "FSDPStrategy": "fsdp", "DeepSpeedStrategy": "deepspeed"}
+    if (strategy := strategies.get(_strategy(parts))) is not None:
+        yield (
+            f"{chosen} moves by the weights of the policy, and strategy={strategy} distributes those over devices: "
+            "choose strategy=ddp"
         )
 
 
-def _own_metrics(loss: Loss[Any]) -> Iterator[str]:
-    """Yield keys of the loss's own metrics under which another number would be lost."""
-    from spo.metrics.catalogue import find
-    from spo.module import STEP_METRICS, TIME_METRICS
-    from spo.watch import HEALTH_METRICS, PROBE_METRICS
+def _extra_references(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
+    """Yield names of further references that have no model, or that nothing reads."""
+    if parts.loss is None:
+        return
+    given, declared = extra_references(cfg), getattr(parts.loss, "extra_references", ())
+    method = select(cfg, "method.name")
+    if isinstance(declared, str):
+        yield f"method.loss: extra_references={declared!r} is a text: write the tuple ({declared!r},)"
+        return
+    yield from (
+        f"method={method} needs a model for its reference {name!r}: set {EXTRA_REFERENCES}.{name}=PATH"
+        for name in declared
+        if name not in given
+    )
+    reads = f"it reads {listed(declared)}" if declared else "it reads none beside the main one"
+    yield from (
+        f"{EXTRA_REFERENCES}.{name}: method={method} does not read this reference ({reads}){suggestion(name, declared)}"
+        for name in given
+        if name not in declared
+    )
 
-    measured = {*STEP_METRICS, *TIME_METRICS, *HEALTH_METRICS, *PROBE_METRICS}
-    for name in loss.extra_metrics:
-        if name in measured or find(name) is not None or name.startswith("reference/"):
-            yield f"method.loss: extra_metrics has {name!r}, the key of another metric: choose a name of its own"
+
+def _strategy(parts: CheckedParts) -> str:
+    """Return the class of the strategy, an empty text for a name that Lightning resolves."""
+    return str(getattr(parts.target("strategy.plugin"), "__name__", ""))
 
 
 def _coefficients(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
@@ -190,7 +253,7 @@ def _mismatches(cfg: DictConfig, source: Any, loss: Any) -> Iterator[str]:
 
 def _model(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     """Yield why a model cannot be trained as the strategy wants, or cannot be built if it makes its own weights."""
-    shards = getattr(parts.target("strategy.plugin"), "__name__", "") == "ModelParallelStrategy"
+    shards = _strategy(parts) == "ModelParallelStrategy"
     if shards and select(cfg, "model.lora") is not None:
         # Samples are drawn from the model below the adapter, which does not gather the shards of the whole.
         yield "strategy=fsdp shards all weights, and model.lora trains an adapter: choose strategy=ddp, or model=hf"

@@ -9,8 +9,8 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from spo.config.checks.folders import ADAPTER_CONFIG, folder_problems, looks_like_path
-from spo.config.checks.settings import follows_size
-from spo.config.nodes import select, suggestion
+from spo.config.checks.settings import follows_size, shown
+from spo.config.nodes import EXTRA_REFERENCES, extra_references, select, suggestion
 from spo.records import filenames
 
 
@@ -24,6 +24,7 @@ def file_problems(cfg: DictConfig) -> Iterator[str]:
         yield from _template_problems(str(template))
     if (judge := select(cfg, "judge.path")) is not None:
         yield from folder_problems("judge.path", str(judge))
+    yield from _extra_references(cfg)
     yield from _regularizer_prompts(cfg)
     yield from _opponents(cfg)
 
@@ -33,6 +34,16 @@ def missing_data(path: str) -> str | None:
     if Path(path).expanduser().exists():
         return None
     return f"data.path={path}: there is no such file or folder (seen from {Path.cwd()})"
+
+
+def _extra_references(cfg: DictConfig) -> Iterator[str]:
+    """Yield why further references cannot be loaded."""
+    for name, path in extra_references(cfg).items():
+        key = f"{EXTRA_REFERENCES}.{name}"
+        if isinstance(path, str) and path:
+            yield from folder_problems(key, path)
+        elif not OmegaConf.is_missing(select(cfg, EXTRA_REFERENCES), name):
+            yield f"{key}={shown(path)}: must be a Hugging Face folder or hub name"
 
 
 def _regularizer_prompts(cfg: DictConfig) -> Iterator[str]:

@@ -19,7 +19,7 @@ class RPOLoss(PreferenceLoss):
         self.temperature = temperature
 
     def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
-        embedding = normalize(pair.features["embedding"], dim=-1)
+        embedding = normalize(pair.features["embedding"].to(pair.policy_chosen), dim=-1)
         weight = ((embedding @ embedding.T - 1) / self.temperature).softmax(-1)
         chosen = pair.policy_chosen - pair.reference_chosen
         rejected = pair.policy_rejected - pair.reference_rejected

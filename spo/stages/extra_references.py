@@ -1,0 +1,74 @@
+"""References that a method declares beside the main one: their models, loaded as the policy's is."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from omegaconf import DictConfig
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from spo.config.nodes import EXTRA_REFERENCES, extra_references
+from spo.errors import UserError
+from spo.models import FrozenReference, ModelSpec
+from spo.models.library_errors import Origin
+from spo.models.loading import load_config, load_tokenizer
+from spo.stages.prepare import Prepared
+
+
+def load_extra_references(cfg: DictConfig, prepared: Prepared) -> dict[str, FrozenReference]:
+    """Load the models of ``extra_references``, frozen and on the host, with the settings of the policy's model.
+
+    Args:
+        cfg: Configuration of the run, resolved.
+        prepared: Prepared run with the settings for loading and the policy's tokenizer.
+
+    Returns:
+        References by the names that the loss declares.
+
+    Raises:
+        UserError: A model cannot be loaded, reads other tokens than the policy, or has a shorter context.
+    """
+    found = {}
+    for name, path in extra_references(cfg).items():
+        origin = Origin(path, f"{EXTRA_REFERENCES}.{name}")
+        trusted = prepared.spec.trust_remote_code
+        check_same_tokens(origin, load_tokenizer(origin, trusted), prepared.tokenizer)
+        _check_context(origin, load_config(origin, trusted), cfg.data.max_length)
+        reference = found[name] = FrozenReference()
+        reference.key = str(origin.key)
+        reference.attach(partial(_frozen, prepared.spec, origin))
+    return found
+
+
+def _frozen(spec: ModelSpec, origin: Origin) -> nn.Module:
+    return spec.load(origin).requires_grad_(False).eval()
+
+
+def check_same_tokens(origin: Origin, other: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> None:
+    """Refuse a model for which a token id stands for another text than for the policy.
+
+    Args:
+        origin: Place of the model.
+        other: Tokenizer of the model.
+        own: Tokenizer of the policy.
+
+    Raises:
+        UserError: The vocabularies differ.
+    """
+    theirs, ours = other.get_vocab(), own.get_vocab()
+    if differing := sorted(token for token in theirs.keys() | ours.keys() if theirs.get(token) != ours.get(token)):
+        raise UserError(
+            f"{origin} cannot be a reference: its vocabulary differs from the policy's in {len(differing):,} tokens, "
+            f"such as {differing[0]!r}; choose a model with the same tokenizer"
+        )
+
+
+def _check_context(origin: Origin, config: object, max_length: int) -> None:
+    text = config.get_text_config()  # type: ignore[attr-defined]
+    context = getattr(text, "max_position_embeddings", None)
+    if context is not None and max_length > context:
+        raise UserError(
+            f"{origin}: data.max_length={max_length} is longer than this model's context of {context} tokens: set "
+            f"data.max_length={context} or less, or choose another model"
+        )
