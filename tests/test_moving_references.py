@@ -18,6 +18,7 @@ from spo.errors import UserError
 from spo.losses import DPOLoss
 from spo.models import AdapterOffReference, CachedReference, FrozenReference, LoraSettings, Reference
 from spo.models.fingerprint import fingerprint
+from spo.regularizers import GlobalKL
 from tests.helpers import Spied, make_data, make_module, make_trainer, model_spec, random_pairs, save_model, tiny_llama
 
 PAIRS = random_pairs(12, seed=0)
@@ -256,3 +257,53 @@ def test_adapter_that_is_the_reference_is_watched(kind: str, tmp_path: Path) -> 
                 trainer.fit(module(), datamodule=data)
         else:
             trainer.fit(module(), datamodule=data)
+
+
+# --- references that say that they move -----------------------------------------------------------------------------
+
+
+def test_moving_reference_follows_the_policy_and_resumes(tmp_path: Path) -> None:
+    module, losses = fit(tmp_path, TrustRegionReference(every=1, share=1.0))
+    policy = dict(module.policy.named_parameters())
+    assert all(torch.equal(weight, policy[name]) for name, weight in model_of(module).named_parameters())
+    # The reference of every step after the first is the policy itself.
+    assert losses[0] != losses[1] and losses[1:] == pytest.approx([0.6931] * 3, abs=1e-4)
+
+    straight, losses = fit(tmp_path, TrustRegionReference(every=2, share=0.5))
+    saver = Checkpoint(str(tmp_path / "checkpoints"), "val/loss", "min")
+    fit(tmp_path, TrustRegionReference(every=2, share=0.5), saver, steps=3, enable_checkpointing=True)
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    resumed, rest = fit(tmp_path, TrustRegionReference(every=2, share=0.5), resume=last)
+    assert rest == losses[-len(rest) :] and len(set(losses)) == 4
+    for ours, theirs in ((resumed.policy, straight.policy), (model_of(resumed), model_of(straight))):
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_buffered_samples_are_scored_by_the_reference_as_it_is(share: float, tmp_path: Path) -> None:
+    module = make_module(
+        tiny_llama(0, scale=0.2),
+        regularizer=GlobalKL(
+            weight=1.0,
+            prompts="train",
+            estimator="tokenwise",
+            refresh_every=4,
+            num_samples=4,
+            batch_size=4,
+            max_new_tokens=6,
+        ),
+        reference=TrustRegionReference(share=share),
+        reference_model=tiny_llama(1, scale=0.2),
+        lr=0.05,
+    )
+    found: list[float] = []
+    kept = module.train_metrics.update
+
+    def update(values: Any) -> None:
+        found.extend([float(values["loss/regularizer"].mean())] if "loss/regularizer" in values else [])
+        kept(values)
+
+    module.train_metrics.update = update  # type: ignore[method-assign]
+    make_trainer(tmp_path, max_steps=3).fit(module, datamodule=make_data(PAIRS, max_steps=3))
+    # Once the reference is the policy, the KL of the same samples is zero.
+    assert found[0] > 0.1 and all((value < 1e-6) == (share == 1.0) for value in found[1:])
