@@ -55,7 +55,7 @@ def start_facts(
 
 
 def _describe_extra_references(cfg: DictConfig) -> dict[str, str]:
-    found = ", ".join(f"{name} ({path})" for name, path in (OmegaConf.select(cfg, "extra_references") or {}).items())
+    found = ", ".join(f"{name} ({path})" for name, path in (cfg.get("extra_references") or {}).items())
     return {"more references": found} if found else {}
 
 

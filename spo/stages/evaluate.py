@@ -202,6 +202,8 @@ def build_scoring(cfg: DictConfig, prepared: Prepared, run_dir: Path, models: Mo
     if isinstance(loss, torch.nn.Module):
         loss.requires_grad_(False).to(device)
     reference: Reference = instantiate(cfg.reference)
+    further = load_extra_references(cfg, prepared)
+    loaded: list[Reference] = list(further.values())
     if reference.needs_adapter or not reference.scores_samples:
         # The saved policy is merged, and stored log-probs are of other pairs: both come from the start of training.
         reference = FrozenReference()
@@ -210,8 +212,9 @@ def build_scoring(cfg: DictConfig, prepared: Prepared, run_dir: Path, models: Mo
         reference.attach(lambda: prepared.spec.start(prepared.base).to(device) if reference.moves else models.reference)
         if reference.moves:
             reference.load_state_dict(load_reference_state(run_dir))
-    further, speed = load_extra_references(cfg, prepared), models.speed
-    for one in further.values():
+            loaded.append(reference)
+    speed = models.speed
+    for one in loaded:
         one.to(device)
         with one.active(models.policy) as model:
             speed = speed.resolve_for(model)
