@@ -133,7 +133,7 @@ class Mismatched(Role):
         prompts, count = rows.prompt_ids, len(rows.prompt_ids)
         if count and len(set(prompts)) == 1:
             raise ValueError(
-                "mismatched completions need rows with at least two prompts: add rows, or set a larger share in data.splits"
+                "mismatched completions need rows with two prompts: add rows, or set a larger share in data.splits"
             )
         # Row of the nearest other prompt before each row; the walk around the circle starts behind a change of prompt.
         start = next((i for i in range(count) if prompts[i] != prompts[i - 1]), 0)
