@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spo.errors import UserError
+from spo.losses.rows import numbers_of_shape, one_of_each_row
 from spo.ops import Logits, completion_targets, sum_per_sequence, token_logps
 from spo.types import CompletionLogps, Logps, PreferenceBatch
 
@@ -106,13 +108,12 @@ class ScoredBatch:
         if not loss.terms:
             return logps
         terms = {name: term.compute(self) for name, term in loss.terms.items()}
+        shape = tuple(self.batch.mask().shape)
         for name, value in terms.items():
-            if value.shape != self.batch.mask().shape:
-                raise UserError(
-                    f"method.loss: the term {name!r} must return a number of each completion, of shape "
-                    f"{tuple(self.batch.mask().shape)}, and returns {tuple(value.shape)}: sum over tokens with "
-                    "scored.per_completion"
-                )
+            what = f"method.loss: the term {name!r} must return a number of each completion"
+            value = numbers_of_shape(value, shape, what, "sum over tokens with scored.per_completion")
+            # A term may be a count, or come from a half-precision layer. Labels must not round to its precision.
+            terms[name] = value.to(torch.promote_types(value.dtype, self.policy_logps.dtype))
         return replace(logps, terms={name: loss.inputs.arrange(value) for name, value in terms.items()})
 
 
@@ -161,13 +162,8 @@ def losses_of(loss: Loss[Any], logps: Logps, alpha: float, beta: float) -> Tenso
     Raises:
         UserError: The loss returns another shape, such as that of a mean.
     """
-    losses = loss(logps, alpha=alpha, beta=beta)
-    if losses.shape != (len(logps),):
-        raise UserError(
-            f"method.loss: {type(loss).__name__} must return one loss of each row, of shape {(len(logps),)}, and "
-            f"returns {tuple(losses.shape)}: leave out its mean or sum"
-        )
-    return losses
+    with _unchanged(loss, logps):
+        return one_of_each_row(loss, loss(logps, alpha=alpha, beta=beta), logps)
 
 
 def metrics_of(loss: Loss[Any], logps: Logps, alpha: float, beta: float) -> dict[str, Tensor]:
@@ -182,16 +178,34 @@ def metrics_of(loss: Loss[Any], logps: Logps, alpha: float, beta: float) -> dict
     Raises:
         UserError: The loss returns a metric that it does not declare, or one of another shape.
     """
-    found = loss.metrics(logps, alpha=alpha, beta=beta)
+    with _unchanged(loss, logps):
+        found = loss.metrics(logps, alpha=alpha, beta=beta)
+    if not isinstance(found, Mapping):
+        raise UserError(
+            f"method.loss: {type(loss).__name__}.metrics must return a dictionary, and returns {type(found).__name__}"
+        )
     if undeclared := sorted(found.keys() - set(loss.metric_names)):
         raise UserError(
             f"method.loss: {type(loss).__name__}.metrics returns {undeclared[0]!r}, which the loss does not declare: "
             f"add it to extra_metrics = {(*loss.extra_metrics, undeclared[0])}"
         )
-    for name, values in found.items():
-        if values.shape != (len(logps),):
+    what = f"method.loss: {type(loss).__name__}.metrics must return one number of each row as"
+    remedy = "a mean over the batch would count wrongly"
+    return {name: numbers_of_shape(values, (len(logps),), f"{what} {name!r}", remedy) for name, values in found.items()}
+
+
+@contextmanager
+def _unchanged(loss: Loss[Any], logps: Logps) -> Iterator[None]:
+    """Make a context in which a loss must not change its input, which its other calls and its metrics read too.
+
+    Raises:
+        UserError: A number of the input was changed in place.
+    """
+    before = {path: (value, value._version) for path, value in logps.columns().items() if not value.is_inference()}
+    yield
+    for path, (value, version) in before.items():
+        if value._version != version:
             raise UserError(
-                f"method.loss: {type(loss).__name__}.metrics must return one number of each row as {name!r}, of shape "
-                f"{(len(logps),)}, and returns {tuple(values.shape)}: a mean over the batch would count wrongly"
+                f"method.loss: {type(loss).__name__} changes its input {path} in place, which its metrics read too: "
+                "compute a new tensor instead"
             )
-    return found
