@@ -27,6 +27,7 @@ from spo.losses import (
 from spo.models import FrozenReference
 from spo.objective import ScoredBatch, concat_logps, score
 from spo.objective.joint import leaves_of
+from spo.ops import by_rows
 from spo.types import LabelledLogps, ListLogps, Logps, PairLogps, PreferenceBatch
 from tests.helpers import FAST, PAD, PLAIN, Bigrams, make_data, make_module, make_trainer, random_pairs, tiny_llama
 
@@ -89,6 +90,32 @@ def test_wrong_terms_are_explained() -> None:
         seen(Term(lambda scored: scored.policy_tokens))
     with pytest.raises(UserError, match="needs_reference_logits=True"):
         seen(Term(lambda scored: scored.per_completion(scored.reference_tokens)))
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_terms_that_use_absent_logits_are_explained(declared: bool) -> None:
+    class TermLoss(PrefixLoss):
+        uses_reference = False
+
+    loss, reference, speed = TermLoss(), FrozenReference(), replace(PLAIN, completion_only=True, max_logits=50)
+    wrong: Any = (lambda s: s.policy.softmax(-1)) if declared else (lambda s: by_rows(torch.add, s.policy, s.reference))
+    loss.terms = {"kl": Term(wrong)}
+    reference.model = tiny_llama(1)
+    scored = score(collate(random_pairs(3, seed=1), range(3), PAD), loss, tiny_llama(0), reference, speed, {}, declared)
+    with pytest.raises(UserError, match=r"method.loss: the term 'kl' fails .*by_rows.*needs_reference_logits=True"):
+        scored.inputs_of(loss)
+    loss.terms = {"own": Term(lambda scored: numbers(3)[4])}
+    with pytest.raises(IndexError):
+        scored.inputs_of(loss)
+
+
+def test_reference_of_a_term_is_attached() -> None:
+    class TermLoss(PrefixLoss):
+        uses_reference = False
+
+    loss = TermLoss()
+    module = make_module(Bigrams(0), loss=loss, reference=FrozenReference(), reference_model=Bigrams(1))
+    assert module.needs_reference_model
 
 
 def rich_pairs(count: int, seed: int, label: bool = True) -> PairLogps:
@@ -258,7 +285,7 @@ def test_terms_are_as_precise_as_log_probs() -> None:
     loss = CountingLoss()
     seen, leaves = leaves_of(score(batch, loss, tiny_llama(0), FrozenReference(), PLAIN, {}).inputs_of(loss))
     assert leaves["terms/length"].dtype == leaves["terms/half"].dtype == torch.float64
-    assert concat_logps([seen]).columns()["preference"].tolist() == batch.preference.double().tolist()
+    torch.testing.assert_close(concat_logps([seen]).columns()["preference"], torch.full((3,), 0.7).double())
 
 
 class OddLoss(PreferenceLoss):
@@ -270,7 +297,7 @@ class OddLoss(PreferenceLoss):
         self.losses, self.own = losses, own
 
     def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
-        return self.losses(pair)  # type: ignore[no-any-return]
+        return self.losses(pair)
 
     def metrics(self, pair: PairLogps, /, *, alpha: float, beta: float) -> Any:
         found = super().metrics(pair, alpha=alpha, beta=beta)

@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from inspect import getattr_static
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -106,10 +107,11 @@ class Loss(ABC, Generic[LogpsT]):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, old in _OLD_NAMES.items():
-            if name in vars(cls):
+            declared = getattr_static(cls, name)  # It may be that of a second base class, which is not a loss.
+            if declared is not old:
                 warnings.warn(f"{cls.__name__}.{name} is now {old.name}", DeprecationWarning, stacklevel=2)
-                setattr(cls, old.name, old.translated(vars(cls)[name]))
-                delattr(cls, name)  # The name of today decides in classes that derive from this one.
+                setattr(cls, old.name, old.translated(declared))
+                setattr(cls, name, old)  # The name of today decides in classes that derive from this one.
 
     @property
     def needs_reference_logits(self) -> bool:

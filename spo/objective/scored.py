@@ -14,10 +14,11 @@ from torch import Tensor
 from spo.errors import UserError
 from spo.losses.rows import numbers_of_shape, one_of_each_row
 from spo.ops import Logits, completion_targets, sum_per_sequence, token_logps
+from spo.ops.logps import DeferredLogits
 from spo.types import CompletionLogps, Logps, PreferenceBatch
 
 if TYPE_CHECKING:
-    from spo.losses import Loss
+    from spo.losses import Loss, Term
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,12 @@ class ScoredBatch:
         """Return what a loss reads of the batch.
 
         Raises:
-            UserError: A term has another shape than ``(n, B)``.
+            UserError: A term has another shape than ``(n, B)``, or uses logits that do not exist.
         """
         logps = loss_inputs(loss, self.batch, self.policy_logps, self.reference_logps, self.extra_references)
         if not loss.terms:
             return logps
-        terms = {name: term.compute(self) for name, term in loss.terms.items()}
+        terms = {name: self._computed(name, term) for name, term in loss.terms.items()}
         shape = tuple(self.batch.mask().shape)
         for name, value in terms.items():
             what = f"method.loss: the term {name!r} must return a number of each completion"
@@ -115,6 +116,18 @@ class ScoredBatch:
             # A term may be a count, or come from a half-precision layer. Labels must not round to its precision.
             terms[name] = value.to(torch.promote_types(value.dtype, self.policy_logps.dtype))
         return replace(logps, terms={name: loss.inputs.arrange(value) for name, value in terms.items()})
+
+    def _computed(self, name: str, term: Term) -> Tensor:
+        """Return a term. Its author may have tried it only where all logits exist."""
+        try:
+            return term.compute(self)
+        except (AttributeError, TypeError) as error:
+            if self.reference is not None and not isinstance(self.policy, DeferredLogits):
+                raise
+            raise UserError(
+                f"method.loss: the term {name!r} fails ({error}): give logits to spo.ops.by_rows, and write "
+                "Term(compute, needs_reference_logits=True) if it reads the reference"
+            ) from error
 
 
 def loss_inputs(
