@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spo.data.collate import collate
 from spo.errors import UserError
@@ -325,3 +325,33 @@ def test_broken_losses_end_in_words(loss: OddLoss, words: str, full_batch: bool,
     data = make_data(random_pairs(4, seed=1, weight=lambda i: 0.5), batch_size=4, micro_batch_size=2)
     with pytest.raises(UserError, match=f"method.loss: OddLoss.*{words}"):
         make_trainer(tmp_path).fit(make_module(Bigrams(0), loss=loss, speed=PLAIN), datamodule=data)
+
+
+class HiddenStatistics(PreferenceLoss, nn.Module):
+    """A loss that updates its statistics while it computes."""
+
+    uses_reference = False
+    mean: Tensor
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+
+    def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
+        margins = policy_margin(pair)
+        if self.in_place:
+            self.mean.mul_(0.9).add_(0.1 * margins.detach().mean())
+        else:
+            self.mean = 0.9 * self.mean + 0.1 * margins.detach().mean()
+        return margins - self.mean
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_statistics_change_in_their_own_method_alone(in_place: bool, tmp_path: Path) -> None:
+    pairs, trainer = random_pairs(4, seed=1), make_trainer(tmp_path, num_sanity_val_steps=1)
+    module = make_module(Bigrams(0), loss=HiddenStatistics(in_place), speed=PLAIN)
+    words = "HiddenStatistics changes its buffer mean while it computes, .* change it in update_statistics"
+    for run in (trainer.fit, trainer.validate):
+        with pytest.raises(UserError, match=words):
+            run(module, datamodule=make_data(pairs, pairs))

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spo.errors import UserError
 from spo.losses.rows import numbers_of_shape, one_of_each_row
@@ -209,16 +209,35 @@ def metrics_of(loss: Loss[Any], logps: Logps, alpha: float, beta: float) -> dict
 
 @contextmanager
 def _unchanged(loss: Loss[Any], logps: Logps) -> Iterator[None]:
-    """Make a context in which a loss must not change its input, which its other calls and its metrics read too.
+    """Make a context in which a loss must change neither its input, which its metrics read too, nor its buffers.
+
+    Soft labels call it twice, and a validation calls it too.
 
     Raises:
-        UserError: A number of the input was changed in place.
+        UserError: A number of the input was changed in place, or a buffer was changed.
     """
-    before = {path: (value, value._version) for path, value in logps.columns().items() if not value.is_inference()}
+    inputs = [(path, value, _version(value)) for path, value in logps.columns().items()]
+    buffers = [(name, value, _version(value)) for name, value in _buffers(loss).items()]
     yield
-    for path, (value, version) in before.items():
-        if value._version != version:
+    for path, value, version in inputs:
+        if _version(value) != version:
             raise UserError(
                 f"method.loss: {type(loss).__name__} changes its input {path} in place, which its metrics read too: "
                 "compute a new tensor instead"
             )
+    after = _buffers(loss)
+    for name, value, version in buffers:
+        if after.get(name) is not value or _version(value) != version:
+            raise UserError(
+                f"method.loss: {type(loss).__name__} changes its buffer {name} while it computes, so soft labels and "
+                "validations would change it too: change it in update_statistics"
+            )
+
+
+def _buffers(loss: Loss[Any]) -> dict[str, Tensor]:
+    return dict(loss.named_buffers()) if isinstance(loss, nn.Module) else {}
+
+
+def _version(tensor: Tensor) -> int:
+    """Return a number that a change in place raises; of a tensor made in inference mode, which does not count, 0."""
+    return 0 if tensor.is_inference() else tensor._version
