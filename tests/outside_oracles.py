@@ -93,14 +93,19 @@ class Oracle:
 
     def losses(self, rows: list[Row]) -> list[Tensor]:
         """Return the loss of each row: the expectation over its label, times its weight."""
-        right = self.of_pairs([(row.chosen, row.rejected) for row in rows], rows)  # type: ignore[misc]
-        wrong = self.of_pairs([(row.rejected, row.chosen) for row in rows], rows)  # type: ignore[misc]
+        # Rows whose label is certain have it in both calls.
+        right = self.of_pairs([_in_order(row, row.right > 0) for row in rows], rows)
+        wrong = self.of_pairs([_in_order(row, row.right == 1) for row in rows], rows)
         return [
             row.weight * (row.right * a + (1 - row.right) * b) for row, a, b in zip(rows, right, wrong, strict=True)
         ]
 
     def move(self, reference: nn.Module, policy: nn.Module, step: int) -> None:
         """Move the reference after a step."""
+
+
+def _in_order(row: Row, is_right: bool) -> tuple[Completion, Completion]:
+    return (row.chosen, row.rejected) if is_right else (row.rejected, row.chosen)  # type: ignore[return-value]
 
 
 def each_pair(of_pair: Callable[[Completion, Completion, float], Tensor]) -> type[Oracle]:
