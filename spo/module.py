@@ -192,9 +192,9 @@ class AlignmentModule(LightningModule):
         started, step = perf_counter(), self.global_step
         group = self.train_metrics.start_group()
         optimizer = cast(LightningOptimizer, self.optimizers())  # configure_optimizers makes one
+        self.statistics.remember()  # Before the terms: several micro-batches update them when terms are prepared.
         terms = [term for part in self.parts for term in part.terms(window, step)]
         losses = []
-        self.statistics.remember()
         for position, term in enumerate(terms):
             with self._gradient_sync(enabled=position == len(terms) - 1):
                 loss = term()

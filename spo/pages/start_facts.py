@@ -6,7 +6,6 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from spo.batching import steps_per_epoch
-from spo.config.nodes import extra_references
 from spo.data import PreparedPairs
 from spo.data.splits import REPORTED_COUNTS
 from spo.exact import ExactMetrics, beyond_enumeration
@@ -56,7 +55,7 @@ def start_facts(
 
 
 def _describe_extra_references(cfg: DictConfig) -> dict[str, str]:
-    found = ", ".join(f"{name} ({path})" for name, path in extra_references(cfg).items())
+    found = ", ".join(f"{name} ({path})" for name, path in (cfg.get("extra_references") or {}).items())
     return {"more references": found} if found else {}
 
 

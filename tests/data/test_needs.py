@@ -16,7 +16,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from spo.config.checks import check_config
 from spo.config.plan import plan
 from spo.data import (
     DataError,
@@ -46,9 +48,10 @@ from spo.notes import collect_notes
 from spo.objective import score
 from spo.records.digests import digest
 from spo.stages.pairs import no_completer
+from spo.stages.prepare import prepare_run
 from spo.types import LabelledLogps
 from tests.data.tokenizers_built_here import ENDS_IN_EOS, build
-from tests.helpers import FAST, PAD, PLAIN, completion_logps, random_pairs, sequences, tiny_llama
+from tests.helpers import FAST, PAD, PLAIN, completion_logps, random_pairs, save_model, sequences, tiny_llama
 
 TOKENIZER = build("adds_bos")
 PAIR = {"prompt": "What is red?", "chosen": " A rose.", "rejected": " The sky."}
@@ -656,3 +659,109 @@ def test_declarations_of_sources() -> None:
     assert not Source.yields_labels and not Source.has_columns
     for source in (FileSource, HHSource, HubSource, RankedFileSource, LabelledFileSource):
         assert source.has_columns and source.yields_labels == (source is LabelledFileSource)
+
+
+# --- the stage before training -------------------------------------------------------------------------------------
+
+
+class DrawnTarget(DPOLoss):
+    extra_completions: Mapping[str, Role] = {"anchor": Drawn()}
+
+
+class Random(DPOLoss):
+    """A loss that draws numbers when it is built, as a trained head does."""
+
+    def __init__(self, label_smoothing: float) -> None:
+        super().__init__(label_smoothing)
+        self.number = float(torch.rand(()))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def of_run(folder: Path, model: Path, rows: Sequence[Mapping[str, Any]], *words: str) -> PreparedPairs:
+    """Return the pairs of a run that passes its checks."""
+    path = write(folder / "rows.jsonl", *rows)
+    common = [
+        "model=hf",
+        f"model.path={model}",
+        f"data.path={path}",
+        "data.min_pairs=1",
+        "data.max_new_tokens=6",
+        f"paths.cache={folder / 'cache'}",
+        "trainer.accelerator=cpu",
+    ]
+    [job] = plan(["data.max_length=32", *common, *words]).jobs
+    check_config(job.cfg)
+    torch.manual_seed(3)
+    return prepare_run(OmegaConf.create(OmegaConf.to_container(job.cfg, resolve=True))).pairs  # type: ignore[arg-type]
+
+
+def words(*ids: int) -> str:
+    return "".join(f" w{i}" for i in ids)
+
+
+ROWS = [{"prompt": f"w{3 + i}", "chosen": words(4 + i), "rejected": words(5, 3 + i)} for i in range(12)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("some", [False, True])
+def test_a_run_of_sft_needs_no_rejected_completions(some: bool, tmp_path: Path, model: Path) -> None:
+    alone = [{key: row[key] for key in ("prompt", "chosen")} for row in ROWS]
+    rows = [*ROWS[:5], *alone[5:]] if some else alone
+    pairs = of_run(tmp_path, model, rows, "data=jsonl", "method=sft", "reference=none")
+    assert pairs.counts["used"] == 12
+    assert all(pair.rejected_ids is None for pair in pairs.train + pairs.selection + pairs.test)
+    with pytest.raises(RowError, match="column 'rejected': missing"):
+        of_run(tmp_path, model, rows, "data=jsonl", "method=dpo")
+
+
+@pytest.mark.slow
+def test_a_run_with_labelled_data(tmp_path: Path, model: Path) -> None:
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2 == 0} for i, row in enumerate(ROWS)]
+    pairs = of_run(tmp_path, model, rows, "data=labelled_jsonl", "method=dpo", *method(Unpaired))
+    labels = {pair.prompt_text: pair.label for pair in pairs.train + pairs.selection + pairs.test}
+    assert labels == {row["prompt"]: row["label"] for row in rows}
+
+
+@pytest.mark.slow
+def test_drawn_completions_are_cached_and_depend_on_seed_and_prompt_alone(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ("data=jsonl", "method=dpo", *method(DrawnTarget))
+
+    def anchors(rows: Sequence[Mapping[str, Any]], *more: str) -> dict[str, Ids]:
+        pairs = of_run(tmp_path, model, rows, *run, *more)
+        return {pair.prompt_text: pair.extra["anchor"] for pair in pairs.train + pairs.selection + pairs.test}
+
+    drawn = anchors(ROWS)
+    assert len(drawn) == 12 and len(set(drawn.values())) > 6
+    assert {len(ids) for ids in drawn.values()} <= set(range(1, 7))
+    fewer = anchors(ROWS[:9])
+    assert fewer == {prompt: drawn[prompt] for prompt in fewer} and len(fewer) == 9
+    assert anchors(ROWS, "data.seed=1") != drawn
+    entries = len([*(tmp_path / "cache").glob("completions_of_reference/*/manifest.json")])
+    monkeypatch.setattr("spo.stages.pairs.sample", None)  # everything is found in the cache
+    assert anchors(ROWS) == drawn and anchors(ROWS, "seed=5") == drawn
+    assert len([*(tmp_path / "cache").glob("completions_of_reference/*/manifest.json")]) == entries
+
+
+@pytest.mark.slow
+def test_drawn_completions_fit_the_length_limit(tmp_path: Path, model: Path) -> None:
+    rows = [*ROWS, {"prompt": "w3" + words(*range(4, 22)), "chosen": " w3", "rejected": " w4"}]
+    result = of_run(tmp_path, model, rows, "data=jsonl", "method=dpo", *method(DrawnTarget), "data.max_length=22")
+    pairs = result.train + result.selection + result.test
+    [long] = [pair for pair in pairs if len(pair.prompt_ids) == 20]
+    assert 1 <= len(long.extra["anchor"]) <= 2 and result.counts["used"] == 13
+    assert all(len(pair.prompt_ids) + max(map(len, pair.sequences)) <= 22 for pair in pairs)
+
+
+@pytest.mark.slow
+def test_reading_the_needs_of_a_loss_leaves_random_numbers_alone(tmp_path: Path, model: Path) -> None:
+    def number_after(loss: type) -> float:
+        of_run(tmp_path, model, ROWS, "data=jsonl", "method=dpo", *method(loss))
+        return float(torch.rand(()))
+
+    assert number_after(Random) == number_after(DPOLoss)
