@@ -158,7 +158,8 @@ class AlignmentModule(LightningModule):
     @property
     def needs_reference_model(self) -> bool:
         """Return whether a reference model is available and loss, regularizer or probe score sequences with it."""
-        wanted = self.loss.uses_reference or self.regularizer.needs_reference or self.probe.settings is not None
+        of_loss = self.loss.uses_reference or self.loss.needs_reference_logits
+        wanted = of_loss or self.regularizer.needs_reference or self.probe.settings is not None
         return wanted and self.reference.scores_samples
 
     @property

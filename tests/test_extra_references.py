@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from spo.config.checks import problems
 from spo.config.compose import compose
 from spo.data.collate import collate
 from spo.errors import UserError
-from spo.losses import DPOLoss
+from spo.losses import DPOLoss, SPOLoss, Term
 from spo.models import AdapterOffReference, CachedReference, FrozenReference, Reference
 from spo.objective.pairs import score
 from spo.runs.identity import differences, identity
@@ -62,6 +63,12 @@ class SecondOpinionLoss(DPOLoss):
 
 class TextLoss(SecondOpinionLoss):
     extra_references = "second"  # type: ignore[assignment]
+
+
+class TermLoss(SPOLoss):
+    """SPO that reads the tokens of the reference, and not their sums."""
+
+    terms: Mapping[str, Term] = {"tokens": Term(lambda scored: scored.per_completion(scored.reference_tokens), True)}
 
 
 class StoredMoving(CachedReference):
@@ -115,6 +122,16 @@ def test_model_of_a_further_reference_is_checked(folder: Path, tmp_path: Path) -
     assert "extra_references.second=null: must be a Hugging Face folder" in found(*LOSS, "extra_references.second=null")
     assert "extra_references=3: must be a mapping" in found(*LOSS, "extra_references=3")
     assert "write the tuple ('second',)" in found("method=dpo", f"method.loss._target_={HERE}.TextLoss")
+
+
+def test_term_needs_a_reference_with_logits() -> None:
+    loss = ("method=spo", f"method.loss._target_={HERE}.TermLoss")
+    assert found(*loss, "reference=frozen") == ""
+    for reference in ("none", "precomputed"):
+        assert found(*loss, "regularizer=none", f"reference={reference}") == (
+            f"method=spo has a term that reads logits of a reference model, but reference={reference} provides none: "
+            "choose reference=frozen (or adapter_off with model=hf_lora)"
+        )
 
 
 @pytest.mark.parametrize(

@@ -270,9 +270,15 @@ def mrpo(pair: Pair) -> Array:
 
 
 def aot(pair: Pair) -> Array:
+    # Pairs whose label is certain are not turned with the others.
+    given = Pair("chosen", "rejected")
+    sign = np.array([-1.0 if label == 0 else 1.0 for label in PREFERENCE])
+    certain = np.array([label in (None, 0.0, 1.0) for label in PREFERENCE])
+    d = np.where(certain, sign * given.d, pair.d)
+    reference = np.where(certain, sign * (given.lr_w - given.lr_l), pair.lr_w - pair.lr_l)
     target = np.empty(B)
-    target[np.argsort(pair.d)] = np.sort(pair.lr_w - pair.lr_l)
-    return -ls(BETA * (pair.d - target))
+    target[np.argsort(d)] = np.sort(reference)
+    return -ls(BETA * (d - target))
 
 
 def bco(pair: Pair) -> Array:

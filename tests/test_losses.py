@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spo.losses import DPOLoss, IPOLoss, Loss, PreferenceLoss, SFTLoss, SPOLoss, SPORankedLoss, WeightedSPOLoss
-from spo.types import ListLogps, PairLogps
+from spo.errors import UserError
+from spo.losses import (
+    DPOLoss,
+    Feature,
+    IPOLoss,
+    LabelledLoss,
+    ListLoss,
+    Loss,
+    PreferenceLoss,
+    SFTLoss,
+    SPOLoss,
+    SPORankedLoss,
+    WeightedSPOLoss,
+    policy_margin,
+)
+from spo.types import LabelledLogps, ListLogps, Logps, PairLogps
 
 Array = NDArray[np.float64]
 B = 9
@@ -441,3 +455,96 @@ def test_certain_labels_do_not_depend_on_the_loss_of_the_other_label() -> None:
     [gradient] = torch.autograd.grad(certain[0] + certain[2], chosen)
     [wanted] = torch.autograd.grad(expected[0] + expected[2], chosen)
     torch.testing.assert_close(gradient, wanted)
+
+
+def rows(numbers: Tensor, label: Tensor, kind: type[Logps], **others: Any) -> Any:
+    """Return rows of any kind from the ``(B, 2)`` log-probs of two completions."""
+    if kind is LabelledLogps:
+        return LabelledLogps(numbers[:, 0], label, **others)
+    if kind is PairLogps:
+        return PairLogps(numbers[:, 0], numbers[:, 1], preference=label, **others)
+    mask = torch.ones_like(numbers, dtype=torch.bool)
+    return ListLogps(numbers, mask, torch.arange(2).expand(len(numbers), -1), preference=label, **others)
+
+
+def centered(difference: Tensor) -> Tensor:
+    """Return a loss of each row that depends on all rows, and is infinite below a difference of -9."""
+    return -(9 + difference).log() + (difference - difference.mean()).square()
+
+
+class CenteredPairs(PreferenceLoss):
+    features: Mapping[str, Feature] = {"scores": Feature(("score_of_chosen", "score_of_rejected"))}
+
+    def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
+        scores = pair.features["scores"]
+        return centered(scores[:, 0] * pair.policy_chosen - scores[:, 1] * pair.policy_rejected)  # type: ignore[operator]
+
+
+class CenteredLists(ListLoss):
+    features = CenteredPairs.features
+
+    def of_ranking(self, lists: ListLogps, *, alpha: float, beta: float) -> Tensor:
+        products = lists.features["scores"] * lists.policy
+        return centered(products[:, 0] - products[:, 1])
+
+
+class CenteredLabels(LabelledLoss):
+    def of_labels(self, logps: LabelledLogps, *, alpha: float, beta: float) -> Tensor:
+        return centered((2 * logps.label - 1) * logps.policy) / logps.label.mean()
+
+
+CENTERED: list[type[Loss[Any]]] = [CenteredPairs, CenteredLists, CenteredLabels]
+
+
+@pytest.mark.parametrize("full_batch", [True, False])
+@pytest.mark.parametrize("make", CENTERED)
+def test_certain_labels_are_those_of_the_rows(make: type[Loss[Any]], full_batch: bool) -> None:
+    """Other rows see them too, and an outcome that is impossible has no gradient, not an undefined one."""
+    loss = make()
+    loss.full_batch = full_batch
+    label = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    numbers = torch.tensor([[-1.0, -10.0], [-6.0, -2.0], [0, -9.0], [9, 1]], dtype=torch.float64, requires_grad=True)
+    scores = torch.tensor([[1.0, 1.0], [1.5, 1.0], [2.0, 1.0], [1.0, -0.5]], dtype=torch.float64)
+    values = loss(rows(numbers, label, loss.inputs, features={"scores": scores}), alpha=1.0, beta=1.0)
+    if isinstance(loss, LabelledLoss):
+        expected = centered((2 * label - 1) * numbers[:, 0]) / label.mean()
+    else:
+        expected = centered((2 * label - 1) * ((numbers * scores)[:, 0] - (numbers * scores)[:, 1]))
+    torch.testing.assert_close(values, expected)
+    [gradient] = torch.autograd.grad(values.sum(), numbers)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), numbers)[0])
+
+
+def test_numbers_of_completions_are_turned_in_lists_as_in_pairs() -> None:
+    label = torch.tensor([0.0, 0.3, 0.8, 1.0], dtype=torch.float64)
+    numbers = torch.tensor([[-1.0, -2.0], [-3.0, -2.0], [-4.0, -1.0], [-2.0, -2.0]], dtype=torch.float64)
+    features = {"scores": torch.tensor([[1.0, 1.2], [0.4, 1.0], [0.7, 0.1], [1.0, 0.5]], dtype=torch.float64)}
+    pairs, lists = (
+        loss(rows(numbers, label, loss.inputs, features=features), alpha=1.0, beta=1.0)
+        for loss in (CenteredPairs(), CenteredLists())
+    )
+    torch.testing.assert_close(lists, pairs)
+
+
+class MeanPairs(PreferenceLoss):
+    def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
+        return policy_margin(pair).mean()
+
+
+class MeanLists(ListLoss):
+    def of_ranking(self, lists: ListLogps, *, alpha: float, beta: float) -> Tensor:
+        return lists.policy.mean()
+
+
+class MeanLabels(LabelledLoss):
+    def of_labels(self, logps: LabelledLogps, *, alpha: float, beta: float) -> Tensor:
+        return logps.policy.mean()
+
+
+@pytest.mark.parametrize("make", [MeanPairs, MeanLists, MeanLabels])
+def test_mean_does_not_pass_for_the_losses_of_rows(make: type[Loss[Any]]) -> None:
+    """Labels and weights would broadcast it to their shape."""
+    ones = torch.ones(3)
+    for label in (0.7 * ones, ones):
+        with pytest.raises(UserError, match=r"of_\w+ must return one loss of each row, of shape \(3,\), .* \(\)"):
+            make()(rows(torch.randn(3, 2), label, make.inputs, weight=ones), alpha=1.0, beta=1.0)

@@ -300,6 +300,20 @@ def test_old_declarations_of_a_loss_are_translated() -> None:
     assert not New().uses_batch_statistics and New().metric_names == LOSS_METRICS
 
 
+def test_old_declarations_of_a_second_base_class_are_translated() -> None:
+    class Mixin:
+        uses_batch_statistics = True
+        metric_names = (*LOSS_METRICS, "mine/share")
+
+    with pytest.warns(DeprecationWarning):
+
+        class Old(Mixin, DPOLoss):
+            pass
+
+    assert Old().full_batch and Old().uses_batch_statistics and Old().extra_metrics == ("mine/share",)
+    assert Old().metric_names == (*LOSS_METRICS, "mine/share")
+
+
 def test_old_declarations_of_an_object_are_translated() -> None:
     class Old(DPOLoss, torch.nn.Module):
         def __init__(self) -> None:

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spo.data.collate import collate
 from spo.errors import UserError
-from spo.losses import DPOLoss, Drawn, LabelledLoss, Mismatched, PreferenceLoss, Role, SPORankedLoss, Term
+from spo.losses import (
+    DPOLoss,
+    Drawn,
+    LabelledLoss,
+    Mismatched,
+    PreferenceLoss,
+    Role,
+    SPORankedLoss,
+    Term,
+    policy_margin,
+)
 from spo.models import FrozenReference
 from spo.objective import ScoredBatch, concat_logps, score
 from spo.objective.joint import leaves_of
+from spo.ops import by_rows
 from spo.types import LabelledLogps, ListLogps, Logps, PairLogps, PreferenceBatch
-from tests.helpers import FAST, PAD, PLAIN, random_pairs, tiny_llama
+from tests.helpers import FAST, PAD, PLAIN, Bigrams, make_data, make_module, make_trainer, random_pairs, tiny_llama
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -90,6 +102,32 @@ def test_wrong_terms_are_explained() -> None:
         seen(Term(lambda scored: scored.policy_tokens))
     with pytest.raises(UserError, match="needs_reference_logits=True"):
         seen(Term(lambda scored: scored.per_completion(scored.reference_tokens)))
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_terms_that_use_absent_logits_are_explained(declared: bool) -> None:
+    class TermLoss(PrefixLoss):
+        uses_reference = False
+
+    loss, reference, speed = TermLoss(), FrozenReference(), replace(PLAIN, completion_only=True, max_logits=50)
+    wrong: Any = (lambda s: s.policy.softmax(-1)) if declared else (lambda s: by_rows(torch.add, s.policy, s.reference))
+    loss.terms = {"kl": Term(wrong)}
+    reference.model = tiny_llama(1)
+    scored = score(collate(random_pairs(3, seed=1), range(3), PAD), loss, tiny_llama(0), reference, speed, {}, declared)
+    with pytest.raises(UserError, match=r"method.loss: the term 'kl' fails .*by_rows.*needs_reference_logits=True"):
+        scored.inputs_of(loss)
+    loss.terms = {"own": Term(lambda scored: numbers(3)[4])}
+    with pytest.raises(IndexError):
+        scored.inputs_of(loss)
+
+
+def test_reference_of_a_term_is_attached() -> None:
+    class TermLoss(PrefixLoss):
+        uses_reference = False
+
+    loss = TermLoss()
+    module = make_module(Bigrams(0), loss=loss, reference=FrozenReference(), reference_model=Bigrams(1))
+    assert module.needs_reference_model
 
 
 def rich_pairs(count: int, seed: int, label: bool = True) -> PairLogps:
@@ -238,3 +276,94 @@ def test_lists_carry_their_terms_in_order() -> None:
     torch.testing.assert_close(arranged.terms["twice"], 2 * arranged.policy)
     assert arranged.mask.tolist() == [[True, True, False]]
     assert SPORankedLoss.inputs is ListLogps
+
+
+class CountingLoss(PreferenceLoss):
+    """A loss with terms in dtypes of their own."""
+
+    uses_reference = False
+    terms: Mapping[str, Term] = {
+        "length": Term(lambda scored: scored.lengths),
+        "half": Term(lambda scored: scored.per_completion(scored.policy_tokens.bfloat16())),
+    }
+
+    def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
+        return pair.policy_chosen / pair.terms["length"][0]
+
+
+def test_terms_are_as_precise_as_log_probs() -> None:
+    """Counts have to be differentiable, and labels must not round to the dtype of a term."""
+    batch = collate(random_pairs(3, seed=1, preference=lambda i: 0.7), range(3), PAD)
+    loss = CountingLoss()
+    seen, leaves = leaves_of(score(batch, loss, tiny_llama(0), FrozenReference(), PLAIN, {}).inputs_of(loss))
+    assert leaves["terms/length"].dtype == leaves["terms/half"].dtype == torch.float64
+    torch.testing.assert_close(concat_logps([seen]).columns()["preference"], torch.full((3,), 0.7).double())
+
+
+class OddLoss(PreferenceLoss):
+    """A loss that breaks the contract in a way that its test sets."""
+
+    uses_reference = False
+
+    def __init__(self, losses: Any = policy_margin, own: Any = None) -> None:
+        self.losses, self.own = losses, own
+
+    def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
+        return self.losses(pair)
+
+    def metrics(self, pair: PairLogps, /, *, alpha: float, beta: float) -> Any:
+        found = super().metrics(pair, alpha=alpha, beta=beta)
+        return found if self.own is None else self.own(found)
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (OddLoss(lambda pair: None), "returns NoneType: leave out its mean"),
+        (OddLoss(lambda pair: 1.0), "returns float: leave out its mean"),
+        (OddLoss(lambda pair: policy_margin(pair) > 0), "without a gradient"),
+        (OddLoss(lambda pair: policy_margin(pair).detach()), "without a gradient"),
+        (
+            OddLoss(own=lambda found: [found["logps/chosen"].detach().mul_(2)]),
+            "changes its input policy_chosen",
+        ),
+        (OddLoss(own=lambda found: None), "must return a dictionary, and returns NoneType"),
+        (OddLoss(own=lambda found: found | {"rewards/chosen": 1.0}), "'rewards/chosen', .* and returns float"),
+    ],
+)
+@pytest.mark.parametrize("full_batch", [False, True])
+def test_broken_losses_end_in_words(loss: OddLoss, words: str, full_batch: bool, tmp_path: Path) -> None:
+    loss.full_batch = full_batch
+    data = make_data(random_pairs(4, seed=1, weight=lambda i: 0.5), batch_size=4, micro_batch_size=2)
+    with pytest.raises(UserError, match=f"method.loss: OddLoss.*{words}"):
+        make_trainer(tmp_path).fit(make_module(Bigrams(0), loss=loss, speed=PLAIN), datamodule=data)
+
+
+class HiddenStatistics(PreferenceLoss, nn.Module):
+    """A loss that updates its statistics while it computes."""
+
+    uses_reference = False
+    mean: Tensor
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+
+    def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
+        margins = policy_margin(pair)
+        if self.in_place:
+            self.mean.mul_(0.9).add_(0.1 * margins.detach().mean())
+        else:
+            self.mean = 0.9 * self.mean + 0.1 * margins.detach().mean()
+        return margins - self.mean
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_statistics_change_in_their_own_method_alone(in_place: bool, tmp_path: Path) -> None:
+    pairs, trainer = random_pairs(4, seed=1), make_trainer(tmp_path, num_sanity_val_steps=1)
+    module = make_module(Bigrams(0), loss=HiddenStatistics(in_place), speed=PLAIN)
+    words = "HiddenStatistics changes its buffer mean while it computes, .* change it in update_statistics"
+    for run in (trainer.fit, trainer.validate):
+        with pytest.raises(UserError, match=words):
+            run(module, datamodule=make_data(pairs, pairs))

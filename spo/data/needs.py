@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from ctypes import c_float
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -69,14 +70,23 @@ def _number(name: str, feature: Feature, row: Row, column: str, column_name: str
         if feature.default is not None:
             return float(feature.default)
         raise RowError(row.where, f"missing; method.loss reads it as the feature {name!r}", column_name)
+
+    def number(cell: object) -> float:
+        found = number_cell(cell, row.where, column_name)
+        # A rounded name, such as that of an annotator, would be the name of another.
+        if isinstance(cell, int) and c_float(found).value != cell:
+            reason = f"float32, in which a loss reads it, would round {cell}: subtract an offset, or number from 0"
+            raise RowError(row.where, reason, column_name)
+        return found
+
     if feature.size is None:
-        return number_cell(value, row.where, column_name)
+        return number(value)
     if not isinstance(value, (list, tuple)):
         reason = f"must be a list of {feature.size} numbers, not {describe_type(value)}"
         raise RowError(row.where, reason, column_name)
     if len(value) != feature.size:
         raise RowError(row.where, f"must have {feature.size} numbers, not {len(value)}", column_name)
-    return tuple(number_cell(item, row.where, column_name) for item in value)
+    return tuple(map(number, value))
 
 
 def read_text(row: Row, name: str, column_name: str) -> Text:

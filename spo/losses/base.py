@@ -6,12 +6,14 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from inspect import getattr_static
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from spo.losses.declarations import Feature, Role, Term
+from spo.losses.rows import expected, one_of_each_row, weighted
 from spo.types import LabelledLogps, ListLogps, Logps, PairLogps
 
 LogpsT = TypeVar("LogpsT", bound=Logps)
@@ -105,15 +107,21 @@ class Loss(ABC, Generic[LogpsT]):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, old in _OLD_NAMES.items():
-            if name in vars(cls):
+            declared = getattr_static(cls, name)  # It may be that of a second base class, which is not a loss.
+            if declared is not old:
                 warnings.warn(f"{cls.__name__}.{name} is now {old.name}", DeprecationWarning, stacklevel=2)
-                setattr(cls, old.name, old.translated(vars(cls)[name]))
-                delattr(cls, name)  # The name of today decides in classes that derive from this one.
+                setattr(cls, old.name, old.translated(declared))
+                setattr(cls, name, old)  # The name of today decides in classes that derive from this one.
 
     @property
     def needs_reference_logits(self) -> bool:
         """Return whether a term reads token log-probs or logits of the reference."""
         return any(term.needs_reference_logits for term in self.terms.values())
+
+    @property
+    def per_completion_features(self) -> list[str]:
+        """Return the names of the features that have a number for each of the two completions."""
+        return [name for name, feature in self.features.items() if feature.per_completion]
 
     @property
     def has_statistics(self) -> bool:
@@ -195,16 +203,15 @@ class PreferenceLoss(Loss[PairLogps]):
     def __call__(self, pair: PairLogps, /, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` expected loss of each pair over its label, times its weight."""
         preference = pair.preference
+
+        def of(given: PairLogps) -> Tensor:
+            return one_of_each_row(self, self.of_pairs(given, alpha=alpha, beta=beta), given, ".of_pairs")
+
         if preference is None or not self.uses_rejected:
-            return weighted(self.of_pairs(pair, alpha=alpha, beta=beta), pair)
-        both = [name for name, feature in self.features.items() if feature.per_completion]
-        right, wrong = pair, pair.swapped(both)
-        if not self.full_batch:
-            # A label of probability zero counts as zero, also where its loss would be infinite.
-            right, wrong = _where(preference == 0, wrong, right), _where(preference == 1, right, wrong)
-        if_right = self.of_pairs(right, alpha=alpha, beta=beta).masked_fill(preference == 0, 0)
-        if_wrong = self.of_pairs(wrong, alpha=alpha, beta=beta).masked_fill(preference == 1, 0)
-        return weighted(preference * if_right + (1 - preference) * if_wrong, pair)
+            return weighted(of(pair), pair)
+        swapped = pair.swapped(self.per_completion_features)
+        right, wrong = _where(preference == 0, swapped, pair), _where(preference == 1, pair, swapped)
+        return weighted(expected(preference, of(right), of(wrong)), pair)
 
     def rewards(self, pair: PairLogps, *, alpha: float, beta: float) -> tuple[Tensor, Tensor | None]:
         """Return the implicit rewards for metrics, by default ``beta * (log pi - log pi_ref)``.
@@ -254,15 +261,17 @@ class ListLoss(Loss[ListLogps]):
 
     def __call__(self, lists: ListLogps, /, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` expected loss of each list over its label: the order, or the reverse of it."""
-        losses = self.of_ranking(lists.best_first(), alpha=alpha, beta=beta)
-        if lists.preference is not None:
-            reverse = replace(lists, order=lists.order.flip(-1)).best_first()
-            other = self.of_ranking(reverse, alpha=alpha, beta=beta)
-            # A label of probability zero counts as zero, also where its loss would be infinite.
-            losses = losses.masked_fill(lists.preference == 0, 0)
-            other = other.masked_fill(lists.preference == 1, 0)
-            losses = lists.preference * losses + (1 - lists.preference) * other
-        return weighted(losses, lists)
+        preference, order, reverse = lists.preference, lists.order, lists.order.flip(-1)
+
+        def of(order: Tensor) -> Tensor:
+            given = replace(lists, order=order).best_first(self.per_completion_features)
+            return one_of_each_row(self, self.of_ranking(given, alpha=alpha, beta=beta), given, ".of_ranking")
+
+        if preference is None:
+            return weighted(of(order), lists)
+        right = torch.where(preference[:, None] == 0, reverse, order)
+        wrong = torch.where(preference[:, None] == 1, order, reverse)
+        return weighted(expected(preference, of(right), of(wrong)), lists)
 
     def rewards(self, lists: ListLogps, *, alpha: float, beta: float) -> Tensor:
         """Return the ``(B, n)`` implicit rewards for metrics, by default ``beta * (log pi - log pi_ref)``."""
@@ -316,12 +325,13 @@ class LabelledLoss(Loss[LabelledLogps]):
 
     def __call__(self, logps: LabelledLogps, /, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` expected loss of each completion over its label, times its weight."""
-        ones = torch.ones_like(logps.policy)
-        good = self.of_labels(replace(logps, label=ones), alpha=alpha, beta=beta)
-        bad = self.of_labels(replace(logps, label=0 * ones), alpha=alpha, beta=beta)
-        # A label of probability zero counts as zero, also where its loss would be infinite.
-        good, bad = good.masked_fill(logps.label == 0, 0), bad.masked_fill(logps.label == 1, 0)
-        return weighted(logps.label * good + (1 - logps.label) * bad, logps)
+        label = logps.label
+
+        def of(is_good: Tensor) -> Tensor:
+            given = replace(logps, label=is_good.to(label.dtype))
+            return one_of_each_row(self, self.of_labels(given, alpha=alpha, beta=beta), given, ".of_labels")
+
+        return weighted(expected(label, of(label > 0), of(label == 1)), logps)
 
     def rewards(self, logps: LabelledLogps, *, alpha: float, beta: float) -> Tensor:
         """Return the ``(B,)`` implicit rewards for metrics, by default ``beta * (log pi - log pi_ref)``."""
@@ -385,8 +395,3 @@ def _where(rows: Tensor, pair: PairLogps, other: PairLogps) -> PairLogps:
             for path, value in other.columns().items()
         }
     )
-
-
-def weighted(losses: Tensor, logps: PairLogps | ListLogps | LabelledLogps) -> Tensor:
-    """Return the ``(B,)`` losses times the weights of the pairs or lists, if there are any."""
-    return losses if logps.weight is None else losses * logps.weight

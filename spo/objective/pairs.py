@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from spo.errors import UserError
 from spo.objective.base import Divergence, Part, Run, StepTerm
 from spo.objective.joint import concat_logps, gather_logps, leaves_of
 from spo.objective.learned import parameters_of, update_statistics
@@ -150,6 +151,7 @@ class Pairs(Part):
             if known is None and self.needs_whole_step:
                 [known] = self.joint([scored.inputs_of(self.loss)], step)
             total, metrics = self.evaluate(scored, step, known)
+            self._check_gradient(total)
             self.run.train_metrics.update(metrics)
             return total * scale
 
@@ -182,6 +184,7 @@ class Pairs(Part):
             if self.loss.has_statistics:
                 update_statistics(self.loss, whole)
             losses, metrics = self.losses(whole, step)
+            self._check_gradient(losses)
             wanted = [*(leaf for of_part in leaves for leaf in of_part.values()), *parameters]
             slopes = iter(torch.autograd.grad(losses.sum(), wanted, allow_unused=True))
         sizes = list(map(len, inputs))
@@ -195,6 +198,13 @@ class Pairs(Part):
         ]
         of_loss = [(p, slope) for p in parameters if (slope := next(slopes)) is not None]
         return [replace(found[0], parameters=of_loss), *found[1:]]
+
+    def _check_gradient(self, losses: Tensor) -> None:
+        if not losses.requires_grad:
+            raise UserError(
+                f"method.loss: {type(self.loss).__name__} returns numbers without a gradient, so nothing would be "
+                "trained: compute them from log-probs of the policy, without detach() or comparisons"
+            )
 
     def score(self, batch: PreferenceBatch) -> ScoredBatch:
         """Run the policy on a batch, and the reference where its log-probs are read and not stored."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spo.errors import UserError
+from spo.losses.rows import numbers_of_shape, one_of_each_row
 from spo.ops import Logits, completion_targets, sum_per_sequence, token_logps
+from spo.ops.logps import DeferredLogits
 from spo.types import CompletionLogps, Logps, PreferenceBatch
 
 if TYPE_CHECKING:
-    from spo.losses import Loss
+    from spo.losses import Loss, Term
 
 
 @dataclass(frozen=True)
@@ -100,20 +103,31 @@ class ScoredBatch:
         """Return what a loss reads of the batch.
 
         Raises:
-            UserError: A term has another shape than ``(n, B)``.
+            UserError: A term has another shape than ``(n, B)``, or uses logits that do not exist.
         """
         logps = loss_inputs(loss, self.batch, self.policy_logps, self.reference_logps, self.extra_references)
         if not loss.terms:
             return logps
-        terms = {name: term.compute(self) for name, term in loss.terms.items()}
+        terms = {name: self._computed(name, term) for name, term in loss.terms.items()}
+        shape = tuple(self.batch.mask().shape)
         for name, value in terms.items():
-            if value.shape != self.batch.mask().shape:
-                raise UserError(
-                    f"method.loss: the term {name!r} must return a number of each completion, of shape "
-                    f"{tuple(self.batch.mask().shape)}, and returns {tuple(value.shape)}: sum over tokens with "
-                    "scored.per_completion"
-                )
+            what = f"method.loss: the term {name!r} must return a number of each completion"
+            value = numbers_of_shape(value, shape, what, "sum over tokens with scored.per_completion")
+            # A term may be a count, or come from a half-precision layer. Labels must not round to its precision.
+            terms[name] = value.to(torch.promote_types(value.dtype, self.policy_logps.dtype))
         return replace(logps, terms={name: loss.inputs.arrange(value) for name, value in terms.items()})
+
+    def _computed(self, name: str, term: Term) -> Tensor:
+        """Return a term. Its author may have tried it only where all logits exist."""
+        try:
+            return term.compute(self)
+        except (AttributeError, TypeError) as error:
+            if self.reference is not None and not isinstance(self.policy, DeferredLogits):
+                raise
+            raise UserError(
+                f"method.loss: the term {name!r} fails ({error}): give logits to spo.ops.by_rows, and write "
+                "Term(compute, needs_reference_logits=True) if it reads the reference"
+            ) from error
 
 
 def loss_inputs(
@@ -161,13 +175,8 @@ def losses_of(loss: Loss[Any], logps: Logps, alpha: float, beta: float) -> Tenso
     Raises:
         UserError: The loss returns another shape, such as that of a mean.
     """
-    losses = loss(logps, alpha=alpha, beta=beta)
-    if losses.shape != (len(logps),):
-        raise UserError(
-            f"method.loss: {type(loss).__name__} must return one loss of each row, of shape {(len(logps),)}, and "
-            f"returns {tuple(losses.shape)}: leave out its mean or sum"
-        )
-    return losses
+    with _unchanged(loss, logps):
+        return one_of_each_row(loss, loss(logps, alpha=alpha, beta=beta), logps)
 
 
 def metrics_of(loss: Loss[Any], logps: Logps, alpha: float, beta: float) -> dict[str, Tensor]:
@@ -182,16 +191,53 @@ def metrics_of(loss: Loss[Any], logps: Logps, alpha: float, beta: float) -> dict
     Raises:
         UserError: The loss returns a metric that it does not declare, or one of another shape.
     """
-    found = loss.metrics(logps, alpha=alpha, beta=beta)
+    with _unchanged(loss, logps):
+        found = loss.metrics(logps, alpha=alpha, beta=beta)
+    if not isinstance(found, Mapping):
+        raise UserError(
+            f"method.loss: {type(loss).__name__}.metrics must return a dictionary, and returns {type(found).__name__}"
+        )
     if undeclared := sorted(found.keys() - set(loss.metric_names)):
         raise UserError(
             f"method.loss: {type(loss).__name__}.metrics returns {undeclared[0]!r}, which the loss does not declare: "
             f"add it to extra_metrics = {(*loss.extra_metrics, undeclared[0])}"
         )
-    for name, values in found.items():
-        if values.shape != (len(logps),):
+    what = f"method.loss: {type(loss).__name__}.metrics must return one number of each row as"
+    remedy = "a mean over the batch would count wrongly"
+    return {name: numbers_of_shape(values, (len(logps),), f"{what} {name!r}", remedy) for name, values in found.items()}
+
+
+@contextmanager
+def _unchanged(loss: Loss[Any], logps: Logps) -> Iterator[None]:
+    """Make a context in which a loss must change neither its input, which its metrics read too, nor its buffers.
+
+    Soft labels call it twice, and a validation calls it too.
+
+    Raises:
+        UserError: A number of the input was changed in place, or a buffer was changed.
+    """
+    inputs = [(path, value, _version(value)) for path, value in logps.columns().items()]
+    buffers = [(name, value, _version(value)) for name, value in _buffers(loss).items()]
+    yield
+    for path, value, version in inputs:
+        if _version(value) != version:
             raise UserError(
-                f"method.loss: {type(loss).__name__}.metrics must return one number of each row as {name!r}, of shape "
-                f"{(len(logps),)}, and returns {tuple(values.shape)}: a mean over the batch would count wrongly"
+                f"method.loss: {type(loss).__name__} changes its input {path} in place, which its metrics read too: "
+                "compute a new tensor instead"
             )
-    return found
+    after = _buffers(loss)
+    for name, value, version in buffers:
+        if after.get(name) is not value or _version(value) != version:
+            raise UserError(
+                f"method.loss: {type(loss).__name__} changes its buffer {name} while it computes, so soft labels and "
+                "validations would change it too: change it in update_statistics"
+            )
+
+
+def _buffers(loss: Loss[Any]) -> dict[str, Tensor]:
+    return dict(loss.named_buffers()) if isinstance(loss, nn.Module) else {}
+
+
+def _version(tensor: Tensor) -> int:
+    """Return a number that a change in place raises; of a tensor made in inference mode, which does not count, 0."""
+    return 0 if tensor.is_inference() else tensor._version

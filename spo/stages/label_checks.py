@@ -99,7 +99,7 @@ def _reversed(logps: Logps, loss: Loss[Any]) -> Logps:
     if isinstance(logps, ListLogps):
         return replace(logps, order=logps.order.flip(-1))
     assert isinstance(logps, PairLogps)
-    return logps.swapped([name for name, feature in loss.features.items() if feature.per_completion])
+    return logps.swapped(loss.per_completion_features)
 
 
 def made_up(loss: Loss[Any]) -> Logps:

@@ -48,6 +48,7 @@ CODE_DEPENDENCIES = (
     "regularizers/base.py",
     "losses/base.py",
     "losses/declarations.py",
+    "losses/rows.py",
     "losses/sft.py",
     "schedules",
     "stages/from_config.py",

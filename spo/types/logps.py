@@ -288,8 +288,12 @@ class ListLogps(Logps):
         """Return ``(B, n)`` numbers of the completions of each list."""
         return values.T
 
-    def best_first(self) -> ListLogps:
-        """Return the lists with their completions in order: the best first, missing ones last and 0."""
+    def best_first(self, per_completion: Iterable[str] = ()) -> ListLogps:
+        """Return the lists with their completions in order: the best first, missing ones last and 0.
+
+        Args:
+            per_completion: Names of the features that have a number for each completion.
+        """
         exists = self.mask.gather(-1, self.order)
         order = self.order.gather(-1, exists.long().argsort(dim=-1, descending=True, stable=True))
         mask = self.mask.gather(-1, order)
@@ -305,4 +309,5 @@ class ListLogps(Logps):
             reference=None if self.reference is None else arranged(self.reference),
             terms={name: arranged(value) for name, value in self.terms.items()},
             references={name: arranged(value) for name, value in self.references.items()},
+            features=self.features | {name: arranged(self.features[name]) for name in per_completion},
         )

@@ -317,6 +317,12 @@ def test_feature_columns_may_have_other_names(tmp_path: Path) -> None:
         ({"flip_probability": float("nan")}, "flip_probability", "must be finite, not nan"),
         ({"flip_probability": float("-inf")}, "flip_probability", "must be finite, not -inf"),
         ({"flip_probability": 1e39}, "flip_probability", "must be at most 3.4e"),
+        (
+            {"flip_probability": 2**24 + 1},
+            "flip_probability",
+            "float32, in which a loss reads it, would round 16777217",
+        ),
+        ({"embedding": [1, 2**60 + 1, 2]}, "embedding", "float32, in which a loss reads it, would round"),
         ({"embedding": [1, 2]}, "embedding", "must have 3 numbers, not 2"),
         ({"embedding": [1, 2, "x"]}, "embedding", "must be a number, not text"),
         ({"embedding": [1, 2, float("inf")]}, "embedding", "must be finite, not inf"),

@@ -87,12 +87,18 @@ def _references(cfg: DictConfig, loss: Any, regularizer: Any, reference: Any) ->
         yield (
             f"method={method} needs a reference model, but reference={member} provides none: choose reference=frozen"
         )
+    if loss.needs_reference_logits and not scores_samples:
+        yield (
+            f"method={method} has a term that reads logits of a reference model, but reference={member} provides "
+            "none: choose reference=frozen (or adapter_off with model=hf_lora)"
+        )
     if regularizer.needs_reference and not scores_samples:
         yield (
             f"regularizer={regularizer_name} scores sequences with a reference model, but reference={member} "
             "provides none for them: choose reference=frozen (or adapter_off with model=hf_lora)"
         )
-    if scores_pairs and not scores_samples and not regularizer.needs_reference and not reads_stored:
+    needs_model = regularizer.needs_reference or loss.needs_reference_logits
+    if scores_pairs and not scores_samples and not needs_model and not reads_stored:
         yield f"reference={member}: nothing reads the log-probabilities it would compute; choose reference=none"
     if getattr(reference, "stores_logps", False) and scores_samples and not reads_stored:
         yield (
