@@ -58,8 +58,8 @@ LOSSES = (
     _mutant(
         "soft_labels_of_lists_ignored",
         "losses.base.ListLoss.__call__",
-        "lists.preference is not None",
-        "False",
+        "if preference is None",
+        "if True",
         "test_ranked.py::test_list_of_two_equals_a_pair",
     ),
     _mutant(
