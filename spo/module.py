@@ -327,7 +327,7 @@ class AlignmentModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Share the tensors of the loss, and resolve the speed switches that all models support on their device."""
-        share_tensors(self.loss, self.world_size)
+        share_tensors(self.loss)
         models = [self.policy]
         if self.needs_reference_model:
             with self.reference.active(self.policy) as reference:

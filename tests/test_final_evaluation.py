@@ -145,8 +145,12 @@ def test_final_evaluation_repeats_the_last_validation(name: str, plugin: Path) -
 
 
 @pytest.mark.slow
-def test_labelled_completions_have_the_metrics_of_single_completions(plugin: Path) -> None:
+def test_labelled_completions_have_the_metrics_of_single_completions(
+    plugin: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, metrics = trained(plugin, "~method.loss.label_smoothing", "method.loss._target_=evaluated_plugin.Labelled")
+    panel = capsys.readouterr().out.partition("learning rate")[0]
+    assert "test completions" in panel and "completions, about" in panel and "pairs" not in panel
     of_pairs = {
         f"{split}/{name}" for split in ("train", "val", "eval") for name in ("rewards/margins", "labelled/never")
     }

@@ -76,6 +76,18 @@ def test_terms_are_sums_over_tokens(speed: Any) -> None:
     assert seen.terms["prefix"].requires_grad and not seen.terms["reference_prefix"].requires_grad
 
 
+@pytest.mark.parametrize("impossible", [-torch.inf, -3e38])
+def test_impossible_token_stays_in_its_own_prefix(impossible: float) -> None:
+    batch = collate(random_pairs(5, seed=3), range(5), PAD)
+    tokens = -numbers(len(batch.sequences.completion_index)).abs()
+    scored = ScoredBatch(batch, torch.empty(0))
+    plain = scored.common_prefix(tokens)
+    tokens[0] = impossible
+    prefix = scored.common_prefix(tokens)
+    assert prefix.flatten()[0] == impossible or prefix.flatten()[0] < -1e38
+    assert torch.equal(prefix.flatten()[1:], plain.flatten()[1:])
+
+
 def test_wrong_terms_are_explained() -> None:
     policy, reference = tiny_llama(0), FrozenReference()
     reference.model = tiny_llama(1)

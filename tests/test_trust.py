@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spo import cli
 from spo.config.compose import compose
+from spo.config.nodes import locate
 from spo.config.trust import LIBRARY_TARGETS, Caller, check_trusted
 from spo.errors import UserError
 from spo.runs.resume import resumed_config
@@ -437,6 +438,17 @@ def test_files_of_the_current_folder_do_not_replace_those_of_python(command: lis
     )
     assert not marker.exists() and done.returncode == 1
     assert "is not a run directory" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_missing_module_is_not_expected_in_a_folder_that_is_not_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ImportError, match="put the folder that holds it on PYTHONPATH"):
+        locate("nowhere.Loss")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="is the folder that holds it the current one"):
+        locate("nowhere.Loss")
 
 
 @pytest.mark.parametrize(

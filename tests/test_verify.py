@@ -25,7 +25,7 @@ METHODS = sorted({case.member for case in plan_cases(PLAN, False, None)[0]})
 OWN = """
     import torch
 
-    from spo.losses import DPOLoss, LabelledLoss, PreferenceLoss, SPOLoss, Term
+    from spo.losses import Column, DPOLoss, LabelledLoss, PreferenceLoss, SPOLoss, Term
 
 
     class Flipped(SPOLoss):
@@ -55,6 +55,11 @@ OWN = """
 
     class Prefixed(DPOLoss):
         terms = {"prefix": Term(lambda scored: scored.common_prefix(scored.policy_tokens))}
+
+
+    class Anchored(DPOLoss):
+        extra_completions = {"anchor": Column("anchor")}
+        extra_references = ("teacher",)
 
 
     class Labelled(LabelledLoss):
@@ -156,6 +161,20 @@ def test_methods_that_read_more_than_enumeration_has_are_skipped_with_a_reason(
         "labelled is skipped: it reads labels of single completions, not log-probs of responses alone",
         "headed is skipped: it reads running statistics and parameters of its own, not log-probs of responses alone",
     ]
+
+
+def test_columns_and_references_that_are_not_there_do_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    conf = own_methods(tmp_path, "anchored")
+    reason = "it reads further completions and further references, not log-probs of responses alone"
+    cases, skipped = plan_cases(PLAN, False, str(conf), ["anchored", "dpo"])
+    assert skipped == [f"anchored is skipped: {reason}"] and {case.member for case in cases} == {"dpo"}
+    assert main(["verify", "--config-dir", str(conf), "anchored"]) == 1
+    shown = capsys.readouterr()
+    assert "anchored is skipped" in shown.out and "of 0 passed" not in shown.out
+    assert "nothing was verified" in shown.err
 
 
 def test_methods_that_cannot_be_verified_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import itertools
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -41,7 +43,9 @@ def locate(path: str) -> Any:
                 raise ImportError(f"there is no {path}{suggestion(name, [n for n in dir(found) if n[0] != '_'])}")
             found = getattr(found, name)
         return found
-    hint = "is the folder that holds it the current one, or on PYTHONPATH?"
+    # Commands that read directories of somebody else do not import from the current folder.
+    here = "is the folder that holds it the current one, or on PYTHONPATH?"
+    hint = here if os.getcwd() in sys.path else "put the folder that holds it on PYTHONPATH"
     raise ImportError(missing_package(path) or f"there is no module {parts[0]} to take {path} from; {hint}")
 
 

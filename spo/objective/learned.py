@@ -44,9 +44,9 @@ def fit_dtype(loss: Loss[Any], policy: nn.Module) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
-def share_tensors(loss: Loss[Any], world_size: int) -> None:
+def share_tensors(loss: Loss[Any]) -> None:
     """Give all processes the parameters and buffers of the first one."""
-    if world_size > 1:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         for tensor in tensors_of(loss).values():
             torch.distributed.broadcast(tensor.detach(), src=0)
 

@@ -42,7 +42,8 @@ def show_rows(
     console = console or Console()
     for number, pair in enumerate(pairs[:limit], 1):
         console.print(_panel(number, pair, tokenizer, stop_ids))
-    table = Table(title="pairs", show_header=False)
+    labelled = bool(pairs) and pairs[0].label is not None
+    table = Table(title="rows" if labelled else "pairs", show_header=False)
     for name, count in counts.items():
         table.add_row(name, f"{count:,}")
     console.print(table)

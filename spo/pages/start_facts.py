@@ -37,13 +37,15 @@ def start_facts(
     tokens = sum(len(pair.prompt_ids) * len(pair.completions) + sum(map(len, pair.completions)) for pair in train)
     size, steps = min(cfg.data.batch_size, len(train)), cfg.trainer.max_steps
     per_epoch = steps_per_epoch(len(train), cfg.data.batch_size, trainer.world_size)
+    # Pairs are read as two rows each by a loss of labelled completions.
+    rows, unit = ("pairs", "pairs") if train[0].label is None else ("rows", "completions")
     return {
         "policy": f"{total:,} parameters" + ("" if trainable == total else f", {trainable:,} of them trained"),
         "reference": module.reference.describe(),
         **_describe_extra_references(cfg),
-        "pairs": ", ".join(f"{counts[key]} {key}" for key in REPORTED_COUNTS),
-        "splits": f"{counts['train']} train, {counts['selection']} selection, {counts['test']} test pairs",
-        "a step": f"{size} pairs, about {tokens * size // len(train):,} tokens",
+        rows: ", ".join(f"{counts[key]} {key}" for key in REPORTED_COUNTS),
+        "splits": f"{counts['train']} train, {counts['selection']} selection, {counts['test']} test {unit}",
+        "a step": f"{size} {unit}, about {tokens * size // len(train):,} tokens",
         "steps": f"{steps:,}, {steps / per_epoch:.3g} epochs, about {tokens * steps // per_epoch:,} tokens",
         **_describe_rate(cfg),
         "alpha": _describe_schedule(module.alpha) if module.loss.uses_alpha else "not read",

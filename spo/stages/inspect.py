@@ -15,6 +15,7 @@ from spo.pages.rows import show_rows
 from spo.records.files import write_json
 from spo.stages.from_config import resolve_values
 from spo.stages.prepare import Prepared, prepare_run
+from spo.stages.quiet import quiet_libraries
 
 
 def inspect(cfg: DictConfig, limit: int, file: Path | None = None) -> None:
@@ -30,6 +31,7 @@ def inspect(cfg: DictConfig, limit: int, file: Path | None = None) -> None:
     """
     if file is not None and not file.absolute().parent.is_dir():
         raise UserError(f"--json {file}: there is no folder {file.parent}; make it first")
+    quiet_libraries()
     prepared = prepare_run(resolve_values(cfg))
     if file is not None:
         try:

@@ -18,6 +18,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 from spo.config.checks import check_config
+from spo.config.checks.targets import CheckedParts, target_problems
 from spo.config.compose import compose
 from spo.config.groups import group_members
 from spo.errors import UserError
@@ -41,16 +42,12 @@ class Member:
 
     Attributes:
         key: Member of the config group ``method``.
-        name: Name of the method.
         loss: Loss of the method.
-        reference: Reference of the method.
         samples: Whether the method's own regularizer is the KL on samples of the policy.
     """
 
     key: str
-    name: str
     loss: Loss[Any]
-    reference: Reference
     samples: bool
 
 
@@ -64,7 +61,7 @@ def verify_command(methods: Sequence[str], full: bool, config_dir: str | None, j
         json_file: File for the rows, ``None`` for no file.
 
     Raises:
-        UserError: A method cannot be composed, or the file cannot be written.
+        UserError: A method cannot be composed, none can be verified, or the file cannot be written.
     """
     quiet_libraries()
     if json_file is not None and not json_file.absolute().parent.is_dir():
@@ -82,11 +79,14 @@ def verify_command(methods: Sequence[str], full: bool, config_dir: str | None, j
             progress.update(task, description=f"{case.member}, {case.model}")
             verdicts.append(run_case(case, plan, Path(folder) / str(number), Path(folder) / "cache", config_dir))
             progress.advance(task)
-    console.print(_table(verdicts))
+    if verdicts:
+        console.print(_table(verdicts))
     for line in skipped:
         console.print(line, highlight=False)
     if json_file is not None:
         write_json(json_file, [dataclasses.asdict(verdict) for verdict in verdicts])
+    if not verdicts:
+        raise UserError("nothing was verified, for the reasons above: name a method that compares log-probs alone")
     failed = sum(not verdict.passed for verdict in verdicts)
     console.print(f"{len(verdicts) - failed} of {len(verdicts)} passed", style="red" if failed else "green")
     return failed == 0
@@ -110,26 +110,32 @@ def plan_cases(
     cases: list[Case] = []
     skipped: list[str] = []
     for key in methods or known:
-        member = _member(key, config_dir)
-        reason = beyond_enumeration(member.loss, member.reference)
-        if reason is None and not member.loss.uses_rejected:
-            reason = "it learns from completions alone and compares none"
-        if reason is not None:
-            skipped.append(f"{member.name} is skipped: {reason}")
+        cfg = compose([f"method={key}"], config_dir=config_dir, run_dir=".")
+        if (reason := _not_verifiable(cfg)) is not None:
+            skipped.append(f"{method_name(cfg)} is skipped: {reason}")
             continue
-        found = _cases(plan, "full" if full else "default", member)
+        check_config(cfg)
+        found = _cases(plan, "full" if full else "default", _member(key, cfg))
         # What is sampled does not depend on the method, so the first method that samples stands for all.
         sampled = {case.check for case in cases} & {*SAMPLED_CHECKS}
         cases += [case for case in found if case.check not in sampled]
     return cases, skipped
 
 
-def _member(member: str, config_dir: str | None) -> Member:
-    cfg = compose([f"method={member}"], config_dir=config_dir, run_dir=".")
-    check_config(cfg)
+def _not_verifiable(cfg: DictConfig) -> str | None:
+    """Return why a method cannot be verified, ``None`` if it can or if its parts cannot be built."""
+    # The columns and references that such a method reads are not there, and their absence is not a mistake here.
+    parts = CheckedParts(cfg, [*target_problems(cfg)])
+    loss, reference = parts.loss, parts.build("reference")
+    if not isinstance(loss, Loss) or not isinstance(reference, Reference):
+        return None
+    alone = None if loss.uses_rejected else "it learns from completions alone and compares none"
+    return beyond_enumeration(loss, reference) or alone
+
+
+def _member(key: str, cfg: DictConfig) -> Member:
     loss: Loss[Any] = instantiate(cfg.method.loss, _convert_="all")
-    samples = isinstance(instantiate(cfg.regularizer, _convert_="all"), GlobalKL)
-    return Member(member, method_name(cfg), loss, instantiate(cfg.reference), samples)
+    return Member(key, loss, isinstance(instantiate(cfg.regularizer, _convert_="all"), GlobalKL))
 
 
 def _cases(plan: DictConfig, grid: str, member: Member) -> Iterator[Case]:
