@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from spo.data import TokenizedPair
+from spo.config.compose import compose
+from spo.data import RowError, TokenizedPair
 from spo.errors import UserError
 from spo.losses import (
     Column,
@@ -27,7 +31,9 @@ from spo.losses import (
     log_ratios,
 )
 from spo.losses.base import weighted
+from spo.stages import reference_model
 from spo.stages.label_checks import check_labels
+from spo.stages.prepare import prepare_run
 from spo.stages.trained import check_pairs
 from spo.types import LabelledLogps, ListLogps, PairLogps
 from tests.helpers import random_pairs
@@ -250,3 +256,34 @@ def test_loss_that_reads_some_labels_is_not_refused() -> None:
     check_pairs(random_pairs(9, seed=0, preference=SOFT["preference"]), Clipping())
     with pytest.raises(UserError, match="Clipping ignores"):
         check_pairs(random_pairs(9, seed=0, preference=lambda i: 0.9), Clipping())
+
+
+class FlipLoss(DPOLoss):
+    features: Mapping[str, Feature] = MappingProxyType({"flip": Feature("flip")})
+
+
+FLIP = "method.loss._target_=tests.test_label_checks.FlipLoss"
+
+
+# --- rows that the loss cannot read --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "last", "message"),
+    [
+        ("method=dpo", {"prompt": "a", "chosen": "b"}, "line 9: column 'rejected'"),
+        (FLIP, {"prompt": "a", "chosen": "b", "rejected": "c"}, "line 9: column 'flip': missing; method.loss reads it"),
+    ],
+)
+def test_an_unreadable_row_is_reported_before_the_reference_model_is_trained(
+    method: str, last: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"prompt": "x", "chosen": "y", "rejected": "z", "flip": 0.1}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*[row] * 8, last]))
+    trained: list[bool] = []
+    monkeypatch.setattr(reference_model, "_fit_supervised", lambda *_: trained.append(True))
+    words = [method, "data=jsonl", f"data.path={tmp_path}/rows.jsonl", f"paths.cache={tmp_path}/cache"]
+    cfg = OmegaConf.to_container(compose([*words, "trainer.max_steps=1"], run_dir=str(tmp_path)), resolve=True)
+    with pytest.raises(RowError, match=message):
+        prepare_run(cast(DictConfig, OmegaConf.create(cfg)))
+    assert not trained

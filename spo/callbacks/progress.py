@@ -21,6 +21,12 @@ class Progress(RichProgressBar):
     def _get_train_description(self, current_epoch: int) -> str:
         return "optimizer steps"
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """Return the number of all steps: after a resume, the bar counts the earlier ones as well."""
+        steps = self.trainer.max_steps
+        return steps if steps > 0 else super().total_train_batches
+
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:

@@ -108,6 +108,24 @@ def read_text(row: Row, name: str, column_name: str) -> Text:
     return text
 
 
+def check_rows(rows: Sequence[Row], needs: DataNeeds, name_of: Callable[[str], str]) -> None:
+    """Check that rows have all that the loss reads, before their tokens are known.
+
+    Args:
+        rows: Rows of the data.
+        needs: Needs of the loss.
+        name_of: Function from the name of a column to its name in the data, for messages.
+
+    Raises:
+        RowError: If a row lacks something, or has a malformed value.
+    """
+    for row in rows:
+        check_kind(row, needs)
+        read_features(needs.features, row, name_of)
+        for name in needs.text_columns:
+            read_text(row, name, name_of(name))
+
+
 def as_labelled(pair: TokenizedPair) -> list[TokenizedPair]:
     """Return a pair as its two completions with their labels, or a labelled completion as it is.
 

@@ -299,7 +299,8 @@ class TableSource(Source):
         """Return the data's name of a column, and its value in a record that must have it."""
         column = self.column_name(name)
         if column not in record:
-            raise RowError(where, f"missing; the row has {', '.join(map(str, record)) or 'no columns'}", column)
+            names = ", ".join(map(str, record)) or "no columns"
+            raise RowError(where, f"missing; the row has {names} (data.source.columns maps other names)", column)
         return column, record[column]
 
     def _number(self, record: Record, name: str, where: str, highest: float) -> float | None:

@@ -15,7 +15,7 @@ from transformers import get_cosine_schedule_with_warmup
 from spo.callbacks import Progress
 from spo.data import PreparedPairs, RowError, Source
 from spo.data.datamodule import PreferenceDataModule
-from spo.data.needs import supervised
+from spo.data.needs import check_rows, supervised
 from spo.data.splits import prepare
 from spo.forward.speed import Speed
 from spo.guard import StageKeys
@@ -29,7 +29,7 @@ from spo.records.digests import code_version, model_digest
 from spo.regularizers import NoRegularizer
 from spo.schedules import Constant
 from spo.schedules.optimization import warmup_steps
-from spo.stages.from_config import data_key, eval_device, make_renderer, model_plugins, rendering_key
+from spo.stages.from_config import data_key, data_needs, eval_device, make_renderer, model_plugins, rendering_key
 from spo.stages.pairs import no_completer
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,10 @@ def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path) -
         # A source without rows of its own for this purpose lends the best completion of each preference row.
         rows = source.sft_rows()
         if rows is None:
+            if cfg.data.get("on_bad_row") != "skip":
+                # A row that the method cannot read must not show only after the training below.
+                source.needs = data_needs(cfg)
+                check_rows(source.rows(no_completer), source.needs, source.column_name)
             source.needs = DataNeeds.of(SFTLoss())
             rows = supervised(source.rows(no_completer))
         renderer = make_renderer(cfg, tokenizer, source, stop_ids)
