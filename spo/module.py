@@ -212,7 +212,8 @@ class AlignmentModule(LightningModule):
                 **{name: schedule(step) for name, schedule in self.coefficients.items()},
             }
         )
-        self.trained.add_step(step, window.num_pairs)  # The guard takes a step back that it skips.
+        pairs = window.num_pairs * self.loss.inputs.PAIRS_PER_ROW
+        self.trained.add_step(step, pairs)  # The guard takes a step back that it skips.
         with self.guard.gate(optimizer, loss, grad_norm, group):
             optimizer.step()
         optimizer.zero_grad()

@@ -354,7 +354,7 @@ class Module(torch.nn.Module, PreferenceLoss):
     [
         ("List", None),
         ("Pair", "method.loss: Pair declares uses_lists, which no longer has an effect: derive it from "),
-        ("Module", "method.loss: Module is called as a module, not as a loss: name nn.Module after spo.losses"),
+        ("Module", "torch.nn.Module comes first among the base classes of Module: write it last"),
     ],
 )
 def test_base_classes_of_a_loss_are_checked(write: Write, tmp_path: Path, name: str, words: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer, callbacks
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from spo.callbacks import Checkpoint, Stop
 from spo.callbacks.history import HistoryLogger
@@ -24,12 +25,13 @@ from spo.config.checks.settings import DERIVED_TRAINER_KEYS
 from spo.config.checks.targets import CheckedParts
 from spo.config.plan import Plan, plan
 from spo.errors import ConfigProblems, UserError
-from spo.losses import DPOLoss, SPOLoss
+from spo.losses import DPOLoss, LabelledLoss, SPOLoss
 from spo.metrics.trained import Trained, describe_budget
 from spo.models import FrozenReference
 from spo.notes import collect_notes
 from spo.regularizers import GlobalKL, NoRegularizer
 from spo.stages.trained import SAMPLED_WEIGHTS, Start, check_pairs, check_steps, check_weights
+from spo.types import LabelledLogps
 from tests.helpers import Spied, frozen, make_data, make_module, make_trainer, random_pairs, tiny_llama
 
 LIGHTNING = "lightning.pytorch.callbacks"
@@ -113,6 +115,30 @@ def test_checkpoint_of_an_old_version_leaves_pairs_unknown(tmp_path: Path) -> No
     resumed, *_ = fitted(tmp_path, resume_at=6)
     assert resumed.trained == Trained(9, None, None)
     assert resumed.trained.metrics() == {"trained/steps": 9.0}
+
+
+def test_labelled_completions_are_half_pairs(tmp_path: Path) -> None:
+    rows = [
+        replace(pair, rejected_ids=None, rejected_text=None, label=i % 2) for i, pair in enumerate(random_pairs(6, 1))
+    ]
+    module = make_module(tiny_llama(0), loss=OwnLabelledLoss())
+    make_trainer(tmp_path, max_steps=2).fit(module, datamodule=make_data(rows, max_steps=2, batch_size=3))
+    assert module.trained == Trained(2, 3.0, 0)
+    assert describe_budget(Trained(1, 1.5, 0).metrics()) == "1 steps, 1.5 pairs, 0 tokens sampled"
+    assert describe_budget(Trained(1000, 8000.0, 0).metrics()) == "1,000 steps, 8,000 pairs, 0 tokens sampled"
+    with pytest.raises(UserError, match=r"the label of all 6 is 0\.5"):
+        check_pairs([replace(row, label=0.5) for row in rows], ReferenceLabelledLoss())
+
+
+class OwnLabelledLoss(LabelledLoss):
+    uses_reference = False
+
+    def of_labels(self, logps: LabelledLogps, *, alpha: float, beta: float) -> Tensor:
+        return -(2 * logps.label - 1) * logps.policy
+
+
+class ReferenceLabelledLoss(OwnLabelledLoss):
+    uses_reference = True
 
 
 def test_skipped_steps_are_not_trained() -> None:

@@ -10,6 +10,7 @@ from itertools import combinations
 from typing import Any
 
 from spo.comparison.runs import Found, Run
+from spo.metrics.trained import written
 
 # Parts of a configuration that must be the same for all runs: the data, the initial model and the evaluation.
 _DATA, _START, _JUDGING = ("data",), ("model", "sft"), ("evaluation", "judge")
@@ -100,7 +101,8 @@ def _budgets(runs: Sequence[Run]) -> list[Problem]:
     counted = all(run.trained_pairs is not None for run in runs)
 
     def words(run: Run) -> str:
-        pairs = f"on {run.trained_pairs:,.0f}" if counted else f"of {run.setting.get('data.batch_size')}"
+        count = run.trained_pairs if counted else None
+        pairs = f"of {run.setting.get('data.batch_size')}" if count is None else f"on {written(count)}"
         return f"{run.trained_steps or 0:,.0f} steps {pairs} pairs"
 
     methods = _by(runs, lambda run: run.method)

@@ -20,17 +20,18 @@ class Trained:
 
     Attributes:
         steps: Optimizer steps that changed the weights; a step that was skipped does not count.
-        pairs: Pairs of these steps, or ``None`` if a checkpoint of an older version did not record them.
+        pairs: Pairs of these steps, of which a labelled completion is half. ``None`` if a checkpoint of an older
+            version did not record them.
         sampled_tokens: Completion tokens that were sampled for the objective, or ``None`` as for ``pairs``. Samples
             that only measure the policy do not count.
     """
 
     steps: int = 0
-    pairs: int | None = 0
+    pairs: float | None = 0
     sampled_tokens: int | None = 0
-    _recent: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
+    _recent: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
 
-    def add_step(self, number: int, pairs: int) -> None:
+    def add_step(self, number: int, pairs: float) -> None:
         """Count an optimizer step.
 
         Args:
@@ -49,7 +50,7 @@ class Trained:
         """
         self._count(-1, -self._recent.pop(number))
 
-    def _count(self, steps: int, pairs: int) -> None:
+    def _count(self, steps: int, pairs: float) -> None:
         self.steps += steps
         if self.pairs is not None:
             self.pairs += pairs
@@ -67,14 +68,19 @@ class Trained:
         """Return the known counts under their keys in ``metrics.json``."""
         return {PREFIX + name: float(count) for name, count in self.state_dict().items() if count is not None}
 
-    def state_dict(self) -> dict[str, int | None]:
+    def state_dict(self) -> dict[str, float | None]:
         """Return the counts."""
         return {name: getattr(self, name) for name in BUDGET_WORDS}
 
-    def load_state_dict(self, state: Mapping[str, int | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
         """Restore the counts that :meth:`state_dict` returned."""
         for name, count in state.items():
             setattr(self, name, count)
+
+
+def written(count: float) -> str:
+    """Write a count such as ``1,234``, or ``2.5`` for a half pair."""
+    return f"{count:,.1f}".removesuffix(".0")
 
 
 def describe_budget(metrics: Mapping[str, Any]) -> str:
@@ -84,4 +90,4 @@ def describe_budget(metrics: Mapping[str, Any]) -> str:
         metrics: Content of ``metrics.json``.
     """
     known = {words: finite(metrics.get(PREFIX + name)) for name, words in BUDGET_WORDS.items()}
-    return ", ".join(f"{count:,.0f} {words}" for words, count in known.items() if count is not None)
+    return ", ".join(f"{written(count)} {words}" for words, count in known.items() if count is not None)

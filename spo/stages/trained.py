@@ -87,11 +87,13 @@ def check_pairs(pairs: Sequence[TokenizedPair], loss: Loss[Any]) -> None:
     check_labels(pairs, loss)
     weightless = sum(pair.weight == 0 for pair in pairs)
     # The minimum of a loss with a reference is the reference itself, where training starts.
-    undecided = sum(pair.weight != 0 and pair.preference == 0.5 for pair in pairs) if loss.uses_reference else 0
+    labels = [pair.preference if pair.label is None else pair.label for pair in pairs if pair.weight != 0]
+    undecided = labels.count(0.5) if loss.uses_reference else 0
     if weightless + undecided < len(pairs):
         return
+    name = "preference" if pairs[0].label is None else "label"
     reasons = [f"the weight of {_all_or(weightless, pairs)} is 0"] if weightless else []
-    reasons += [f"the preference of {_all_or(undecided, pairs)} is 0.5"] if undecided else []
+    reasons += [f"the {name} of {_all_or(undecided, pairs)} is 0.5"] if undecided else []
     raise UserError(
         f"nothing can be learned from the training pairs: {' and '.join(reasons)}; look at the columns of data.path"
     )

@@ -52,6 +52,8 @@ class Logps(Movable, ABC):
     """Mappings whose tensors have the rows as their last dimension."""
     POLICY: ClassVar[frozenset[str]] = frozenset()
     """Fields with log-probs of the policy."""
+    PAIRS_PER_ROW: ClassVar[float] = 1.0
+    """Number of pairs that a row counts as in the budget of a run."""
 
     @classmethod
     @abstractmethod
@@ -220,6 +222,7 @@ class LabelledLogps(Logps):
     length: Tensor | None = None
     weight: Tensor | None = None
 
+    PAIRS_PER_ROW: ClassVar[float] = 0.5
     POLICY: ClassVar[frozenset[str]] = frozenset({"policy"})
 
     @classmethod
