@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -273,3 +277,24 @@ def make_trainer(folder: Path, *, max_steps: int = 1, **changes: Any) -> Trainer
         "default_root_dir": folder,
     }
     return Trainer(max_steps=max_steps, max_epochs=-1, **settings | changes)
+
+
+def run_on_two_ranks(module: str, folder: Path) -> None:
+    """Run a module of the tests as a script in two processes that know each other.
+
+    Args:
+        module: Name of the module.
+        folder: Argument of the script.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    done = subprocess.run(
+        [*command, "-m", module, str(folder)],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

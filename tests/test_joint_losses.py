@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,9 +30,9 @@ from tests.helpers import (
     make_module,
     make_trainer,
     random_pairs,
+    run_on_two_ranks,
 )
 
-ROOT = Path(__file__).parents[1]
 LOSS = WeightedSPOLoss(gamma=0.5, clip=4.0)
 
 
@@ -168,13 +165,7 @@ def test_concat_fills_up_labels_and_lists() -> None:
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command += ["-m", "tests.test_joint_losses", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_on_two_ranks(__name__, tmp_path)
     for name, (make, loss) in COMPOSITIONS.items():
         alone = fitted(tmp_path, make(), loss, micro=None, eval_batch=32)
         for micro in (None, 2):

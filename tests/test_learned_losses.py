@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -32,9 +30,17 @@ from spo.objective import Divergence, Run, StepTerm
 from spo.objective.learned import tensors_of
 from spo.regularizers import NoRegularizer
 from spo.types import PairLogps, Window
-from tests.helpers import PLAIN, Bigrams, Spied, make_data, make_module, make_trainer, random_pairs, tiny_llama
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers import (
+    PLAIN,
+    Bigrams,
+    Spied,
+    make_data,
+    make_module,
+    make_trainer,
+    random_pairs,
+    run_on_two_ranks,
+    tiny_llama,
+)
 
 
 class Headed(PreferenceLoss, nn.Module):
@@ -378,13 +384,7 @@ def one_of_two(name: str, folder: Path, micro: int | None, strategy: Any, **chan
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command += ["-m", "tests.test_learned_losses", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_on_two_ranks(__name__, tmp_path)
     for name, make in LOSSES.items():
         alone = fitted(tmp_path, make, regularizer=Pull())
         for micro in (None, 2):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,6 +35,7 @@ from tests.helpers import (
     make_module,
     make_trainer,
     random_pairs,
+    run_on_two_ranks,
     save_model,
     tiny_tokenizer,
 )
@@ -422,13 +420,7 @@ SPREAD = [(torch.float64, None, STEPS, 1e-12), (torch.float64, 2, STEPS, 1e-12),
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command += ["-m", "tests.test_outside_methods", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_on_two_ranks(__name__, tmp_path)
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     for name in METHODS:
         for case, (dtype, _, steps, tolerance) in enumerate(SPREAD):
