@@ -73,7 +73,7 @@ class Logps(Movable, ABC):
 
     def __len__(self) -> int:
         """Return the number of pairs, lists or completions."""
-        return len(next(iter(self.columns().values())))
+        return next(len(value) for value in vars(self).values() if isinstance(value, Tensor))
 
     def columns(self) -> dict[str, Tensor]:
         """Return all tensors as ``(B, ...)`` by their path, such as ``policy_chosen`` or ``terms/kl``."""
