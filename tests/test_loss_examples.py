@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from spo.data import TokenizedPair
 from spo.data.collate import collate
+from spo.errors import UserError
 from spo.losses import Loss, PreferenceLoss, Term
 from spo.models import FrozenReference
 from spo.objective import score
@@ -192,7 +193,7 @@ def test_forgotten_declaration_fails(name: str) -> None:
 def test_term_that_forgets_the_reference_fails() -> None:
     make = example("TDPO2Loss")
     forgetful = {"kl": Term(make.terms["kl"].compute)}
-    with pytest.raises(AttributeError, match="NoneType"):
+    with pytest.raises(UserError, match="needs_reference_logits"):
         check_declarations(type("Forgetful", (make,), {"terms": forgetful})())
 
 
