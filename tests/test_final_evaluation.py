@@ -1,4 +1,4 @@
-"""What a run trained beside its policy is in force in the final evaluation, and when the run is evaluated again."""
+"""The final evaluation, and a later one, use the loss and the reference that a run trained beside its policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loss asks of the rows: the kind of data, the numbers of a row, and further completions of its prompt."""
+"""Needs of the loss, read from rows: the kind of data, numbers of a row, and further completions of its prompt."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def is_desirable(label: float | None) -> bool:
 
 @dataclass(frozen=True)
 class SplitRows:
-    """What further completions of the rows of a split are made from, see :class:`spo.losses.declarations.RoleInputs`.
+    """Rows of a split, from which further completions are made, see :class:`spo.losses.declarations.RoleInputs`.
 
     Attributes:
         rows: Rows of the split; the texts of columns are among their further completions.

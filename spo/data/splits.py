@@ -100,8 +100,8 @@ def prepare(
         draw: Function that draws further completions from the reference model; ``None`` where there is no model.
 
     Raises:
-        DataError: If fewer than ``min_pairs`` pairs are left, too few prompts for the splits, or rows of which the
-            further completions of the loss cannot be made.
+        DataError: If fewer than ``min_pairs`` pairs are left, if there are too few prompts for the splits, or if a
+            further completion that the loss declares cannot be made.
         RowError: If the renderer or the loss cannot use a row.
     """
     if not (selection >= 0 and test >= 0 and selection + test < 1):

@@ -24,7 +24,7 @@ _NAMES = ("rewards/accuracies", "rewards/margins")
 
 @dataclass(frozen=True)
 class Scoring:
-    """What the pairs of a finished run are scored with, as at its last validation.
+    """Loss and models that score the pairs of a finished run, as at its last validation.
 
     Attributes:
         loss: Loss as trained, with its parameters and statistics.

@@ -1,4 +1,4 @@
-"""What a loss may ask for besides the summed log-probabilities of its completions."""
+"""Declarations of a loss: its needs besides the summed log-probabilities of its completions."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Feature:
 
 
 class RoleInputs(Protocol):
-    """What further completions of the rows of a split are made from."""
+    """Rows of a split, from which further completions are made."""
 
     @property
     def prompt_ids(self) -> Sequence[str]:
@@ -154,7 +154,7 @@ class Drawn(Role):
 
 @dataclass(frozen=True)
 class DataNeeds:
-    """What a loss asks of the data.
+    """Needs of a loss that the data has to meet.
 
     Attributes:
         inputs: Shape of the log-probs that the loss reads, which decides what kind of data fits.

@@ -84,9 +84,7 @@ class Reference:
         yield policy
 
     def pair_logps(self, batch: PreferenceBatch, policy: nn.Module, speed: Speed) -> Tensor:
-        """Return ``(N,)`` summed log-probs of a batch's sequences: those that came with it, else computed now."""
-        if batch.reference_logps is not None:
-            return batch.reference_logps
+        """Return ``(N,)`` summed log-probs of a batch's sequences."""
         with self.active(policy) as reference:
             return speed.logps(reference, batch.sequences)
 

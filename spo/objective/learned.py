@@ -1,4 +1,4 @@
-"""What a loss learns: parameters that are trained with the policy, and running statistics."""
+"""State that a loss learns: parameters that are trained with the policy, and running statistics."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ PREFIX = "loss."
 def parameters_of(loss: Loss[Any]) -> list[nn.Parameter]:
     """Return the trainable parameters of a loss that is a module; empty for any other loss."""
     return [p for p in loss.parameters() if p.requires_grad] if isinstance(loss, nn.Module) else []
+
+
+def buffers_of(loss: Loss[Any]) -> dict[str, Tensor]:
+    """Return the buffers of a loss by name; empty for a loss that is not a module."""
+    return dict(loss.named_buffers()) if isinstance(loss, nn.Module) else {}
 
 
 def tensors_of(loss: Loss[Any]) -> dict[str, Tensor]:
@@ -137,7 +142,7 @@ class Statistics:
 
     def remember(self) -> None:
         """Copy the buffers at the beginning of a step."""
-        self._before = {name: buffer.clone() for name, buffer in self._buffers().items()}
+        self._before = {name: buffer.clone() for name, buffer in buffers_of(self.loss).items()}
 
     def restore_if(self, is_bad: Tensor) -> None:
         """Restore the buffers on their device, without a wait for it, if a step is bad.
@@ -148,20 +153,15 @@ class Statistics:
         Raises:
             UserError: A buffer has another shape or dtype than before the step.
         """
-        after, before = self._buffers(), self._before
+        after, before = buffers_of(self.loss), self._before
         for name in before | after:
             if _form(before.get(name)) != _form(after.get(name)):
                 raise UserError(
-                    f"method.loss: the buffer {name.removeprefix(PREFIX)} of {type(self.loss).__name__} was "
+                    f"method.loss: the buffer {name} of {type(self.loss).__name__} was "
                     f"{_form(before.get(name))} and is {_form(after.get(name))} after a step, so that a checkpoint "
                     "could not restore it: register it with the shape and dtype that it keeps"
                 )
             after[name].copy_(torch.where(is_bad.bool(), before[name], after[name]))
-
-    def _buffers(self) -> dict[str, Tensor]:
-        if not isinstance(self.loss, nn.Module):
-            return {}
-        return {f"{PREFIX}{name}": buffer.detach() for name, buffer in self.loss.named_buffers()}
 
 
 def _shape(tensor: Tensor | None) -> str:

@@ -98,12 +98,13 @@ def score(
         needs_reference_logits: Whether something beside the loss reads the reference's logits.
     """
     logits = speed.logits(policy, batch.sequences)
-    bare = replace(batch, reference_logps=None)  # What came with the batch is of the main reference.
-    others = {name: extra_references[name].pair_logps(bare, policy, speed) for name in loss.extra_references}
+    others = {name: extra_references[name].pair_logps(batch, policy, speed) for name in loss.extra_references}
     if needs_reference_logits or loss.needs_reference_logits:
         with reference.active(policy) as model:
             return ScoredBatch(batch, logits, speed.logits(model, batch.sequences), extra_references=others)
-    stored = reference.pair_logps(batch, policy, speed) if loss.uses_reference else None
+    stored = batch.reference_logps if loss.uses_reference else None  # of the main reference alone
+    if stored is None and loss.uses_reference:
+        stored = reference.pair_logps(batch, policy, speed)
     return ScoredBatch(batch, logits, stored_reference=stored, extra_references=others)
 
 
@@ -250,7 +251,7 @@ class Pairs(Part):
             metrics = dict(joint.metrics)
             numbers = scored.inputs_of(self.loss).columns()
             changes = [(numbers[path] * slope).sum() for path, slope in joint.slopes.items()]
-            # Every process has the derivative by the loss's parameters, of which the step takes the sum of all shares.
+            # Every process computes the whole derivative by the loss's parameters, and the step adds all processes up.
             changes += [(p * slope).sum() / self.run.world_size for p, slope in joint.parameters]
             change = torch.stack(changes).sum()
             total = metrics["loss/preference"].sum() + (change - change.detach())

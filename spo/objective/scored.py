@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spo.errors import UserError
 from spo.losses.rows import numbers_of_shape, one_of_each_row
+from spo.objective.learned import buffers_of
 from spo.ops import Logits, completion_targets, sum_per_sequence, token_logps
 from spo.ops.logps import DeferredLogits
 from spo.types import CompletionLogps, Logps, PreferenceBatch
@@ -217,7 +218,7 @@ def _unchanged(loss: Loss[Any], logps: Logps) -> Iterator[None]:
         UserError: A number of the input was changed in place, or a buffer was changed.
     """
     inputs = [(path, value, _version(value)) for path, value in logps.columns().items()]
-    buffers = [(name, value, _version(value)) for name, value in _buffers(loss).items()]
+    buffers = [(name, value, _version(value)) for name, value in buffers_of(loss).items()]
     yield
     for path, value, version in inputs:
         if _version(value) != version:
@@ -225,17 +226,13 @@ def _unchanged(loss: Loss[Any], logps: Logps) -> Iterator[None]:
                 f"method.loss: {type(loss).__name__} changes its input {path} in place, which its metrics read too: "
                 "compute a new tensor instead"
             )
-    after = _buffers(loss)
+    after = buffers_of(loss)
     for name, value, version in buffers:
         if after.get(name) is not value or _version(value) != version:
             raise UserError(
                 f"method.loss: {type(loss).__name__} changes its buffer {name} while it computes, so soft labels and "
                 "validations would change it too: change it in update_statistics"
             )
-
-
-def _buffers(loss: Loss[Any]) -> dict[str, Tensor]:
-    return dict(loss.named_buffers()) if isinstance(loss, nn.Module) else {}
 
 
 def _version(tensor: Tensor) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from spo.records.digests import code_version, digest, model_digest
 from spo.records.files import read_json, read_jsonl, write_json, write_jsonl
 from spo.sampling import contents, derive_seed, is_finished, sample
 from spo.stages.from_config import data_key, eval_device, model_plugins, rendering_key
+from spo.types import Sequences
 
 log = logging.getLogger(__name__)
 COMPLETIONS_PER_BATCH = 512
@@ -123,24 +124,10 @@ def _draw(
     cfg: DictConfig, model: Any, prompts: Sequence[Ids], stop_ids: Sequence[int], renderer: Renderer
 ) -> list[list[int]]:
     """Draw one completion of each prompt from the reference model, within the length limit."""
-    drawn: dict[int, list[int]] = {}
     room = [min(cfg.data.max_new_tokens, renderer.max_length - len(ids)) for ids in prompts]
-    parts: list[list[int]] = []
-    for new in sorted(set(room)):
-        alike = [row for row, own in enumerate(room) if own == new]
-        lengths = [len(prompts[row]) for row in alike]
-        parts += [[alike[i] for i in part] for part in by_length(lengths, COMPLETIONS_PER_BATCH)]
-    for rows in track(parts, "sampling further completions", transient=True):
-        sequences = sample(
-            model,
-            [prompts[row] for row in rows],
-            max_new_tokens=room[rows[0]],
-            temperature=1.0,
-            stop_ids=stop_ids,
-            pad_token_id=renderer.tokenizer.pad_token_id,
-            seeds=[derive_seed("further completions", cfg.data.seed, *prompts[row]) for row in rows],
-            sampler=cfg.speed.sampler,
-        )
+    seeds = [derive_seed("further completions", cfg.data.seed, *ids) for ids in prompts]
+    drawn: dict[int, list[int]] = {}
+    for rows, sequences in _in_batches(cfg, model, renderer, prompts, room, seeds, stop_ids, "further completions"):
         drawn |= zip(rows, sequences.completions(), strict=True)
     return [drawn[row] for row in range(len(prompts))]
 
@@ -150,23 +137,57 @@ def _complete(
 ) -> list[list[Completion]]:
     """Draw ``n`` completions of each prompt from the reference model."""
     ids = [renderer.prompt_ids(prompt) for prompt in prompts for _ in range(n)]
+    room = [cfg.data.max_new_tokens] * len(ids)
     seeds = [derive_seed("pairs", cfg.data.seed, prompt, i) for prompt in prompts for i in range(n)]
     stop_ids, drawn = renderer.stop_ids, dict[int, Completion]()
-    for rows in track(by_length([*map(len, ids)], COMPLETIONS_PER_BATCH), "sampling pairs", transient=True):
-        sequences = sample(
-            model,
-            [ids[row] for row in rows],
-            max_new_tokens=cfg.data.max_new_tokens,
-            temperature=1.0,
-            stop_ids=stop_ids,
-            pad_token_id=renderer.tokenizer.pad_token_id,
-            seeds=[seeds[row] for row in rows],
-            sampler=cfg.speed.sampler,
-        )
+    for rows, sequences in _in_batches(cfg, model, renderer, ids, room, seeds, stop_ids, "pairs"):
         texts = map(renderer.decode, contents(sequences, stop_ids))
         finished = is_finished(sequences, stop_ids).tolist()
         drawn |= zip(rows, map(Completion, texts, finished), strict=True)
     return [[drawn[i] for i in range(first, first + n)] for first in range(0, len(ids), n)]
+
+
+def _in_batches(
+    cfg: DictConfig,
+    model: Any,
+    renderer: Renderer,
+    prompts: Sequence[Ids],
+    room: Sequence[int],
+    seeds: Sequence[int],
+    stop_ids: Sequence[int],
+    what: str,
+) -> Iterator[tuple[list[int], Sequences]]:
+    """Yield samples of the reference model in batches of similar lengths, with the positions of their prompts.
+
+    Args:
+        cfg: Configuration of the run, resolved.
+        model: Reference model.
+        renderer: Conversion between texts and tokens.
+        prompts: Tokens of the prompts.
+        room: Most tokens of each completion.
+        seeds: Random seed of each completion.
+        stop_ids: Tokens that end a completion.
+        what: Word for the completions, for the progress bar.
+    """
+    parts: list[list[int]] = []
+    for new in sorted(set(room)):
+        alike = [row for row, own in enumerate(room) if own == new]
+        lengths = [len(prompts[row]) for row in alike]
+        parts += [[alike[i] for i in part] for part in by_length(lengths, COMPLETIONS_PER_BATCH)]
+    for rows in track(parts, f"sampling {what}", transient=True):
+        yield (
+            rows,
+            sample(
+                model,
+                [prompts[row] for row in rows],
+                max_new_tokens=room[rows[0]],
+                temperature=1.0,
+                stop_ids=stop_ids,
+                pad_token_id=renderer.tokenizer.pad_token_id,
+                seeds=[seeds[row] for row in rows],
+                sampler=cfg.speed.sampler,
+            ),
+        )
 
 
 def no_completer(prompts: Sequence[str], n: int) -> list[list[Completion]]:

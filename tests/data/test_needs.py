@@ -1,4 +1,4 @@
-"""What a loss asks of the data: kinds of rows, numbers of a row, and further completions of its prompt."""
+"""Needs of a loss that the data has to meet: kinds of rows, numbers of a row, and further completions."""
 
 from __future__ import annotations
 
