@@ -81,6 +81,7 @@ class Data:
     default_alpha: PositiveFloat
     default_sft_steps: NonNegativeInt
     default_samples_per_prompt: PositiveInt
+    default_reference_samples: PositiveInt
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,17 @@ def _length_difference(row: Row) -> float | None:
 def with_opponent(row: Row, opponent: str) -> Row:
     """Return a row in which a named opponent takes the place of the reference."""
     answer = (row.get("opponents") or {}).get(opponent) or {}
-    return {**row, "verdict": answer.get("verdict"), "reference_tokens": answer.get("tokens")}
+    return {**row, "verdict": answer.get("verdict"), "reference_tokens": answer.get("tokens"), "references": None}
+
+
+def comparisons(row: Row) -> list[Row]:
+    """Return one row for each completion of the reference that a sample was compared with.
+
+    Args:
+        row: Row of ``samples.jsonl``. Without the column ``references`` it holds a single comparison.
+    """
+    met = row.get("references") or []
+    return [{**row, "verdict": one.get("verdict"), "reference_tokens": one.get("tokens")} for one in met] or [row]
 
 
 # --- the entries ---------------------------------------------------------------------------------------------------
