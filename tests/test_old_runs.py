@@ -167,6 +167,12 @@ NEW_KEYS = {
         "callbacks.nonfinite._target_",
         "callbacks.nonfinite.action",
         "callbacks.nonfinite.max_skipped",
+        "data.num_pairs",
+        "data.subset_seed",
+        *(
+            f"data.source.{key}"
+            for key in ("label_noise", "responses", "temperature", "heroes", "problems", "num_unlabeled")
+        ),
         "data.chat_template",
         "data.chat_template_kwargs",
         "data.split_special_tokens",

@@ -69,6 +69,8 @@ class Data:
     group_by_length: Annotated[int, Ge(2)] | None
     num_workers: NonNegativeInt
     limit: PositiveInt | None
+    num_pairs: PositiveInt | None
+    subset_seed: Seed
     max_length: Annotated[int, Ge(2)]
     max_new_tokens: PositiveInt
     truncation: Truncation

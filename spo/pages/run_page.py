@@ -211,7 +211,7 @@ def _number(name: str, value: Any) -> str:
 def _under(run: RunRecord, prefix: str, write: Any) -> list[tuple[str, str]]:
     metrics = run.metrics or {}
     names = [key.removeprefix(prefix) for key in metrics if key.startswith(prefix)]
-    first = ("pairs_read", "pairs_used", "pairs_dropped", "pairs_truncated")
+    first = ("pairs_read", "pairs_used", "pairs_left_out", "pairs_dropped", "pairs_truncated")
     order = sorted(names, key=lambda name: (first.index(name) if name in first else len(first), name))
     return [write(name, metrics[prefix + name]) for name in order]
 
