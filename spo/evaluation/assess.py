@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
@@ -71,7 +72,9 @@ def draw_both(
 
     def drawn(model: nn.Module, stage: str, other: nn.Module | None = None) -> Draws:
         draws = partial(draw, model, stage, prompts, settings, speed, stop_ids, pad_token_id, decode)
-        return cache(stage, lambda: draws(on_progress, other))
+        return cache(
+            stage, lambda: draws(on_progress, None if other is None else partial(nullcontext[nn.Module], other))
+        )
 
     with eval_mode(policy), eval_mode(reference):
         return drawn(policy, "policy", reference), drawn(reference, "reference")

@@ -240,6 +240,15 @@ CATALOGUE: list[Metric] = [
         "samples/win_rate", "win rate on a few validation prompts", "share of prompts", better="higher", bounds=SHARE
     ),
     Metric("samples/reward", "reward on a few validation prompts", better="higher"),
+    Metric(
+        "samples/kl",
+        "KL to the reference on a few validation prompts",
+        "nats per sequence",
+        better="lower",
+        bounds=NOT_NEGATIVE,
+    ),
+    Metric("samples/entropy", "entropy on a few validation prompts", "nats per token", bounds=NOT_NEGATIVE),
+    Metric("samples/length", "length on a few validation prompts", "tokens", bounds=NOT_NEGATIVE),
     Metric("exact/tv", "total variation to the optimum", better="lower", bounds=SHARE),
     Metric("exact/kl_optimum", "KL to the optimum", "nats per response", better="lower", bounds=NOT_NEGATIVE),
     Metric("exact/kl_reference", "exact KL to the reference", "nats per response", better="lower", bounds=NOT_NEGATIVE),
