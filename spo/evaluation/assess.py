@@ -13,7 +13,7 @@ from torch import nn
 
 from spo.data import EvalPrompt
 from spo.data.rows import Text
-from spo.evaluation.completions import Draws, draw
+from spo.evaluation.completions import Draws, OtherModel, draw
 from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
 from spo.evaluation.judges import Judge, JudgedPair
 from spo.evaluation.judges.base import as_read
@@ -70,14 +70,12 @@ def draw_both(
         cache: Cache of completions, so that none is drawn twice.
     """
 
-    def drawn(model: nn.Module, stage: str, other: nn.Module | None = None) -> Draws:
+    def drawn(model: nn.Module, stage: str, other: OtherModel | None = None) -> Draws:
         draws = partial(draw, model, stage, prompts, settings, speed, stop_ids, pad_token_id, decode)
-        return cache(
-            stage, lambda: draws(on_progress, None if other is None else partial(nullcontext[nn.Module], other))
-        )
+        return cache(stage, lambda: draws(on_progress, other))
 
     with eval_mode(policy), eval_mode(reference):
-        return drawn(policy, "policy", reference), drawn(reference, "reference")
+        return drawn(policy, "policy", lambda: nullcontext(reference)), drawn(reference, "reference")
 
 
 def assess(
