@@ -236,6 +236,7 @@ CATALOGUE: list[Metric] = [
     Metric("health/alarms", "health alarms", "limits crossed", better="lower"),
     Metric("health/logp_drift_chosen", "drift of log-probs, chosen", "nats per token"),
     Metric("health/logp_drift_rejected", "drift of log-probs, rejected", "nats per token"),
+    Metric("health/accuracy_gap", "implicit reward accuracy, training minus validation", "share of pairs"),
     Metric(
         "samples/win_rate", "win rate on a few validation prompts", "share of prompts", better="higher", bounds=SHARE
     ),
