@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
@@ -12,7 +13,7 @@ from torch import nn
 
 from spo.data import EvalPrompt
 from spo.data.rows import Text
-from spo.evaluation.completions import Draws, draw
+from spo.evaluation.completions import Draws, OtherModel, draw
 from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
 from spo.evaluation.judges import Judge, JudgedPair
 from spo.evaluation.judges.base import as_read
@@ -69,12 +70,13 @@ def draw_both(
         cache: Cache of completions, so that none is drawn twice.
     """
 
-    def drawn(model: nn.Module, stage: str, own: EvaluationSettings, other: nn.Module | None = None) -> Draws:
+    def drawn(model: nn.Module, stage: str, own: EvaluationSettings, other: OtherModel | None = None) -> Draws:
         draws = partial(draw, model, stage, prompts, own, speed, stop_ids, pad_token_id, decode)
         return cache(stage, own, lambda: draws(on_progress, other))
 
     with eval_mode(policy), eval_mode(reference):
-        return drawn(policy, "policy", settings, reference), drawn(reference, "reference", settings.of_reference())
+        ours = drawn(policy, "policy", settings, lambda: nullcontext(reference))
+        return ours, drawn(reference, "reference", settings.of_reference())
 
 
 def assess(

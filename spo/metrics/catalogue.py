@@ -246,10 +246,20 @@ CATALOGUE: list[Metric] = [
     Metric("health/alarms", "health alarms", "limits crossed", better="lower"),
     Metric("health/logp_drift_chosen", "drift of log-probs, chosen", "nats per token"),
     Metric("health/logp_drift_rejected", "drift of log-probs, rejected", "nats per token"),
+    Metric("health/accuracy_gap", "implicit reward accuracy, training minus validation", "share of pairs"),
     Metric(
         "samples/win_rate", "win rate on a few validation prompts", "share of prompts", better="higher", bounds=SHARE
     ),
     Metric("samples/reward", "reward on a few validation prompts", better="higher"),
+    Metric(
+        "samples/kl",
+        "KL to the reference on a few validation prompts",
+        "nats per sequence",
+        better="lower",
+        bounds=NOT_NEGATIVE,
+    ),
+    Metric("samples/entropy", "entropy on a few validation prompts", "nats per token", bounds=NOT_NEGATIVE),
+    Metric("samples/length", "length on a few validation prompts", "tokens", bounds=NOT_NEGATIVE),
     Metric("exact/tv", "total variation to the optimum", better="lower", bounds=SHARE),
     Metric("exact/kl_optimum", "KL to the optimum", "nats per response", better="lower", bounds=NOT_NEGATIVE),
     Metric("exact/kl_reference", "exact KL to the reference", "nats per response", better="lower", bounds=NOT_NEGATIVE),
