@@ -91,3 +91,10 @@ def clean(text: str) -> str:
 def shorten(text: str, limit: int) -> str:
     """Cut a text to ``limit`` characters and state how many were omitted."""
     return text if len(text) <= limit else f"{text[:limit].rstrip()} … ({len(text) - limit:,} characters more)"
+
+
+def value_text(value: Any) -> str:
+    """Write a value of the configuration for people: a class of the package without its module."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value.rpartition(".")[2] if isinstance(value, str) and value.startswith("spo.") else str(value)
