@@ -287,16 +287,25 @@ def test_groups_by_data_take_equal_steps_but_not_equal_pairs(tmp_path: Path) -> 
     assert "dpo, data.num_pairs 64 60 steps on 3 pairs" in refusal(tmp_path / "more", by="method,data.num_pairs")
 
 
-def test_pairs_that_are_drawn_by_the_seed_differ_between_seeds_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_pairs", [128, None])
+def test_pairs_that_are_drawn_by_the_seed_differ_between_seeds_alone(tmp_path: Path, num_pairs: int | None) -> None:
     for method in ("spo", "dpo"):
         for seed in (1, 2):
             digest = {"pairs_sha256": f"{seed}" * 64}
-            keys = {"data.subset_seed": seed, "data.source.seed_of_pairs": seed}
+            keys = {"data.num_pairs": num_pairs, "data.subset_seed": seed, "data.source.subset_seed": seed}
             run = write(tmp_path, method, "none", seed, changes=keys, provenance=digest)
             composed = yaml.safe_load((run / "composed.yaml").read_text())
             composed["data"] |= {"subset_seed": "${seed}"}
-            composed["data"]["source"] |= {"seed_of_pairs": "${data.subset_seed}"}
+            composed["data"]["source"] |= {"subset_seed": "${data.subset_seed}"}
+            if num_pairs is None:
+                del composed["data"]["source"]["subset_seed"], composed["data"]["num_pairs"]
+                identity = json.loads((run / "identity.json").read_text())
+                identity["config"].pop("data.source.subset_seed")
+                (run / "identity.json").write_text(json.dumps(identity))
             (run / "composed.yaml").write_text(yaml.safe_dump(composed))
+    if num_pairs is None:  # without a subset the seed of the subset has no effect
+        assert "the preference pairs are not the same for all runs" in refusal(tmp_path)
+        return
     comparison = compared(tmp_path)
     assert not comparison.problems and [method.best.seeds for method in comparison.methods] == [[1, 2], [1, 2]]
     edit(run / "provenance.json", inputs={"reference_sha256": "ab" * 32, "pairs_sha256": "other"})

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from spo.comparison.choice import short_key, value_text
+from spo.comparison.choice import short_key
 from spo.comparison.choices import chosen_member, config_groups, members, targets
 from spo.comparison.runs import CannotCompare, Run, followers
 from spo.records.operational_keys import is_in
+from spo.wording import value_text
 
 METHOD = "method"
 _METHODS = (METHOD, f"{METHOD}.name")

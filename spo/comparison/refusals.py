@@ -205,7 +205,7 @@ def _seeds(runs: Sequence[Run], groups: Groups) -> list[Problem]:
 def _mixed_digests(runs: Sequence[Run], groups: Groups) -> list[Problem]:
     problems = []
     # With pairs that are drawn by the seed of the run, each seed has pairs of its own.
-    drawn = any(is_in(key, run.of_seed) for run in runs for key in run.config if key.partition(".")[0] in _DATA)
+    drawn = any(_draws_pairs(run) for run in runs)
     for key, words, parts in (
         ("pairs_sha256", "the preference pairs", _DATA),
         ("reference_sha256", "the reference models", (*_DATA, *_START)),
@@ -220,6 +220,12 @@ def _mixed_digests(runs: Sequence[Run], groups: Groups) -> list[Problem]:
                 problems.append(Problem(f"{words} are not the same for all runs ({counted})"))
                 break
     return problems
+
+
+def _draws_pairs(run: Run) -> bool:
+    """Return whether the pairs follow from the seed; the seed of a subset has no effect without a subset."""
+    of_seed = {key for key in run.config if key.partition(".")[0] in _DATA and is_in(key, run.of_seed)}
+    return bool(of_seed - (set() if run.config.get("data.num_pairs") else {"data.subset_seed"}))
 
 
 def _mixed(runs: Sequence[Run], what: str, parts: Sequence[str], groups: Groups) -> list[Problem]:
