@@ -11,6 +11,7 @@ import numpy as np
 
 from spo.comparison.runs import CannotCompare, Run
 from spo.metrics.catalogue import INTERVAL_ENDS, find, find_logged
+from spo.wording import value_text
 
 # Keys by which the best setting is selected, the first that all runs have.
 SELECTORS = ("val/win_rate", "val/reward", "val/rewards/accuracies")
@@ -167,14 +168,8 @@ def _setting(runs: Sequence[Run], varying: Sequence[str], select: str | None) ->
     values = {key: runs[0].setting[key] for key in varying if key in runs[0].setting}
     numbers = [run.number(select) for run in runs] if select else []
     known = [one for one in numbers if one is not None]
-    words = ", ".join(f"{short_key(key)} {_value_text(value)}" for key, value in values.items())
+    words = ", ".join(f"{short_key(key)} {value_text(value)}" for key, value in values.items())
     return Setting(words or "as it is", values, runs, fmean(known) if known and len(known) == len(runs) else None)
-
-
-def _value_text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value.rpartition(".")[2] if isinstance(value, str) and value.startswith("spo.") else str(value)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -12,8 +12,10 @@ from spo.comparison.compare import Comparison, Difference, Method
 from spo.comparison.runs import Run
 from spo.metrics.catalogue import label, unit
 from spo.pages.charts import marker
-from spo.pages.comparison_figures import curves, frontier, headline, hues, settings_chart, win_matrix
+from spo.pages.comparison_curves import curves
+from spo.pages.comparison_figures import frontier, headline, hues, win_matrix
 from spo.pages.comparison_files import PAGE, columns
+from spo.pages.comparison_settings import settings_chart
 from spo.pages.comparison_words import (
     describe_difference,
     describe_duels,

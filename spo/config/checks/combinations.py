@@ -226,6 +226,13 @@ def _data(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
         yield first_line(error)
     if isinstance(loss, Loss):
         yield from _mismatches(cfg, source, loss)
+    counts = [select(cfg, f"evaluation.{key}") for key in ("reference_samples", "samples_per_prompt")]
+    if getattr(source, "language", None) is not None and counts[0] not in (None, counts[1]):
+        yield (
+            f"evaluation.reference_samples={counts[0]}: in an enumerable language each sample of the policy meets one "
+            "of the reference, so that comparisons are independent: leave it out, or set it to "
+            f"evaluation.samples_per_prompt ({counts[1]})"
+        )
     source.needs = DataNeeds() if not isinstance(loss, Loss) else DataNeeds.of(loss)
     try:
         source.check_columns()
