@@ -21,9 +21,11 @@ from spo.data import (
     Renderer,
     Row,
     RowError,
+    TokenizedPair,
     eval_prompts,
     prepare,
 )
+from spo.losses import DataNeeds, LabelledLogps
 from spo.notes import collect_notes
 from tests.data.tokenizers_built_here import build
 from tests.fixtures import write_alpaca_like, write_hh_like
@@ -179,7 +181,9 @@ def test_subset_of_the_training_pairs_leaves_the_other_splits_whole() -> None:
 def test_subsets_of_a_seed_are_nested_and_uniform() -> None:
     kept: Counter[str] = Counter()
     for seed in range(60):
-        subsets = [places(prepared(ROWS[:60], selection=0, test=0, num_pairs=n, subset_seed=seed).train) for n in (5, 30)]
+        subsets = [
+            places(prepared(ROWS[:60], selection=0, test=0, num_pairs=n, subset_seed=seed).train) for n in (5, 30)
+        ]
         assert set(subsets[0]) < set(subsets[1]) and list(map(len, subsets)) == [5, 30]
         kept.update(subsets[1])
     # Each pair is in half of the 60 subsets: a standard deviation is 3.9.
@@ -204,8 +208,7 @@ def test_subsets_of_labelled_completions_and_of_lists() -> None:
     for rows in (labelled, lists):
         few = prepared(rows, num_pairs=7)
         assert len(few.train) == 7 and {pair.where for pair in few.train} <= {row.where for row in rows}
-    needs = DataNeeds.of(LabelledExample())
-    both = prepared(ROWS, num_pairs=7, needs=needs)  # type: ignore[arg-type]
+    both = prepared(ROWS, num_pairs=7, needs=DataNeeds(LabelledLogps))  # type: ignore[arg-type]
     assert len(both.train) == both.counts["train"] == 14 and len(set(places(both.train))) == 7
     assert both.counts["used"] + both.counts["left_out"] == 300
 
