@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -81,3 +83,9 @@ def clean(text: str) -> str:
 def shorten(text: str, limit: int) -> str:
     """Cut a text to ``limit`` characters and state how many were omitted."""
     return text if len(text) <= limit else f"{text[:limit].rstrip()} … ({len(text) - limit:,} characters more)"
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean WORD?`` for the known word that is closest, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
