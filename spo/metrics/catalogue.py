@@ -123,7 +123,17 @@ def _length_difference(row: Row) -> float | None:
 def with_opponent(row: Row, opponent: str) -> Row:
     """Return a row in which a named opponent takes the place of the reference."""
     answer = (row.get("opponents") or {}).get(opponent) or {}
-    return {**row, "verdict": answer.get("verdict"), "reference_tokens": answer.get("tokens")}
+    return {**row, "verdict": answer.get("verdict"), "reference_tokens": answer.get("tokens"), "references": None}
+
+
+def comparisons(row: Row) -> list[Row]:
+    """Return one row for each completion of the reference that a sample was compared with.
+
+    Args:
+        row: Row of ``samples.jsonl``. Without the column ``references`` it holds a single comparison.
+    """
+    met = row.get("references") or []
+    return [{**row, "verdict": one.get("verdict"), "reference_tokens": one.get("tokens")} for one in met] or [row]
 
 
 # --- the entries ---------------------------------------------------------------------------------------------------
@@ -240,10 +250,20 @@ CATALOGUE: list[Metric] = [
     Metric("health/alarms", "health alarms", "limits crossed", better="lower"),
     Metric("health/logp_drift_chosen", "drift of log-probs, chosen", "nats per token"),
     Metric("health/logp_drift_rejected", "drift of log-probs, rejected", "nats per token"),
+    Metric("health/accuracy_gap", "implicit reward accuracy, training minus validation", "share of pairs"),
     Metric(
         "samples/win_rate", "win rate on a few validation prompts", "share of prompts", better="higher", bounds=SHARE
     ),
     Metric("samples/reward", "reward on a few validation prompts", better="higher"),
+    Metric(
+        "samples/kl",
+        "KL to the reference on a few validation prompts",
+        "nats per sequence",
+        better="lower",
+        bounds=NOT_NEGATIVE,
+    ),
+    Metric("samples/entropy", "entropy on a few validation prompts", "nats per token", bounds=NOT_NEGATIVE),
+    Metric("samples/length", "length on a few validation prompts", "tokens", bounds=NOT_NEGATIVE),
     Metric("exact/tv", "total variation to the optimum", better="lower", bounds=SHARE),
     Metric("exact/kl_optimum", "KL to the optimum", "nats per response", better="lower", bounds=NOT_NEGATIVE),
     Metric("exact/kl_reference", "exact KL to the reference", "nats per response", better="lower", bounds=NOT_NEGATIVE),
