@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from spo.bounds import PositiveFloat
+from spo.callbacks.trackers import live_trackers
 from spo.module import AlignmentModule
 from spo.records.files import write_json
 
@@ -132,11 +133,13 @@ class Health(Callback):
         self.limits = {name: limit for name, limit in limits.items() if limit is not None}
         self.start: dict[str, float] = {}
         self.alarms: list[Alarm] = []
+        self._num_shown = 0  # alarms that the trackers of this process have
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the file to the state of the checkpoint: steps after it are repeated, and their alarms with them."""
         if trainer.is_global_zero:
             self._write()
+            self._show(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the metrics of the validation that just ended."""
@@ -159,6 +162,7 @@ class Health(Callback):
             for alarm in fresh:
                 log.warning("step %d: %s", alarm.step, alarm.words)
             self._write()
+            self._show(trainer)
 
     def beyond(self, now: Numbers, step: int) -> list[Alarm]:
         """Return an alarm for each limit that a validation is beyond. Metrics that are absent are not checked."""
@@ -173,6 +177,12 @@ class Health(Callback):
                 words = f"{check.words.format(value=value)} (callbacks.health.{name}={limit:g})"
                 found.append(Alarm(step, name, value, limit, words))
         return found
+
+    def _show(self, trainer: Trainer) -> None:
+        for tracker in live_trackers(trainer):
+            for alarm in self.alarms[self._num_shown :]:
+                tracker.alert(f"health: {alarm.check}", f"step {alarm.step}: {alarm.words}", alarm.step)
+        self._num_shown = len(self.alarms)
 
     def _write(self) -> None:
         if self.alarms:

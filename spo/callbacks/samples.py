@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from spo.bounds import PositiveInt
+from spo.callbacks.trackers import live_trackers
 from spo.data import EvalPrompt
 from spo.errors import JudgeError
 from spo.evaluation import EvaluationSettings
@@ -90,7 +91,9 @@ class ValidationSamples(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(row, step=trainer.global_step)
-        self._write(found.samples, trainer.global_step)
+        rows = self._write(found.samples, trainer.global_step)
+        for tracker in live_trackers(trainer):
+            tracker.show_validation_samples(rows)
 
     def _assess(self, ours: Draws) -> Evaluation:
         try:
@@ -106,8 +109,9 @@ class ValidationSamples(Callback):
         tokens = (self.stop_ids, self.pad_token_id)
         return draw(model, stage, self.prompts, self.settings, speed, *tokens, self.decode)
 
-    def _write(self, samples: Sequence[dict[str, Any]], step: int) -> None:
-        """Add the rows of a step, in place of those that an interrupted run wrote at this step or later."""
+    def _write(self, samples: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+        """Add the rows of a step, in place of those that an interrupted run wrote at this step or later; return all."""
         rows = read_jsonl(self.path) if self.path.exists() else []
         rows = [row for row in rows if row["step"] < step] + [{"step": step, **row} for row in samples]
         write_jsonl(self.path, rows)
+        return rows
