@@ -295,7 +295,6 @@ def test_pairs_that_are_drawn_by_the_seed_differ_between_seeds_alone(tmp_path: P
             keys = {"data.num_pairs": num_pairs, "data.subset_seed": seed, "data.source.subset_seed": seed}
             run = write(tmp_path, method, "none", seed, changes=keys, provenance=digest)
             composed = yaml.safe_load((run / "composed.yaml").read_text())
-            composed["data"] |= {"subset_seed": "${seed}"}
             composed["data"]["source"] |= {"subset_seed": "${data.subset_seed}"}
             if num_pairs is None:
                 del composed["data"]["source"]["subset_seed"], composed["data"]["num_pairs"]
