@@ -31,7 +31,7 @@ from spo.pages.comparison_words import (
 from spo.pages.dashboard import Dashboard, load_spec
 from spo.pages.run_page import TEMPLATES
 from spo.pages.selfcontained import write_selfcontained
-from spo.wording import finite, number, shorten, verdict_word
+from spo.wording import finite, number, quoted, shorten, verdict_word
 
 _SAMPLES, _TEXT_CHARACTERS = 6, 1200
 
@@ -83,7 +83,7 @@ def _key(hue: int) -> Markup:
 
 
 def _title(comparison: Comparison) -> str:
-    return join_names([method.name for method in comparison.methods])
+    return join_names([quoted(method.name) for method in comparison.methods])
 
 
 def _verdict(comparison: Comparison) -> str:
@@ -92,21 +92,22 @@ def _verdict(comparison: Comparison) -> str:
         return ""
     name = label(comparison.metric_name)
     best = comparison.methods[0].name
+    leader = quoted(best)
     if comparison.baseline is not None:
         found = [one for one in comparison.differences if one.significant]
         if not found:
-            return f"No difference in {name} to {comparison.baseline} is shown."
+            return f"No difference in {name} to {quoted(comparison.baseline)} is shown."
         return " ".join(describe_difference(one, comparison) for one in found)
     if not any(one.significant for one in comparison.differences):
-        return f"No difference in {name} between {join_names([method.name for method in comparison.methods])} is shown."
+        return f"No difference in {name} between {_title(comparison)} is shown."
     of_best = [one for one in comparison.differences if best in (one.first, one.second)]
     behind = [one.second if one.first == best else one.first for one in of_best if one.significant]
     level = [one.second if one.first == best else one.first for one in of_best if not one.significant]
     word = "higher" if comparison.higher is None else "better"
     if not behind:
-        return f"{best} is not shown to be {word} than any other in {name}."
-    ahead = f"{best} is {word} than {join_names(behind)} in {name}"
-    return f"{ahead}; no difference to {join_names(level)} is shown." if level else f"{ahead}."
+        return f"{leader} is not shown to be {word} than any other in {name}."
+    ahead = f"{leader} is {word} than {join_names(list(map(quoted, behind)))} in {name}"
+    return f"{ahead}; no difference to {join_names(list(map(quoted, level)))} is shown." if level else f"{ahead}."
 
 
 def _difference(one: Difference, comparison: Comparison) -> dict[str, Any]:
