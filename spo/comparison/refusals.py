@@ -161,18 +161,12 @@ def _mixed_digests(runs: Sequence[Run]) -> list[Problem]:
     # With data.num_pairs, each seed draws training pairs of its own.
     subsets = any(run.setting.get("data.num_pairs") is not None for run in runs)
     seeds = list(_by(runs, lambda run: run.seed).values()) if subsets else [runs]
-    of_seed = " of a seed" if subsets else ""
-    return [
-        *(
-            problem
-            for some in seeds
-            for problem in _mixed_digest(some, "pairs_sha256", "the preference pairs", of_seed)
-        ),
-        *_mixed_digest(runs, "reference_sha256", "the reference models"),
-    ]
+    whose = " of a seed" if subsets else ""
+    problems = [one for some in seeds for one in _mixed_digest(some, "pairs_sha256", "the preference pairs", whose)]
+    return [*problems, *_mixed_digest(runs, "reference_sha256", "the reference models")]
 
 
-def _mixed_digest(runs: Sequence[Run], key: str, words: str, of_seed: str = "") -> list[Problem]:
+def _mixed_digest(runs: Sequence[Run], key: str, words: str, whose: str = "") -> list[Problem]:
     groups = _by(runs, lambda run: run.record.input_digest(key))
     if len(groups) <= 1:
         return []
@@ -180,7 +174,7 @@ def _mixed_digest(runs: Sequence[Run], key: str, words: str, of_seed: str = "") 
         f"{str(digest)[:8] if digest else 'not recorded'}: {_names([run.name for run in some])}"
         for digest, some in groups.items()
     )
-    return [Problem(f"{words} are not the same for all runs{of_seed} ({counted})")]
+    return [Problem(f"{words} are not the same for all runs{whose} ({counted})")]
 
 
 def _mixed(runs: Sequence[Run], what: str, parts: Sequence[str]) -> list[Problem]:
