@@ -523,9 +523,7 @@ def test_seeds_may_draw_training_pairs_of_their_own(tmp_path: Path) -> None:
         return folder
 
     assert not compared(sweep(tmp_path / "fair", lambda _, seed: f"{seed}" * 64)).problems
-    with pytest.raises(
-        CannotCompare, match=r"pairs are not the same for all runs of a seed \(1i1i1i1i: .*seed-1; 1s1s1s1s: "
-    ):
+    with pytest.raises(CannotCompare, match=r"pairs are not the same for all runs of a seed \(1s1s1s1s: .*seed-1"):
         compared(sweep(tmp_path / "unfair", lambda method, seed: f"{seed}{method[0]}" * 32))
 
 
