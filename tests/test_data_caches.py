@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from spo.config.checks import problems
 from spo.config.compose import compose
@@ -45,8 +46,17 @@ CHANGES: dict[str, Any] = {
 }
 
 
-def config(*overrides: str, folder: Path = Path("run")) -> DictConfig:
-    return resolve_values(compose([f"paths.cache={folder}/cache", *overrides], run_dir=folder))
+@pytest.fixture(scope="module")
+def default() -> DictConfig:
+    return resolve_values(compose(run_dir="run"))
+
+
+def changed(cfg: DictConfig, **changes: Any) -> DictConfig:
+    """Return a copy with other values of keys, whose dots are written as two underscores."""
+    cfg = copy.deepcopy(cfg)
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key.replace("__", "."), value)
+    return cfg
 
 
 def made_by(cfg: DictConfig) -> StoriesSource:
@@ -71,16 +81,17 @@ def sft_key(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     return lambda cfg, of=None: reference_model.reference_model(cfg, spec, of or made_by(cfg))
 
 
-def test_settings_that_supervised_training_does_not_read_share_its_result(sft_key: Callable[..., str]) -> None:
-    before = sft_key(config())
+def test_settings_that_supervised_training_does_not_read_share_its_result(
+    default: DictConfig, sft_key: Callable[..., str]
+) -> None:
+    before = sft_key(default)
     for name, value in CHANGES.items():
-        key = "data.seed" if name == "seed" else f"data.source.{name}"
-        text = f"[{','.join(value)}]" if isinstance(value, list) else value
-        assert (sft_key(config(f"{key}={text}")) == before) == (name not in StoriesSource.sft_reads), name
-    for change in ("data.num_pairs=9", "data.limit=20", "seed=3", "regularizer.prompts=selection"):
-        assert sft_key(config(change)) == before, change
-    for change in ("data.max_length=100", "sft.lr=0.1", "data.truncation=trim_prompt"):
-        assert sft_key(config(change)) != before, change
+        key = sft_key(changed(default, **{f"data__source__{name}": value}))
+        assert (key == before) == (name not in StoriesSource.sft_reads), name
+    for same in ({"data__num_pairs": 9}, {"data__limit": 20}, {"seed": 3}, {"regularizer__prompts": "selection"}):
+        assert sft_key(changed(default, **same)) == before, same
+    for other in ({"data__max_length": 100}, {"sft__lr": 0.1}, {"data__truncation": "trim_prompt"}, {"data__seed": 1}):
+        assert sft_key(changed(default, **other)) != before, other
 
 
 class OtherStories(StoriesSource):
@@ -92,20 +103,18 @@ def other_stories(**arguments: Any) -> StoriesSource:
 
 
 @pytest.mark.parametrize("name", ["OtherStories", "other_stories"])
-def test_sources_of_others_keep_the_whole_key(sft_key: Callable[..., str], name: str) -> None:
-    target = f"data.source._target_={__name__}.{name}"
-    some = made_by(config())
-    of = OtherStories(**{name: vars(some).get(name, value) for name, value in CHANGES.items() if name != "temperature"})
-    keys = {sft_key(config(target, f"data.source.num_prompts={n}"), of) for n in (100, 200)}
-    assert len(keys) == 2
+def test_sources_of_others_keep_the_whole_key(default: DictConfig, sft_key: Callable[..., str], name: str) -> None:
+    cfg = changed(default, data__source___target_=f"{__name__}.{name}")
+    of = OtherStories(**{**CHANGES, "temperature": 1.0}) if name == "OtherStories" else made_by(default)
+    assert len({sft_key(changed(cfg, data__source__num_prompts=n), of) for n in (100, 200)}) == 2
 
 
 def test_data_without_supervised_rows_keeps_the_whole_key(tmp_path: Path, sft_key: Callable[..., str]) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    overrides = ["data=jsonl", f"data.path={file}"]
+    cfg = resolve_values(compose(["data=jsonl", f"data.path={file}"], run_dir="run"))
     read = FileSource(str(file), None, "stop")
-    assert sft_key(config(*overrides), read) != sft_key(config(*overrides, "data.source.columns={prompt: q}"), read)
+    assert sft_key(cfg, read) != sft_key(changed(cfg, data__source__columns={"prompt": "q"}), read)
 
 
 # --- completions of the pairs --------------------------------------------------------------------------------------
@@ -124,44 +133,46 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def rows(folder: Path, base: Path, *overrides: str) -> tuple[list[Row], dict[str, int]]:
-    numbers = {"num_prompts": 12, "selection_prompts": 5, "test_prompts": 6}
-    sizes = [f"data.source.{name}={number}" for name, number in numbers.items()]
-    cfg = config(*sizes, *overrides, folder=folder)
+def rows(cfg: DictConfig, base: Path, **changes: Any) -> tuple[list[Row], dict[str, int]]:
+    settings = {"num_prompts": 12, "selection_prompts": 5, "test_prompts": 6, **changes}
+    cfg = changed(cfg, paths__cache=str(base.parent), **{f"data__source__{key}": of for key, of in settings.items()})
     made = made_by(cfg)
     renderer = Renderer(build("adds_bos"), 64, "drop_pair")
     return pairs.preference_rows(cfg, model_spec(path=str(base)), made, str(base), renderer)
 
 
-def test_labels_share_completions(tmp_path: Path, drawn: list[int]) -> None:
+def test_labels_share_completions(default: DictConfig, tmp_path: Path, drawn: list[int]) -> None:
     base = save_model(tmp_path / "base")
-    soft, dropped = rows(tmp_path, base)
+    soft, dropped = rows(default, base)
     assert drawn == [12, 5, 6] and len(soft) == 23 and dropped == {"unfinished": 0, "identical": 0}
     expected = source(num_prompts=12, selection_prompts=5, test_prompts=6, pairs_per_prompt=1)
     assert [row.completions for row in soft] == [row.completions for row in expected.rows(writer)]
-    for same in ("data.source.labels=hard", "data.source.label_noise=0.3", "data.source.num_unlabeled=7"):
-        assert {frozenset(row.completions) for row in rows(tmp_path, base, same)[0]} == {
-            frozenset(row.completions) for row in soft
-        }
-    assert rows(tmp_path, base) == (soft, dropped) and drawn == [12, 5, 6]
+    same: dict[str, Any]
+    for same in ({"labels": "hard"}, {"label_noise": 0.3}, {"num_unlabeled": 7}):
+        found, _ = rows(default, base, **same)
+        assert [{*row.completions} for row in found] == [{*row.completions} for row in soft]
+    assert rows(default, base) == (soft, dropped) and drawn == [12, 5, 6]
     # Training prompts of other heroes leave the completions of the other splits as they are.
-    rows(tmp_path, base, "data.source.heroes=[Mia]")
+    rows(default, base, heroes=["Mia"])
     assert drawn == [12, 5, 6, 12]
     other = save_model(tmp_path / "other", seed=1)
-    for change in ("data.source.temperature=0.5", "data.source.pairs_per_prompt=2", f"data.source.responses={other}"):
+    change: dict[str, Any]
+    for change in ({"temperature": 0.5}, {"pairs_per_prompt": 2}, {"responses": str(other)}):
         drawn.clear()
-        rows(tmp_path, base, change)
+        rows(default, base, **change)
         assert drawn == [12, 5, 6], change
     # The completions follow the weights of the writer, not the name of its folder.
     drawn.clear()
     save_model(other, seed=2)
-    rows(tmp_path, base, f"data.source.responses={other}")
+    rows(default, base, responses=str(other))
     assert drawn == [12, 5, 6]
 
 
-def test_another_model_writes_the_responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_model_writes_the_responses(
+    default: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, other = save_model(tmp_path / "base"), save_model(tmp_path / "other", seed=3)
-    cfg = config(f"data.source.responses={other}", "data.source.temperature=0.7", "data.max_new_tokens=6")
+    cfg = changed(default, data__source__responses=str(other), data__source__temperature=0.7, data__max_new_tokens=6)
     reads = Renderer(build("adds_bos"), 64, "drop_pair")
     of = pairs._writer(cfg, model_spec(path=str(base)), made_by(cfg), str(base), reads)
     assert of.key["base"] == model_digest(other) and of.key["temperature"] == 0.7
@@ -222,22 +233,27 @@ def texts(prompts: Sequence[EvalPrompt]) -> set[str]:
     return {prompt.text for prompt in prompts}
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["data.source.label_noise=0.6"], "data.source.label_noise=0.6: must be at least 0 and at most 0.5"),
-        (["data.source.labels=medium"], "data.source.labels=medium: choose soft, hard or deterministic"),
-        (["data.source.temperature=0"], "data.source.temperature=0: must be a positive number"),
-        (["data.source.heroes=[Bob]"], "data.source.heroes: there is no Bob; the heroes of the story world are Mia,"),
-        (["data.source.problems=lost"], "data.source.problems=lost: must be"),
-        (["data.source.num_unlabeled=-1"], "data.source.num_unlabeled=-1: must be at least 0"),
-        (["data.source.responses=gramar"], "data.source.responses=gramar: choose reference, grammar, or the Hugging"),
-        (["data.source.responses=tests"], "data.source.responses=tests: "),
-        (["data.num_pairs=0"], "data.num_pairs=0: must be at least 1, or null"),
-        (["data.subset_seed=-1"], "data.subset_seed=-1: must be at least 0"),
-        (["data=enumerable", "model=tabular", "data.num_pairs=5"], "set data.source.num_pairs, the number of pairs of"),
-    ],
-)
-def test_wrong_values_are_explained(overrides: list[str], words: str) -> None:
-    [problem] = problems(compose(overrides))
-    assert words in problem
+def test_wrong_values_are_explained() -> None:
+    words = {
+        "data.source.label_noise=0.6": "data.source.label_noise=0.6: must be at least 0 and at most 0.5",
+        "data.source.labels=medium": "data.source.labels=medium: choose soft, hard or deterministic",
+        "data.source.temperature=0": "data.source.temperature=0: must be a positive number",
+        "data.source.problems=lost": "data.source.problems=lost: must be a list",
+        "data.source.num_unlabeled=-1": "data.source.num_unlabeled=-1: must be at least 0",
+    }
+    found = problems(compose([*words]))
+    assert len(found) == len(words)
+    assert all(any(one.startswith(text) for one in found) for text in words.values()), found
+    assert problems(compose(["data.num_pairs=0", "data.subset_seed=-1"])) == [
+        "data.num_pairs=0: must be at least 1, or null",
+        "data.subset_seed=-1: must be at least 0 and below 4294967296",
+    ]
+    # These are found when the source is built.
+    for override, text in {
+        "data.source.heroes=[Bob]": "data.source.heroes: there is no Bob; the heroes of the story world are Mia,",
+        "data.source.responses=gramar": "data.source.responses=gramar: choose reference, grammar, or the Hugging Face",
+    }.items():
+        [problem] = problems(compose([override]))
+        assert problem.startswith(text)
+    [problem] = problems(compose(["data=enumerable", "model=tabular", "data.num_pairs=5"]))
+    assert "set data.source.num_pairs, the number of pairs of each prompt" in problem

@@ -148,7 +148,7 @@ def test_unlabeled_prompts_are_broad_and_in_no_split() -> None:
     assert not set(further) & {prompt for split in SPLITS for prompt in stories.prompts(split)}
     assert all(any(name in opening for opening in further) for name in g.NAMES)
     # The narrow prompts are a small part of the world: without the exclusion, some broad ones would be among them.
-    wide = source(num_unlabeled=30000, num_prompts=3000)
+    wide = source(num_unlabeled=3000, num_prompts=2000)
     assert not set(wide.unlabeled_prompts()) & set(wide.prompts("train"))
     assert source().unlabeled_prompts() == [] and len(source(num_unlabeled=9, limit=4).unlabeled_prompts()) == 4
 
