@@ -121,11 +121,14 @@ class ValidationSamples(Callback):
             return assess(self.prompts, ours, self._reference, self.settings, None)
 
     def _draw(self, model: nn.Module, stage: str, speed: Speed, other: OtherModel | None = None) -> Draws:
+        settings = self.settings.of_reference() if stage == "reference" else self.settings
         tokens = (self.stop_ids, self.pad_token_id)
-        return draw(model, stage, self.prompts, self.settings, speed, *tokens, self.decode, other=other)
+        return draw(model, stage, self.prompts, settings, speed, *tokens, self.decode, other=other)
 
     def _write(self, samples: Sequence[dict[str, Any]], step: int) -> None:
         """Add the rows of a step, in place of those that an interrupted run wrote at this step or later."""
         rows = read_jsonl(self.path) if self.path.exists() else []
-        rows = [row for row in rows if row["step"] < step] + [{"step": step, **row} for row in samples]
+        rows = [row for row in rows if row["step"] < step]
+        for row in samples:  # without all completions of the reference, which are the same at every step
+            rows.append({"step": step, **{key: value for key, value in row.items() if key != "references"}})
         write_jsonl(self.path, rows)
