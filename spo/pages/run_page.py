@@ -261,8 +261,7 @@ def _panel(run: RunRecord, curves: Curves) -> LineChart:
             validation = split == "val"
             short = metric.rpartition("/")[2]
             name = f"{clean(short)}, {split}" if len(curves.metrics) > 1 else split
-            hue = place + 1 if len(curves.metrics) > 1 else 1 + validation
-            series.append(Series(name, steps, values, hue=hue, dashed=validation))
+            series.append(Series(name, steps, values, hue=place + 1, dashed=validation))
     key, title = clean("-".join(curves.metrics)), clean(curves.title)
     return LineChart(key, title, unit_of(curves.keys[0]), series, curves.bounds, curves.baseline)
 
