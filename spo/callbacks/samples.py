@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from spo.bounds import PositiveInt
+from spo.callbacks.trackers import live_trackers
 from spo.data import EvalPrompt
 from spo.errors import JudgeError
 from spo.evaluation import EvaluationSettings
@@ -27,7 +28,10 @@ from spo.module import AlignmentModule
 from spo.records.files import read_jsonl, write_jsonl
 
 log = logging.getLogger(__name__)
-VALIDATION_METRICS = ("win_rate", *(f"win_rate{end}" for end in INTERVAL_ENDS), "reward", "kl", "entropy", "length")
+PREFIX = "val/samples/"
+"""Beginning of the keys of the metrics of these samples."""
+JUDGED_METRICS = ("win_rate", *(f"win_rate{end}" for end in INTERVAL_ENDS), "reward")
+VALIDATION_METRICS = (*JUDGED_METRICS, "kl", "entropy", "length")
 
 
 class ValidationSamples(Callback):
@@ -44,10 +48,14 @@ class ValidationSamples(Callback):
     Args:
         path: File of the samples.
         num_prompts: Most prompts of the selection split, ``None`` for all of them.
+
+    Attributes:
+        unanswered: Keys that the last validation lacks because the judge failed.
     """
 
     def __init__(self, path: str, num_prompts: PositiveInt | None) -> None:
         self.path, self.num_prompts = Path(path), num_prompts
+        self.unanswered: frozenset[str] = frozenset()
         self._reference: Draws | None = None
         self._warned = False
 
@@ -94,18 +102,22 @@ class ValidationSamples(Callback):
             return
         found = self._assess(ours)
         row = {
-            f"val/samples/{name}": found.metrics[f"eval/{name}"]
+            f"{PREFIX}{name}": found.metrics[f"eval/{name}"]
             for name in VALIDATION_METRICS
             if f"eval/{name}" in found.metrics
         }
         for logger in trainer.loggers:
             logger.log_metrics(row, step=trainer.global_step)
-        self._write(found.samples, trainer.global_step)
+        rows = self._write(found.samples, trainer.global_step)
+        for tracker in live_trackers(trainer):
+            tracker.show_validation_samples(rows)
 
     def _assess(self, ours: Draws) -> Evaluation:
+        self.unanswered = frozenset()
         try:
             return assess(self.prompts, ours, self._reference, self.settings, self.judge)
         except JudgeError as error:
+            self.unanswered = frozenset(f"{PREFIX}{name}" for name in JUDGED_METRICS)
             if not self._warned:
                 log.warning("the samples of this validation do not have verdicts, training continues: %s", error)
             self._warned = True
@@ -116,10 +128,11 @@ class ValidationSamples(Callback):
         tokens = (self.stop_ids, self.pad_token_id)
         return draw(model, stage, self.prompts, settings, speed, *tokens, self.decode, other=other)
 
-    def _write(self, samples: Sequence[dict[str, Any]], step: int) -> None:
-        """Add the rows of a step, in place of those that an interrupted run wrote at this step or later."""
+    def _write(self, samples: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+        """Add the rows of a step, in place of those that an interrupted run wrote at this step or later; return all."""
         rows = read_jsonl(self.path) if self.path.exists() else []
         rows = [row for row in rows if row["step"] < step]
         for row in samples:  # without all completions of the reference, which are the same at every step
             rows.append({"step": step, **{key: value for key, value in row.items() if key != "references"}})
         write_jsonl(self.path, rows)
+        return rows
