@@ -32,8 +32,8 @@ def methods_table(conf: Path) -> str:
 def _default_beta(method: dict[str, Any]) -> str:
     """Return the default of beta, with the one for the built-in stories where it differs."""
     found = []
-    for world in (None, "stories"):
-        cfg = OmegaConf.create({"method": method, "data": {"world": world}})
+    for regime in (None, "stories"):
+        cfg = OmegaConf.create({"method": method, "data": {"regime": regime}})
         found.append(OmegaConf.select(cfg, "method.default_beta"))
     general, stories = found
     if general is None:

@@ -30,11 +30,12 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 QUICK = Bootstrap(draws=300)
+SECONDS = {"time/train_s": 12.0}
 
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
-    folder = write_sweep(tmp_path_factory.mktemp("grid"), grid=True, seeds=(1, 2), prompts=24)
+    folder = write_sweep(tmp_path_factory.mktemp("grid"), grid=True, seeds=(1, 2), prompts=24, trained=SECONDS)
     comparison = compare(find_runs([folder]), bootstrap=QUICK)
     return comparison, write_page(comparison, folder / "comparison")
 
@@ -63,7 +64,7 @@ def test_comparison_page_shows_the_results(grid: tuple[Comparison, Path]) -> Non
     assert "27 settings · 2 seeds · 24 test prompts · selected by val/win_rate" in page.text
     for method in comparison.methods:
         one = method.estimates["win_rate"]
-        trained = f"60 steps, 1,920 pairs, {'38,400' if method.name == 'spo' else '0'} tokens sampled"
+        trained = f"60 steps, 1,920 pairs 12.00 {'38,400' if method.name == 'spo' else '0'}"
         assert (
             f"{method.name} {method.best.label} 9 2 {trained} {one.value:.3f} [{number(one.low)}, {number(one.high)}]"
             in page.text

@@ -155,7 +155,7 @@ NEW_KEYS = {
         "data.default_alpha",
         "data.default_reference_samples",
         "data.default_refresh_every",
-        "data.world",
+        "data.regime",
         "evaluation.policy",
         "evaluation.reference_samples",
         "evaluation.reference_seed",

@@ -82,7 +82,7 @@ class Data:
     splits: Splits | None
     default_alpha: PositiveFloat
     default_sft_steps: NonNegativeInt
-    world: str | None
+    regime: str | None
     default_refresh_every: PositiveInt
     default_samples_per_prompt: PositiveInt
     default_reference_samples: PositiveInt
@@ -90,17 +90,20 @@ class Data:
 
 @dataclass(frozen=True)
 class BestSetting:
-    """Keys ``method.best_on.WORLD.*``: the best setting of a method in a built-in world."""
+    """Keys ``method.best_on.REGIME.*``: the best setting of a method on one kind of data."""
 
     beta: PositiveFloat
     lr: PositiveFloat
+    weight: NonNegativeFloat
 
 
 @dataclass(frozen=True)
 class BestOn:
-    """Keys ``method.best_on.*``: the built-in worlds."""
+    """Keys ``method.best_on.*``: the built-in stories, and the regimes of the study on them."""
 
     stories: BestSetting | None
+    few_pairs: BestSetting | None
+    narrow: BestSetting | None
 
 
 @dataclass(frozen=True)

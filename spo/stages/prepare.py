@@ -112,12 +112,7 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
     rows, dropped = preference_rows(cfg, spec, source, base, renderer)
     draw = partial(drawn_completions, cfg, spec, base, renderer)
     pairs = _prepare_pairs(cfg, source, renderer, rows, dropped, draw)
-    prompts = {split: _prompts(source, split, pairs, renderer) for split in SPLITS}
-    unlabeled = _named(source.unlabeled_prompts(), None, renderer)
-    if pairs.left_out:
-        prompts["train"] = eval_prompts(pairs.train)
-        in_use = {prompt.prompt_id for prompt in prompts["train"]}
-        unlabeled = unlabeled or [one for one in eval_prompts(pairs.left_out) if one.prompt_id not in in_use]
+    prompts, unlabeled = all_prompts(source, pairs, renderer)
     bad_rows = list(source.bad_rows)
     return Prepared(spec, base, tokenizer, renderer, pairs, prompts, bad_rows, source.language, unlabeled)
 
@@ -173,6 +168,25 @@ def _prepare_pairs(
 
 def _list(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in counts.items())
+
+
+def all_prompts(
+    source: Source, pairs: PreparedPairs, renderer: Renderer
+) -> tuple[dict[Split, list[EvalPrompt]], list[EvalPrompt]]:
+    """Return the prompts of each split, and those to train on without a training pair in use.
+
+    Args:
+        source: Source of the pairs.
+        pairs: Data set as tokens, in splits.
+        renderer: Conversion between texts and tokens.
+    """
+    prompts = {split: _prompts(source, split, pairs, renderer) for split in SPLITS}
+    unlabeled = _named(source.unlabeled_prompts(), None, renderer)
+    if pairs.left_out:
+        prompts["train"] = eval_prompts(pairs.train)
+        in_use = {prompt.prompt_id for prompt in prompts["train"]}
+        unlabeled = unlabeled or [one for one in eval_prompts(pairs.left_out) if one.prompt_id not in in_use]
+    return prompts, unlabeled
 
 
 def _prompts(source: Source, split: Split, pairs: PreparedPairs, renderer: Renderer) -> list[EvalPrompt]:
