@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from spo import cli
 from spo.data import RowError
 from spo.data.readability import LabelledOpenings, opening, readability
 
@@ -82,3 +83,14 @@ def test_messages_are_rejected(tmp_path: Path) -> None:
              (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))}  # fmt: skip
     with pytest.raises(RowError, match="openings need text in prompt, chosen and rejected"):
         source(tmp_path, turns).rows(complete)
+
+
+def test_the_study_without_its_folder_is_an_error_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPO_DATA_DIR", "elsewhere")
+    assert cli.main(["train", "experiment=study/real_pairs"]) == 1
+    printed = capsys.readouterr().err
+    assert "model.path=elsewhere/stories260K: there is no such folder" in printed
+    assert "data.path=elsewhere/alpaca_eval_pairs.train.jsonl.gz: there is no such file" in printed
