@@ -89,8 +89,10 @@ def test_the_study_without_its_folder_is_an_error_in_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SPO_DATA_DIR", "elsewhere")
+    folder = tmp_path / "elsewhere"
+    monkeypatch.setenv("SPO_DATA_DIR", str(folder))
     assert cli.main(["train", "experiment=study/real_pairs"]) == 1
     printed = capsys.readouterr().err
-    assert "model.path=elsewhere/stories260K: there is no such folder" in printed
-    assert "data.path=elsewhere/alpaca_eval_pairs.train.jsonl.gz: there is no such file" in printed
+    assert "2 problems" in printed  # and the preset suits all of its jobs
+    assert f"model.path={folder}/stories260K: there is no such folder" in printed
+    assert f"data.path={folder}/alpaca_eval_pairs.train.jsonl.gz: there is no such file" in printed
