@@ -7,68 +7,23 @@ import math
 import os
 import re
 import signal
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import wandb
 import yaml
-from wandb.proto.wandb_internal_pb2 import Record
 
 from spo.tracking import RunDescription
 from spo.tracking.wandb import WandbTracker
 from tests.commands import SECRETS, TINY, Sweep, environment, rows, shared_cache, spo, sweep
+from tests.wandb_files import Offline
 
-HEADER, BLOCK, CHUNK = 7, 32 * 1024, struct.Struct("<IHB")
 METHODS = ("spo", "dpo", "ipo")
-WHOLE, LAST = 1, 4  # types of chunks that end a record
-
-
-def records(file: Path) -> Iterator[Record]:
-    """Yield the records of a ``.wandb`` file: LevelDB's log format after a header."""
-    data, at, parts = file.read_bytes(), HEADER, b""
-    while at + CHUNK.size <= len(data):
-        left = BLOCK - at % BLOCK
-        if left < CHUNK.size:
-            at += left
-            continue
-        _, size, kind = CHUNK.unpack_from(data, at)
-        at += CHUNK.size
-        parts += data[at : at + size]
-        at += size
-        if kind in (WHOLE, LAST):
-            record = Record()
-            record.ParseFromString(parts)
-            yield record
-            parts = b""
-
-
-class Offline:
-    """The offline W&B run of a run directory."""
-
-    def __init__(self, run_dir: Path) -> None:
-        [file] = run_dir.glob("wandb/offline-run-*/*.wandb")
-        self.name, self.folder, self.records = file.name, file.parent, list(records(file))
-        [self.run] = [record.run for record in self.records if record.HasField("run")]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return {item.key: json.loads(item.value_json) for item in self.run.config.update if item.key != "_wandb"}
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        logged = [record.history.item for record in self.records if record.HasField("history")]
-        return [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row} for row in logged]
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        items = [item for record in self.records if record.HasField("summary") for item in record.summary.update]
-        return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
 
 
 def assert_same_history(offline: Offline, run: Path) -> None:
@@ -222,6 +177,8 @@ def test_resumed_online_run_keeps_its_id_and_logs_missing_rows(tmp_path: Path, m
 
     class Online:
         starting_step = 11  # the server has the steps up to 10
+        offline = disabled = False
+        url = "https://wandb.example/run"
         finish = define_metric = staticmethod(lambda *_, **__: None)
 
         def log(self, values: dict[str, float], step: int) -> None:

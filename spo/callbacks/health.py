@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from spo.bounds import PositiveFloat
+from spo.callbacks.trackers import live_trackers
 from spo.module import AlignmentModule
 from spo.records.files import write_json
 
@@ -171,6 +172,7 @@ class Health(Callback):
         self.start: dict[str, float] = {}
         self.alarms: list[Alarm] = []
         self.trained: list[float] = []
+        self._num_shown = 0  # alarms that the trackers of this process have
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask the module to be called when a step is complete: a hook for callbacks runs before the module's own."""
@@ -187,6 +189,7 @@ class Health(Callback):
         """Restore the file to the state of the checkpoint: steps after it are repeated, and their alarms with them."""
         if trainer.is_global_zero:
             self._write()
+            self._show(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the metrics of the validation that just ended."""
@@ -214,6 +217,7 @@ class Health(Callback):
             for alarm in fresh:
                 log.warning("step %d: %s", alarm.step, alarm.words)
             self._write()
+            self._show(trainer)
 
     def beyond(self, now: Numbers, step: int) -> list[Alarm]:
         """Return an alarm for each limit that a validation is beyond. Metrics that are absent are not checked."""
@@ -228,6 +232,12 @@ class Health(Callback):
                 words = f"{check.words.format(value=value)} (callbacks.health.{name}={limit:g})"
                 found.append(Alarm(step, name, value, limit, words))
         return found
+
+    def _show(self, trainer: Trainer) -> None:
+        for tracker in live_trackers(trainer):
+            for alarm in self.alarms[self._num_shown :]:
+                tracker.alert(f"health: {alarm.check}", f"step {alarm.step}: {alarm.words}", alarm.step)
+        self._num_shown = len(self.alarms)
 
     def _write(self) -> None:
         if self.alarms:

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from spo.bounds import PositiveInt
+from spo.callbacks.trackers import live_trackers
 from spo.data import EvalPrompt
 from spo.errors import JudgeError
 from spo.evaluation import EvaluationSettings
@@ -107,7 +108,9 @@ class ValidationSamples(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(row, step=trainer.global_step)
-        self._write(found.samples, trainer.global_step)
+        rows = self._write(found.samples, trainer.global_step)
+        for tracker in live_trackers(trainer):
+            tracker.show_validation_samples(rows)
 
     def _assess(self, ours: Draws) -> Evaluation:
         self.unanswered = frozenset()
@@ -125,10 +128,11 @@ class ValidationSamples(Callback):
         tokens = (self.stop_ids, self.pad_token_id)
         return draw(model, stage, self.prompts, settings, speed, *tokens, self.decode, other=other)
 
-    def _write(self, samples: Sequence[dict[str, Any]], step: int) -> None:
-        """Add the rows of a step, in place of those that an interrupted run wrote at this step or later."""
+    def _write(self, samples: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+        """Add the rows of a step, in place of those that an interrupted run wrote at this step or later; return all."""
         rows = read_jsonl(self.path) if self.path.exists() else []
         rows = [row for row in rows if row["step"] < step]
         for row in samples:  # without all completions of the reference, which are the same at every step
             rows.append({"step": step, **{key: value for key, value in row.items() if key != "references"}})
         write_jsonl(self.path, rows)
+        return rows

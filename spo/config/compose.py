@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from spo.config.choices import pin_choices
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.nodes import EXTRA_REFERENCES, select
 from spo.errors import UserError
@@ -51,6 +52,7 @@ def compose(
     with composer(config_dir) as composed:
         cfg = composed(expand_numbers(overrides))
     directory = Path(run_dir if run_dir is not None else cfg.hydra.run.dir).absolute()
+    pin_choices(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
     fill_empty_groups(cfg)

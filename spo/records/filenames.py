@@ -14,6 +14,7 @@ METRICS = "metrics.json"
 HISTORY = "history.jsonl"
 SAMPLES = "samples.jsonl"
 SELECTION_SAMPLES = "samples.selection.jsonl"
+VALIDATION_SAMPLES = "samples.validation.jsonl"
 COEFFICIENTS = "coefficients.json"
 POLICY_DIGESTS = "policy.json"  # SHA-256 of each file of the saved policy, and of the two files below
 LOSS = "loss.safetensors"  # parameters and buffers of the loss

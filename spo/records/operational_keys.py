@@ -7,6 +7,7 @@ from collections.abc import Collection
 # Keys that change time, cost, place or display, and no result. They are not part of a run's identity.
 OPERATIONAL_KEYS = frozenset(
     {
+        "choices",
         "evaluation.batch_size",
         "hydra",
         "judge.attempts",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -39,9 +41,12 @@ def write_provenance(run_dir: Path, cfg: DictConfig, parts: Mapping[str, Any], *
         **facts: Further entries, such as the failed runs whose place this one takes.
     """
     package = Path(spo.__file__)
-    git = git_state(package.parent, package.name) or git_state(Path.cwd()) or {"git_sha": None, "git_dirty": None}
+    places = ((package.parent, package.name), (Path.cwd(), "."))
+    found = next(((folder, git) for folder, tracked in places if (git := git_state(folder, tracked))), None)
+    folder, git = found or (None, {"git_sha": None, "git_dirty": None})
     provenance = {
         **git,
+        "git_remote": None if folder is None else git_remote(folder),
         "code": parts["code"],
         "plugins": {name: {"path": str(one.path), "sha256": one.sha256} for name, one in plugins(cfg).items()},
         "command": command_line(sys.argv),
@@ -149,25 +154,37 @@ def git_state(folder: Path, tracked: str = ".") -> dict[str, Any] | None:
     Returns:
         ``git_sha`` and ``git_dirty``, or ``None`` if there is no such repository.
     """
-
-    def git(*arguments: str) -> str | None:
-        # Otherwise `git status` would write the index, and a full disk would leave its lock in the repository.
-        try:
-            done = subprocess.run(
-                ["git", "--no-optional-locks", "-C", str(folder), *arguments],
-                capture_output=True,
-                text=True,
-                timeout=20,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    sha = git("rev-parse", "HEAD")
-    if sha is None or (tracked != "." and git("ls-files", "--error-unmatch", tracked) is None):
+    sha = _git(folder, "rev-parse", "HEAD")
+    if sha is None or (tracked != "." and _git(folder, "ls-files", "--error-unmatch", tracked) is None):
         return None
-    changes = git("status", "--porcelain")
+    changes = _git(folder, "status", "--porcelain")
     return {"git_sha": sha, "git_dirty": None if changes is None else bool(changes)}
+
+
+def git_remote(folder: Path) -> str | None:
+    """Return the address of the remote ``origin`` without user, password and query; ``None`` for a folder or no remote.
+
+    Args:
+        folder: Folder in the repository.
+    """
+    address = _git(folder, "config", "--get", "remote.origin.url") or ""
+    if "://" in address:
+        parts = urlsplit(address)
+        host = parts.netloc.rpartition("@")[2]
+        return urlunsplit((parts.scheme, host, parts.path, "", "")) if host else None
+    server = re.fullmatch(r"(?:[^/@]*@)?([^/@:]+:.+)", address)  # the short form of ssh, such as git@github.com:a/b.git
+    return f"git@{server[1]}" if server else None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return the output of a command of git, ``None`` if it fails."""
+    # Otherwise `git status` would write the index, and a full disk would leave its lock in the repository.
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _version(package: str) -> str | None:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from spo.config.checks.settings import setting_problems, with_some_length
+from spo.config.choices import CHOICES
 from spo.config.compose import compose, expand_numbers, parse
 from spo.config.trust import Caller, check_trusted
 from spo.errors import ConfigProblems, UserError
@@ -91,6 +92,8 @@ def _change(cfg: DictConfig, text: str, run_dir: Path, config_dir: str | Path | 
         if key == group:
             fresh = compose([f"{key}={override.value()}"], config_dir=config_dir, run_dir=run_dir)[key]
             cfg[key] = OmegaConf.to_container(fresh, resolve=False)
+            if cfg.get(CHOICES):  # Runs of version 0.1 do not have the key.
+                cfg[CHOICES][key] = str(override.value())
             return
         try:
             OmegaConf.update(cfg, key, override.value(), merge=True)

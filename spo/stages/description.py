@@ -9,9 +9,11 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from spo.config.choices import CHOICES
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.records import filenames
 from spo.records.files import read_mapping
+from spo.runs.processes import sweep_dir
 from spo.tracking import RunDescription
 
 
@@ -34,14 +36,15 @@ def describe(cfg: DictConfig, run_dir: Path, *, recorded: Sequence[Mapping[str, 
         recorded: Rows of the history from before a resume.
     """
     parts = [method_name(cfg), *_coefficients(cfg), f"seed-{cfg.seed}"]
+    in_sweep = sweep_dir() is not None or (run_dir.parent / filenames.SWEEP).exists()
     # The record is read again, because it has the names of environment variables and not the secrets in them.
     config = OmegaConf.to_container(OmegaConf.load(run_dir / filenames.CONFIG))
     provenance = read_mapping(run_dir / filenames.PROVENANCE)
     return RunDescription(
         name="_".join(parts),
-        group=run_dir.parent.name,
+        group=run_dir.parent.name if in_sweep else None,
         job_type=method_name(cfg),
-        tags=[*parts, *cfg.tags],
+        tags=[*parts, *_sources(cfg), *cfg.tags],
         config={**config, "provenance": provenance},  # type: ignore[dict-item]
         directory=run_dir,
         recorded=recorded,
@@ -52,3 +55,11 @@ def _coefficients(cfg: DictConfig) -> list[str]:
     """Return the coefficients that the composition reads, such as ``alpha-0.05`` and ``beta-0.03``."""
     unused = unused_coefficients(cfg)
     return [f"{name}-{instantiate(cfg[name])}" for name in COEFFICIENTS if name not in unused]
+
+
+def _sources(cfg: DictConfig) -> list[str]:
+    """Return data and model, such as ``data:stories`` and ``model:tiny``; files and hub names by their last part."""
+    chosen = cfg.get(CHOICES) or {}  # Runs of version 0.1 do not have the key.
+    paths = {group: OmegaConf.select(cfg, f"{group}.path") for group in ("data", "model")}
+    names = {group: Path(path).name if path else chosen.get(group) for group, path in paths.items()}
+    return [f"{group}:{name}" for group, name in names.items() if name]

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spo.callbacks.history import HistoryLogger
 from spo.config.checks import check_config, warnings
+from spo.config.choices import pin_choices
 from spo.config.coefficients import COEFFICIENTS
 from spo.config.compose import fill_empty_groups, pin
 from spo.config.nodes import extra_references
@@ -70,6 +71,7 @@ def train(cfg: DictConfig, *, resumed: bool = False, checked: bool = False) -> d
     fill_empty_groups(cfg)
     remember_secrets(OmegaConf.to_container(cfg, resolve=False))
     pin(cfg)
+    pin_choices(cfg)
     if not checked:
         check_config(cfg)
     run_dir = Path(cfg.paths.run)

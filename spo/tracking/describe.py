@@ -14,7 +14,7 @@ class RunDescription:
 
     Attributes:
         name: Method, the coefficients that it uses, and seed.
-        group: Name of the sweep; single runs share the name of the folder that they are in.
+        group: Name of the sweep; ``None`` for a single run.
         job_type: Kind of work; the method.
         tags: Tags to filter by.
         config: Resolved configuration and provenance, without secrets.
@@ -23,17 +23,22 @@ class RunDescription:
     """
 
     name: str
-    group: str
+    group: str | None
     job_type: str
     tags: list[str]
     config: dict[str, Any]
     directory: Path
     recorded: Sequence[Mapping[str, Any]] = ()
 
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Return ``provenance.json`` of the run."""
+        return self.config.get("provenance") or {}
+
 
 @runtime_checkable
 class Tracker(Protocol):
-    """A logger that shows more than curves."""
+    """A logger that shows more than curves. :class:`spo.callbacks.trackers.LiveTracker` has optional methods."""
 
     def describe(self, description: RunDescription) -> None:
         """Open the run, before its first metric."""

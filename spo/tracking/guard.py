@@ -21,6 +21,8 @@ GUARDED = (
     "log_metrics",
     "save",
     "after_save_checkpoint",
+    "alert",
+    "show_validation_samples",
     "finalize",
     "conclude",
     "close",
