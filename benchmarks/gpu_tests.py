@@ -25,7 +25,8 @@ def pytest_runtest_logreport(report: Any) -> None:
     if report.when != "call" and report.outcome == "passed":
         return
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""  # of a skip
-    error = str(getattr(getattr(report.longrepr, "reprcrash", None), "message", reason))
+    crash = getattr(report.longrepr, "reprcrash", None)
+    error = f"{crash.path}:{crash.lineno}: {crash.message}" if crash is not None else reason
     line = {"test": report.nodeid, "outcome": report.outcome, "error": error.removeprefix("Skipped: ")[:2000]}
     with open(os.environ[OUTCOMES_FILE], "a") as file:
         file.write(json.dumps(line) + "\n")
@@ -39,14 +40,15 @@ def run_gpu_tests(seconds: float, marker: str = "gpu") -> dict[str, Any]:
         marker: Marker of the tests, as pytest knows it.
 
     Returns:
-        ``counts`` of each outcome, ``failures`` with the message of each failed test, ``skips`` with the number of
-        tests for each reason, the ``exit_status`` of pytest (``None`` if it was stopped), and the end of its output if
-        it did not succeed.
+        ``counts`` of each outcome, ``failures`` with the place and the message of each failed test, ``skips`` with the
+        number of tests for each reason, the ``exit_status`` of pytest (``None`` if it was stopped), and the end of its
+        output, which has the traces, if it did not succeed.
     """
     files = sorted(str(file) for file in (ROOT / "tests").glob("test_*.py") if f"mark.{marker}" in file.read_text())
     with tempfile.TemporaryDirectory() as name:
         outcomes, log = Path(name) / "outcomes.jsonl", Path(name) / "log.txt"
-        command = [sys.executable, "-m", "pytest", "-m", marker, "-n", "0", "-p", "benchmarks.gpu_tests", *files]
+        command = [sys.executable, "-m", "pytest", "-m", marker, "-n", "0", "-p", "benchmarks.gpu_tests"]
+        command += ["--show-capture=no", "--disable-warnings", *files]  # torch.compile logs more than the output keeps
         with log.open("w") as output:
             process = subprocess.Popen(
                 command,

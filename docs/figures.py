@@ -1,4 +1,4 @@
-"""Figures of docs/explanation/theory.md from a sweep: ``python docs/figures.py NAME SWEEP... [--out FOLDER]``.
+"""Figures of docs/explanation/theory.md and docs/study.md: ``python docs/figures.py NAME SWEEP... [--out FOLDER]``.
 
 Each command prints the numbers that the text quotes, and writes ``NAME.png``.
 """
@@ -18,6 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import study_figures  # Beside this script.
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -248,15 +249,19 @@ FIGURES: dict[str, Callable[..., Figure]] = {
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Draw one figure and return its file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=FIGURES)
+    parser.add_argument("name", choices=[*FIGURES, *study_figures.FIGURES])
     parser.add_argument("sweeps", type=Path, nargs="+", metavar="SWEEP", help="folder of run directories")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images", metavar="FOLDER")
     given = parser.parse_args(arguments)
     plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    figure = FIGURES[given.name](*map(read_runs, given.sweeps))
-    figure.tight_layout()
+    if given.name in FIGURES:
+        figure = FIGURES[given.name](*map(read_runs, given.sweeps))
+        figure.tight_layout()
+    else:
+        figure = study_figures.FIGURES[given.name](*given.sweeps)
     given.out.mkdir(parents=True, exist_ok=True)
-    file = given.out / f"{given.name}.png"
+    of_sweep = f"_{given.sweeps[0].resolve().name}" if given.name in study_figures.ONE_SWEEP else ""
+    file = given.out / f"{given.name}{of_sweep}.png"
     figure.savefig(file, dpi=110)
     plt.close(figure)
     return file

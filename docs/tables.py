@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from hydra.utils import get_class
+from omegaconf import OmegaConf
 
 from spo.config.groups import group_members
 from spo.errors import UserError
@@ -23,9 +24,21 @@ def methods_table(conf: Path) -> str:
         loss = get_class(node["loss"]["_target_"])
         reads = [name for name in ("alpha", "beta", "reference") if getattr(loss, f"uses_{name}")]
         reads += [f"regularizer `{member}`" for member in _chosen(node).values()]
-        cells = (f"`{file.stem}`", node["title"], _link(node["paper"]), ", ".join(reads), node.get("default_beta", ""))
+        cells = (f"`{file.stem}`", node["title"], _link(node["paper"]), ", ".join(reads), _default_beta(node))
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def _default_beta(method: dict[str, Any]) -> str:
+    """Return the default of beta, with the one for the built-in stories where it differs."""
+    found = []
+    for regime in (None, "stories"):
+        cfg = OmegaConf.create({"method": method, "data": {"regime": regime}})
+        found.append(OmegaConf.select(cfg, "method.default_beta"))
+    general, stories = found
+    if general is None:
+        return ""
+    return f"{general:g}" if stories == general else f"{general:g} ({stories:g} on stories)"
 
 
 def groups_table(conf: Path) -> str:

@@ -74,18 +74,22 @@ def evaluate(run_dir: PathLike, overrides: Sequence[str] = (), *, allow: Sequenc
 def compare(
     paths: PathLike | Sequence[PathLike],
     *,
+    by: str | Sequence[str] = (),
     metric: str | None = None,
     select: str | None = None,
     baseline: str | None = None,
     anyway: bool = False,
 ) -> Comparison:
-    """Compare the methods of some runs, each with its best setting, without writing files.
+    """Compare the methods of some runs, or other groups, each with its best setting, without writing files.
 
     Args:
         paths: Sweep directories or run directories.
+        by: Keys whose values make a group: config groups and keys of the configuration, as a list or as a text with
+            commas such as ``"method,data.num_pairs"``. By default a group is a method. A method whose runs chose
+            different members of a config group, such as two regularizers, is one group for each.
         metric: Metric of ``metrics.json`` that ranks methods; ``None`` for the win rate, or the reward without one.
         select: Metric of the selection split that chooses settings; ``None`` for the win rate there.
-        baseline: Method that every other one is compared with; ``None`` for all pairs of methods.
+        baseline: Name of the method or group that every other one is compared with; ``None`` for all pairs.
         anyway: Whether to continue with an unfair comparison, which is then marked.
 
     Raises:
@@ -94,7 +98,7 @@ def compare(
     from spo.comparison.compare import compare
     from spo.comparison.runs import find_runs
 
-    return compare(find_runs(_paths(paths)), metric=metric, select=select, baseline=baseline, anyway=anyway)
+    return compare(find_runs(_paths(paths)), by=by, metric=metric, select=select, baseline=baseline, anyway=anyway)
 
 
 def load_run(run_dir: PathLike) -> RunRecord:

@@ -138,6 +138,7 @@ def _compare(arguments: list[str]) -> int:
     parser = _Parser(COMMANDS["compare"].usage)
     parser.add_argument("paths", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, metavar="DIR")
+    parser.add_argument("--by", metavar="KEY[,KEY...]", default=())
     for name in ("--metric", "--select", "--baseline"):
         parser.add_argument(name)
     parser.add_argument("--anyway", action="store_true")

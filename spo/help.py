@@ -137,19 +137,29 @@ COMMANDS = {
     ),
     "compare": Command(
         "compare the methods of a sweep",
-        "spo compare SWEEP_OR_RUN ... [--out DIR] [--metric KEY] [--select KEY] [--baseline METHOD] [--anyway]",
+        "spo compare SWEEP_OR_RUN ... [--by KEY[,KEY...]] [--out DIR] [--metric KEY] [--select KEY] [--baseline NAME] "
+        "[--anyway]",
         """
         Reads run directories, finds the best setting of each method on the selection split, and compares those on the
         test split. Writes a table with intervals over seeds and prompts, the significant differences, and a page with
         figures. Refuses an unfair comparison: unequal numbers of settings, missing seeds, mixed data, unfinished runs.
+        Warns of a best setting on the edge of what was tried. A method whose runs chose different members of a config
+        group, such as two regularizers, is compared as one method for each.
 
+        --by KEY[,KEY...]  what is compared, instead of methods: the values of config groups (method, regularizer,
+                           reference, ...) or of keys (data.num_pairs, optimizer.lr, ...)
         --out DIR          folder of the results; by default comparison/ next to the runs
         --metric KEY       the key of metrics.json that ranks methods; by default eval/win_rate
         --select KEY       the key that selects settings; by default val/win_rate, or what the runs have instead
-        --baseline METHOD  compare each method with this one, instead of each with each
+        --baseline NAME    compare each method with this one, instead of each with each; with --by, a group as the
+                           table names it, such as "spo, local_kl"
         --anyway           compare although it is unfair, and mark this in every output
         """,
-        ["spo compare outputs/sweeps/baselines", "spo compare outputs/sweeps/baselines --baseline dpo --out results"],
+        [
+            "spo compare outputs/sweeps/baselines",
+            "spo compare outputs/sweeps/baselines --baseline dpo --out results",
+            "spo compare outputs/sweeps/ablation --by method,regularizer",
+        ],
     ),
     "report": Command(
         "write report.html of a run again",

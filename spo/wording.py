@@ -59,6 +59,16 @@ def verdict_word(verdict: float) -> str:
     return "tie" if verdict == 0.5 else "win" if verdict > 0.5 else "loss"
 
 
+def describe_verdict(verdict: float, comparisons: int) -> str:
+    """State the result of a sample: win, tie or loss, or how many of several comparisons it won.
+
+    Args:
+        verdict: Mean verdict; ties count as half.
+        comparisons: Number of completions of the reference that the sample was compared with.
+    """
+    return verdict_word(verdict) if comparisons == 1 else f"wins {verdict * comparisons:g} of {comparisons}"
+
+
 def describe_win_rate(low: float | None, high: float | None) -> str:
     """State what an interval of the win rate shows."""
     if low is None or high is None:
@@ -81,3 +91,10 @@ def clean(text: str) -> str:
 def shorten(text: str, limit: int) -> str:
     """Cut a text to ``limit`` characters and state how many were omitted."""
     return text if len(text) <= limit else f"{text[:limit].rstrip()} … ({len(text) - limit:,} characters more)"
+
+
+def value_text(value: Any) -> str:
+    """Write a value of the configuration for people: a class of the package without its module."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value.rpartition(".")[2] if isinstance(value, str) and value.startswith("spo.") else str(value)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, hh_lengths, scaling, step
+from benchmarks import gpu, gpu_tests, hh_lengths, scaling, step
 from benchmarks.common import Ratio, alternate
 from benchmarks.gpu_stages import STAGES, Bench, Fit, compare_fits
 from benchmarks.utilization import forward_flops, real_work
@@ -443,3 +443,32 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, cache_dir: Path) -> None:
     assert (stages["tests"]["status"], stages["tests"]["error"]) == ("skipped", "no accelerator")
     assert stages["tests"]["result"]["counts"]["skipped"] > 10
     assert (stages["steps"]["status"], stages["steps"]["error"][:31]) == ("failed", "this size needs a CUDA device, ")
+
+
+NOISY_TEST = """
+import logging
+
+import pytest
+
+
+@pytest.mark.gpu
+def test_noisy() -> None:
+    for _ in range(1000):
+        logging.getLogger("noise").error("a line that a library logs")
+    raise RuntimeError("the device is gone")
+"""
+
+
+def test_failure_of_a_gpu_test_is_recorded_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can ask again: what libraries log must not drive the trace out of the result."""
+    file = tmp_path / "tests" / "test_noisy.py"
+    file.parent.mkdir()
+    file.write_text(NOISY_TEST)
+    monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    found = gpu_tests.run_gpu_tests(60)
+    line = NOISY_TEST.splitlines().index('    raise RuntimeError("the device is gone")') + 1
+    message = f"{file}:{line}: RuntimeError: the device is gone"
+    assert found["failures"] == {"tests/test_noisy.py::test_noisy": message}
+    assert found["counts"] == {"failed": 1} and found["exit_status"] == 1
+    assert 'raise RuntimeError("the device is gone")' in found["output"]

@@ -514,6 +514,18 @@ def test_unfair_comparison_is_rejected_or_marked(
         assert words.replace('"', '\\"')[:40] in text
 
 
+def test_seeds_may_draw_training_pairs_of_their_own(tmp_path: Path) -> None:
+    def sweep(folder: Path, digest_of: Callable[[str, int], str]) -> Path:
+        for method, seed in product(("spo", "ipo"), (1, 2)):
+            inputs = {"pairs_sha256": digest_of(method, seed)}
+            write_run(folder, method=method, seed=seed, provenance=inputs, changes={"data.num_pairs": 128})
+        return folder
+
+    assert not compared(sweep(tmp_path / "fair", lambda _, seed: f"{seed}" * 64)).problems
+    with pytest.raises(CannotCompare, match=r"pairs are not the same for all runs of a seed \(1s1s1s1s: .*seed-1"):
+        compared(sweep(tmp_path / "unfair", lambda method, seed: f"{seed}{method[0]}" * 32))
+
+
 def test_all_problems_are_reported_with_exit_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = write_sweep(tmp_path, seeds=(1, 2))
     for spoil in (spoil_budget, spoil_prompts, spoil_job):

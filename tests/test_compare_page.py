@@ -16,9 +16,11 @@ import pytest
 
 from spo.comparison.compare import Comparison, compare
 from spo.comparison.runs import find_runs
-from spo.pages.charts import Cloud, LineChart, Point, Series, Whisker, line_chart, marker, scatter, whiskers
-from spo.pages.comparison_figures import frontier, hues, settings_chart, win_matrix
+from spo.metrics.catalogue import comparable
+from spo.pages.charts import HUES, Cloud, LineChart, Point, Series, Whisker, line_chart, marker, scatter, whiskers
+from spo.pages.comparison_figures import frontier, hues, win_matrix
 from spo.pages.comparison_page import write_page
+from spo.pages.comparison_settings import settings_chart
 from spo.stats import Bootstrap
 from spo.wording import number
 from tests.comparison_runs import write_run, write_sweep
@@ -28,11 +30,12 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 QUICK = Bootstrap(draws=300)
+SECONDS = {"time/train_s": 12.0}
 
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
-    folder = write_sweep(tmp_path_factory.mktemp("grid"), grid=True, seeds=(1, 2), prompts=24)
+    folder = write_sweep(tmp_path_factory.mktemp("grid"), grid=True, seeds=(1, 2), prompts=24, trained=SECONDS)
     comparison = compare(find_runs([folder]), bootstrap=QUICK)
     return comparison, write_page(comparison, folder / "comparison")
 
@@ -61,7 +64,7 @@ def test_comparison_page_shows_the_results(grid: tuple[Comparison, Path]) -> Non
     assert "27 settings · 2 seeds · 24 test prompts · selected by val/win_rate" in page.text
     for method in comparison.methods:
         one = method.estimates["win_rate"]
-        trained = f"60 steps, 1,920 pairs, {'38,400' if method.name == 'spo' else '0'} tokens sampled"
+        trained = f"60 steps, 1,920 pairs 12.00 {'38,400' if method.name == 'spo' else '0'}"
         assert (
             f"{method.name} {method.best.label} 9 2 {trained} {one.value:.3f} [{number(one.low)}, {number(one.high)}]"
             in page.text
@@ -104,7 +107,7 @@ def test_frontier_draws_a_point_per_run_and_a_line_per_method(grid: tuple[Compar
 def test_settings_chart_is_a_map_of_two_keys_or_a_list_of_one(grid: tuple[Comparison, Path]) -> None:
     comparison, _ = grid
     charts = {method.name: str(settings_chart(comparison, method)) for method in comparison.methods}
-    assert charts["spo"].count('<rect class="tile hue-1"') == 9 and charts["spo"].count("tile-edge") == 1
+    assert charts["spo"].count('<rect class="tile quantity"') == 9 and charts["spo"].count("tile-edge") == 1
     best = next(method for method in comparison.methods if method.name == "spo").best
     assert f"selected · {best.label} · 2 seeds" in charts["spo"]
     for name in ("dpo", "ipo"):
@@ -114,25 +117,55 @@ def test_settings_chart_is_a_map_of_two_keys_or_a_list_of_one(grid: tuple[Compar
 def test_win_matrix_has_a_cell_for_every_pair(grid: tuple[Comparison, Path]) -> None:
     comparison, _ = grid
     drawn = str(win_matrix(comparison))
-    assert len(re.findall('<rect class="tile hue-[12]"', drawn)) == 6 and drawn.count("95% interval") == 6
+    assert len(re.findall(r'<rect class="tile hue-\d"', drawn)) == 6 and drawn.count("95% interval") == 6
+    colors = re.findall(r'<rect class="tile hue-(\d)".*?<title>(\w+) against (\w+)', drawn)
+    won = {(one.first, one.second): one.estimate.value for one in comparison.duels if one.estimate is not None}
+    for color, row, column in colors:  # the color of whoever wins more often
+        assert int(color) == hues(comparison)[row if won[row, column] >= 0.5 else column]
     for duel in comparison.duels:
-        assert duel.estimate is not None
         assert f"{duel.first} against {duel.second}\nwin rate" in drawn
 
 
 def test_curves_of_the_dashboard_are_means_in_bands(grid: tuple[Comparison, Path]) -> None:
     comparison, path = grid
-    charts = Page(path).charts
-    assert {"val/loss", "val/kl", "val/entropy", "train/grad_norm", "val/rewards/accuracies"} <= set(charts)
+    page = Page(path)
+    shared = {key: chart for key, chart in page.charts.items() if comparable(key)}
+    assert set(shared) == {"val/kl", "val/entropy", "val/rewards/accuracies"} | {
+        f"train/{name}" for name in ("logps/chosen", "logps/rejected", "grad_norm")
+    }
     order = [method.name for method in comparison.methods]
-    for key, chart in charts.items():
+    for key, chart in shared.items():
         assert [one["name"] for one in chart["series"]] == order
         assert [one["hue"] for one in chart["series"]] == [hues(comparison)[name] for name in order]
         runs = comparison.methods[0].best.runs
         curves = [dict(zip(*run.record.curve(key), strict=True)) for run in runs]
         first = chart["series"][0]
         assert first["values"] == pytest.approx([sum(c[s] for c in curves) / 2 for s in first["steps"]], rel=1e-5)
-    assert path.read_text().count('<polygon class="band') == 3 * len(charts)
+    assert path.read_text().count('<polygon class="band') == 3 * len({*shared, "val/loss", "val/rewards/margins"})
+
+
+def test_losses_and_implicit_rewards_of_methods_do_not_share_axes(grid: tuple[Comparison, Path]) -> None:
+    comparison, path = grid
+    drawn = Page(path).all_charts
+    for key in ("val/loss", "val/rewards/margins"):
+        charts = [chart for chart in drawn if chart["key"] == key]
+        assert [[one["name"] for one in chart["series"]] for chart in charts] == [[m.name] for m in comparison.methods]
+        assert [chart["series"][0]["hue"] for chart in charts] == [hues(comparison)[m.name] for m in comparison.methods]
+    for heading, method in (("Loss", "ipo"), ("Implicit reward margin", "spo")):
+        assert re.search(rf"<h4>{heading}, {method} <span", path.read_text())
+    # Each has the axis that fits its own numbers.
+    [margin] = re.findall(r"<h4>Implicit reward margin, spo .*?</figure>", path.read_text(), re.S)
+    assert margin.count('<path class="curve') == 1
+    assert all(len(chart["series"]) == 1 for chart in drawn if not comparable(chart["key"]))
+
+
+def test_seed_without_a_finite_value_leaves_a_gap_in_the_mean(tmp_path: Path) -> None:
+    for seed, values in ((1, [1.0, 2.0, 3.0]), (2, [3.0, "NaN", 5.0])):
+        run = write_run(tmp_path, method="dpo", seed=seed)
+        rows = [f'{{"step": {step}, "val/kl": {value}}}\n' for step, value in zip((1, 2, 3), values, strict=True)]
+        (run / "history.jsonl").write_text("".join(rows))
+    page = page_of(tmp_path)
+    assert page.charts["val/kl"]["series"][0]["values"] == [2.0, None, 4.0]
 
 
 def test_comparison_page_states_what_is_absent(tmp_path: Path) -> None:
@@ -175,8 +208,8 @@ def test_comparison_page_escapes_hostile_texts(tmp_path: Path) -> None:
 
 
 def test_marks_of_different_colors_have_different_shapes() -> None:
-    shapes = {marker(hue, 0, 0, 1).partition(' d="')[2] for hue in range(1, 9)}
-    assert len(shapes) == 8
+    shapes = {marker(hue, 0, 0, 1).partition(' d="')[2] for hue in range(1, 1 + HUES)}
+    assert len(shapes) == HUES
 
 
 def test_scatter_places_points_by_their_numbers() -> None:

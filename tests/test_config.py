@@ -671,7 +671,7 @@ def test_multirun_checks_all_jobs_together() -> None:
 def test_sweep_presets_expand_to_jobs() -> None:
     jobs = plan(["hparams_search=grid", "method=dpo"]).jobs
     assert {(job.cfg.alpha.value, job.cfg.beta.value) for job in jobs} == {
-        (a, b) for a in (0.02, 0.05, 0.1) for b in (0.01, 0.03, 0.1)
+        (a, b) for a in (0.02, 0.05, 0.1) for b in (0.03, 0.1, 0.3)
     }
     assert len(plan(["hparams_search=seeds", "seed=7"]).jobs) == 1  # the command line has the last word
 

@@ -521,7 +521,13 @@ def test_samples_and_win_rate_at_every_validation(cache: Path, tmp_path: Path) -
         here = [sample for sample in samples if sample["step"] == row["step"]]
         assert row["val/samples/win_rate"] == pytest.approx(sum(one["verdict"] for one in here) / 3)
         assert row["val/samples/reward"] == pytest.approx(sum(one["reward"] for one in here) / 3)
-    assert metrics["val/samples/win_rate"] == validations[-1]["val/samples/win_rate"]
+        assert row["val/samples/length"] == pytest.approx(sum(one["tokens"] for one in here) / 3)
+    first, *_, last = validations
+    assert first["val/samples/kl"] == pytest.approx(0, abs=1e-4) and last["val/samples/kl"] > 0.01
+    names = ("win_rate", "win_rate_ci_low", "win_rate_ci_high", "reward", "kl", "entropy", "length")
+    assert {name: metrics[f"val/samples/{name}"] for name in names} == {
+        name: last[f"val/samples/{name}"] for name in names
+    }
     assert not {"val/win_rate", "val/reward"} & metrics.keys()  # a selector measured on a few prompts would be luck
     assert len({row["reference_completion"] for row in samples}) == 3 < len({row["completion"] for row in samples})
     plain = job(tmp_path / "plain", cache, TINY, "evaluation.selection_prompts=0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -192,7 +193,11 @@ def test_metrics_can_be_recomputed_from_the_samples() -> None:
     for row in rows:
         mine, other = (count_reward([""], [row[key]])["reward"][0] for key in ("completion", "reference_completion"))
         assert (row["reward"], row["reference_reward"]) == (mine, other)
-        assert row["verdict"] == (1.0 if mine > other else 0.0 if mine < other else 0.5)
+        drawn = [one["reward"] for one in row["references"]]
+        assert drawn == [count_reward([""], [one["completion"]])["reward"][0] for one in row["references"]]
+        verdicts = [1.0 if mine > one else 0.0 if mine < one else 0.5 for one in drawn]
+        assert drawn[0] == other and row["references"][0]["completion"] == row["reference_completion"]
+        assert [one["verdict"] for one in row["references"]] == verdicts and row["verdict"] == np.mean(verdicts)
         assert row["tokens"] == len(tokens_of(row))
         wins.append(row["verdict"])
     assert metrics["eval/win_rate"] == pytest.approx(np.mean(wins))
@@ -238,7 +243,9 @@ def test_deferred_logits_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> N
     for model in models:
         model.lm_head.register_forward_hook(lambda _, args, out: made.append(out.shape[-2]))  # type: ignore[union-attr]
     chosen = EvaluationSettings(**SETTINGS | {"num_prompts": 6, "samples_per_prompt": 4})
-    found = completions.draw(models[0], "policy", prompts(6), chosen, speed, (EOS,), PAD, decode, other=models[1])
+    found = completions.draw(
+        models[0], "policy", prompts(6), chosen, speed, (EOS,), PAD, decode, other=lambda: nullcontext(models[1])
+    )
     scored = made[next(i for i, rows in enumerate(made) if rows == 0) :]  # after the sampling
     assert max(scored) == 8 and sum(scored) == 2 * sum(found.tokens)
 
@@ -295,7 +302,72 @@ def test_with_all_prompts_the_bootstrap_resamples_samples() -> None:
     sampled, whole = (evaluate(model, favoring(1.0), all_prompts=all_, **one).metrics for all_ in (False, True))
     assert "eval/win_rate_ci_low" not in sampled and "eval/win_rate_ci_high" not in sampled
     rate, width = whole["eval/win_rate"], whole["eval/win_rate_ci_high"] - whole["eval/win_rate_ci_low"]
-    assert rate == sampled["eval/win_rate"] and 0.02 < width < 2 * 1.96 * math.sqrt(rate * (1 - rate) / 200) * 1.1
+    rows = evaluate(model, favoring(1.0), all_prompts=True, **one).samples  # sample i meets completion i alone
+    assert rate == np.mean([verdict_of_rewards(row["reward"], row["reference_reward"]) for row in rows])
+    assert len({row["reference_completion"] for row in rows}) > 50 and "references" not in rows[0]
+    assert (
+        rate == pytest.approx(sampled["eval/win_rate"], abs=0.1)
+        and 0.02 < width < 2 * 1.96 * math.sqrt(rate * (1 - rate) / 200) * 1.1
+    )
+
+
+def test_several_draws_of_the_reference_are_all_compared() -> None:
+    """All pairs of samples, by hand; draws have their own seed, so that another seed of the run meets the same ones."""
+    models, judge = (favoring(1.0), favoring(0.0)), Favourable()
+    shared: dict[str, Any] = {"n": 12, "reference_samples": 5, "reference_seed": 7}
+    first, other = (evaluate(*models, **shared, seed=seed) for seed in (0, 1))
+    drawn = [[one["completion"] for one in row["references"]] for row in first.samples]
+    assert all(len(one) == 5 for one in drawn) and sorted(drawn[0]) == sorted(drawn[1])  # two samples of one prompt
+    assert drawn[0][0] == drawn[1][-1]  # each sample is shown beside another one
+    assert [[one["completion"] for one in row["references"]] for row in other.samples] == drawn
+    assert [row["completion"] for row in first.samples] != [row["completion"] for row in other.samples]
+
+    rates = []
+    for row in first.samples:
+        rewards = count_reward([""] * 6, [row["completion"], *(one["completion"] for one in row["references"])])[
+            "reward"
+        ]
+        rates.append(np.mean([(rewards[0] > one) + 0.5 * (rewards[0] == one) for one in rewards[1:]]))
+    assert first.metrics["eval/win_rate"] == pytest.approx(np.mean(rates), abs=1e-12)
+    by_judge = judged(judge, n=12, seed=0, reference_samples=5, reference_seed=7)
+    assert len(judge.asked) == 12 * 2 * 5
+    for key in ("win_rate", "win_rate_ci_low", "win_rate_length_controlled", "win_rate_length_controlled_ci_high"):
+        assert by_judge.metrics[f"eval/{key}"] == first.metrics[f"eval/{key}"]
+    once = [row for row in first.samples if row["sample_index"] == 0]
+    rewards = [one["reward"] for row in once for one in row["references"]]
+    assert first.metrics["eval/reference/reward"] == pytest.approx(np.mean(rewards))
+    lengths = [one["tokens"] for row in once for one in row["references"]]
+    assert first.metrics["eval/reference/length"] == pytest.approx(np.mean(lengths))
+
+
+def test_more_draws_of_the_reference_are_the_same_and_some_more() -> None:
+    models = favoring(1.0), favoring(0.0)
+    few, many = (evaluate(*models, n=6, reference_samples=count, reference_seed=3).samples for count in (2, 4))
+    for row, longer in zip(few, many, strict=True):
+        texts, more = ({one["completion"] for one in found["references"]} for found in (row, longer))
+        assert texts <= more
+
+
+def test_several_draws_narrow_the_interval_of_the_win_rate() -> None:
+    models = favoring(0.3), favoring(0.0)
+    widths = []
+    for count in (1, 16):
+        found = evaluate(*models, n=60, samples_per_prompt=1, reference_samples=count, bootstrap_samples=2000).metrics
+        widths.append(found["eval/win_rate_ci_high"] - found["eval/win_rate_ci_low"])
+        sole = evaluate(favoring(0.0), favoring(0.0), n=60, samples_per_prompt=1, reference_samples=count).metrics
+        assert sole["eval/win_rate_ci_low"] < 0.5 < sole["eval/win_rate_ci_high"]
+    assert widths[1] < 0.85 * widths[0]
+
+
+def test_diversity_of_the_reference_needs_as_many_completions_as_the_policy() -> None:
+    models = favoring(1.0), favoring(0.0)
+    equal, more, fewer = (
+        evaluate(*models, n=6, samples_per_prompt=2, reference_samples=count).metrics for count in (2, 5, 1)
+    )
+    for name in ("distinct_2", "self_bleu", "distinct_samples"):
+        key = f"eval/reference/{name}"
+        assert equal[key] == more[key] and key not in fewer and f"eval/{name}" in fewer
+    assert "eval/reference/entropy" in fewer
 
 
 def test_without_a_reward_the_win_rate_is_absent() -> None:
@@ -438,7 +510,7 @@ def test_cached_completions_are_not_drawn_again() -> None:
     stored: dict[str, Draws] = {}
     drawn: list[str] = []
 
-    def cache(stage: str, draw: Callable[[], Draws]) -> Draws:
+    def cache(stage: str, settings: EvaluationSettings, draw: Callable[[], Draws]) -> Draws:
         if stage not in stored:
             drawn.append(stage)
             stored[stage] = Draws(**json.loads(json.dumps(asdict(draw()))))

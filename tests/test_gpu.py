@@ -114,7 +114,7 @@ class Unwaiting(Spied):
 
 
 def test_step_does_not_wait_for_the_device(tmp_path: Path) -> None:
-    """Neither the layout of packed rows nor the masks of shared prompts wait for the device."""
+    """Neither the layout of packed rows nor the masks of shared prompts wait, nor the guard of a fused optimizer."""
     module = make_module(
         tiny_llama(1, dtype=torch.float32).train(),
         loss=DPOLoss(),
@@ -122,6 +122,7 @@ def test_step_does_not_wait_for_the_device(tmp_path: Path) -> None:
         reference_model=tiny_llama(2, dtype=torch.float32),
         log_every_n_steps=10,
         speed=FAST,
+        optimizer=partial(torch.optim.AdamW, fused=True),
     )
     module.__class__ = Unwaiting
     trainer = make_trainer(tmp_path, accelerator="gpu", max_steps=4)

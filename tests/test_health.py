@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
 
 from spo.callbacks import Health
-from spo.callbacks.health import CHECKS
+from spo.callbacks.health import CHECKS, TRAINED_ACCURACY
 from spo.callbacks.history import HistoryLogger
 from spo.forward.head import completion_logits
 from spo.losses import DPOLoss
@@ -40,6 +42,9 @@ START = {
     "repetition": 0.05,
     "length": 40.0,
     "entropy": 1.0,
+    "kl": 2.0,
+    "rewards/accuracies": 0.65,
+    TRAINED_ACCURACY: 0.7,
 }
 LIMITS: dict[str, Any] = {
     "chosen_fall": 1.0,
@@ -49,6 +54,9 @@ LIMITS: dict[str, Any] = {
     "longer": 2.0,
     "shorter": 0.4,
     "entropy": 0.2,
+    "kl": 15.0,
+    "kl_per_token": 0.5,
+    "overfitting": 0.3,
 }
 BEYOND = [
     ("chosen_fall", {"logps_per_token/chosen": -2.1}, 1.1),
@@ -58,6 +66,9 @@ BEYOND = [
     ("longer", {"length": 100.0}, 2.5),
     ("shorter", {"length": 10.0}, 0.25),
     ("entropy", {"entropy": 0.1}, 0.1),
+    ("kl", {"kl": 16.0}, 16.0),
+    ("kl_per_token", {"kl": 12.0, "length": 20.0}, 0.6),
+    ("overfitting", {TRAINED_ACCURACY: 1.0, "rewards/accuracies": 0.6}, 0.4),
 ]
 
 
@@ -105,6 +116,7 @@ def test_healthy_run_has_no_file_and_logs_drift(tmp_path: Path) -> None:
     assert rows[0]["val/health/logp_drift_chosen"] == rows[0]["val/health/logp_drift_rejected"] == 0
     assert rows[1]["val/health/logp_drift_chosen"] == pytest.approx(-0.3)
     assert rows[1]["val/health/logp_drift_rejected"] == pytest.approx(0.3)
+    assert rows[1]["val/health/accuracy_gap"] == pytest.approx(0.05)
     assert not (tmp_path / "health.json").exists()
 
 
@@ -116,6 +128,57 @@ def test_absent_metrics_are_not_checked(tmp_path: Path) -> None:
 def test_nan_is_beyond_every_limit(tmp_path: Path) -> None:
     rows = watched(tmp_path, START, dict.fromkeys(START, float("nan"))).rows
     assert rows[1]["val/health/alarms"] == len(LIMITS)
+
+
+def test_limits_of_the_kl_are_as_stated_at_their_edges(tmp_path: Path) -> None:
+    """A limit is crossed above it, and not at it; nats per sequence and per token are separate limits."""
+    at_limits = START | {"kl": 15.0, "length": 30.0}
+    above = at_limits | {"kl": 15.01}
+    logged = watched(tmp_path, START, at_limits, above)
+    assert [row["val/health/alarms"] for row in logged.rows] == [0, 0, 2]
+    (tmp_path / "long").mkdir()
+    long = watched(tmp_path / "long", START, above | {"length": 60.0})
+    assert [row["val/health/alarms"] for row in long.rows] == [0, 1]
+
+
+class Rows(Callback):
+    """Keeps the accuracy of each training row, and the gap that a mean of them gives at each validation."""
+
+    def __init__(self) -> None:
+        self.rows: list[float] = []
+        self.gaps: dict[int, float] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.rows:
+            self.gaps[trainer.global_step] = fmean(self.rows) - pl_module.validated["rewards/accuracies"]
+        self.rows = []
+
+
+def test_accuracy_gap_averages_the_training_rows_since_the_last_validation(tmp_path: Path) -> None:
+    health = Health(str(tmp_path / "health.json"), **LIMITS | {"overfitting": None})
+    module = make_module(
+        tiny_llama(0, scale=0.1), loss=DPOLoss(), reference=FrozenReference(), reference_model=tiny_llama(0, scale=0.1)
+    )
+    rows = Rows()
+    record = HistoryLogger(tmp_path / "history.jsonl")
+    log = module._log
+    module._log = lambda row: (  # type: ignore[method-assign]
+        rows.rows.append(row[TRAINED_ACCURACY]) if TRAINED_ACCURACY in row else None,
+        log(row),
+    )
+    trainer = make_trainer(
+        tmp_path, max_steps=7, callbacks=[health, rows], logger=record, val_check_interval=3, num_sanity_val_steps=-1
+    )
+    data = make_data(random_pairs(40, seed=0), random_pairs(16, seed=1), max_steps=7, batch_size=8)
+    trainer.fit(module, datamodule=data)
+    logged = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    found = {row["step"]: row["val/health/accuracy_gap"] for row in logged if "val/health/accuracy_gap" in row}
+    assert found == pytest.approx(rows.gaps) and found.keys() == {3, 6} and all(found.values())
+    state = health.state_dict()
+    assert state["trained"] == [row[TRAINED_ACCURACY] for row in logged if row["step"] == 7]
+    resumed = Health(str(tmp_path / "health.json"), **LIMITS)
+    resumed.load_state_dict(state)
+    assert resumed.trained == health.trained
 
 
 def test_resumed_run_remembers_start_and_alarms(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -208,6 +271,27 @@ def test_planted_collapse_of_default_run_trips_alarm(
         assert alarms[0] == 0 and (alarms[-1] > 0) == expected == (metrics["val/health/alarms"] > 0)
         assert (tmp_path / name / "health.json").is_file() == expected
         assert ("have lost" in (tmp_path / name / "report.html").read_text()) == expected
+
+
+@pytest.mark.slow
+def test_planted_overtraining_trips_the_alarms_of_overfitting_and_kl(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shipped limits: few pairs with sampled labels, seen many times at a high rate."""
+    few = ["evaluation.num_prompts=8", "evaluation.selection_prompts=0", "evaluation.bootstrap_samples=50"]
+    settings = ["method=dpo", "sft.max_steps=200", "optimizer.lr=0.003", "trainer.max_steps=50"]
+    settings += ["trainer.val_check_interval=25", "data.source.labels=hard", "data.limit=64", "data.min_pairs=16"]
+    run = tmp_path / "run"
+    metrics = job(run, shared_cache(tmp_path_factory), *settings, *few, "trainer.enable_progress_bar=false")
+    alarms = {alarm["check"]: alarm for alarm in json.loads((run / "health.json").read_text())}
+    assert alarms["overfitting"]["value"] > 0.3 == alarms["overfitting"]["limit"] and "kl_per_token" in alarms
+    last = [row for row in history(run) if "val/health/alarms" in row][-1]
+    assert (
+        last["val/health/alarms"] >= 2 and metrics["val/health/accuracy_gap"] == last["val/health/accuracy_gap"] > 0.3
+    )
+    words = "the implicit reward orders a share of pairs in training that is"
+    assert words in (run / "report.html").read_text()
+    assert words in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_probe_agrees_with_enumeration() -> None:

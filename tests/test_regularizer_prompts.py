@@ -206,10 +206,14 @@ def test_content_of_the_file_is_part_of_the_identity(tmp_path: Path) -> None:
 
 def test_wrong_choices_are_explained(tmp_path: Path) -> None:
     [problem] = problems(compose(["regularizer.prompts=trian"]))
-    assert problem.startswith("regularizer.prompts=trian: choose train, selection, or a file with a column prompt")
+    assert problem.startswith(
+        "regularizer.prompts=trian: choose train, selection, unlabeled, or a file with a column prompt"
+    )
     assert problem.endswith("did you mean train?")
     [problem] = problems(compose(["regularizer.prompts=3"]))  # a number is the name of a file too
-    assert problem.startswith("regularizer.prompts=3: choose train, selection, or a file with a column prompt")
+    assert problem.startswith(
+        "regularizer.prompts=3: choose train, selection, unlabeled, or a file with a column prompt"
+    )
     [problem] = problems(compose(["data=enumerable", "model=tabular", "regularizer.prompts=selection"]))
     assert problem.endswith(
         "every split of an enumerable language has all of its prompts: choose regularizer.prompts=train"

@@ -162,9 +162,14 @@ class Page(HTMLParser):
         return re.sub(r"\s+", " ", " ".join(self.words))
 
     @property
-    def charts(self) -> dict[str, dict[str, Any]]:
+    def all_charts(self) -> list[dict[str, Any]]:
         (payload,) = re.findall(r'<script type="application/json" id="chart-data">(.*?)</script>', self.source, re.S)
-        return {chart["key"]: chart for chart in json.loads(payload)}
+        found: list[dict[str, Any]] = json.loads(payload)
+        return found
+
+    @property
+    def charts(self) -> dict[str, dict[str, Any]]:
+        return {chart["key"]: chart for chart in self.all_charts}
 
 
 def report(path: Path, **files: Any) -> Page:

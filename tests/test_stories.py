@@ -298,7 +298,7 @@ def test_dropped_pairs_are_counted_and_do_not_change_other_labels() -> None:
 
 
 def test_unknown_labels_raise() -> None:
-    with pytest.raises(ValueError, match="soft or hard"):
+    with pytest.raises(ValueError, match="soft, hard or deterministic"):
         source(labels="medium")
 
 

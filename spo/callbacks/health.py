@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -18,6 +19,8 @@ from spo.records.files import write_json
 
 log = logging.getLogger(__name__)
 Numbers = Mapping[str, float]
+TRAINED_ACCURACY = "train/rewards/accuracies"
+"""Metric of the training rows that is compared with ``rewards/accuracies`` of a validation."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,17 @@ CHECKS: Mapping[str, Check] = {
     "longer": Check(_share("length"), _above, "samples are {value:.3g} times as long as at the start"),
     "shorter": Check(_share("length"), _below, "samples are {value:.3g} times as long as at the start"),
     "entropy": Check(_share("entropy"), _below, "the entropy per token is {value:.3g} times its start"),
+    "kl": Check(lambda now, _: now["kl"], _above, "the KL to the reference is {value:.3g} nats per sequence"),
+    "kl_per_token": Check(
+        lambda now, _: now["kl"] / max(now["length"], 1.0),
+        _above,
+        "the KL to the reference is {value:.3g} nats per token of a sample",
+    ),
+    "overfitting": Check(
+        lambda now, _: now[TRAINED_ACCURACY] - now["rewards/accuracies"],
+        _above,
+        "the implicit reward orders a share of pairs in training that is {value:.3g} above that in validation",
+    ),
 }
 
 
@@ -94,9 +108,16 @@ class Alarm:
 class Health(Callback):
     """Compare each validation with the first one, and warn once for each limit that is crossed.
 
-    Logs ``val/health/logp_drift_chosen`` and ``val/health/logp_drift_rejected`` (nats per token since the start) and
-    ``val/health/alarms``, the number of limits that the policy is beyond at that step. Alarms are written to
-    ``health.json``, which the report shows. A limit that is ``None`` is not checked.
+    Logs ``val/health/logp_drift_chosen`` and ``val/health/logp_drift_rejected`` (nats per token since the start),
+    ``val/health/accuracy_gap`` and ``val/health/alarms``, the number of limits that the policy is beyond at that step.
+    Alarms are written to ``health.json``, which the report shows. A limit that is ``None`` is not checked.
+
+    The KL has two limits. Nats per sequence grow with the length, so that only a user knows a limit for a data set.
+    Nats per token are comparable between data sets, and this limit is on by default.
+
+    Overfitting is measured by accuracies and not by margins. The margin of DPO is in units of 1 / beta, that of IPO is
+    pulled to a constant, and that of SPO does not start at zero. An accuracy has the same scale for every method. In
+    the first pass over the data, the pairs of a step are unseen, so the gap of a policy that generalizes is near zero.
 
     Args:
         path: File of the alarms, ``health.json``.
@@ -107,6 +128,17 @@ class Health(Callback):
         longer: Largest mean length of samples, as a multiple of that at the start.
         shorter: Least mean length of samples, as a multiple of that at the start.
         entropy: Least entropy per token, as a share of that at the start.
+        kl: Largest KL to the reference, in nats per sequence. The defaults of this and the following limits are those
+            of runs whose configurations do not have these keys.
+        kl_per_token: Largest KL to the reference, in nats per token of a sample.
+        overfitting: Largest difference of ``rewards/accuracies``, mean of the training rows since the last validation
+            minus that of the selection split.
+
+    Attributes:
+        limits: Limits that are checked, by name.
+        start: Metrics of the first validation.
+        alarms: First alarm of each limit that was crossed.
+        trained: Accuracies of the training rows since the last validation.
     """
 
     def __init__(
@@ -119,6 +151,9 @@ class Health(Callback):
         longer: PositiveFloat | None,
         shorter: PositiveFloat | None,
         entropy: PositiveFloat | None,
+        kl: PositiveFloat | None = None,
+        kl_per_token: PositiveFloat | None = None,
+        overfitting: PositiveFloat | None = None,
     ) -> None:
         self.path = Path(path)
         limits = {
@@ -129,11 +164,26 @@ class Health(Callback):
             "longer": longer,
             "shorter": shorter,
             "entropy": entropy,
+            "kl": kl,
+            "kl_per_token": kl_per_token,
+            "overfitting": overfitting,
         }
         self.limits = {name: limit for name, limit in limits.items() if limit is not None}
         self.start: dict[str, float] = {}
         self.alarms: list[Alarm] = []
         self._num_shown = 0  # alarms that the trackers of this process have
+        self.trained: list[float] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask the module to be called when a step is complete: a hook for callbacks runs before the module's own."""
+        if isinstance(pl_module, AlignmentModule):
+            pl_module.step_listeners.append(self._on_step_complete)
+
+    def _on_step_complete(self, trainer: Trainer) -> None:
+        module = trainer.lightning_module
+        assert isinstance(module, AlignmentModule)
+        if module.is_log_step and TRAINED_ACCURACY in (logged := trainer.callback_metrics):
+            self.trained.append(float(logged[TRAINED_ACCURACY]))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the file to the state of the checkpoint: steps after it are repeated, and their alarms with them."""
@@ -144,13 +194,18 @@ class Health(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the metrics of the validation that just ended."""
         assert isinstance(pl_module, AlignmentModule)
-        now = pl_module.validated
+        now = dict(pl_module.validated)
+        if self.trained:
+            now[TRAINED_ACCURACY] = fmean(self.trained)
+            self.trained = []
         self.start = self.start or dict(now)
         row = {
             f"val/health/logp_drift_{side}": now[key] - self.start[key]
             for side in ("chosen", "rejected")
             if (key := f"logps_per_token/{side}") in now
         }
+        if TRAINED_ACCURACY in now and "rewards/accuracies" in now:
+            row["val/health/accuracy_gap"] = now[TRAINED_ACCURACY] - now["rewards/accuracies"]
         beyond = self.beyond(now, trainer.global_step)
         row["val/health/alarms"] = float(len(beyond))
         for logger in trainer.loggers:
@@ -191,10 +246,15 @@ class Health(Callback):
             self.path.unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the first validation and the alarms, so that a resumed run compares with it and repeats no warning."""
-        return {"start": self.start, "alarms": [asdict(alarm) for alarm in self.alarms]}
+        """Return what a resumed run needs to compare with the same numbers and to repeat no warning."""
+        return {
+            "start": self.start,
+            "alarms": [asdict(alarm) for alarm in self.alarms],
+            "trained": list(self.trained),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self.start = state_dict["start"]
         self.alarms = [Alarm(**alarm) for alarm in state_dict["alarms"]]
+        self.trained = list(state_dict.get("trained", ()))  # checkpoints of version 0.1.0 lack it

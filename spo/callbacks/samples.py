@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from spo.bounds import PositiveInt
 from spo.callbacks.trackers import live_trackers
@@ -17,7 +19,7 @@ from spo.data import EvalPrompt
 from spo.errors import JudgeError
 from spo.evaluation import EvaluationSettings
 from spo.evaluation.assess import Evaluation, assess
-from spo.evaluation.completions import Draws, draw
+from spo.evaluation.completions import Draws, OtherModel, draw
 from spo.evaluation.judges import Judge
 from spo.forward.modes import eval_mode
 from spo.forward.speed import Speed
@@ -26,22 +28,26 @@ from spo.module import AlignmentModule
 from spo.records.files import read_jsonl, write_jsonl
 
 log = logging.getLogger(__name__)
-VALIDATION_METRICS = ("win_rate", *(f"win_rate{end}" for end in INTERVAL_ENDS), "reward")
+VALIDATION_METRICS = ("win_rate", *(f"win_rate{end}" for end in INTERVAL_ENDS), "reward", "kl", "entropy", "length")
 
 
 class ValidationSamples(Callback):
-    """Sample completions of a few selection prompts at every validation, with the same random numbers each time.
+    """Sample completions of selection prompts at every validation, with the same random numbers each time.
 
-    Logs ``val/samples/reward`` and ``val/samples/win_rate`` with its interval, which is wide for few prompts. Writes
-    the samples to ``samples.validation.jsonl``: rows as in ``samples.jsonl``, with their ``step``. If the judge fails,
-    its verdicts are omitted and training continues.
+    Logs these numbers of the same samples under ``val/samples/``: ``win_rate`` with its interval, which is wide for few
+    prompts, ``reward``, ``kl`` (nats per sequence), ``entropy`` (nats per token) and ``length`` (tokens). Win rate and
+    KL compare with the reference of the training. Writes the samples to ``samples.validation.jsonl``: rows as in
+    ``samples.jsonl``, with their ``step``.
+
+    A reference that cannot score samples gives neither win rate nor KL. If the judge fails, its verdicts are omitted
+    and training continues.
 
     Args:
         path: File of the samples.
-        num_prompts: Number of prompts of the selection split.
+        num_prompts: Most prompts of the selection split, ``None`` for all of them.
     """
 
-    def __init__(self, path: str, num_prompts: PositiveInt) -> None:
+    def __init__(self, path: str, num_prompts: PositiveInt | None) -> None:
         self.path, self.num_prompts = Path(path), num_prompts
         self._reference: Draws | None = None
         self._warned = False
@@ -77,10 +83,14 @@ class ValidationSamples(Callback):
             return
         policy, reference = pl_module.policy, pl_module.reference
         with eval_mode(policy):
-            ours = self._draw(policy, "policy", pl_module.speed)
-            if (self._reference is None or reference.moves) and reference.scores_samples:
-                with reference.active(policy) as model:
-                    self._reference = self._draw(model, "reference", pl_module.speed)
+            speed, other = pl_module.speed.resolve_for(policy), None
+            if reference.scores_samples:
+                other = partial(reference.active, policy)
+                with other() as model:
+                    speed = speed.resolve_for(model)
+                    if self._reference is None or reference.moves:
+                        self._reference = self._draw(model, "reference", speed)
+            ours = self._draw(policy, "policy", speed, other)
         if not trainer.is_global_zero:
             return
         found = self._assess(ours)
@@ -104,14 +114,16 @@ class ValidationSamples(Callback):
             self._warned = True
             return assess(self.prompts, ours, self._reference, self.settings, None)
 
-    def _draw(self, model: Any, stage: str, speed: Speed) -> Draws:
-        speed = speed.resolve_for(model)
+    def _draw(self, model: nn.Module, stage: str, speed: Speed, other: OtherModel | None = None) -> Draws:
+        settings = self.settings.of_reference() if stage == "reference" else self.settings
         tokens = (self.stop_ids, self.pad_token_id)
-        return draw(model, stage, self.prompts, self.settings, speed, *tokens, self.decode)
+        return draw(model, stage, self.prompts, settings, speed, *tokens, self.decode, other=other)
 
     def _write(self, samples: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
         """Add the rows of a step, in place of those that an interrupted run wrote at this step or later; return all."""
         rows = read_jsonl(self.path) if self.path.exists() else []
-        rows = [row for row in rows if row["step"] < step] + [{"step": step, **row} for row in samples]
+        rows = [row for row in rows if row["step"] < step]
+        for row in samples:  # without all completions of the reference, which are the same at every step
+            rows.append({"step": step, **{key: value for key, value in row.items() if key != "references"}})
         write_jsonl(self.path, rows)
         return rows

@@ -11,10 +11,13 @@ import numpy as np
 
 from spo.comparison.runs import CannotCompare, Run
 from spo.metrics.catalogue import INTERVAL_ENDS, find, find_logged
+from spo.wording import finite, value_text
 
 # Keys by which the best setting is selected, the first that all runs have.
 SELECTORS = ("val/win_rate", "val/reward", "val/rewards/accuracies")
 _COEFFICIENTS = ("alpha.value", "beta.value")
+# Values of a key from which on a best value has neighbors on both sides somewhere.
+_MIN_TRIED = 3
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,33 @@ def best_setting(settings: Sequence[Setting], select: str | None) -> Setting:
     return max(settings, key=lambda setting: -np.inf if setting.selection is None else sign * setting.selection)
 
 
+def edges(name: str, settings: Sequence[Setting], best: Setting) -> list[str]:
+    """Describe keys whose value in the best setting is the smallest or the largest of at least three that were tried.
+
+    Of two values either is on an edge, so a key with two values is not described. Neither is a seed, which does not
+    have an order, nor a smallest value of zero or of one as a count, below which there is nothing to try.
+
+    Args:
+        name: Name of the group of the settings.
+        settings: Settings that were tried.
+        best: Setting that was selected.
+    """
+    found = []
+    for key, value in best.values.items():
+        numbers = [finite(setting.values.get(key)) for setting in settings]
+        tried = {number for number in numbers if number is not None}
+        if finite(value) is None or len(tried) < _MIN_TRIED or key.rpartition(".")[2].endswith("seed"):
+            continue
+        is_lowest_possible = value == 0 or (value == 1 and isinstance(value, int))
+        end = "largest" if value == max(tried) else "smallest" if value == min(tried) else ""
+        if end and not (end == "smallest" and is_lowest_possible):
+            found.append(
+                f"The best setting of {name} has the {end} {short_key(key)} that was tried ({value_text(value)}): the "
+                "optimum may lie beyond it."
+            )
+    return found
+
+
 def value_order(value: Any) -> tuple[bool, float, str]:
     """Return a sort key that puts numbers first, by size, and then everything else, by its text."""
     plain = isinstance(value, int | float)
@@ -167,14 +197,8 @@ def _setting(runs: Sequence[Run], varying: Sequence[str], select: str | None) ->
     values = {key: runs[0].setting[key] for key in varying if key in runs[0].setting}
     numbers = [run.number(select) for run in runs] if select else []
     known = [one for one in numbers if one is not None]
-    words = ", ".join(f"{short_key(key)} {_value_text(value)}" for key, value in values.items())
+    words = ", ".join(f"{short_key(key)} {value_text(value)}" for key, value in values.items())
     return Setting(words or "as it is", values, runs, fmean(known) if known and len(known) == len(runs) else None)
-
-
-def _value_text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value.rpartition(".")[2] if isinstance(value, str) and value.startswith("spo.") else str(value)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

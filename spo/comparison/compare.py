@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from statistics import fmean
@@ -16,8 +16,10 @@ from spo.comparison.choice import (
     choose_metric,
     choose_selector,
     describes_policy,
+    edges,
     settings_of,
 )
+from spo.comparison.groups import Groups, group_runs
 from spo.comparison.refusals import Problem, find_problems
 from spo.comparison.runs import CannotCompare, Found, Run
 from spo.comparison.scores import score_table, shared_prompts, win_shares
@@ -30,11 +32,11 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Method:
-    """A method with everything that was tried for it.
+    """A group of runs, such as those of a method, with everything that was tried for it.
 
     Attributes:
-        name: Name of the method, ``method.name``.
-        title: Name of the method for people.
+        name: Unique name of the group: ``method.name``, or several values such as ``spo, local_kl``.
+        title: Name of the group for people.
         settings: Settings that were tried.
         best: Setting that is compared with other methods.
         estimates: Numbers of the best setting on the test split by metric, without ``eval/``.
@@ -122,6 +124,7 @@ class Comparison:
         problems: Reasons why the comparison is not fair, where it was made anyway.
         notes: Further sentences for the reader.
         bootstrap: Settings of the intervals and tests.
+        groups: Groups of the runs, and the keys that they were made by.
     """
 
     methods: Sequence[Method]
@@ -137,6 +140,7 @@ class Comparison:
     problems: Sequence[Problem]
     notes: Sequence[str] = field(default_factory=list)
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    groups: Groups = field(default_factory=lambda: group_runs([]), repr=False)
 
     @property
     def metric_name(self) -> str:
@@ -147,21 +151,24 @@ class Comparison:
 def compare(
     found: Found,
     *,
+    by: str | Sequence[str] = (),
     metric: str | None = None,
     select: str | None = None,
     baseline: str | None = None,
     anyway: bool = False,
     bootstrap: Bootstrap | None = None,
 ) -> Comparison:
-    """Compare the methods of some runs.
+    """Compare the methods of some runs, or other groups of them.
 
     Args:
         found: Runs to compare.
+        by: Keys whose values make a group, as in :func:`spo.comparison.groups.group_runs`; none for groups by method
+            and by the choices that differ between runs of a method.
         metric: Key of ``metrics.json`` by which methods are ranked and tested; ``None`` for the win rate, or the
             reward where there is none.
         select: Key on the selection split by which a method's best setting is found; ``None`` for the first of
             ``SELECTORS`` that all runs have.
-        baseline: Method with which each other one is compared; ``None`` for all pairs.
+        baseline: Name of the method or group with which each other one is compared; ``None`` for all pairs.
         anyway: Whether to continue with an unfair comparison, in which every output is marked.
         bootstrap: Settings of the intervals and tests; ``None`` for the default.
 
@@ -169,27 +176,35 @@ def compare(
         CannotCompare: If the comparison would be unfair or there is nothing to compare. All problems are named.
     """
     bootstrap = bootstrap or Bootstrap()
-    problems = find_problems(found)
+    groups = group_runs(found.runs, by)
+    problems = find_problems(found, groups)
     if problems and not anyway:
         raise CannotCompare([one.text for one in problems], "Fix them, or add --anyway to continue and mark them.")
     runs = [run for run in found.runs if run.failure is None]
     if not runs:
         raise CannotCompare([*(one.text for one in problems), "no run is finished"])
-    names = list(dict.fromkeys(run.method for run in runs))
+    names = list(dict.fromkeys(groups.names[run] for run in runs))
     if baseline is not None and baseline not in names:
-        raise CannotCompare([f"--baseline {baseline}: there is no run of it; the methods are {', '.join(names)}"])
-    unfinished = _without_finished_run(found.runs, names)
+        known = (
+            f"the {groups.noun}s are {'; '.join(names) if any(', ' in name for name in names) else ', '.join(names)}"
+        )
+        raise CannotCompare([f"--baseline {baseline}: there is no run of it; {known}"])
+    unfinished = [name for name in dict.fromkeys(groups.names[run] for run in found.runs) if name not in names]
     notes = [*found.notes, *(f"{name} does not have a finished run" for name in unfinished)]
     metric = choose_metric(runs, metric, notes)
-    of_method = {name: [run for run in runs if run.method == name] for name in names}
-    selects = any(len({run.key for run in some}) > 1 for some in of_method.values())
+    of_group = {name: [run for run in runs if groups.names[run] == name] for name in names}
+    selects = any(len({run.key for run in some}) > 1 for some in of_group.values())
     if select is not None and not selects:
-        notes.append(f"Nothing was selected by {select}: every method has one setting.")
+        notes.append(f"Nothing was selected by {select}: every {groups.noun} has one setting.")
     select = choose_selector(runs, select, notes) if selects else None
-    methods = [_method(name, some, select, problems, bootstrap) for name, some in of_method.items()]
+    methods = [
+        _method(name, groups.titles[some[0]], some, select, problems, bootstrap) for name, some in of_group.items()
+    ]
     main, higher = metric.removeprefix("eval/"), better(metric)
     methods.sort(key=lambda method: (-1 if higher is not False else 1) * method.estimates[main].value)
     seeds = sorted({run.seed for run in runs})
+    for method in methods if select is not None else ():
+        notes += edges(method.name, method.settings, method.best)
     notes += _about_seeds(methods)
     return Comparison(
         methods=methods,
@@ -205,11 +220,8 @@ def compare(
         problems=problems,
         notes=notes,
         bootstrap=bootstrap,
+        groups=groups,
     )
-
-
-def _without_finished_run(runs: Iterable[Run], finished: Sequence[str]) -> list[str]:
-    return [name for name in dict.fromkeys(run.method for run in runs) if name not in finished]
 
 
 def _about_seeds(methods: Sequence[Method]) -> list[str]:
@@ -233,13 +245,13 @@ def _about_seeds(methods: Sequence[Method]) -> list[str]:
 
 
 def _method(
-    name: str, runs: Sequence[Run], select: str | None, problems: Sequence[Problem], bootstrap: Bootstrap
+    name: str, title: str, runs: Sequence[Run], select: str | None, problems: Sequence[Problem], bootstrap: Bootstrap
 ) -> Method:
     settings = settings_of(runs, select)
     best = best_setting(settings, select)
     return Method(
         name=name,
-        title=str(runs[0].setting.get("method.title", name)),
+        title=title,
         settings=settings,
         best=best,
         estimates=_estimates(best, bootstrap),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +16,15 @@ import yaml
 from spo.errors import UserError
 from spo.records import filenames
 from spo.records.files import flatten, load_yaml, read_json
-from spo.records.operational_keys import is_part_of_setting
+from spo.records.operational_keys import is_in, is_part_of_setting
 from spo.records.run import RunRecord, read_run
 from spo.records.sweep import read_jobs
 from spo.wording import finite
 
 # `rerun=true` renames the directory of an old run to such a name.
 _MOVED_ASIDE = re.compile(r"(.+)\.\d+")
+# Words of an interpolation that may be keys, such as those of `${oc.select:method.default_beta,0.1}`.
+_REFERENCES = re.compile(r"[A-Za-z_.][\w.]*")
 
 
 class CannotCompare(UserError):
@@ -48,6 +51,9 @@ class Run:
         identity: Content of ``identity.json``: configuration, code, and digests of the inputs.
         record: Other files of the run.
         seed: Random seed of the run.
+        composed: Flat configuration with its interpolations; empty where the file is missing.
+        overrides: Overrides of the run: those of its job in the ledger of the sweep, or those of its command.
+        of_seed: Keys whose values follow from the seed, and the seed itself.
         setting: Configuration without the seed, keys derived from the seed, and operational keys such as devices.
             Runs with equal settings differ by chance alone.
         follows: Keys of the setting whose values are interpolations of other keys.
@@ -59,6 +65,9 @@ class Run:
     identity: Mapping[str, Any]
     record: RunRecord = field(repr=False)
     seed: int
+    composed: Mapping[str, str] = field(repr=False)
+    overrides: Sequence[str] = field(repr=False)
+    of_seed: frozenset[str] = field(repr=False)
     setting: Mapping[str, Any] = field(repr=False)
     follows: frozenset[str] = field(repr=False)
     failure: str | None
@@ -72,7 +81,13 @@ class Run:
     @property
     def method(self) -> str:
         """Return ``method.name`` of the configuration."""
-        return str(self.identity["config"].get("method.name", "unnamed method"))
+        return str(self.config.get("method.name", "unnamed method"))
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Return the flat configuration of the identity, without keys that change no result."""
+        config: Mapping[str, Any] = self.identity["config"]
+        return config
 
     @property
     def key(self) -> str:
@@ -149,13 +164,17 @@ def find_runs(paths: Sequence[Path]) -> Found:
     """
     found, problems = Found(), []
     by_digest: dict[str, Run] = {}
+    jobs: dict[Path, Mapping[str, Sequence[str]]] = {}
     for path in paths:
         if not path.is_dir():
             problems.append(f"{path}: there is no such directory")
             continue
         directories = list(_run_directories(path))
         for directory in directories:
-            run = _read(directory)
+            sweep = directory.resolve().parent
+            if sweep not in jobs:
+                jobs[sweep] = _overrides_of_jobs(sweep)
+            run = _read(directory, jobs[sweep].get(directory.resolve().name))
             if isinstance(run, str):
                 found.problems.append(run)
                 continue
@@ -204,20 +223,60 @@ def _ledger_problems(path: Path, directories: Sequence[Path]) -> Iterator[str]:
             yield f"the job {' '.join(job.overrides)} is {job.status}: {job.error or 'it has not run'}"
 
 
-def _read(directory: Path) -> Run | str:
+def _overrides_of_jobs(sweep: Path) -> Mapping[str, Sequence[str]]:
+    """Return the overrides of the jobs of a sweep by directory; nothing where there is no readable ledger."""
+    try:
+        return {job.directory: job.overrides for job in read_jobs(sweep) if job.same_as is None}
+    except UserError:  # The ledger is a problem of its own where the sweep is compared.
+        return {}
+
+
+def _overrides_of_command(record: RunRecord) -> Sequence[str]:
+    """Return the overrides of the command that started a run; of a sweep, those that all of its jobs share."""
+    try:
+        return [word for word in shlex.split(str(record.provenance.get("command", ""))) if "," not in word]
+    except ValueError:
+        return []
+
+
+def followers(composed: Mapping[str, str], sources: Collection[str]) -> frozenset[str]:
+    """Return keys, the keys below them, and every key whose interpolation leads to one of them.
+
+    Args:
+        composed: Flat configuration with its interpolations.
+        sources: Keys, or parts of the configuration such as ``data``.
+    """
+    found, before = set(sources), -1
+    while len(found) > before:
+        before = len(found)
+        found |= {key for key, text in composed.items() if any(is_in(one, found) for one in _references(key, text))}
+    return frozenset(found)
+
+
+def _references(key: str, text: str) -> Iterator[str]:
+    """Yield the keys that an interpolation refers to; one dot at the beginning stands for the parent of ``key``."""
+    if "${" in text:
+        for word in _REFERENCES.findall(text):
+            yield f"{key.rpartition('.')[0]}{word}" if word.startswith(".") else word
+
+
+def _read(directory: Path, overrides: Sequence[str] | None) -> Run | str:
     identity = _json(directory / filenames.IDENTITY)
     if identity is None or not isinstance(identity.get("config"), dict) or "seed" not in identity["config"]:
         return f"{directory.name}: its {filenames.IDENTITY} cannot be read"
     record = read_run(directory)
     composed = _composed(directory / filenames.COMPOSED)
-    of_seed = {key for key, text in composed.items() if "${seed}" in text} | {"seed"}
+    of_seed = followers(composed, {"seed"})
     config = identity["config"]
     return Run(
         path=directory,
         identity=identity,
         record=record,
         seed=config["seed"],
-        setting={key: value for key, value in config.items() if key not in of_seed and is_part_of_setting(key)},
+        composed=composed,
+        overrides=_overrides_of_command(record) if overrides is None else overrides,
+        of_seed=of_seed,
+        setting={key: value for key, value in config.items() if not is_in(key, of_seed) and is_part_of_setting(key)},
         follows=frozenset(key for key, text in composed.items() if text.startswith("${") and text.endswith("}")),
         failure=_failure(directory, record),
     )

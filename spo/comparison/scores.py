@@ -10,7 +10,7 @@ import numpy as np
 
 from spo.comparison.runs import Run, on_test_split
 from spo.evaluation.winrate import at_equal_length, verdict_of_rewards
-from spo.metrics.catalogue import PerSample, Row, find, with_opponent
+from spo.metrics.catalogue import PerSample, Row, comparisons, find, with_opponent
 from spo.stats import Array
 from spo.wording import finite
 
@@ -49,6 +49,8 @@ def _scores_by_prompt(run: Run, metric: str) -> dict[str, float]:
         opponent = entry.argument(metric) or ""
         rows = [with_opponent(row, opponent) for row in rows]
     if entry.covariate is not None:
+        compared = [(unit, one) for unit, row in zip(units, rows, strict=True) for one in comparisons(row)]
+        units, rows = [unit for unit, _ in compared], [one for _, one in compared]
         values = _at_zero(units, rows, entry.per_sample, entry.covariate)
     elif entry.per is not None:
         values = _ratio(_by_prompt(units, rows, entry.per_sample), _by_prompt(units, rows, entry.per))

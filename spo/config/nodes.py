@@ -17,6 +17,8 @@ from spo.errors import missing_package
 
 EXTRA_REFERENCES = "extra_references"
 """Key with the models of the references that a method declares beside the main one, by name."""
+PROMPT_SETS = ("train", "selection", "unlabeled")
+"""Values of ``regularizer.prompts`` that do not name a file."""
 DIRECTIVES = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 
 

@@ -69,6 +69,8 @@ class Data:
     group_by_length: Annotated[int, Ge(2)] | None
     num_workers: NonNegativeInt
     limit: PositiveInt | None
+    num_pairs: PositiveInt | None
+    subset_seed: Seed
     max_length: Annotated[int, Ge(2)]
     max_new_tokens: PositiveInt
     truncation: Truncation
@@ -80,7 +82,28 @@ class Data:
     splits: Splits | None
     default_alpha: PositiveFloat
     default_sft_steps: NonNegativeInt
+    regime: str | None
+    default_refresh_every: PositiveInt
     default_samples_per_prompt: PositiveInt
+    default_reference_samples: PositiveInt
+
+
+@dataclass(frozen=True)
+class BestSetting:
+    """Keys ``method.best_on.REGIME.*``: the best setting of a method on one kind of data."""
+
+    beta: PositiveFloat
+    lr: PositiveFloat
+    weight: NonNegativeFloat
+
+
+@dataclass(frozen=True)
+class BestOn:
+    """Keys ``method.best_on.*``: the built-in stories, and the regimes of the study on them."""
+
+    stories: BestSetting | None
+    few_pairs: BestSetting | None
+    narrow: BestSetting | None
 
 
 @dataclass(frozen=True)
@@ -88,6 +111,8 @@ class Method:
     """Keys ``method.*`` other than its loss."""
 
     default_beta: PositiveFloat
+    default_lr: PositiveFloat
+    best_on: BestOn | None
     regularizer_weight: NonNegativeFloat | Literal["beta"]
 
 

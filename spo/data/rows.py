@@ -86,7 +86,7 @@ class Completion:
 
 
 Completer = Callable[[Sequence[str], int], list[list[Completion]]]
-"""Function ``complete(prompts, n)`` that samples ``n`` completions of each prompt from the reference model."""
+"""Function ``complete(prompts, n)`` that samples ``n`` completions of each prompt from the model that writes them."""
 
 Reward = Callable[[Sequence[str], Sequence[str]], dict[str, list[float]]]
 """Function ``reward(prompts, completions)`` that scores each completion.

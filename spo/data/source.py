@@ -20,7 +20,11 @@ class Source(ABC):
     Subclasses set the attributes that differ from the values below, in the class or in the constructor.
 
     Attributes:
-        samples_rows: Whether :meth:`rows` samples completions from the reference model, so that its result is cached.
+        samples_rows: Whether :meth:`rows` samples completions from a model, so that its result is cached.
+        writer: Folder of the model that writes sampled completions; ``None`` for the reference model.
+        temperature: Temperature at which the model writes them.
+        sft_reads: Arguments of the constructor on which :meth:`sft_rows` depends, so that others leave the cached
+            reference model valid; ``None`` for all. Only the class itself can declare them: a subclass may read more.
         yields_lists: Whether a row can have more than two completions.
         yields_labels: Whether each row is a single completion with a label.
         has_columns: Whether rows can have the columns that a loss declares, in ``Row.columns``.
@@ -33,6 +37,9 @@ class Source(ABC):
     """
 
     samples_rows: bool = False
+    writer: str | None = None
+    temperature: float = 1.0
+    sft_reads: tuple[str, ...] | None = None
     yields_lists: bool = False
     yields_labels: bool = False
     has_columns: bool = False
@@ -88,6 +95,10 @@ class Source(ABC):
         """
         return None
 
+    def unlabeled_prompts(self) -> list[str]:
+        """Return further prompts to train on, which do not have a pair and are not in a split."""
+        return []
+
     def sft_rows(self) -> list[Row] | None:
         """Return rows to fine-tune the reference model on; ``None`` means the chosen completions of :meth:`rows`."""
         return None
@@ -97,7 +108,7 @@ class Source(ABC):
         """Return the preference rows.
 
         Args:
-            complete: Function that samples completions from the reference model, for a source without completions.
+            complete: Function that samples completions from a model, for a source without completions.
 
         Raises:
             DataError: If the source does not yield a usable row.

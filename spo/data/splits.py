@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +19,8 @@ from spo.notes import note
 if TYPE_CHECKING:
     from spo.losses import DataNeeds
 
-REPORTED_COUNTS = ("read", "used", "dropped", "truncated")
-"""Counts of pairs in the panel at the start and in ``metrics.json``."""
+REPORTED_COUNTS = ("read", "used", "left_out", "dropped", "truncated")
+"""Counts of pairs in the panel at the start and in ``metrics.json``, where they were counted."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class PreparedPairs:
         selection: Pairs to choose checkpoints and settings by.
         test: Pairs of the final evaluation.
         counts: Numbers of pairs: ``read``, ``used``, ``dropped`` and each ``dropped/REASON``, the used ones that are
-            ``truncated`` or have ``boundary_moved``, and the size of each split. A pair that a loss reads as two
-            labelled completions counts as one, but twice in the size of its split.
+            ``truncated`` or have ``boundary_moved``, and the size of each split. With ``data.num_pairs``, ``left_out``
+            is the number of training pairs that are not in use. A pair that a loss reads as two labelled completions
+            counts as one, but twice in the size of its split.
         warnings: Messages for the person who starts the run.
         stop_ids: Tokens that end a completion, in ascending order: those of the renderer, and the last token of every
             completion that was not cut.
+        left_out: Training pairs that are not in use, as rows of the data.
     """
 
     train: list[TokenizedPair]
@@ -44,6 +47,12 @@ class PreparedPairs:
     counts: dict[str, int]
     warnings: list[str]
     stop_ids: tuple[int, ...] = ()
+    left_out: Sequence[TokenizedPair] = ()
+
+    @property
+    def reported_counts(self) -> dict[str, int]:
+        """Return the counts of :data:`REPORTED_COUNTS`, by name."""
+        return {key: self.counts[key] for key in REPORTED_COUNTS if key in self.counts}
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,8 @@ def prepare(
     needs: DataNeeds | None = None,
     name_of: Callable[[str], str] = str,
     draw: Draw | None = None,
+    num_pairs: int | None = None,
+    subset_seed: int = 0,
 ) -> PreparedPairs:
     """Tokenize the rows and split them by prompt.
 
@@ -98,10 +109,13 @@ def prepare(
         needs: What the loss asks of the data; ``None`` for the rows as they are.
         name_of: Function from the name of a column to its name in the data, for messages.
         draw: Function that draws further completions from the reference model; ``None`` where there is no model.
+        num_pairs: Number of training pairs in use, see :func:`draw_subset`; ``None`` for all. The pairs of the other
+            splits stay as they are.
+        subset_seed: Random seed of the training pairs in use.
 
     Raises:
-        DataError: If fewer than ``min_pairs`` pairs are left, if there are too few prompts for the splits, or if a
-            further completion that the loss declares cannot be made.
+        DataError: If fewer than ``min_pairs`` pairs are left, if there are fewer than ``num_pairs`` training pairs, if
+            there are too few prompts for the splits, or if a further completion that the loss declares cannot be made.
         RowError: If the renderer or the loss cannot use a row.
     """
     if not (selection >= 0 and test >= 0 and selection + test < 1):
@@ -139,6 +153,10 @@ def prepare(
     }
     ends = {ids[-1] for pair in kept if not pair.truncated for ids in pair.sequences}
     stop_ids = tuple(sorted({*renderer.stop_ids, *ends}))
+    left_out: list[TokenizedPair] = []
+    if num_pairs is not None:
+        # Before the loss reads the rows, so that it does not make further completions of rows that are not in use.
+        parts["train"], left_out = draw_subset(parts["train"], num_pairs, subset_seed)
     if needs is not None:
         for split, pairs in parts.items():
             fitting, parts[split] = _as_loss_reads(pairs, needs, renderer, SplitRows((), stop_ids, draw), split)
@@ -146,13 +164,16 @@ def prepare(
                 reasons["too_long"] += too_long
                 lost = set(map(id, pairs)) - set(map(id, fitting))
                 kept = [pair for pair in kept if id(pair) not in lost]
+    others = set(map(id, left_out))
+    in_use = [pair for pair in kept if id(pair) not in others]
     counts: dict[str, int] = {
         "read": len(rows),
-        "used": len(kept),
+        "used": len(in_use),
+        **({} if num_pairs is None else {"left_out": len(left_out)}),
         "dropped": len(rows) - len(kept),
         **{f"dropped/{reason}": n for reason, n in sorted(reasons.items())},
-        "truncated": sum(pair.truncated for pair in kept),
-        "boundary_moved": sum(pair.boundary_moved for pair in kept),
+        "truncated": sum(pair.truncated for pair in in_use),
+        "boundary_moved": sum(pair.boundary_moved for pair in in_use),
         **{split: len(pairs) for split, pairs in parts.items()},
     }
     if len(kept) < min_pairs:
@@ -171,7 +192,44 @@ def prepare(
         warnings.append(f"{repeated} responses were dropped from their lists: a better one has the same tokens")
     if len(kept) < len(rows) / 2:
         warnings.append(f"{len(rows) - len(kept)} of {len(rows)} pairs were dropped{_explain_drops(reasons, renderer)}")
-    return PreparedPairs(parts["train"], parts["selection"], parts["test"], counts, warnings, stop_ids)
+    return PreparedPairs(parts["train"], parts["selection"], parts["test"], counts, warnings, stop_ids, left_out)
+
+
+def draw_subset(
+    pairs: Sequence[TokenizedPair], number: int, seed: int
+) -> tuple[list[TokenizedPair], list[TokenizedPair]]:
+    """Draw a random subset of the pairs of a split.
+
+    Each pair has a hash of the seed, its prompt and its completions in any order, and the pairs with the smallest
+    hashes are drawn. The subsets of one seed are therefore nested. They do not depend on the order of the rows, or on
+    which of the completions is the better one.
+
+    Args:
+        pairs: Pairs, ranked lists or labelled completions.
+        number: Number of pairs to draw.
+        seed: Random seed of the subset.
+
+    Returns:
+        The pairs in the subset and the others, both in their order.
+
+    Raises:
+        DataError: If there are fewer pairs.
+    """
+    if number > len(pairs):
+        raise DataError(
+            f"data.num_pairs={number}: there are {len(pairs)} training pairs; set it to {len(pairs)} or less, or to "
+            "null for all of them"
+        )
+    seen: Counter[str] = Counter()
+    places: list[float] = []
+    for pair in pairs:
+        text = json.dumps([pair.prompt_id, *sorted(pair.texts)])
+        # Rows of the same completions, such as labels of several people, are drawn independently.
+        places.append(_hash_fraction(seed, f"subset {seen[text]} {text}"))
+        seen[text] += 1
+    order = sorted(range(len(pairs)), key=places.__getitem__)
+    drawn, others = sorted(order[:number]), sorted(order[number:])
+    return [pairs[i] for i in drawn], [pairs[i] for i in others]
 
 
 def _without_some_rejected(rows: Sequence[Row]) -> Sequence[Row]:

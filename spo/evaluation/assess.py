@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
@@ -12,7 +13,7 @@ from torch import nn
 
 from spo.data import EvalPrompt
 from spo.data.rows import Text
-from spo.evaluation.completions import Draws, draw
+from spo.evaluation.completions import Draws, OtherModel, draw
 from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
 from spo.evaluation.judges import Judge, JudgedPair
 from spo.evaluation.judges.base import as_read
@@ -23,8 +24,8 @@ from spo.forward.speed import Speed
 from spo.seeds import derive_seed
 from spo.stats import Bootstrap, Resamples
 
-CompletionsCache = Callable[[str, Callable[[], Draws]], Draws]
-"""``cache(stage, draw)`` returns completions of stage ``"policy"`` or ``"reference"``; it draws missing ones."""
+CompletionsCache = Callable[[str, EvaluationSettings, Callable[[], Draws]], Draws]
+"""``cache(stage, settings, draw)`` returns completions of stage ``policy`` or ``reference``, and draws missing ones."""
 Opponent = Mapping[tuple[str, int], tuple[str, int]]
 """Completion and its number of tokens, by prompt id and sample index. Samples without one are not compared."""
 
@@ -52,7 +53,7 @@ def draw_both(
     speed: Speed,
     decode: Callable[[Sequence[int]], str],
     on_progress: Callable[[int], None] = lambda _: None,
-    cache: CompletionsCache = lambda _, draw: draw(),
+    cache: CompletionsCache = lambda _stage, _settings, draw: draw(),
 ) -> tuple[Draws, Draws]:
     """Return completions of the policy, scored by both models, and completions of the reference.
 
@@ -69,12 +70,13 @@ def draw_both(
         cache: Cache of completions, so that none is drawn twice.
     """
 
-    def drawn(model: nn.Module, stage: str, other: nn.Module | None = None) -> Draws:
-        draws = partial(draw, model, stage, prompts, settings, speed, stop_ids, pad_token_id, decode)
-        return cache(stage, lambda: draws(on_progress, other))
+    def drawn(model: nn.Module, stage: str, own: EvaluationSettings, other: OtherModel | None = None) -> Draws:
+        draws = partial(draw, model, stage, prompts, own, speed, stop_ids, pad_token_id, decode)
+        return cache(stage, own, lambda: draws(on_progress, other))
 
     with eval_mode(policy), eval_mode(reference):
-        return drawn(policy, "policy", reference), drawn(reference, "reference")
+        ours = drawn(policy, "policy", settings, lambda: nullcontext(reference))
+        return ours, drawn(reference, "reference", settings.of_reference())
 
 
 def assess(
@@ -88,8 +90,11 @@ def assess(
 ) -> Evaluation:
     """Compare and measure completions.
 
-    Intervals come from a paired bootstrap over prompts, because samples of one prompt are not independent. If the
-    prompts are all prompts that exist, only the samples are random, and the bootstrap resamples them.
+    Each sample of the policy is compared with every completion of the reference for its prompt. The verdict of a
+    sample is the mean of these comparisons. Intervals come from a paired bootstrap over prompts, because comparisons
+    of one prompt are not independent. If the prompts are all prompts that exist, only the samples are random, and the
+    bootstrap resamples them. Samples that share a completion of the reference would not be independent, so there
+    sample ``i`` meets completion ``i`` alone.
 
     Args:
         prompts: Prompts of the completions.
@@ -105,7 +110,8 @@ def assess(
         policy. ``entropy`` is in nats per token, ``entropy_sequence`` in nats per sequence. ``eval/reference/...``
         are the same quantities of the reference, which are the values before training.
     """
-    wanted = [(prompt, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
+    each, drawn_each = settings.samples_per_prompt, settings.of_reference().samples_per_prompt
+    wanted = [(prompt, i) for prompt in prompts for i in range(each)]
     columns: dict[str, Sequence[Any]] = {
         "prompt_id": [prompt.prompt_id for prompt, _ in wanted],
         "split": [prompt.split for prompt, _ in wanted],
@@ -117,8 +123,14 @@ def assess(
     }
     if ours.other_logps:
         columns["logp_reference"] = ours.other_logps
+    # Completions of the reference that a sample meets; the first one is shown beside it.
+    met: list[list[int]] = []
     if theirs is not None:
-        columns |= {"reference_completion": theirs.texts, "reference_tokens": theirs.tokens}
+        for place in range(len(prompts)):
+            own = range(place * drawn_each, (place + 1) * drawn_each)
+            met += [[own[i]] if all_prompts else [*own[i % drawn_each :], *own[: i % drawn_each]] for i in range(each)]
+        columns["reference_completion"] = [theirs.texts[first] for first, *_ in met]
+        columns["reference_tokens"] = [theirs.tokens[first] for first, *_ in met]
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     units = range(len(rows)) if all_prompts else [row["prompt_id"] for row in rows]
     bootstrap = Bootstrap(
@@ -127,30 +139,46 @@ def assess(
         seed=derive_seed("bootstrap", settings.seed),
     )
     resamples = bootstrap.resample(units)
-    metrics = _summarize(ours, settings, resamples)
+    metrics = _summarize(ours, each, each, settings.self_bleu_samples, resamples)
     if theirs is not None:
-        metrics |= {f"reference/{key}": value for key, value in _summarize(theirs, settings).items()}
+        of_reference = _summarize(theirs, drawn_each, each, settings.self_bleu_samples)
+        metrics |= {f"reference/{key}": value for key, value in of_reference.items()}
     if judge is not None:
         asked = [prompt.messages or prompt.text for prompt, _ in wanted]
         against = {}
         if theirs is not None:
             against[REFERENCE] = [
-                _Reply(*one) for one in zip(rows, asked, units, theirs.texts, theirs.tokens, strict=True)
+                _Reply(row, prompt, unit, place, theirs.texts[place], theirs.tokens[place])
+                for row, prompt, unit, places in zip(rows, asked, units, met, strict=True)
+                for place in places
             ]
         for name, opponent in (opponents or {}).items():
             found = (
-                (row, prompt, unit, opponent.get((row["prompt_id"], row["sample_index"])))
-                for row, prompt, unit in zip(rows, asked, units, strict=True)
+                (row, prompt, unit, place, opponent.get((row["prompt_id"], row["sample_index"])))
+                for place, (row, prompt, unit) in enumerate(zip(rows, asked, units, strict=True))
             )
             against[name] = [
-                _Reply(row, prompt, unit, *reply) for row, prompt, unit, reply in found if reply is not None
+                _Reply(row, prompt, unit, place, *reply)
+                for row, prompt, unit, place, reply in found
+                if reply is not None
             ]
         metrics |= _judge_rows(judge, rows, asked, against, REFERENCE in settings.against, bootstrap, resamples)
     return Evaluation({f"eval/{key}": value for key, value in metrics.items()}, rows)
 
 
-def _summarize(drawn: Draws, settings: EvaluationSettings, resamples: Resamples | None = None) -> dict[str, float]:
-    """Return the metrics that do not need a judge, with intervals if resamples are given."""
+def _summarize(
+    drawn: Draws, each: int, compared: int, self_bleu_samples: int, resamples: Resamples | None = None
+) -> dict[str, float]:
+    """Return the metrics that do not need a judge, with intervals if resamples are given.
+
+    Args:
+        drawn: Completions of a model.
+        each: Number of its completions per prompt.
+        compared: Completions per prompt that measure diversity, which depends on their number. With fewer, the metrics
+            of diversity are left out.
+        self_bleu_samples: Number of completions for self-BLEU.
+        resamples: Resamples of the prompts; ``None`` for no intervals.
+    """
     means: dict[str, tuple[Sequence[float], Sequence[float] | None]] = {
         "kl": (drawn.kl, None),
         "entropy": (drawn.entropy, drawn.tokens),
@@ -163,11 +191,13 @@ def _summarize(drawn: Draws, settings: EvaluationSettings, resamples: Resamples 
             summary |= resamples.mean(values, per).as_metrics(name)
         elif values:
             summary[name] = sum(values) / (len(values) if per is None else sum(per))
-    summary["distinct_2"] = distinct_n(drawn.texts, 2)
-    summary["self_bleu"] = self_bleu(drawn.texts[: settings.self_bleu_samples])
-    each = settings.samples_per_prompt
-    if each > 1:
-        groups = [drawn.texts[first : first + each] for first in range(0, len(drawn.texts), each)]
+    if each < compared:
+        return summary
+    groups = [drawn.texts[first : first + compared] for first in range(0, len(drawn.texts), each)]
+    texts = [text for group in groups for text in group]
+    summary["distinct_2"] = distinct_n(texts, 2)
+    summary["self_bleu"] = self_bleu(texts[:self_bleu_samples])
+    if compared > 1:
         summary["distinct_samples"] = distinct_samples(groups)
     return summary
 
@@ -180,6 +210,7 @@ class _Reply:
         row: Row of the policy's sample.
         prompt: Prompt of the row as the judge is given it: text, or messages.
         unit: Unit of the bootstrap that the row belongs to.
+        place: Place of the completion among all of the opponent; several rows may meet the same one.
         completion: Completion of the opponent.
         tokens: Length of the completion in tokens.
         reward: Reward of the completion, ``None`` if the judge only compares.
@@ -189,6 +220,7 @@ class _Reply:
     row: dict[str, Any]
     prompt: Text
     unit: Hashable
+    place: int
     completion: str
     tokens: int
     reward: float | None = None
@@ -215,9 +247,7 @@ def _judge_rows(
         if not replies:
             continue
         is_reference = opponent == REFERENCE
-        theirs = judge.scores([one.prompt for one in replies], [one.completion for one in replies]) or {}
-        for one, reward in zip(replies, theirs.get("reward", ()), strict=False):
-            one.reward = reward
+        theirs = _score(judge, replies)
         if is_reference:
             metrics |= {f"reference/{_reward_key(name)}": fmean(values) for name, values in theirs.items()}
         if not is_reference or with_reference:
@@ -226,17 +256,46 @@ def _judge_rows(
             rates = win_rates([one.verdict for one in replies], longer, [one.unit for one in replies], bootstrap)
             under = "win_rate" if is_reference else f"win_rate/{opponent}"
             metrics |= {key.replace("win_rate", under, 1): value for key, value in rates.items()}
-        for one in replies:
-            answer: dict[str, Any] = {"verdict": one.verdict} if not is_reference or with_reference else {}
-            answer |= {} if one.reward is None else {"reward": one.reward}
-            if is_reference:
-                one.row.update({"reference_reward" if key == "reward" else key: value for key, value in answer.items()})
-            else:
-                answers = one.row.setdefault("opponents", {})
-                answers[opponent] = {"completion": one.completion, "tokens": one.tokens, **answer}
+        _write_answers(replies, opponent, is_reference, with_verdicts=not is_reference or with_reference)
         if not is_reference:
             metrics[f"prompts/{opponent}"] = float(len({one.row["prompt_id"] for one in replies}))
     return metrics
+
+
+def _score(judge: Judge, replies: Sequence[_Reply]) -> Mapping[str, Sequence[float]]:
+    """Set the rewards of an opponent's completions, each of which is scored once, and return all scores."""
+    distinct = {one.place: one for one in replies}
+    scored = list(distinct.values())
+    scores = judge.scores([one.prompt for one in scored], [one.completion for one in scored]) or {}
+    rewards = dict(zip(distinct, scores.get("reward", ()), strict=False))
+    for one in replies:
+        one.reward = rewards.get(one.place)
+    return scores
+
+
+def _write_answers(replies: Sequence[_Reply], opponent: str, is_reference: bool, with_verdicts: bool) -> None:
+    """Write the completions of an opponent, their rewards and their verdicts into the rows that met them."""
+    of_row: dict[int, list[_Reply]] = {}
+    for one in replies:
+        of_row.setdefault(id(one.row), []).append(one)
+    for met in of_row.values():
+        row = met[0].row
+        answers = [
+            {"completion": one.completion, "tokens": one.tokens}
+            | ({"verdict": one.verdict} if with_verdicts else {})
+            | ({} if one.reward is None else {"reward": one.reward})
+            for one in met
+        ]
+        if not is_reference:
+            row.setdefault("opponents", {})[opponent] = answers[0]
+            continue
+        if with_verdicts:
+            answered = [one.verdict for one in met if one.verdict is not None]
+            row["verdict"] = fmean(answered) if answered else None
+        if met[0].reward is not None:
+            row["reference_reward"] = met[0].reward
+        if len(met) > 1:
+            row["references"] = answers
 
 
 def _set_verdicts(judge: Judge, replies: Sequence[_Reply]) -> None:

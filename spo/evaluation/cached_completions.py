@@ -37,22 +37,22 @@ NUMBERS = ("logps", "entropy", "other_logps", "kl")
 
 def cached_completions(
     cache_dir: str | Path,
-    settings: EvaluationSettings,
     prompts: Sequence[EvalPrompt],
     stop_ids: Sequence[int],
     model_digests: Mapping[str, Any],
     stage: str,
+    settings: EvaluationSettings,
     draw: Callable[[], Draws],
 ) -> Draws:
     """Return completions from the cache; draw and store them if they are missing.
 
     Args:
         cache_dir: Folder of the cache.
-        settings: Settings of the evaluation.
         prompts: Prompts of the completions.
         stop_ids: Tokens that end a completion.
         model_digests: Digests of the models for each stage.
         stage: ``policy`` or ``reference``, the model that draws.
+        settings: Settings by which this model draws.
         draw: Function that draws the completions.
     """
     key = {

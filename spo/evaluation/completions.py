@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,8 @@ from spo.ops.logps import at_least_float32, by_rows
 from spo.sampling import contents, derive_seed, sample
 from spo.types import Sequences
 
+OtherModel = Callable[[], AbstractContextManager[nn.Module]]
+"""Function to a context with a model: a reference without weights of its own is a state of the policy."""
 SCORED_TOKENS = 16384
 """Limit of tokens in a forward pass that scores: it bounds memory and keeps a GPU busy. Shared prompts count again."""
 
@@ -55,7 +58,7 @@ def draw(
     pad_token_id: int,
     decode: Callable[[Sequence[int]], str],
     on_progress: Callable[[int], None] = lambda _: None,
-    other: nn.Module | None = None,
+    other: OtherModel | None = None,
 ) -> Draws:
     """Draw completions from ``model`` and score them with it and with ``other``.
 
@@ -72,10 +75,9 @@ def draw(
         pad_token_id: Token that fills rows up.
         decode: Function from the token ids of a completion to its text.
         on_progress: Function to call with the number of completions just drawn.
-        other: Model to compare with, ``None`` for none.
+        other: Function to a context with the model to compare with, ``None`` for none.
     """
     wanted = [(prompt, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
-    models = [model] if other is None else [model, other]
     rows: list[tuple[str, int, list[float]]] = [("", 0, [])] * len(wanted)
     for places in by_length([len(prompt.ids) for prompt, _ in wanted], settings.batch_size):
         chunk = [wanted[place] for place in places]
@@ -91,12 +93,14 @@ def draw(
         )
         texts, tokens = map(decode, contents(sequences, stop_ids)), sequences.completion_length.tolist()
         numbers = [
-            row for part in _split_for_scoring(sequences) for row in _measure(models, part, speed, settings.temperature)
+            row
+            for part in _split_for_scoring(sequences)
+            for row in _measure(model, other, part, speed, settings.temperature)
         ]
         for place, text, length, values in zip(places, texts, tokens, numbers, strict=True):
             rows[place] = text, length, values
         on_progress(len(chunk))
-    columns = [[row[2][i] for row in rows] for i in range(2 * len(models))]
+    columns = [[row[2][i] for row in rows] for i in range(2 if other is None else 4)]
     return Draws([row[0] for row in rows], [row[1] for row in rows], *columns)
 
 
@@ -107,7 +111,9 @@ def _split_for_scoring(sequences: Sequences) -> Iterator[Sequences]:
     return map(sequences.rows, split_by_tokens(items, max_tokens=SCORED_TOKENS))
 
 
-def _measure(models: Sequence[nn.Module], sequences: Sequences, speed: Speed, temperature: float) -> list[list[float]]:
+def _measure(
+    model: nn.Module, other: OtherModel | None, sequences: Sequences, speed: Speed, temperature: float
+) -> list[list[float]]:
     """Return for each sequence log-prob and entropy under the first model, then log-prob under the other and the KL."""
 
     def measure(targets: Tensor, *logits: Tensor) -> Tensor:
@@ -118,8 +124,11 @@ def _measure(models: Sequence[nn.Module], sequences: Sequences, speed: Speed, te
             found += [token_logps(logits[1], targets), token_kl(*logits)]
         return torch.stack(found, dim=-1)
 
-    sequences = speed.arrange(sequences).to(next(models[0].parameters()).device)
-    logits = [speed.logits(model, sequences) for model in models]
+    sequences = speed.arrange(sequences).to(next(model.parameters()).device)
+    logits = [speed.logits(model, sequences)]
+    if other is not None:
+        with other() as other_model:
+            logits.append(speed.logits(other_model, sequences))
     # All values of a group of rows are computed together, so deferred logits are computed only once.
     values = by_rows(measure, completion_targets(sequences), *logits)
     return torch.stack([sum_per_sequence(column, sequences) for column in values.unbind(-1)], dim=-1).tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from spo.bounds import NonNegativeInt, OpenFraction, PositiveFloat, PositiveInt
@@ -18,7 +18,7 @@ class EvaluationSettings:
     Attributes:
         num_prompts: Limit of prompts from the test split.
         selection_prompts: Limit of prompts from the selection split, whose metrics choose between settings; 0 for none.
-        samples_per_prompt: Number of completions per prompt from the policy, and as many from the reference.
+        samples_per_prompt: Number of completions per prompt from the policy.
         max_new_tokens: Limit of tokens in a completion.
         temperature: Temperature of sampling, and of both models in log-probs, entropy and KL. At 1 the distributions
             are those of the models.
@@ -29,6 +29,10 @@ class EvaluationSettings:
         bootstrap_samples: Number of resamples of the prompts.
         self_bleu_samples: Number of completions for self-BLEU, whose cost is quadratic.
         seed: Random seed of the sampling.
+        reference_samples: Number of completions per prompt from the reference. Each sample of the policy is compared
+            with all of them. ``None``: as many as from the policy.
+        reference_seed: Random seed of the completions of the reference; ``None`` for ``seed``. The defaults of both
+            keys are those of runs of version 0.1.0.
         policy: Weights that are evaluated and saved: those of the last step, or of the best checkpoint. The default is
             that of runs of version 0.1.0, whose configurations do not have this key.
     """
@@ -45,3 +49,13 @@ class EvaluationSettings:
     self_bleu_samples: NonNegativeInt
     seed: NonNegativeInt
     policy: Literal["last", "best"] = "last"
+    reference_samples: PositiveInt | None = None
+    reference_seed: NonNegativeInt | None = None
+
+    def of_reference(self) -> EvaluationSettings:
+        """Return the settings by which the reference draws its completions."""
+        return replace(
+            self,
+            samples_per_prompt=self.reference_samples or self.samples_per_prompt,
+            seed=self.seed if self.reference_seed is None else self.reference_seed,
+        )

@@ -65,21 +65,38 @@ def at_equal_length(verdicts: Array, length_differences: Array, weights: Array) 
         ``(K,)`` win rates.
     """
     spread = length_differences.std()
-    x = np.tanh(length_differences / spread) if spread > 0 else np.zeros_like(length_differences)
-    start = _fit(verdicts, x, weights[:1], np.zeros((1, 2)))
-    size = max(_NUMBERS_AT_ONCE // len(x), 1)
-    parts = [weights[first : first + size] for first in range(0, len(weights), size)]
-    fitted = np.vstack([_fit(verdicts, x, part, np.repeat(start, len(part), axis=0)) for part in parts])
+    # Lengths are whole numbers, so many comparisons share a difference, and the loss depends on their sums alone.
+    differences, place = np.unique(length_differences, return_inverse=True)
+    x = np.tanh(differences / spread) if spread > 0 else np.zeros_like(differences)
+    at_difference = np.zeros((len(verdicts), len(x)))
+    at_difference[np.arange(len(verdicts)), place] = 1.0
+
+    def fit(part: Array, start: Array) -> Array:
+        return _fit((part * verdicts) @ at_difference, part @ at_difference, x, np.repeat(start, len(part), axis=0))
+
+    start = fit(weights[:1], np.zeros((1, 2)))
+    size = max(_NUMBERS_AT_ONCE // len(verdicts), 1)
+    fitted = np.vstack([fit(weights[first : first + size], start) for first in range(0, len(weights), size)])
     intercept = fitted[:, 0]
     return _sigmoid(np.where(np.abs(intercept) < _LARGEST_LOGIT, intercept, np.copysign(np.inf, intercept)))
 
 
-def _fit(verdicts: Array, x: Array, weights: Array, start: Array) -> Array:
-    """Fit ``K`` weighted logistic regressions by Newton's method in bounded steps; ``(K, 2)`` intercepts and slopes."""
+def _fit(won: Array, weights: Array, x: Array, start: Array) -> Array:
+    """Fit ``K`` weighted logistic regressions by Newton's method in bounded steps.
+
+    Args:
+        won: ``(K, U)`` weights times verdicts, summed over the comparisons at each of ``U`` values of ``x``.
+        weights: ``(K, U)`` weights, summed in the same way.
+        x: ``(U,)`` covariate.
+        start: ``(K, 2)`` intercepts and slopes to start from.
+
+    Returns:
+        ``(K, 2)`` intercepts and slopes.
+    """
     intercept, slope = start.T.copy()
     for _ in range(_ITERATIONS):
         p = _sigmoid(intercept[:, None] + slope[:, None] * x)
-        residual, curvature = weights * (verdicts - p), weights * p * (1 - p)
+        residual, curvature = won - weights * p, weights * p * (1 - p)
         gradient = residual.sum(1), residual @ x - RIDGE * slope
         a, b, c = curvature.sum(1) + 1e-12, curvature @ x, curvature @ x**2 + RIDGE
         step = np.stack([c * gradient[0] - b * gradient[1], a * gradient[1] - b * gradient[0]]) / (a * c - b * b)

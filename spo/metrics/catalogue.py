@@ -42,6 +42,9 @@ class Metric:
         places: Places that show the metric, in addition to the table of a run, which shows every metric: ``card`` for
             the cards of the run page, ``terminal`` for the panel at the end of a run, ``comparison`` for tables of
             several methods and for dashboards.
+        comparable: Whether numbers of different methods are on one scale. Losses are not, since each method has its own
+            objective, and neither are implicit rewards, whose unit is that of the method. Their accuracy is a share of
+            pairs, and therefore comparable. What is not comparable never shares an axis.
         of_policy: Whether the number describes the policy, as the number of questions to a judge does not.
         per_sample: Value of a single completion, from its row of ``samples.jsonl``; the mean over completions estimates
             the metric. In a family of opponents the row has the opponent in the place of the reference. ``None`` where
@@ -57,6 +60,7 @@ class Metric:
     bounds: tuple[float, float] | None = None
     neutral: float | None = None
     places: tuple[Place, ...] = ()
+    comparable: bool = True
     of_policy: bool = True
     per_sample: PerSample | None = None
     per: PerSample | None = None
@@ -119,7 +123,17 @@ def _length_difference(row: Row) -> float | None:
 def with_opponent(row: Row, opponent: str) -> Row:
     """Return a row in which a named opponent takes the place of the reference."""
     answer = (row.get("opponents") or {}).get(opponent) or {}
-    return {**row, "verdict": answer.get("verdict"), "reference_tokens": answer.get("tokens")}
+    return {**row, "verdict": answer.get("verdict"), "reference_tokens": answer.get("tokens"), "references": None}
+
+
+def comparisons(row: Row) -> list[Row]:
+    """Return one row for each completion of the reference that a sample was compared with.
+
+    Args:
+        row: Row of ``samples.jsonl``. Without the column ``references`` it holds a single comparison.
+    """
+    met = row.get("references") or []
+    return [{**row, "verdict": one.get("verdict"), "reference_tokens": one.get("tokens")} for one in met] or [row]
 
 
 # --- the entries ---------------------------------------------------------------------------------------------------
@@ -216,15 +230,15 @@ CATALOGUE: list[Metric] = [
         bounds=SHARE,
         places=("terminal",),
     ),
-    Metric("rewards/margins", "implicit reward margin", better="higher"),
-    Metric("rewards/chosen", "implicit reward, chosen", better="higher"),
-    Metric("rewards/rejected", "implicit reward, rejected"),
+    Metric("rewards/margins", "implicit reward margin", better="higher", comparable=False),
+    Metric("rewards/chosen", "implicit reward, chosen", better="higher", comparable=False),
+    Metric("rewards/rejected", "implicit reward, rejected", comparable=False),
     Metric("calibration/ece", "calibration error", better="lower", bounds=SHARE, places=("terminal",)),
     Metric("calibration/brier", "Brier score", better="lower", bounds=SHARE),
     Metric("calibration/log_loss", "calibration log loss", "nats per pair", better="lower", bounds=NOT_NEGATIVE),
-    Metric("loss", "loss", better="lower"),
-    Metric("loss/preference", "preference loss", better="lower"),
-    Metric("loss/regularizer", "regularizer", better="lower"),
+    Metric("loss", "loss", better="lower", comparable=False),
+    Metric("loss/preference", "preference loss", better="lower", comparable=False),
+    Metric("loss/regularizer", "regularizer", better="lower", comparable=False),
     Metric("logps/chosen", "log-prob, chosen", "nats per sequence"),
     Metric("logps/rejected", "log-prob, rejected", "nats per sequence", better="lower"),
     Metric("logps_per_token/chosen", "log-prob per token, chosen", "nats per token"),
@@ -236,10 +250,20 @@ CATALOGUE: list[Metric] = [
     Metric("health/alarms", "health alarms", "limits crossed", better="lower"),
     Metric("health/logp_drift_chosen", "drift of log-probs, chosen", "nats per token"),
     Metric("health/logp_drift_rejected", "drift of log-probs, rejected", "nats per token"),
+    Metric("health/accuracy_gap", "implicit reward accuracy, training minus validation", "share of pairs"),
     Metric(
         "samples/win_rate", "win rate on a few validation prompts", "share of prompts", better="higher", bounds=SHARE
     ),
     Metric("samples/reward", "reward on a few validation prompts", better="higher"),
+    Metric(
+        "samples/kl",
+        "KL to the reference on a few validation prompts",
+        "nats per sequence",
+        better="lower",
+        bounds=NOT_NEGATIVE,
+    ),
+    Metric("samples/entropy", "entropy on a few validation prompts", "nats per token", bounds=NOT_NEGATIVE),
+    Metric("samples/length", "length on a few validation prompts", "tokens", bounds=NOT_NEGATIVE),
     Metric("exact/tv", "total variation to the optimum", better="lower", bounds=SHARE),
     Metric("exact/kl_optimum", "KL to the optimum", "nats per response", better="lower", bounds=NOT_NEGATIVE),
     Metric("exact/kl_reference", "exact KL to the reference", "nats per response", better="lower", bounds=NOT_NEGATIVE),
@@ -290,6 +314,16 @@ def find_logged(key: str) -> Metric | None:
         key: Key as it is logged, such as ``eval/kl`` or ``exact/entropy``.
     """
     return find(key) or find(key.partition("/")[2])
+
+
+def comparable(key: str) -> bool:
+    """Return whether a metric of different methods is on one scale; a metric without an entry counts as comparable.
+
+    Args:
+        key: Key as it is logged, such as ``train/loss``, or without its first part.
+    """
+    entry = find_logged(key)
+    return entry is None or entry.comparable
 
 
 def label(key: str) -> str:

@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from spo.wording import finite
+from spo.wording import finite, number
 
 PREFIX = "trained/"
 """Beginning of the keys of the budget in ``metrics.json``."""
 BUDGET_WORDS = {"steps": "steps", "pairs": "pairs", "sampled_tokens": "tokens sampled"}
 """Counts of the budget, each with its words for people."""
+SAMPLED = f"{PREFIX}sampled_tokens"
+"""Key of the completion tokens that were sampled for the objective."""
+COSTS = {"time/train_s": ("training", "s"), SAMPLED: ("sampled", "tokens")}
+"""Keys of the costs of a run in ``metrics.json``, each with its name and its unit."""
 
 
 @dataclass
@@ -81,6 +85,16 @@ class Trained:
 def written(count: float) -> str:
     """Write a count such as ``1,234``, or ``2.5`` for a half pair."""
     return f"{count:,.1f}".removesuffix(".0")
+
+
+def cost_text(key: str, value: float | None) -> str:
+    """Write a cost; an unknown one is a dash and not zero.
+
+    Args:
+        key: One of ``COSTS``.
+        value: Value of the cost, ``None`` where it is unknown.
+    """
+    return f"{value:,.0f}" if value is not None and key == SAMPLED else number(value)
 
 
 def describe_budget(metrics: Mapping[str, Any]) -> str:

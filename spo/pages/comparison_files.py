@@ -8,24 +8,27 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from spo.comparison.compare import Comparison, Difference, Duel, Method
 from spo.metrics.catalogue import find, label, shown_in
-from spo.metrics.trained import BUDGET_WORDS, PREFIX
+from spo.metrics.trained import BUDGET_WORDS, COSTS, PREFIX
 from spo.pages.comparison_words import (
+    describe_costs,
     describe_difference,
     describe_duels,
     describe_procedure,
     describe_training,
     interval,
+    mean_over_seeds,
 )
 from spo.records.files import to_json, write_text
 from spo.stats import Estimate
 from spo.wording import clean, number
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+# Keys of what a run spent, each of them once.
+_SPENT = tuple(dict.fromkeys([*(f"{PREFIX}{key}" for key in BUDGET_WORDS), *COSTS]))
 JSON, CSV, MARKDOWN, PAGE = "comparison.json", "table.csv", "comparison.md", "comparison.html"
 
 
@@ -41,6 +44,7 @@ def to_dict(comparison: Comparison) -> dict[str, Any]:
     """Return everything that the comparison found as plain values."""
     return {
         "metric": comparison.metric,
+        "by": list(comparison.groups.by),
         "select": comparison.select,
         "baseline": comparison.baseline,
         "prompts": comparison.prompts,
@@ -72,6 +76,7 @@ def _method(method: Method) -> dict[str, Any]:
                 "label": setting.label,
                 "values": dict(setting.values),
                 "selection": setting.selection,
+                **{key.rpartition("/")[2]: mean_over_seeds(setting, key) for key in COSTS},
                 "best": setting is method.best,
                 "runs": [{"directory": run.name, "seed": run.seed} for run in setting.runs],
             }
@@ -81,13 +86,8 @@ def _method(method: Method) -> dict[str, Any]:
 
 
 def _trained(method: Method) -> dict[str, float | None]:
-    """Return the mean budget of the runs of the best setting; ``None`` where a run did not record it."""
-    found: dict[str, float | None] = {}
-    for key in BUDGET_WORDS:
-        counts = [run.record.metric(PREFIX + key) for run in method.best.runs]
-        known = [count for count in counts if count is not None]
-        found[key] = fmean(known) if len(known) == len(counts) else None
-    return found
+    """Return the mean budget and costs of the runs of the best setting; ``None`` where a run did not record them."""
+    return {key.rpartition("/")[2]: mean_over_seeds(method.best, key) for key in _SPENT}
 
 
 def _estimate(estimate: Estimate) -> dict[str, float | None]:
@@ -124,8 +124,7 @@ def to_csv(comparison: Comparison) -> str:
     writer = csv.writer(text, lineterminator="\n")
     names = columns(comparison)
     ends = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
-    spent = [f"{PREFIX}{key}" for key in BUDGET_WORDS]
-    writer.writerow(["method", "setting", "trials", "seeds", "prompts", *spent, *ends, "problems"])
+    writer.writerow(["method", "setting", "trials", "seeds", "prompts", *_SPENT, *ends, "problems"])
     for method in comparison.methods:
         numbers: list[float | None] = list(_trained(method).values())
         for name in names:
@@ -158,11 +157,14 @@ def _markdown(comparison: Comparison) -> Iterator[str]:
         yield from (f"> - {_cell(problem.text)}" for problem in comparison.problems)
         yield ""
     names = columns(comparison)
-    yield _row(["method", "best setting", "trials", "seeds", "trained", *(label(name) for name in names)])
-    yield _row(["---", "---", "---:", "---:", "---", *["---:"] * len(names)])
+    costs = [f"{name} ({unit})" for name, unit in COSTS.values()]
+    heads = [comparison.groups.noun, "best setting", "trials", "seeds", "trained", *costs]
+    yield _row([*heads, *(label(name) for name in names)])
+    yield _row(["---", "---", "---:", "---:", "---", *["---:"] * (len(costs) + len(names))])
     for method in comparison.methods:
         cells = [method.name + (" (!)" if method.problems else ""), method.best.label]
         cells += [str(len(method.settings)), str(len(method.best.seeds)), describe_training(method.best)]
+        cells += describe_costs(method.best)
         for name in names:
             one = method.estimates.get(name)
             cells.append("–" if one is None else f"{number(one.value)} {interval(one)}".rstrip())

@@ -11,10 +11,14 @@ from markupsafe import Markup
 from spo.comparison.compare import Comparison, Difference, Method
 from spo.comparison.runs import Run
 from spo.metrics.catalogue import label, unit
+from spo.metrics.trained import COSTS, cost_text
 from spo.pages.charts import marker
-from spo.pages.comparison_figures import curves, frontier, headline, hues, settings_chart, win_matrix
+from spo.pages.comparison_curves import curves
+from spo.pages.comparison_figures import frontier, headline, hues, win_matrix
 from spo.pages.comparison_files import PAGE, columns
+from spo.pages.comparison_settings import settings_chart
 from spo.pages.comparison_words import (
+    describe_costs,
     describe_difference,
     describe_duels,
     describe_p_value,
@@ -22,6 +26,7 @@ from spo.pages.comparison_words import (
     describe_training,
     interval,
     join_names,
+    mean_over_seeds,
 )
 from spo.pages.dashboard import Dashboard, load_spec
 from spo.pages.run_page import TEMPLATES
@@ -67,6 +72,8 @@ def write_page(comparison: Comparison, folder: Path, dashboard: Dashboard | None
         how=describe_procedure(comparison),
         label=label,
         number=number,
+        costs=COSTS,
+        describe_costs=describe_costs,
         describe_training=describe_training,
     )
 
@@ -130,7 +137,9 @@ def _row(method: Method, comparison: Comparison) -> dict[str, Any]:
                 "interval": interval(one),
             }
         )
-    return {"method": method, "cells": cells}
+    spent = {key: mean_over_seeds(method.best, key) for key in COSTS}
+    costs = [{"sort": "" if one is None else repr(one), "value": cost_text(key, one)} for key, one in spent.items()]
+    return {"method": method, "costs": costs, "cells": cells}
 
 
 # --- samples -------------------------------------------------------------------------------------------------------

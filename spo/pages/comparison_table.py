@@ -11,6 +11,7 @@ from rich.text import Text
 
 from spo.comparison.compare import Comparison, Method
 from spo.metrics.catalogue import label, unit
+from spo.metrics.trained import COSTS, cost_text
 from spo.pages.comparison_files import columns
 from spo.pages.comparison_words import (
     describe_difference,
@@ -18,6 +19,7 @@ from spo.pages.comparison_words import (
     describe_procedure,
     describe_training,
     interval,
+    mean_over_seeds,
 )
 from spo.wording import clean, number
 
@@ -53,7 +55,7 @@ def _problems(console: Console, comparison: Comparison) -> None:
 
 def _table(console: Console, comparison: Comparison, methods: Sequence[Method]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(_text(console, f"{len(comparison.methods)} methods", "dim"))
+    table.add_column(_text(console, _counted(comparison), "dim"))
     for method in methods:
         mark = " (!)" if method.problems else ""
         table.add_column(
@@ -63,7 +65,11 @@ def _table(console: Console, comparison: Comparison, methods: Sequence[Method]) 
     table.add_row("settings tried", *(str(len(method.settings)) for method in methods))
     table.add_row("seeds", *(", ".join(map(str, method.best.seeds)) for method in methods))
     trained = (describe_training(method.best).replace(", ", "\n") for method in methods)
-    table.add_row("trained", *(_text(console, words) for words in trained), end_section=True)
+    table.add_row("trained", *(_text(console, words) for words in trained))
+    for key, (name, unit_of_cost) in COSTS.items():
+        texts = (cost_text(key, mean_over_seeds(method.best, key)) for method in methods)
+        table.add_row(Text.assemble(name, "\n", (unit_of_cost, "dim")), *texts)
+    table.add_section()
     for name in columns(comparison):
         cells = []
         for method in methods:
@@ -73,6 +79,10 @@ def _table(console: Console, comparison: Comparison, methods: Sequence[Method]) 
             cells.append(Text.assemble((value, style), "\n", (interval(estimate), "dim")))
         table.add_row(Text.assemble(label(name), "\n", (unit(name), "dim")), *cells)
     return table
+
+
+def _counted(comparison: Comparison) -> str:
+    return f"{len(comparison.methods)} {comparison.groups.noun}s"
 
 
 def _text(console: Console, text: str, style: str = "") -> Text:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import fmean
+
 from spo.comparison.choice import Setting
 from spo.comparison.compare import Comparison, Difference
 from spo.metrics.catalogue import label
-from spo.metrics.trained import BUDGET_WORDS, PREFIX
+from spo.metrics.trained import BUDGET_WORDS, COSTS, PREFIX, SAMPLED, cost_text
 from spo.stats import Estimate
 from spo.wording import number
 
@@ -17,10 +20,24 @@ def interval(estimate: Estimate | None) -> str:
     return f"[{number(estimate.low)}, {number(estimate.high)}]"
 
 
+def mean_over_seeds(setting: Setting, key: str) -> float | None:
+    """Return the mean of a number over the seeds of a setting, ``None`` where a run did not record it."""
+    numbers = [run.record.metric(key) for run in setting.runs]
+    known = [one for one in numbers if one is not None]
+    return fmean(known) if len(known) == len(numbers) else None
+
+
+def describe_costs(setting: Setting) -> list[str]:
+    """Write the costs of a setting in the order of ``COSTS``, as means over its seeds."""
+    return [cost_text(key, mean_over_seeds(setting, key)) for key in COSTS]
+
+
 def describe_training(setting: Setting) -> str:
-    """Write the budget of a setting, such as ``60 steps, 480 pairs, 0 tokens sampled``; ranges where seeds differ."""
+    """Write the budget of a setting, such as ``60 steps, 480 pairs``; ranges where seeds differ."""
     found = []
     for key, words in BUDGET_WORDS.items():
+        if PREFIX + key == SAMPLED:  # It is a cost, which may differ between methods.
+            continue
         counts = [count for run in setting.runs if (count := run.record.metric(PREFIX + key)) is not None]
         if counts:
             lowest, highest = (f"{end:,.0f}" for end in (min(counts), max(counts)))
@@ -87,9 +104,11 @@ def describe_procedure(comparison: Comparison) -> list[str]:
     """State in sentences how the numbers were computed."""
     share = f"{comparison.bootstrap.confidence:.0%}"
     seeds = f"{len(comparison.seeds)} seed{'s' if len(comparison.seeds) != 1 else ''}"
-    words = [f"Means over {seeds} and {comparison.prompts:,} test prompts, with {share} intervals over both."]
+    words = [*_about_groups(comparison)]
+    words += [f"Means over {seeds} and {comparison.prompts:,} test prompts, with {share} intervals over both."]
     if comparison.select is not None:
-        words.append(f"The best setting of each method was selected by {comparison.select} on the selection split.")
+        of_each = f"The best setting of each {comparison.groups.noun}"
+        words.append(f"{of_each} was selected by {comparison.select} on the selection split.")
     if comparison.differences:
         tests, name = len(comparison.differences), label(comparison.metric_name)
         corrected = f", p-values corrected for {tests} tests (Holm)" if tests > 1 else ""
@@ -104,6 +123,18 @@ def describe_procedure(comparison: Comparison) -> list[str]:
     return words
 
 
-def join_names(names: list[str]) -> str:
+def _about_groups(comparison: Comparison) -> list[str]:
+    """State what the groups are made by, where they are not simply methods."""
+    groups = comparison.groups
+    if groups.by:
+        return [f"Groups are made by {join_names(groups.by)}."]
+    if groups.choices:
+        return [
+            f"Runs of a method that differ in their choice of {join_names(groups.choices)} are groups of their own."
+        ]
+    return []
+
+
+def join_names(names: Sequence[str]) -> str:
     """Join names with commas and a final "and"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -11,11 +11,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from spo.metrics.catalogue import INTERVAL_ENDS, find, label, rank, unit
+from spo.metrics.catalogue import INTERVAL_ENDS, comparisons, find, label, rank, unit
 from spo.metrics.trained import describe_budget
 from spo.records import filenames
 from spo.records.run import read_alarms, read_stop
-from spo.wording import clean, describe_win_rate, finite, number, shorten, verdict_word
+from spo.wording import clean, describe_verdict, describe_win_rate, finite, number, shorten
 
 _CONTROLLED = "_length_controlled"
 # In a narrower terminal, reference and policy stand below each other.
@@ -141,7 +141,8 @@ def _chosen(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str
 
 def _sample(console: Console, name: str, row: Mapping[str, Any]) -> RenderableType:
     verdict = finite(row.get("verdict"))
-    head = _text(console, name + ("" if verdict is None else f" ({verdict_word(verdict)})"), "bold")
+    result = "" if verdict is None else f" ({describe_verdict(verdict, len(comparisons(row)))})"
+    head = _text(console, name + result, "bold")
     prompt = _text(console, _field(row, "prompt"), "italic")
     sides = []
     for who, completion, reward in (

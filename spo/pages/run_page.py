@@ -10,14 +10,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from spo.metrics.catalogue import INTERVAL_ENDS, find, label, rank, shown_in, unit
+from spo.metrics.catalogue import INTERVAL_ENDS, comparisons, find, label, rank, shown_in, unit
 from spo.metrics.trained import describe_budget
 from spo.pages.charts import LineChart, Series, histogram, interval_bar, line_chart
 from spo.pages.dashboard import SCHEDULES, SPLITS, Curves, Dashboard, load_spec, unit_of
 from spo.pages.selfcontained import write_selfcontained
 from spo.records import filenames
 from spo.records.run import RunRecord, read_run
-from spo.wording import clean, describe_win_rate, duration, finite, number, shorten, verdict_word
+from spo.wording import clean, describe_verdict, describe_win_rate, duration, finite, number, shorten, verdict_word
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Limits that keep the page of any run below a megabyte.
@@ -148,7 +148,8 @@ def _win_rate(run: RunRecord) -> dict[str, Any] | None:
     if value is None:
         return None
     low, high = (run.metric(f"eval/win_rate{end}") for end in INTERVAL_ENDS)
-    words = [verdict_word(v) for row in _evaluated(run) if (v := finite(row.get("verdict"))) is not None]
+    compared = (one for row in _evaluated(run) for one in comparisons(row))
+    words = [verdict_word(v) for one in compared if (v := finite(one.get("verdict"))) is not None]
     counted = ", ".join(
         f"{words.count(word):,} {plural}" for word, plural in (("win", "wins"), ("tie", "ties"), ("loss", "losses"))
     )
@@ -210,7 +211,7 @@ def _number(name: str, value: Any) -> str:
 def _under(run: RunRecord, prefix: str, write: Any) -> list[tuple[str, str]]:
     metrics = run.metrics or {}
     names = [key.removeprefix(prefix) for key in metrics if key.startswith(prefix)]
-    first = ("pairs_read", "pairs_used", "pairs_dropped", "pairs_truncated")
+    first = ("pairs_read", "pairs_used", "pairs_left_out", "pairs_dropped", "pairs_truncated")
     order = sorted(names, key=lambda name: (first.index(name) if name in first else len(first), name))
     return [write(name, metrics[prefix + name]) for name in order]
 
@@ -274,7 +275,10 @@ def _evaluated(run: RunRecord) -> list[dict[str, Any]]:
 def _rewards(run: RunRecord) -> dict[str, Any] | None:
     rows = _evaluated(run)
     policy = [value for row in rows if (value := finite(row.get("reward"))) is not None]
-    reference = [value for row in rows if (value := finite(row.get("reference_reward"))) is not None]
+    # Samples of one prompt meet the same completions of the reference, which count once.
+    met = {(row.get("prompt_id"), one.get("completion")): one for row in rows for one in row.get("references") or ()}
+    of_reference = [one.get("reward") for one in met.values()] or [row.get("reference_reward") for row in rows]
+    reference = [value for one in of_reference if (value := finite(one)) is not None]
     if not policy:
         return None
     return {
@@ -324,7 +328,7 @@ def _sample(row: Mapping[str, Any], delta: float | None) -> dict[str, Any]:
         "id": clean(str(row.get("prompt_id", ""))),
         "index": row.get("sample_index") or 0,
         **{k: None if v is None else shorten(clean(str(v)), _TEXT_CHARACTERS) for k, v in texts.items()},
-        "verdict": None if verdict is None else verdict_word(verdict),
+        "verdict": None if verdict is None else describe_verdict(verdict, len(comparisons(row))),
         "reward": None if finite(row.get("reward")) is None else number(row["reward"]),
         "reference_reward": None if finite(row.get("reference_reward")) is None else number(row["reference_reward"]),
         "delta": delta,

@@ -7,7 +7,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from spo.batching import steps_per_epoch
 from spo.data import PreparedPairs
-from spo.data.splits import REPORTED_COUNTS
 from spo.exact import ExactMetrics, beyond_enumeration
 from spo.metrics.catalogue import unit
 from spo.module import AlignmentModule
@@ -43,7 +42,7 @@ def start_facts(
         "policy": f"{total:,} parameters" + ("" if trainable == total else f", {trainable:,} of them trained"),
         "reference": module.reference.describe(),
         **_describe_extra_references(cfg),
-        rows: ", ".join(f"{counts[key]} {key}" for key in REPORTED_COUNTS),
+        rows: ", ".join(f"{count} {key.replace('_', ' ')}" for key, count in pairs.reported_counts.items()),
         "splits": f"{counts['train']} train, {counts['selection']} selection, {counts['test']} test {unit}",
         "a step": f"{size} {unit}, about {tokens * size // len(train):,} tokens",
         "steps": f"{steps:,}, {steps / per_epoch:.3g} epochs, about {tokens * steps // per_epoch:,} tokens",

@@ -9,15 +9,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from spo.metrics.trained import COSTS, cost_text
 from spo.records import filenames
 from spo.records.files import read_json
 from spo.records.sweep import JobStatus, SweepJob
+from spo.wording import finite
 
 _STYLES: dict[JobStatus, str] = {"finished": "green", "failed": "red", "running": "yellow", "unfinished": "yellow"}
 
 
 def print_sweep(jobs: Sequence[SweepJob], directory: Path) -> None:
-    """Print one row per job (its own overrides, state and win rate), then the errors of failed jobs.
+    """Print one row per job (its own overrides, state, win rate and costs), then the errors of failed jobs.
 
     Args:
         jobs: Jobs with their final states.
@@ -27,14 +29,16 @@ def print_sweep(jobs: Sequence[SweepJob], directory: Path) -> None:
     # Settings are chosen on the selection split; the number of the test split is shown only if there is no other.
     key = "val/win_rate" if any("val/win_rate" in found for found in metrics) else "eval/win_rate"
     table = Table(box=None, pad_edge=False)
-    for column in ("job", "status", key, ""):
-        table.add_column(column, justify="right" if column == key else "left", overflow="fold")
+    costs = [f"{name} ({unit})" for name, unit in COSTS.values()]
+    for column in ("job", "status", key, *costs, ""):
+        table.add_column(column, justify="right" if column in (key, *costs) else "left", overflow="fold")
     labels = _labels(jobs)
     for entry, name, found in zip(jobs, labels, metrics, strict=True):
         rate = f"{found[key]:.3f}" if entry.status == "finished" and key in found else ""
+        spent = [cost_text(name, finite(found.get(name))) if entry.status == "finished" else "" for name in COSTS]
         owner = next(index for index, other in enumerate(jobs) if other.directory == entry.directory)
         same = f"same as {labels[owner]}" if entry.same_as else ""
-        table.add_row(Text(name), Text(entry.status, _STYLES[entry.status]), rate, Text(same))
+        table.add_row(Text(name), Text(entry.status, _STYLES[entry.status]), rate, *spent, Text(same))
     console = Console()
     console.print(f"\nsweep {directory}", soft_wrap=True, markup=False, highlight=False)
     console.print(table)

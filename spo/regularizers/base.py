@@ -37,7 +37,7 @@ class Regularizer(ABC):
         needs_reference_logits: Whether R reads the reference's logits on the pairs, in ``Divergence.on_pairs``.
         needs_enumeration: Whether R needs a data set whose responses can be enumerated.
         probe_metric: Metric of the probe that R at a validation is taken from, or ``None``.
-        prompts: Prompts that R samples for: ``"train"``, ``"selection"``, or a file.
+        prompts: Prompts that R samples for: ``"train"``, ``"selection"``, ``"unlabeled"``, or a file.
     """
 
     adds_term: ClassVar[bool] = True
@@ -124,7 +124,8 @@ class SampleRegularizer(Regularizer):
         num_samples: Sequences in the buffer, one per prompt drawn, over all processes.
         batch_size: Buffered sequences used in each optimizer step, over all processes.
         max_new_tokens: Length limit of a sample, in tokens.
-        prompts: Prompts to sample for: those of the split ``"train"`` or ``"selection"``, or a file.
+        prompts: Prompts to sample for: those of the split ``"train"`` or ``"selection"``, those without pairs
+            (``"unlabeled"``), or a file.
 
     Raises:
         ValueError: A count is not positive, or ``batch_size`` exceeds ``num_samples``.

@@ -45,7 +45,8 @@ class GlobalKL(SampleRegularizer):
         batch_size: Buffered sequences used in each optimizer step, over all processes.
         max_new_tokens: Length limit of a sample, in tokens.
         estimator: Name in the table above.
-        prompts: Prompts x to sample for: those of the split ``"train"`` or ``"selection"``, or a file.
+        prompts: Prompts x to sample for: those of the split ``"train"`` or ``"selection"``, those without pairs
+            (``"unlabeled"``), or a file.
 
     Raises:
         ValueError: A count is not positive, ``batch_size`` exceeds ``num_samples``, or the estimator is unknown.

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from spo.config.coefficients import unused_coefficients
-from spo.config.nodes import EXTRA_REFERENCES, extra_references, targets
+from spo.config.nodes import EXTRA_REFERENCES, PROMPT_SETS, extra_references, targets
 from spo.records.digests import code_version, digest, model_digest, path_digest
 from spo.records.files import flatten
 from spo.records.operational_keys import is_operational
@@ -26,6 +26,7 @@ _FILES = {
     "extra_references": "weights of the further references",
     "judge": "weights of the judge",
     "regularizer_prompts": "prompts of the regularizer",
+    "responses": "weights of the model that writes the responses",
 }
 
 
@@ -39,8 +40,9 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
     Returns:
         A mapping with ``config`` (flat keys, without operational keys and without a coefficient that the method does
         not use), the digests ``data``, ``weights``, ``adapter``, ``judge`` and ``regularizer_prompts`` (``None`` where
-        the configuration does not name such a file), those of ``extra_references`` by name if there are some,
-        ``code``, ``plugins`` (a digest by module), and the ``digest`` of all of these.
+        the configuration does not name such a file), those of ``extra_references`` by name if there are some, that
+        of the model that writes the ``responses`` of the data if there is one, ``code``, ``plugins`` (a digest by
+        module), and the ``digest`` of all of these.
     """
     unused = unused_coefficients(cfg) if unused is None else unused
     flat = {
@@ -49,6 +51,7 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
         if not is_operational(key) and key.partition(".")[0] not in unused
     }
     further = {name: _model_digest(path) for name, path in extra_references(cfg).items()}
+    writer = _model_digest(response_model(cfg))
     if not further:  # Runs of earlier versions do not have the key.
         flat.pop(EXTRA_REFERENCES, None)
     # Runs in different places are the same, so values that lie in a folder of `paths` start with its name instead.
@@ -63,6 +66,7 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
             **({"extra_references": further} if further else {}),
             "judge": _model_digest(OmegaConf.select(cfg, "judge.path")),
             "regularizer_prompts": _data_digest(prompt_file(cfg)),
+            **({"responses": writer} if writer else {}),
             "code": code_version(),
             "plugins": {name: source.sha256 for name, source in plugins(cfg, unused).items()},
         }
@@ -133,10 +137,16 @@ def _data_digest(path: str | None) -> str | None:
     return None if path is None or not Path(path).expanduser().exists() else path_digest(path)
 
 
+def response_model(cfg: DictConfig) -> str | None:
+    """Return the folder of the model that writes the responses of the data, ``None`` if that is not a further model."""
+    chosen = OmegaConf.select(cfg, "data.source.responses")
+    return chosen if isinstance(chosen, str) and Path(chosen).is_dir() else None
+
+
 def prompt_file(cfg: DictConfig) -> str | None:
-    """Return the file of prompts that the regularizer samples for, ``None`` for those of a split."""
+    """Return the file of prompts that the regularizer samples for, ``None`` for those of the data."""
     chosen = OmegaConf.select(cfg, "regularizer.prompts")
-    return None if chosen in (None, "train", "selection") else str(chosen)
+    return None if chosen in (None, *PROMPT_SETS) else str(chosen)
 
 
 def _model_digest(path: str | None) -> str | None:

@@ -19,6 +19,7 @@ def compare_command(
     paths: Sequence[Path],
     *,
     out: Path | None = None,
+    by: str | Sequence[str] = (),
     metric: str | None = None,
     select: str | None = None,
     baseline: str | None = None,
@@ -29,16 +30,17 @@ def compare_command(
     Args:
         paths: Sweep directories and run directories.
         out: Folder of the files; ``None`` for ``comparison`` next to the runs.
-        metric: Metric by which methods are ranked, as in :func:`spo.comparison.compare.compare`.
+        by: Keys whose values make a group, as in :func:`spo.comparison.compare.compare`.
+        metric: Metric by which methods are ranked, as in the same function.
         select: Metric by which the best settings are selected, as in the same function.
-        baseline: Method that others are compared with, as in the same function.
+        baseline: Name of the method or group that others are compared with, as in the same function.
         anyway: Whether to continue with an unfair comparison, as in the same function.
 
     Raises:
         UserError: If the runs cannot be compared, or not fairly.
     """
     found = find_runs(paths)
-    comparison = compare(found, metric=metric, select=select, baseline=baseline, anyway=anyway)
+    comparison = compare(found, by=by, metric=metric, select=select, baseline=baseline, anyway=anyway)
     folder = out or _beside(paths)
     with placed_by("give another folder with --out", folder):
         files = [write_page(comparison, folder), *write_files(comparison, folder).values()]

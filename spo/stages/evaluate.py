@@ -293,7 +293,8 @@ def _draw(
 ) -> dict[Split, tuple[Draws, Draws]]:
     """Return completions of policy and reference for each split, from the cache if they are there."""
     digests = _model_digests(cfg, prepared, run_dir)
-    total = 2 * sum(map(len, prompts.values())) * settings.samples_per_prompt
+    per_prompt = settings.samples_per_prompt + settings.of_reference().samples_per_prompt
+    total = per_prompt * sum(map(len, prompts.values()))
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as progress:
         task = progress.add_task("evaluating", total=total)
         return {
@@ -307,7 +308,7 @@ def _draw(
                 models.speed,
                 prepared.renderer.decode,
                 lambda done: progress.advance(task, done),
-                partial(cached_completions, cfg.paths.cache, settings, of_split, prepared.stop_ids, digests),
+                partial(cached_completions, cfg.paths.cache, of_split, prepared.stop_ids, digests),
             )
             for split, of_split in prompts.items()
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,19 @@ def model_plugins(cfg: DictConfig) -> dict[str, str]:
     return plugin_digests(targets(cfg.model).values())
 
 
-def data_key(cfg: DictConfig) -> dict[str, Any]:
-    """Return the part of a cache key that identifies the data: settings of the source and content of its files."""
+def data_key(cfg: DictConfig, arguments: Collection[str] | None = None) -> dict[str, Any]:
+    """Return the part of a cache key that identifies the data: settings of the source and content of its files.
+
+    Args:
+        cfg: Configuration of the run, resolved.
+        arguments: Arguments of the source on which the result depends; ``None`` for all.
+    """
+    source = OmegaConf.to_container(cfg.data.source, resolve=True)
+    assert isinstance(source, dict)
     key: dict[str, Any] = {
-        "source": OmegaConf.to_container(cfg.data.source, resolve=True),
+        "source": {
+            name: value for name, value in source.items() if arguments is None or name in (*arguments, "_target_")
+        },
         "plugins": plugin_digests(targets(cfg.data).values()),
     }
     if cfg.data.path is not None:

@@ -1,26 +1,31 @@
-"""Rows of the preference data: read from the source, or sampled from the reference model."""
+"""Rows of the preference data: read from the source, or sampled from a model."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from rich.progress import track
+from torch import nn
 
 from spo.batching import by_length
 from spo.data import Completion, DataError, Renderer, Row, Source
 from spo.data.encoding import Ids
 from spo.models import ModelSpec
+from spo.models.generation import read_stop_ids
+from spo.models.library_errors import Origin
+from spo.models.loading import load_config, load_tokenizer
 from spo.records.cache import cached
 from spo.records.digests import code_version, digest, model_digest
 from spo.records.files import read_json, read_jsonl, write_json, write_jsonl
 from spo.sampling import contents, derive_seed, is_finished, sample
-from spo.stages.from_config import data_key, eval_device, model_plugins, rendering_key
+from spo.stages.from_config import data_key, eval_device, make_renderer, model_plugins, rendering_key
 from spo.types import Sequences
 
 log = logging.getLogger(__name__)
@@ -42,37 +47,86 @@ CODE_DEPENDENCIES = (
 ROWS_FILE, DROPPED_FILE = "rows.jsonl", "dropped.json"
 
 
+@dataclass(frozen=True)
+class _Writer:
+    """The model that writes the completions of the data.
+
+    Attributes:
+        load: Function that loads the model.
+        renderer: Conversion between texts and the tokens of the model.
+        temperature: Temperature of its samples.
+        key: Part of a cache key that identifies what it writes.
+    """
+
+    load: Callable[[], nn.Module]
+    renderer: Renderer
+    temperature: float
+    key: dict[str, Any]
+
+
 def preference_rows(
     cfg: DictConfig, spec: ModelSpec, source: Source, base: str, renderer: Renderer
 ) -> tuple[list[Row], dict[str, int]]:
     """Return the rows of the data, and how many pairs the source dropped, by reason.
 
+    Sampled completions have a cache of their own, which data with other labels shares.
+
     Args:
         cfg: Configuration of the run, resolved.
         spec: Settings for loading models.
-        source: Source of the rows. If it samples them, the reference model writes the completions.
+        source: Source of the rows. If it samples them, a model writes the completions.
         base: Folder or hub name of the reference model.
-        renderer: Conversion between texts and tokens.
+        renderer: Conversion between texts and tokens of the reference model.
     """
     if not source.samples_rows:
         return source.rows(no_completer)[: cfg.data.limit], {}
+    writer = _writer(cfg, spec, source, base, renderer)
 
     def write(folder: Path) -> None:
-        log.info("sampling the preference pairs from the reference model")
-        model = spec.start(base).to(eval_device(cfg))
-        rows = source.rows(partial(_complete, cfg, model, renderer))
+        rows = source.rows(partial(_completions, cfg, writer))
         write_jsonl(folder / ROWS_FILE, map(dataclasses.asdict, rows))
         write_json(folder / DROPPED_FILE, source.dropped_pairs)
 
+    columns = [*source.needs.number_columns, *source.needs.text_columns]
+    folder = cached(cfg.paths.cache, "pairs", {**writer.key, "data": data_key(cfg), "columns": columns}, write)
+    return [Row(**row) for row in read_jsonl(folder / ROWS_FILE)], read_json(folder / DROPPED_FILE)
+
+
+def _writer(cfg: DictConfig, spec: ModelSpec, source: Source, base: str, renderer: Renderer) -> _Writer:
+    """Return the model that writes the completions of a source: the reference model, or the one that it names."""
+    load: Callable[[], nn.Module]
+    if source.writer is None:
+        load, sampling = partial(spec.start, base), _sampling_key(cfg, spec, base)
+    else:
+        origin = Origin(source.writer, "data.source.responses")
+        config = load_config(origin, spec.trust_remote_code)
+        tokenizer = load_tokenizer(origin, spec.trust_remote_code)
+        stop_ids = read_stop_ids(source.writer, config.get_text_config().vocab_size)
+        # Texts are exchanged, so the model may have tokens of its own.
+        renderer = make_renderer(cfg, tokenizer, source, stop_ids)
+        alone = dataclasses.replace(spec, adapter_path=None)
+        load, sampling = partial(alone.load, origin), _sampling_key(cfg, alone, source.writer)
     key = {
-        **_sampling_key(cfg, spec, base),
-        "data": data_key(cfg),
+        **sampling,
+        "temperature": source.temperature,
         "rendering": rendering_key(cfg),
         "stop_ids": renderer.stop_ids,
-        "columns": [*source.needs.number_columns, *source.needs.text_columns],
     }
-    folder = cached(cfg.paths.cache, "pairs", key, write)
-    return [Row(**row) for row in read_jsonl(folder / ROWS_FILE)], read_json(folder / DROPPED_FILE)
+    return _Writer(cache(lambda: load().to(eval_device(cfg))), renderer, source.temperature, key)
+
+
+def _completions(cfg: DictConfig, writer: _Writer, prompts: Sequence[str], n: int) -> list[list[Completion]]:
+    """Return ``n`` completions of each prompt, drawn once and cached."""
+
+    def write(folder: Path) -> None:
+        log.info("sampling completions of %d prompts for the preference pairs", len(prompts))
+        groups = _complete(cfg, writer, prompts, n)
+        write_jsonl(folder / ROWS_FILE, (dataclasses.asdict(one) for group in groups for one in group))
+
+    key = {**writer.key, "prompts": digest(list(prompts)), "number": n}
+    folder = cached(cfg.paths.cache, "completions_for_pairs", key, write)
+    drawn = [Completion(**row) for row in read_jsonl(folder / ROWS_FILE)]
+    return [drawn[first : first + n] for first in range(0, len(drawn), n)]
 
 
 def drawn_completions(
@@ -132,15 +186,14 @@ def _draw(
     return [drawn[row] for row in range(len(prompts))]
 
 
-def _complete(
-    cfg: DictConfig, model: Any, renderer: Renderer, prompts: Sequence[str], n: int
-) -> list[list[Completion]]:
-    """Draw ``n`` completions of each prompt from the reference model."""
+def _complete(cfg: DictConfig, writer: _Writer, prompts: Sequence[str], n: int) -> list[list[Completion]]:
+    """Draw ``n`` completions of each prompt from the model that writes them."""
+    model, renderer = writer.load(), writer.renderer
     ids = [renderer.prompt_ids(prompt) for prompt in prompts for _ in range(n)]
     room = [cfg.data.max_new_tokens] * len(ids)
     seeds = [derive_seed("pairs", cfg.data.seed, prompt, i) for prompt in prompts for i in range(n)]
     stop_ids, drawn = renderer.stop_ids, dict[int, Completion]()
-    for rows, sequences in _in_batches(cfg, model, renderer, ids, room, seeds, stop_ids, "pairs"):
+    for rows, sequences in _in_batches(cfg, model, renderer, ids, room, seeds, stop_ids, "pairs", writer.temperature):
         texts = map(renderer.decode, contents(sequences, stop_ids))
         finished = is_finished(sequences, stop_ids).tolist()
         drawn |= zip(rows, map(Completion, texts, finished), strict=True)
@@ -156,18 +209,20 @@ def _in_batches(
     seeds: Sequence[int],
     stop_ids: Sequence[int],
     what: str,
+    temperature: float = 1.0,
 ) -> Iterator[tuple[list[int], Sequences]]:
-    """Yield samples of the reference model in batches of similar lengths, with the positions of their prompts.
+    """Yield samples of a model in batches of similar lengths, with the positions of their prompts.
 
     Args:
         cfg: Configuration of the run, resolved.
-        model: Reference model.
+        model: Model to sample from.
         renderer: Conversion between texts and tokens.
         prompts: Tokens of the prompts.
         room: Most tokens of each completion.
         seeds: Random seed of each completion.
         stop_ids: Tokens that end a completion.
         what: Word for the completions, for the progress bar.
+        temperature: Temperature of the samples.
     """
     parts: list[list[int]] = []
     for new in sorted(set(room)):
@@ -181,7 +236,7 @@ def _in_batches(
                 model,
                 [prompts[row] for row in rows],
                 max_new_tokens=room[rows[0]],
-                temperature=1.0,
+                temperature=temperature,
                 stop_ids=stop_ids,
                 pad_token_id=renderer.tokenizer.pad_token_id,
                 seeds=[seeds[row] for row in rows],

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from hydra.utils import instantiate
@@ -36,8 +37,11 @@ class Prepared:
         renderer: Conversion between texts and tokens.
         pairs: Data set as tokens, in splits.
         prompts: Prompts of each split to sample from: those of the source if it names some, else those of the pairs.
+            With ``data.num_pairs``, the training prompts are those of the pairs in use.
         bad_rows: Rows that were skipped (``data.on_bad_row=skip``).
         language: All possible responses, ``None`` for data that cannot be enumerated.
+        unlabeled: Prompts to train on without a training pair in use: the further ones that the source names, or else
+            those of the pairs that ``data.num_pairs`` leaves out.
     """
 
     spec: ModelSpec
@@ -48,20 +52,23 @@ class Prepared:
     prompts: dict[Split, list[EvalPrompt]]
     bad_rows: list[RowError]
     language: Language | None
+    unlabeled: Sequence[EvalPrompt] = ()
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Return the tokens that end a completion, in ascending order."""
         return self.pairs.stop_ids
 
-    def sampling_prompts(self, split: Split, max_new_tokens: int, limit: int | None = None) -> list[EvalPrompt]:
-        """Return prompts of a split that leave room for ``max_new_tokens`` within the context.
+    def sampling_prompts(
+        self, split: Split | Literal["unlabeled"], max_new_tokens: int, limit: int | None = None
+    ) -> list[EvalPrompt]:
+        """Return prompts of a split, or those without pairs, that leave room for ``max_new_tokens`` in the context.
 
         Raises:
             DataError: No prompt of the split leaves that room.
         """
         room = self.renderer.max_length - max_new_tokens
-        prompts = self.prompts[split]
+        prompts = self.unlabeled if split == "unlabeled" else self.prompts[split]
         fitting = [prompt for prompt in prompts if len(prompt.ids) <= room]
         if prompts and not fitting:
             raise DataError(
@@ -105,8 +112,9 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
     rows, dropped = preference_rows(cfg, spec, source, base, renderer)
     draw = partial(drawn_completions, cfg, spec, base, renderer)
     pairs = _prepare_pairs(cfg, source, renderer, rows, dropped, draw)
-    prompts = {split: _prompts(source, split, pairs, renderer) for split in SPLITS}
-    return Prepared(spec, base, tokenizer, renderer, pairs, prompts, list(source.bad_rows), source.language)
+    prompts, unlabeled = all_prompts(source, pairs, renderer)
+    bad_rows = list(source.bad_rows)
+    return Prepared(spec, base, tokenizer, renderer, pairs, prompts, bad_rows, source.language, unlabeled)
 
 
 def _check_context(cfg: DictConfig, spec: ModelSpec, path: str) -> None:
@@ -125,8 +133,8 @@ def _prepare_pairs(
     """Return the rows as tokens, in splits; counts and warnings include what the source dropped."""
     if not rows and dropped:
         raise DataError(
-            f"none of the sampled pairs can be used ({_list(dropped)}): the reference model does not end its "
-            "completions within data.max_new_tokens; raise it, or sft.max_steps"
+            f"none of the sampled pairs can be used ({_list(dropped)}): an unfinished completion does not end within "
+            "data.max_new_tokens; raise it, or sft.max_steps, or sample more pairs with data.source.pairs_per_prompt"
         )
     # The pairs of an enumerable language are a complete description, so every split consists of all of them.
     whole = source.language is not None
@@ -145,6 +153,9 @@ def _prepare_pairs(
         needs=source.needs,
         name_of=source.column_name,
         draw=draw,
+        # The configuration of an older run does not have these keys.
+        num_pairs=cfg.data.get("num_pairs"),
+        subset_seed=cfg.data.get("subset_seed", cfg.seed),
     )
     if whole:
         counts = pairs.counts | dict.fromkeys(SPLITS, len(pairs.train))
@@ -159,6 +170,25 @@ def _list(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in counts.items())
 
 
+def all_prompts(
+    source: Source, pairs: PreparedPairs, renderer: Renderer
+) -> tuple[dict[Split, list[EvalPrompt]], list[EvalPrompt]]:
+    """Return the prompts of each split, and those to train on without a training pair in use.
+
+    Args:
+        source: Source of the pairs.
+        pairs: Data set as tokens, in splits.
+        renderer: Conversion between texts and tokens.
+    """
+    prompts = {split: _prompts(source, split, pairs, renderer) for split in SPLITS}
+    unlabeled = _named(source.unlabeled_prompts(), None, renderer)
+    if pairs.left_out:
+        prompts["train"] = eval_prompts(pairs.train)
+        in_use = {prompt.prompt_id for prompt in prompts["train"]}
+        unlabeled = unlabeled or [one for one in eval_prompts(pairs.left_out) if one.prompt_id not in in_use]
+    return prompts, unlabeled
+
+
 def _prompts(source: Source, split: Split, pairs: PreparedPairs, renderer: Renderer) -> list[EvalPrompt]:
     """Return the prompts of a split, sorted by id.
 
@@ -166,7 +196,10 @@ def _prompts(source: Source, split: Split, pairs: PreparedPairs, renderer: Rende
     may depend on the last bit of the reference model, and the set of prompts must not.
     """
     texts = source.prompts(split)
-    if texts is None:
-        return eval_prompts(getattr(pairs, split))
+    return eval_prompts(getattr(pairs, split)) if texts is None else _named(texts, split, renderer)
+
+
+def _named(texts: Sequence[str], split: Split | None, renderer: Renderer) -> list[EvalPrompt]:
+    """Return prompts that a source names, sorted by id."""
     named = [EvalPrompt(prompt_id(text), split, renderer.prompt_ids(text), text) for text in texts]
     return sorted({prompt.prompt_id: prompt for prompt in named}.values(), key=lambda prompt: prompt.prompt_id)

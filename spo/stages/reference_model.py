@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import get_cosine_schedule_with_warmup
 
 from spo.callbacks import Progress
+from spo.config.nodes import locate
 from spo.data import PreparedPairs, RowError, Source
 from spo.data.datamodule import PreferenceDataModule
 from spo.data.needs import check_rows, supervised
@@ -75,10 +76,17 @@ def reference_model(cfg: DictConfig, spec: ModelSpec, source: Source) -> str:
         "plugins": model_plugins(cfg),
         "dtype": spec.dtype,
         "sft": OmegaConf.to_container(cfg.sft, resolve=True),
-        "data": data_key(cfg),
+        "data": data_key(cfg, _read_by_sft(cfg, source)),
         "rendering": rendering_key(cfg),
     }
     return str(cached(cfg.paths.cache, "sft", key, partial(_fine_tune, cfg, spec, source)))
+
+
+def _read_by_sft(cfg: DictConfig, source: Source) -> tuple[str, ...] | None:
+    """Return the arguments of the source on which its supervised rows depend; ``None`` for all."""
+    # A subclass or a factory may take the same names and read more, so it has to declare them itself.
+    made_by = locate(str(cfg.data.source._target_))
+    return vars(made_by).get("sft_reads") if made_by is type(source) else None
 
 
 def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Prompts that the regularizer samples for: those of a split, or of a file."""
+"""Prompts that the regularizer samples for: those of a split, those without pairs, or those of a file."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ def regularizer_prompts(cfg: DictConfig, prepared: Prepared, regularizer: Regula
         if not prepared.prompts["selection"]:
             raise DataError("regularizer.prompts=selection: the selection split does not have a prompt; choose train")
         return [prompt.ids for prompt in prepared.sampling_prompts("selection", new)]
+    if chosen == "unlabeled":
+        if not prepared.unlabeled:
+            raise DataError(
+                "regularizer.prompts=unlabeled: every prompt has a training pair in use; set data.num_pairs to fewer "
+                "pairs, or data.source.num_unlabeled with data=stories"
+            )
+        return [prompt.ids for prompt in prepared.sampling_prompts("unlabeled", new)]
     columns = OmegaConf.select(cfg, "data.source.columns")
     prompts = PromptFile(chosen, columns, cfg.data.get("on_bad_row", "stop")).token_ids(prepared.renderer)
     room = prepared.renderer.max_length - new

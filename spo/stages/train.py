@@ -21,7 +21,6 @@ from spo.config.coefficients import COEFFICIENTS
 from spo.config.compose import fill_empty_groups, pin
 from spo.config.nodes import extra_references
 from spo.data import SPLITS
-from spo.data.splits import REPORTED_COUNTS
 from spo.evaluation.saved_policy import TrainedPolicy, rows_to_compare
 from spo.models.run_state import save_loss, save_reference
 from spo.models.saving import save_policy, whole_state_dict
@@ -172,7 +171,7 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
             **evaluation.metrics,
             **budget,
             **({} if gap is None else {"policy/saved_gap": gap}),
-            **{f"data/pairs_{key}": float(prepared.pairs.counts[key]) for key in REPORTED_COUNTS},
+            **{f"data/pairs_{key}": float(count) for key, count in prepared.pairs.reported_counts.items()},
             **notes,
             **{f"time/{key}": value for key, value in times.items()},
         }

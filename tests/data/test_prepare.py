@@ -21,9 +21,11 @@ from spo.data import (
     Renderer,
     Row,
     RowError,
+    TokenizedPair,
     eval_prompts,
     prepare,
 )
+from spo.losses import DataNeeds, LabelledLogps
 from spo.notes import collect_notes
 from tests.data.tokenizers_built_here import build
 from tests.fixtures import write_alpaca_like, write_hh_like
@@ -154,6 +156,69 @@ def test_eval_prompts_are_unique_and_in_a_stable_order() -> None:
     assert eval_prompts(pairs[::-1]) == result
     by_id = {pair.prompt_id: pair for pair in pairs}
     assert all((p.ids, p.text) == (by_id[p.prompt_id].prompt_ids, by_id[p.prompt_id].prompt_text) for p in result)
+
+
+# ------------------------------------------------------------------------------------ subsets of the training pairs
+
+
+def places(pairs: list[TokenizedPair]) -> list[str]:
+    return [pair.where for pair in pairs]
+
+
+def test_subset_of_the_training_pairs_leaves_the_other_splits_whole() -> None:
+    whole, few = prepared(ROWS), prepared(ROWS, num_pairs=20, subset_seed=3)
+    assert len(few.train) == few.counts["train"] == 20
+    assert (few.selection, few.test) == (whole.selection, whole.test)
+    assert sorted(places([*few.train, *few.left_out])) == sorted(places(whole.train))
+    assert places(few.train) == [place for place in places(whole.train) if place in set(places(few.train))]
+    others = len(whole.train) - 20
+    assert few.reported_counts == {"read": 300, "used": 300 - others, "left_out": others, "dropped": 0, "truncated": 0}
+    assert "left_out" not in whole.reported_counts and whole.left_out == () and few.warnings == []
+    # The smallest number of pairs is about pairs that were dropped, and none of these was.
+    assert len(prepared(ROWS, num_pairs=1, min_pairs=300).train) == 1
+
+
+def test_subsets_of_a_seed_are_nested_and_uniform() -> None:
+    kept: Counter[str] = Counter()
+    for seed in range(60):
+        subsets = [
+            places(prepared(ROWS[:60], selection=0, test=0, num_pairs=n, subset_seed=seed).train) for n in (5, 30)
+        ]
+        assert set(subsets[0]) < set(subsets[1]) and list(map(len, subsets)) == [5, 30]
+        kept.update(subsets[1])
+    # Each pair is in half of the 60 subsets: a standard deviation is 3.9.
+    assert len(kept) == 60 and all(abs(count - 30) < 4 * 3.9 for count in kept.values())
+    first, again, other = (places(prepared(ROWS, num_pairs=30, subset_seed=seed).train) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_subset_does_not_depend_on_the_order_of_rows_or_on_their_labels() -> None:
+    turned = [replace(row, chosen=row.rejected, rejected=row.chosen, preference=0.3) for row in ROWS]
+    drawn = [set(places(prepared(rows, num_pairs=30).train)) for rows in (ROWS, ROWS[::-1], turned)]
+    assert drawn[0] == drawn[1] == drawn[2]
+    # Labels of several people for one pair of completions are drawn independently.
+    twice = [replace(row, where=f"{row.where} {i}") for row in ROWS[:60] for i in range(2)]
+    found = Counter(place.rpartition(" ")[0] for place in places(prepared(twice, num_pairs=20).train))
+    assert set(found.values()) >= {1}
+
+
+def test_subsets_of_labelled_completions_and_of_lists() -> None:
+    labelled = [replace(row, rejected=None, label=i % 2) for i, row in enumerate(ROWS)]
+    lists = [replace(row, worse=(f"{i} sat",)) for i, row in enumerate(ROWS)]
+    for rows in (labelled, lists):
+        few = prepared(rows, num_pairs=7)
+        assert len(few.train) == 7 and {pair.where for pair in few.train} <= {row.where for row in rows}
+    both = prepared(ROWS, num_pairs=7, needs=DataNeeds(LabelledLogps))  # type: ignore[arg-type]
+    assert len(both.train) == both.counts["train"] == 14 and len(set(places(both.train))) == 7
+    assert both.counts["used"] + both.counts["left_out"] == 300
+
+
+def test_more_pairs_than_there_are_is_refused() -> None:
+    number = len(prepared(ROWS).train)
+    assert len(prepared(ROWS, num_pairs=number).train) == number
+    words = rf"data\.num_pairs={number + 1}: there are {number} training pairs; set it to {number} or less"
+    with pytest.raises(DataError, match=words):
+        prepared(ROWS, num_pairs=number + 1)
 
 
 # ------------------------------------------------------------------------------------ published files, and twins

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from spo.config.checks.files import missing_data
+from spo.config.checks.folders import folder_problems
 from spo.config.checks.losses import loss_problems
 from spo.config.checks.targets import CheckedParts
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
@@ -61,12 +62,22 @@ def _objective(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
             f"regularizer.prompts={regularizer.prompts}: every split of an enumerable language has all of its prompts: "
             "choose regularizer.prompts=train"
         )
+    elif regularizer.prompts == "unlabeled" and _has_no_unlabeled(cfg, parts):
+        yield (
+            "regularizer.prompts=unlabeled: every prompt of this data has training pairs; set data.num_pairs to fewer "
+            "pairs, or data.source.num_unlabeled with data=stories"
+        )
     yield from _references(cfg, loss, regularizer, reference)
     if regularizer.follows_beta and declares(loss, "uses_beta"):
         yield (
             f"regularizer.weight=beta: {method} reads beta itself, so the regularizer needs a number of its own, "
             "such as regularizer.weight=0.01"
         )
+
+
+def _has_no_unlabeled(cfg: DictConfig, parts: CheckedParts) -> bool:
+    """Return whether it is known that every prompt of the data has a training pair."""
+    return parts.source is not None and select(cfg, "data.num_pairs") is None and not parts.source.unlabeled_prompts()
 
 
 def _references(cfg: DictConfig, loss: Any, regularizer: Any, reference: Any) -> Iterator[str]:
@@ -197,23 +208,50 @@ def _data(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     source, loss = parts.source, parts.loss
     if source is None:
         return
+    if getattr(source, "language", None) is not None and (number := select(cfg, "data.num_pairs")) is not None:
+        yield (
+            f"data.num_pairs={number}: every split of an enumerable language has all of its pairs; set "
+            "data.source.num_pairs, the number of pairs of each prompt"
+        )
     from spo.data.source import Source
     from spo.losses import DataNeeds, Loss
 
     if not isinstance(source, Source):
         yield f"data.source: {type(source).__name__} is not a source: derive it from spo.data.source.Source"
         return
+    yield from _writer(source)
     try:
         source.check_limits(select(cfg, "data.max_length"), select(cfg, "data.truncation"))
     except ValueError as error:
         yield first_line(error)
     if isinstance(loss, Loss):
         yield from _mismatches(cfg, source, loss)
+    counts = [select(cfg, f"evaluation.{key}") for key in ("reference_samples", "samples_per_prompt")]
+    if getattr(source, "language", None) is not None and counts[0] not in (None, counts[1]):
+        yield (
+            f"evaluation.reference_samples={counts[0]}: in an enumerable language each sample of the policy meets one "
+            "of the reference, so that comparisons are independent: leave it out, or set it to "
+            f"evaluation.samples_per_prompt ({counts[1]})"
+        )
     source.needs = DataNeeds() if not isinstance(loss, Loss) else DataNeeds.of(loss)
     try:
         source.check_columns()
     except ValueError as error:
         yield first_line(error)
+
+
+def _writer(source: Any) -> Iterator[str]:
+    """Yield why the model that writes the completions of the data cannot be loaded."""
+    key, folder = "data.source.responses", source.writer
+    if folder is None:
+        return
+    if Path(folder).is_dir():
+        yield from folder_problems(key, folder)
+    else:
+        yield (
+            f"{key}={folder}: choose reference, grammar, or the Hugging Face folder of a model (there is no such "
+            f"folder, seen from {Path.cwd()}){suggestion(folder, ('reference', 'grammar'))}"
+        )
 
 
 def _mismatches(cfg: DictConfig, source: Any, loss: Any) -> Iterator[str]:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from spo.config.checks.folders import ADAPTER_CONFIG, folder_problems, looks_like_path
 from spo.config.checks.settings import follows_size, shown
-from spo.config.nodes import EXTRA_REFERENCES, extra_references, select, suggestion
+from spo.config.nodes import EXTRA_REFERENCES, PROMPT_SETS, extra_references, select, suggestion
 from spo.records import filenames
 
 
@@ -47,12 +47,12 @@ def _extra_references(cfg: DictConfig) -> Iterator[str]:
 
 
 def _regularizer_prompts(cfg: DictConfig) -> Iterator[str]:
-    """Yield why ``regularizer.prompts`` names neither a split nor a file."""
-    chosen, splits = select(cfg, "regularizer.prompts"), ("train", "selection")
-    if chosen is not None and chosen not in splits and not Path(str(chosen)).expanduser().exists():
+    """Yield why ``regularizer.prompts`` names neither prompts of the data nor a file."""
+    chosen = select(cfg, "regularizer.prompts")
+    if chosen is not None and chosen not in PROMPT_SETS and not Path(str(chosen)).expanduser().exists():
         yield (
-            f"regularizer.prompts={chosen}: choose train, selection, or a file with a column prompt (there is no such "
-            f"file, seen from {Path.cwd()}){suggestion(str(chosen), splits)}"
+            f"regularizer.prompts={chosen}: choose {', '.join(PROMPT_SETS)}, or a file with a column prompt (there is "
+            f"no such file, seen from {Path.cwd()}){suggestion(str(chosen), PROMPT_SETS)}"
         )
 
 

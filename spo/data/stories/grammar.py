@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from math import prod
 from random import Random
@@ -228,6 +228,12 @@ def count_openings() -> int:
     return prod(map(len, (OPENINGS, NAMES, SPECIES, PLACES, QUALITIES, THINGS)))
 
 
+def most_openings(split: Split, heroes: Collection[str]) -> int:
+    """Return the largest number of distinct openings of a split, about some heroes, that are drawn."""
+    # Rejection sampling stays fast up to half of the openings.
+    return count_openings() * {"train": 8}.get(split, 1) * len(heroes) // (20 * len(NAMES))
+
+
 def split_of(opening: str) -> Split:
     """Return the split of an opening for every seed: a tenth each for selection and test, the rest for training."""
     digit = hashlib.blake2b(opening.encode(), digest_size=8).digest()[0] % 10
@@ -263,27 +269,49 @@ class StoryWorld:
                 stories.append((opening, continuation))
         return stories
 
-    def openings(self, n: int, split: Split) -> list[str]:
+    def openings(
+        self, n: int, split: Split, heroes: Collection[str] = tuple(NAMES), without: Collection[str] = ()
+    ) -> list[str]:
         """Return distinct openings of one split, which no other split shares.
 
         Args:
             n: Number of openings.
             split: Name of the split: train, selection or test.
+            heroes: Names of the heroes that the openings are about.
+            without: Openings of the split to leave out. If there are some, the draw is another one.
 
         Raises:
             ValueError: If the split has too few openings.
         """
-        # A tenth of the openings belongs to a split. Rejection sampling stays fast up to half of them.
-        limit = count_openings() // 20
+        limit = most_openings(split, heroes) - len(without)
         if n > limit:
-            raise ValueError(f"the story world has too few openings for {n} {split} prompts: ask for at most {limit}")
-        rng = Random(f"{self.seed}:openings:{split}")
+            about = "" if len(heroes) == len(NAMES) else f" about {', '.join(heroes)}"
+            raise ValueError(
+                f"the story world has too few openings{about} for {n} {split} prompts: ask for at most {max(limit, 0)}"
+            )
+        rng = Random(f"{self.seed}:openings:{split}{':further' if without else ''}")
         found: dict[str, None] = {}
         while len(found) < n:
-            opening, _ = _opening(rng)
-            if split_of(opening) == split:
+            opening, hero = _opening(rng)
+            if split_of(opening) == split and hero.name in heroes and opening not in without:
                 found[opening] = None
         return list(found)
+
+    def continuations(self, opening: str, hero: Hero, wanted: Callable[[str], bool]) -> Iterator[str]:
+        """Yield distinct continuations of an opening from the distribution of the corpus, without end.
+
+        Args:
+            opening: Opening, which has a stream of randomness of its own.
+            hero: Hero and wish of the opening.
+            wanted: Function that decides whether a continuation is one to yield.
+        """
+        rng = Random(f"{self.seed}:continuations:{opening}")
+        found: set[str] = set()
+        while True:
+            continuation = _continuation(rng, hero)
+            if continuation not in found and wanted(continuation):
+                found.add(continuation)
+                yield continuation
 
 
 def _hero(rng: Random) -> Hero:

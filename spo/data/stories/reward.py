@@ -87,6 +87,24 @@ def score(prompt: str, completion: str) -> dict[str, float]:
     return {"reward": SCALE * fluency * total, **parts, "fluency": fluency}
 
 
+def problem_of(completion: str) -> str | None:
+    """Return the kind of the first problem in a completion, a key of ``THREADS``; ``None`` if there is no problem."""
+    parts = map(_part, _sentences(completion))
+    return next((thread for part, thread in parts if part == "problem"), None)
+
+
+def subject(prompt: str) -> Hero:
+    """Return the hero and the wish of an opening.
+
+    Raises:
+        ValueError: If the prompt is not an opening of this world.
+    """
+    hero = _subject(prompt)
+    if hero is None:
+        raise ValueError(f"not an opening of the story world: {prompt!r}")
+    return hero
+
+
 def _sentences(text: str) -> list[tuple[str, ...]]:
     """Return the words of each sentence in lower case."""
     sentences: list[tuple[str, ...]] = []

@@ -1,22 +1,27 @@
-"""The built-in data source: prompts from the story world, pairs from the reference model, labels from Bradley-Terry."""
+"""The built-in data source: prompts from the story world, sampled pairs, labels from Bradley-Terry."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import islice
 from random import Random
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
-from spo.bounds import NonNegativeInt, PositiveInt
+from annotated_types import Ge, Le
+
+from spo.bounds import NonNegativeInt, PositiveFloat, PositiveInt
 from spo.data.rows import SPLITS, Completer, Completion, Row, Split
 from spo.data.source import Source
-from spo.data.stories.grammar import StoryWorld
-from spo.data.stories.reward import GoldReward
+from spo.data.stories.grammar import NAMES, THREADS, StoryWorld, most_openings
+from spo.data.stories.reward import GoldReward, problem_of, subject
+
+Labels = Literal["soft", "hard", "deterministic"]
 
 
 class StoriesSource(Source):
-    """Preference pairs that are sampled from the reference model and labeled with the gold reward.
+    """Preference pairs that a writer samples and the gold reward labels.
 
     The first completion of a pair is ``chosen`` with probability ``sigmoid(r_a - r_b)`` (Bradley and Terry 1952). Some
     labels therefore contradict the reward, as those of people do.
@@ -29,17 +34,29 @@ class StoriesSource(Source):
         test_prompts: Number of prompts of the final evaluation.
         pairs_per_prompt: Number of pairs sampled for each prompt.
         limit: Largest number of prompts in a split; ``None`` for no limit.
-        labels: Kind of labels: ``soft`` keeps the probability that chosen is better, ``hard`` keeps only the outcome.
+        labels: Kind of labels: ``soft`` keeps the probability that chosen is better, ``hard`` keeps only the outcome,
+            and ``deterministic`` chooses the completion with the higher reward. A tie has no such completion and is
+            dropped.
+        label_noise: Probability that an outcome is flipped, in every split. Soft labels keep the probability after it.
+        responses: Writer of the completions: ``reference`` (the reference model), ``grammar`` (the world itself, with
+            the flaws of the corpus), or a Hugging Face folder.
+        temperature: Temperature at which a model writes the completions.
+        heroes: Names of the heroes of training prompts; ``None`` for all.
+        problems: Kinds of problems, keys of ``THREADS``. Training pairs consist of completions with one of them.
+            ``None`` for all completions.
+        num_unlabeled: Number of further prompts for training that do not have pairs and are about all heroes.
 
     Attributes:
         world: Grammar that writes the stories.
         reward: Gold reward.
 
     Raises:
-        ValueError: If ``labels`` is neither ``soft`` nor ``hard``.
+        ValueError: If ``labels`` is unknown, if ``heroes`` or ``problems`` has an unknown name, or if the grammar is to
+            write at another temperature than 1.
     """
 
     samples_rows = True
+    sft_reads = ("seed", "num_sft")
 
     def __init__(
         self,
@@ -50,10 +67,22 @@ class StoriesSource(Source):
         test_prompts: PositiveInt,
         pairs_per_prompt: PositiveInt,
         limit: PositiveInt | None,
-        labels: Literal["soft", "hard"],
+        labels: Labels,
+        # Runs of earlier versions do not have the keys below.
+        label_noise: Annotated[float, Ge(0), Le(0.5)] = 0.0,
+        responses: str = "reference",
+        temperature: PositiveFloat = 1.0,
+        heroes: Sequence[str] | None = None,
+        problems: Sequence[str] | None = None,
+        num_unlabeled: NonNegativeInt = 0,
     ) -> None:
-        if labels not in ("soft", "hard"):
-            raise ValueError(f"data.source.labels={labels}: choose soft or hard")
+        if labels not in get_args(Labels):
+            raise ValueError(f"data.source.labels={labels}: choose soft, hard or deterministic")
+        if responses == "grammar" and temperature != 1.0:
+            raise ValueError(
+                f"data.source.temperature={temperature}: data.source.responses=grammar writes without a model; set "
+                "data.source.temperature=1.0"
+            )
         super().__init__()
         self.seed = seed
         self.num_sft = num_sft
@@ -62,16 +91,50 @@ class StoriesSource(Source):
             "selection": selection_prompts,
             "test": test_prompts,
         }
+        self.num_unlabeled = num_unlabeled
         if limit is not None:
             self.prompts_per_split = {split: min(n, limit) for split, n in self.prompts_per_split.items()}
+            self.num_unlabeled = min(num_unlabeled, limit)
         self.pairs_per_prompt = pairs_per_prompt
-        self.labels = labels
+        self.labels, self.label_noise = labels, label_noise
+        self.responses, self.temperature = responses, temperature
+        self.writer = None if responses in ("reference", "grammar") else responses
+        self.heroes = tuple(NAMES) if heroes is None else _known("heroes", heroes, NAMES)
+        self.problems = None if problems is None else _known("problems", problems, THREADS)
         self.world = StoryWorld(seed)
         self.reward = GoldReward()
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Check that the world has as many openings as there are prompts."""
+        keys: dict[Split, str] = {"train": "num_prompts", "selection": "selection_prompts", "test": "test_prompts"}
+        for split, key in keys.items():
+            number, heroes = self.prompts_per_split[split], self._heroes(split)
+            if number > (most := most_openings(split, heroes)):
+                about = "" if len(heroes) == len(NAMES) else f" about {', '.join(heroes)}; name more data.source.heroes"
+                raise ValueError(
+                    f"data.source.{key}={number}: the story world draws at most {most} {split} prompts{about}"
+                )
+        most = most_openings("train", NAMES) - self.prompts_per_split["train"]
+        if self.num_unlabeled > most:
+            raise ValueError(
+                f"data.source.num_unlabeled={self.num_unlabeled}: beside the training prompts, the story world draws "
+                f"at most {most} openings"
+            )
+
+    def _heroes(self, split: Split) -> tuple[str, ...]:
+        """Return the heroes of a split."""
+        return self.heroes if split == "train" else tuple(NAMES)
 
     def prompts(self, split: Split) -> list[str]:
         """Return the story openings of a split."""
-        return self.world.openings(self.prompts_per_split[split], split)
+        return self.world.openings(self.prompts_per_split[split], split, self._heroes(split))
+
+    def unlabeled_prompts(self) -> list[str]:
+        """Return further story openings of the training split, about all heroes."""
+        if self.num_unlabeled == 0:
+            return []
+        return self.world.openings(self.num_unlabeled, "train", without=set(self.prompts("train")))
 
     def sft_rows(self) -> list[Row]:
         """Return the corpus as supervised rows."""
@@ -85,43 +148,95 @@ class StoriesSource(Source):
         """Return pairs for each prompt of each split, in which both completions are finished and differ.
 
         Args:
-            complete: Function that samples completions from the reference model.
+            complete: Function that samples completions from the model that writes them.
         """
         self.dropped_pairs = Counter(unfinished=0, identical=0)
         return [row for split in SPLITS for row in self._split_rows(split, complete)]
 
     def _split_rows(self, split: Split, complete: Completer) -> list[Row]:
         prompts = self.prompts(split)
-        drawn = complete(prompts, 2 * self.pairs_per_prompt) if prompts else []
+        problems = self.problems if split == "train" else None
+        drawn = self._completions(prompts, problems, complete)
         scores = [self._scores(prompt, group) for prompt, group in zip(prompts, drawn, strict=True)]
-        # Each split has its own stream, so that the size of one does not change the labels of another.
-        rng = Random(f"{self.seed}:labels:{split}")
+        # Each split has its own streams, so that the size of one does not change the labels of another.
+        outcomes, flips = Random(f"{self.seed}:labels:{split}"), Random(f"{self.seed}:label_noise:{split}")
         rows = []
         for i, (prompt, group, score) in enumerate(zip(prompts, drawn, scores, strict=True)):
-            for a in range(0, 2 * self.pairs_per_prompt, 2):
-                b = a + 1
-                draw = rng.random()  # Drawn for dropped pairs too, so that they do not change the labels of others.
-                if not (group[a].finished and group[b].finished):
-                    self.dropped_pairs["unfinished"] += 1
+            wanted = [j for j, one in enumerate(group) if _is_wanted(one.text, problems)]
+            for k in range(self.pairs_per_prompt):
+                # Drawn for dropped pairs too, so that they do not change the labels of others.
+                draw, is_flipped = outcomes.random(), flips.random() < self.label_noise
+                pair = wanted[2 * k : 2 * k + 2]
+                if reason := self._why_dropped([group[j] for j in pair], [score[j] for j in pair]):
+                    self.dropped_pairs[reason] += 1
                     continue
-                if group[a].text == group[b].text:
-                    self.dropped_pairs["identical"] += 1
-                    continue
-                chosen, rejected = (a, b) if draw < sigmoid(score[a] - score[b]) else (b, a)
+                a, b = pair
+                margin = score[a] - score[b]
+                is_first = margin > 0 if self.labels == "deterministic" else draw < sigmoid(margin)
+                chosen, rejected = (a, b) if is_first != is_flipped else (b, a)
                 rows.append(
                     Row(
                         prompt=prompt,
                         chosen=group[chosen].text,
                         rejected=group[rejected].text,
-                        preference=sigmoid(score[chosen] - score[rejected]) if self.labels == "soft" else None,
+                        preference=self._preference(score[chosen] - score[rejected]),
                         split=split,
-                        where=f"stories:{split}:{i * self.pairs_per_prompt + a // 2}",
+                        where=f"stories:{split}:{i * self.pairs_per_prompt + k}",
                     )
                 )
         return rows
 
+    def _completions(
+        self, prompts: Sequence[str], problems: Collection[str] | None, complete: Completer
+    ) -> list[list[Completion]]:
+        """Return the completions of each prompt, two for each of its pairs."""
+        number = 2 * self.pairs_per_prompt
+        if self.responses != "grammar":
+            return complete(prompts, number) if prompts else []
+        written = (
+            self.world.continuations(prompt, subject(prompt), lambda text: _is_wanted(text, problems))
+            for prompt in prompts
+        )
+        return [[Completion(f" {text}", True) for text in islice(texts, number)] for texts in written]
+
+    def _why_dropped(self, pair: Sequence[Completion], scores: Sequence[float]) -> str | None:
+        """Return the reason why two completions are not a pair, ``None`` if they are one."""
+        if len(pair) < 2:
+            return "other_problem"
+        a, b = pair
+        if not (a.finished and b.finished):
+            return "unfinished"
+        if a.text == b.text:
+            return "identical"
+        return "tied" if self.labels == "deterministic" and scores[0] == scores[1] else None
+
+    def _preference(self, margin: float) -> float | None:
+        """Return the probability that a label prefers a completion with such a margin in reward; ``None`` for 1."""
+        if self.labels != "soft":
+            return None
+        probability = sigmoid(margin)
+        # The exact expectation over flips. Without noise, the probability keeps its last bit.
+        return probability + self.label_noise * (1 - 2 * probability)
+
     def _scores(self, prompt: str, group: Sequence[Completion]) -> list[float]:
         return self.reward([prompt] * len(group), [completion.text for completion in group])["reward"]
+
+
+def _is_wanted(completion: str, problems: Collection[str] | None) -> bool:
+    return problems is None or problem_of(completion) in problems
+
+
+def _known(key: str, names: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
+    """Return the chosen names, each once.
+
+    Raises:
+        ValueError: If there is no name, or an unknown one.
+    """
+    unknown = [str(name) for name in names if name not in known]
+    if unknown or not names:
+        what = f"there is no {', '.join(unknown)}" if unknown else "name at least one"
+        raise ValueError(f"data.source.{key}: {what}; the {key} of the story world are {', '.join(known)}")
+    return tuple(dict.fromkeys(names))
 
 
 def sigmoid(x: float) -> float:

@@ -5,26 +5,37 @@ color alone: a validation series is also dashed and dotted, and each method has 
 """
 
 from spo.pages.charts.axes import nice_ticks, tick_text
-from spo.pages.charts.bars import Whisker, bin_edges, histogram, interval_bar, whiskers
+from spo.pages.charts.bars import Amount, Whisker, amounts, bin_edges, histogram, interval_bar, whiskers
+from spo.pages.charts.keys import NOT_SET, KeyAxis, key_axis
 from spo.pages.charts.lines import MAX_POINTS, LineChart, Series, line_chart, thin
+from spo.pages.charts.parallel import Tried, over_key, parallel
 from spo.pages.charts.points import Cloud, Point, scatter
-from spo.pages.charts.svg import marker
+from spo.pages.charts.svg import HUES, marker
 from spo.pages.charts.tiles import Tile, tiles
 
 __all__ = [
+    "HUES",
     "MAX_POINTS",
+    "NOT_SET",
+    "Amount",
     "Cloud",
+    "KeyAxis",
     "LineChart",
     "Point",
     "Series",
     "Tile",
+    "Tried",
     "Whisker",
+    "amounts",
     "bin_edges",
     "histogram",
     "interval_bar",
+    "key_axis",
     "line_chart",
     "marker",
     "nice_ticks",
+    "over_key",
+    "parallel",
     "scatter",
     "thin",
     "tick_text",

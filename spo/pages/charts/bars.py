@@ -147,6 +147,10 @@ def whiskers(
         compact: Whether rows are drawn small, for many rows of one color.
     """
     width, row, names, numbers = (400, 27, 112, 58) if compact else (560, 54, 120, 78)
+    before, letter = (0, 6.6) if compact else (22, 8.6)
+    # Long names take up to half of the width from the axis.
+    names = min(max(names, round(before + letter * max(len(one.name) for one in rows) + 12)), width // 2)
+    room = int((names - before - 12) / letter)
     height = row * len(rows) + BOTTOM + 4
     ends = [v for one in rows for v in (one.value, one.low, one.high) if v is not None]
     low, high = bounds or padded(min(ends), max(ends))
@@ -168,7 +172,7 @@ def whiskers(
     for place, one in enumerate(rows):
         y = row * place + row / 2
         inner = "" if compact else marker(one.hue, 8, y, 5)
-        inner += f'<text class="row-name" x="{0 if compact else 22}" y="{y + 5:.1f}">{escape(one.name)}</text>'
+        inner += f'<text class="row-name" x="{before}" y="{y + 5:.1f}">{escape(_cut(one.name, room))}</text>'
         if one.low is not None and one.high is not None:
             inner += (
                 f'<rect class="interval hue-{one.hue}" x="{x(one.low):.1f}" y="{y - 7:.1f}" rx="3" '
@@ -183,3 +187,74 @@ def whiskers(
         f'<text class="axis-name" text-anchor="middle" x="{middle:.0f}" y="{height - 4}">{escape(axis)}</text>'
     )
     return svg(parts, "; ".join(one.description for one in rows), 'class="whiskers"', width, height)
+
+
+def _cut(text: str, room: int) -> str:
+    """Shorten a name in its middle, since both ends tell names apart."""
+    if len(text) <= room:
+        return text
+    end = (room - 1) // 2
+    return f"{text[: room - 1 - end]}…{text[len(text) - end :]}"
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A row of a bar chart.
+
+    Attributes:
+        name: Label of the row.
+        value: Length of the bar, at least 0.
+        mark: Value of a thin line across the bar, to compare with.
+        description: Text under the pointer.
+        faint: Whether the bar is drawn weakly.
+    """
+
+    name: str
+    value: float
+    mark: float
+    description: str
+    faint: bool = False
+
+
+def amounts(rows: Sequence[Amount], hue: int, axis: str) -> Markup:
+    """Draw amounts as bars from zero, with their numbers.
+
+    A mark at more than twice the longest bar is drawn at the end of the axis, so that bars stay readable.
+
+    Args:
+        rows: Amounts from top to bottom, at least one.
+        hue: Number of the color of the bars.
+        axis: Name of the horizontal axis.
+    """
+    width, row, numbers = 460, 27, 58
+    names = min(max(96, round(6.6 * max(len(one.name) for one in rows) + 12)), width // 2)
+    longest = max(one.value for one in rows) or 1.0
+    top = 1.04 * max(longest, *(min(one.mark, 2 * longest) for one in rows))
+    base = row * len(rows)
+
+    def x(value: float) -> float:
+        return names + min(value / top, 1.0) * (width - names - numbers)
+
+    ticks = nice_ticks(0, top, 4)
+    parts = [
+        f'<line class="grid" x1="{x(t):.1f}" x2="{x(t):.1f}" y1="4" y2="{base}"/>'
+        f'<text class="tick" text-anchor="middle" x="{x(t):.1f}" y="{base + 16}">{t:g}</text>'
+        for t in ticks
+    ]
+    for place, one in enumerate(rows):
+        y = row * place
+        name = escape(_cut(one.name, int((names - 12) / 6.6)))
+        inner = (
+            f'<rect class="hit" x="0" y="{y}" width="{width}" height="{row}"/>'
+            f'<text class="row-name" x="0" y="{y + row / 2 + 4:.1f}">{name}</text>'
+            f'<rect class="amount hue-{hue}{" faint" if one.faint else ""}" x="{names}" y="{y + 7}" rx="2" '
+            f'width="{x(one.value) - names:.1f}" height="{row - 14}"/>'
+            f'<line class="of-chance" x1="{x(one.mark):.1f}" x2="{x(one.mark):.1f}" y1="{y + 3}" y2="{y + row - 3}"/>'
+            f'<text class="row-value" text-anchor="end" x="{width}" y="{y + row / 2 + 4:.1f}">{one.value:.2f}</text>'
+        )
+        parts.append(f'<g class="described">{inner}<title>{escape(one.description)}</title></g>')
+    middle, height = (names + width - numbers) / 2, base + BOTTOM + 2
+    parts.append(
+        f'<text class="axis-name" text-anchor="middle" x="{middle:.0f}" y="{height - 4}">{escape(axis)}</text>'
+    )
+    return svg(parts, "; ".join(one.description for one in rows), 'class="amounts"', width, height)

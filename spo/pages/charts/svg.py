@@ -6,6 +6,23 @@ from markupsafe import Markup, escape
 
 from spo.pages.charts.axes import HEIGHT, WIDTH
 
+_SHAPES = (
+    "M1,0A1,1 0 1 1 -1,0A1,1 0 1 1 1,0Z",
+    "M-.9,-.9H.9V.9H-.9Z",
+    "M0,-1.15L1.1,.85H-1.1Z",
+    "M0,-1.25L1.1,0L0,1.25L-1.1,0Z",
+    "M0,1.15L1.1,-.85H-1.1Z",
+    "M-.35,-1.1H.35V-.35H1.1V.35H.35V1.1H-.35V.35H-1.1V-.35H-.35Z",
+    "M-1.1,-.55H1.1V.55H-1.1Z",
+    "M-.55,-1.1H.55V1.1H-.55Z",
+    "M0,-1.35L.38,-.38L1.35,0L.38,.38L0,1.35L-.38,.38L-1.35,0L-.38,-.38Z",
+    "M-1.05,-.6L-.6,-1.05L0,-.45L.6,-1.05L1.05,-.6L.45,0L1.05,.6L.6,1.05L0,.45L-.6,1.05L-1.05,.6L-.45,0Z",
+    "M-1.15,0L-.57,-1H.57L1.15,0L.57,1H-.57Z",
+    "M-1.15,.7A1.15,1.15 0 0 1 1.15,.7Z",
+)
+HUES = len(_SHAPES)
+"""Number of different colors and shapes; the style sheet of the comparison has as many colors."""
+
 
 def marker(hue: int, x: float, y: float, size: float, look: str = "") -> str:
     """Draw a mark. Each color has its own shape, so that either distinguishes marks.
@@ -17,17 +34,7 @@ def marker(hue: int, x: float, y: float, size: float, look: str = "") -> str:
         size: Half of its height.
         look: Further class names.
     """
-    shapes = (
-        "M1,0A1,1 0 1 1 -1,0A1,1 0 1 1 1,0Z",
-        "M-.9,-.9H.9V.9H-.9Z",
-        "M0,-1.15L1.1,.85H-1.1Z",
-        "M0,-1.25L1.1,0L0,1.25L-1.1,0Z",
-        "M0,1.15L1.1,-.85H-1.1Z",
-        "M-.35,-1.1H.35V-.35H1.1V.35H.35V1.1H-.35V.35H-1.1V-.35H-.35Z",
-        "M-1.1,-.55H1.1V.55H-1.1Z",
-        "M-.55,-1.1H.55V1.1H-.55Z",
-    )
-    shape = shapes[(hue - 1) % len(shapes)]
+    shape = _SHAPES[(hue - 1) % HUES]
     return f'<path class="mark hue-{hue} {look}" transform="translate({x:.1f} {y:.1f}) scale({size:g})" d="{shape}"/>'
 
 
