@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -98,3 +100,9 @@ def value_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return value.rpartition(".")[2] if isinstance(value, str) and value.startswith("spo.") else str(value)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean WORD?`` for the known word that is closest, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -162,10 +162,12 @@ def test_accuracy_gap_averages_the_training_rows_since_the_last_validation(tmp_p
     rows = Rows()
     record = HistoryLogger(tmp_path / "history.jsonl")
     log = module._log
-    module._log = lambda row: (  # type: ignore[method-assign]
-        rows.rows.append(row[TRAINED_ACCURACY]) if TRAINED_ACCURACY in row else None,
-        log(row),
-    )
+
+    def keep(row: dict[str, float]) -> None:
+        rows.rows += [row[TRAINED_ACCURACY]] if TRAINED_ACCURACY in row else []
+        log(row)
+
+    module._log = keep  # type: ignore[method-assign]
     trainer = make_trainer(
         tmp_path, max_steps=7, callbacks=[health, rows], logger=record, val_check_interval=3, num_sanity_val_steps=-1
     )

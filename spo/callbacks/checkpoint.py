@@ -19,6 +19,7 @@ from spo.errors import UserError
 from spo.module import AlignmentModule
 from spo.notes import collected_notes, restore_notes
 from spo.records import filenames
+from spo.wording import suggestion
 
 RUN_KEY = "run_identity"
 """Entry of a checkpoint that holds the digest of the run's identity; checkpoints of version 0.1.0 do not have it."""
@@ -137,6 +138,8 @@ class Checkpoint(BaseCheckpoint):
     def _value(self, trainer: Trainer) -> float | None:
         """Return the value of the monitored metric on every process; ``None`` where it is absent or not finite.
 
+        A metric that a callback could not measure this time, as its ``unanswered`` states, may follow later.
+
         Raises:
             UserError: The first validation does not log the metric.
         """
@@ -146,12 +149,14 @@ class Checkpoint(BaseCheckpoint):
         if (history := _history(trainer)) is not None:
             metrics |= history.row(trainer.global_step)  # with metrics that callbacks send to loggers only
         # Only the first process has a history, and all must agree on what to save.
-        known, value = trainer.strategy.broadcast((sorted(metrics), metrics.get(self.monitor)))
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        late = {name for callback in callbacks for name in getattr(callback, "unanswered", ())}
+        known, value = trainer.strategy.broadcast((sorted(metrics.keys() | late), metrics.get(self.monitor)))
         if self.monitor not in known and trainer.global_step == self._first_validation(trainer):
-            names = ", ".join(name for name in known if name.startswith("val/") and "/health/" not in name)
+            names = [name for name in known if name.startswith("val/") and "/health/" not in name]
             raise UserError(
                 f"callbacks.checkpoint.monitor={self.monitor}: the validation does not log this metric; choose one "
-                f"of {names}, or set callbacks.checkpoint.top_k=0"
+                f"of {', '.join(names)}, or set callbacks.checkpoint.top_k=0{suggestion(self.monitor, names)}"
             )
         found = math.nan if value is None else float(value)
         return found if math.isfinite(found) else None

@@ -171,8 +171,8 @@ class Health(Callback):
         self.limits = {name: limit for name, limit in limits.items() if limit is not None}
         self.start: dict[str, float] = {}
         self.alarms: list[Alarm] = []
-        self._num_shown = 0  # alarms that the trackers of this process have
         self.trained: list[float] = []
+        self._num_shown = 0  # alarms that the trackers of this process have
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask the module to be called when a step is complete: a hook for callbacks runs before the module's own."""

@@ -28,7 +28,10 @@ from spo.module import AlignmentModule
 from spo.records.files import read_jsonl, write_jsonl
 
 log = logging.getLogger(__name__)
-VALIDATION_METRICS = ("win_rate", *(f"win_rate{end}" for end in INTERVAL_ENDS), "reward", "kl", "entropy", "length")
+PREFIX = "val/samples/"
+"""Beginning of the keys of the metrics of these samples."""
+JUDGED_METRICS = ("win_rate", *(f"win_rate{end}" for end in INTERVAL_ENDS), "reward")
+VALIDATION_METRICS = (*JUDGED_METRICS, "kl", "entropy", "length")
 
 
 class ValidationSamples(Callback):
@@ -45,10 +48,14 @@ class ValidationSamples(Callback):
     Args:
         path: File of the samples.
         num_prompts: Most prompts of the selection split, ``None`` for all of them.
+
+    Attributes:
+        unanswered: Keys that the last validation lacks because the judge failed.
     """
 
     def __init__(self, path: str, num_prompts: PositiveInt | None) -> None:
         self.path, self.num_prompts = Path(path), num_prompts
+        self.unanswered: frozenset[str] = frozenset()
         self._reference: Draws | None = None
         self._warned = False
 
@@ -95,7 +102,7 @@ class ValidationSamples(Callback):
             return
         found = self._assess(ours)
         row = {
-            f"val/samples/{name}": found.metrics[f"eval/{name}"]
+            f"{PREFIX}{name}": found.metrics[f"eval/{name}"]
             for name in VALIDATION_METRICS
             if f"eval/{name}" in found.metrics
         }
@@ -106,9 +113,11 @@ class ValidationSamples(Callback):
             tracker.show_validation_samples(rows)
 
     def _assess(self, ours: Draws) -> Evaluation:
+        self.unanswered = frozenset()
         try:
             return assess(self.prompts, ours, self._reference, self.settings, self.judge)
         except JudgeError as error:
+            self.unanswered = frozenset(f"{PREFIX}{name}" for name in JUDGED_METRICS)
             if not self._warned:
                 log.warning("the samples of this validation do not have verdicts, training continues: %s", error)
             self._warned = True

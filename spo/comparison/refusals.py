@@ -217,7 +217,8 @@ def _mixed_digests(runs: Sequence[Run], groups: Groups) -> list[Problem]:
                     f"{str(digest)[:8] if digest else 'not recorded'}: {_names([run.name for run in some])}"
                     for digest, some in digests.items()
                 )
-                problems.append(Problem(f"{words} are not the same for all runs ({counted})"))
+                of_seed = " of a seed" if drawn else ""
+                problems.append(Problem(f"{words} are not the same for all runs{of_seed} ({counted})"))
                 break
     return problems
 
@@ -225,7 +226,7 @@ def _mixed_digests(runs: Sequence[Run], groups: Groups) -> list[Problem]:
 def _draws_pairs(run: Run) -> bool:
     """Return whether the pairs follow from the seed; the seed of a subset has no effect without a subset."""
     of_seed = {key for key in run.config if key.partition(".")[0] in _DATA and is_in(key, run.of_seed)}
-    return bool(of_seed - (set() if run.config.get("data.num_pairs") else {"data.subset_seed"}))
+    return bool(run.config.get("data.num_pairs")) or bool(of_seed - {"data.subset_seed"})
 
 
 def _mixed(runs: Sequence[Run], what: str, parts: Sequence[str], groups: Groups) -> list[Problem]:

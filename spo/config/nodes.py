@@ -1,8 +1,7 @@
-"""Walk a configuration, find the object that a ``_target_`` names, and suggest what a misspelled word means."""
+"""Walk a configuration, and find the object that a ``_target_`` names."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import itertools
 import os
@@ -14,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from spo.errors import missing_package
+from spo.wording import suggestion
 
 EXTRA_REFERENCES = "extra_references"
 """Key with the models of the references that a method declares beside the main one, by name."""
@@ -116,9 +116,3 @@ def listed(words: Iterable[str]) -> str:
     """Return the words as ``a, b or c``."""
     *most, last = words
     return f"{', '.join(most)} or {last}" if most else last
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return ``; did you mean WORD?`` for the known word that is closest, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -21,10 +21,10 @@ from spo.config.nodes import (
     in_target,
     keys_of,
     listed,
-    suggestion,
 )
 from spo.errors import missing_package
 from spo.resources import conf_dir
+from spo.wording import suggestion
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, Union
 from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt
 from omegaconf import DictConfig, ListConfig
 
-from spo.config.nodes import listed, suggestion
+from spo.config.nodes import listed
+from spo.wording import suggestion
 
 # For each kind of bound: its number, the comparison that a value has to pass, and its words.
 _BOUNDS: dict[type, tuple[str, Callable[[Any, Any], bool], str]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -41,7 +41,7 @@ def callback_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     """
     from lightning.pytorch.callbacks import Callback, ProgressBar
 
-    bars = []
+    bars, built = [], []
     for name in members(cfg):
         key = f"callbacks.{name}"
         callback = parts.build(key)
@@ -50,11 +50,38 @@ def callback_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
         if not isinstance(callback, Callback):
             yield f"{key}: {type(callback).__name__} is not a callback of Lightning"
             continue
+        built.append(callback)
         yield from (f"{key}: {problem}" for problem in _problems(callback))
         bars += [name] if isinstance(callback, ProgressBar) else []
     if len(bars) > 1 and select(cfg, "trainer.enable_progress_bar"):
         yield f"callbacks: {' and '.join(bars)} are progress bars; remove all but one (callbacks.{bars[0]}=null)"
     yield from _max_time(cfg)
+    yield from _monitor(cfg, parts, built)
+
+
+def _monitor(cfg: DictConfig, parts: CheckedParts, callbacks: Sequence[Any]) -> Iterator[str]:
+    """Yield why the monitored metric cannot choose a checkpoint; others are checked at the first validation."""
+    from spo.callbacks import ValidationSamples
+    from spo.callbacks.samples import JUDGED_METRICS, PREFIX
+
+    monitor = str(select(cfg, "callbacks.checkpoint.monitor"))
+    given, judged = f"callbacks.checkpoint.monitor={monitor}", [f"{PREFIX}{name}" for name in JUDGED_METRICS]
+    if select(cfg, "callbacks.checkpoint.top_k") == 0:
+        return
+    if monitor.startswith("eval/"):
+        yield f"{given}: the test split never chooses a step; choose a metric under val/"
+    elif monitor in (f"val/{name}" for name in JUDGED_METRICS):
+        yield (
+            f"{given} comes from the evaluation after training; callbacks=best_win_rate measures {PREFIX}win_rate at "
+            "each validation"
+        )
+    elif monitor.startswith(PREFIX) and not any(isinstance(one, ValidationSamples) for one in callbacks):
+        yield f"{given}: no callback logs this metric; use callbacks=samples, or callbacks=best_win_rate"
+    elif monitor in judged and parts.judge is None and not parts.has_problem("judge"):
+        yield (
+            f"{given} takes a judge, and there is none (judge=none, or judge=gold of data without a reward): choose a "
+            "member of the group judge, or another metric"
+        )
 
 
 def _problems(callback: Any) -> Iterator[str]:

@@ -14,9 +14,10 @@ from spo.config.checks.folders import folder_problems
 from spo.config.checks.losses import loss_problems
 from spo.config.checks.targets import CheckedParts
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
-from spo.config.nodes import EXTRA_REFERENCES, extra_references, first_line, listed, locate, select, suggestion
+from spo.config.nodes import EXTRA_REFERENCES, extra_references, first_line, listed, locate, select
 from spo.errors import JudgeError
 from spo.resources import conf_dir
+from spo.wording import suggestion
 
 
 def combination_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:

@@ -10,8 +10,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from spo.config.checks.folders import ADAPTER_CONFIG, folder_problems, looks_like_path
 from spo.config.checks.settings import follows_size, shown
-from spo.config.nodes import EXTRA_REFERENCES, PROMPT_SETS, extra_references, select, suggestion
+from spo.config.nodes import EXTRA_REFERENCES, PROMPT_SETS, extra_references, select
 from spo.records import filenames
+from spo.wording import suggestion
 
 
 def file_problems(cfg: DictConfig) -> Iterator[str]:

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from spo.config.checks.targets import CheckedParts
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.nodes import select
+from spo.metrics.catalogue import find_logged
 
 HALF_PRECISION = ("bfloat16", "float16")
 
@@ -47,6 +48,13 @@ def warnings(cfg: DictConfig) -> list[str]:
         )
     if select(cfg, "model.adapter_path") is not None:
         notes.append("model.adapter_path brings its own rank, scale and targets: model.lora.* is not read")
+    monitor, mode = (select(cfg, f"callbacks.checkpoint.{name}") for name in ("monitor", "mode"))
+    better = getattr(find_logged(str(monitor)), "better", None)
+    if (best := {"higher": "max", "lower": "min"}.get(str(better))) not in (None, mode):
+        notes.append(
+            f"callbacks.checkpoint.mode={mode} keeps the worst {monitor}, of which {better} is better: set "
+            f"callbacks.checkpoint.mode={best}"
+        )
     return notes
 
 

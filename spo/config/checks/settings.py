@@ -9,9 +9,10 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from spo.config.nodes import entries, first_line, listed, nodes_with_target, select, suggestion
+from spo.config.nodes import entries, first_line, listed, nodes_with_target, select
 from spo.config.schema import typed_keys
 from spo.config.values import violation
+from spo.wording import suggestion
 
 HINTS = {
     "model.path": "a Hugging Face folder or hub name",

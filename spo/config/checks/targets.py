@@ -14,10 +14,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from spo.config.checks.settings import HINTS, is_given, shown
-from spo.config.nodes import DIRECTIVES, first_line, locate, nodes_with_target, select, suggestion
+from spo.config.nodes import DIRECTIVES, first_line, locate, nodes_with_target, select
 from spo.config.schema import typed_keys
 from spo.config.values import violation
 from spo.errors import JudgeError, missing_package
+from spo.wording import suggestion
 
 # Packages that classes of other packages need only when they are used; ours declare `needs_package`.
 NEEDED_PACKAGES = {"DeepSpeedStrategy": "deepspeed", "TensorBoardLogger": "tensorboard"}

@@ -18,7 +18,8 @@ _LANE, _ALL_LANES, _LANE_GAP = 0.13, 0.45, 0.05
 _PADDING = 0.04
 # An axis with at most this many numbers has a tick for each of them.
 _MAX_OWN_TICKS = 8
-_DECADE = 10.0
+# Positive numbers with ends of a larger ratio always have a logarithmic axis.
+_LARGE_RATIO = 4.0
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ def is_number(value: Any) -> bool:
 def spreads_by_ratio(numbers: Sequence[float]) -> bool:
     """Return whether numbers are better told apart by their ratios than by their differences.
 
-    This is so if they are positive and span a power of ten, and if their middle lies nearer to the geometric mean of
-    the ends than to the arithmetic one, as in a search on a logarithmic scale.
+    This is so if they are positive and the largest is more than four times the smallest. With closer ends, their middle
+    decides: in a search on a logarithmic scale it lies nearer to the geometric mean of the ends than to the arithmetic
+    one.
 
     Args:
         numbers: Different numbers in increasing order.
@@ -110,4 +112,4 @@ def spreads_by_ratio(numbers: Sequence[float]) -> bool:
         return False
     low, high = numbers[0], numbers[-1]
     middle = (numbers[(len(numbers) - 1) // 2] + numbers[len(numbers) // 2]) / 2
-    return high >= _DECADE * low or middle < (math.sqrt(low * high) + (low + high) / 2) / 2
+    return high > _LARGE_RATIO * low or middle < (math.sqrt(low * high) + (low + high) / 2) / 2
