@@ -173,6 +173,7 @@ def _dashboard(arguments: list[str]) -> int:
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="*", type=Path)
     parser.add_argument("--spec", metavar="NAME|FILE")
     parser.add_argument("--group-by", metavar="KEY")
+    parser.add_argument("--method", metavar="NAME[,NAME]", default="")
     parser.add_argument("--report", action="store_true")
     given = parser.parse_intermixed_args(arguments)
     entity, _, project = given.project.partition("/")
@@ -190,8 +191,13 @@ def _dashboard(arguments: list[str]) -> int:
             raise UserError(str(error)) from error
     from spo.tracking import workspace
 
+    methods = [name for name in given.method.split(",") if name]
     make = workspace.report if given.report else workspace.workspace
-    print(workspace.save(make(dashboard, entity, project, given.group_by)))
+    print(workspace.save(make(dashboard, entity, project, given.group_by, methods)))
+    if apart := workspace.left_out(dashboard, methods, report=given.report):
+        advice = "--method NAME,NAME" if given.report else "--method NAME, for a workspace of one method"
+        words = f"Left out, since methods do not share a scale: {', '.join(apart)}. To see them, add {advice}."
+        print(words, file=sys.stderr)
     return 0
 
 

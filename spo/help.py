@@ -173,13 +173,15 @@ COMMANDS = {
     ),
     "dashboard": Command(
         "make a W&B workspace or report for the runs of a project",
-        "spo dashboard ENTITY/PROJECT [RUN_DIR ...] [--report] [--group-by KEY] [--spec NAME|FILE]",
+        "spo dashboard ENTITY/PROJECT [RUN_DIR ...] [--report] [--method NAMES] [--group-by KEY] [--spec NAME|FILE]",
         """
         Saves a dashboard as a new view of a W&B project: a workspace, or a report to edit and share. It needs an API
         key and pip install 'spo[dashboards]'. spo report draws the same dashboard without W&B. What a given run logged
-        beyond the dashboard, such as metrics of your own loss, gets panels too.
+        beyond the dashboard, such as metrics of your own loss, gets panels too. Losses and implicit rewards of
+        different methods are never on one axis: name one method for a workspace with them, or several for a report.
 
         --report          a report instead of a workspace
+        --method NAMES    show the runs of these methods (W&B's job type), such as spo,dpo, and their losses
         --group-by KEY    one line, a mean with a band, for each value of a configuration key
         --spec NAME|FILE  a dashboard of conf/dashboard, or your own yaml file
         """,

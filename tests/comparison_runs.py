@@ -79,7 +79,10 @@ def write_run(
     _json(run_dir / "identity.json", {**identity, "digest": digest})
     nested = _nested(config)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(nested))
-    composed = _nested({**config, "evaluation.seed": "${seed}", "scheduler.num_training_steps": "${trainer.max_steps}"})
+    follow = {"evaluation.seed": "${seed}", "scheduler.num_training_steps": "${trainer.max_steps}"}
+    if config.get("data.subset_seed") == seed:
+        follow["data.subset_seed"] = "${seed}"
+    composed = _nested({**config, **follow})
     (run_dir / "composed.yaml").write_text(yaml.safe_dump(composed))
     inputs = {"reference_sha256": "ab" * 32, "pairs_sha256": "cd" * 32, **(provenance or {})}
     _json(run_dir / "provenance.json", {"code": identity["code"], "inputs": inputs, "seeds": {"seed": seed}})

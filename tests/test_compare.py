@@ -519,11 +519,12 @@ def test_seeds_may_draw_training_pairs_of_their_own(tmp_path: Path) -> None:
     def sweep(folder: Path, digest_of: Callable[[str, int], str]) -> Path:
         for method, seed in product(("spo", "ipo"), (1, 2)):
             inputs = {"pairs_sha256": digest_of(method, seed)}
-            write_run(folder, method=method, seed=seed, provenance=inputs, changes={"data.num_pairs": 128})
+            changes = {"data.num_pairs": 128, "data.subset_seed": seed}
+            write_run(folder, method=method, seed=seed, provenance=inputs, changes=changes)
         return folder
 
     assert not compared(sweep(tmp_path / "fair", lambda _, seed: f"{seed}" * 64)).problems
-    with pytest.raises(CannotCompare, match=r"pairs are not the same for all runs of a seed \(1s1s1s1s: .*seed-1"):
+    with pytest.raises(CannotCompare, match=r"pairs are not the same for all runs of a seed \(1i1i1i1i: .*seed-1"):
         compared(sweep(tmp_path / "unfair", lambda method, seed: f"{seed}{method[0]}" * 32))
 
 

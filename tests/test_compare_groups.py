@@ -126,10 +126,25 @@ def test_equal_words_of_two_choices_keep_their_keys(tmp_path: Path) -> None:
 
 
 def test_values_that_the_user_changed_do_not_make_another_member(tmp_path: Path) -> None:
-    for steps in (60, 64):  # closer to another member of the group, perhaps
-        write(tmp_path, "spo", "global_kl", changes={"evaluation.temperature": steps, "trainer.precision": str(steps)})
+    for member in ("cpu", "gpu"):
+        values = yaml.safe_load((conf_dir() / "trainer" / f"{member}.yaml").read_text())
+        values["_target_"] = "lightning.pytorch.Trainer"
+        del values["defaults"]
+        write(tmp_path / member, "spo", "global_kl", changes={f"trainer.{key}": values[key] for key in sorted(values)})
+    found = find_runs([tmp_path]).runs
+    assert set(members(found, "trainer").values()) == {"cpu", "gpu"} and len({run.key for run in found}) == 2
     comparison = compared(tmp_path, anyway=True)
     assert names(comparison) == {"spo"} and len(comparison.methods[0].settings) == 2
+    for run in found:  # the user chose them after all
+        edit(run.path / "provenance.json", command=f"spo train trainer={run.path.parent.parent.name}")
+    assert names(compared(tmp_path, anyway=True)) == {"spo, cpu", "spo, gpu"}
+
+
+def test_own_member_of_a_shipped_class_is_a_group_of_its_own(tmp_path: Path) -> None:
+    for name in ("global_kl", "mine"):
+        run = write(tmp_path / name, "spo", "global_kl", changes={"regularizer.weight": len(name)})
+        edit(run / "provenance.json", command=f"spo train --config-dir conf regularizer={name} seed=1")
+    assert names(compared(tmp_path)) == {"spo, global_kl", "spo, mine"}
 
 
 # --- members -------------------------------------------------------------------------------------------------------
@@ -295,7 +310,6 @@ def test_pairs_that_are_drawn_by_the_seed_differ_between_seeds_alone(tmp_path: P
             keys = {"data.num_pairs": num_pairs, "data.subset_seed": seed, "data.source.subset_seed": seed}
             run = write(tmp_path, method, "none", seed, changes=keys, provenance=digest)
             composed = yaml.safe_load((run / "composed.yaml").read_text())
-            composed["data"] |= {"subset_seed": "${seed}"}
             composed["data"]["source"] |= {"subset_seed": "${data.subset_seed}"}
             if num_pairs is None:
                 del composed["data"]["source"]["subset_seed"], composed["data"]["num_pairs"]

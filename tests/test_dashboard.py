@@ -14,11 +14,24 @@ import wandb_workspaces.workspaces as ws
 
 from spo import cli
 from spo.errors import UserError
-from spo.pages.dashboard import Bars, Curves, Dashboard, Scatter, Section, load_spec, unit_of
+from spo.metrics.catalogue import comparable
+from spo.pages.dashboard import (
+    Bars,
+    Coordinates,
+    Curves,
+    Dashboard,
+    KeyImportance,
+    RunTable,
+    Scatter,
+    Section,
+    is_comparable,
+    load_spec,
+    unit_of,
+)
 from spo.pages.run_page import render_report
 from spo.records.run import read_run
 from spo.tracking.login import has_api_key
-from spo.tracking.workspace import report, workspace
+from spo.tracking.workspace import left_out, report, workspace
 from tests.commands import TINY, job, numbers, rows, shared_cache
 from tests.test_reports import Page, history, write_run
 
@@ -43,6 +56,9 @@ sections:
       - {title: c, metrics: [loss], x: eval/kl, y: eval/kl}
       - {x: eval/kl}
       - 3
+      - {title: d, parallel: [alpha.value], metric: val/win_rate, logarithmic: [beta.value]}
+      - {runs: some}
+      - {importance: "", title: e}
   - {title: B, panels: []}
 """
 
@@ -65,12 +81,14 @@ def test_every_error_is_reported_with_its_position(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_spec(str(tmp_path / "mine.yaml"))
     lines = str(caught.value).splitlines()
+    assert "sections[0].panels[5]: logarithmic: beta.value is not one of the keys in parallel" in str(caught.value)
     assert lines[0].endswith("mine.yaml is not a dashboard:")
     places = [line.removeprefix("  - ").partition(":")[0] for line in lines[1:]]
     panels = [f"sections[0].panels[{place}]" for place in ("0].metrics", "0].zap", "1].bounds", "1].baseline")]
     assert {place.rstrip("]") for place in places} == {
         *("title", "color", "sections[1].panels", "sections[0].panels[2", "sections[0].panels[4"),
-        *("sections[0].panels[3].title", "sections[0].panels[3].y"),
+        *("sections[0].panels[3].title", "sections[0].panels[3].y", "sections[0].panels[5"),
+        *(f"sections[0].panels[{place}" for place in ("6].runs", "7].importance", "7].title")),
         *(panel.rstrip("]") for panel in panels),
     }
 
@@ -155,7 +173,7 @@ def test_every_metric_of_the_shipped_dashboard_is_logged(runs: list[Path]) -> No
     final = {key for run in runs for key in numbers(run)}
     for section in load_spec().sections:
         for panel in section.panels:
-            assert set(panel.keys) <= (logged if isinstance(panel, Curves) else final), panel.title
+            assert set(panel.keys) <= (logged if isinstance(panel, Curves) else final), panel
 
 
 def test_every_curve_is_drawn_under_its_section(runs: list[Path]) -> None:
@@ -178,26 +196,70 @@ def test_shipped_dashboard_shows_almost_every_logged_metric(runs: list[Path]) ->
 # --- W&B -----------------------------------------------------------------------------------------------------------
 
 
-def test_workspace_has_every_section_and_panel() -> None:
+def sent(view: ws.Workspace) -> dict[str, Any]:
+    """Return what a server is sent."""
+    spec: dict[str, Any] = view._to_model().model_dump(by_alias=True, exclude_none=True)["spec"]["section"]
+    return spec
+
+
+def test_workspace_of_one_method_has_every_section_and_panel() -> None:
     dashboard = load_spec()
-    view = workspace(dashboard, "someone", "spo", group_by="method.name")
-    assert (view.name, view.entity, view.project) == (dashboard.title, "someone", "spo")
+    view = workspace(dashboard, "someone", "spo", group_by="method.name", methods=["spo"])
+    assert (view.name, view.entity, view.project) == (f"{dashboard.title}: spo", "someone", "spo")
     assert [section.name for section in view.sections] == [section.title for section in dashboard.sections]
-    spec = view._to_model().model_dump(by_alias=True, exclude_none=True)["spec"]["section"]  # what a server is sent
+    spec = sent(view)
     assert [one["name"] for one in spec["runSets"][0]["grouping"]] == ["method.value.name"]
-    for section, sent in zip(dashboard.sections, spec["panelBankConfig"]["sections"], strict=True):
-        for panel, drawn in zip(section.panels, sent["panels"], strict=True):
+    [found] = spec["runSets"][0]["filters"]["filters"]
+    assert (found["key"], found["op"], found["value"]) == ({"section": "run", "name": "jobType"}, "IN", ["spo"])
+    for section, drawn_section in zip(dashboard.sections, spec["panelBankConfig"]["sections"], strict=True):
+        for panel, drawn in zip(section.panels, drawn_section["panels"], strict=True):
             config = drawn["config"]
-            assert config["chartTitle"] == panel.title
+            assert config.get("chartTitle") == getattr(panel, "title", None)
             if isinstance(panel, Curves):
                 assert (config["xAxis"], tuple(config["metrics"])) == ("_step", panel.keys)
                 assert (config.get("yAxisMin"), config.get("yAxisMax")) == (panel.bounds or (None, None))
             elif isinstance(panel, Bars):
                 assert tuple(config["metrics"]) == panel.final
                 assert (config.get("xAxisMin"), config.get("xAxisMax")) == (panel.bounds or (None, None))
-            else:
+            elif isinstance(panel, Scatter):
                 assert (config["xAxis"], config["yAxis"]) == (f"summary:{panel.x}", f"summary:{panel.y}")
-    assert workspace(dashboard, "someone", "spo")._to_model().spec.section.run_sets[0].grouping == []
+            elif isinstance(panel, Coordinates):
+                assert drawn["viewType"] == "Parallel Coordinates Plot"
+                axes = [(one["accessor"], one.get("log", False)) for one in config["columns"]]
+                assert axes == [
+                    ("config:method.value.name", False),
+                    *(
+                        (f"config:{key}", True)
+                        for key in ("alpha.value.value", "beta.value.value", "optimizer.value.lr")
+                    ),
+                    ("config:seed.value", False),
+                    ("summary:val/win_rate", False),
+                ]
+            elif isinstance(panel, KeyImportance):
+                assert (drawn["viewType"], config["targetKey"]) == ("Parameter Importance", "val/win_rate")
+            else:
+                assert isinstance(panel, RunTable) and panel.runs == "different"
+                assert (drawn["viewType"], config["diffOnly"]) == ("Run Comparer", "split")
+    kinds = {type(panel) for section in dashboard.sections for panel in section.panels}
+    assert kinds == {Curves, Bars, Scatter, Coordinates, KeyImportance, RunTable}
+
+
+def test_losses_of_several_methods_are_not_in_one_workspace() -> None:
+    dashboard = load_spec()
+    for methods in ([], ["spo", "dpo"]):
+        view = workspace(dashboard, "someone", "spo", methods=methods)
+        spec = sent(view)
+        drawn = {key for section in spec["panelBankConfig"]["sections"] for panel in section["panels"] for key in
+                 panel["config"].get("metrics", [])}  # fmt: skip
+        assert {"train/kl", "val/rewards/accuracies"} <= drawn
+        assert not [key for key in drawn if not comparable(key)]
+        assert dashboard.keys - drawn >= {"train/loss", "val/loss/regularizer", "val/rewards/margins"}
+        assert bool(spec["runSets"][0]["filters"].get("filters")) is bool(methods)
+        assert spec["runSets"][0].get("grouping", []) == []
+        left = ["Loss", "Preference loss", "Regularizer", "Implicit reward", "Implicit reward margin"]
+        assert left_out(dashboard, methods, report=False) == left and "Loss" not in [one.name for one in view.sections]
+        assert left_out(dashboard, methods, report=True) == ([] if methods else left)
+    assert left_out(dashboard, ["spo"], report=False) == []
 
 
 def test_axis_titles_show_unit_and_baseline() -> None:
@@ -213,14 +275,32 @@ def test_axis_titles_show_unit_and_baseline() -> None:
 
 def test_report_has_the_same_panels_side_by_side() -> None:
     dashboard = load_spec()
-    found = report(dashboard, "someone", "spo", group_by="method.name")
-    grids = [block for block in found.blocks if isinstance(block, wr.PanelGrid)]
+    found = report(dashboard, "someone", "spo", group_by="method.name", methods=["spo", "dpo"])
     assert [block.text for block in found.blocks if isinstance(block, wr.H2)] == [s.title for s in dashboard.sections]
-    for section, grid in zip(dashboard.sections, grids, strict=True):
-        assert [panel.title for panel in grid.panels] == [panel.title for panel in section.panels]
-        places = {(panel.layout.x, panel.layout.y) for panel in grid.panels}
-        assert len(places) == len(grid.panels) and max(x for x, _ in places) <= 16
-        assert (grid.runsets[0].project, grid.runsets[0].groupby) == ("spo", ["config.method.name"])
+    heading, drawn = "", []
+    for block in found.blocks:
+        if isinstance(block, wr.H2 | wr.H3):
+            heading = str(block.text)
+        elif isinstance(block, wr.PanelGrid):
+            [runs] = block.runsets
+            drawn.append((heading, [getattr(panel, "title", None) for panel in block.panels], runs.filters))
+            places = {(panel.layout.x, panel.layout.y) for panel in block.panels}
+            assert len(places) == len(block.panels) and max(x for x, _ in places) <= 16
+            assert (runs.project, runs.groupby) == ("spo", ["config.method.name"])
+    expected: list[tuple[str, list[str | None], str]] = []
+    for section in dashboard.sections:
+        # Metrics that are not comparable are in a grid of their own for each method.
+        for panels, methods in ((True, ["spo, dpo"]), (False, ["spo", "dpo"])):
+            titles = [getattr(one, "title", None) for one in section.panels if is_comparable(one) is panels]
+            for names in methods if titles else []:
+                place = section.title if panels else f"{section.title}, {names}"
+                listed = ", ".join(repr(name) for name in names.split(", "))
+                expected.append((place, titles, f'Metric("JobType") in [{listed}]'))
+    assert drawn == expected
+    every = report(dashboard, "someone", "spo")
+    grids = [block for block in every.blocks if isinstance(block, wr.PanelGrid)]
+    shown = {key for grid in grids for panel in grid.panels if isinstance(panel, wr.LinePlot) for key in panel.y}
+    assert "train/kl" in shown and not [key for key in shown if not comparable(str(key))]
 
 
 def test_saving_needs_an_api_key(
@@ -248,7 +328,10 @@ def test_dashboard_command_saves_a_workspace_or_a_report(
         monkeypatch.setattr(view, "url", "https://address")
     run = write_run(tmp_path / "run", history__jsonl=[{"step": 1, "train/method/gap": 2.0}])
     assert cli.main(["dashboard", "someone/spo", str(run), *kind, "--spec", str(tmp_path / "mine.yaml")]) == 0
-    assert capsys.readouterr().out == "https://address\n"
+    out, words = capsys.readouterr()
+    assert out == "https://address\n"
+    advice = "--method NAME,NAME" if kind else "--method NAME, for a workspace of one method"
+    assert f"do not share a scale: Loss of validation. To see them, add {advice}." in words
     assert isinstance(saved[0], wr.Report if kind else ws.Workspace)
     assert "train/method/gap" in str(saved[0])
     assert cli.main(["dashboard", "someone/spo", str(tmp_path / "nowhere"), *kind]) == 1

@@ -187,6 +187,11 @@ def test_choice_gives_the_prompts(tmp_path: Path) -> None:
     with collect_notes() as notes:
         assert regularizer_prompts(cfg, data, global_kl(str(file))) == [made.prompt_ids("the cat")]
     assert notes == {"notes/long_regularizer_prompts": 1}
+    others = [EvalPrompt("id", None, (1, 4), "y"), EvalPrompt("id2", None, (1,) * 36, "z")]
+    unlabeled = dataclasses.replace(data, unlabeled=others)
+    assert regularizer_prompts(cfg, unlabeled, global_kl("unlabeled")) == [(1, 4)]
+    with pytest.raises(DataError, match=r"every prompt has a training pair in use; set data\.num_pairs"):
+        regularizer_prompts(cfg, data, global_kl("unlabeled"))
     with pytest.raises(DataError, match="the selection split does not have a prompt; choose train"):
         regularizer_prompts(cfg, prepared(pairs, made), global_kl("selection"))
     long = write(tmp_path / "long.jsonl", [{"prompt": "x" * 38}])
@@ -205,19 +210,22 @@ def test_content_of_the_file_is_part_of_the_identity(tmp_path: Path) -> None:
 
 
 def test_wrong_choices_are_explained(tmp_path: Path) -> None:
+    choices = "choose train, selection, unlabeled, or a file with a column prompt"
     [problem] = problems(compose(["regularizer.prompts=trian"]))
-    assert problem.startswith(
-        "regularizer.prompts=trian: choose train, selection, unlabeled, or a file with a column prompt"
-    )
+    assert problem.startswith(f"regularizer.prompts=trian: {choices}")
     assert problem.endswith("did you mean train?")
     [problem] = problems(compose(["regularizer.prompts=3"]))  # a number is the name of a file too
-    assert problem.startswith(
-        "regularizer.prompts=3: choose train, selection, unlabeled, or a file with a column prompt"
-    )
+    assert problem.startswith(f"regularizer.prompts=3: {choices}")
     [problem] = problems(compose(["data=enumerable", "model=tabular", "regularizer.prompts=selection"]))
     assert problem.endswith(
         "every split of an enumerable language has all of its prompts: choose regularizer.prompts=train"
     )
+    [problem] = problems(compose(["regularizer.prompts=unlabeled"]))
+    assert problem.startswith(
+        "regularizer.prompts=unlabeled: every prompt of this data has training pairs; set data.num"
+    )
+    for given in ("data.num_pairs=100", "data.source.num_unlabeled=5"):
+        assert problems(compose(["regularizer.prompts=unlabeled", given])) == []
     for overrides in (["method=dpo"], ["regularizer=local_kl"]):
         with pytest.raises(
             ConfigProblems, match=r"regularizer\.prompts=selection: unknown key;.* regularizer=global_kl has it"

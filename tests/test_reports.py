@@ -237,6 +237,27 @@ def points(path: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in re.findall(r"[ML]([-\d.]+),([-\d.]+)", path)]
 
 
+def test_interval_is_a_band_around_its_metric(tmp_path: Path) -> None:
+    key = "val/samples/win_rate"
+    rows = [
+        {"step": step, key: value, f"{key}_ci_low": value - 0.1, f"{key}_ci_high": value + 0.1}
+        for step, value in ((0, 0.5), (10, 0.6))
+    ]
+    run = write_run(tmp_path / "run", history__jsonl=rows)
+    page = Page(render_report(run))
+    [chart] = [chart for chart in page.all_charts if "win_rate" in chart["key"]]
+    assert [one["name"] for one in chart["series"]] == ["val"] and chart["series"][0]["values"] == [0.5, 0.6]
+    assert page.source.count('<polygon class="band hue-1"') == 1
+
+
+def test_dash_and_not_color_tells_validation_from_training(tmp_path: Path) -> None:
+    page = report(tmp_path / "run")
+    train, val = page.charts["loss"]["series"]
+    assert (train["hue"], train["dashed"]) == (1, False) and (val["hue"], val["dashed"]) == (1, True)
+    chosen, rejected = page.charts["rewards/chosen-rewards/rejected"]["series"]
+    assert (chosen["hue"], rejected["hue"]) == (1, 2) and chosen["dashed"] == rejected["dashed"]
+
+
 def test_charts_contain_the_numbers_of_the_history(tmp_path: Path) -> None:
     page, rows = report(tmp_path), history()
     for key, names in {

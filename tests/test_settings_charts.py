@@ -75,9 +75,12 @@ def lines_of(chart: str) -> list[tuple[str, list[tuple[float, float]]]]:
         ((0.03, 0.1, 0.3), True),
         ((1, 2, 4, 8), True),
         ((0.02, 0.05, 0.1), True),
-        ((0.1, 0.5, 0.6), True),  # spans much, though its middle is high
+        ((0.001, 0.1), True),
+        ((0.1, 0.5, 0.6), False),
+        (tuple(0.01 + place / 40 for place in range(40)), False),  # even, though it spans two powers of ten
+        (tuple(10 ** (place / 20) for place in range(12)), True),  # even in its logarithms, over half of one
         ((1, 2), False),
-        ((1, 2, 3, 4), False),
+        ((1, 2, 3, 4, 5, 6, 7, 8, 9), False),
         ((0, 0.1, 10), False),
         ((-1, 100), False),
         ((0.5,), False),

@@ -102,8 +102,16 @@ def test_resumed_run_has_the_budget_of_the_uninterrupted_one(tmp_path: Path) -> 
         (tmp_path / name).mkdir()
     straight, *_ = fitted(tmp_path / "straight")
     fitted(tmp_path / "broken", max_steps=6)
+    path = tmp_path / "broken" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    assert 0 < checkpoint["trained"]["seconds"] < 600
+    checkpoint["trained"]["seconds"] = 1000.0
+    torch.save(checkpoint, path)
     resumed, *_ = fitted(tmp_path / "broken", resume_at=6)
     assert resumed.trained == straight.trained and len(resumed.gradients) == 3
+    assert straight.trained.earlier_seconds == 0 and resumed.trained.earlier_seconds == 1000
+    now = resumed.trained.state_dict()["seconds"]
+    assert now is not None and 1000 < now < 1600 and "trained/seconds" not in resumed.trained.metrics()
 
 
 def test_checkpoint_of_an_old_version_leaves_pairs_unknown(tmp_path: Path) -> None:
@@ -113,7 +121,8 @@ def test_checkpoint_of_an_old_version_leaves_pairs_unknown(tmp_path: Path) -> No
     del checkpoint["trained"]
     torch.save(checkpoint, path)
     resumed, *_ = fitted(tmp_path, resume_at=6)
-    assert resumed.trained == Trained(9, None, None)
+    assert resumed.trained == Trained(9, None, None) and resumed.trained.earlier_seconds is None
+    assert resumed.trained.state_dict()["seconds"] is None
     assert resumed.trained.metrics() == {"trained/steps": 9.0}
 
 

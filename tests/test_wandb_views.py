@@ -302,7 +302,7 @@ def description(run_dir: Path, *overrides: str) -> RunDescription:
 
 
 def test_data_and_model_are_tags_and_the_members_of_groups_are_in_the_config(tmp_path: Path) -> None:
-    found = description(tmp_path, "method=dpo", "regularizer=local_kl", "tags=[mine]")
+    found = description(tmp_path, "method=dpo", "beta=0.1", "regularizer=local_kl", "tags=[mine]")
     assert found.tags == ["dpo", "beta-0.1", "seed-0", "data:stories", "model:tiny", "mine"]
     chosen = found.config["choices"]
     names = {group: chosen[group] for group in ("data", "model", "method", "regularizer", "reference", "strategy")}

@@ -128,8 +128,8 @@ class Health(Callback):
         longer: Largest mean length of samples, as a multiple of that at the start.
         shorter: Least mean length of samples, as a multiple of that at the start.
         entropy: Least entropy per token, as a share of that at the start.
-        kl: Largest KL to the reference, in nats per sequence. The defaults of this and the following limits are those
-            of runs whose configurations do not have these keys.
+        kl: Largest KL to the reference, in nats per sequence. The defaults of this limit and the following ones are
+            for runs of earlier versions, whose configurations do not have these keys.
         kl_per_token: Largest KL to the reference, in nats per token of a sample.
         overfitting: Largest difference of ``rewards/accuracies``, mean of the training rows since the last validation
             minus that of the selection split.
@@ -152,8 +152,8 @@ class Health(Callback):
         shorter: PositiveFloat | None,
         entropy: PositiveFloat | None,
         kl: PositiveFloat | None = None,
-        kl_per_token: PositiveFloat | None = None,
-        overfitting: PositiveFloat | None = None,
+        kl_per_token: PositiveFloat | None = 0.75,
+        overfitting: PositiveFloat | None = 0.3,
     ) -> None:
         self.path = Path(path)
         limits = {

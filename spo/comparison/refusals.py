@@ -226,7 +226,7 @@ def _mixed_digests(runs: Sequence[Run], groups: Groups) -> list[Problem]:
 def _draws_pairs(run: Run) -> bool:
     """Return whether the pairs follow from the seed; the seed of a subset has no effect without a subset."""
     of_seed = {key for key in run.config if key.partition(".")[0] in _DATA and is_in(key, run.of_seed)}
-    return bool(run.config.get("data.num_pairs")) or bool(of_seed - {"data.subset_seed"})
+    return bool(of_seed - (set() if run.config.get("data.num_pairs") else {"data.subset_seed"}))
 
 
 def _mixed(runs: Sequence[Run], what: str, parts: Sequence[str], groups: Groups) -> list[Problem]:

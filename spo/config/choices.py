@@ -7,8 +7,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-CHOICES = "choices"
-"""Key that holds the chosen member of each group, such as ``regularizer: global_kl``."""
+from spo.records.operational_keys import CHOICES
 
 
 def pin_choices(cfg: DictConfig) -> None:

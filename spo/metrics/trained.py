@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 from spo.wording import finite, number
@@ -28,11 +29,15 @@ class Trained:
             version did not record them.
         sampled_tokens: Completion tokens that were sampled for the objective, or ``None`` as for ``pairs``. Samples
             that only measure the policy do not count.
+        earlier_seconds: Seconds that earlier processes trained until the checkpoint from which this one resumes;
+            ``None`` if a checkpoint of an older version did not record them.
     """
 
     steps: int = 0
     pairs: float | None = 0
     sampled_tokens: int | None = 0
+    earlier_seconds: float | None = field(default=0.0, compare=False)
+    _started: float = field(default_factory=perf_counter, repr=False, compare=False)
     _recent: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
 
     def add_step(self, number: int, pairs: float) -> None:
@@ -70,16 +75,21 @@ class Trained:
 
     def metrics(self) -> dict[str, float]:
         """Return the known counts under their keys in ``metrics.json``."""
-        return {PREFIX + name: float(count) for name, count in self.state_dict().items() if count is not None}
+        return {PREFIX + name: float(count) for name, count in self._counts().items() if count is not None}
+
+    def _counts(self) -> dict[str, float | None]:
+        return {name: getattr(self, name) for name in BUDGET_WORDS}
 
     def state_dict(self) -> dict[str, float | None]:
-        """Return the counts."""
-        return {name: getattr(self, name) for name in BUDGET_WORDS}
+        """Return the counts, and the seconds until now."""
+        earlier = self.earlier_seconds
+        return {**self._counts(), "seconds": None if earlier is None else earlier + perf_counter() - self._started}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
         """Restore the counts that :meth:`state_dict` returned."""
-        for name, count in state.items():
-            setattr(self, name, count)
+        for name in BUDGET_WORDS:
+            setattr(self, name, state[name])
+        self.earlier_seconds = state.get("seconds")
 
 
 def written(count: float) -> str:

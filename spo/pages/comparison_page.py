@@ -16,6 +16,7 @@ from spo.pages.charts import marker
 from spo.pages.comparison_curves import curves
 from spo.pages.comparison_figures import frontier, headline, hues, win_matrix
 from spo.pages.comparison_files import PAGE, columns
+from spo.pages.comparison_paths import path_curves, paths_chart
 from spo.pages.comparison_settings import settings_chart
 from spo.pages.comparison_words import (
     describe_costs,
@@ -47,14 +48,15 @@ def write_page(comparison: Comparison, folder: Path, dashboard: Dashboard | None
     Returns:
         The path of the page.
     """
-    groups, chart_data = curves(comparison, dashboard or load_spec())
+    paths, path_data = path_curves(comparison)
+    groups, curve_data = curves(comparison, dashboard or load_spec(), without=[data["key"] for data in path_data])
     hue = hues(comparison)
     return write_selfcontained(
         folder / PAGE,
         TEMPLATES / "comparison.html.j2",
         styles=[TEMPLATES / "report.css", TEMPLATES / "comparison.css"],
         scripts=[TEMPLATES / "report.js", TEMPLATES / "comparison.js"],
-        chart_data=chart_data,
+        chart_data=[*path_data, *curve_data],
         comparison=comparison,
         title=_title(comparison),
         verdict=" ".join(filter(None, [_verdict(comparison), describe_duels(comparison)])),
@@ -65,6 +67,8 @@ def write_page(comparison: Comparison, folder: Path, dashboard: Dashboard | None
         columns=[_column(name) for name in columns(comparison)],
         rows=[_row(method, comparison) for method in comparison.methods],
         frontiers=[(cost, drawn) for cost in ("kl", "entropy") if (drawn := frontier(comparison, cost)) is not None],
+        paths=[chart for group in paths for chart in group["charts"]],
+        plane=paths_chart(comparison),
         matrix=win_matrix(comparison),
         charts=[(method, settings_chart(comparison, method)) for method in comparison.methods],
         groups=groups,

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, FiniteFloat, Tag, TypeAdapter, ValidationError
 
 from spo.errors import UserError
-from spo.metrics.catalogue import SHARE, Place, find, find_logged, label, shown_in, title
+from spo.metrics.catalogue import SHARE, Place, comparable, find, find_logged, label, shown_in, title
 from spo.records.run import RunRecord
 from spo.resources import conf_dir
 
@@ -138,8 +138,72 @@ class EachMetric(_Node):
             yield Bars(title(key), (f"eval/{key}",), bounds, baseline)
 
 
+@dataclass(frozen=True)
+class Coordinates(_Node):
+    """Settings as lines through parallel axes: one for each configuration key, and one for a final number.
+
+    Attributes:
+        title: Heading of the panel.
+        parallel: Configuration keys in the order of their axes, such as ``alpha.value``.
+        metric: Key of ``metrics.json`` on the last axis.
+        logarithmic: Those of the keys whose axes are logarithmic.
+    """
+
+    title: Text
+    parallel: Names
+    metric: Text
+    logarithmic: tuple[Text, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that each logarithmic axis is one of the axes."""
+        unknown = [key for key in self.logarithmic if key not in self.parallel]
+        if unknown:
+            raise ValueError(f"logarithmic: {', '.join(unknown)} is not one of the keys in parallel")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return the key of ``metrics.json`` and of W&B's summary."""
+        return (self.metric,)
+
+
+@dataclass(frozen=True)
+class KeyImportance(_Node):
+    """Importance of the configuration keys for a final number, as W&B estimates it.
+
+    Attributes:
+        importance: Key of ``metrics.json``.
+    """
+
+    importance: Text
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return the key of ``metrics.json`` and of W&B's summary."""
+        return (self.importance,)
+
+
+@dataclass(frozen=True)
+class RunTable(_Node):
+    """Configurations and final numbers of runs beside each other.
+
+    Attributes:
+        runs: ``different`` for the rows in which runs differ, ``all`` for every row.
+    """
+
+    runs: Literal["different", "all"]
+    keys: ClassVar[tuple[str, ...]] = ()
+
+
 # The key that only a panel of this kind has in the file.
-KINDS = {"curves": "metrics", "bars": "final", "scatter": "x", "each": "each"}
+KINDS = {
+    "curves": "metrics",
+    "bars": "final",
+    "scatter": "x",
+    "each": "each",
+    "coordinates": "parallel",
+    "importance_of": "importance",
+    "run_table": "runs",
+}
 
 
 def _kind(node: Any) -> str | None:
@@ -151,11 +215,15 @@ Panel = Annotated[
     Annotated[Curves, Tag("curves")]
     | Annotated[Bars, Tag("bars")]
     | Annotated[Scatter, Tag("scatter")]
-    | Annotated[EachMetric, Tag("each")],
+    | Annotated[EachMetric, Tag("each")]
+    | Annotated[Coordinates, Tag("coordinates")]
+    | Annotated[KeyImportance, Tag("importance_of")]
+    | Annotated[RunTable, Tag("run_table")],
     Discriminator(
         _kind,
         custom_error_type="panel",
-        custom_error_message="a panel has either `metrics`, or `final`, or `x` and `y`, or `each`",
+        custom_error_message="a panel has either `metrics`, or `final`, or `x` and `y`, or `each`, or `parallel` and "
+        "`metric`, or `importance`, or `runs`",
     ),
 ]
 
@@ -214,6 +282,11 @@ class Dashboard(_Node):
         curves = [Curves(label(name), (name,)) for name in logged]
         bars = [Bars(label(name), (f"eval/{name}",)) for name in final]
         return replace(self, sections=(*self.sections, Section("Further curves", (*curves, *bars))))
+
+
+def is_comparable(panel: Panel) -> bool:
+    """Return whether a panel may show runs of several methods on its axes."""
+    return all(comparable(key) for key in panel.keys)
 
 
 def unit_of(key: str) -> str:

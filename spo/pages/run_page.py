@@ -253,16 +253,21 @@ def _panels(run: RunRecord, dashboard: Dashboard) -> Iterable[tuple[str, list[Li
 
 def _panel(run: RunRecord, curves: Curves) -> LineChart:
     series = []
-    for place, metric in enumerate(curves.metrics):
+    # The ends of an interval are a band around the line of their metric.
+    ends = [f"{metric}{end}" for metric in curves.metrics for end in INTERVAL_ENDS]
+    metrics = [metric for metric in curves.metrics if metric not in ends]
+    for place, metric in enumerate(metrics):
         for split in curves.splits:
             steps, values = run.curve(f"{split}/{metric}")
             if not steps or (curves.varying and len(set(values)) == 1):
                 continue
             validation = split == "val"
             short = metric.rpartition("/")[2]
-            name = f"{clean(short)}, {split}" if len(curves.metrics) > 1 else split
-            hue = place + 1 if len(curves.metrics) > 1 else 1 + validation
-            series.append(Series(name, steps, values, hue=hue, dashed=validation))
+            name = f"{clean(short)}, {split}" if len(metrics) > 1 else split
+            band = [run.curve(f"{split}/{metric}{end}") for end in INTERVAL_ENDS if f"{metric}{end}" in curves.metrics]
+            known = len(band) == 2 and all(at == steps for at, _ in band)
+            low, high = (numbers for _, numbers in band) if known else ((), ())
+            series.append(Series(name, steps, values, hue=place + 1, dashed=validation, low=low, high=high))
     key, title = clean("-".join(curves.metrics)), clean(curves.title)
     return LineChart(key, title, unit_of(curves.keys[0]), series, curves.bounds, curves.baseline)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+CHOICES = "choices"
+"""Key that holds the chosen member of each config group, such as ``regularizer: global_kl``."""
 # Keys that change time, cost, place or display, and no result. They are not part of a run's identity.
 OPERATIONAL_KEYS = frozenset(
     {
-        "choices",
+        CHOICES,
         "evaluation.batch_size",
         "hydra",
         "judge.attempts",

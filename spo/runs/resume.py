@@ -11,12 +11,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from spo.config.checks.settings import setting_problems, with_some_length
-from spo.config.choices import CHOICES
 from spo.config.compose import compose, expand_numbers, parse
 from spo.config.trust import Caller, check_trusted
 from spo.errors import ConfigProblems, UserError
 from spo.records import filenames
 from spo.records.files import read_json, read_mapping, write_json
+from spo.records.operational_keys import CHOICES
 from spo.runs.claim import is_finished, locked
 from spo.runs.identity import identity, known_digests, with_digest
 from spo.runs.processes import is_first_process

@@ -9,10 +9,10 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from spo.config.choices import CHOICES
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.records import filenames
 from spo.records.files import read_mapping
+from spo.records.operational_keys import CHOICES
 from spo.runs.processes import sweep_dir
 from spo.tracking import RunDescription
 

@@ -76,17 +76,17 @@ def reference_model(cfg: DictConfig, spec: ModelSpec, source: Source) -> str:
         "plugins": model_plugins(cfg),
         "dtype": spec.dtype,
         "sft": OmegaConf.to_container(cfg.sft, resolve=True),
-        "data": data_key(cfg, _read_by_sft(cfg, source)),
+        "data": data_key(cfg, _read_by_sft(cfg)),
         "rendering": rendering_key(cfg),
     }
     return str(cached(cfg.paths.cache, "sft", key, partial(_fine_tune, cfg, spec, source)))
 
 
-def _read_by_sft(cfg: DictConfig, source: Source) -> tuple[str, ...] | None:
+def _read_by_sft(cfg: DictConfig) -> tuple[str, ...] | None:
     """Return the arguments of the source on which its supervised rows depend; ``None`` for all."""
-    # A subclass or a factory may take the same names and read more, so it has to declare them itself.
-    made_by = locate(str(cfg.data.source._target_))
-    return vars(made_by).get("sft_reads") if made_by is type(source) else None
+    # A subclass inherits the attribute, but may read more, so only what the class itself declares counts.
+    declared: tuple[str, ...] | None = vars(locate(str(cfg.data.source._target_))).get("sft_reads")
+    return declared
 
 
 def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path) -> None:

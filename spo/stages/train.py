@@ -163,7 +163,9 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
             logger.log_metrics(better, step=trainer.global_step)  # each curve ends in the number of metrics.json
             logger.save()
 
-        times = {"prepare_s": prepared_at - started, "train_s": trained_at - prepared_at}
+        times = {"prepare_s": prepared_at - started}
+        if (earlier := module.trained.earlier_seconds) is not None:  # A resumed run trained before as well.
+            times["train_s"] = earlier + trained_at - prepared_at
         times |= {"evaluate_s": perf_counter() - trained_at, "total_s": perf_counter() - started}
         metrics = {
             **(record.latest if chosen.step == trainer.global_step else record.latest_with_validation_of(chosen.step)),

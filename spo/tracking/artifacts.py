@@ -8,9 +8,9 @@ from pathlib import Path
 
 import wandb
 
-from spo.config.choices import CHOICES
 from spo.records import filenames
 from spo.records.files import read_mapping, to_json
+from spo.records.operational_keys import CHOICES
 from spo.tracking.describe import RunDescription
 
 

@@ -25,8 +25,9 @@ from spo.data import (
     eval_prompts,
     prepare,
 )
-from spo.losses import DataNeeds, LabelledLogps
+from spo.losses import DataNeeds
 from spo.notes import collect_notes
+from spo.types import LabelledLogps
 from tests.data.tokenizers_built_here import build
 from tests.fixtures import write_alpaca_like, write_hh_like
 
@@ -173,7 +174,7 @@ def test_subset_of_the_training_pairs_leaves_the_other_splits_whole() -> None:
     assert places(few.train) == [place for place in places(whole.train) if place in set(places(few.train))]
     others = len(whole.train) - 20
     assert few.reported_counts == {"read": 300, "used": 300 - others, "left_out": others, "dropped": 0, "truncated": 0}
-    assert "left_out" not in whole.reported_counts and whole.left_out == () and few.warnings == []
+    assert "left_out" not in whole.reported_counts and not whole.left_out and few.warnings == []
     # The smallest number of pairs is about pairs that were dropped, and none of these was.
     assert len(prepared(ROWS, num_pairs=1, min_pairs=300).train) == 1
 

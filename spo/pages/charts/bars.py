@@ -149,7 +149,7 @@ def whiskers(
     width, row, names, numbers = (400, 27, 112, 58) if compact else (560, 54, 120, 78)
     before, letter = (0, 6.6) if compact else (22, 8.6)
     # Long names take up to half of the width from the axis.
-    names = min(max(names, round(before + letter * max(len(one.name) for one in rows) + 12)), width // 2)
+    names = min(max(names, before + math.ceil(letter * max(len(one.name) for one in rows)) + 12), width // 2)
     room = int((names - before - 12) / letter)
     height = row * len(rows) + BOTTOM + 4
     ends = [v for one in rows for v in (one.value, one.low, one.high) if v is not None]
@@ -203,7 +203,7 @@ class Amount:
 
     Attributes:
         name: Label of the row.
-        value: Length of the bar, at least 0.
+        value: Share, from 0 to 1.
         mark: Value of a thin line across the bar, to compare with.
         description: Text under the pointer.
         faint: Whether the bar is drawn weakly.
@@ -217,19 +217,16 @@ class Amount:
 
 
 def amounts(rows: Sequence[Amount], hue: int, axis: str) -> Markup:
-    """Draw amounts as bars from zero, with their numbers.
-
-    A mark at more than twice the longest bar is drawn at the end of the axis, so that bars stay readable.
+    """Draw shares as bars from zero, with their numbers. A mark beyond 1 is drawn at the end of the axis.
 
     Args:
-        rows: Amounts from top to bottom, at least one.
+        rows: Shares from top to bottom, at least one of them positive.
         hue: Number of the color of the bars.
         axis: Name of the horizontal axis.
     """
     width, row, numbers = 460, 27, 58
-    names = min(max(96, round(6.6 * max(len(one.name) for one in rows) + 12)), width // 2)
-    longest = max(one.value for one in rows) or 1.0
-    top = 1.04 * max(longest, *(min(one.mark, 2 * longest) for one in rows))
+    names = min(max(96, math.ceil(6.6 * max(len(one.name) for one in rows)) + 12), width // 2)
+    top = 1.04 * max(max(one.value, min(one.mark, 1.0)) for one in rows)
     base = row * len(rows)
 
     def x(value: float) -> float:

@@ -18,8 +18,10 @@ _LANE, _ALL_LANES, _LANE_GAP = 0.13, 0.45, 0.05
 _PADDING = 0.04
 # An axis with at most this many numbers has a tick for each of them.
 _MAX_OWN_TICKS = 8
-# Positive numbers with ends of a larger ratio always have a logarithmic axis.
-_LARGE_RATIO = 4.0
+# Ratio of the ends from which numbers may have a logarithmic axis, and from which a few numbers always have one.
+_MIN_RATIO, _LARGE_RATIO, _FEW = 3.0, 10.0, 4
+# Place of the middle between the geometric mean of the ends (0) and the arithmetic one (1) up to which it is geometric.
+_GEOMETRIC = 0.6
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,9 @@ def is_number(value: Any) -> bool:
 def spreads_by_ratio(numbers: Sequence[float]) -> bool:
     """Return whether numbers are better told apart by their ratios than by their differences.
 
-    This is so if they are positive and the largest is more than four times the smallest. With closer ends, their middle
-    decides: in a search on a logarithmic scale it lies nearer to the geometric mean of the ends than to the arithmetic
-    one.
+    This is so for positive numbers of different sizes whose median is near the geometric mean of their ends, as in a
+    search on a logarithmic scale, and not near the arithmetic one. The median of a few numbers does not tell: these are
+    told apart by ratios if they span a power of ten.
 
     Args:
         numbers: Different numbers in increasing order.
@@ -111,5 +113,9 @@ def spreads_by_ratio(numbers: Sequence[float]) -> bool:
     if len(numbers) < 2 or numbers[0] <= 0:
         return False
     low, high = numbers[0], numbers[-1]
+    if high < _MIN_RATIO * low:
+        return False
     middle = (numbers[(len(numbers) - 1) // 2] + numbers[len(numbers) // 2]) / 2
-    return high > _LARGE_RATIO * low or middle < (math.sqrt(low * high) + (low + high) / 2) / 2
+    geometric, arithmetic = math.sqrt(low * high), (low + high) / 2
+    few = len(numbers) <= _FEW and high >= _LARGE_RATIO * low
+    return few or middle <= geometric + _GEOMETRIC * (arithmetic - geometric)

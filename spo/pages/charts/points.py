@@ -33,6 +33,8 @@ class Point:
         description: Text under the pointer.
         large: Whether it summarizes other points, as a mean does.
         ring: Whether a ring marks it as selected.
+        start: Whether it is the start of a path, which is hollow and does not decide the scale of the axis: the KL of
+            a start is zero.
     """
 
     x: float
@@ -40,6 +42,7 @@ class Point:
     description: str
     large: bool = False
     ring: bool = False
+    start: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def scatter(
         stretched: Whether the horizontal axis may be logarithmic, where the points spread.
     """
     width, height = 520, 340
-    stretch = stretch_for([p.x for cloud in clouds for p in cloud.points]) if stretched else PLAIN
+    stretch = stretch_for([p.x for cloud in clouds for p in cloud.points if not p.start]) if stretched else PLAIN
     places = [(p.x, p.y) for cloud in clouds for p in cloud.points] + ([start] if start else [])
     xs, ys = zip(*places, strict=True)
     (x0, x1), (y0, y1) = padded(*(stretch.place(end) for end in (min(xs), max(xs)))), padded(min(ys), max(ys))
@@ -112,6 +115,6 @@ def scatter(
 
 
 def _point(hue: int, point: Point, x: float, y: float) -> str:
-    mark = marker(hue, x, y, 5.2 if point.large else 3.2, "" if point.large else "faint")
+    mark = marker(hue, x, y, 5.2 if point.large else 3.2, "hollow" if point.start else "" if point.large else "faint")
     ring = f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="10"/>' if point.ring else ""
     return f'<g class="described">{ring}{mark}<title>{escape(point.description)}</title></g>'

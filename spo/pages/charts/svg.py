@@ -57,6 +57,6 @@ def svg(
         height: Height of the view box.
         natural: Whether the drawing does not grow beyond its own size.
     """
-    size = f' style="max-width:{width}px"' if natural else ""
+    size = f' style="width:{width}px;max-width:100%"' if natural else ""
     head = f'<svg {attributes}{size} viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}">'
     return Markup(head + "".join(parts) + "</svg>")
