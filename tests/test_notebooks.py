@@ -13,7 +13,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from spo import load_runs
 from tests.environments import ROOT
+from tests.test_study_figures import write_study
 
 FOLDER = ROOT / "notebooks"
 # The outputs are part of the documentation, so every notebook is committed with them.
@@ -132,12 +134,20 @@ def test_quickstart_runs_from_top_to_bottom(tmp_path: Path, cache_dir: Path, mon
 def test_compare_runs_from_top_to_bottom(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPO_CACHE_DIR", str(cache_dir))
     grid = {"SPO": '["alpha=0.1", "alpha=1"]', "DPO": '["beta=0.1", "beta=1"]', "IPO": '["beta=1", "beta=3"]'}
+    study = write_study(tmp_path / "outputs" / "sweeps" / "study" / "few_pairs_data-0")
     notebook = execute("03_compare.ipynb", tmp_path, SIZE='["+debug=tiny"]', SEEDS="[1, 2]", **grid)
     found, runs = numbers(notebook), tmp_path / "outputs" / "compare"
-    assert pictures(notebook) == 4
+    assert pictures(notebook) == 5
     assert (runs / "comparison" / "comparison.html").exists()
     assert set(found["best"]) == {"spo", "dpo", "ipo"}
     for method, setting in found["best"].items():
         folders = [runs / f"{method}_{setting.replace(' ', '-')}_seed-{seed}" for seed in (1, 2)]
         rates = [json.loads((folder / "metrics.json").read_text())["eval/win_rate"] for folder in folders]
         assert found["values"][method] == pytest.approx(sum(rates) / 2)
+    table = load_runs(study).groupby(["method.name", "regularizer._target_"])["eval/win_rate"].mean()
+    assert found["study"] == {
+        f"few_pairs_data-0, {method}": pytest.approx(
+            table[method, "spo.regularizers.GlobalKL"] - table[method, "spo.regularizers.LocalKL"]
+        )
+        for method in ("spo", "dpo")
+    }
