@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from spo.comparison.compare import Comparison, Difference, Method
 from spo.comparison.runs import Run
-from spo.metrics.catalogue import label, unit
+from spo.metrics.catalogue import comparisons, label, unit
 from spo.metrics.trained import COSTS, cost_text
 from spo.pages.charts import marker
 from spo.pages.comparison_curves import curves
@@ -32,7 +32,7 @@ from spo.pages.comparison_words import (
 from spo.pages.dashboard import Dashboard, load_spec
 from spo.pages.run_page import TEMPLATES
 from spo.pages.selfcontained import write_selfcontained
-from spo.wording import finite, number, quoted, shorten, verdict_word
+from spo.wording import describe_verdict, finite, number, quoted, shorten
 
 _SAMPLES, _TEXT_CHARACTERS = 6, 1200
 
@@ -181,15 +181,20 @@ def _chosen(prompts: Sequence[str], rows: Mapping[str, Mapping[str, Mapping[str,
 
 def _sample(prompt: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     any_row = next(iter(rows.values()))
-    sides = [_side("reference", any_row.get("reference_completion"), any_row.get("reference_reward"), None)]
-    sides += [_side(name, row.get("completion"), row.get("reward"), row.get("verdict")) for name, row in rows.items()]
+    sides = [_side("reference", any_row.get("reference_completion"), any_row.get("reference_reward"), "")]
+    sides += [_side(name, row.get("completion"), row.get("reward"), _verdict_of(row)) for name, row in rows.items()]
     return {"prompt": shorten(str(any_row.get("prompt", prompt)), _TEXT_CHARACTERS), "sides": sides}
 
 
-def _side(name: str, text: Any, reward: Any, verdict: Any) -> dict[str, Any]:
+def _verdict_of(row: Mapping[str, Any]) -> str:
+    verdict = finite(row.get("verdict"))
+    return "" if verdict is None else describe_verdict(verdict, len(comparisons(row)))
+
+
+def _side(name: str, text: Any, reward: Any, verdict: str) -> dict[str, Any]:
     return {
         "name": name,
         "text": None if text is None else shorten(str(text).strip(), _TEXT_CHARACTERS),
         "reward": None if finite(reward) is None else number(reward),
-        "verdict": None if finite(verdict) is None else verdict_word(float(verdict)),
+        "verdict": verdict or None,
     }
