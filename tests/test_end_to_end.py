@@ -69,6 +69,7 @@ EVAL_KEYS = [
     "calibration/ece",
 ]
 SAMPLE_KEYS = [
+    "references",
     "prompt_id",
     "split",
     "sample_index",

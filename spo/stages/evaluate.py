@@ -166,7 +166,8 @@ def evaluate_run(
     with memory_for("judging", judge_size):
         test = assess(prompts["test"], *completions["test"], settings, judge, whole, opponents)
         if "selection" in prompts:
-            against_reference = replace(settings, against=[REFERENCE])
+            # Self-BLEU takes seconds, and this split does not report it.
+            against_reference = replace(settings, against=[REFERENCE], self_bleu_samples=0)
             selection = assess(prompts["selection"], *completions["selection"], against_reference, judge)
     if selection is None and whole and settings.selection_prompts > 0:
         selection = replace(test, samples=[])  # both splits consist of the whole language
