@@ -95,6 +95,11 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit].rstrip()} … ({len(text) - limit:,} characters more)"
 
 
+def quoted(name: str) -> str:
+    """Return a name as a part of a sentence: in quotation marks if it contains a comma."""
+    return f'"{name}"' if "," in name else name
+
+
 def value_text(value: Any) -> str:
     """Write a value of the configuration for people: a class of the package without its module."""
     if isinstance(value, float):

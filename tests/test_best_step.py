@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import Callback
 
+from spo.callbacks import Checkpoint
 from spo.config.checks import code_problems, warnings
 from spo.config.compose import compose
 from spo.errors import UserError
@@ -76,6 +78,26 @@ def test_mode_that_keeps_the_worst_step_is_noted(monitor: str, mode: str, expect
     settings = ["callbacks=samples", f"callbacks.checkpoint.monitor={monitor}", f"callbacks.checkpoint.mode={mode}"]
     notes = [note for note in warnings(compose(settings, run_dir=tmp_path)) if "keeps the worst" in note]
     assert [note.endswith(expected) for note in notes] == [True] if expected else notes == []
+
+
+def test_metric_that_a_judge_could_not_give_yet_is_not_rejected(tmp_path: Path) -> None:
+    """Judges of a network may fail at the first validation; then no step has a value, and training continues."""
+    monitor = "val/samples/win_rate"
+
+    def value(unanswered: set[str]) -> float | None:
+        trainer: Any = SimpleNamespace(
+            callback_metrics={"val/loss": 1.0, "val/samples/reward": 2.0},
+            callbacks=[SimpleNamespace(unanswered=unanswered), Callback()],
+            is_global_zero=True,
+            loggers=[],
+            global_step=0,
+            strategy=SimpleNamespace(broadcast=lambda found: found),
+        )
+        return Checkpoint(str(tmp_path), monitor, "max")._value(trainer)
+
+    assert value({monitor}) is None
+    with pytest.raises(UserError, match=r"choose one of val/loss, .*; did you mean val/samples/reward\?"):
+        value(set())
 
 
 class PowerCut(Callback):

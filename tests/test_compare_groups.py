@@ -84,7 +84,11 @@ def test_choices_that_differ_within_a_method_are_groups(tmp_path: Path) -> None:
     for method in comparison.methods:
         chosen = {run.config["regularizer._target_"] for run in method.best.runs}
         assert len(chosen) == 1 and len(method.settings) == 1 and method.best.seeds == [1, 2]
-    assert "differ in their choice of regularizer are groups of their own" in to_markdown(comparison)
+    markdown = to_markdown(comparison)
+    assert "differ in their choice of regularizer are groups of their own" in markdown
+    assert re.search(r'- "spo, \w+_kl" and "spo, \w+_kl": no difference in win rate is shown', markdown)
+    page = Page(write_page(comparison, tmp_path / "page")).text
+    assert '"spo, global_kl"' in page and '"spo, local_kl"' in page
 
 
 def test_choice_that_follows_from_the_method_does_not_split_names(tmp_path: Path) -> None:
@@ -109,7 +113,7 @@ def test_unequal_numbers_of_settings_of_choices_are_refused_with_the_remedy(tmp_
     ablation(tmp_path, [("spo", "global_kl"), ("spo", "local_kl")])
     ablation(tmp_path, [("spo", "global_kl")], beta=0.2)
     text = refusal(tmp_path)
-    assert "the numbers of settings tried differ: spo, global_kl has 2; spo, local_kl has 1" in text
+    assert 'the numbers of settings tried differ: "spo, global_kl" 2, "spo, local_kl" 1' in text
     assert "with --by method, the choices of regularizer are settings of a method" in text
     [method] = compared(tmp_path, by="method").methods
     assert method.name == "spo" and len(method.settings) == 3
@@ -299,7 +303,7 @@ def test_groups_by_data_take_equal_steps_but_not_equal_pairs(tmp_path: Path) -> 
     assert not compared(tmp_path / "more", by="method,data.num_pairs").problems
     write(tmp_path / "more", "kto", "none", changes={"data.num_pairs": 64}, trained={"trained/pairs": 9})
     write(tmp_path / "more", "kto", "none", changes={"data.num_pairs": 32})
-    assert "dpo, data.num_pairs 64 60 steps on 3 pairs" in refusal(tmp_path / "more", by="method,data.num_pairs")
+    assert '"dpo, data.num_pairs 64" 60 steps on 3 pairs' in refusal(tmp_path / "more", by="method,data.num_pairs")
 
 
 @pytest.mark.parametrize("num_pairs", [128, None])
@@ -364,7 +368,7 @@ def test_command_and_function_take_keys_and_names(tmp_path: Path, capsys: pytest
     made = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
     assert made["by"] == ["method", "regularizer"] and made["baseline"] == "spo, local_kl"
     assert cli.main(["compare", str(tmp_path), "--baseline", "spo"]) == 1
-    assert "the methods are spo, global_kl; spo, local_kl; dpo" in capsys.readouterr().err
+    assert 'the methods are "spo, global_kl", "spo, local_kl", dpo' in capsys.readouterr().err
     for by in ("method,regularizer", ["method", "regularizer"]):
         assert names(spo.compare(tmp_path, by=by)) == {one["name"] for one in made["methods"]}
     assert cli.main(["compare", "--help"]) == 0

@@ -28,7 +28,9 @@ def comparison_of(folder: Path, paths: Mapping[str, Sequence[Path_]]) -> Compari
     for method, seeds in paths.items():
         for seed, path in enumerate(seeds):
             run = write_run(folder, method=method, seed=seed, prompts=6)
-            rows = [{"step": step, KL: kl, WIN_RATE: win} for step, (kl, win) in path.items()]
+            rows = [
+                {"step": step, KL: kl, WIN_RATE: win, "val/entropy": 1.0 + step} for step, (kl, win) in path.items()
+            ]
             (run / "history.jsonl").write_text("".join(json.dumps(row).replace('"NaN"', "NaN") + "\n" for row in rows))
     return compare(find_runs([folder]), bootstrap=Bootstrap(draws=20))
 
@@ -103,6 +105,6 @@ def test_curves_over_steps_have_bands_over_seeds(tmp_path: Path) -> None:
     page = Page(write_page(comparison, tmp_path / "comparison"))
     # Charts are found by position: the page has those of the paths first, and does not repeat them below.
     keys = [attributes["data-chart"] for tag, attributes in page.elements if "data-chart" in attributes]
-    assert keys == [chart["key"] for chart in page.all_charts] and keys[:2] == [WIN_RATE, KL]
+    assert keys == [chart["key"] for chart in page.all_charts] and keys == [WIN_RATE, KL, "val/entropy"]
     assert keys.count(WIN_RATE) == keys.count(KL) == 1 and not [key for key in keys if "_ci_" in key]
     assert "Over training" in page.text and "the hollow mark is the start" in page.text

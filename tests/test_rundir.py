@@ -292,6 +292,7 @@ def test_resume_accepts_other_steps_loggers_and_strategy(tmp_path: Path) -> None
     assert (cfg.seed, cfg.trainer.max_steps) == (3, 20)
     assert list(cfg.logger) == ["csv"] and cfg.logger.csv.save_dir == str(tmp_path)
     assert cfg.strategy.plugin["_target_"].endswith("DDPStrategy")
+    assert (cfg.choices.logger, cfg.choices.strategy, cfg.choices.method) == ("csv", "ddp", "spo")
     with claim(tmp_path, cfg) as status:
         assert status is Status.UNFINISHED
     with pytest.raises(UserError, match=r"trainer\.max_steps: 20 there, 10 now"):

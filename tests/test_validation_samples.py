@@ -13,6 +13,7 @@ from torch import nn
 
 from spo.callbacks import ValidationSamples
 from spo.data import EvalPrompt
+from spo.errors import JudgeError
 from spo.evaluation import EvaluationSettings
 from spo.evaluation.judges import Judge, reward_judge
 from spo.losses import DPOLoss
@@ -137,3 +138,24 @@ def test_number_of_prompts_may_exceed_the_split(num_prompts: int | None, expecte
     _, samples = validated(module, tmp_path, num_prompts, samples_per_prompt=2)
     assert [sample["sample_index"] for sample in samples] == [0, 1] * expected
     assert len({sample["prompt_id"] for sample in samples}) == expected
+
+
+class Broken:
+    """A judge that is out of service."""
+
+    def scores(self, prompts: Sequence[Any], completions: Sequence[str]) -> dict[str, list[float]]:
+        raise JudgeError("the endpoint does not answer")
+
+
+def test_failing_judge_leaves_the_other_numbers_and_names_those_that_are_missing(tmp_path: Path) -> None:
+    module = make_module(tiny_llama(0), loss=DPOLoss(), reference=FrozenReference(), reference_model=tiny_llama(1))
+    callback = ValidationSamples(str(tmp_path / "samples.validation.jsonl"), 5)
+    callback.attach(PROMPTS, EvaluationSettings(**SETTINGS), Broken(), (EOS,), PAD, decode)  # type: ignore[arg-type]
+    trainer = Logged()
+    callback.on_validation_end(trainer, module)  # type: ignore[arg-type]
+    assert trainer.rows[0].keys() == {"step", *(f"val/samples/{name}" for name in ("kl", "entropy", "length"))}
+    names = ("win_rate", "win_rate_ci_low", "win_rate_ci_high", "reward")
+    assert callback.unanswered == {f"val/samples/{name}" for name in names}
+    callback.judge = reward_judge(count_favorite)
+    callback.on_validation_end(trainer, module)  # type: ignore[arg-type]
+    assert callback.unanswered == set() and "val/samples/win_rate" in trainer.rows[1]

@@ -25,6 +25,7 @@ from spo.comparison.runs import CannotCompare, Found, Run
 from spo.comparison.scores import score_table, shared_prompts, win_shares
 from spo.metrics.catalogue import SHARE, find, shown_in
 from spo.stats import Array, Bootstrap, Estimate, holm
+from spo.wording import quoted
 
 # Level of the tests after correction.
 LEVEL = 0.05
@@ -185,12 +186,10 @@ def compare(
         raise CannotCompare([*(one.text for one in problems), "no run is finished"])
     names = list(dict.fromkeys(groups.names[run] for run in runs))
     if baseline is not None and baseline not in names:
-        known = (
-            f"the {groups.noun}s are {'; '.join(names) if any(', ' in name for name in names) else ', '.join(names)}"
-        )
+        known = f"the {groups.noun}s are {', '.join(map(quoted, names))}"
         raise CannotCompare([f"--baseline {baseline}: there is no run of it; {known}"])
     unfinished = [name for name in dict.fromkeys(groups.names[run] for run in found.runs) if name not in names]
-    notes = [*found.notes, *(f"{name} does not have a finished run" for name in unfinished)]
+    notes = [*found.notes, *(f"{quoted(name)} does not have a finished run" for name in unfinished)]
     metric = choose_metric(runs, metric, notes)
     of_group = {name: [run for run in runs if groups.names[run] == name] for name in names}
     selects = any(len({run.key for run in some}) > 1 for some in of_group.values())
@@ -204,7 +203,7 @@ def compare(
     methods.sort(key=lambda method: (-1 if higher is not False else 1) * method.estimates[main].value)
     seeds = sorted({run.seed for run in runs})
     for method in methods if select is not None else ():
-        notes += edges(method.name, method.settings, method.best)
+        notes += edges(quoted(method.name), method.settings, method.best)
     notes += _about_seeds(methods)
     return Comparison(
         methods=methods,
@@ -232,8 +231,8 @@ def _about_seeds(methods: Sequence[Method]) -> list[str]:
         notes.append("There is one seed: intervals cover the choice of prompts but not the choice of seeds.")
     elif single:
         notes.append(
-            f"One seed of {', '.join(single)}: the interval of its mean covers prompts alone; in a difference, the "
-            "variance between seeds is that of the other method."
+            f"One seed of {', '.join(map(quoted, single))}: the interval of its mean covers prompts alone; in a "
+            "difference, the variance between seeds is that of the other method."
         )
     if any(len(method.best.runs) == 2 for method in methods):
         notes.append(

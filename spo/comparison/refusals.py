@@ -13,6 +13,7 @@ from spo.comparison.groups import METHOD, Groups, group_runs
 from spo.comparison.runs import Found, Run
 from spo.metrics.trained import written
 from spo.records.operational_keys import is_in
+from spo.wording import quoted
 
 # Parts of a configuration that must be the same for all runs: the data, the initial model and the evaluation.
 _DATA, _START, _JUDGING = ("data",), ("model", "sft"), ("evaluation", "judge")
@@ -75,7 +76,7 @@ def _mixed_methods(runs: Sequence[Run], groups: Groups) -> list[Problem]:
     """Find groups that contain runs of several methods, of which one would be selected."""
     keys = ",".join([METHOD, *groups.by])
     return [
-        Problem(f"{name} mixes the methods {_names(methods)}: write --by {keys}", frozenset({name}))
+        Problem(f"{quoted(name)} mixes the methods {_names(methods)}: write --by {keys}", frozenset({name}))
         for name, some in _by(runs, groups.names.__getitem__).items()
         if len(methods := sorted({run.method for run in some})) > 1
     ]
@@ -113,18 +114,12 @@ def _trials(runs: Sequence[Run], groups: Groups) -> list[Problem]:
     trials = {name: len({run.key for run in some}) for name, some in _by(runs, groups.names.__getitem__).items()}
     if len(set(trials.values())) <= 1:
         return []
-    counted = _joined(f"{name} {'has ' if ', ' in name else ''}{count}" for name, count in trials.items())
+    counted = ", ".join(f"{quoted(name)} {count}" for name, count in trials.items())
     text = f"the numbers of settings tried differ: {counted}; the best of many settings is better by chance alone"
     if groups.choices:
         text += f" (with --by {METHOD}, the choices of {_names(groups.choices)} are settings of a method)"
     most = max(trials.values())
     return [Problem(text, frozenset(name for name, count in trials.items() if count == most))]
-
-
-def _joined(texts: Iterable[str]) -> str:
-    """Join texts about groups, with semicolons where a name contains a comma."""
-    known = list(texts)
-    return ("; " if any(", " in text for text in known) else ", ").join(known)
 
 
 def _budgets(runs: Sequence[Run], groups: Groups) -> list[Problem]:
@@ -157,7 +152,7 @@ def _budget_problem(runs: Sequence[Run], groups: Groups, words: Callable[[Run], 
     }
     if all(_equal_budgets(one, other) for one, other in combinations(spent.values(), 2)):
         return None
-    described = ", ".join(f"{name} {_budget_by_seed(by_seed)}" for name, by_seed in spent.items())
+    described = ", ".join(f"{quoted(name)} {_budget_by_seed(by_seed)}" for name, by_seed in spent.items())
     return Problem(f"the {groups.noun}s were trained for different lengths: {described}")
 
 
@@ -198,7 +193,9 @@ def _seeds(runs: Sequence[Run], groups: Groups) -> list[Problem]:
                 lacking[words] = lacking.get(words, 0) + 1
         for words, count in lacking.items():
             which = f"{count} of its {len(settings)} settings" if len(settings) > 1 else "it"
-            problems.append(Problem(f"{name}: {which} lack{'s' if which == 'it' else ''} {words}", frozenset({name})))
+            problems.append(
+                Problem(f"{quoted(name)}: {which} lack{'s' if which == 'it' else ''} {words}", frozenset({name}))
+            )
     return problems
 
 

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from spo.comparison.compare import Comparison, Difference, Method
 from spo.comparison.runs import Run
-from spo.metrics.catalogue import label, unit
+from spo.metrics.catalogue import comparisons, label, unit
 from spo.metrics.trained import COSTS, cost_text
 from spo.pages.charts import marker
 from spo.pages.comparison_curves import curves
@@ -32,7 +32,7 @@ from spo.pages.comparison_words import (
 from spo.pages.dashboard import Dashboard, load_spec
 from spo.pages.run_page import TEMPLATES
 from spo.pages.selfcontained import write_selfcontained
-from spo.wording import finite, number, shorten, verdict_word
+from spo.wording import describe_verdict, finite, number, quoted, shorten
 
 _SAMPLES, _TEXT_CHARACTERS = 6, 1200
 
@@ -87,7 +87,7 @@ def _key(hue: int) -> Markup:
 
 
 def _title(comparison: Comparison) -> str:
-    return join_names([method.name for method in comparison.methods])
+    return join_names([quoted(method.name) for method in comparison.methods])
 
 
 def _verdict(comparison: Comparison) -> str:
@@ -96,21 +96,22 @@ def _verdict(comparison: Comparison) -> str:
         return ""
     name = label(comparison.metric_name)
     best = comparison.methods[0].name
+    leader = quoted(best)
     if comparison.baseline is not None:
         found = [one for one in comparison.differences if one.significant]
         if not found:
-            return f"No difference in {name} to {comparison.baseline} is shown."
+            return f"No difference in {name} to {quoted(comparison.baseline)} is shown."
         return " ".join(describe_difference(one, comparison) for one in found)
     if not any(one.significant for one in comparison.differences):
-        return f"No difference in {name} between {join_names([method.name for method in comparison.methods])} is shown."
+        return f"No difference in {name} between {_title(comparison)} is shown."
     of_best = [one for one in comparison.differences if best in (one.first, one.second)]
     behind = [one.second if one.first == best else one.first for one in of_best if one.significant]
     level = [one.second if one.first == best else one.first for one in of_best if not one.significant]
     word = "higher" if comparison.higher is None else "better"
     if not behind:
-        return f"{best} is not shown to be {word} than any other in {name}."
-    ahead = f"{best} is {word} than {join_names(behind)} in {name}"
-    return f"{ahead}; no difference to {join_names(level)} is shown." if level else f"{ahead}."
+        return f"{leader} is not shown to be {word} than any other in {name}."
+    ahead = f"{leader} is {word} than {join_names(list(map(quoted, behind)))} in {name}"
+    return f"{ahead}; no difference to {join_names(list(map(quoted, level)))} is shown." if level else f"{ahead}."
 
 
 def _difference(one: Difference, comparison: Comparison) -> dict[str, Any]:
@@ -180,15 +181,20 @@ def _chosen(prompts: Sequence[str], rows: Mapping[str, Mapping[str, Mapping[str,
 
 def _sample(prompt: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     any_row = next(iter(rows.values()))
-    sides = [_side("reference", any_row.get("reference_completion"), any_row.get("reference_reward"), None)]
-    sides += [_side(name, row.get("completion"), row.get("reward"), row.get("verdict")) for name, row in rows.items()]
+    sides = [_side("reference", any_row.get("reference_completion"), any_row.get("reference_reward"), "")]
+    sides += [_side(name, row.get("completion"), row.get("reward"), _verdict_of(row)) for name, row in rows.items()]
     return {"prompt": shorten(str(any_row.get("prompt", prompt)), _TEXT_CHARACTERS), "sides": sides}
 
 
-def _side(name: str, text: Any, reward: Any, verdict: Any) -> dict[str, Any]:
+def _verdict_of(row: Mapping[str, Any]) -> str:
+    verdict = finite(row.get("verdict"))
+    return "" if verdict is None else describe_verdict(verdict, len(comparisons(row)))
+
+
+def _side(name: str, text: Any, reward: Any, verdict: str) -> dict[str, Any]:
     return {
         "name": name,
         "text": None if text is None else shorten(str(text).strip(), _TEXT_CHARACTERS),
         "reward": None if finite(reward) is None else number(reward),
-        "verdict": None if finite(verdict) is None else verdict_word(float(verdict)),
+        "verdict": verdict or None,
     }

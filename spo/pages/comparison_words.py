@@ -10,7 +10,7 @@ from spo.comparison.compare import Comparison, Difference
 from spo.metrics.catalogue import label
 from spo.metrics.trained import BUDGET_WORDS, COSTS, PREFIX, SAMPLED, cost_text
 from spo.stats import Estimate
-from spo.wording import number
+from spo.wording import number, quoted
 
 
 def interval(estimate: Estimate | None) -> str:
@@ -48,11 +48,11 @@ def describe_training(setting: Setting) -> str:
 def describe_difference(difference: Difference, comparison: Comparison) -> str:
     """State what a difference shows, and no more than that."""
     name = label(comparison.metric_name)
+    ahead, behind = quoted(difference.first), quoted(difference.second)
     if difference.p is None:
-        return f"{difference.first} and {difference.second}: too few numbers to test the difference."
+        return f"{ahead} and {behind}: too few numbers to test the difference."
     if not difference.significant:
-        return f"{difference.first} and {difference.second}: no difference in {name} is shown ({_with_p(difference)})."
-    ahead, behind = difference.first, difference.second
+        return f"{ahead} and {behind}: no difference in {name} is shown ({_with_p(difference)})."
     more = difference.estimate.value > 0
     if not more and comparison.baseline is None:
         ahead, behind, more = behind, ahead, True
@@ -73,19 +73,19 @@ def describe_duels(comparison: Comparison) -> str:
     known = [duel for duel in comparison.duels if duel.estimate is not None]
     won = {
         name: [
-            f"{duel.second} ({duel.estimate.value:.0%} of the prompts, {describe_p_value(duel.p)})"
+            f"{quoted(duel.second)} ({duel.estimate.value:.0%} of the prompts, {describe_p_value(duel.p)})"
             for duel in known
             if duel.first == name and duel.significant and duel.estimate is not None and duel.estimate.value > 0.5
         ]
         for name in names
     }
-    clear = [f"{name} beats {join_names(others)}" for name, others in won.items() if others]
+    clear = [f"{quoted(name)} beats {join_names(others)}" for name, others in won.items() if others]
     if not known:
         return ""
     if not clear:
         return "Head to head, no method is shown to beat another."
     open_pairs = [
-        f"{duel.first} and {duel.second}"
+        f"{quoted(duel.first)} and {quoted(duel.second)}"
         for duel in known
         if not duel.significant and names.index(duel.first) < names.index(duel.second)
     ]
