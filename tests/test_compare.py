@@ -81,6 +81,16 @@ def test_estimates_are_means_over_seeds_and_prompts(tmp_path: Path) -> None:
     assert values == sorted(values, reverse=True)
 
 
+def test_defaults_of_methods_may_differ(tmp_path: Path) -> None:
+    """The learning rate that a method is best at is the default of the model, and no part of the initial model."""
+    for method, rate in (("spo", 0.002), ("dpo", 0.001)):
+        write_run(tmp_path, method=method, changes={"model.default_lr": rate, "optimizer.lr": rate})
+    assert len(compared(tmp_path).methods) == 2
+    write_run(tmp_path, method="ipo", changes={"model.default_lr": 0.002, "model.hidden_size": 8})
+    with pytest.raises(CannotCompare, match=r"the initial model differs between runs: model.hidden_size"):
+        compared(tmp_path)
+
+
 @pytest.mark.parametrize("old", [None, "absent"])
 def test_samples_of_earlier_versions_without_a_split_count(tmp_path: Path, old: str | None) -> None:
     named, unnamed = write_run(tmp_path / "a"), write_run(tmp_path / "b")
