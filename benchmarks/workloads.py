@@ -397,7 +397,7 @@ class Workload:
         self.prepared: Prepared = prepare_run(self.config("method=dpo"))
         if train is not None:
             pairs = replace(self.prepared.pairs, train=train)
-            prompts = {**self.prepared.prompts, "train": eval_prompts(train)}
+            prompts = {**self.prepared.prompts, "train": eval_prompts(train, "train")}
             self.prepared = replace(self.prepared, pairs=pairs, prompts=prompts)
         needed, found = size.pairs * steps, len(self.prepared.pairs.train)
         if found < needed:

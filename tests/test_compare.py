@@ -81,6 +81,25 @@ def test_estimates_are_means_over_seeds_and_prompts(tmp_path: Path) -> None:
     assert values == sorted(values, reverse=True)
 
 
+def test_defaults_of_methods_may_differ(tmp_path: Path) -> None:
+    """The learning rate that a method is best at is the default of the model, and no part of the initial model."""
+    for method, rate in (("spo", 0.002), ("dpo", 0.001)):
+        write_run(tmp_path, method=method, changes={"model.default_lr": rate, "optimizer.lr": rate})
+    assert len(compared(tmp_path).methods) == 2
+    write_run(tmp_path, method="ipo", changes={"model.default_lr": 0.002, "model.hidden_size": 8})
+    with pytest.raises(CannotCompare, match=r"the initial model differs between runs: model.hidden_size"):
+        compared(tmp_path)
+
+
+@pytest.mark.parametrize("old", [None, "absent"])
+def test_samples_of_earlier_versions_without_a_split_count(tmp_path: Path, old: str | None) -> None:
+    named, unnamed = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    rewrite(unnamed / "samples.jsonl", lambda row: row.pop("split") if old else row.update(split=None))
+    one, other = compared(tmp_path / "a"), compared(tmp_path / "b")
+    assert one.prompts == other.prompts == 48 and named.name == unnamed.name
+    assert one.methods[0].estimates == other.methods[0].estimates and one.methods[0].estimates["win_rate"].low
+
+
 def test_best_setting_is_selected_without_the_test_split(tmp_path: Path) -> None:
     for beta, val, test in ((0.1, 0.7, 0.2), (0.2, 0.6, 0.9), (0.3, 0.65, 0.5)):
         for seed in (1, 2):

@@ -117,6 +117,7 @@ def check(metrics: Numbers, run: Path) -> None:
     start = history(run)[0]
     assert start["val/kl"] == pytest.approx(0, abs=1e-6)
     samples = rows(run / "samples.jsonl")
+    assert {row["split"] for row in samples} == {"test"}
     assert 1 <= len(samples) <= 4 and not {"reward", "reference_reward", "verdict"} & samples[0].keys()
     assert (run / "report.html").is_file()
     model = AutoModelForCausalLM.from_pretrained(run / "policy")

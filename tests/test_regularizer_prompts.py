@@ -135,7 +135,7 @@ def test_prompts_of_a_file_have_the_tokens_of_the_pairs(tmp_path: Path, prompts:
     pairs = prepare(source.rows(no_completer), renderer(), 0, 0.0, 0.0, min_pairs=1)
     file = write(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in [*prompts, prompts[0]]])
     ids = PromptFile(str(file), None, "stop").token_ids(renderer())
-    assert ids == [prompt.ids for prompt in eval_prompts(pairs.train)] and len(ids) == 3
+    assert ids == [prompt.ids for prompt in eval_prompts(pairs.train, "train")] and len(ids) == 3
 
 
 def test_columns_are_those_of_the_data(tmp_path: Path) -> None:

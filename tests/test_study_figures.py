@@ -38,7 +38,8 @@ def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 def write_study(folder: Path, *, data_seed: int = 0, rates: tuple[float, ...] = (0.003,)) -> Path:
     """Write the runs of two methods with three regularizers and two seeds, with samples at three validations."""
     for method in ("spo", "dpo"):
-        for regularizer, lift in LIFTS.items():
+        for regularizer, gain in LIFTS.items():
+            lift = gain if method == "spo" else 1.1 - gain  # The other order, so that the local KL is better for DPO.
             for rate in rates:
                 for seed in (1, 2):
                     arm = folder / f"{regularizer}_{rate}"
@@ -70,8 +71,8 @@ def test_paths_are_means_over_seeds(
     drawn(figures, tmp_path, "study_paths", sweep, file_name="study_paths_few_pairs_data-0.png")
     out = capsys.readouterr().out
     assert "SPO + global KL, win_rate over steps: 20: 0.705, 40: 0.805, 60: 0.905" in out
-    assert "DPO + local KL, kl over steps: 20: 6.000, 40: 12.000, 60: 18.000" in out
-    assert "DPO, kl over steps: 20: 3.000" in out
+    assert "DPO + local KL, kl over steps: 20: 27.000, 40: 54.000, 60: 81.000" in out
+    assert "DPO, kl over steps: 20: 30.000" in out
 
 
 def test_table_has_the_numbers_and_the_costs_of_each_arm(figures: Any, sweep: Path) -> None:
@@ -101,20 +102,22 @@ def test_regimes_show_the_differences_of_the_comparison(
     for metric, words, digits in (("win_rate", "win rate", 3), ("kl", "KL (nats per sequence)", 1)):
         comparison = spo.compare(sweep, by=("method", "regularizer"), metric=f"eval/{metric}")
         pairs = {(one.first, one.second): one.estimate for one in comparison.differences}
-        found = pairs.get(("spo, global_kl", "spo, local_kl"))
-        if found is None:
-            found = pairs["spo, local_kl", "spo, global_kl"]
-            value, low, high = -found.value, -found.high, -found.low
-        else:
-            value, low, high = found.value, found.low, found.high
-        expected = f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-        assert f"few pairs, data.seed 0, SPO, {words}: global minus local {expected}" in out
+        for method in ("spo", "dpo"):
+            names = (f"{method}, global_kl", f"{method}, local_kl")
+            if names in pairs:
+                value, low, high = pairs[names].value, pairs[names].low, pairs[names].high
+            else:
+                found = pairs[names[::-1]]
+                value, low, high = -found.value, -found.high, -found.low
+            expected = f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+            assert f"few pairs, data.seed 0, {method.upper()}, {words}: global minus local {expected}" in out
     assert "few pairs, data.seed 1, DPO, win rate: global minus local" in out
     runs = spo.load_runs(sweep)
-    rate = runs[runs["method.name"] == "spo"].groupby("regularizer._target_")["eval/win_rate"].mean()
+    rates = runs.groupby(["method.name", "regularizer._target_"])["eval/win_rate"].mean()
     study = figures.study_figures.read_study(sweep, metrics=("win_rate", "kl"))
-    expected = rate["spo.regularizers.GlobalKL"] - rate["spo.regularizers.LocalKL"]
-    assert study.difference("win_rate", "spo").value == pytest.approx(expected) and expected > 0.1
+    for method, sign in (("spo", 1), ("dpo", -1)):
+        expected = rates[method, "spo.regularizers.GlobalKL"] - rates[method, "spo.regularizers.LocalKL"]
+        assert study.difference("win_rate", method).value == pytest.approx(expected) and sign * expected > 0.05
     assert study.difference("kl", "ipo") is None
 
 

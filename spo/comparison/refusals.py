@@ -232,6 +232,8 @@ def _mixed(runs: Sequence[Run], what: str, parts: Sequence[str], groups: Groups)
     A key that the groups are made by must be the same within each group.
     """
     keys = {key for run in runs for key in run.setting if key.partition(".")[0] in parts and key not in _BUDGET}
+    # A default, such as a method's learning rate in `model.default_lr`, has its effect through the keys that read it.
+    keys = {key for key in keys if not key.rpartition(".")[2].startswith("default_")}
     differing = []
     for key in sorted(keys):
         free = groups.is_free(key, runs)

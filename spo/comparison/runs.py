@@ -134,8 +134,11 @@ class Run:
 
 
 def on_test_split(record: RunRecord) -> list[dict[str, Any]]:
-    """Return the samples of an evaluation that belong to the test split."""
-    return [row for row in record.samples if row.get("split", "test") == "test"]
+    """Return the samples of an evaluation that belong to the test split.
+
+    Runs of earlier versions do not name the split if their data is a file.
+    """
+    return [row for row in record.samples if row.get("split") in (None, "test")]
 
 
 @dataclass

@@ -275,16 +275,20 @@ def _as_loss_reads(
     return fitting, result
 
 
-def eval_prompts(pairs: Sequence[TokenizedPair]) -> list[EvalPrompt]:
-    """Return each prompt of ``pairs`` once, in the order of their digests, so that the first few are a fair sample."""
+def eval_prompts(pairs: Sequence[TokenizedPair], split: Split | None) -> list[EvalPrompt]:
+    """Return each prompt of ``pairs`` once, in the order of their digests, so that the first few are a fair sample.
+
+    Args:
+        pairs: Pairs of a split.
+        split: Split of the pairs. It is that of the pairs themselves only where the source assigns splits.
+    """
     first: dict[str, TokenizedPair] = {}
     for pair in pairs:
         first.setdefault(pair.prompt_id, pair)
     # Digests are as good as random, so this order is independent of the order in the file.
     chosen = [first[key] for key in sorted(first)]
     return [
-        EvalPrompt(pair.prompt_id, pair.split, pair.prompt_ids, pair.prompt_text, pair.prompt_messages)
-        for pair in chosen
+        EvalPrompt(pair.prompt_id, split, pair.prompt_ids, pair.prompt_text, pair.prompt_messages) for pair in chosen
     ]
 
 

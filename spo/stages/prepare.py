@@ -183,9 +183,9 @@ def all_prompts(
     prompts = {split: _prompts(source, split, pairs, renderer) for split in SPLITS}
     unlabeled = _named(source.unlabeled_prompts(), None, renderer)
     if pairs.left_out:
-        prompts["train"] = eval_prompts(pairs.train)
+        prompts["train"] = eval_prompts(pairs.train, "train")
         in_use = {prompt.prompt_id for prompt in prompts["train"]}
-        unlabeled = unlabeled or [one for one in eval_prompts(pairs.left_out) if one.prompt_id not in in_use]
+        unlabeled = unlabeled or [one for one in eval_prompts(pairs.left_out, None) if one.prompt_id not in in_use]
     return prompts, unlabeled
 
 
@@ -196,7 +196,7 @@ def _prompts(source: Source, split: Split, pairs: PreparedPairs, renderer: Rende
     may depend on the last bit of the reference model, and the set of prompts must not.
     """
     texts = source.prompts(split)
-    return eval_prompts(getattr(pairs, split)) if texts is None else _named(texts, split, renderer)
+    return eval_prompts(getattr(pairs, split), split) if texts is None else _named(texts, split, renderer)
 
 
 def _named(texts: Sequence[str], split: Split | None, renderer: Renderer) -> list[EvalPrompt]:

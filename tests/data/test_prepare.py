@@ -152,9 +152,10 @@ def test_rows_that_the_renderer_cannot_use_are_skipped_on_request() -> None:
 
 def test_eval_prompts_are_unique_and_in_a_stable_order() -> None:
     pairs = prepared(ROWS).train
-    result = eval_prompts(pairs)
+    result = eval_prompts(pairs, "test")
     assert [prompt.prompt_id for prompt in result] == sorted({pair.prompt_id for pair in pairs})
-    assert eval_prompts(pairs[::-1]) == result
+    assert eval_prompts(pairs[::-1], "test") == result
+    assert {prompt.split for prompt in result} == {"test"}  # also where the hash of a prompt decides
     by_id = {pair.prompt_id: pair for pair in pairs}
     assert all((p.ids, p.text) == (by_id[p.prompt_id].prompt_ids, by_id[p.prompt_id].prompt_text) for p in result)
 
