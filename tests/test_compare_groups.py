@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from spo.config.groups import group_members
 from spo.pages.comparison_files import to_csv, to_dict, to_markdown
 from spo.pages.comparison_page import write_page
 from spo.pages.comparison_table import print_comparison
+from spo.pages.comparison_words import describe_difference, describe_differences
 from spo.pages.sweep_table import print_sweep
 from spo.records.sweep import SweepJob
 from spo.resources import conf_dir
@@ -96,6 +98,41 @@ def test_choice_that_follows_from_the_method_does_not_split_names(tmp_path: Path
     comparison = compared(tmp_path)
     assert names(comparison) == {"spo", "dpo", "ipo"}
     assert comparison.groups.choices == () and "groups of their own" not in to_markdown(comparison)
+
+
+def test_coefficient_that_a_choice_leaves_unread_does_not_split_names(tmp_path: Path) -> None:
+    """Without a regularizer, nothing of SPO reads beta, so its runs do not have the group."""
+    for regularizer in ("global_kl", "none"):
+        for seed in (1, 2):
+            run = write(tmp_path, "spo", regularizer, seed)
+            if regularizer == "none":
+                for name in ("identity.json", "config.yaml", "composed.yaml"):
+                    _without(run / name, "beta")
+    assert names(compared(tmp_path)) == {"spo, global_kl", "spo, regularizer none"}
+
+
+def _without(file: Path, group: str) -> None:
+    if not file.is_file():
+        return
+    content = yaml.safe_load(file.read_text())
+    config = content.get("config", content)
+    for key in [key for key in config if key.partition(".")[0] == group]:
+        del config[key]
+    file.write_text(json.dumps(content))
+
+
+def test_many_differences_that_are_not_significant_are_counted(tmp_path: Path) -> None:
+    for method in ("aa", "bb", "cc", "dd", "ee", "ff"):
+        for seed in (1, 2):
+            write_run(tmp_path, method=method, seed=seed, luck=seed, lift=0.5)
+    comparison = compared(tmp_path)
+    assert len(comparison.differences) == 15
+    ((words, significant),) = describe_differences(comparison)
+    assert "other 15 differences" in words and not significant
+    few = replace(comparison, differences=comparison.differences[:10])
+    assert [words for words, _ in describe_differences(few)] == [
+        describe_difference(one, few) for one in few.differences
+    ]
 
 
 def test_numbers_stay_settings_within_each_choice(tmp_path: Path) -> None:

@@ -100,14 +100,17 @@ def group_runs(runs: Sequence[Run], by: str | Sequence[str] = ()) -> Groups:
 def _choices(runs: Sequence[Run], known: Mapping[str, Mapping[Run, str | None]]) -> list[str]:
     """Return the config groups that tell runs of a method apart, without those that only follow from others."""
     named = [group for group in known if any(chosen_member(run, group) for run in runs)]
-    varying = [
-        group
-        for group, member in known.items()
-        if len({member[run] for run in runs}) > 1
-        and len({_content(run, group) for run in runs}) > 1
-        # Members of equal classes are told apart by their values, which the user may have changed.
-        and (group in named or len({targets(run, group) for run in runs}) > 1)
-    ]
+    varying = []
+    for group, member in known.items():
+        # A run that does not read a group, such as beta without a regularizer, did not choose another member.
+        having = [run for run in runs if member[run] is not None]
+        if (
+            len({member[run] for run in having}) > 1
+            and len({_content(run, group) for run in having}) > 1
+            # Members of equal classes are told apart by their values, which the user may have changed.
+            and (group in named or len({targets(run, group) for run in having}) > 1)
+        ):
+            varying.append(group)
     found: list[str] = []
     for group in sorted(varying, key=lambda one: one not in named):
         finer = len({tuple(known[one][run] for one in [*found, group]) for run in runs})

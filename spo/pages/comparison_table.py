@@ -14,7 +14,7 @@ from spo.metrics.catalogue import label, unit
 from spo.metrics.trained import COSTS, cost_text
 from spo.pages.comparison_files import columns
 from spo.pages.comparison_words import (
-    describe_difference,
+    describe_differences,
     describe_duels,
     describe_procedure,
     describe_training,
@@ -35,9 +35,8 @@ def print_comparison(comparison: Comparison) -> None:
     for first in range(0, len(comparison.methods), fitting):
         console.print(_table(console, comparison, comparison.methods[first : first + fitting]))
     console.print()
-    for difference in comparison.differences:
-        style = "bold" if difference.significant else ""
-        console.print(_text(console, describe_difference(difference, comparison), style))
+    for sentence, significant in describe_differences(comparison):
+        console.print(_text(console, sentence, "bold" if significant else ""))
     if duels := describe_duels(comparison):
         console.print(_text(console, duels))
     for sentence in (*describe_procedure(comparison), *comparison.notes):

@@ -12,6 +12,9 @@ from spo.metrics.trained import BUDGET_WORDS, COSTS, PREFIX, SAMPLED, cost_text
 from spo.stats import Estimate
 from spo.wording import number, quoted
 
+MOST_PAIRS_NAMED = 10
+"""Most pairs of methods without a difference that a text names one by one."""
+
 
 def interval(estimate: Estimate | None) -> str:
     """Write an interval such as ``[0.61, 0.72]``; empty if there is none."""
@@ -61,6 +64,18 @@ def describe_difference(difference: Difference, comparison: Comparison) -> str:
     return f"{ahead} is {word} than {behind} in {name} ({_with_p(difference)})."
 
 
+def describe_differences(comparison: Comparison) -> list[tuple[str, bool]]:
+    """State each difference, and whether it is significant; of many that are not, state the number alone."""
+    stated = [(describe_difference(one, comparison), one.significant) for one in comparison.differences]
+    unclear = sum(not significant for _, significant in stated)
+    if unclear <= MOST_PAIRS_NAMED:
+        return stated
+    words = (
+        f"The other {unclear} differences in {label(comparison.metric_name)} are not significant; the page lists them."
+    )
+    return [*(one for one in stated if one[1]), (words, False)]
+
+
 def _with_p(difference: Difference) -> str:
     estimate = difference.estimate
     size = number(abs(estimate.value)) if difference.significant else number(estimate.value, signed=True)
@@ -89,6 +104,8 @@ def describe_duels(comparison: Comparison) -> str:
         for duel in known
         if not duel.significant and names.index(duel.first) < names.index(duel.second)
     ]
+    if len(open_pairs) > MOST_PAIRS_NAMED:
+        open_pairs = [f"the other {len(open_pairs)} pairs"]
     rest = f"; no difference is shown between {', nor between '.join(open_pairs)}" if open_pairs else ""
     return f"Head to head, {'; '.join(clear)}{rest}."
 
