@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 import spo
 from spo.comparison.choice import Setting
@@ -211,6 +211,7 @@ def regimes(*sweeps: Path) -> Figure:
         ("win_rate", "kl"), panels, ("win rate", "KL (nats per sequence)"), (3, 1), strict=True
     ):
         axes.axvline(0, color=GRAY, lw=0.8)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(f"{words}: global minus local KL")
         for study in studies:
             for place, (regime, method) in enumerate(rows):
@@ -372,8 +373,8 @@ def _seed_marks(seeds: Sequence[int], marker: str) -> list[Line2D]:
 
 
 def _log_axis(axis: Axis) -> None:
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(ScalarFormatter())
+    axis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
