@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import shutil
@@ -208,8 +209,11 @@ def test_every_evaluation_prompt_has_its_samples(swept: Sweep) -> None:
     assert metrics["eval/win_rate"] == sum(sample["verdict"] for sample in samples) / 8
     assert metrics["eval/reward"] == pytest.approx(sum(sample["reward"] for sample in samples) / 8)
     for sample in samples:
-        better, worse = sample["reward"] > sample["reference_reward"], sample["reward"] < sample["reference_reward"]
-        assert sample["verdict"] == (1.0 if better else 0.0 if worse else 0.5)
+        met = [one["reward"] for one in sample["references"]]
+        wins, ties = (
+            sum(compare(sample["reward"], reward) for reward in met) for compare in (operator.gt, operator.eq)
+        )
+        assert sample["verdict"] == (wins + ties / 2) / len(met) and met[0] == sample["reference_reward"]
         assert 1 <= sample["tokens"] <= 64 and sample["logp_policy"] < 0 and sample["logp_reference"] < 0
 
 
