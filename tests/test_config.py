@@ -512,7 +512,7 @@ def test_wrong_parameters_of_targets_are_reported_together() -> None:
     for part in (
         "method.loss.label_smoothing=0.7: must be at least 0 and below 0.5",
         "trainer.foo: Trainer does not have this parameter",
-        "data.source.labels=softt: choose soft or hard; did you mean soft?",
+        "data.source.labels=softt: choose soft, hard or deterministic; did you mean soft?",
         "data.source.num_prompts=0: must be at least 1",
         "regularizer.weight=-1: must be at least 0, or beta",
         "regularizer.refresh_every=0.5: must be a whole number",

@@ -339,7 +339,7 @@ def test_run_with_both_controllers(cache: Path, tmp_path: Path, capsys: pytest.C
     settings = [TINY, *ENTROPY, *KL, "alpha.every=1", "beta.every=2", "beta.max=0.1", "beta.target=0.001"]
     metrics = job(tmp_path / "run", cache, *settings)
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "alpha 0.1, adjusted to entropy 0.8 nats per token" in shown
+    assert "alpha 0.03, adjusted to entropy 0.8 nats per token" in shown
     assert "beta 0.1, adjusted to kl 0.001 nats per sequence, weight of the regularizer" in shown
     assert metrics["train/beta/at_bound"] == 1.0 and metrics["train/alpha/at_bound"] == 0.0
     assert metrics["train/beta"] == 0.1 != metrics["train/alpha"]
@@ -374,7 +374,7 @@ def test_interrupted_command_resumes_exactly(cache: Path, tmp_path: Path, monkey
 def test_sweep_over_unused_coefficient_has_no_phantom_axis(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["train", "-m", TINY, "method=spo,dpo", "alpha=0.1,0.5", "callbacks=none", "trainer.max_steps=1"]
+    words = ["train", "-m", TINY, "method=spo,dpo", "alpha=0.03,0.5", "callbacks=none", "trainer.max_steps=1"]
     words += ["evaluation.num_prompts=2", "probe.num_prompts=1", "scheduler.num_warmup_steps=0"]
     enter(tmp_path, cache, monkeypatch)
     monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -382,7 +382,7 @@ def test_sweep_over_unused_coefficient_has_no_phantom_axis(
     shown = capsys.readouterr()
     names = {path.name.partition("_trainer")[0] for path in (tmp_path / "sweep").iterdir() if path.is_dir()}
     assert names == {
-        "debug-tiny_method-spo_alpha-0.1_callbacks-none",
+        "debug-tiny_method-spo_alpha-0.03_callbacks-none",
         "debug-tiny_method-spo_alpha-0.5_callbacks-none",
         "debug-tiny_method-dpo_callbacks-none",
     }

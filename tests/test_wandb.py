@@ -54,7 +54,7 @@ def test_sweep_jobs_are_wandb_runs_of_one_group(six: dict[tuple[str, int], Offli
 
 def test_run_names_hold_method_coefficients_and_seed(six: dict[tuple[str, int], Offline]) -> None:
     names = {key: offline.run.display_name for key, offline in six.items()}
-    assert names["spo", 1] == "spo_alpha-0.1_beta-0.1_seed-1"
+    assert names["spo", 1] == "spo_alpha-0.03_beta-0.1_seed-1"
     assert names["dpo", 2] == "dpo_beta-0.1_seed-2"
     assert names["ipo", 1] == "ipo_beta-1_seed-1"
     assert len(set(names.values())) == 6
