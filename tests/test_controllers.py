@@ -392,7 +392,7 @@ def test_sweep_over_unused_coefficient_has_no_phantom_axis(
     assert (shown.out + shown.err).count("dpo does not read alpha") == 1
     assert shown.err.count("note: 4 jobs are 3 different runs") == 1
     assert shown.out.count("win rate against the reference") == 3  # the fourth job is the third, and not started
-    assert "same as method=dpo alpha.value=0.1" in " ".join(shown.out.split())
+    assert "same as method=dpo alpha.value=0.03" in " ".join(shown.out.split())
 
 
 def test_single_run_warns_once(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,8 +119,23 @@ def test_equal_numbers_make_equal_identities(tmp_path: Path) -> None:
 
 
 def test_shipped_models_keep_their_learning_rates() -> None:
-    assert compose().optimizer.lr == 1e-3
+    assert compose(["data.regime=null"]).optimizer.lr == compose(["method=sft"]).optimizer.lr == 1e-3
     assert compose(["data=enumerable", "model=tabular"]).optimizer.lr == 0.5
+
+
+@pytest.mark.parametrize("method", ["spo", "dpo", "ipo"])
+@pytest.mark.parametrize("regime", ["stories", "few_pairs", "narrow"])
+def test_methods_know_their_best_setting_of_a_regime(method: str, regime: str, tmp_path: Path) -> None:
+    cfg = compose([f"method={method}", f"data.regime={regime}", "regularizer=local_kl"])
+    best = cfg.method.best_on[regime]
+    assert (cfg.optimizer.lr, cfg.beta.value) == (best.lr, best.beta)
+    assert cfg.regularizer.weight == best.get("weight", "beta")
+    general = compose([f"method={method}", "data.regime=null", "regularizer=local_kl"])
+    assert (general.optimizer.lr, general.beta.value) != (best.lr, best.beta)
+    size = of_size(tmp_path / "model", 10_000_000)
+    # The rate of a model with a path follows from its size, in every regime.
+    hf = compose([f"method={method}", "model=hf", f"model.path={size}", f"data.regime={regime}"])
+    assert hf.optimizer.lr == 1e-4 and hf.beta.value == best.beta
 
 
 def test_cfg_shows_the_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -326,7 +341,7 @@ def test_warmup_as_long_as_the_run_is_noted() -> None:
     assert not warnings(compose(["trainer.max_steps=20", "scheduler.num_warmup_steps=10"]))
     [note] = warnings(compose(["trainer.max_steps=20", "scheduler.num_warmup_steps=20"]))
     assert note == (
-        "scheduler.num_warmup_steps=20, but the run has 20 steps: the learning rate does not reach optimizer.lr=0.001"
+        "scheduler.num_warmup_steps=20, but the run has 20 steps: the learning rate does not reach optimizer.lr=0.002"
     )
 
 
