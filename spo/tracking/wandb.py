@@ -184,8 +184,11 @@ def _tags(tags: Sequence[str]) -> list[str]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> wandb.Table:
-    """Return rows of samples as a table; nested mappings become columns such as ``opponents/chosen/verdict``."""
-    flat = [flatten(row, "/") for row in rows]
+    """Return rows of samples as a table; nested mappings become columns such as ``opponents/chosen/verdict``.
+
+    The list of all completions of the reference is left out: a cell shows one text, and ``verdict`` is their mean.
+    """
+    flat = [flatten({key: value for key, value in row.items() if key != "references"}, "/") for row in rows]
     columns: list[str | int] = list(dict.fromkeys(column for row in flat for column in row))
     data = [[scrubbed(row.get(str(column))) for column in columns] for row in flat]
     return wandb.Table(columns=columns, data=data, allow_mixed_types=True)
