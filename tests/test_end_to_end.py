@@ -798,7 +798,8 @@ def defaults(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_the_default_beats_its_reference(method: str, defaults: tuple[Path, Path]) -> None:
     metrics = json.loads((defaults[0] / method / "metrics.json").read_text())
     check_names(metrics, method)
-    assert metrics["eval/win_rate_ci_low"] > 0.55
+    assert metrics["eval/win_rate"] > {"spo": 0.77, "dpo": 0.75, "ipo": 0.72}[method]  # means of seeds: .82, .80, .79
+    assert {len(row["references"]) for row in rows(defaults[0] / method / "samples.jsonl")} == {8}
     assert metrics["eval/reward"] > metrics["eval/reference/reward"]
     assert len(rows(defaults[0] / method / "samples.jsonl")) == 256
 
