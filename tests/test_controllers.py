@@ -377,6 +377,7 @@ def test_sweep_over_unused_coefficient_has_no_phantom_axis(
     words = ["train", "-m", TINY, "method=spo,dpo", "alpha=0.03,0.5", "callbacks=none", "trainer.max_steps=1"]
     words += ["evaluation.num_prompts=2", "probe.num_prompts=1", "scheduler.num_warmup_steps=0"]
     enter(tmp_path, cache, monkeypatch)
+    monkeypatch.setenv("COLUMNS", "200")  # no cell of the table is broken into lines
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert cli.main([*words, "hydra.sweep.dir=sweep"]) == 0
     shown = capsys.readouterr()
