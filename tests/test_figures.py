@@ -27,7 +27,9 @@ def figures() -> Any:
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     sys.modules["figures"] = module  # where its dataclass looks itself up
-    specification.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))  # as `python docs/figures.py` does
+        specification.loader.exec_module(module)
     return module
 
 

@@ -49,6 +49,7 @@ from spo.evaluation.judges import (
 )
 from spo.evaluation.judges.http import Pace
 from spo.evaluation.judges.pairwise import VerdictStore, question
+from spo.evaluation.winrate import verdict_of_rewards
 from spo.notes import collect_notes
 from spo.runs.identity import identity
 from tests.commands import enter, environment, job, rows, shared_cache, spo
@@ -855,9 +856,8 @@ def test_a_run_can_use_a_custom_reward_function(
     samples = rows(tmp_path / "run/samples.jsonl")
     for row in samples:
         assert row["reward"] == -2 * len(row["completion"])
-        assert row["verdict"] == 0.5 + 0.5 * (
-            (row["reward"] > row["reference_reward"]) - (row["reward"] < row["reference_reward"])
-        )
+        verdicts = [verdict_of_rewards(row["reward"], one["reward"]) for one in row["references"]]
+        assert row["verdict"] == sum(verdicts) / 2 and row["reference_reward"] == row["references"][0]["reward"]
 
 
 def test_a_run_can_use_a_reward_model(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
