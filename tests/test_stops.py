@@ -165,7 +165,7 @@ def test_cached_completions_keep_log_probs_that_json_does_not_have(tmp_path: Pat
     settings: Any = SimpleNamespace(samples_per_prompt=1, max_new_tokens=8, temperature=1.0, seed=0)
     draws = completions.Draws(["x"], [1], [-math.inf], [0.5], [-math.inf], [math.inf])
     for _ in range(2):
-        found = cached_completions(tmp_path, settings, prompts, (), {"policy": "m"}, "policy", lambda: draws)
+        found = cached_completions(tmp_path, prompts, (), {"policy": "m"}, "policy", settings, lambda: draws)
         assert found == draws
     [file] = tmp_path.glob("draws/*/draws.json")
     json.loads(file.read_text(), parse_constant=pytest.fail)
@@ -181,7 +181,7 @@ def test_cached_completions_depend_on_the_stop_tokens(tmp_path: Path) -> None:
         def drawn() -> completions.Draws:
             return completions.draw(model, "policy", prompts, settings, PLAIN, stop_ids, PAD, tokenizer_text)
 
-        return cached_completions(tmp_path, settings, prompts, stop_ids, {"policy": "model"}, "policy", drawn).tokens
+        return cached_completions(tmp_path, prompts, stop_ids, {"policy": "model"}, "policy", settings, drawn).tokens
 
     few, more = lengths(EOS), lengths(5, 6, 7, EOS)
     assert sum(more) < sum(few) and lengths(EOS) == few
