@@ -48,7 +48,7 @@ def drawn(settings: Sequence[tuple[Values, float | None]], select: str = "val/wi
 
 
 def search(count: int, seed: int = 1) -> list[tuple[Values, float]]:
-    """Return settings of three keys of which the learning rate matters most, then beta; alpha does not matter."""
+    """Return settings of three keys: the learning rate matters most, then beta, and alpha does not matter."""
     generator = random.Random(seed)
     found: list[tuple[Values, float]] = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""What W&B shows beside curves, read from the files that its client writes offline."""
+"""Tests of the views of W&B beside curves, read from the files that its client writes offline."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from spo.evaluation.completions import Draws, OtherModel, draw
 from spo.evaluation.judges import Judge
 from spo.forward.modes import eval_mode
 from spo.forward.speed import Speed
-from spo.metrics.catalogue import INTERVAL_ENDS
+from spo.metrics.catalogue import INTERVAL_ENDS, without_comparisons
 from spo.module import AlignmentModule
 from spo.records.files import read_jsonl, write_jsonl
 
@@ -132,7 +132,7 @@ class ValidationSamples(Callback):
         """Add the rows of a step, in place of those that an interrupted run wrote at this step or later; return all."""
         rows = read_jsonl(self.path) if self.path.exists() else []
         rows = [row for row in rows if row["step"] < step]
-        for row in samples:  # without all completions of the reference, which are the same at every step
-            rows.append({"step": step, **{key: value for key, value in row.items() if key != "references"}})
+        # The completions of the reference are the same at every step.
+        rows += [{"step": step, **without_comparisons(row)} for row in samples]
         write_jsonl(self.path, rows)
         return rows

@@ -78,7 +78,7 @@ def group_runs(runs: Sequence[Run], by: str | Sequence[str] = ()) -> Groups:
 
     Args:
         runs: Runs to group, finished or not.
-        by: Config groups, of which the chosen member counts, and keys of the flat configuration; a list, or a text
+        by: Keys of the flat configuration, and config groups, which count by their chosen member; a list, or a text
             with commas.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How important the keys of some settings are for a metric, by an evaluator of Optuna."""
+"""Importance of the keys of some settings for a metric, by an evaluator of Optuna."""
 
 from __future__ import annotations
 

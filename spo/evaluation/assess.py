@@ -21,6 +21,7 @@ from spo.evaluation.settings import REFERENCE, EvaluationSettings
 from spo.evaluation.winrate import verdict_of_rewards, win_rates
 from spo.forward.modes import eval_mode
 from spo.forward.speed import Speed
+from spo.metrics.catalogue import REFERENCES
 from spo.seeds import derive_seed
 from spo.stats import Bootstrap, Resamples
 
@@ -295,7 +296,7 @@ def _write_answers(replies: Sequence[_Reply], opponent: str, is_reference: bool,
         if met[0].reward is not None:
             row["reference_reward"] = met[0].reward
         if len(met) > 1:
-            row["references"] = answers
+            row[REFERENCES] = answers
 
 
 def _set_verdicts(judge: Judge, replies: Sequence[_Reply]) -> None:

@@ -18,6 +18,8 @@ from spo.wording import finite
 
 Row = Mapping[str, Any]
 PerSample = Callable[[Row], float | None]
+REFERENCES = "references"
+"""Column of ``samples.jsonl`` with the completions of the reference, where a sample was compared with several."""
 Place = Literal["card", "terminal", "comparison"]
 
 INTERVAL_ENDS = ("_ci_low", "_ci_high")
@@ -123,7 +125,12 @@ def _length_difference(row: Row) -> float | None:
 def with_opponent(row: Row, opponent: str) -> Row:
     """Return a row in which a named opponent takes the place of the reference."""
     answer = (row.get("opponents") or {}).get(opponent) or {}
-    return {**row, "verdict": answer.get("verdict"), "reference_tokens": answer.get("tokens"), "references": None}
+    return {**without_comparisons(row), "verdict": answer.get("verdict"), "reference_tokens": answer.get("tokens")}
+
+
+def without_comparisons(row: Row) -> dict[str, Any]:
+    """Return a row without its list of completions of the reference."""
+    return {key: value for key, value in row.items() if key != REFERENCES}
 
 
 def comparisons(row: Row) -> list[Row]:
@@ -132,7 +139,7 @@ def comparisons(row: Row) -> list[Row]:
     Args:
         row: Row of ``samples.jsonl``. Without the column ``references`` it holds a single comparison.
     """
-    met = row.get("references") or []
+    met = row.get(REFERENCES) or []
     return [{**row, "verdict": one.get("verdict"), "reference_tokens": one.get("tokens")} for one in met] or [row]
 
 

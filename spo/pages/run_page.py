@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from spo.metrics.catalogue import INTERVAL_ENDS, comparisons, find, label, rank, shown_in, unit
+from spo.metrics.catalogue import INTERVAL_ENDS, REFERENCES, comparisons, find, label, rank, shown_in, unit
 from spo.metrics.trained import describe_budget
 from spo.pages.charts import LineChart, Series, histogram, interval_bar, line_chart
 from spo.pages.dashboard import SCHEDULES, SPLITS, Curves, Dashboard, load_spec, unit_of
@@ -281,7 +281,7 @@ def _rewards(run: RunRecord) -> dict[str, Any] | None:
     rows = _evaluated(run)
     policy = [value for row in rows if (value := finite(row.get("reward"))) is not None]
     # Samples of one prompt meet the same completions of the reference, which count once.
-    met = {(row.get("prompt_id"), one.get("completion")): one for row in rows for one in row.get("references") or ()}
+    met = {(row.get("prompt_id"), one.get("completion")): one for row in rows for one in row.get(REFERENCES) or ()}
     of_reference = [one.get("reward") for one in met.values()] or [row.get("reference_reward") for row in rows]
     reference = [value for one in of_reference if (value := finite(one)) is not None]
     if not policy:

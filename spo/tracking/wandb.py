@@ -15,7 +15,7 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from spo.metrics.catalogue import find_logged
+from spo.metrics.catalogue import find_logged, without_comparisons
 from spo.records import filenames
 from spo.records.files import flatten, read_json, read_jsonl, write_json
 from spo.secrets import scrubbed, without_secrets
@@ -188,7 +188,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> wandb.Table:
 
     The list of all completions of the reference is left out: a cell shows one text, and ``verdict`` is their mean.
     """
-    flat = [flatten({key: value for key, value in row.items() if key != "references"}, "/") for row in rows]
+    flat = [flatten(without_comparisons(row), "/") for row in rows]
     columns: list[str | int] = list(dict.fromkeys(column for row in flat for column in row))
     data = [[scrubbed(row.get(str(column))) for column in columns] for row in flat]
     return wandb.Table(columns=columns, data=data, allow_mixed_types=True)
