@@ -113,6 +113,7 @@ class Method:
     default_beta: PositiveFloat
     default_lr: PositiveFloat
     best_on: BestOn | None
+    default_references: dict[str, str] | None
     regularizer_weight: NonNegativeFloat | Literal["beta"]
 
 
