@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from spo.bounds import NonNegativeFloat
 from spo.losses.base import PreferenceLoss
-from spo.losses.declarations import Drawn
+from spo.losses.declarations import Drawn, Role
 from spo.losses.margins import log_ratio_margin
 from spo.types import PairLogps
 
@@ -34,7 +35,7 @@ class BAPOLoss(PreferenceLoss):
         ValueError: ``anchor_weight`` is negative or ``form`` is unknown.
     """
 
-    extra_completions = {"anchor": Drawn(gradient=True)}
+    extra_completions: Mapping[str, Role] = {"anchor": Drawn(gradient=True)}
     extra_metrics = ("bapo/anchor",)
 
     def __init__(

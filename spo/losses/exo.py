@@ -20,7 +20,8 @@ OFFICIAL_REJECTED_LOG_TARGET = -10.0
 class EXOLoss(PreferenceLoss):
     r"""EXO on pairs (EXO-pref), arXiv:2402.00856: the reverse KL from the policy's choice to the label's.
 
-    .. math:: L = q_w (\log q_w - \log p_w) + q_l (\log q_l - \log p_l), \quad q_w = \sigma(\beta h), \quad q_l = 1 - q_w
+    .. math:: L = q_w (\log q_w - \log p_w) + q_l (\log q_l - \log p_l), \quad
+              q_w = \sigma(\beta h), \quad q_l = 1 - q_w
 
     where h is the margin of DPO, ``(B,)``, and the targets are p_w = 1 - epsilon and p_l = epsilon. With hard targets
     (epsilon = 0) L would be infinite.

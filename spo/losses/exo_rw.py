@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ class EXORewardLoss(ListLoss):
         ValueError: ``reward_temperature`` is not positive.
     """
 
-    features = {"reward": Feature("reward", each=True)}
+    features: Mapping[str, Feature] = {"reward": Feature("reward", each=True)}
 
     def __init__(self, reward_temperature: PositiveFloat = 0.5) -> None:
         if not reward_temperature > 0:

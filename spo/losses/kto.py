@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from spo.bounds import NonNegativeFloat
 from spo.losses.base import LabelledLoss
-from spo.losses.declarations import Mismatched
+from spo.losses.declarations import Mismatched, Role
 from spo.types import LabelledLogps
 
 
@@ -30,7 +32,7 @@ class KTOLoss(LabelledLoss):
         ValueError: A weight is negative.
     """
 
-    extra_completions = {"mismatched": Mismatched()}
+    extra_completions: Mapping[str, Role] = {"mismatched": Mismatched()}
     extra_metrics: tuple[str, ...] = ("kto/kl",)
     full_batch = True
 

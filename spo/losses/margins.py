@@ -114,4 +114,6 @@ def chosen_nll(pair: PairLogps, mean: NLLMean = "sum") -> Tensor:
         return -pair.policy_chosen
     if pair.chosen_length is None:
         raise ValueError("a mean over tokens needs chosen_length")
-    return -pair.policy_chosen / (pair.chosen_length if mean == "completion" else pair.chosen_length.to(pair.policy_chosen).mean())
+    return -pair.policy_chosen / (
+        pair.chosen_length if mean == "completion" else pair.chosen_length.to(pair.policy_chosen).mean()
+    )

@@ -63,7 +63,9 @@ class MixLoss(Loss[Any], nn.Module):
             raise ValueError(f"the losses of a mix must read one kind of data, and these read {names}")
         for name, loss in self.losses.items():
             if loss.full_batch:
-                raise ValueError(f"losses.{name}: {type(loss).__name__} compares all pairs of a step, so it cannot be mixed")
+                raise ValueError(
+                    f"losses.{name}: {type(loss).__name__} compares all pairs of a step, so it cannot be mixed"
+                )
             if "." in name or "/" in name:
                 raise ValueError(f"losses.{name}: a name must not have a dot or a slash")
 

@@ -26,8 +26,8 @@ class MRPOLoss(PreferenceLoss):
               \pi_m = \left(\sum_k \frac{a_k}{\pi_k}\right)^{-1}
 
     where log-probabilities are *summed*, ``(B,)``, and pi_k are the main reference and the further ones. Adaptive
-    weights are a_k = |g_k| / sum_j |g_j|, where g_k is the log-prob that reference k gives y_w minus that of y_l. Before
-    the mean, each further reference l is clipped to (1 +- c) times the log-prob of the main one. The room c is
+    weights are a_k = abs(g_k) / sum_j abs(g_j), where g_k is the log-prob of y_w under reference k minus that of y_l.
+    Before the mean, each further reference l is clipped to (1 +- c) times the log-prob of the main one. The room c is
     ``clip`` for both completions together, shared in proportion to the mean log-prob of the two references.
 
     Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -21,7 +23,7 @@ class RosePOLoss(PreferenceLoss):
     note on the paper; its equation was not read.
     """
 
-    features = {"flip_probability": Feature("flip_probability")}
+    features: Mapping[str, Feature] = {"flip_probability": Feature("flip_probability")}
 
     def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` loss of each pair."""

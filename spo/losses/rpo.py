@@ -16,7 +16,8 @@ from spo.types import PairLogps
 class RPOLoss(PreferenceLoss):
     r"""RPO on pairs, arXiv:2402.10958.
 
-    .. math:: L_i = \frac{1}{M} \sum_j -\log\sigma\left(\beta\, w_{ij} \left[u(y_{w,i}) - u(y_{l,j})\right]\right), \quad
+    .. math:: L_i = \frac{1}{M} \sum_j -\log\sigma\left(\beta\, w_{ij} \left[u(y_{w,i}) - u(y_{l,j})\right]\right),
+              \quad
               w_{ij} = \mathrm{softmax}_j\left(-\frac{1 - \cos(e_i, e_j)}{\tau}\right)
 
     where u is the *summed* log-ratio of policy and reference, ``(B,)``, and e_i is the embedding of prompt i. All M

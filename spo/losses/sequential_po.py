@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -25,7 +27,7 @@ class SequentialPOLoss(PreferenceLoss):
     read.
     """
 
-    features = {"earlier_reward": Feature("earlier_reward", each=True, default=0.0)}
+    features: Mapping[str, Feature] = {"earlier_reward": Feature("earlier_reward", each=True, default=0.0)}
 
     def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` loss of each pair."""

@@ -19,8 +19,8 @@ class SPPOLoss(PreferenceLoss):
     .. math:: L = \frac{1}{2} \sum_{y \in \{y_w, y_l\}}
                   \left(\log\frac{\pi(y|x)}{\pi_{ref}(y|x)} - \eta \left(P(y) - \frac{1}{2}\right)\right)^2
 
-    where the reference is the policy at the start of the round, P(y) is the mean probability that y wins against samples
-    of it, itself included with 1/2, and log-probabilities are *summed*, ``(B,)``. With ``win_rates`` P is read from
+    where the reference is the policy at the start of the round, P(y) is the mean probability that y wins against its
+    samples, y itself included with 1/2, and log-probabilities are *summed*, ``(B,)``. With ``win_rates`` P is read from
     the columns ``chosen_win_rate`` and ``rejected_win_rate``; else it is 1 for y_w and 0 for y_l.
 
     Args:

@@ -63,4 +63,5 @@ def forward_kl(scored: ScoredBatch) -> Tensor:
         difference = (log_q - log_p).masked_fill(log_q == -float("inf"), 0)
         return (log_q.exp() * difference).sum(-1)
 
+    assert scored.reference is not None, "the term declares needs_reference_logits"
     return scored.per_completion(by_rows(of_tokens, scored.policy, scored.reference))
