@@ -311,7 +311,7 @@ EVALUATIONS: dict[str, Evaluate] = {
         RPOLoss(p["tau"]), pairs(x, features={"prompt_embedding": x["prompt_embedding"]}), beta=p["beta"]
     ),
     "rpo_unpaired": rpo_unpaired,
-    "slic": on_pairs(SLiCLoss, margin="beta", nll_weight="lambda_coef"),
+    "slic": on_pairs(SLiCLoss, nll_weight="lambda_coef"),
     "mrpo": partial(mrpo, index="code"),
     "mrpo_index_own": partial(mrpo, index="own"),
     "alpha_dpo": alpha_dpo,
