@@ -95,6 +95,7 @@ class BestSetting:
     beta: PositiveFloat
     lr: PositiveFloat
     weight: NonNegativeFloat
+    follow_every: PositiveInt
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class Method:
     best_on: BestOn | None
     default_references: dict[str, str] | None
     regularizer_weight: NonNegativeFloat | Literal["beta"]
+    follow_every: PositiveInt
 
 
 @dataclass(frozen=True)
