@@ -114,6 +114,7 @@ class Method:
     default_beta: PositiveFloat
     default_lr: PositiveFloat
     best_on: BestOn | None
+    default_references: dict[str, str] | None
     regularizer_weight: NonNegativeFloat | Literal["beta"]
     follow_every: PositiveInt
 
