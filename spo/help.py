@@ -199,6 +199,23 @@ COMMANDS = {
         ["spo inspect data=jsonl data.path=PAIRS.jsonl model=hf model.path=MODEL"],
         groups=True,
     ),
+    "methods": Command(
+        "list the methods, or explain one of them",
+        "spo methods [NAME] [--data KIND] [--no-reference] [--json FILE] [--config-dir DIR]",
+        """
+        Prints a table of the methods in groups: title, needs, kind of data, and how far each formula was checked. With
+        a name it prints a page: what the method changes against DPO, when to use it, its formula, its keys with their
+        defaults, its source, and what spo verify does with it.
+
+        NAME              the method to explain, as in method=NAME
+        --data KIND       list only methods that read this kind of data: pairs, unpaired (single completions with
+                          labels) or ranked (lists)
+        --no-reference    list only methods whose loss does not need a reference model; a regularizer may need one
+        --json FILE       also write what is printed as JSON
+        --config-dir DIR  a folder with your own methods (DIR/method/NAME.yaml), which are listed too
+        """,
+        ["spo methods", "spo methods dpo", "spo methods --data unpaired", "spo methods --no-reference"],
+    ),
     "verify": Command(
         "train every method to the optimum its paper proves",
         "spo verify [METHOD ...] [--full] [--json FILE] [--config-dir DIR]",

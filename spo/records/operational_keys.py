@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 CHOICES = "choices"
 """Key that holds the chosen member of each config group, such as ``regularizer: global_kl``."""
-# Keys that change time, cost, place, display or words about a method, and no result. They are not part of a run's identity.
+# Keys that change time, cost, place or display, or describe a method, and change no result. They are not part of a
+# run's identity.
 OPERATIONAL_KEYS = frozenset(
     {
         CHOICES,
