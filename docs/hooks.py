@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from latex2mathml.converter import convert
 
 from spo.config.comments import comment_of, is_literal
 from spo.metrics.catalogue import markdown_table
@@ -218,10 +217,12 @@ def page_of(group: str) -> str:
 
 def _method(method: MethodFacts) -> str:
     """Return the section of a method: what ``spo methods NAME`` prints, with its formula as MathML."""
+    from latex2mathml.converter import convert
+
     rows = {label: linked(escape(words)) for label, words in (page_rows(method) | page_end(method)).items()}
     module, name = method.loss.rsplit(".", 1)
     link = f"[`{name}`](../api/{'.'.join(module.split('.')[:2])}.md#{method.loss})"
-    rows["source"] = ", ".join(filter(None, [linked(method.paper), link]))
+    rows["source"] = f"{linked(method.paper) or 'no paper'}; the docstring of {link} defines the symbols"
     lines = [f"- **{label.capitalize()}:** {words}" for label, words in rows.items() if label != "formula"]
     keys = [f"| `{key.name}` | `{key.default}` | {escape(key.comment)} |" for key in method.keys]
     table = ["| key | default | description |", "|---|---|---|", *keys] if keys else []

@@ -50,6 +50,7 @@ def as_text(latex: str) -> str:
     tokens = _Tokens(latex)
     text = _sequence(tokens, "")
     text = re.sub(r" {3,}", "  ", text).strip()
+    text = re.sub(r" *; *", "; ", text)
     text = re.sub(r"(?<=[(\[{]) +| +(?=[)\],;}])", "", text)
     return re.sub(r"(?<=[^ ,;:]) {2,}", " ", text)
 
@@ -86,6 +87,8 @@ def _sequence(tokens: _Tokens, end: str) -> str:
             text += " "
         else:
             text = _joined(text, _text_of(token, tokens), token)
+            if token in ("\\lVert", "\\lvert", "\\langle"):
+                tokens.skip_space()
             if token[1:] in _CALLED and token[0] == "\\" and tokens.next in ("\\left", "\\big", "\\Big"):
                 tokens.pop()
     tokens.pop()

@@ -138,7 +138,7 @@ def method_page(method: MethodFacts) -> RenderableType:
         page.add_row("" if number else "keys", Text(f"{key.name}={key.default}").append(_behind(key), style="dim"))
     for label, words in page_end(method).items():
         page.add_row(label, Text(words))
-    heading = Text(method.name, style="bold").append(f": {method.title} ({method.group})", style="not bold")
+    heading = Text(method.name, style="bold").append(f": {method.title}", style="not bold")
     return Group(heading, page)
 
 
@@ -152,7 +152,7 @@ def page_rows(method: MethodFacts) -> dict[str, str]:
         "changes": method.changes,
         "use when": method.use_when,
         "formula": ";  ".join(map(as_text, method.formula)),
-        "data": method.data,
+        "group": f"{method.group} (data: {method.data})",
         "needs": ", ".join(method.needs),
     }
     return {label: words for label, words in rows.items() if words}
@@ -161,7 +161,7 @@ def page_rows(method: MethodFacts) -> dict[str, str]:
 def page_end(method: MethodFacts) -> dict[str, str]:
     """Return the rows of a page below its keys."""
     rows = {
-        "source": ", ".join(filter(None, [method.paper, method.loss])),
+        "source": f"{method.paper or 'no paper'}; the docstring of {method.loss} defines the symbols",
         "checked": method.checked,
         "verify": method.verified or "",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from spo.types import LabelledLogps, ListLogps, PairLogps
 from spo.wording import suggestion
 
 _DATA = {PairLogps: "pairs", LabelledLogps: "unpaired", ListLogps: "ranked"}
-_WORDS = ("group", "changes", "use_when", "checked")
+_WORDS = ("changes", "use_when", "checked")
 """Keys that describe the member itself. A member that builds on another one does not inherit them."""
 
 
@@ -70,8 +71,8 @@ def read_methods(folders: Sequence[Path], verify: bool = False) -> list[MethodFa
         folders: Folders of config groups.
         verify: Whether to find out what ``spo verify`` does with each, which takes seconds.
     """
-    names = (name for some in methods_by_group(folders).values() for name in some)
-    return [facts_of(name, folders, verify=verify) for name in names]
+    groups = methods_by_group(folders)
+    return [_facts(name, group, folders, verify) for group, some in groups.items() for name in some]
 
 
 def facts_of(name: str, folders: Sequence[Path], verify: bool = False) -> MethodFacts:
@@ -86,21 +87,25 @@ def facts_of(name: str, folders: Sequence[Path], verify: bool = False) -> Method
         UserError: There is no such method, or its yaml file does not name a loss.
     """
     groups = methods_by_group(folders)
-    known = [one for some in groups.values() for one in some]
-    if name not in known:
-        hint = suggestion(name, known) or "; spo methods lists them"
+    group = next((group for group, some in groups.items() if name in some), None)
+    if group is None:
+        hint = suggestion(name, [one for some in groups.values() for one in some]) or "; spo methods lists them"
         raise UserError(f"there is no method {name}{hint}")
+    return _facts(name, group, folders, verify)
+
+
+def _facts(name: str, group: str, folders: Sequence[Path], verify: bool) -> MethodFacts:
     member = _Member(name, folders)
-    words = {key: str(member.own.get(key) or "") for key in _WORDS}
-    words["group"] = next(group for group, some in groups.items() if name in some)
     loss = member.loss
+    data = _DATA[_declared(loss, "inputs", PairLogps)]
     return MethodFacts(
         name=name,
         title=str(member.get("title") or member.cls.__name__),
         paper=str(member.get("paper") or ""),
-        **words,
-        data=_DATA[_declared(loss, "inputs", PairLogps)],
-        needs=(*_needs(loss), *(f"{group}={chosen}" for group, chosen in member.chosen.items())),
+        group=group,
+        **{key: str(member.own.get(key) or "") for key in _WORDS},
+        data=data,
+        needs=(*_needs(loss, data), *(f"{group}={chosen}" for group, chosen in member.chosen.items())),
         reads_reference=_reads_reference(loss),
         formula=tuple(formulas_of(inspect.cleandoc(member.cls.__doc__ or ""))),
         keys=(*member.beta(), *member.keys()),
@@ -146,9 +151,12 @@ class _Member:
     def keys(self) -> list[MethodKey]:
         """Return the keys of the loss, with the comments of the yaml files, else the descriptions of the docstring."""
         node: Any = OmegaConf.to_container(self._cfg.method.loss, resolve=False)
-        described = {name: text for cls in reversed(self.cls.__mro__) for name, text in arguments_of(cls).items()}
+        described: dict[str, str] = {}
+        for cls in reversed(self.cls.__mro__):
+            described |= arguments_of(cls)
+        comments = {key: self.comments.get(f"loss.{key}") or described.get(key, "") for key in node}
         return [
-            MethodKey(f"method.loss.{key}", _as_yaml(value), self.comments.get(f"loss.{key}") or described.get(key, ""))
+            MethodKey(f"method.loss.{key}", _as_text(value), comments[key])
             for key, value in node.items()
             if key not in DIRECTIVES
         ]
@@ -222,17 +230,17 @@ def _reads_reference(loss: Any) -> bool:
     )
 
 
-def _needs(loss: Any) -> list[str]:
+def _needs(loss: Any, data: str) -> list[str]:
     """Return what a loss declares that it needs besides log-probs of the policy, in words."""
     needs = [name for name in ("alpha", "beta", "reference") if _declared(loss, f"uses_{name}")]
     if terms := _declared(loss, "terms", {}):
         of_reference = any(term.needs_reference_logits for term in terms.values())
-        needs.append(f"token-level numbers of the policy{' and the reference' if of_reference else ''}")
+        needs.append(f"token-level terms of {'policy and reference' if of_reference else 'the policy'}")
     for feature in _declared(loss, "features", {}).values():
-        each = " of each completion" if getattr(feature, "each", False) else ""
-        optional = feature.default is not None or getattr(feature, "make", None) is not None
-        columns = feature.column if isinstance(feature.column, str) else " and ".join(feature.column)
-        needs.append(f"column {columns}{each}{' (optional)' if optional else ''}")
+        columns = {"unpaired": feature.label_columns, "ranked": feature.list_columns}.get(data, feature.columns)
+        is_optional = feature.default is not None or feature.make is not None
+        words = f"column{'s' if len(columns) > 1 else ''} {' and '.join(columns)}"
+        needs.append(f"{words} (optional)" if is_optional else words)
     needs += [_of_role(role) for role in _declared(loss, "extra_completions", {}).values()]
     if names := _declared(loss, "extra_references", ()):
         needs.append(f"further reference{'s' if len(names) > 1 else ''} {', '.join(names)}")
@@ -266,24 +274,31 @@ def _verified(member: _Member) -> str:
     files = [folder / "reference" / f"{chosen}.yaml" for folder in member.folders]
     text = next((file.read_text() for file in files if file.is_file()), "_target_: spo.models.FrozenReference")
     reason = why_not_verified(member.loss, locate(load_yaml(text)["_target_"]))
-    return "spo verify trains it to its optimum" if reason is None else f"no optimum to compare with: {reason}"
+    return "spo verify compares it with its optimum" if reason is None else f"no optimum to compare with: {reason}"
 
 
 def arguments_of(cls: type) -> dict[str, str]:
-    """Return the descriptions of the arguments in a Google style docstring of a class, by name."""
+    """Return what the Google style docstring of a class says of each argument: the first sentence, without its period.
+
+    Args:
+        cls: Class; the docstrings of its bases are not read.
+    """
     section = re.search(r"^Args:\n((?:[ ]+.*\n|\n)+)", inspect.cleandoc(vars(cls).get("__doc__") or "") + "\n", re.M)
-    found = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.M)
-    return {name: " ".join(text.split()) for name, text in found}
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.M)
+    texts = ((name, " ".join(text.replace("``", "`").split())) for name, text in entries)
+    return {name: re.split(r"\.(?= [A-Z`]|$)", text, maxsplit=1)[0] for name, text in texts}
 
 
-def _as_yaml(value: Any) -> str:
-    """Return a value as it is written on a command line."""
+def _as_text(value: Any) -> str:
+    """Return a value as it is written on a command line; a node with a class as a call of it."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_as_yaml(item)}" for key, item in value.items()) + "}"
+        items = [(str(key), _as_text(item)) for key, item in value.items() if key not in DIRECTIVES]
+        if "_target_" in value:
+            name = str(value["_target_"]).rpartition(".")[2]
+            return f"{name}({', '.join(f'{key}={item}' for key, item in items)})"
+        return "{" + ", ".join(f"{key}: {item}" for key, item in items) + "}"
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return "[" + ", ".join(map(_as_yaml, value)) + "]"
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, float)
-        else f"{value:g}"
-    )
+        return "[" + ", ".join(map(_as_text, value)) + "]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
