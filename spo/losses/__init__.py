@@ -13,9 +13,12 @@ from spo.losses.best_of_n import SPOBestOfNLoss
 from spo.losses.declarations import Column, DataNeeds, Drawn, Feature, Mismatched, Role, Term
 from spo.losses.dpo import DPOLoss
 from spo.losses.ipo import IPOLoss
+from spo.losses.kto import KTOLoss
 from spo.losses.ranked import SPORankedLoss
+from spo.losses.self_supervised_po import SelfSupervisedPOLoss
 from spo.losses.sft import SFTLoss
 from spo.losses.spo import SPOLoss, WeightedSPOLoss
+from spo.losses.upo import UPOLoss
 
 __all__ = [
     "Column",
@@ -24,6 +27,7 @@ __all__ = [
     "Drawn",
     "Feature",
     "IPOLoss",
+    "KTOLoss",
     "LabelledLoss",
     "ListLoss",
     "Loss",
@@ -34,7 +38,9 @@ __all__ = [
     "SPOBestOfNLoss",
     "SPOLoss",
     "SPORankedLoss",
+    "SelfSupervisedPOLoss",
     "Term",
+    "UPOLoss",
     "WeightedSPOLoss",
     "log_ratios",
     "policy_margin",
