@@ -95,6 +95,7 @@ class BestSetting:
     beta: PositiveFloat
     lr: PositiveFloat
     weight: NonNegativeFloat
+    follow_every: PositiveInt
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Method:
     default_lr: PositiveFloat
     best_on: BestOn | None
     regularizer_weight: NonNegativeFloat | Literal["beta"]
+    follow_every: PositiveInt
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from inspect import getattr_static
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from spo.losses.declarations import Feature, Role, Term
+from spo.losses.margins import is_higher, log_ratios
 from spo.losses.rows import expected, one_of_each_row, weighted
 from spo.types import LabelledLogps, ListLogps, Logps, PairLogps
 
@@ -90,11 +91,11 @@ class Loss(ABC, Generic[LogpsT]):
             metrics by position, so the keys are known before the first batch.
     """
 
-    inputs: ClassVar[type[Logps]] = PairLogps
-    uses_reference: ClassVar[bool] = True
-    uses_rejected: ClassVar[bool] = True
-    uses_alpha: ClassVar[bool] = False
-    uses_beta: ClassVar[bool] = True
+    inputs: type[Logps] = PairLogps
+    uses_reference: bool = True
+    uses_rejected: bool = True
+    uses_alpha: bool = False
+    uses_beta: bool = True
     terms: Mapping[str, Term] = {}
     features: Mapping[str, Feature] = {}
     extra_completions: Mapping[str, Role] = {}
@@ -244,7 +245,7 @@ class PreferenceLoss(Loss[PairLogps]):
 class ListLoss(Loss[ListLogps]):
     """A loss of ranked lists. It applies the order, weights and soft labels; subclasses write :meth:`of_ranking`."""
 
-    inputs: ClassVar[type[Logps]] = ListLogps
+    inputs: type[Logps] = ListLogps
 
     @abstractmethod
     def of_ranking(self, lists: ListLogps, *, alpha: float, beta: float) -> Tensor:
@@ -307,8 +308,8 @@ class LabelledLoss(Loss[LabelledLogps]):
     Subclasses write :meth:`of_labels`.
     """
 
-    inputs: ClassVar[type[Logps]] = LabelledLogps
-    uses_rejected: ClassVar[bool] = False
+    inputs: type[Logps] = LabelledLogps
+    uses_rejected: bool = False
 
     @abstractmethod
     def of_labels(self, logps: LabelledLogps, *, alpha: float, beta: float) -> Tensor:
@@ -347,43 +348,6 @@ class LabelledLoss(Loss[LabelledLogps]):
             "logps/chosen": logps.policy.masked_fill(~desirable, missing),
             "logps/rejected": logps.policy.masked_fill(desirable, missing),
         }
-
-
-def is_higher(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Return 1 where the reward of chosen is higher, 0.5 where both are equal, as before training, and else 0."""
-    return ((chosen > rejected).float() + (chosen >= rejected).float()) / 2
-
-
-def log_ratios(pair: PairLogps) -> tuple[Tensor, Tensor | None]:
-    """Return the ``(B,)`` log pi - log pi_ref of chosen and rejected; without a reference, log pi alone."""
-    chosen, rejected = pair.policy_chosen, pair.policy_rejected
-    if pair.reference_chosen is not None:
-        chosen = chosen - pair.reference_chosen
-    if rejected is not None and pair.reference_rejected is not None:
-        rejected = rejected - pair.reference_rejected
-    return chosen, rejected
-
-
-def policy_margin(pair: PairLogps) -> Tensor:
-    """Return the ``(B,)`` log pi(y_w|x) - log pi(y_l|x).
-
-    Raises:
-        ValueError: There is no rejected completion.
-    """
-    if pair.policy_rejected is None:
-        raise ValueError("this loss compares two completions, but policy_rejected is None")
-    return pair.policy_chosen - pair.policy_rejected
-
-
-def reference_margin(pair: PairLogps) -> Tensor:
-    """Return the ``(B,)`` log pi_ref(y_w|x) - log pi_ref(y_l|x).
-
-    Raises:
-        ValueError: A reference log-probability is missing.
-    """
-    if pair.reference_chosen is None or pair.reference_rejected is None:
-        raise ValueError("this loss needs reference_chosen and reference_rejected")
-    return pair.reference_chosen - pair.reference_rejected
 
 
 def _where(rows: Tensor, pair: PairLogps, other: PairLogps) -> PairLogps:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -14,9 +12,9 @@ from spo.types import ListLogps
 class SPOListLoss(ListLoss):
     """Base class of SPO's losses on lists: no reference, rewards alpha log pi(y|x), and the optimum."""
 
-    uses_reference: ClassVar[bool] = False
-    uses_alpha: ClassVar[bool] = True
-    uses_beta: ClassVar[bool] = False
+    uses_reference: bool = False
+    uses_alpha: bool = True
+    uses_beta: bool = False
 
     def rewards(self, lists: ListLogps, *, alpha: float, beta: float) -> Tensor:
         """Return alpha log pi(y|x), ``(B, n)``: the logits of SPO's choice probabilities."""

@@ -32,33 +32,64 @@ class Term(NamedTuple):
     needs_reference_logits: bool = False
 
 
+Make = Callable[[Sequence[str], Sequence[str] | None], Sequence[float | Sequence[float]]]
+"""Function ``make(prompts, completions)`` of texts that returns the numbers of rows, or of completions."""
+
+
 @dataclass(frozen=True)
 class Feature:
     """Numbers of a row that a loss reads.
 
+    A number of each completion has the shape ``(B, 2)`` for pairs, ``(B, n)`` for lists, and ``(B,)`` for labelled
+    completions.
+
     Attributes:
-        column: Name of the column; a pair of names for one number per completion, chosen first.
+        column: Name of the column. A pair of names declares one number for each completion of a pair, chosen first.
         size: Length of the list of numbers that the column holds; ``None`` for a single number.
-        default: Number for rows without the column; ``None`` makes the column required.
+        default: Number for rows without the column; without it and without ``make``, the column is required.
+        each: Whether there is a number for each completion. Pairs then have the columns ``chosen_NAME`` and
+            ``rejected_NAME``, labelled completions have ``NAME``, and ranked lists have ``NAMEs``, a list of numbers in
+            the order of ``responses``.
+        make: Function ``make(prompts, completions)`` that computes the numbers of rows without the column from texts,
+            for all of them in a split at once. ``completions`` is ``None`` unless there is a number for each
+            completion; otherwise both have one text for each number.
     """
 
     column: str | tuple[str, str]
     size: int | None = None
     default: float | None = None
+    each: bool = False
+    make: Make | None = None
 
     def __post_init__(self) -> None:
         if self.size is not None and (self.size < 1 or self.default is not None or self.per_completion):
             raise ValueError("size must be positive; a feature with a size has one column and no default")
+        if self.each and not isinstance(self.column, str):
+            raise ValueError("each=True takes one name as column, from which the names of the columns are made")
+        if self.make is not None and self.default is not None:
+            raise ValueError("make computes the numbers of rows without the column, so it does not take a default")
 
     @property
     def per_completion(self) -> bool:
-        """Return whether there is a number for each of the two completions."""
-        return not isinstance(self.column, str)
+        """Return whether there is a number for each completion."""
+        return self.each or not isinstance(self.column, str)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Return the names of the columns."""
+        """Return the names of the columns in data of pairs."""
+        if not isinstance(self.column, str):
+            return self.column
+        return (f"chosen_{self.column}", f"rejected_{self.column}") if self.each else (self.column,)
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """Return the names of the columns in data of labelled completions."""
         return (self.column,) if isinstance(self.column, str) else self.column
+
+    @property
+    def list_columns(self) -> tuple[str, ...]:
+        """Return the names of the columns in data of ranked lists."""
+        return (f"{self.column}s",) if self.each else self.label_columns
 
 
 class RoleInputs(Protocol):

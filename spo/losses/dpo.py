@@ -8,7 +8,8 @@ from annotated_types import Ge, Lt
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from spo.losses.base import PreferenceLoss, policy_margin, reference_margin
+from spo.losses.base import PreferenceLoss
+from spo.losses.margins import log_ratio_margin
 from spo.types import PairLogps
 
 
@@ -38,7 +39,7 @@ class DPOLoss(PreferenceLoss):
 
     def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` loss of each pair."""
-        margin = policy_margin(pair) - reference_margin(pair)
+        margin = log_ratio_margin(pair)
         losses = -logsigmoid(beta * margin)
         if not self.label_smoothing:
             return losses

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spo.losses.base import PreferenceLoss, log_ratios, reference_margin
+from spo.losses.base import PreferenceLoss
+from spo.losses.margins import both_log_ratios, per_token
 from spo.types import PairLogps
 
 
@@ -28,7 +29,6 @@ class IPOLoss(PreferenceLoss):
 
     def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` loss of each pair."""
-        reference_margin(pair)  # It raises if a reference log-probability is missing, which `log_ratios` allows.
         chosen, rejected = self._ratios(pair)
         return (chosen - rejected - 1 / (2 * beta)) ** 2
 
@@ -58,14 +58,8 @@ class IPOLoss(PreferenceLoss):
 
     def _ratios(self, pair: PairLogps) -> tuple[Tensor, Tensor]:
         """Return the ``(B,)`` log-ratios of chosen and rejected in the convention of the loss."""
-        chosen, rejected = log_ratios(pair)
-        if rejected is None:
-            raise ValueError("IPO compares two completions, but policy_rejected is None")
-        if not self.length_normalize:
-            return chosen, rejected
-        if pair.chosen_length is None or pair.rejected_length is None:
-            raise ValueError("IPO with length_normalize=true needs chosen_length and rejected_length")
-        return chosen / pair.chosen_length, rejected / pair.rejected_length
+        ratios = both_log_ratios(pair)
+        return per_token(pair, ratios) if self.length_normalize else ratios
 
 
 def _normalize_by_length(logits: Tensor, lengths: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from spo.losses.base import PreferenceLoss
@@ -21,9 +19,9 @@ class SFTLoss(PreferenceLoss):
         length_normalize: Divide by the tokens of the completion, so that short and long completions weigh the same.
     """
 
-    uses_reference: ClassVar[bool] = False
-    uses_rejected: ClassVar[bool] = False
-    uses_beta: ClassVar[bool] = False
+    uses_reference: bool = False
+    uses_rejected: bool = False
+    uses_beta: bool = False
 
     def __init__(self, length_normalize: bool = False) -> None:
         self.length_normalize = length_normalize

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from spo.bounds import NonNegativeFloat, PositiveFloat
-from spo.losses.base import PreferenceLoss, policy_margin
+from spo.losses.base import PreferenceLoss
+from spo.losses.margins import policy_margin
 from spo.types import PairLogps
 
 
@@ -25,9 +24,9 @@ class SPOLoss(PreferenceLoss):
     expectation over the label.
     """
 
-    uses_reference: ClassVar[bool] = False
-    uses_alpha: ClassVar[bool] = True
-    uses_beta: ClassVar[bool] = False
+    uses_reference: bool = False
+    uses_alpha: bool = True
+    uses_beta: bool = False
 
     def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` loss of each pair."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
+from annotated_types import Gt, Le
 from torch import Tensor, nn
 
 from spo.bounds import PositiveInt
@@ -161,6 +162,30 @@ class FrozenReference(Reference):
             raise RuntimeError("the frozen reference was not attached")
         with torch.no_grad():
             yield self.model
+
+
+class FollowingReference(FrozenReference):
+    """A copy that moves towards the policy every few steps (TR-DPO, arXiv:2404.09656).
+
+    Args:
+        share: Share of the way to the policy that each move goes; 1 copies the policy.
+        every: Optimizer steps between two moves.
+    """
+
+    moves: ClassVar[bool] = True
+
+    def __init__(self, share: Annotated[float, Gt(0), Le(1)], every: PositiveInt) -> None:
+        super().__init__()
+        self.share, self.every = share, every
+
+    def describe(self) -> str:
+        return f"copy that moves by {self.share:g} of the way to the policy every {self.every} steps"
+
+    @torch.no_grad()
+    def after_step(self, policy: nn.Module, step: int) -> None:
+        if step % self.every == 0 and self.model is not None:
+            for own, new in zip(self.model.parameters(), policy.parameters(), strict=True):
+                own.lerp_(new.to(own), self.share)
 
 
 class CachedReference(FrozenReference):

@@ -14,7 +14,7 @@ from torch import Tensor
 from spo.errors import UserError
 from spo.losses.rows import numbers_of_shape, one_of_each_row
 from spo.objective.learned import buffers_of
-from spo.ops import Logits, completion_targets, sum_per_sequence, token_logps
+from spo.ops import Logits, at_least_float32, by_rows, completion_targets, sum_per_sequence, token_logps
 from spo.ops.logps import DeferredLogits
 from spo.types import CompletionLogps, Logps, PreferenceBatch
 
@@ -44,6 +44,11 @@ class ScoredBatch:
     def policy_tokens(self) -> Tensor:
         """Return ``(M,)`` log-probs of the completion tokens under the policy, in nats."""
         return token_logps(self.policy, completion_targets(self.batch.sequences))
+
+    @cached_property
+    def policy_log_sum_squares(self) -> Tensor:
+        """Return ``(M,)`` logarithms of the sum over the vocabulary of squared probabilities under the policy."""
+        return by_rows(lambda logits: (2 * at_least_float32(logits).log_softmax(-1)).logsumexp(-1), self.policy)
 
     @cached_property
     def reference_tokens(self) -> Tensor:
