@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 Ids = tuple[int, ...]
 Numbers = float | tuple[float, ...]
 """A number of a row, or several: one for each completion, or a list of numbers."""
+Encode = Callable[["TokenizedPair", int, str], Ids]
+"""Function ``encode(row, rank, text)`` that returns the tokens of a text in place of the completion of a rank."""
 Draw = Callable[[Sequence[Ids], Sequence[int]], Sequence[Ids]]
 """Function ``draw(prompts, stop_ids)`` that samples one completion of each prompt from the reference model, in tokens.
 
@@ -296,11 +298,13 @@ class SplitRows:
         rows: Rows of the split; the texts of columns are among their further completions.
         stop_ids: Tokens that end a completion.
         sampler: Function that draws completions, or ``None`` where there is no reference model.
+        encode: Function that encodes a text like a completion.
     """
 
     rows: Sequence[TokenizedPair]
     stop_ids: Sequence[int]
     sampler: Draw | None
+    encode: Encode
 
     @property
     def prompt_ids(self) -> list[str]:
@@ -333,6 +337,14 @@ class SplitRows:
         prompts = list(dict.fromkeys(row.prompt_ids for row in self.rows))
         drawn = dict(zip(prompts, self.sampler(prompts, self.stop_ids), strict=True))
         return [drawn[row.prompt_ids] for row in self.rows]
+
+    def edited(self, rank: int, edit: Callable[[str], str]) -> list[Ids]:
+        """Return the tokens of a completion of each row after an edit of its text, see :class:`RoleInputs`."""
+        found = []
+        for row in self.rows:
+            text = edit(row.texts[rank])
+            found.append(row.completions[rank] if text == row.texts[rank] else self.encode(row, rank, text))
+        return found
 
 
 def further_completions(needs: DataNeeds, rows: SplitRows, split: str) -> list[TokenizedPair]:

@@ -27,6 +27,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, get_args
 
 from spo.bounds import Truncation
@@ -294,6 +295,24 @@ class Renderer:
         if not ids:
             raise DataError("the prompt is empty, and the tokenizer does not have a BOS")
         return ids
+
+    def encode_like(self, pair: TokenizedPair, rank: int, text: str) -> Ids:
+        """Return the tokens of a text in place of a completion, with the end tokens of that completion.
+
+        Args:
+            pair: Row with the completion.
+            rank: Rank of the completion in its row, 0 for the best one.
+            text: Text to encode.
+        """
+        if pair.prompt_messages or self.split_special_tokens:
+            text = self.encoder.hide(text)
+        prompt = pair.prompt_ids[self.bos_id is not None and pair.prompt_ids[:1] == (self.bos_id,) :]
+        whole, alone = self.encoder.encode([pair.prompt_text + text, text])
+        whole = whole[self.bos_id is not None and whole[:1] == (self.bos_id,) :]
+        # Tokens that merge with the prompt, or a prompt that was cut, leave the text to be encoded alone.
+        ids = whole[len(prompt) :] if whole[: len(prompt)] == prompt else alone
+        ends = takewhile(lambda i: i in self._stop_ids or self.encoder.is_control(i), pair.completions[rank][::-1])
+        return ids + tuple(ends)[::-1]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of completion tokens with its leading space and without special tokens such as EOS."""

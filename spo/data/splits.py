@@ -168,7 +168,9 @@ def prepare(
         parts["train"], left_out = draw_subset(parts["train"], num_pairs, subset_seed)
     if needs is not None:
         for split, pairs in parts.items():
-            fitting, parts[split] = _as_loss_reads(pairs, needs, renderer, SplitRows((), stop_ids, draw), split)
+            fitting, parts[split] = _as_loss_reads(
+                pairs, needs, renderer, SplitRows((), stop_ids, draw, renderer.encode_like), split
+            )
             if too_long := len(pairs) - len(fitting):
                 reasons["too_long"] += too_long
                 lost = set(map(id, pairs)) - set(map(id, fitting))

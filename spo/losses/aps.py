@@ -23,7 +23,8 @@ class APSLoss(PreferenceLoss):
 
     .. math:: L = \min_{t \in [t_0, t_{max}]} -t \log\sigma(\beta h / t) + \rho\, t
 
-    where h is the margin of DPO, ``(B,)``. The paper's beta is 1, since 1/t takes its place. The quadratic form has rho_0 t^2 - t log 2 in place of rho t and no upper end. The minimum over t is found first, by bisection of the
+    where h is the margin of DPO, ``(B,)``. The paper's beta is 1, since 1/t takes its place. The quadratic form has
+    rho_0 t^2 - t log 2 in place of rho t and no upper end. The minimum over t is found first, by bisection of the
     derivative, and t is constant in the gradient. A pair whose completions the policy separates clearly gets a large t.
 
     Args:

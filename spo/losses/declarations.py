@@ -26,10 +26,12 @@ class Term(NamedTuple):
             ``lambda scored: scored.per_completion(scored.policy_tokens)``. Gradients flow through it unless it detaches
             them. The policy and the reference are not run again.
         needs_reference_logits: Whether ``compute`` reads ``reference`` or ``reference_tokens`` of the scored batch.
+        needs_policy_states: Whether ``compute`` reads ``policy_states`` or ``prompt_states`` of the scored batch.
     """
 
     compute: Callable[[ScoredBatch], Tensor]
     needs_reference_logits: bool = False
+    needs_policy_states: bool = False
 
 
 Make = Callable[[Sequence[str], Sequence[str] | None], Sequence[float | Sequence[float]]]
@@ -108,6 +110,14 @@ class RoleInputs(Protocol):
 
     def draw(self) -> Sequence[Ids]:
         """Return one completion of each prompt, drawn from the reference model once and cached."""
+
+    def edited(self, rank: int, edit: Callable[[str], str]) -> Sequence[Ids]:
+        """Return the tokens of a completion of each row after an edit of its text.
+
+        Args:
+            rank: Rank of the completion in its row, 0 for the best or only one.
+            edit: Function from the text to the edited text. An unchanged text keeps its tokens.
+        """
 
 
 @dataclass(frozen=True)

@@ -97,15 +97,20 @@ def score(
         extra_references: Further references that the loss declares, by name.
         needs_reference_logits: Whether something beside the loss reads the reference's logits.
     """
-    logits = speed.logits(policy, batch.sequences)
+    states = None
+    if loss.needs_policy_states:
+        logits, states = speed.logits_and_states(policy, batch.sequences)
+    else:
+        logits = speed.logits(policy, batch.sequences)
     others = {name: extra_references[name].pair_logps(batch, policy, speed) for name in loss.extra_references}
     if needs_reference_logits or loss.needs_reference_logits:
         with reference.active(policy) as model:
-            return ScoredBatch(batch, logits, speed.logits(model, batch.sequences), extra_references=others)
+            of_reference = speed.logits(model, batch.sequences)
+        return ScoredBatch(batch, logits, of_reference, extra_references=others, states=states)
     stored = batch.reference_logps if loss.uses_reference else None  # of the main reference alone
     if stored is None and loss.uses_reference:
         stored = reference.pair_logps(batch, policy, speed)
-    return ScoredBatch(batch, logits, stored_reference=stored, extra_references=others)
+    return ScoredBatch(batch, logits, stored_reference=stored, extra_references=others, states=states)
 
 
 class Pairs(Part):
