@@ -270,6 +270,7 @@ def test_identity_has_further_references_only_where_there_are_some(folder: Path,
 
 DEFAULT = "+method.default_references={second: initial}"
 GIVEN = "extra_references.second=initial"
+SMALL = [f"model.initial.{one}" for one in ("num_stories=50", "vocab_size=300", "hidden_size=16")]
 
 
 def test_default_reference_is_used_where_the_user_gives_nothing(folder: Path, tmp_path: Path) -> None:
@@ -299,7 +300,7 @@ def test_identity_has_the_weights_of_the_initial_model(tmp_path: Path, monkeypat
 
 
 def test_initial_model_is_the_one_before_fine_tuning(folder: Path, tmp_path: Path) -> None:
-    words = [f"paths.cache={tmp_path}", "model.num_stories=50", "model.vocab_size=300", "model.hidden_size=16"]
+    words = [f"paths.cache={tmp_path}", *SMALL]
     cfg = resolve_values(compose([*LOSS, *words]))
     with collect_notes() as notes:
         path = initial_model(cfg, spec := from_config.model_spec(cfg))
@@ -321,7 +322,7 @@ def test_initial_model_is_the_one_before_fine_tuning(folder: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_command_trains_and_evaluates_against_the_initial_model(cache_dir: Path, tmp_path: Path) -> None:
-    words = [*LOSS, "judge=none", "trainer.max_steps=2"]
+    words = [*LOSS, "judge=none", "trainer.max_steps=2", "data.source.responses=grammar"]
     tuned = job(tmp_path / "tuned", cache_dir, TINY, *words, DEFAULT)
     fresh = job(tmp_path / "fresh", cache_dir, TINY, *words, GIVEN, "sft.max_steps=0")
     rows = [json.loads((tmp_path / one / "history.jsonl").read_text().splitlines()[0]) for one in ("tuned", "fresh")]
