@@ -21,9 +21,9 @@ class RPOUnpairedLoss(LabelledLoss):
 
     where i runs over desirable completions and j over the others, u is the *summed* log-ratio of policy and reference,
     ``(B,)``, and e is the embedding of a prompt. The two completions of a comparison share its loss equally, in numbers
-    whose mean over all M + N completions of the step is L. With soft labels, a comparison counts by the probability that i
-    is desirable and j is not, and M, N and the softmax over j count completions by these probabilities. A step with one
-    kind of label has loss 0.
+    whose mean over all M + N completions of the step is L. With soft labels, a comparison counts by the probability
+    that i is desirable and j is not, and M, N and the softmax over j count completions by these probabilities. A step
+    with one kind of label has loss 0.
 
     Args:
         temperature: Temperature tau of the likeness of prompts.
