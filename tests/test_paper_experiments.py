@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 from hydra.utils import instantiate
 
-from spo.config.compose import compose
+from spo.config.compose import compose, composer
 from tests.commands import TINY, job, shared_cache
 from tests.fixtures import write_alpaca_like
 from tests.helpers import save_model
-from tests.test_config import composer
 
 INPUT = {"stories": ["model.path=M"], "alpacafarm": ["model.path=M", "data.path=P"]}
 
@@ -61,4 +60,4 @@ def test_alpacafarm_trains_an_adapter_of_a_tiny_model(
     words += [f"regularizer={regularizer}", "trainer.max_epochs=null", "trainer.max_steps=2", "data.max_new_tokens=8"]
     metrics = job(tmp_path / "run", shared_cache(tmp_path_factory), *words)
     assert metrics["data/pairs_used"] > 0 and metrics["eval/kl"] >= 0
-    assert (tmp_path / "run" / "policy" / "adapter_config.json").exists()
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
