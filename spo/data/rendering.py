@@ -69,6 +69,7 @@ class TokenizedPair:
         repeated: Number of completions that were dropped because a better one has the same tokens.
         label: Probability that a single completion is desirable; ``None`` for other data.
         features: Numbers of the row that the loss reads, by the name of the feature.
+        numbers: Numbers of each completion that the loss reads, best first, by the name of the feature.
         extra: Tokens of further completions of the prompt, by name. :meth:`Renderer.render` names them by the column of
             their text, and :func:`~spo.data.splits.prepare` as the loss does.
     """
@@ -92,6 +93,7 @@ class TokenizedPair:
     repeated: int = 0
     label: float | None = None
     features: Mapping[str, Numbers] = field(default_factory=dict)
+    numbers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     extra: Mapping[str, Ids] = field(default_factory=dict)
 
     @property
@@ -117,9 +119,9 @@ class TokenizedPair:
         Labels, features and further completions are left out of a row that has none of them, so that the digest of such
         data is that of earlier versions.
         """
-        values = astuple(self)
-        later = (self.label, self.features, self.extra)
-        return values if self.label is not None or any(later[1:]) else values[: -len(later)]
+        later = (self.label, {**self.features, **self.numbers}, dict(self.extra))
+        values = astuple(self)[: -len(later) - 1]
+        return (*values, *later) if self.label is not None or any(later[1:]) else values
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,11 @@ class Renderer:
         return tuple(sorted(self._stop_ids))
 
     def render(
-        self, row: Row, columns: Sequence[str] = (), name_of: Callable[[str], str] = str
+        self,
+        row: Row,
+        columns: Sequence[str] = (),
+        name_of: Callable[[str], str] = str,
+        numbers: Mapping[str, tuple[float, ...]] | None = None,
     ) -> TokenizedPair | Dropped:
         """Return the row as tokens, or the reason why it was dropped.
 
@@ -214,6 +220,7 @@ class Renderer:
             row: Row to convert.
             columns: Columns of the row with texts of further completions, which become ``extra`` by their names.
             name_of: Function from the name of a column to its name in the data, for messages.
+            numbers: Numbers of each completion of the row, by the name of the feature.
 
         Raises:
             RowError: If a column is missing, if neither a prompt nor a BOS can begin the text, if the chat template
@@ -255,6 +262,7 @@ class Renderer:
             boundary_moved=cut < len(plain),
             prompt_messages=() if isinstance(row.prompt, str) else row.prompt,
             label=row.label,
+            numbers=numbers or {},
             extra=dict(zip(columns, completions[own:], strict=True)),
         )
         pair = _with_completions(best_alone, completions[:own], text.texts[:own])
@@ -402,12 +410,12 @@ def _with_completions(
     pair: TokenizedPair, completions: Sequence[tuple[int, ...]], texts: Sequence[str]
 ) -> TokenizedPair | Dropped:
     """Return the pair with these completions, best first; only the best of those with the same tokens stays."""
-    distinct: dict[tuple[int, ...], str] = {}
-    for ids, text in zip(completions, texts, strict=True):
-        distinct.setdefault(ids, text)
-    if len(distinct) < min(len(completions), 2):
+    places: dict[tuple[int, ...], int] = {}
+    for place, ids in enumerate(completions):
+        places.setdefault(ids, place)
+    if len(places) < min(len(completions), 2):
         return Dropped("identical", pair.where)
-    [chosen, *others], [chosen_text, *other_texts] = distinct.keys(), distinct.values()
+    [chosen, *others], [chosen_text, *other_texts] = places, [texts[place] for place in places.values()]
     return replace(
         pair,
         chosen_ids=chosen,
@@ -416,7 +424,8 @@ def _with_completions(
         rejected_text=other_texts[0] if others else None,
         worse_ids=tuple(others[1:]),
         worse_texts=tuple(other_texts[1:]),
-        repeated=pair.repeated + len(completions) - len(distinct),
+        repeated=pair.repeated + len(completions) - len(places),
+        numbers={name: tuple(values[place] for place in places.values()) for name, values in pair.numbers.items()},
     )
 
 

@@ -126,7 +126,7 @@ class Loss(ABC, Generic[LogpsT]):
 
     @property
     def per_completion_features(self) -> list[str]:
-        """Return the names of the features that have a number for each of the two completions."""
+        """Return the names of the features that have a number for each completion."""
         return [name for name, feature in self.features.items() if feature.per_completion]
 
     def fit_width(self, width: int) -> None:

@@ -16,7 +16,7 @@ from spo.losses.rows import numbers_of_shape, one_of_each_row
 from spo.objective.learned import buffers_of
 from spo.ops import Logits, at_least_float32, by_rows, completion_targets, sum_per_sequence, token_logps
 from spo.ops.logps import DeferredLogits
-from spo.types import CompletionLogps, Logps, PreferenceBatch
+from spo.types import CompletionLogps, Logps, PairLogps, PreferenceBatch
 
 if TYPE_CHECKING:
     from spo.losses import Loss, Term
@@ -189,7 +189,11 @@ def loss_inputs(
         )
     references = {name: arrange(batch.per_completion(logps)) for name, logps in (extra_references or {}).items()}
     logps = loss.inputs.of_batch(batch, policy_logps, reference_logps)
-    return replace(logps, references=references, features=batch.features, extra=extra)
+    features = dict(batch.features)
+    if loss.inputs is PairLogps:
+        # A loss that learns from the best completion alone may read lists of more than two.
+        features |= {name: features[name][:, :2] for name in loss.per_completion_features}
+    return replace(logps, references=references, features=features, extra=extra)
 
 
 def losses_of(loss: Loss[Any], logps: Logps, alpha: float, beta: float) -> Tensor:
