@@ -19,15 +19,17 @@ from torch.nn.functional import logsigmoid
 
 from spo.config.compose import compose
 from spo.data import Renderer, Row, TokenizedPair, prepare
+from spo.data.collate import collate
 from spo.data.readability import readability
 from spo.forward.speed import Speed
-from spo.losses import DataNeeds, DPOLoss, SelfSupervisedPOLoss, UPOLoss
+from spo.losses import DataNeeds, DPOLoss, MixLoss, SelfSupervisedPOLoss, UPOLoss
 from spo.losses.key_phrases import key_phrases, without_phrases
 from spo.models import FrozenReference
+from spo.objective import score
 from spo.objective.learned import tensors_of
 from spo.stages.evaluate import evaluate_command
 from spo.stages.train import train
-from spo.types import CompletionLogps, LabelledLogps
+from spo.types import CompletionLogps, LabelledLogps, PairLogps
 from tests.commands import TINY
 from tests.data.tokenizers_built_here import ENDS_IN_EOS, build
 from tests.helpers import (
@@ -392,6 +394,31 @@ def test_versions_of_a_cut_completion_do_not_end() -> None:
 
 
 OWN_METRICS = [("upo", "upo/value"), ("self_supervised_po", "self_supervised_po/degree")]
+
+
+def test_a_mix_gives_each_part_its_width_and_its_versions() -> None:
+    def mixed() -> MixLoss:
+        parts = {"own": SelfSupervisedPOLoss(**SSPO_OPTIONS), "dpo": DPOLoss()}
+        loss = MixLoss(parts, {"own": 1.0, "dpo": 2.0})
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            loss.fit_width(WIDTH)
+        return loss.double()
+
+    rows = rows_of_sspo()
+    loss = mixed()
+    assert list(loss.terms) == ["own.degree"] and loss.needs_policy_states
+    batch = collate(
+        [replace(row, extra={f"own.{k}": v for k, v in row.extra.items()}) for row in rows], range(COUNT), 0
+    )
+    policy, reference = small_model(0), FrozenReference()
+    reference.attach(lambda: frozen(small_model(1)))
+    seen = score(batch, loss, policy, reference, PLAIN, {}).inputs_of(loss)
+    plain = score(collate(rows, range(COUNT), 0), sspo(), policy, reference, PLAIN, {}).inputs_of(sspo())
+    assert isinstance(plain, PairLogps)
+    expected = sspo()(plain, alpha=1.0, beta=BETA) + 2 * DPOLoss()(plain, alpha=1.0, beta=BETA)
+    torch.testing.assert_close(loss(seen, alpha=1.0, beta=BETA), expected, rtol=1e-12, atol=0)
+
 
 # --- whole runs -----------------------------------------------------------------------------------------------------
 
