@@ -42,7 +42,8 @@ def test_new_method_adds_a_line(tmp_path: Path) -> None:
     )
     before, after = methods_table(conf_dir()).splitlines(), methods_table(conf).splitlines()
     link = "[arXiv:1](https://arxiv.org/abs/1)"
-    assert after == [*before, f"| `zz` | Mine | {link} | alpha, regularizer `local_kl` | 0.25 |"]
+    row = f"| `zz` | Mine | {link} | pairs, alpha, `regularizer=local_kl` |  | 0.25 |"
+    assert after == [*before, "| **other** | | | | | |", row]
     assert "`zz`" in next(line for line in groups_table(conf).splitlines() if line.startswith("| `method` |"))
 
 
