@@ -264,7 +264,7 @@ def _of_role(role: Any) -> str:
             return "completions drawn from the reference"
         case Mismatched():
             return "completions of other prompts"
-    return f"completions of {type(role).__name__}"
+    return f"further completions ({type(role).__name__})"
 
 
 def _verified(member: _Member) -> str:
