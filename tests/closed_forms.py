@@ -265,4 +265,4 @@ ORACLES: dict[str, Callable[[float], Any]] = {
     "tr_dpo": TRDPO,
     "wpo": each_pair(wpo),
 }
-"""Closed forms by method; those of the methods in ``tests/outside`` have the same names after ``my_``."""
+"""Closed forms by method; those of the methods in ``tests/outside`` have the same names after ``outside_``."""
