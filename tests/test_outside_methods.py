@@ -246,7 +246,7 @@ def assert_same_steps(ours: Watched, theirs: Watched, tolerance: float) -> None:
 def assert_equals_oracle(module: Watched, name: str, rows: list[TokenizedPair]) -> None:
     """Compare the loss and every gradient of each step, from the weights that the step started with."""
     models = {model: small_model(seed) for model, seed in MODELS.items()}
-    policy, oracle = models[POLICY], ORACLES[name.removeprefix(PREFIX)](BETA)
+    policy, oracle = models[POLICY], ORACLES.get(name, ORACLES[name.removeprefix(PREFIX)])(BETA)
     after = [*module.starts[1:], {key: value.clone() for key, value in module.state_dict().items()}]
     for step, indices in enumerate(module.indices):
         load(policy, oracle, module.starts[step])
