@@ -1,0 +1,502 @@
+"""What every method of the package keeps: one test for each property, over all of conf/method.
+
+A new method joins by existing. Its entry in ``KNOWN`` (tests/contract_cases.py) states what follows from its paper.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from spo.data.collate import collate
+from spo.losses import Loss, PreferenceLoss
+from spo.models import FrozenReference
+from spo.objective.joint import leaves_of
+from spo.objective.learned import parameters_of, update_statistics
+from spo.objective.scored import losses_of, metrics_of
+from spo.types import LabelledLogps, ListLogps, Logps, PairLogps
+from tests.contract_cases import (
+    ALPHA,
+    BETA,
+    FAR,
+    KNOWN,
+    LOGP,
+    METHODS,
+    POLICY,
+    REFERENCE,
+    Known,
+    known,
+    level,
+    make_loss,
+    node,
+    references_of,
+    scored,
+    seen,
+    some_rows,
+    speed_of,
+)
+from tests.contract_cases import model as shared_model
+from tests.environments import ROOT
+from tests.helpers import PAD, Spied, make_data, make_module, make_trainer, run_on_two_ranks, small_model
+
+COEFFICIENTS = {"alpha": ALPHA, "beta": BETA}
+EACH = pytest.mark.parametrize("name", METHODS)
+
+
+def values(loss: Loss[Any], logps: Logps) -> Tensor:
+    """Return the ``(B,)`` losses, after the statistics of the rows where the loss has some."""
+    return losses_of(loss, logps, **COEFFICIENTS)
+
+
+def slopes(loss: Loss[Any], logps: Logps) -> dict[str, Tensor]:
+    """Return the derivative of the sum of the losses by each number of the policy, 0 where there is none."""
+    inputs, leaves = leaves_of(logps)
+    total = values(loss, inputs).sum()
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {
+        path: torch.zeros_like(leaf) if slope is None else slope
+        for (path, leaf), slope in zip(leaves.items(), found, strict=True)
+    }
+
+
+def with_statistics(loss: Loss[Any], logps: Logps) -> Loss[Any]:
+    """Return the loss after a training step on other numbers, where it has running statistics."""
+    if loss.has_statistics:
+        update_statistics(loss, leaves_of(logps)[0])
+    return loss
+
+
+def sides(logps: Logps, chosen: float, rejected: float) -> Tensor | tuple[Tensor, Tensor]:
+    """Return numbers of the policy's completions: one for chosen, desirable or best ones, one for all others."""
+    if isinstance(logps, PairLogps):
+        return torch.full_like(logps.policy_chosen, chosen), torch.full_like(logps.policy_chosen, rejected)
+    if isinstance(logps, LabelledLogps):
+        return torch.where(logps.label == 1, chosen, rejected).to(logps.policy)
+    assert isinstance(logps, ListLogps)
+    return torch.full_like(logps.policy, rejected).index_fill(1, torch.tensor(0), chosen)
+
+
+def moved(logps: Logps, chosen: float = 0, rejected: float = 0) -> Logps:
+    """Return log-probs after chosen and rejected completions have moved under the policy."""
+    change = sides(logps, chosen, rejected)
+    if isinstance(logps, PairLogps):
+        assert logps.policy_rejected is not None
+        return replace(
+            logps,
+            policy_chosen=logps.policy_chosen + change[0],
+            policy_rejected=logps.policy_rejected + change[1],
+        )
+    return replace(logps, policy=logps.policy + change)  # type: ignore[call-arg]
+
+
+def by_side(logps: Logps, found: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return derivatives by the log-probs of chosen, and by those of rejected: of each row, or of each completion."""
+    if isinstance(logps, PairLogps):
+        return found["policy_chosen"], found["policy_rejected"]
+    slope = found["policy"]
+    if isinstance(logps, LabelledLogps):
+        return slope[logps.label == 1], slope[logps.label == 0]
+    return slope[:, 0], slope[:, 1:].sum(1)
+
+
+# --- values and slopes of the definition ----------------------------------------------------------------------------
+
+
+def test_table_has_only_methods_that_exist() -> None:
+    assert KNOWN.keys() <= set(METHODS)
+
+
+@EACH
+def test_value_where_policy_equals_reference(name: str) -> None:
+    wanted, loss = known(name), make_loss(name)
+    torch.testing.assert_close(values(loss, level(loss)), torch.full((4,), wanted.value).double())
+    if loss.uses_reference and wanted.is_constant:
+        logps = seen(loss, some_rows(loss, random=False), seeds=(POLICY, POLICY))
+        assert values(loss, logps).mean().item() == pytest.approx(wanted.value, rel=1e-9)
+
+
+@EACH
+def test_slope_where_policy_equals_reference(name: str) -> None:
+    wanted, loss = known(name), make_loss(name)
+    rejected = -wanted.slope if wanted.rejected is None else wanted.rejected
+    logps = level(loss)
+    for found, slope in zip(by_side(logps, slopes(loss, logps)), (wanted.slope, rejected), strict=True):
+        torch.testing.assert_close(found, torch.full_like(found, slope), atol=1e-12, rtol=1e-9)
+
+
+@EACH
+def test_slopes_far_from_the_reference(name: str) -> None:
+    """A margin of +-1e4 reaches the limits of the definition; all log-probs stay below zero."""
+    wanted, loss = known(name), make_loss(name)
+    above, below = wanted.far
+    rejected = (-below, -above) if wanted.rejected_far is None else wanted.rejected_far
+    logps = level(loss, -2 * FAR)
+    cases = [({"chosen": FAR}, 0, above), ({"chosen": -FAR}, 0, below)]
+    cases += [({"rejected": FAR}, 1, rejected[0]), ({"rejected": -FAR}, 1, rejected[1])]
+    for move, side, slope in cases:
+        there = moved(logps, **move)
+        assert values(loss, there).isfinite().all()
+        found = by_side(there, slopes(loss, there))[side]
+        torch.testing.assert_close(found, torch.full_like(found, slope), atol=1e-9, rtol=1e-9, msg=f"{move}")
+
+
+@EACH
+def test_constant_added_to_the_reference(name: str) -> None:
+    wanted, loss = known(name), make_loss(name)
+    logps = seen(loss, some_rows(loss))
+    columns = logps.columns()
+    shifted = logps.with_columns(
+        columns | {path: columns[path] + 3 for path in columns if path.startswith("reference") and "/" not in path}
+    )
+    change = (values(loss, shifted) - values(loss, logps)).abs().max()
+    assert (change < 1e-9) == wanted.cancels
+
+
+# --- labels and weights ---------------------------------------------------------------------------------------------
+
+
+def with_label(logps: Logps, label: Tensor) -> Logps:
+    return replace(logps, **{"label" if isinstance(logps, LabelledLogps) else "preference": label})  # type: ignore[call-arg]
+
+
+def parts_of(loss: Loss[Any]) -> Iterator[Loss[Any]]:
+    """Yield a loss, or the losses that it is the sum of."""
+    parts = getattr(loss, "losses", {})
+    yield from parts.values() if parts else [loss]
+
+
+def compares(loss: Loss[Any]) -> bool:
+    """Return whether all of a loss depends on which completion is better."""
+    return all(part.uses_rejected or part.inputs is LabelledLogps for part in parts_of(loss))
+
+
+@EACH
+def test_soft_label_is_an_expectation(name: str) -> None:
+    loss = make_loss(name)
+    logps = seen(loss, some_rows(loss))
+    with_statistics(loss, logps)
+    label = torch.tensor([1, 0, 0.3] * 4).double()[: len(logps)]
+    right, wrong, both = (values(loss, with_label(logps, one)) for one in (label.ceil(), label.floor(), label))
+    if not compares(loss):
+        assert not torch.equal(right, wrong) or not any(part.uses_rejected for part in parts_of(loss))
+        return
+    torch.testing.assert_close(both, label * right + (1 - label) * wrong, rtol=1e-12, atol=1e-12)
+    assert (right[2::3] - wrong[2::3]).abs().min() > 1e-9 or "win_rate" in loss.features or name == "exo_rw"
+
+
+@EACH
+def test_weight_multiplies_the_loss_of_its_row(name: str) -> None:
+    loss = make_loss(name)
+    logps = seen(loss, some_rows(loss))
+    weight = torch.linspace(0, 2, len(logps)).double()
+    weighted = values(loss, replace(logps, weight=weight))  # type: ignore[call-arg]
+    torch.testing.assert_close(weighted, weight * values(loss, logps), rtol=1e-12, atol=0)
+
+
+@EACH
+def test_exchanged_completions_with_the_opposite_label(name: str) -> None:
+    loss = make_loss(name)
+    logps = seen(loss, some_rows(loss))
+    label = torch.tensor([1, 0, 0.3] * 4).double()[: len(logps)]
+    given = with_label(logps, label)
+    if isinstance(given, PairLogps):
+        other: Logps = given.swapped(loss.per_completion_features)
+    elif isinstance(given, ListLogps):
+        other = replace(given, order=given.order.flip(-1), preference=1 - label)
+    else:
+        return  # A completion without a partner has nothing to be exchanged with.
+    if compares(loss):
+        torch.testing.assert_close(values(loss, other), values(loss, given), rtol=1e-12, atol=1e-12)
+    ours, theirs = (metrics_of(loss, one, **COEFFICIENTS) for one in (given, other))
+    if isinstance(given, PairLogps):
+        torch.testing.assert_close(theirs["rewards/margins"], -ours["rewards/margins"])
+        torch.testing.assert_close(theirs["rewards/accuracies"], 1 - ours["rewards/accuracies"])
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------
+
+
+def hold(loss: Loss[Any], names: tuple[str, ...], logps: Logps, patch: pytest.MonkeyPatch) -> None:
+    """Make methods of a loss return what they return for some rows, whatever they are given."""
+    for method in names:
+        result = getattr(loss, method)(logps).detach()
+        patch.setattr(loss, method, lambda *_, result=result, **__: result)
+
+
+def differences(loss: Loss[Any], logps: Logps, known: Known, step: float = 1e-5) -> dict[str, Tensor]:
+    """Return central differences of the sum of the losses by each number of the policy, 0 for stopped columns."""
+    columns = logps.columns()
+    found = {}
+    for path, value in columns.items():
+        if not logps.is_of_policy(path):
+            continue
+        slope = torch.zeros_like(value)
+        for place in range(value.numel()):
+            last = place % value.shape[-1] if value.ndim > 1 else None
+            if (path, last) in known.stopped:
+                continue
+            ends = []
+            for sign in (1, -1):
+                changed = value.clone()
+                changed.view(-1)[place] += sign * step
+                ends.append(values(loss, logps.with_columns(columns | {path: changed})).sum())
+            slope.view(-1)[place] = (ends[0] - ends[1]) / (2 * step)
+        found[path] = slope
+    return found
+
+
+@EACH
+def test_gradient_equals_differences_that_hold_constants(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, loss = known(name), make_loss(name)
+    logps = seen(loss, some_rows(loss, 5))
+    logps = logps.with_columns({path: value.contiguous() for path, value in logps.columns().items()})
+    with_statistics(loss, logps)
+    exact = slopes(loss, logps)
+    with torch.no_grad():
+        free = differences(loss, logps, Known(0, 0, (0, 0)))
+        hold(loss, wanted.held, logps, monkeypatch)
+        held = differences(loss, logps, wanted)
+    assert exact.keys() == held.keys()
+    for path, slope in exact.items():
+        torch.testing.assert_close(slope, held[path], rtol=1e-6, atol=1e-7, msg=lambda m, p=path: f"{p}: {m}")
+    is_free = all(torch.allclose(free[path], slope, rtol=1e-6, atol=1e-7) for path, slope in exact.items())
+    assert is_free != bool(wanted.held or wanted.stopped), "the table holds what the loss does not stop"
+
+
+@EACH
+def test_gradient_reaches_the_policy_and_the_parameters_alone(name: str) -> None:
+    loss = make_loss(name)
+    rows = some_rows(loss, 5)
+    policy, speed = small_model(POLICY), speed_of("padded")
+    scores = scored(loss, rows, policy=policy, layout="padded")
+    others = [shared_model(REFERENCE), *(one.model for one in references_of(loss, 2).values())]
+    for other in others:
+        other.requires_grad_(True)
+    try:
+        scores = scored(loss, rows, policy=policy, layout="padded")
+        values(loss, scores.inputs_of(loss)).sum().backward()
+    finally:
+        slopes_of_others = [p.grad for other in others for p in other.parameters()]
+        for other in others:
+            other.requires_grad_(False)
+            other.zero_grad()
+    assert slopes_of_others and all(slope is None for slope in slopes_of_others)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in policy.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters_of(loss))
+
+
+VARIANTS = [
+    pytest.param(name, {key: choice}, id=f"{name}-{key}={choice}")
+    for name in METHODS
+    for key, choices in sorted(
+        {
+            key: value for key, value in []
+        }.items()
+    )
+    for choice in choices
+]
+
+
+def extreme(loss: Loss[Any], logps: Logps, highest: float, dtype: torch.dtype) -> Logps:
+    """Return 32 rows whose log-probs are all +-1e4."""
+    generator = torch.Generator().manual_seed(1)
+    places = torch.arange(32) % len(logps)
+    columns = {}
+    for path, value in logps.columns().items():
+        value = value[places]
+        if path.rpartition("/")[2].startswith(("policy", "reference")) or path.startswith("references/"):
+            is_high = torch.rand(value.shape, generator=generator) > 0.5
+            value = torch.where(is_high, highest, -FAR).to(value) if not path.startswith("terms/") else value
+        columns[path] = value.to(dtype) if value.is_floating_point() else value
+    return logps.with_columns(columns)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_extreme_log_probs_have_finite_losses_and_gradients(name: str, dtype: torch.dtype) -> None:
+    wanted, loss = known(name), make_loss(name, dtype)
+    logps = extreme(loss, seen(loss, some_rows(loss)), wanted.highest, dtype)
+    for label in (0.0, 0.3, 1.0):
+        given = with_label(logps, torch.full((32,), label, dtype=dtype))
+        with_statistics(loss, given)
+        found = values(loss, given)
+        assert found.dtype == dtype and found.isfinite().all()
+        for path, slope in slopes(loss, given).items():
+            assert slope.isfinite().all(), path
+        for key, metric in metrics_of(loss, given, **COEFFICIENTS).items():
+            assert metric.isfinite().all() or isinstance(logps, LabelledLogps), key
+
+
+@EACH
+def test_half_precision_logits_give_single_precision_losses(name: str) -> None:
+    loss = make_loss(name, torch.float32)
+    rows = some_rows(loss)
+    half, single = (seen(loss, rows, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    with_statistics(loss, single)
+    ours, theirs = values(loss, half), values(loss, single)
+    assert ours.dtype == torch.float32 and ours.isfinite().all()
+    torch.testing.assert_close(ours, theirs, rtol=0.2, atol=0.2 * float(theirs.abs().mean()))
+
+
+# --- inputs and metrics ---------------------------------------------------------------------------------------------
+
+
+@EACH
+def test_inputs_stay_as_they_are(name: str) -> None:
+    loss = make_loss(name)
+    logps = seen(loss, some_rows(loss, soft=True))
+    before = {path: value.clone() for path, value in logps.columns().items()}
+    with_statistics(loss, logps)
+    first = values(loss, logps)
+    metrics_of(loss, logps, **COEFFICIENTS)
+    assert torch.equal(values(loss, logps), first)
+    for path, value in logps.columns().items():
+        assert torch.equal(value, before[path]), path
+
+
+@EACH
+def test_metrics_are_declared_finite_and_consistent(name: str) -> None:
+    loss = make_loss(name)
+    logps = seen(loss, some_rows(loss))
+    found = metrics_of(loss, logps, **COEFFICIENTS)
+    assert found.keys() <= set(loss.metric_names) and found.keys() >= set(loss.extra_metrics)
+    if isinstance(logps, LabelledLogps):
+        is_good = logps.label > 0.5
+        for key, rows in {"chosen": is_good, "rejected": ~is_good}.items():
+            assert found[f"rewards/{key}"][rows].isfinite().all() and found[f"rewards/{key}"][~rows].isnan().all()
+            assert torch.equal(found[f"logps/{key}"][rows], logps.policy[rows])
+        assert all(found[key].isfinite().all() for key in loss.extra_metrics)
+        return
+    assert all(value.isfinite().all() for value in found.values())
+    chosen, rejected = found["rewards/chosen"], found["rewards/rejected"]
+    torch.testing.assert_close(found["rewards/margins"], chosen - rejected)
+    if isinstance(logps, PairLogps):
+        assert torch.equal(found["rewards/accuracies"], (chosen > rejected).float())
+    assert torch.equal(found["logps/chosen"], logps.policy_chosen if isinstance(logps, PairLogps) else logps.policy[:, 0])  # type: ignore[attr-defined]
+
+
+# --- layouts, micro-batches and processes ---------------------------------------------------------------------------
+
+
+@EACH
+def test_padding_and_order_do_not_matter(name: str) -> None:
+    loss = make_loss(name)
+    rows = some_rows(loss, soft=True)
+    packed = seen(loss, rows)
+    with_statistics(loss, packed)
+    wanted = values(loss, packed)
+    torch.testing.assert_close(values(loss, seen(loss, rows, layout="padded")), wanted, rtol=1e-10, atol=1e-10)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    mixed = values(loss, seen(loss, [rows[i] for i in order], layout="padded"))
+    torch.testing.assert_close(mixed, wanted[order], rtol=1e-10, atol=1e-10)
+
+
+BATCH, STEPS = 6, 2
+
+
+def fitted(folder: Path, name: str, *, layout: str = "packed", micro: int | None = None, **trainer: Any) -> Spied:
+    """Take training steps with a method, on rows of which some have soft labels and weights."""
+    loss = make_loss(name)
+    module = make_module(
+        small_model(POLICY),
+        loss=loss,
+        reference=FrozenReference(),
+        reference_model=small_model(REFERENCE),
+        speed=speed_of(layout),
+        micro_batch_size=micro,
+        **COEFFICIENTS,
+    )
+    module.extra_references = references_of(loss, 2)
+    data = make_data(some_rows(loss, soft=True), max_steps=STEPS, batch_size=BATCH, micro_batch_size=micro)
+    make_trainer(folder, max_steps=STEPS, **trainer).fit(module, datamodule=data)
+    return module
+
+
+def assert_same_gradients(ours: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]], tolerance: float) -> None:
+    assert len(ours) == len(theirs) == STEPS
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        largest = max(float(slope.abs().max()) for slope in other.values())
+        assert largest > 1e-6
+        for key, slope in one.items():
+            torch.testing.assert_close(slope, other[key], rtol=0, atol=tolerance * largest, msg=lambda m, k=key: k + m)
+
+
+@EACH
+def test_micro_batches_and_padding_do_not_change_a_step(name: str, tmp_path: Path) -> None:
+    whole = fitted(tmp_path, name).gradients
+    assert_same_gradients(fitted(tmp_path, name, micro=2).gradients, whole, 1e-12)
+    assert_same_gradients(fitted(tmp_path, name, layout="padded", micro=4).gradients, whole, 1e-11)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """All methods share one pair of processes."""
+    run_on_two_ranks(__name__, tmp_path)
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    for name in METHODS:
+        alone = fitted(tmp_path, name).gradients
+        for micro in (None, 2):
+            assert_same_gradients(two[name, micro], alone, 1e-12)
+
+
+# --- yaml, docstring and README -------------------------------------------------------------------------------------
+
+
+def targets(config: Any) -> Iterator[DictConfig]:
+    """Yield every part of a yaml that names a target."""
+    if isinstance(config, DictConfig):
+        if "_target_" in config:
+            yield config
+        for key in config:
+            yield from targets(config[key])
+
+
+@EACH
+def test_yaml_has_the_parameters_of_its_targets(name: str) -> None:
+    for one in targets(node(name).loss):
+        if one.get("_partial_"):
+            continue
+        parameters = set(inspect.signature(get_class(one["_target_"])).parameters)
+        assert {str(key) for key in one} - {"_target_"} == parameters, one["_target_"]
+
+
+@EACH
+def test_docstring_has_the_paper_and_an_equation(name: str) -> None:
+    config = node(name)
+    loss = get_class(config.loss["_target_"])
+    document = inspect.getdoc(loss) or ""
+    assert ".. math::" in document
+    same = [node(other) for other in METHODS]
+    papers = {one.paper for one in same if one.loss["_target_"] == config.loss["_target_"]}
+    # A second name of a formula is a yaml alone, whose paper its class need not cite.
+    assert config.paper in document or any(paper and paper in document for paper in papers), config.paper
+    if str(config.get("checked", "")).startswith("reconstruction"):
+        assert "reconstruction" in document
+
+
+@EACH
+def test_readme_has_a_row(name: str) -> None:
+    assert f"| `{name}` |" in (ROOT / "README.md").read_text(), "run: make tables"
+
+
+if __name__ == "__main__":
+    [out] = map(Path, sys.argv[1:])
+    gradients = {}
+    for name in METHODS:
+        for micro in (None, 2):
+            module = fitted(out, name, micro=micro, devices=2, strategy="ddp")
+            gradients[name, micro] = module.gradients
+    if module.trainer.is_global_zero:
+        torch.save(gradients, out / "two.pt")
