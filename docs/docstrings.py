@@ -9,11 +9,8 @@ from typing import Any
 from griffe import Extension, Object
 from latex2mathml.converter import convert
 
-FORMULA = re.compile(
-    r"""^(?P<indent>[ ]*)\.\.[ ]math::(?P<first>.*)\n  # the directive, and what follows it on its line
-    (?P<rest>(?:(?P=indent)[ ]+\S.*\n|\n(?=(?P=indent)[ ]))*)  # indented lines, with blank ones between them""",
-    re.MULTILINE | re.VERBOSE,
-)
+from spo.pages.formulas import DISPLAYED
+
 TABLE = re.compile(r"^(?P<rule> *=+(?: +=+)+)\n(?P<head>.*)\n(?P=rule)\n(?P<body>(?:.*\n)*?)(?P=rule)\n", re.MULTILINE)
 ROLE = re.compile(r":(?P<kind>\w+):`~?(?P<text>[^`]*)`")
 
@@ -29,7 +26,7 @@ class PlainMarkup(Extension):
 
 def markdown(text: str) -> str:
     """Return a docstring with formulas as MathML, roles as code, and tables in the syntax of Markdown."""
-    text = TABLE.sub(_table, FORMULA.sub(_display, text + "\n"))
+    text = TABLE.sub(_table, DISPLAYED.sub(_display, text + "\n"))
     return ROLE.sub(_role, text).rstrip("\n")
 
 

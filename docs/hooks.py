@@ -1,20 +1,24 @@
 """Hooks of the documentation site: they generate the reference pages, so that no copy of a default is written by hand.
 
 The configuration reference is read from the yaml files of ``conf/`` with their comments. The API pages name the modules
-of ``spo/``, whose docstrings mkdocstrings reads from the sources. The catalogue of metrics is the only part of the
-package that is imported; it needs the standard library alone.
+of ``spo/``, whose docstrings mkdocstrings reads from the sources. The pages of methods state what ``spo methods NAME``
+prints, for which the losses are imported.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from spo.config.comments import comment_of, is_literal
 from spo.metrics.catalogue import markdown_table
+from spo.pages.methods import MethodFacts, in_groups, linked, page_end, page_rows
+from spo.pages.methods import markdown_table as table_of_methods
 
 if TYPE_CHECKING:  # the tests read the pages without mkdocs
     from mkdocs.config.defaults import MkDocsConfig
@@ -24,8 +28,10 @@ if TYPE_CHECKING:  # the tests read the pages without mkdocs
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = "reference/configuration/"
 API = "reference/api/"
+METHODS = "reference/methods/"
 DECISIONS = "decisions/"
 CATALOGUE_MARKER = "<!-- catalogue of metrics -->"
+METHODS_MARKER = "<!-- table of methods -->"
 NOT_CONFIGURED = ("dashboard",)
 """Folders of ``conf/`` that hold something else than members of a config group."""
 
@@ -40,6 +46,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     generated: dict[str, dict[str, str]] = {
         CONFIGURATION: configuration_pages(ROOT / "conf"),
         API: api_pages(ROOT / "spo"),
+        METHODS: method_pages(methods()),
     }
     for folder, pages in generated.items():
         for name, content in pages.items():
@@ -56,6 +63,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = re.sub(r"^(\s*(?:```|~~~)\w+) [\w-]+$", r"\1", markdown, flags=re.MULTILINE)
     markdown = re.sub(r"(?<=\]\()\.\./[^)#\s]+", lambda match: _served(match[0], page, config, files), markdown)
     markdown = markdown.replace(CATALOGUE_MARKER, markdown_table())
+    if METHODS_MARKER in markdown:
+        markdown = markdown.replace(METHODS_MARKER, _with_links(table_of_methods(methods()), "methods/"))
     for folder in (CONFIGURATION, API):
         if page.file.src_uri == f"{folder}index.md":
             pages = [file for file in files.documentation_pages() if file.src_uri.startswith(folder)]
@@ -154,7 +163,7 @@ def keys_of(node: yaml.MappingNode, text: str, prefix: str) -> Iterator[tuple[st
         if name.value == "defaults" and name.start_mark.column == 0:
             continue  # the defaults list of Hydra, which a sentence states
         path = f"{prefix}.{name.value}" if prefix else name.value
-        comment = escape(_comment(name, value, text))
+        comment = escape(comment_of(name, value, text))
         if isinstance(value, yaml.MappingNode) and value.value and not value.flow_style:
             if comment:
                 yield path, "", comment
@@ -163,22 +172,9 @@ def keys_of(node: yaml.MappingNode, text: str, prefix: str) -> Iterator[tuple[st
             yield path, _default(value, text), comment
 
 
-def _comment(name: yaml.Node, value: yaml.Node, text: str) -> str:
-    """Return the comment behind a value, behind the key of a block, or on the line above the key."""
-    lines = text.splitlines()
-    is_block = _is_literal(value) or (isinstance(value, yaml.CollectionNode) and not value.flow_style)
-    mark = name.end_mark if is_block else value.end_mark
-    behind = re.search(r"#\s*(.*)$", lines[mark.line][mark.column :]) if mark.line < len(lines) else None
-    if behind:
-        return behind[1]
-    above = lines[name.start_mark.line - 1].strip() if name.start_mark.line else ""
-    is_leading = all(line.startswith("#") for line in lines[: name.start_mark.line])
-    return above.lstrip("# ") if above.startswith("#") and not is_leading else ""
-
-
 def _default(node: yaml.Node, text: str) -> str:
     """Return a value as it is written in the file, as code."""
-    if _is_literal(node):
+    if is_literal(node):
         return f"text of {len(node.value.splitlines())} lines"
     if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         return f"{len(node.value)} entries"
@@ -189,15 +185,58 @@ def _default(node: yaml.Node, text: str) -> str:
     return f"`{code}`" + ("{.long}" if len(code) > LONG_DEFAULT else "") if code else ""
 
 
-def _is_literal(node: yaml.Node) -> bool:
-    """Return whether a value is text in lines of its own."""
-    return isinstance(node, yaml.ScalarNode) and node.style in ("|", ">")
-
-
 def escape(text: str) -> str:
     """Return a comment with markup escaped, and with the pages of ``docs/`` that it names as links."""
     escaped = re.sub(r"([\\*_<>|\[\]])", r"\\\1", text)
     return re.sub(r"\bdocs/((?:[\w-]+/)*([\w-]+))\.md", r"[\2](../../\1.md)", escaped)
+
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def methods() -> list[MethodFacts]:
+    """Return the facts of the shipped methods, in the order of their headings."""
+    from spo.stages.methods import read_methods
+
+    return read_methods([ROOT / "conf"], verify=True)
+
+
+def method_pages(found: list[MethodFacts]) -> dict[str, str]:
+    """Return one page for each heading, with a section for each method, by file name."""
+    return {
+        page_of(group): "\n\n".join([f"# {group.capitalize()}", *map(_method, some)]) + "\n"
+        for group, some in in_groups(found)
+    }
+
+
+def page_of(group: str) -> str:
+    """Return the name of the page of a heading."""
+    return group.replace(" ", "-")
+
+
+def _method(method: MethodFacts) -> str:
+    """Return the section of a method: what ``spo methods NAME`` prints, with its formula as MathML."""
+    from latex2mathml.converter import convert
+
+    rows = {label: linked(escape(words)) for label, words in (page_rows(method) | page_end(method)).items()}
+    module, name = method.loss.rsplit(".", 1)
+    link = f"[`{name}`](../api/{'.'.join(module.split('.')[:2])}.md#{method.loss})"
+    rows["source"] = f"{linked(method.paper) or 'no paper'}; the docstring of {link} defines the symbols"
+    lines = [f"- **{label.capitalize()}:** {words}" for label, words in rows.items() if label != "formula"]
+    keys = [f"| `{key.name}` | `{key.default}` | {escape(key.comment)} |" for key in method.keys]
+    table = ["| key | default | description |", "|---|---|---|", *keys] if keys else []
+    shown = [f'<div class="formula">{convert(formula, display="block")}</div>' for formula in method.formula]
+    parts = [f"## `{method.name}`: {method.title} {{#{method.name}}}", *shown, "\n".join(lines), "\n".join(table)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _with_links(table: str, folder: str) -> str:
+    """Return a table of methods whose names link to their sections."""
+    pages = {method.name: f"{folder}{page_of(method.group)}.md#{method.name}" for method in methods()}
+    for name, page in pages.items():
+        table = table.replace(f"\n| `{name}` |", f"\n| [`{name}`]({page}) |")
+    return table
 
 
 # --- Python API ------------------------------------------------------------------------------------------------------

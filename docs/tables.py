@@ -8,37 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.utils import get_class
-from omegaconf import OmegaConf
 
 from spo.config.groups import group_members
 from spo.errors import UserError
+from spo.pages.methods import markdown_table
 from spo.resources import MAIN_CONFIG, conf_dir
+from spo.stages.methods import read_methods
 
 
 def methods_table(conf: Path) -> str:
-    """Write a table with one line for each yaml file of ``conf/method``."""
-    lines = ["| `method=` | what it is | paper | reads | default beta |", "|---|---|---|---|---|"]
-    for file in sorted((conf / "method").glob("*.yaml")):
-        node = yaml.safe_load(file.read_text())
-        loss = get_class(node["loss"]["_target_"])
-        reads = [name for name in ("alpha", "beta", "reference") if getattr(loss, f"uses_{name}")]
-        reads += [f"regularizer `{member}`" for member in _chosen(node).values()]
-        cells = (f"`{file.stem}`", node["title"], _link(node["paper"]), ", ".join(reads), _default_beta(node))
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
-def _default_beta(method: dict[str, Any]) -> str:
-    """Return the default of beta, with the one for the built-in stories where it differs."""
-    found = []
-    for regime in (None, "stories"):
-        cfg = OmegaConf.create({"method": method, "data": {"regime": regime}})
-        found.append(OmegaConf.select(cfg, "method.default_beta"))
-    general, stories = found
-    if general is None:
-        return ""
-    return f"{general:g}" if stories == general else f"{general:g} ({stories:g} on stories)"
+    """Write a table with one line for each yaml file of ``conf/method``, under headings."""
+    return markdown_table(read_methods([conf]))
 
 
 def groups_table(conf: Path) -> str:
@@ -81,10 +61,6 @@ def _chosen(node: dict[str, Any]) -> dict[str, str]:
         for group, member in entry.items()
         if member is not None
     }
-
-
-def _link(paper: str) -> str:
-    return re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
 
 
 if __name__ == "__main__":

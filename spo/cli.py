@@ -218,6 +218,24 @@ def _inspect(arguments: list[str]) -> int:
     return 0
 
 
+def _methods(arguments: list[str]) -> int:
+    from spo.pages.methods import DATA_KINDS
+
+    parser = _Parser(COMMANDS["methods"].usage)
+    parser.add_argument("name", metavar="NAME", nargs="?")
+    parser.add_argument("--data", choices=DATA_KINDS)
+    parser.add_argument("--no-reference", action="store_true")
+    parser.add_argument("--json", dest="json_file", type=Path, metavar="FILE")
+    parser.add_argument("--config-dir", "-cd", metavar="DIR")
+    given = parser.parse_intermixed_args(arguments)
+    if given.name is not None and (given.data is not None or given.no_reference):
+        raise UsageError(f"name a method, or filter the table with --data and --no-reference\nusage: {parser.usage}")
+    from spo.stages.methods import methods_command
+
+    methods_command(**vars(given))
+    return 0
+
+
 def _verify(arguments: list[str]) -> int:
     parser = _Parser(COMMANDS["verify"].usage)
     parser.add_argument("methods", nargs="*")
@@ -262,6 +280,7 @@ RUN: dict[str, Callable[[list[str]], int]] = {
     "report": _report,
     "dashboard": _dashboard,
     "inspect": _inspect,
+    "methods": _methods,
     "verify": _verify,
     "clean": _clean,
 }
@@ -325,7 +344,12 @@ def _main(words: list[str]) -> int:
     # Python would print a traceback for each line of a log file on a full disk.
     logging.raiseExceptions = os.environ.get("SPO_DEBUG") == "1"
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # It warns if the home folder cannot be written.
-    if name in ("train", "inspect", "verify"):  # Other commands read directories that may be somebody else's.
+    if name in (
+        "train",
+        "inspect",
+        "methods",
+        "verify",
+    ):  # Other commands read directories that may be somebody else's.
         import_from_current_folder()
     try:
         with handled():

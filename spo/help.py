@@ -8,10 +8,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from spo.config.groups import group_members
-from spo.resources import conf_dir
+from spo.config.groups import config_folders, group_members, methods_by_group
 
 
 @dataclass(frozen=True)
@@ -60,22 +58,23 @@ def help_of(name: str | None, arguments: Sequence[str]) -> str:
 
 
 def _groups_help(arguments: Sequence[str]) -> list[str]:
-    groups = group_members(_config_folders(arguments))
+    folders = config_folders(option(arguments, "--config-dir", "-cd"))
+    groups = group_members(folders)
     width = max(map(len, groups), default=0)
     lines = ["config groups, chosen as GROUP=MEMBER (debug: +debug=MEMBER); any key as GROUP.KEY=VALUE:"]
     for group, members in groups.items():
-        lines += textwrap.wrap(
-            ", ".join(members),
-            100,
-            initial_indent=f"  {group:{width}}  ",
-            subsequent_indent=" " * (width + 4),
-        )
+        parts = [", ".join(members)]
+        if group == "method":
+            parts = [f"{heading}: {', '.join(some)}" for heading, some in methods_by_group(folders).items()]
+        for number, part in enumerate(parts):
+            lines += textwrap.wrap(
+                part,
+                100,
+                initial_indent=f"  {group if number == 0 else '':{width}}  ",
+                subsequent_indent=" " * (width + (6 if group == "method" else 4)),
+                break_on_hyphens=False,
+            )
     return [*lines, ""]
-
-
-def _config_folders(arguments: Sequence[str]) -> list[Path]:
-    config_dir = option(arguments, "--config-dir", "-cd")
-    return [conf_dir(), *([Path(config_dir)] if config_dir is not None else [])]
 
 
 def option(arguments: Sequence[str], *names: str) -> str | None:
@@ -199,6 +198,23 @@ COMMANDS = {
         """,
         ["spo inspect data=jsonl data.path=PAIRS.jsonl model=hf model.path=MODEL"],
         groups=True,
+    ),
+    "methods": Command(
+        "list the methods, or explain one of them",
+        "spo methods [NAME] [--data KIND] [--no-reference] [--json FILE] [--config-dir DIR]",
+        """
+        Prints a table of the methods in groups: title, needs, kind of data, and how far each formula was checked. With
+        a name it prints a page: what the method changes against DPO, when to use it, its formula, its keys with their
+        defaults, its source, and what spo verify does with it.
+
+        NAME              the method to explain, as in method=NAME
+        --data KIND       list only methods that read this kind of data: pairs, unpaired (single completions with
+                          labels) or ranked (lists)
+        --no-reference    list only methods whose loss does not need a reference model; a regularizer may need one
+        --json FILE       also write what is printed as JSON
+        --config-dir DIR  a folder with your own methods (DIR/method/NAME.yaml), which are listed too
+        """,
+        ["spo methods", "spo methods dpo", "spo methods --data unpaired", "spo methods --no-reference"],
     ),
     "verify": Command(
         "train every method to the optimum its paper proves",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,8 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 
 import spo.stages.train
 from spo import cli
+from spo.config.groups import group_members
 from spo.data.rows import RowError
 from spo.errors import UserError
+from spo.resources import conf_dir
 from spo.runs import launch
 
 ROOT = Path(spo.__file__).parent.parent
@@ -60,7 +63,7 @@ def run(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess[
 def test_help_lists_commands_groups_and_examples(tmp_path: Path) -> None:
     done = run("--help", folder=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
-    for word in ("train", "evaluate", "report", "inspect", "method", "dpo, ipo, ipo_sum, sft, spo", "examples:"):
+    for word in ("train", "evaluate", "report", "inspect", "method", "with a reference: dpo,", "examples:"):
         assert word in done.stdout
     assert run(folder=tmp_path).stdout == done.stdout
 
@@ -74,9 +77,23 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
 
 def test_help_lists_groups_of_config_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "method").mkdir()
-    (tmp_path / "method/mine.yaml").write_text("{}")
+    for name, text in {"mine": "{}", "yours": "group: self-play", "dated": "group: 2026", "broken": "a: ["}.items():
+        (tmp_path / f"method/{name}.yaml").write_text(text)
     assert cli.main(["train", "--config-dir", str(tmp_path), "--help"]) == 0
-    assert "ipo_sum, mine, sft" in capsys.readouterr().out
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert {"other: broken, mine", "2026: dated"} < {*lines}
+    assert re.search(r"^self-play: (.*, )?yours$", "\n".join(lines), re.MULTILINE)
+
+
+def test_help_lists_every_member_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    listed = capsys.readouterr().out.partition("any key as GROUP.KEY=VALUE:\n")[2].partition("\n\n")[0]
+    groups, group = dict[str, list[str]](), ""
+    for line in listed.splitlines():
+        group = line[2:18].strip() or group
+        words = re.sub(r"^ *[^,:]*: ", "", line[18:]) if group == "method" else line[18:]
+        groups.setdefault(group, []).extend(word for word in re.split(r"[, ]+", words) if word)
+    assert {group: sorted(members) for group, members in groups.items()} == group_members([conf_dir()])
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,10 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spo.data.gold_columns import sigmoid
 from spo.data.rows import SPLITS, Completion
 from spo.data.stories import GoldReward, StoriesSource, StoryWorld
 from spo.data.stories import grammar as g
-from spo.data.stories.source import sigmoid
 from spo.models.tiny import build_tiny, build_tokenizer
 
 PROMPT = "Mia the fox lived by the river. She wanted a red kite."

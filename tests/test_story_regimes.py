@@ -11,11 +11,11 @@ from statistics import fmean
 
 import pytest
 
+from spo.data.gold_columns import sigmoid
 from spo.data.rows import SPLITS, Completion
 from spo.data.stories import GoldReward, StoryWorld
 from spo.data.stories import grammar as g
 from spo.data.stories.reward import problem_of
-from spo.data.stories.source import sigmoid
 from tests.test_stories import GOOD, PROMPT, gold, source, writer
 
 

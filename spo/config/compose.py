@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from spo.config.best_setting import best_setting
 from spo.config.choices import pin_choices
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.nodes import EXTRA_REFERENCES, select
@@ -245,6 +246,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("spo.processes", processes, replace=True)
     OmegaConf.register_new_resolver("spo.tasks_per_node", tasks_per_node, replace=True)
     OmegaConf.register_new_resolver("spo.gpus_per_node", gpus_per_node, replace=True)
+    OmegaConf.register_new_resolver("spo.best_setting", best_setting, replace=True)
     OmegaConf.register_new_resolver("spo.job_name", _directory, replace=True)
     OmegaConf.register_new_resolver("spo.sweep_name", job_name, replace=True)
 

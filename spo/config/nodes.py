@@ -17,6 +17,10 @@ from spo.wording import suggestion
 
 EXTRA_REFERENCES = "extra_references"
 """Key with the models of the references that a method declares beside the main one, by name."""
+DEFAULT_REFERENCES = "method.default_references"
+"""Key with the models of a method's references for which the user gives nothing."""
+INITIAL = "initial"
+"""Model of a further reference that is the policy's before supervised fine-tuning, in place of a path."""
 PROMPT_SETS = ("train", "selection", "unlabeled")
 """Values of ``regularizer.prompts`` that do not name a file."""
 DIRECTIVES = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
@@ -98,13 +102,18 @@ def select(cfg: DictConfig, key: str, default: Any = None) -> Any:
 
 
 def extra_references(cfg: DictConfig) -> dict[str, Any]:
-    """Return what the configuration gives as further references, by name; a run of version 0.1 does not have the key.
+    """Return the model of each further reference, by name: a path or :data:`INITIAL`.
 
-    A value that is missing or cannot be resolved is ``None``.
+    A name for which the user gives nothing has the default of the method. A value that is missing or cannot be
+    resolved is ``None``. A run of an earlier version may not have the keys.
     """
-    given = select(cfg, EXTRA_REFERENCES)
-    names = list(map(str, given)) if isinstance(given, DictConfig) else []
-    return {name: select(cfg, f"{EXTRA_REFERENCES}.{name}") for name in names}
+    return {name: select(cfg, key) for name, key in extra_reference_keys(cfg).items()}
+
+
+def extra_reference_keys(cfg: DictConfig) -> dict[str, str]:
+    """Return the key that gives each further reference its model, by name."""
+    groups = [(key, select(cfg, key)) for key in (DEFAULT_REFERENCES, EXTRA_REFERENCES)]
+    return {name: f"{key}.{name}" for key, given in groups if isinstance(given, DictConfig) for name in map(str, given)}
 
 
 def first_line(error: BaseException) -> str:

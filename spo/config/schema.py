@@ -109,11 +109,16 @@ class BestOn:
 
 @dataclass(frozen=True)
 class Method:
-    """Keys ``method.*`` other than its loss."""
+    """Keys ``method.*`` other than its loss; the texts are for lists of methods, see :mod:`spo.stages.methods`."""
 
+    group: str | None
+    changes: str | None
+    use_when: str | None
+    checked: str | None
     default_beta: PositiveFloat
     default_lr: PositiveFloat
     best_on: BestOn | None
+    default_references: dict[str, str] | None
     regularizer_weight: NonNegativeFloat | Literal["beta"]
     follow_every: PositiveInt
 

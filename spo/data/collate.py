@@ -66,7 +66,14 @@ def collate(
         completions=torch.tensor(completions),
         keys=[sequence_key(*row) for row in seen],
         label=None if pairs[0].label is None else torch.tensor([float(pair.label) for pair in pairs]),  # type: ignore[arg-type]
-        features={name: torch.tensor([pair.features[name] for pair in pairs]) for name in pairs[0].features},
+        features={
+            **{name: torch.tensor([pair.features[name] for pair in pairs]) for name in pairs[0].features},
+            # Lists of different lengths end in 0, which the mask shows.
+            **{
+                name: torch.tensor([(*pair.numbers[name], *[0.0] * (size - len(pair.numbers[name]))) for pair in pairs])
+                for name in pairs[0].numbers
+            },
+        },
         extra={name: torch.tensor(places) for name, places in extra.items()},
     )
 

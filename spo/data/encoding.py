@@ -72,6 +72,10 @@ class TextEncoder:
         """Return a text with its hidden control tokens as they were."""
         return self._marks.sub(lambda match: self.control[int(match[1])], text)
 
+    def is_control(self, token_id: int) -> bool:
+        """Return whether a token is a control token."""
+        return token_id in self._ids
+
     def hides(self, text: str, token: str) -> bool:
         """Return whether a control token is hidden in a text."""
         return self._mark(token) in text

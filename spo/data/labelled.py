@@ -29,6 +29,11 @@ class LabelledFileSource(FileSource):
     known = ("prompt", "completion", "label", "weight", *TEMPLATE_COLUMNS)
     yields_labels = True
 
+    @property
+    def feature_columns(self) -> tuple[str, ...]:
+        """Return the names of the columns with numbers that the loss declares, one for each completion."""
+        return self.needs.label_number_columns
+
     def parse(self, record: Record, where: str, split: Split | None) -> Row:
         """Convert a record to a row.
 

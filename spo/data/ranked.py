@@ -15,6 +15,7 @@ from spo.bounds import OnBadRow
 from spo.data.cells import describe_type
 from spo.data.files import FileSource
 from spo.data.messages import is_empty, text_or_messages
+from spo.data.needs import numbers_of
 from spo.data.prompts import Candidate, separate_prompt
 from spo.data.readers import Record
 from spo.data.rendering import prompt_id
@@ -27,7 +28,8 @@ class RankedFileSource(FileSource):
 
     Prompt and responses are text, or lists of messages. The ranking is ``order``: positions in ``responses``, counted
     from 0, the best first. A row without ``order`` has ``scores``: one number per response, higher is better.
-    ``weight`` (>= 0) is optional. So are ``tools`` and ``chat_template_kwargs`` of conversations.
+    ``weight`` (>= 0) is optional. So are ``tools`` and ``chat_template_kwargs`` of conversations. Where the loss reads
+    a number of each completion, the column ``NAMEs`` lists one per response.
 
     Three kinds of responses are dropped from a list and counted in ``dropped_responses``: empty ones, those equal to a
     better one, and all but one of those with equal scores. The digest of the text decides which of these stays, so
@@ -56,6 +58,11 @@ class RankedFileSource(FileSource):
             raise DataError(f"data.source.max_responses={max_responses}: a ranking needs at least 2")
         self.max_responses = max_responses
         self.yields_lists = max_responses is None or max_responses > 2
+
+    @property
+    def feature_columns(self) -> tuple[str, ...]:
+        """Return the names of the columns with numbers that the loss declares, with a list for each feature."""
+        return self.needs.list_number_columns
 
     def rows(self, complete: Completer) -> list[Row]:
         """Return the usable rows, see :meth:`spo.data.tables.TableSource.rows`."""
@@ -92,12 +99,32 @@ class RankedFileSource(FileSource):
             raise NoPreference(where, "fewer than 2 responses are left without empty, equal and tied ones", column)
         # Digests are as good as random, but the same in every run and for every order of the file.
         selected = sorted(kept)[: self.max_responses]
-        chosen, rejected, *worse = (response for digest, response in kept.items() if digest in selected)
+        places = [place for digest, place in kept.items() if digest in selected]
+        chosen, rejected, *worse = (responses[place] for place in places)
         weight = self._number(record, "weight", where, math.inf)
         self.dropped_responses += dropped
         values = self._template_values(record, prompt, where)
-        values["columns"] = self._declared_columns(record, prompt, where)
+        values["columns"] = self._arranged_columns(record, prompt, where, len(items), places)
         return Row(prompt, chosen, rejected, weight=weight, split=split, where=where, worse=tuple(worse), **values)
+
+    def _arranged_columns(
+        self, record: Record, prompt: Text, where: str, size: int, places: Sequence[int]
+    ) -> dict[str, Any]:
+        """Return the values of the columns that the loss declares; numbers of responses are sorted as these are.
+
+        Args:
+            record: Values by column name.
+            prompt: Prompt of the row.
+            where: Place of the record for messages.
+            size: Number of responses of the record.
+            places: Positions of the responses that stay, best first.
+        """
+        values = self._declared_columns(record, prompt, where)
+        for name in {one.list_columns[0] for one in self.needs.features.values() if one.each}:
+            if values[name] is not None:
+                numbers = numbers_of(values[name], size, where, self.column_name(name), f" for {size} responses")
+                values[name] = tuple(numbers[place] for place in places)
+        return values
 
     def _ranks(self, record: Record, responses: Sequence[Text], where: str) -> list[list[int]]:
         """Return positions in ``responses``, best first, one list for each rank."""
@@ -120,22 +147,22 @@ class RankedFileSource(FileSource):
 
     def _drop_uninformative(
         self, responses: Sequence[Text], ranks: Sequence[Sequence[int]]
-    ) -> tuple[dict[str, Text], Counter[str]]:
-        """Return a response for each rank, best first, by digest of its text, and count the others by reason."""
-        kept: dict[str, Text] = {}
+    ) -> tuple[dict[str, int], Counter[str]]:
+        """Return the place of a response for each rank, best first, by digest of its text, and count the others."""
+        kept: dict[str, int] = {}
         dropped: Counter[str] = Counter()
         for tied in ranks:
             # One response for each rank: a preference between equal scores would be made up.
             rank_is_filled = False
-            for digest, response in sorted(((prompt_id(responses[i]), responses[i]) for i in tied), key=itemgetter(0)):
-                if is_empty(response):
+            for digest, place in sorted(((prompt_id(responses[i]), i) for i in tied), key=itemgetter(0)):
+                if is_empty(responses[place]):
                     dropped["empty"] += 1
                 elif digest in kept:
                     dropped["equal"] += 1
                 elif rank_is_filled:
                     dropped["tied"] += 1
                 else:
-                    kept[digest], rank_is_filled = response, True
+                    kept[digest], rank_is_filled = place, True
         return kept, dropped
 
     def _list(self, record: Record, name: str, where: str) -> list[Any]:

@@ -27,6 +27,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, get_args
 
 from spo.bounds import Truncation
@@ -68,6 +69,7 @@ class TokenizedPair:
         repeated: Number of completions that were dropped because a better one has the same tokens.
         label: Probability that a single completion is desirable; ``None`` for other data.
         features: Numbers of the row that the loss reads, by the name of the feature.
+        numbers: Numbers of each completion that the loss reads, best first, by the name of the feature.
         extra: Tokens of further completions of the prompt, by name. :meth:`Renderer.render` names them by the column of
             their text, and :func:`~spo.data.splits.prepare` as the loss does.
     """
@@ -91,6 +93,7 @@ class TokenizedPair:
     repeated: int = 0
     label: float | None = None
     features: Mapping[str, Numbers] = field(default_factory=dict)
+    numbers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     extra: Mapping[str, Ids] = field(default_factory=dict)
 
     @property
@@ -116,9 +119,9 @@ class TokenizedPair:
         Labels, features and further completions are left out of a row that has none of them, so that the digest of such
         data is that of earlier versions.
         """
-        values = astuple(self)
-        later = (self.label, self.features, self.extra)
-        return values if self.label is not None or any(later[1:]) else values[: -len(later)]
+        later = (self.label, {**self.features, **self.numbers}, dict(self.extra))
+        values = astuple(self)[: -len(later) - 1]
+        return (*values, *later) if self.label is not None or any(later[1:]) else values
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,11 @@ class Renderer:
         return tuple(sorted(self._stop_ids))
 
     def render(
-        self, row: Row, columns: Sequence[str] = (), name_of: Callable[[str], str] = str
+        self,
+        row: Row,
+        columns: Sequence[str] = (),
+        name_of: Callable[[str], str] = str,
+        numbers: Mapping[str, tuple[float, ...]] | None = None,
     ) -> TokenizedPair | Dropped:
         """Return the row as tokens, or the reason why it was dropped.
 
@@ -213,6 +220,7 @@ class Renderer:
             row: Row to convert.
             columns: Columns of the row with texts of further completions, which become ``extra`` by their names.
             name_of: Function from the name of a column to its name in the data, for messages.
+            numbers: Numbers of each completion of the row, by the name of the feature.
 
         Raises:
             RowError: If a column is missing, if neither a prompt nor a BOS can begin the text, if the chat template
@@ -254,6 +262,7 @@ class Renderer:
             boundary_moved=cut < len(plain),
             prompt_messages=() if isinstance(row.prompt, str) else row.prompt,
             label=row.label,
+            numbers=numbers or {},
             extra=dict(zip(columns, completions[own:], strict=True)),
         )
         pair = _with_completions(best_alone, completions[:own], text.texts[:own])
@@ -286,6 +295,24 @@ class Renderer:
         if not ids:
             raise DataError("the prompt is empty, and the tokenizer does not have a BOS")
         return ids
+
+    def encode_like(self, pair: TokenizedPair, rank: int, text: str) -> Ids:
+        """Return the tokens of a text in place of a completion, with the end tokens of that completion.
+
+        Args:
+            pair: Row with the completion.
+            rank: Rank of the completion in its row, 0 for the best one.
+            text: Text to encode.
+        """
+        if pair.prompt_messages or self.split_special_tokens:
+            text = self.encoder.hide(text)
+        prompt = pair.prompt_ids[self.bos_id is not None and pair.prompt_ids[:1] == (self.bos_id,) :]
+        whole, alone = self.encoder.encode([pair.prompt_text + text, text])
+        whole = whole[self.bos_id is not None and whole[:1] == (self.bos_id,) :]
+        # Tokens that merge with the prompt, or a prompt that was cut, leave the text to be encoded alone.
+        ids = whole[len(prompt) :] if whole[: len(prompt)] == prompt else alone
+        ends = takewhile(lambda i: i in self._stop_ids or self.encoder.is_control(i), pair.completions[rank][::-1])
+        return ids + tuple(ends)[::-1]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of completion tokens with its leading space and without special tokens such as EOS."""
@@ -380,12 +407,12 @@ def _with_completions(
     pair: TokenizedPair, completions: Sequence[tuple[int, ...]], texts: Sequence[str]
 ) -> TokenizedPair | Dropped:
     """Return the pair with these completions, best first; only the best of those with the same tokens stays."""
-    distinct: dict[tuple[int, ...], str] = {}
-    for ids, text in zip(completions, texts, strict=True):
-        distinct.setdefault(ids, text)
-    if len(distinct) < min(len(completions), 2):
+    places: dict[tuple[int, ...], int] = {}
+    for place, ids in enumerate(completions):
+        places.setdefault(ids, place)
+    if len(places) < min(len(completions), 2):
         return Dropped("identical", pair.where)
-    [chosen, *others], [chosen_text, *other_texts] = distinct.keys(), distinct.values()
+    [chosen, *others], [chosen_text, *other_texts] = places, [texts[place] for place in places.values()]
     return replace(
         pair,
         chosen_ids=chosen,
@@ -394,7 +421,8 @@ def _with_completions(
         rejected_text=other_texts[0] if others else None,
         worse_ids=tuple(others[1:]),
         worse_texts=tuple(other_texts[1:]),
-        repeated=pair.repeated + len(completions) - len(distinct),
+        repeated=pair.repeated + len(completions) - len(places),
+        numbers={name: tuple(values[place] for place in places.values()) for name, values in pair.numbers.items()},
     )
 
 

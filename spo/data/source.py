@@ -28,6 +28,7 @@ class Source(ABC):
         yields_lists: Whether a row can have more than two completions.
         yields_labels: Whether each row is a single completion with a label.
         has_columns: Whether rows can have the columns that a loss declares, in ``Row.columns``.
+        provided_columns: Columns that the source computes itself, for a loss that declares them.
         reads_local_files: Whether ``data.path`` must exist on this machine.
         language: Prompts and responses of data that can be enumerated; ``None`` for other data.
         bad_rows: Rows that the last call of :meth:`rows` skipped, with the reasons.
@@ -43,6 +44,7 @@ class Source(ABC):
     yields_lists: bool = False
     yields_labels: bool = False
     has_columns: bool = False
+    provided_columns: tuple[str, ...] = ()
     reads_local_files: bool = False
     language: Language | None = None
     _needs: DataNeeds | None = None

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 
 from spo.data.findings import Findings
 from spo.data.messages import message_text
-from spo.data.needs import Draw, SplitRows, as_labelled, check_kind, further_completions, needs_pairs, read_features
+from spo.data.needs import (
+    Draw,
+    SplitRows,
+    as_labelled,
+    check_kind,
+    further_completions,
+    make_features,
+    needs_pairs,
+    read_features,
+)
 from spo.data.rendering import TRUNCATIONS, Dropped, Renderer, TokenizedPair, prompt_id
 from spo.data.rows import SPLITS, DataError, Message, Row, RowError, Split, Text
 from spo.notes import note
@@ -159,7 +168,9 @@ def prepare(
         parts["train"], left_out = draw_subset(parts["train"], num_pairs, subset_seed)
     if needs is not None:
         for split, pairs in parts.items():
-            fitting, parts[split] = _as_loss_reads(pairs, needs, renderer, SplitRows((), stop_ids, draw), split)
+            fitting, parts[split] = _as_loss_reads(
+                pairs, needs, renderer, SplitRows((), stop_ids, draw, renderer.encode_like), split
+            )
             if too_long := len(pairs) - len(fitting):
                 reasons["too_long"] += too_long
                 lost = set(map(id, pairs)) - set(map(id, fitting))
@@ -250,8 +261,8 @@ def _tokenized(
     if needs is None:
         return renderer.render(row)
     check_kind(row, needs)
-    features = read_features(needs.features, row, name_of)
-    pair = renderer.render(row, needs.text_columns, name_of)
+    features, numbers = read_features(needs.features, row, name_of)
+    pair = renderer.render(row, needs.text_columns, name_of, numbers)
     return pair if isinstance(pair, Dropped) else replace(pair, features=features)
 
 
@@ -262,7 +273,8 @@ def _as_loss_reads(
 
     A pair is one row, or two for a loss of labelled completions. It fits if all of its rows do.
     """
-    rows_of = [as_labelled(pair) if needs.labelled else [pair] for pair in pairs]
+    whole_rows = make_features(needs.features, pairs, split)
+    rows_of = [as_labelled(pair) if needs.labelled else [pair] for pair in whole_rows]
     flat = replace(split_rows, rows=[row for rows in rows_of for row in rows])
     made = iter([renderer.fit(row) for row in further_completions(needs, flat, split)])
     fitting: list[TokenizedPair] = []

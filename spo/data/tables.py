@@ -83,14 +83,19 @@ class TableSource(Source):
         """Return the name of the data for messages."""
 
     @property
+    def feature_columns(self) -> tuple[str, ...]:
+        """Return the names of the columns with numbers that the loss declares for this kind of data."""
+        return self.needs.number_columns
+
+    @property
     def read_columns(self) -> tuple[str, ...]:
         """Return the names of all columns that are read, those that the loss declares included."""
-        return tuple(dict.fromkeys((*self.known, *self.needs.number_columns, *self.needs.text_columns)))
+        return tuple(dict.fromkeys((*self.known, *self.feature_columns, *self.needs.text_columns)))
 
     @property
     def number_columns(self) -> frozenset[str]:
         """Return the data's names of the columns with numbers."""
-        return frozenset(map(self.column_name, ("preference", "weight", "label", *self.needs.number_columns)))
+        return frozenset(map(self.column_name, ("preference", "weight", "label", *self.feature_columns)))
 
     def column_name(self, name: str) -> str:
         """Return the data's own name of a column."""
@@ -241,7 +246,7 @@ class TableSource(Source):
             implied: Whether the completions of the record are whole texts, which begin with the prompt.
         """
         values: dict[str, Any] = {}
-        for name in self.needs.number_columns:
+        for name in self.feature_columns:
             # A column that the user mapped must exist; without an unmapped one, the loss may have a default.
             mapped = name in self.columns
             values[name] = self._required(record, name, where)[1] if mapped else record.get(name)

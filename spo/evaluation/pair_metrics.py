@@ -72,7 +72,7 @@ def pair_metrics(
         parts.append(scored.inputs_of(loss))
         sizes.append(batch.mask().sum(0))
     # The loss sees all pairs at once, because its metrics may depend on their company.
-    whole = concat_logps(parts)
+    whole = concat_logps(parts, loss.per_completion_features)
     values = metrics_of(loss, whole, scoring.coefficients["alpha"], scoring.coefficients["beta"])
     names = (*_NAMES, *loss.extra_metrics)
     # NaN marks a missing element, unless it follows from log-probs that are not finite.

@@ -94,7 +94,7 @@ class Objective:
         return bool((group.view_as(self.world.rewards) == group.view_as(self.world.rewards)[:, :1]).all())
 
 
-def beyond_enumeration(loss: Loss[Any], reference: Reference) -> str | None:
+def beyond_enumeration(loss: Loss[Any], reference: Reference | type[Reference]) -> str | None:
     """Return why an objective does not follow from the log-probs of all responses, or ``None`` if it does."""
     declared = {
         "numbers of single tokens": loss.terms,

@@ -10,9 +10,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from spo.forward.modes import eval_mode
 from spo.forward.neighbors import forward_apart
 from spo.ops.logps import DeferredLogits, Logits
-from spo.types import Sequences
+from spo.types import Sequences, pad_sequences
 
 NO_MASK_SHAPE = (1, 1, 1, 1)
 """Shape of the mask passed with packed rows. It masks nothing: which tokens are visible follows from the groups."""
@@ -132,7 +133,7 @@ def _predictors(sequences: Sequences) -> Tensor:
 def completion_states(model: nn.Module, sequences: Sequences) -> Tensor:
     """Return ``(M, H)``: the head's input from which the completion tokens are predicted."""
 
-    def states(sequences: Sequences) -> Tensor:
+    def states(sequences: Sequences) -> tuple[Tensor]:
         found: list[Tensor] = []
 
         def keep(hidden: Tensor) -> Tensor:
@@ -141,9 +142,16 @@ def completion_states(model: nn.Module, sequences: Sequences) -> Tensor:
 
         with _head_input(model, keep):
             _forward(model, sequences)
-        return found[0]
+        return (found[0],)
 
-    return forward_apart(model, base_model(model), sequences, states)
+    return forward_apart(model, base_model(model), sequences, states)[0]
+
+
+def hidden_width(model: nn.Module) -> int:
+    """Return H, the number of elements of a hidden state that reaches the language-model head."""
+    sequences = pad_sequences([((0,), (0,))], 0).to(next(model.parameters()).device)
+    with eval_mode(model), torch.no_grad():
+        return completion_states(model, sequences).shape[-1]
 
 
 def can_defer(model: nn.Module) -> bool:
@@ -195,16 +203,55 @@ def completion_logits(
         ``(M, V)`` in the model's dtype, sequence after sequence; deferred if they are more than ``max_logits``. They
         equal those of each sequence alone: where a batch would change them, it is forwarded in parts.
     """
-    if completion_only and max_logits is not None and can_defer(model):
-        vocab_size = _head(model).weight.shape[0]
-        if len(sequences.completion_index) * vocab_size > max_logits:
-            return deferred_logits(model, completion_states(model, sequences), max_logits)
+    if _defers(model, sequences, completion_only, max_logits):
+        return deferred_logits(model, completion_states(model, sequences), max_logits)
 
-    def logits(sequences: Sequences) -> Tensor:
+    def logits(sequences: Sequences) -> tuple[Tensor]:
         rows = _predictors(sequences)
         if not completion_only:
-            return _forward(model, sequences).flatten(0, 1).index_select(0, rows)
+            return (_forward(model, sequences).flatten(0, 1).index_select(0, rows),)
         with _head_input(model, lambda hidden: hidden.flatten(0, 1).index_select(0, rows).unsqueeze(0)):
-            return _forward(model, sequences).squeeze(0)
+            return (_forward(model, sequences).squeeze(0),)
 
-    return forward_apart(model, base_model(model), sequences, logits)
+    return forward_apart(model, base_model(model), sequences, logits)[0]
+
+
+def completion_logits_and_states(
+    model: nn.Module, sequences: Sequences, *, completion_only: bool = True, max_logits: int | None = None
+) -> tuple[Logits, Tensor]:
+    """Return the logits of :func:`completion_logits`, and the hidden states that the head computes them from.
+
+    Args:
+        model: Hugging Face causal language model.
+        sequences: ``N`` sequences with ``M`` completion tokens in total.
+        completion_only: Run the head for these tokens alone, instead of for prompt and padding too.
+        max_logits: Largest number of the head's logits that exist at a time; ``None`` for no limit.
+
+    Returns:
+        ``(M, V)`` logits and ``(M, H)`` states of one forward pass. The first state of a sequence is that of the last
+        token of its prompt.
+    """
+    if _defers(model, sequences, completion_only, max_logits):
+        states = completion_states(model, sequences)
+        return deferred_logits(model, states, max_logits), states
+
+    def outputs(sequences: Sequences) -> tuple[Tensor, Tensor]:
+        rows, found = _predictors(sequences), list[Tensor]()
+
+        def keep(hidden: Tensor) -> Tensor:
+            found.append(hidden.flatten(0, 1).index_select(0, rows))
+            return found[0].unsqueeze(0) if completion_only else hidden
+
+        with _head_input(model, keep):
+            logits = _forward(model, sequences)
+        return logits.squeeze(0) if completion_only else logits.flatten(0, 1).index_select(0, rows), found[0]
+
+    logits, states = forward_apart(model, base_model(model), sequences, outputs)
+    return logits, states
+
+
+def _defers(model: nn.Module, sequences: Sequences, completion_only: bool, max_logits: int | None) -> bool:
+    """Return whether the logits of sequences are so many that they are computed later."""
+    if not completion_only or max_logits is None or not can_defer(model):
+        return False
+    return bool(len(sequences.completion_index) * _head(model).weight.shape[0] > max_logits)

@@ -111,18 +111,18 @@ def groups_to_score(causal: Any, lengths: Callable[[], list[int]]) -> list[list[
 
 
 def forward_apart(
-    model: nn.Module, causal: Any, sequences: Sequences, forward: Callable[[Sequences], Tensor]
-) -> Tensor:
+    model: nn.Module, causal: Any, sequences: Sequences, forward: Callable[[Sequences], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
     """Forward the sequences in groups that do not change each other, and concatenate what belongs to their tokens.
 
     Args:
         model: Model to run.
         causal: The same model without its adapter.
         sequences: ``N`` sequences with ``M`` completion tokens, padded or packed.
-        forward: Function from some of the sequences to ``(m, ...)`` of their completion tokens.
+        forward: Function from some of the sequences to ``(m, ...)`` numbers of their completion tokens.
 
     Returns:
-        ``(M, ...)``, sequence after sequence.
+        ``(M, ...)`` for each of the numbers, sequence after sequence.
 
     Raises:
         UserError: The weights are sharded, and this process needs several forward passes where another may need one.
@@ -137,12 +137,12 @@ def forward_apart(
             "sequences_run_alone",
             "sequences of different lengths are forwarded apart: beside a longer one, log-probs would change",
         )
-    parts: dict[int, Tensor] = {}
+    parts: dict[int, tuple[Tensor, ...]] = {}
     for rows in groups:
         outputs = forward(_subset(sequences, rows))
         lengths = sequences.completion_length[torch.tensor(rows, device=sequences.length.device)].tolist()
-        parts |= dict(zip(rows, outputs.split(lengths), strict=True))
-    return torch.cat([parts[row] for row in range(len(sequences))])
+        parts |= zip(rows, zip(*(numbers.split(lengths) for numbers in outputs), strict=True), strict=True)
+    return tuple(torch.cat(of_rows) for of_rows in zip(*(parts[row] for row in range(len(sequences))), strict=True))
 
 
 def _subset(sequences: Sequences, rows: list[int]) -> Sequences:

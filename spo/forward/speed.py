@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from spo.forward.head import base_model, can_defer, completion_logits
+from spo.forward.head import base_model, can_defer, completion_logits, completion_logits_and_states
 from spo.forward.neighbors import Company, refuse_if_sharded
 from spo.forward.packing import pack
 from spo.forward.probe import enable_packing, probe_company
@@ -80,6 +80,12 @@ class Speed:
     def logits(self, model: nn.Module, sequences: Sequences) -> Logits:
         """Return the ``(M, V)`` logits of :func:`spo.forward.head.completion_logits` under these settings."""
         return completion_logits(model, sequences, completion_only=self.completion_only, max_logits=self.max_logits)
+
+    def logits_and_states(self, model: nn.Module, sequences: Sequences) -> tuple[Logits, Tensor]:
+        """Return the logits, and the ``(M, H)`` hidden states that the model's head computes them from."""
+        return completion_logits_and_states(
+            model, sequences, completion_only=self.completion_only, max_logits=self.max_logits
+        )
 
     def logps(self, model: nn.Module, sequences: Sequences) -> Tensor:
         """Return the ``(N,)`` summed log-probs of the completions in nats."""

@@ -45,6 +45,7 @@ from spo.losses.rosepo import RosePOLoss
 from spo.losses.rpo import RPOLoss
 from spo.losses.rpo_unpaired import RPOUnpairedLoss
 from spo.losses.rso_hinge import RSOHingeLoss
+from spo.losses.self_supervised_po import SelfSupervisedPOLoss
 from spo.losses.sequential_po import SequentialPOLoss
 from spo.losses.sft import SFTLoss
 from spo.losses.simpo import SimPOLoss
@@ -53,6 +54,7 @@ from spo.losses.spl import SPLLoss
 from spo.losses.spo import SPOLoss, WeightedSPOLoss
 from spo.losses.sppo import SPPOLoss
 from spo.losses.tdpo import TDPOLoss
+from spo.losses.upo import UPOLoss
 from spo.losses.wpo import WPOLoss
 
 __all__ = [
@@ -104,10 +106,12 @@ __all__ = [
     "SPOLoss",
     "SPORankedLoss",
     "SPPOLoss",
+    "SelfSupervisedPOLoss",
     "SequentialPOLoss",
     "SimPOLoss",
     "TDPOLoss",
     "Term",
+    "UPOLoss",
     "WPOLoss",
     "WeightedSPOLoss",
     "both_log_ratios",

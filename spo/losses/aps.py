@@ -21,10 +21,10 @@ BISECTIONS = 64
 class APSLoss(PreferenceLoss):
     r"""APS, arXiv:2406.02764, sections 3.1 to 3.6: DPO with a temperature for each pair, chosen by the loss itself.
 
-    .. math:: L = \min_{t \in [t_0, t_{max}]} -t \log\sigma(h / t) + \rho\, t
+    .. math:: L = \min_{t \in [t_0, t_{max}]} -t \log\sigma(\beta h / t) + \rho\, t
 
-    where h is the margin of DPO, ``(B,)``; the loss does not read beta, since 1/t takes its place. The quadratic form
-    has rho_0 t^2 - t log 2 in place of rho t and no upper end. The minimum over t is found first, by bisection of the
+    where h is the margin of DPO, ``(B,)``. The paper's beta is 1, since 1/t takes its place. The quadratic form has
+    rho_0 t^2 - t log 2 in place of rho t and no upper end. The minimum over t is found first, by bisection of the
     derivative, and t is constant in the gradient. A pair whose completions the policy separates clearly gets a large t.
 
     Args:
@@ -38,7 +38,6 @@ class APSLoss(PreferenceLoss):
         ValueError: A number is out of range, or ``form`` is unknown.
     """
 
-    uses_beta = False
     extra_metrics = ("aps/scale",)
 
     def __init__(
@@ -58,9 +57,14 @@ class APSLoss(PreferenceLoss):
         self.form, self.t_min, self.t_max, self.rho, self.rho_0 = form, t_min, t_max, rho, rho_0
 
     @torch.no_grad()
-    def scales(self, pair: PairLogps) -> Tensor:
-        """Return the ``(B,)`` scales t at which the losses are least."""
-        margin = log_ratio_margin(pair)
+    def scales(self, pair: PairLogps, beta: float) -> Tensor:
+        """Return the ``(B,)`` scales t at which the losses are least.
+
+        Args:
+            pair: Log-probabilities of ``B`` pairs.
+            beta: Factor of the margins.
+        """
+        margin = beta * log_ratio_margin(pair)
         # The derivative by t is the entropy of sigmoid(h/t), which grows from 0 to log 2, plus that of the price.
         highest = self.t_max if self.form == "linear" else max(self.t_min, math.log(2) / (2 * self.rho_0))
         low, high = torch.full_like(margin, self.t_min), torch.full_like(margin, highest)
@@ -80,13 +84,9 @@ class APSLoss(PreferenceLoss):
 
     def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` loss of each pair."""
-        scale = self.scales(pair)
-        return -scale * logsigmoid(log_ratio_margin(pair) / scale) + self._price(scale)
-
-    def rewards(self, pair: PairLogps, *, alpha: float, beta: float) -> tuple[Tensor, Tensor | None]:
-        """Return the log-ratios, ``(B,)``."""
-        return super().rewards(pair, alpha=alpha, beta=1.0)
+        scale = self.scales(pair, beta)
+        return -scale * logsigmoid(beta * log_ratio_margin(pair) / scale) + self._price(scale)
 
     def metrics(self, pair: PairLogps, /, *, alpha: float, beta: float) -> dict[str, Tensor]:
         """Compute the metrics of every loss, and the scales."""
-        return super().metrics(pair, alpha=alpha, beta=beta) | {"aps/scale": self.scales(pair)}
+        return super().metrics(pair, alpha=alpha, beta=beta) | {"aps/scale": self.scales(pair, beta)}

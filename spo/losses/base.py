@@ -120,9 +120,23 @@ class Loss(ABC, Generic[LogpsT]):
         return any(term.needs_reference_logits for term in self.terms.values())
 
     @property
+    def needs_policy_states(self) -> bool:
+        """Return whether a term reads hidden states of the policy."""
+        return any(term.needs_policy_states for term in self.terms.values())
+
+    @property
     def per_completion_features(self) -> list[str]:
-        """Return the names of the features that have a number for each of the two completions."""
+        """Return the names of the features that have a number for each completion."""
         return [name for name, feature in self.features.items() if feature.per_completion]
+
+    def fit_width(self, width: int) -> None:
+        """Make the parameters whose shape depends on the policy. Called once, before anything reads the parameters.
+
+        The random state follows from the seed of the run alone.
+
+        Args:
+            width: Number H of elements of a hidden state of the policy.
+        """
 
     @property
     def has_statistics(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -26,10 +26,12 @@ class Term(NamedTuple):
             ``lambda scored: scored.per_completion(scored.policy_tokens)``. Gradients flow through it unless it detaches
             them. The policy and the reference are not run again.
         needs_reference_logits: Whether ``compute`` reads ``reference`` or ``reference_tokens`` of the scored batch.
+        needs_policy_states: Whether ``compute`` reads ``policy_states`` or ``prompt_states`` of the scored batch.
     """
 
     compute: Callable[[ScoredBatch], Tensor]
     needs_reference_logits: bool = False
+    needs_policy_states: bool = False
 
 
 Make = Callable[[Sequence[str], Sequence[str] | None], Sequence[float | Sequence[float]]]
@@ -108,6 +110,14 @@ class RoleInputs(Protocol):
 
     def draw(self) -> Sequence[Ids]:
         """Return one completion of each prompt, drawn from the reference model once and cached."""
+
+    def edited(self, rank: int, edit: Callable[[str], str]) -> Sequence[Ids]:
+        """Return the tokens of a completion of each row after an edit of its text.
+
+        Args:
+            rank: Rank of the completion in its row, 0 for the best or only one.
+            edit: Function from the text to the edited text. An unchanged text keeps its tokens.
+        """
 
 
 @dataclass(frozen=True)
@@ -216,10 +226,30 @@ class DataNeeds:
 
     @property
     def number_columns(self) -> tuple[str, ...]:
-        """Return the columns with numbers, each once."""
-        return tuple(dict.fromkeys(name for one in self.features.values() for name in one.columns))
+        """Return the columns with numbers in data of pairs, each once."""
+        return _each_once(one.columns for one in self.features.values())
+
+    @property
+    def label_number_columns(self) -> tuple[str, ...]:
+        """Return the columns with numbers in data of labelled completions, each once."""
+        return _each_once(one.label_columns for one in self.features.values())
+
+    @property
+    def list_number_columns(self) -> tuple[str, ...]:
+        """Return the columns with numbers in data of ranked lists, each once."""
+        return _each_once(one.list_columns for one in self.features.values())
+
+    @property
+    def required_columns(self) -> tuple[str, ...]:
+        """Return the columns of pairs without which the loss cannot be computed, each once."""
+        required = [one.columns for one in self.features.values() if one.default is None and one.make is None]
+        return _each_once([*required, self.text_columns])
 
     @property
     def text_columns(self) -> tuple[str, ...]:
         """Return the columns with texts, each once."""
-        return tuple(dict.fromkeys(name for role in self.extra_completions.values() for name in role.text_columns))
+        return _each_once(role.text_columns for role in self.extra_completions.values())
+
+
+def _each_once(columns: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for names in columns for name in names))

@@ -49,7 +49,7 @@ class SPOLoss(PreferenceLoss):
 
 
 class WeightedSPOLoss(SPOLoss):
-    r"""SPO whose pairs are weighted by the probability that the policy gives them, so improbable pairs count less.
+    r"""Weighted SPO, arXiv:2405.00747: pairs that the policy finds improbable count less.
 
     .. math:: L = \mu \, L_{SPO}, \quad \mu \propto (\pi(y_w|x) + \pi(y_l|x))^\gamma
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -12,17 +12,18 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from spo.types import ListLogps, Logps
 
 
-def concat_logps(parts: Sequence[Logps]) -> Logps:
+def concat_logps(parts: Sequence[Logps], per_completion: Collection[str] = ()) -> Logps:
     """Return the pairs, lists or completions of several batches as one, in their order.
 
     Args:
         parts: Log-probs of at least one batch. Lists are filled up to the longest one, which their mask shows.
+        per_completion: Names of the features that have a number for each completion.
 
     Raises:
         ValueError: Only some of the parts have rejected completions, or log-probs of a reference.
     """
     longest = max((part.mask.shape[1] for part in parts if isinstance(part, ListLogps)), default=0)
-    parts = [_filled_up(_dense(part), longest) for part in parts]
+    parts = [_filled_up(_dense(part), longest, per_completion) for part in parts]
     columns = [part.columns() for part in parts]
     for one in columns:
         if differing := one.keys() ^ columns[0].keys():
@@ -30,13 +31,14 @@ def concat_logps(parts: Sequence[Logps]) -> Logps:
     return parts[0].with_columns({path: torch.cat([one[path] for one in columns]) for path in columns[0]})
 
 
-def gather_logps(own: Logps, rank: int, world_size: int) -> tuple[Logps, slice]:
+def gather_logps(own: Logps, rank: int, world_size: int, per_completion: Collection[str] = ()) -> tuple[Logps, slice]:
     """Return the rows of all processes, and which of them are those of this process.
 
     Args:
         own: Log-probs of this process. They keep their gradient, and those of other processes do not have one.
         rank: Index of this process.
         world_size: Number of processes, which all call this function.
+        per_completion: Names of the features that have a number for each completion.
     """
     own = _dense(own)
     everyone = [own]
@@ -46,7 +48,7 @@ def gather_logps(own: Logps, rank: int, world_size: int) -> tuple[Logps, slice]:
         everyone[rank] = own
     sizes = list(map(len, everyone))
     first = sum(sizes[:rank])
-    return concat_logps(everyone), slice(first, first + sizes[rank])
+    return concat_logps(everyone, per_completion), slice(first, first + sizes[rank])
 
 
 def leaves_of(logps: Logps) -> tuple[Logps, dict[str, Tensor]]:
@@ -65,7 +67,7 @@ def _dense(logps: Logps) -> Logps:
     return logps.with_columns(logps.columns() | dict.fromkeys(names, ones) | known)
 
 
-def _filled_up(lists: Logps, longest: int) -> Logps:
+def _filled_up(lists: Logps, longest: int, per_completion: Collection[str]) -> Logps:
     if not isinstance(lists, ListLogps):
         return lists
     extra = longest - lists.mask.shape[1]
@@ -82,4 +84,5 @@ def _filled_up(lists: Logps, longest: int) -> Logps:
         reference=None if lists.reference is None else wide(lists.reference),
         terms={name: wide(value) for name, value in lists.terms.items()},
         references={name: wide(value) for name, value in lists.references.items()},
+        features={name: wide(value) if name in per_completion else value for name, value in lists.features.items()},
     )

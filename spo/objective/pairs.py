@@ -97,15 +97,20 @@ def score(
         extra_references: Further references that the loss declares, by name.
         needs_reference_logits: Whether something beside the loss reads the reference's logits.
     """
-    logits = speed.logits(policy, batch.sequences)
+    states = None
+    if loss.needs_policy_states:
+        logits, states = speed.logits_and_states(policy, batch.sequences)
+    else:
+        logits = speed.logits(policy, batch.sequences)
     others = {name: extra_references[name].pair_logps(batch, policy, speed) for name in loss.extra_references}
     if needs_reference_logits or loss.needs_reference_logits:
         with reference.active(policy) as model:
-            return ScoredBatch(batch, logits, speed.logits(model, batch.sequences), extra_references=others)
+            of_reference = speed.logits(model, batch.sequences)
+        return ScoredBatch(batch, logits, of_reference, extra_references=others, states=states)
     stored = batch.reference_logps if loss.uses_reference else None  # of the main reference alone
     if stored is None and loss.uses_reference:
         stored = reference.pair_logps(batch, policy, speed)
-    return ScoredBatch(batch, logits, stored_reference=stored, extra_references=others)
+    return ScoredBatch(batch, logits, stored_reference=stored, extra_references=others, states=states)
 
 
 class Pairs(Part):
@@ -181,7 +186,7 @@ class Pairs(Part):
         parts, leaves = zip(*map(leaves_of, inputs), strict=True)
         parameters = parameters_of(self.loss)
         with torch.enable_grad():
-            whole, own = gather_logps(concat_logps(parts), self.run.global_rank, self.run.world_size)
+            whole, own = self._gathered(parts)
             if self.loss.has_statistics:
                 update_statistics(self.loss, whole)
             losses, metrics = self.losses(whole, step)
@@ -290,12 +295,17 @@ class Pairs(Part):
         parts, self.validated = self.validated, []
         if not parts:
             return {}
-        whole, own = gather_logps(concat_logps(parts), self.run.global_rank, self.run.world_size)
+        whole, own = self._gathered(parts)
         losses, metrics = self.losses(whole, step)
         sizes = [len(one.index) for one in self.scores]
         parts_of = zip(self.scores, losses[own].detach().split(sizes), strict=True)
         self.scores = [replace(one, losses=of_batch) for one, of_batch in parts_of]
         return {name: values[own] for name, values in metrics.items()}
+
+    def _gathered(self, parts: Sequence[Logps]) -> tuple[Logps, slice]:
+        """Return the rows of all batches and processes, and which of them are those of this process."""
+        names = self.loss.per_completion_features
+        return gather_logps(concat_logps(parts, names), self.run.global_rank, self.run.world_size, names)
 
     def losses(self, logps: Logps, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each pair or list, ``(B,)``, and the metrics that follow from its log-probs."""

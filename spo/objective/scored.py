@@ -16,7 +16,7 @@ from spo.losses.rows import numbers_of_shape, one_of_each_row
 from spo.objective.learned import buffers_of
 from spo.ops import Logits, at_least_float32, by_rows, completion_targets, sum_per_sequence, token_logps
 from spo.ops.logps import DeferredLogits
-from spo.types import CompletionLogps, Logps, PreferenceBatch
+from spo.types import CompletionLogps, Logps, PairLogps, PreferenceBatch
 
 if TYPE_CHECKING:
     from spo.losses import Loss, Term
@@ -32,6 +32,8 @@ class ScoredBatch:
         reference: ``(M, V)`` logits of the reference, or ``None`` if nothing reads them.
         stored_reference: ``(N,)`` summed reference log-probs that need no logits, or ``None``.
         extra_references: ``(N,)`` summed log-probs under each further reference, by name.
+        states: ``(M, H)`` hidden states that the policy's head computes its logits from, or ``None`` if nothing reads
+            them.
     """
 
     batch: PreferenceBatch
@@ -39,6 +41,27 @@ class ScoredBatch:
     reference: Logits | None = None
     stored_reference: Tensor | None = None
     extra_references: Mapping[str, Tensor] = field(default_factory=dict)
+    states: Tensor | None = None
+
+    @property
+    def policy_states(self) -> Tensor:
+        """Return the ``(M, H)`` hidden states from which the policy predicts the completion tokens, in its dtype.
+
+        Raises:
+            UserError: The states were not kept, because no term declares that it reads them.
+        """
+        if self.states is None:
+            raise UserError(
+                "method.loss: a term reads hidden states of the policy, but does not declare it: write "
+                "Term(compute, needs_policy_states=True)"
+            )
+        return self.states
+
+    @property
+    def prompt_states(self) -> Tensor:
+        """Return the ``(N, H)`` hidden state of the policy at the last token of the prompt of each sequence."""
+        lengths = self.batch.sequences.completion_length
+        return self.policy_states[lengths.cumsum(0) - lengths]
 
     @cached_property
     def policy_tokens(self) -> Tensor:
@@ -166,7 +189,11 @@ def loss_inputs(
         )
     references = {name: arrange(batch.per_completion(logps)) for name, logps in (extra_references or {}).items()}
     logps = loss.inputs.of_batch(batch, policy_logps, reference_logps)
-    return replace(logps, references=references, features=batch.features, extra=extra)
+    features = dict(batch.features)
+    if loss.inputs is PairLogps:
+        # A loss that learns from the best completion alone may read lists of more than two.
+        features |= {name: features[name][:, :2] for name in loss.per_completion_features}
+    return replace(logps, references=references, features=features, extra=extra)
 
 
 def losses_of(loss: Loss[Any], logps: Logps, alpha: float, beta: float) -> Tensor:

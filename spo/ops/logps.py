@@ -153,13 +153,13 @@ def sum_per_sequence(values: Tensor, sequences: Sequences) -> Tensor:
     """Sum per-token values within each sequence.
 
     Args:
-        values: ``(M,)`` one value per completion token.
+        values: ``(M, ...)`` one or more values per completion token.
         sequences: ``N`` sequences that the tokens belong to.
 
     Returns:
-        ``(N,)``.
+        ``(N, ...)``.
     """
     # A padded sum instead of index_add, which adds in another order on each run of a CUDA device.
-    padded = values.new_zeros(sequences.input_ids.numel())
+    padded = values.new_zeros(sequences.input_ids.numel(), *values.shape[1:])
     padded = padded.index_copy(0, sequences.completion_index, values)
-    return padded.view_as(sequences.input_ids).sum(dim=1)
+    return padded.view(*sequences.input_ids.shape, *values.shape[1:]).sum(dim=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,7 +18,12 @@ from spo.schedules.optimization import LORA_FACTOR, learning_rate, warmup_steps
 
 
 def start_facts(
-    cfg: DictConfig, module: AlignmentModule, pairs: PreparedPairs, trainer: Trainer, exact: ExactMetrics | None
+    cfg: DictConfig,
+    module: AlignmentModule,
+    pairs: PreparedPairs,
+    trainer: Trainer,
+    exact: ExactMetrics | None,
+    references: Mapping[str, str],
 ) -> dict[str, str]:
     """Return what follows from the configuration and is worth knowing before waiting for the result.
 
@@ -26,10 +33,12 @@ def start_facts(
         pairs: Preference pairs of the run.
         trainer: Trainer of the run.
         exact: Metrics by enumeration, ``None`` for data that cannot be enumerated.
+        references: What the configuration gives as further references, by name.
 
     Returns:
         Names and values in their order on the panel.
     """
+    described = ", ".join(f"{name} ({path})" for name, path in references.items())
     parameters = list(module.policy.parameters())
     total, trainable = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     counts, train = pairs.counts, pairs.train
@@ -41,7 +50,7 @@ def start_facts(
     return {
         "policy": f"{total:,} parameters" + ("" if trainable == total else f", {trainable:,} of them trained"),
         "reference": module.reference.describe(),
-        **_describe_extra_references(cfg),
+        **({"more references": described} if described else {}),
         rows: ", ".join(f"{count} {key.replace('_', ' ')}" for key, count in pairs.reported_counts.items()),
         "splits": f"{counts['train']} train, {counts['selection']} selection, {counts['test']} test {unit}",
         "a step": f"{size} {unit}, about {tokens * size // len(train):,} tokens",
@@ -53,11 +62,6 @@ def start_facts(
         "devices": f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}",
         "run directory": str(cfg.paths.run),
     } | ({} if exact is None else {"optimum": _describe_optimum(module, exact)})
-
-
-def _describe_extra_references(cfg: DictConfig) -> dict[str, str]:
-    found = ", ".join(f"{name} ({path})" for name, path in (cfg.get("extra_references") or {}).items())
-    return {"more references": found} if found else {}
 
 
 def _describe_rate(cfg: DictConfig) -> dict[str, str]:

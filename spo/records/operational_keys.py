@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 CHOICES = "choices"
 """Key that holds the chosen member of each config group, such as ``regularizer: global_kl``."""
-# Keys that change time, cost, place or display, and no result. They are not part of a run's identity.
+# Keys that change time, cost, place or display, or describe a method, and change no result. They are not part of a
+# run's identity.
 OPERATIONAL_KEYS = frozenset(
     {
         CHOICES,
@@ -25,6 +26,10 @@ OPERATIONAL_KEYS = frozenset(
         "judge.timeout_s",
         "launcher",
         "logger",
+        "method.changes",
+        "method.checked",
+        "method.group",
+        "method.use_when",
         "paths",
         "rerun",
         "speed",

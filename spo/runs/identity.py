@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from spo.config.coefficients import unused_coefficients
-from spo.config.nodes import EXTRA_REFERENCES, PROMPT_SETS, extra_references, targets
+from spo.config.nodes import DEFAULT_REFERENCES, EXTRA_REFERENCES, INITIAL, PROMPT_SETS, extra_references, targets
 from spo.records.digests import code_version, digest, model_digest, path_digest
 from spo.records.files import flatten
 from spo.records.operational_keys import is_operational
@@ -50,10 +50,14 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
         for key, value in flatten(resolved(cfg)).items()
         if not is_operational(key) and key.partition(".")[0] not in unused
     }
-    further = {name: _model_digest(path) for name, path in extra_references(cfg).items()}
+    references = extra_references(cfg)
+    # The settings of the model are part of the configuration, and determine its weights before fine-tuning.
+    paths = {INITIAL: OmegaConf.select(cfg, "model.path")}
+    further = {name: _model_digest(paths.get(path, path)) for name, path in references.items()}
     writer = _model_digest(response_model(cfg))
-    if not further:  # Runs of earlier versions do not have the key.
-        flat.pop(EXTRA_REFERENCES, None)
+    # A default has the identity of the same model given by hand. Runs of earlier versions do not have the keys.
+    flat = {key: value for key, value in flat.items() if not _names_references(key)}
+    flat |= {f"{EXTRA_REFERENCES}.{name}": path for name, path in references.items()}
     # Runs in different places are the same, so values that lie in a folder of `paths` start with its name instead.
     # Longest first: a folder may lie in another one.
     folders = sorted(((str(path), f"<{name}>") for name, path in cfg.paths.items()), key=lambda pair: -len(pair[0]))
@@ -71,6 +75,10 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
             "plugins": {name: source.sha256 for name, source in plugins(cfg, unused).items()},
         }
     )
+
+
+def _names_references(key: str) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in (EXTRA_REFERENCES, DEFAULT_REFERENCES))
 
 
 def plugins(cfg: DictConfig, unused: Sequence[str] = ()) -> dict[str, PluginSource]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
@@ -34,8 +33,8 @@ from spo.objective import Enumeration, Prompts
 from spo.objective.learned import PREFIX
 from spo.regularizers import Regularizer
 from spo.schedules.optimization import warmup_steps
-from spo.seeds import derive_seed
 from spo.stages.extra_references import load_extra_references
+from spo.stages.from_config import build_loss
 from spo.stages.prepare import Prepared
 from spo.stages.reference_logps import logps_store, precomputed_logps
 from spo.stages.regularizer_prompts import regularizer_prompts
@@ -102,7 +101,7 @@ def build_module(
     enumeration: Enumeration | None = None,
 ) -> AlignmentModule:
     """Return the LightningModule of the run."""
-    loss = build_loss(cfg)
+    loss = build_loss(cfg, policy)
     regularizer: Regularizer = instantiate(cfg.regularizer, _convert_="all")
     probe = ProbeSettings(**cfg.probe) if cfg.probe.num_prompts > 0 else None
     return AlignmentModule(
@@ -131,14 +130,6 @@ def build_module(
         enumeration=enumeration,
         extra_references=load_extra_references(cfg, prepared),
     )
-
-
-def build_loss(cfg: DictConfig) -> Loss[Any]:
-    """Return the loss of the run, whose new parameters follow from the seed of the run alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed("loss", cfg.seed))
-        loss: Loss[Any] = instantiate(cfg.method.loss, _convert_="all")
-    return loss
 
 
 def build_optimizer(

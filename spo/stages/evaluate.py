@@ -30,7 +30,6 @@ from spo.evaluation.opponents import find_opponents
 from spo.evaluation.pair_metrics import Scoring, pair_metrics
 from spo.evaluation.settings import REFERENCE
 from spo.forward.speed import Speed
-from spo.losses import Loss
 from spo.metrics.catalogue import INTERVAL_ENDS
 from spo.models import FrozenReference, Reference
 from spo.models.run_state import load_loss, load_reference_state
@@ -44,7 +43,7 @@ from spo.runs.saved_config import load_config, refuse_redacted, resolved
 from spo.schedules import Constant
 from spo.stages.evaluation_config import evaluation_config
 from spo.stages.extra_references import load_extra_references
-from spo.stages.from_config import eval_device, model_plugins, resolve_values
+from spo.stages.from_config import build_loss, eval_device, model_plugins, resolve_values
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
 from spo.wording import finite
@@ -197,7 +196,7 @@ def build_scoring(cfg: DictConfig, prepared: Prepared, run_dir: Path, models: Mo
     Raises:
         UserError: A file beside the policy is missing or damaged, or belongs to another loss.
     """
-    loss: Loss[Any] = instantiate(cfg.method.loss, _convert_="all")
+    loss = build_loss(cfg, models.policy)
     load_loss(loss, run_dir)
     device = eval_device(cfg)
     if isinstance(loss, torch.nn.Module):

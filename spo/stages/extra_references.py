@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from spo.config.nodes import EXTRA_REFERENCES, extra_references
+from spo.config.nodes import INITIAL, extra_reference_keys, extra_references
 from spo.errors import UserError
 from spo.models import FrozenReference, ModelSpec
 from spo.models.library_errors import Origin
@@ -29,9 +29,9 @@ def load_extra_references(cfg: DictConfig, prepared: Prepared) -> dict[str, Froz
     Raises:
         UserError: A model cannot be loaded, reads other tokens than the policy, or has a shorter context.
     """
-    found = {}
-    for name, path in extra_references(cfg).items():
-        origin = Origin(path, f"{EXTRA_REFERENCES}.{name}")
+    found, keys = {}, extra_reference_keys(cfg)
+    for name, path in reference_paths(cfg, prepared).items():
+        origin = Origin(path, keys[name])
         trusted = prepared.spec.trust_remote_code
         check_same_tokens(origin, load_tokenizer(origin, trusted), prepared.tokenizer)
         _check_context(origin, load_config(origin, trusted), cfg.data.max_length)
@@ -39,6 +39,17 @@ def load_extra_references(cfg: DictConfig, prepared: Prepared) -> dict[str, Froz
         reference.key = str(origin.key)
         reference.attach(partial(_frozen, prepared.spec, origin))
     return found
+
+
+def reference_paths(cfg: DictConfig, prepared: Prepared) -> dict[str, str]:
+    """Return the folder or hub name of each further reference, by name.
+
+    Args:
+        cfg: Configuration of the run, resolved.
+        prepared: Prepared run with the model before supervised fine-tuning.
+    """
+    paths = extra_references(cfg)
+    return {name: str(prepared.initial) if path == INITIAL else str(path) for name, path in paths.items()}
 
 
 def _frozen(spec: ModelSpec, origin: Origin) -> nn.Module:

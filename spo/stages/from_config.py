@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from spo.config.nodes import targets
 from spo.data import Renderer, Source
 from spo.errors import UserError
-from spo.losses import DataNeeds
+from spo.forward.head import hidden_width
+from spo.losses import DataNeeds, Loss
 from spo.models import ModelSpec
 from spo.records.digests import path_digest
 from spo.records.plugins import plugin_digests
+from spo.seeds import derive_seed
 
 
 def resolve_values(cfg: DictConfig) -> DictConfig:
@@ -44,6 +47,21 @@ def data_needs(cfg: DictConfig) -> DataNeeds:
     """Return what the loss asks of the data. Parameters that a loss draws leave the global random state as it was."""
     with torch.random.fork_rng(devices=[]):
         return DataNeeds.of(instantiate(cfg.method.loss, _convert_="all"))
+
+
+def build_loss(cfg: DictConfig, policy: nn.Module) -> Loss[Any]:
+    """Return the loss of the run for a policy, whose new parameters follow from the seed of the run alone.
+
+    Args:
+        cfg: Configuration of the run, resolved.
+        policy: Model to train, or a trained one.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed("loss", cfg.seed))
+        loss: Loss[Any] = instantiate(cfg.method.loss, _convert_="all")
+        if type(loss).fit_width is not Loss.fit_width:  # The width takes a forward pass.
+            loss.fit_width(hidden_width(policy))
+    return loss
 
 
 def make_renderer(

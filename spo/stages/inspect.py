@@ -60,7 +60,7 @@ def _records(prepared: Prepared) -> Iterator[dict[str, Any]]:
                 "chosen_text": pair.chosen_text,
                 **({"worse_ids": pair.worse_ids, "worse_texts": pair.worse_texts} if pair.worse_ids else {}),
                 **({} if pair.label is None else {"label": pair.label}),
-                **({"features": pair.features} if pair.features else {}),
+                **({"features": features} if (features := {**pair.features, **pair.numbers}) else {}),
                 **({"extra_ids": pair.extra} if pair.extra else {}),
             }
 

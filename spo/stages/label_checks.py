@@ -120,7 +120,7 @@ def made_up(loss: Loss[Any]) -> Logps:
         "terms": {name: arrange(logps(completions, rows)) for name in loss.terms},
         "references": {name: arrange(logps(completions, rows)) for name in loss.extra_references},
         "features": {
-            name: numbers(rows, *([2] if one.per_completion else [] if one.size is None else [one.size]))
+            name: numbers(rows, *([completions] if one.per_completion else [] if one.size is None else [one.size]))
             for name, one in loss.features.items()
         },
         "extra": {
@@ -131,6 +131,10 @@ def made_up(loss: Loss[Any]) -> Logps:
     if loss.inputs is PairLogps:
         return PairLogps(*policy, *((None, None) if reference is None else reference), *length, **declared)
     if loss.inputs is LabelledLogps:
+        declared["features"] = {
+            name: value[:, 0] if loss.features[name].per_completion else value
+            for name, value in declared["features"].items()
+        }
         return LabelledLogps(
             policy[0], torch.ones(rows), None if reference is None else reference[0], length[0], **declared
         )

@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
+from spo.config.nodes import INITIAL, extra_references
 from spo.data import DataError, EvalPrompt, PreparedPairs, Renderer, Row, RowError, Source, eval_prompts, prompt_id
 from spo.data.enumerable import Language
 from spo.data.needs import Draw
@@ -23,7 +24,7 @@ from spo.models.generation import note_stops_in_text
 from spo.models.loading import load_config
 from spo.stages.from_config import data_needs, make_renderer, model_spec
 from spo.stages.pairs import drawn_completions, preference_rows
-from spo.stages.reference_model import reference_model
+from spo.stages.reference_model import initial_model, reference_model
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Prepared:
             With ``data.num_pairs``, the training prompts are those of the pairs in use.
         bad_rows: Rows that were skipped (``data.on_bad_row=skip``).
         language: All possible responses, ``None`` for data that cannot be enumerated.
+        initial: Folder or hub name of the weights before supervised fine-tuning; ``None`` where nothing reads them.
         unlabeled: Prompts to train on without a training pair in use: the further ones that the source names, or else
             those of the pairs that ``data.num_pairs`` leaves out.
     """
@@ -53,6 +55,7 @@ class Prepared:
     bad_rows: list[RowError]
     language: Language | None
     unlabeled: Sequence[EvalPrompt] = ()
+    initial: str | None = None
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -93,14 +96,17 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
         torch.set_num_threads(cfg.threads)
     # cuDNN builds a plan for each new shape, which takes longer than a step. Here almost every batch has a new shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    spec = model_spec(cfg)
+    # Fresh weights may depend on the seed of the data.
+    model_from = cfg if model_from is None else model_from
+    spec = model_spec(model_from)
     source: Source = instantiate(cfg.data.source, _convert_="all")
     if spec.path is not None:
         _check_context(cfg, spec, spec.path)
-    if model_from is None:
-        base = reference_model(cfg, spec, source)
-    else:
-        base = reference_model(model_from, spec, instantiate(model_from.data.source, _convert_="all"))
+    of_model = source if model_from is cfg else instantiate(model_from.data.source, _convert_="all")
+    base = reference_model(model_from, spec, of_model)
+    initial = None
+    if INITIAL in extra_references(cfg).values():
+        initial = initial_model(model_from, spec)
     tokenizer = spec.tokenizer(base)
     if spec.path is None:
         _check_context(cfg, spec, base)
@@ -114,7 +120,7 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
     pairs = _prepare_pairs(cfg, source, renderer, rows, dropped, draw)
     prompts, unlabeled = all_prompts(source, pairs, renderer)
     bad_rows = list(source.bad_rows)
-    return Prepared(spec, base, tokenizer, renderer, pairs, prompts, bad_rows, source.language, unlabeled)
+    return Prepared(spec, base, tokenizer, renderer, pairs, prompts, bad_rows, source.language, unlabeled, initial)
 
 
 def _check_context(cfg: DictConfig, spec: ModelSpec, path: str) -> None:

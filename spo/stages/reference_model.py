@@ -24,6 +24,7 @@ from spo.losses import DataNeeds, SFTLoss
 from spo.models import ModelSpec, NoReference
 from spo.models.saving import save_policy
 from spo.module import AlignmentModule
+from spo.notes import note
 from spo.objective import Prompts
 from spo.records.cache import cached
 from spo.records.digests import code_version, model_digest
@@ -80,6 +81,39 @@ def reference_model(cfg: DictConfig, spec: ModelSpec, source: Source) -> str:
         "rendering": rendering_key(cfg),
     }
     return str(cached(cfg.paths.cache, "sft", key, partial(_fine_tune, cfg, spec, source)))
+
+
+def initial_model(cfg: DictConfig, spec: ModelSpec) -> str:
+    """Return the folder or hub name of the model before supervised fine-tuning, without an adapter.
+
+    Args:
+        cfg: Configuration of the run, resolved.
+        spec: Settings for loading models.
+    """
+    if cfg.sft.max_steps == 0 and spec.adapter_path is None:
+        note(
+            "initial_is_reference",
+            "extra_references: without supervised fine-tuning (sft.max_steps=0), the model initial is the reference "
+            "itself, and a method of several references reads a single one",
+        )
+    if spec.path is not None:
+        return spec.path
+    key = {
+        "code": code_version(*CODE_DEPENDENCIES),
+        "initial": OmegaConf.to_container(cfg.model.initial, resolve=True),
+        "plugins": model_plugins(cfg),
+        "dtype": spec.dtype,
+    }
+    return str(cached(cfg.paths.cache, "initial", key, partial(_save_initial, spec)))
+
+
+def _save_initial(spec: ModelSpec, folder: Path) -> None:
+    """Write fresh weights to a folder."""
+    assert spec.initial is not None
+    model, tokenizer = spec.initial()
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    save_policy(model, tokenizer, folder)
 
 
 def _read_by_sft(cfg: DictConfig) -> tuple[str, ...] | None:

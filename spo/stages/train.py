@@ -44,6 +44,7 @@ from spo.stages.assemble import Parts, assemble, validation_samples
 from spo.stages.checkpointing import checkpoint_folder, choose_weights, fit, prepare_checkpoints
 from spo.stages.description import describe, title
 from spo.stages.evaluate import evaluate_run, load_models, refuse_nonfinite
+from spo.stages.extra_references import reference_paths
 from spo.stages.from_config import eval_device, resolve_values
 from spo.stages.length import with_length
 from spo.stages.prepare import Prepared, prepare_run
@@ -208,7 +209,11 @@ def _show_start(cfg: DictConfig, prepared: Prepared, parts: Parts) -> None:
     notes = [*warnings(cfg), *prepared.pairs.warnings]
     if cfg.evaluation.selection_prompts > 0 and not prepared.prompts["selection"]:
         notes.append("the selection split does not have a prompt to sample from: there will be no val/win_rate")
-    start_panel(title(cfg), start_facts(cfg, parts.module, prepared.pairs, parts.trainer, parts.exact), notes)
+    start_panel(
+        title(cfg),
+        start_facts(cfg, parts.module, prepared.pairs, parts.trainer, parts.exact, extra_references(cfg)),
+        notes,
+    )
 
 
 def _record_inputs(cfg: DictConfig, prepared: Prepared, run_dir: Path, step: int) -> None:
@@ -224,7 +229,7 @@ def _record_inputs(cfg: DictConfig, prepared: Prepared, run_dir: Path, step: int
         return
     pairs = {split: [pair.identity() for pair in getattr(prepared.pairs, split)] for split in SPLITS}
     inputs: dict[str, Any] = {"reference_sha256": model_digest(prepared.base), "pairs_sha256": digest(pairs)}
-    further = {name: model_digest(path) for name, path in extra_references(cfg).items()}
+    further = {name: model_digest(path) for name, path in reference_paths(cfg, prepared).items()}
     record_inputs(run_dir, inputs | ({"extra_references_sha256": further} if further else {}), step)
     if bad := prepared.bad_rows:
         rows = [{"where": error.where, "column": error.column, "reason": error.reason} for error in bad]

@@ -129,6 +129,16 @@ def _not_verifiable(cfg: DictConfig) -> str | None:
     loss, reference = parts.loss, parts.build("reference")
     if not isinstance(loss, Loss) or not isinstance(reference, Reference):
         return None
+    return why_not_verified(loss, reference)
+
+
+def why_not_verified(loss: Loss[Any], reference: Reference | type[Reference]) -> str | None:
+    """Return why a loss cannot be compared with an optimum, ``None`` if it can.
+
+    Args:
+        loss: Loss of the method.
+        reference: Reference of the method, or its class.
+    """
     alone = None if loss.uses_rejected else "it learns from completions alone and compares none"
     return beyond_enumeration(loss, reference) or alone
 

@@ -290,7 +290,8 @@ def test_features_of_every_format(tmp_path: Path) -> None:
     (tmp_path / "hub").mkdir()
     for name, source in files(tmp_path, {**PAIR, **NUMBERS}).items():
         [pair] = numbers_of(source).train
-        assert pair.features == {"flip": 0.25, "reward": (1.0, -0.5), "embedding": (1.0, 2.0, 3.5)}, name
+        assert pair.features == {"flip": 0.25, "embedding": (1.0, 2.0, 3.5)}, name
+        assert pair.numbers == {"reward": (1.0, -0.5)}, name
 
 
 def test_feature_columns_may_have_other_names(tmp_path: Path) -> None:
@@ -574,7 +575,7 @@ def test_token_counts_cover_further_completions() -> None:
 
 def test_digests_of_data_without_new_fields_are_those_of_before() -> None:
     plain = replace(BATCH[0], extra={})
-    assert digest(plain.identity()) == digest(dataclasses.astuple(plain)[:-3])
+    assert digest(plain.identity()) == digest(dataclasses.astuple(plain)[:-4])
     changes: list[dict[str, Any]] = [
         {},
         {"label": 0.0},
@@ -582,6 +583,8 @@ def test_digests_of_data_without_new_fields_are_those_of_before() -> None:
         {"features": {"a": 0.0}},
         {"features": {"a": 1.0}},
         {"features": {"b": 1.0}},
+        {"numbers": {"c": (1.0, 0.0)}},
+        {"numbers": {"c": (0.0, 1.0)}},
         {"extra": {"a": (3,)}},
         {"extra": {"a": (4,)}},
         {"extra": {"b": (4,)}},
@@ -628,7 +631,7 @@ def method(loss: type) -> list[str]:
         (["data=labelled_jsonl", "method=spo_ranked"], "method=spo_ranked reads lists of completions without labels"),
         (["data=labelled_jsonl", "method=sft"], "method=sft reads completions without labels"),
         (["data=ranked_jsonl", *method(Unpaired)], "single completions with labels, but data=ranked_jsonl has lists"),
-        (["data=jsonl", *method(UnpairedPerCompletion)], "the feature 'reward' is a number of each completion of a"),
+        (["data=labelled_jsonl", *method(UnpairedPerCompletion)], "the feature 'reward' is a number of each completion"),
         (["data=stories", *method(Rewarded)], "reads the column reward, but data=stories does not have such columns"),
         (["data=stories", *method(PerCompletion)], "reads the columns a, b, but data=stories"),
         (["data=enumerable", *method(Anchored)], "reads the column anchor, but data=enumerable does not have"),
@@ -650,6 +653,7 @@ def test_impossible_compositions_are_refused_before_anything_loads(
         ["data=jsonl", "method=dpo", *method(Rewarded), "data.source.columns={reward: r}"],
         ["data=jsonl", "method=dpo", *method(Anchored)],
         ["data=jsonl", "method=dpo", *method(Unpaired)],
+        ["data=jsonl", "method=dpo", *method(UnpairedPerCompletion)],
         ["data=labelled_jsonl", "method=dpo", *method(Unpaired)],
         ["data=stories", "method=dpo", *method(Unpaired)],
         ["data=jsonl", "method=sft"],

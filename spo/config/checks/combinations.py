@@ -14,7 +14,7 @@ from spo.config.checks.folders import folder_problems
 from spo.config.checks.losses import loss_problems
 from spo.config.checks.targets import CheckedParts
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
-from spo.config.nodes import EXTRA_REFERENCES, extra_references, first_line, listed, locate, select
+from spo.config.nodes import EXTRA_REFERENCES, extra_reference_keys, first_line, listed, locate, select
 from spo.errors import JudgeError
 from spo.resources import conf_dir
 from spo.wording import suggestion
@@ -163,7 +163,7 @@ def _extra_references(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     """Yield names of further references that have no model, or that nothing reads."""
     if parts.loss is None:
         return
-    given, declared = extra_references(cfg), getattr(parts.loss, "extra_references", ())
+    given, declared = extra_reference_keys(cfg), getattr(parts.loss, "extra_references", ())
     method = select(cfg, "method.name")
     if isinstance(declared, str):
         yield f"method.loss: extra_references={declared!r} is a text: write the tuple ({declared!r},)"
@@ -175,8 +175,8 @@ def _extra_references(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     )
     reads = f"it reads {listed(declared)}" if declared else "it reads none beside the main one"
     yield from (
-        f"{EXTRA_REFERENCES}.{name}: method={method} does not read this reference ({reads}){suggestion(name, declared)}"
-        for name in given
+        f"{key}: method={method} does not read this reference ({reads}){suggestion(name, declared)}"
+        for name, key in given.items()
         if name not in declared
     )
 
@@ -280,15 +280,15 @@ def _mismatches(cfg: DictConfig, source: Any, loss: Any) -> Iterator[str]:
             f"{method} reads {what} without labels, but each row of {data} is a single completion with a label: choose "
             "a method of labelled completions (inputs = LabelledLogps), or data of pairs such as data=jsonl"
         )
-    if (source.yields_lists or needs.labelled) and (
-        both := [name for name, feature in needs.features.items() if feature.per_completion]
+    if (source.yields_lists or source.yields_labels) and (
+        both := [name for name, feature in needs.features.items() if feature.per_completion and not feature.each]
     ):
         yield (
-            f"{method}: the feature {both[0]!r} is a number of each completion of a pair, and "
-            f"{'this method reads single completions' if needs.labelled else f'{data} has lists of more than two'}: "
-            "declare a column with one value for each row"
+            f"{method}: the feature {both[0]!r} is a number of each completion of a pair, and {data} has "
+            f"{'single completions' if source.yields_labels else 'lists of more than two'}: declare "
+            f"Feature(NAME, each=True)"
         )
-    columns = [*needs.number_columns, *needs.text_columns]
+    columns = [name for name in needs.required_columns if name not in source.provided_columns]
     if columns and not source.has_columns:
         yield (
             f"{method} reads the column{'s' if len(columns) > 1 else ''} {', '.join(columns)}, but {data} does not "

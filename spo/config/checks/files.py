@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from spo.config.checks.folders import ADAPTER_CONFIG, folder_problems, looks_like_path
 from spo.config.checks.settings import follows_size, shown
-from spo.config.nodes import EXTRA_REFERENCES, PROMPT_SETS, extra_references, select
+from spo.config.nodes import INITIAL, PROMPT_SETS, extra_reference_keys, select
 from spo.records import filenames
 from spo.wording import suggestion
 
@@ -39,12 +39,12 @@ def missing_data(path: str) -> str | None:
 
 def _extra_references(cfg: DictConfig) -> Iterator[str]:
     """Yield why further references cannot be loaded."""
-    for name, path in extra_references(cfg).items():
-        key = f"{EXTRA_REFERENCES}.{name}"
+    for key in extra_reference_keys(cfg).values():
+        path, (group, _, name) = select(cfg, key), key.rpartition(".")
         if isinstance(path, str) and path:
-            yield from folder_problems(key, path)
-        elif not OmegaConf.is_missing(select(cfg, EXTRA_REFERENCES), name):
-            yield f"{key}={shown(path)}: must be a Hugging Face folder or hub name"
+            yield from folder_problems(key, path) if path != INITIAL else ()
+        elif not OmegaConf.is_missing(select(cfg, group), name):
+            yield f"{key}={shown(path)}: must be a Hugging Face folder or hub name, or {INITIAL}"
 
 
 def _regularizer_prompts(cfg: DictConfig) -> Iterator[str]:

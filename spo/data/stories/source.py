@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from itertools import islice
@@ -12,6 +11,7 @@ from typing import Annotated, Literal, get_args
 from annotated_types import Ge, Le
 
 from spo.bounds import NonNegativeInt, PositiveFloat, PositiveInt
+from spo.data.gold_columns import GOLD_COLUMNS, gold_columns, sigmoid
 from spo.data.rows import SPLITS, Completer, Completion, Row, Split
 from spo.data.source import Source
 from spo.data.stories.grammar import NAMES, THREADS, StoryWorld, most_openings
@@ -56,6 +56,7 @@ class StoriesSource(Source):
     """
 
     samples_rows = True
+    provided_columns = GOLD_COLUMNS
     sft_reads = ("seed", "num_sft")
 
     def __init__(
@@ -182,9 +183,14 @@ class StoriesSource(Source):
                         preference=self._preference(score[chosen] - score[rejected]),
                         split=split,
                         where=f"stories:{split}:{i * self.pairs_per_prompt + k}",
+                        columns=self._columns(score[chosen], score[rejected]),
                     )
                 )
         return rows
+
+    def _columns(self, chosen: float, rejected: float) -> dict[str, float]:
+        """Return the columns that the loss declares, from the rewards of a pair."""
+        return gold_columns(chosen, rejected, self.label_noise, self.needs.number_columns)
 
     def _completions(
         self, prompts: Sequence[str], problems: Collection[str] | None, complete: Completer
@@ -237,8 +243,3 @@ def _known(key: str, names: Sequence[str], known: Collection[str]) -> tuple[str,
         what = f"there is no {', '.join(unknown)}" if unknown else "name at least one"
         raise ValueError(f"data.source.{key}: {what}; the {key} of the story world are {', '.join(known)}")
     return tuple(dict.fromkeys(names))
-
-
-def sigmoid(x: float) -> float:
-    """Return the logistic function of any finite number, without overflow."""
-    return 0.5 * (1 + math.tanh(x / 2))
