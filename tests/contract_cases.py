@@ -81,7 +81,6 @@ A, B, ETA, L2, NLL = ALPHA, BETA, 1 / BETA, math.log(2), -LOGP / LENGTH
 ODDS = 1 / (1 - math.exp(-NLL))
 """Derivative of the log-odds of a token by its log-prob."""
 DPO = Known(L2, -B / 2, (0, -B))
-FREE = {"is_constant": False}
 UPO_WEIGHT = math.exp(0.25)
 
 # Column "value": log 2, 1/(4 tau^2), ... of the definitions; the slopes are derivatives of the same formulas.
@@ -92,14 +91,14 @@ KNOWN: dict[str, Known] = {
         (0, -B / LENGTH),
         cancels=False,
         held=("target_margins",),
-        **FREE,
+        is_constant=False,
     ),
     "alpha_spin": DPO,
     "aot": DPO,
     "aot_unpaired": DPO,
     "apo_down": Known(1, 0, (0, 0), rejected=B / 4, cancels=False),
     "apo_zero": Known(1, -B / 4, (0, 0), cancels=False),
-    "aps": Known(0.1 * L2 - 0.2 * 0.1, -1 / 2, (0, -1)),
+    "aps": Known(0.1 * L2 - 0.2 * 0.1, -B / 2, (0, -B)),
     "bapo": DPO,
     "bco": Known(L2, -B / 2, (0, -B), cancels=False),
     "cdpo": Known(L2, -(1 - 2 * 0.2) * B / 2, (0.2 * B, -0.8 * B)),
@@ -113,7 +112,7 @@ KNOWN: dict[str, Known] = {
         (-1 / LENGTH, -B - 1 / LENGTH),
         rejected=B / 2,
         rejected_far=(B, 0),
-        **FREE,
+        is_constant=False,
     ),
     "exo": Known(-L2 - math.log(1e-3 * (1 - 1e-3)) / 2, B / 4 * math.log(1e-3 / (1 - 1e-3)), (0, 0)),
     "exo_rw": Known(
@@ -139,7 +138,7 @@ KNOWN: dict[str, Known] = {
         (-0.2 / LENGTH, -B - 0.2 / LENGTH),
         rejected=B / 2,
         rejected_far=(B, 0),
-        **FREE,
+        is_constant=False,
     ),
     "mrpo": Known(L2, -B / 2, (0, -B), cancels=False),
     "nca": Known(2 * L2, -B / 4, (B / 2, -B), rejected_far=(B / 2, 0), cancels=False),
@@ -160,9 +159,9 @@ KNOWN: dict[str, Known] = {
     "sequential_po": Known(_softplus(0.5), -B * _sigmoid(0.5), (0, -B)),
     "sft": Known(-LOGP, -1, (-1, -1), rejected=0, rejected_far=(0, 0)),
     "simpo": Known(_softplus(0.55 * B), -B * _sigmoid(0.55 * B) / LENGTH, (0, -B / LENGTH)),
-    "slic": Known(1 - 0.1 * LOGP, -1.1, (-0.1, -1.1), rejected=1, rejected_far=(1, 0)),
+    "slic": Known(B - 0.1 * LOGP, -1.1, (-0.1, -1.1), rejected=1, rejected_far=(1, 0)),
     "spin": DPO,
-    "spl": Known(L2, -A / 2, (0, -A), **FREE),
+    "spl": Known(L2, -A / 2, (0, -A), is_constant=False),
     "spo": Known(L2 / A, -1 / 2, (0, -1)),
     "spo_best_of_n": Known(math.log(3) / A, -2 / 3, (0, -1)),
     "spo_ranked": Known(math.log(6) / A, -2 / 3, (0, -1)),
@@ -180,9 +179,9 @@ KNOWN: dict[str, Known] = {
         rejected_far=(-UPO_WEIGHT, -UPO_WEIGHT),
         cancels=False,
         held=("reference_point", "weights"),
-        **FREE,
+        is_constant=False,
     ),
-    "wpo": replace(DPO, held=("weights",), **FREE),
+    "wpo": replace(DPO, held=("weights",), is_constant=False),
 }
 
 
@@ -200,6 +199,7 @@ def known(name: str) -> Known:
     return KNOWN[name]
 
 
+@cache
 def node(name: str) -> DictConfig:
     """Return the yaml of a method."""
     found = OmegaConf.load(FILES[name])
@@ -212,13 +212,19 @@ def make_loss(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> 
     loss = instantiate(node(name).loss, **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        getattr(loss, "fit_width", lambda _: None)(model(POLICY).config.n_embd)
+        loss.fit_width(model(POLICY).config.n_embd)
     return loss.to(dtype) if isinstance(loss, nn.Module) else loss
 
 
 @cache
 def model(seed: int, dtype: torch.dtype = torch.float64) -> Any:
-    return small_model(seed, dtype)
+    return resolved(small_model(seed, dtype))
+
+
+def resolved(of: nn.Module) -> nn.Module:
+    """Return a model that takes packed rows from now on."""
+    FAST.resolve_for(of)
+    return of
 
 
 @cache
@@ -266,7 +272,7 @@ def some_rows(loss: Loss[Any], count: int = 11, *, soft: bool = False, random: b
         if loss.inputs is ListLogps:
             columns["worse_ids"] = (pairs[i - 1].chosen_ids,)
         if loss.inputs is LabelledLogps:
-            label = 0.2 + i / 20 if soft and i else float(i % 3 > 0)
+            label = 0.2 + i / 20 if soft and i % 3 == 2 else float(i % 3 > 0)
             columns |= {"rejected_ids": None, "rejected_text": None, "preference": None, "label": label}
         rows.append(replace(pair, **columns))
     return rows
@@ -331,4 +337,6 @@ def level(loss: Loss[Any], logp: float = LOGP, dtype: torch.dtype = torch.float6
         return LabelledLogps(row, torch.arange(ROWS) % 2 * torch.ones_like(row), reference, length, **more)
     every = full(ROWS, LIST_SIZE)
     order = torch.arange(LIST_SIZE).expand(ROWS, -1)
-    return ListLogps(every, torch.ones_like(every, dtype=torch.bool), order, every if loss.uses_reference else None, **more)
+    return ListLogps(
+        every, torch.ones_like(every, dtype=torch.bool), order, every if loss.uses_reference else None, **more
+    )

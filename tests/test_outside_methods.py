@@ -23,8 +23,6 @@ from spo.forward.speed import Speed
 from spo.models import FrozenReference
 from tests.commands import TINY
 from tests.helpers import (
-    BOS,
-    EOS,
     FAST,
     PLAIN,
     VOCAB,

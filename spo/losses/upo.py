@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 from annotated_types import Gt
 from torch import Tensor, nn
 
@@ -116,7 +115,7 @@ class UPOLoss(KTOLoss, nn.Module):
     def of_labels(self, logps: LabelledLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` loss of each completion."""
         advantages = self.advantages(logps)
-        asymmetry = torch.where(advantages < 0, 1 - self.expectile, self.expectile)
+        asymmetry = (self.expectile - (advantages < 0).to(advantages)).abs()
         return (
             super().of_labels(logps, alpha=alpha, beta=beta)
             - self.gamma * self.weights(logps) * logps.policy
