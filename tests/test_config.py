@@ -715,6 +715,17 @@ class Bounded(DPOLoss):
 """
 
 
+def test_own_member_with_a_shipped_name_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "dpo.yaml").write_text("loss: {_target_: spo.losses.SFTLoss}")
+    with pytest.raises(UserError, match=r"method/dpo\.yaml has the name of a shipped member"):
+        compose(["method=dpo"], config_dir=tmp_path)
+    with pytest.raises(UserError, match=r"method/dpo\.yaml has the name of a shipped member"):
+        plan(["method=dpo"], config_dir=tmp_path)
+    (tmp_path / "method" / "dpo.yaml").rename(tmp_path / "method" / "my_dpo.yaml")
+    assert compose(["method=my_dpo"], config_dir=tmp_path).method.loss._target_ == "spo.losses.SFTLoss"
+
+
 def test_bounds_of_a_plugin_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bounded_spo.py").write_text(BOUNDED_LOSS)
     (tmp_path / "method").mkdir()

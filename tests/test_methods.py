@@ -75,7 +75,7 @@ def test_page_has_about_ten_lines_and_every_key(name: str, shipped: Mapping[str,
     assert len(lines) <= 11 + 2 * len(shipped[name].keys)
     assert lines[0].startswith(f"{name}: {node['title']}"[:100])
     for words in (node["changes"], node["use_when"], node["checked"], node["paper"], shipped[name].verified):
-        assert words in text
+        assert str(words) in text
     assert not set(text) & set("\\`$") - {"`"} and text.isascii()
 
 

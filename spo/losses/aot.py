@@ -20,7 +20,8 @@ class AOTLoss(PreferenceLoss):
 
     where a and b are ``(B,)`` numbers in sorted order: the margins of the policy and of the reference for pairs, or the
     log-ratios of chosen and of rejected with ``unpaired``, where no completion has a partner. All pairs of an optimizer
-    step are sorted together; with one pair the loss is DPO. The loss of a pair is that of its a.
+    step are sorted together; with one pair the loss is DPO. The loss of a pair is that of its a. A soft label p mixes
+    each comparison with its opposite, as label smoothing by 1 - p does.
 
     Args:
         unpaired: Compare the log-ratios of chosen and rejected completions without their pairing.
@@ -31,6 +32,7 @@ class AOTLoss(PreferenceLoss):
     """
 
     full_batch = True
+    reads_soft_labels = True
 
     def __init__(self, unpaired: bool = False, label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0) -> None:
         if not 0 <= label_smoothing < 0.5:
@@ -42,4 +44,7 @@ class AOTLoss(PreferenceLoss):
         above, below = both_log_ratios(pair) if self.unpaired else (policy_margin(pair), reference_margin(pair))
         place = above.argsort(stable=True).argsort()
         logit = beta * (above - below.sort(stable=True).values[place])
-        return -(1 - self.label_smoothing) * logsigmoid(logit) - self.label_smoothing * logsigmoid(-logit)
+        right = 1 - self.label_smoothing
+        if pair.preference is not None:
+            right = right * pair.preference + self.label_smoothing * (1 - pair.preference)
+        return -right * logsigmoid(logit) - (1 - right) * logsigmoid(-logit)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from spo.losses.base import Loss
 from spo.types import Logps
+
+if TYPE_CHECKING:
+    from spo.objective import ScoredBatch
 
 
 class MixLoss(Loss[Any], nn.Module):
@@ -48,7 +51,11 @@ class MixLoss(Loss[Any], nn.Module):
         self.uses_rejected = any(loss.uses_rejected for loss in parts)
         self.uses_alpha = any(loss.uses_alpha for loss in parts)
         self.uses_beta = any(loss.uses_beta for loss in parts)
-        self.terms = self._of_parts("terms")
+        self.terms = {
+            f"{name}.{key}": term._replace(compute=partial(self._term, name, term.compute))
+            for name, loss in self.losses.items()
+            for key, term in loss.terms.items()
+        }
         self.features = self._of_parts("features")
         self.extra_completions = self._of_parts("extra_completions")
         self.extra_references = tuple(dict.fromkeys(name for loss in parts for name in loss.extra_references))
@@ -76,6 +83,17 @@ class MixLoss(Loss[Any], nn.Module):
             for key, value in getattr(loss, declaration).items()
         }
 
+    def _term(self, name: str, compute: Callable[[ScoredBatch], Tensor], scored: ScoredBatch) -> Tensor:
+        """Return a term of a part, which finds the further completions of its rows under its names."""
+        if not self.losses[name].extra_completions:
+            return compute(scored)  # without computing log-probs of tokens again
+        return compute(replace(scored, batch=replace(scored.batch, extra=_own(name, scored.batch.extra))))
+
+    def fit_width(self, width: int) -> None:
+        """Let each part make its parameters of that width."""
+        for loss in self.losses.values():
+            loss.fit_width(width)
+
     @property
     def has_statistics(self) -> bool:
         """Return whether a part updates statistics from all pairs of each optimizer step."""
@@ -88,11 +106,7 @@ class MixLoss(Loss[Any], nn.Module):
 
     def _seen_by(self, name: str, logps: Logps) -> Logps:
         """Return the log-probs with the numbers that a part declares, under its names."""
-        prefix = f"{name}."
-
-        def own(values: Mapping[str, Any]) -> dict[str, Any]:
-            return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
-
+        own = partial(_own, name)
         return replace(logps, terms=own(logps.terms), features=own(logps.features), extra=own(logps.extra))
 
     def _of(self, name: str, logps: Logps, alpha: float, beta: float) -> Tensor:
@@ -110,3 +124,9 @@ class MixLoss(Loss[Any], nn.Module):
             found |= loss.metrics(self._seen_by(name, logps), alpha=alpha, beta=beta)
         of = partial(self._of, logps=logps, alpha=alpha, beta=beta)
         return found | {f"mix/{name}": of(name).detach() for name in self.losses}
+
+
+def _own(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a part, under its names."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}

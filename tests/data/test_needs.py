@@ -631,7 +631,8 @@ def method(loss: type) -> list[str]:
         (["data=labelled_jsonl", "method=spo_ranked"], "method=spo_ranked reads lists of completions without labels"),
         (["data=labelled_jsonl", "method=sft"], "method=sft reads completions without labels"),
         (["data=ranked_jsonl", *method(Unpaired)], "single completions with labels, but data=ranked_jsonl has lists"),
-        (["data=labelled_jsonl", *method(UnpairedPerCompletion)], "the feature 'reward' is a number of each completion"),
+        (["data=labelled_jsonl", *method(UnpairedPerCompletion)], "the feature 'reward' is a number of each "
+         "completion of a pair, and data=labelled_jsonl has single completions"),
         (["data=stories", *method(Rewarded)], "reads the column reward, but data=stories does not have such columns"),
         (["data=stories", *method(PerCompletion)], "reads the columns a, b, but data=stories"),
         (["data=enumerable", *method(Anchored)], "reads the column anchor, but data=enumerable does not have"),

@@ -423,6 +423,47 @@ STEPS = (
     ),
 )
 
+HEADS_TEST = "test_head_losses.py::test_step_equals_a_plain_computation"
+
+HEADS = (
+    _mutant(
+        "upo_weight_with_gradient",
+        "losses.upo.UPOLoss.weights",
+        ".detach()",
+        "",
+        f"{HEADS_TEST}[padded-None-upo]",
+        "test_head_losses.py::test_likelihood_has_the_weight_of_the_advantage_and_its_limit",
+    ),
+    _mutant(
+        "upo_value_moves_the_policy",
+        "losses.upo.UPOLoss.values_of",
+        "prompt_states.detach()",
+        "prompt_states",
+        f"{HEADS_TEST}[padded-None-upo]",
+    ),
+    _mutant(
+        "self_supervised_po_repeated_versions_counted",
+        "losses.self_supervised_po.SelfSupervisedPOLoss._mean",
+        "places[1:] != places[:-1]",
+        "places[1:] >= 0",
+        f"{HEADS_TEST}[padded-None-self_supervised_po]",
+    ),
+    _mutant(
+        "self_supervised_po_keeps_the_share",
+        "losses.self_supervised_po.Damaged.tokens",
+        "share=self.share",
+        "share=1 - self.share",
+        "test_head_losses.py::test_versions_are_the_tokens_of_their_texts[no_bos]",
+    ),
+    _mutant(
+        "state_of_the_last_completion_token",
+        "objective.scored.ScoredBatch.prompt_states",
+        "lengths.cumsum(0) - lengths",
+        "lengths.cumsum(0) - 1",
+        "test_policy_states.py::test_states_are_those_of_a_plain_forward_pass[padded-plain]",
+    ),
+)
+
 METRICS = (
     _mutant(
         "accuracy_counts_ties_as_right",
@@ -466,4 +507,4 @@ METRICS = (
     ),
 )
 
-MUTANTS = (*LOSSES, *DIVERGENCES, *SAMPLING, *TOKENS, *STEPS, *METRICS)
+MUTANTS = (*LOSSES, *DIVERGENCES, *SAMPLING, *TOKENS, *STEPS, *HEADS, *METRICS)
