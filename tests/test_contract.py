@@ -5,7 +5,13 @@ A new method joins by existing. Its entry in ``KNOWN`` (tests/contract_cases.py)
 
 from __future__ import annotations
 
+import gzip
 import inspect
+import itertools
+import json
+import math
+import os
+import random
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -15,18 +21,20 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+import yaml
 from hydra.utils import get_class
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from spo.data.collate import collate
-from spo.losses import Loss
+from spo.losses import Feature, Loss
 from spo.models import FrozenReference
 from spo.objective.joint import leaves_of
 from spo.objective.learned import parameters_of, tensors_of, update_statistics
 from spo.objective.scored import losses_of, metrics_of
 from spo.types import LabelledLogps, ListLogps, Logps, PairLogps, Window
+from tests.commands import TINY, spo
 from tests.contract_cases import (
     ALPHA,
     BETA,
@@ -52,6 +60,7 @@ from tests.environments import ROOT
 from tests.helpers import PAD, Spied, make_data, make_module, make_trainer, run_on_two_ranks, small_model
 
 COEFFICIENTS: dict[str, Any] = {"alpha": ALPHA, "beta": BETA}
+DATA = Path(os.environ.get("SPO_DATA_DIR", ROOT / "../shared/data"))
 EACH = pytest.mark.parametrize("name", METHODS)
 
 
@@ -188,6 +197,12 @@ def compares(loss: Loss[Any]) -> bool:
     return all(part.uses_rejected or part.inputs is LabelledLogps for part in parts_of(loss))
 
 
+def some_labels(loss: Loss[Any], logps: Logps) -> Tensor:
+    """Return labels of both kinds and soft ones; all are equal for a loss that spreads a label over other rows."""
+    labels = [0.3] * 12 if loss.reads_soft_labels else [1, 0, 0.3] * 4
+    return torch.tensor(labels[: len(logps)], dtype=torch.float64)
+
+
 @EACH
 def test_soft_label_is_an_expectation(name: str) -> None:
     loss = make_loss(name)
@@ -195,11 +210,18 @@ def test_soft_label_is_an_expectation(name: str) -> None:
     with_statistics(loss, logps)
     label = torch.tensor([1, 0, 0.3] * 4).double()[: len(logps)]
     right, wrong, both = (values(loss, with_label(logps, one)) for one in (label.ceil(), label.floor(), label))
-    if not compares(loss):
-        assert not torch.equal(right, wrong) or not any(part.uses_rejected for part in parts_of(loss))
+    if not any(part.uses_rejected or part.inputs is LabelledLogps for part in parts_of(loss)):
+        assert torch.equal(right, wrong)
         return
-    torch.testing.assert_close(both, label * right + (1 - label) * wrong, rtol=1e-12, atol=1e-12)
-    assert (right[2::3] - wrong[2::3]).abs().min() > 1e-9 or "win_rate" in loss.features or name == "exo_rw"
+    is_soft = label == 0.3
+    if any(one.each and one.default is None for one in loss.features.values()):
+        return  # Numbers of completions take the place of a label.
+    assert (both - right).abs()[is_soft].min() > 1e-9 and (both - wrong).abs()[is_soft].min() > 1e-9
+    if loss.reads_soft_labels:
+        almost = values(loss, with_label(logps, label.clamp(1e-9, 1 - 1e-9)))
+        torch.testing.assert_close(almost, both, rtol=1e-6, atol=1e-6)
+    elif compares(loss):
+        torch.testing.assert_close(both, label * right + (1 - label) * wrong, rtol=1e-12, atol=1e-12)
 
 
 @EACH
@@ -215,7 +237,7 @@ def test_weight_multiplies_the_loss_of_its_row(name: str) -> None:
 def test_exchanged_completions_with_the_opposite_label(name: str) -> None:
     loss = make_loss(name)
     logps = seen(loss, some_rows(loss))
-    label = torch.tensor([1, 0, 0.3] * 4).double()[: len(logps)]
+    label = some_labels(loss, logps)
     given = with_label(logps, label)
     if isinstance(given, PairLogps):
         other: Logps = given.swapped(loss.per_completion_features)
@@ -224,11 +246,14 @@ def test_exchanged_completions_with_the_opposite_label(name: str) -> None:
     else:
         return  # A completion without a partner has nothing to be exchanged with.
     if compares(loss):
-        torch.testing.assert_close(values(loss, other), values(loss, given), rtol=1e-12, atol=1e-12)
-    ours, theirs = (metrics_of(loss, one, **COEFFICIENTS) for one in (given, other))
+        theirs, ours = values(loss, other), values(loss, given)
+        if loss.reads_soft_labels:
+            theirs, ours = theirs.mean(), ours.mean()
+        torch.testing.assert_close(theirs, ours, rtol=1e-12, atol=1e-12)
     if isinstance(given, PairLogps):
-        torch.testing.assert_close(theirs["rewards/margins"], -ours["rewards/margins"])
-        torch.testing.assert_close(theirs["rewards/accuracies"], 1 - ours["rewards/accuracies"])
+        before, after = (metrics_of(loss, one, **COEFFICIENTS) for one in (given, other))
+        torch.testing.assert_close(after["rewards/margins"], -before["rewards/margins"])
+        torch.testing.assert_close(after["rewards/accuracies"], 1 - before["rewards/accuracies"])
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------
@@ -314,9 +339,8 @@ def choices(name: str) -> Iterator[tuple[str, Any]]:
         yield from ((key, choice) for choice in given if choice != config.get(key))
 
 
-OPTIONS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in METHODS] + [
-    (name, {key: one}) for name in METHODS for key, one in choices(name)
-]
+OPTIONS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in METHODS]
+OPTIONS += [(name, {key: one}) for name in METHODS for key, one in choices(name)]
 
 
 def extreme(loss: Loss[Any], logps: Logps, highest: float, dtype: torch.dtype) -> Logps:
@@ -498,6 +522,58 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         alone = fitted(tmp_path, name)
         for micro in (None, 2):
             assert_same_gradients(two[name, micro], alone)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+ALL = f"method={','.join(METHODS)}"
+FEW_EVALUATIONS = ["evaluation=quick", "judge=none", "logger=record", "trainer.val_check_interval=3"]
+
+
+def check_runs(sweep: Path) -> None:
+    """Check that each method has a run that is finished, with finite metrics, and that its policy has moved."""
+    runs = [path.parent for path in sweep.glob("*/metrics.json")]
+    folders = {str(yaml.safe_load((run / "config.yaml").read_text())["method"]["name"]): run for run in runs}
+    assert folders.keys() == set(METHODS)
+    for name, run in folders.items():
+        metrics = json.loads((run / "metrics.json").read_text())
+        assert {"train/loss", "val/loss", "eval/rewards/chosen"} <= metrics.keys(), name
+        assert all(math.isfinite(value) for value in metrics.values() if isinstance(value, float)), name
+        assert metrics["train/grad_norm"] > 0, name
+
+
+@pytest.mark.slow
+def test_every_method_trains_in_one_process(cache_dir: Path, tmp_path: Path) -> None:
+    words = [TINY, ALL, *FEW_EVALUATIONS, "sft.max_steps=10", "trainer.max_steps=3", "hydra.sweep.dir=sweep"]
+    spo("train", "-m", *words, folder=tmp_path, cache=cache_dir)
+    check_runs(tmp_path / "sweep")
+
+
+def with_columns(path: Path, out: Path, rows: int) -> Path:
+    """Copy pairs, with a number in each column that a method needs and that its loss does not make."""
+    columns: dict[str, Feature] = {}
+    for name in METHODS:
+        for one in make_loss(name).features.values():
+            if one.make is None:
+                columns |= dict.fromkeys(one.columns, one)
+    generator = random.Random(0)
+    with gzip.open(path, "rt") as lines:
+        given = [json.loads(line) for line in itertools.islice(lines, rows)]
+    found = [row | {name: round(generator.random(), 3) for name in columns} for row in given]
+    out.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return out
+
+
+@pytest.mark.slow
+def test_every_method_trains_on_real_pairs_in_one_process(cache_dir: Path, tmp_path: Path) -> None:
+    model, pairs = DATA / "stories260K", DATA / "alpaca_eval_pairs.train.jsonl.gz"
+    if not (model.exists() and pairs.exists()):
+        pytest.skip("no SPO_DATA_DIR")
+    rows = with_columns(pairs, tmp_path / "pairs.jsonl", 200)
+    words = [TINY, ALL, *FEW_EVALUATIONS, "model=hf", f"model.path={model}", "data=jsonl", f"data.path={rows}"]
+    words += ["data.truncation=trim_completion", "data.batch_size=4", "data.max_new_tokens=16", "trainer.max_steps=3"]
+    spo("train", "-m", *words, "hydra.sweep.dir=sweep", folder=tmp_path, cache=cache_dir)
+    check_runs(tmp_path / "sweep")
 
 
 # --- yaml, docstring and README -------------------------------------------------------------------------------------
