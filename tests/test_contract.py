@@ -208,7 +208,7 @@ def test_soft_label_is_an_expectation(name: str) -> None:
     loss = make_loss(name)
     logps = seen(loss, some_rows(loss))
     with_statistics(loss, logps)
-    label = torch.tensor([1, 0, 0.3] * 4).double()[: len(logps)]
+    label = torch.tensor([1, 0, 0.3] * 4, dtype=torch.float64)[: len(logps)]
     right, wrong, both = (values(loss, with_label(logps, one)) for one in (label.ceil(), label.floor(), label))
     if not any(part.uses_rejected or part.inputs is LabelledLogps for part in parts_of(loss)):
         assert torch.equal(right, wrong)

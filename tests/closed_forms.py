@@ -1,4 +1,4 @@
-"""Closed forms of the methods in ``tests/outside``, written token by token from the papers, without the package."""
+"""Closed forms of methods, written token by token from the papers, without the package."""
 
 from __future__ import annotations
 
@@ -206,14 +206,15 @@ class BCO(Oracle):
         self.rewards: list[float] = []
 
     def observe(self, rows: list[Row]) -> None:
-        self.rewards += [self.beta * float(y.ratio) for row in rows for y in (row.chosen, row.rejected) if y]
+        self.rewards += [self.beta * float(row.chosen.ratio) for row in rows]
 
-    def of_pairs(self, pairs: Pairs, rows: list[Row]) -> list[Tensor]:
+    def losses(self, rows: list[Row]) -> list[Tensor]:
         shift = sum(self.rewards) / len(self.rewards)
-        return [
-            -log_sigmoid(self.beta * better.ratio - shift) - log_sigmoid(shift - self.beta * worse.ratio)
-            for better, worse in pairs
-        ]
+        losses = []
+        for row in rows:
+            logit = self.beta * row.chosen.ratio - shift
+            losses.append(row.weight * -(row.right * log_sigmoid(logit) + (1 - row.right) * log_sigmoid(-logit)))
+        return losses
 
 
 class KTO(Oracle):
@@ -264,3 +265,4 @@ ORACLES: dict[str, Callable[[float], Any]] = {
     "tr_dpo": TRDPO,
     "wpo": each_pair(wpo),
 }
+"""Closed forms by method; those of the methods in ``tests/outside`` have the same names after ``my_``."""
