@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,  # type: ignore[attr-defined]
+)
 
 from spo.data import Row
 from spo.losses import DataNeeds, HashedWords, RPOLoss
@@ -26,8 +32,15 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "vocab.txt").write_text("\n".join(words))
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=LONGEST, **sizes)).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=LONGEST,
+    )
+    BertModel(config).save_pretrained(folder)
     return folder
 
 
@@ -70,6 +83,11 @@ def test_encoder_cuts_texts_that_it_cannot_read(encoder: Path) -> None:
 def test_folder_that_is_not_an_encoder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a Hugging Face encoder"):
         EncoderEmbedder(str(tmp_path))
+
+
+def test_what_is_not_an_embedder_is_an_error() -> None:
+    with pytest.raises(ValueError, match="embedder must be a function with a size, .* got 'words'"):
+        RPOLoss(embedder="words")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["words", "encoder"])

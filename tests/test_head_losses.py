@@ -319,7 +319,9 @@ def test_rewards_are_made_by_the_function_of_the_configuration() -> None:
     assert UPOLoss().features["auxiliary_reward"].make is None
 
 
-@pytest.mark.parametrize("options", [{"gamma": -1}, {"temperature": 0}, {"expectile": 1}, {"max_weight": 0}])
+@pytest.mark.parametrize(
+    "options", [{"gamma": -1}, {"temperature": 0}, {"expectile": 1}, {"max_weight": 0}, {"reward": "text"}]
+)
 def test_options_outside_of_their_range_are_errors(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         UPOLoss(**options)

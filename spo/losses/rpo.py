@@ -65,8 +65,14 @@ class RPOLoss(PreferenceLoss):
 
 
 def prompt_embedding(embedder: Embedder | None) -> Feature:
-    """Return the feature with the embedding of a prompt, from its column or else from an embedder."""
+    """Return the feature with the embedding of a prompt, from its column or else from an embedder.
+
+    Raises:
+        ValueError: ``embedder`` is not one.
+    """
     made_by = HashedWords() if embedder is None else embedder
+    if not (callable(made_by) and hasattr(made_by, "size")):
+        raise ValueError(f"embedder must be a function with a size, such as spo.losses.HashedWords, got {embedder!r}")
     return Feature("prompt_embedding", size=made_by.size, make=made_by)
 
 

@@ -76,6 +76,8 @@ class UPOLoss(KTOLoss, nn.Module):
                 "temperature and max_weight must be positive and expectile between 0 and 1, got "
                 f"{temperature}, {max_weight} and {expectile}"
             )
+        if reward is not None and not callable(reward):
+            raise ValueError(f"reward must be a function of texts with _partial_, or null, got {reward!r}")
         self.gamma, self.temperature, self.expectile = gamma, temperature, expectile
         self.value_weight, self.max_weight = value_weight, max_weight
         make = None if reward is None else _rewards_by(reward)
