@@ -237,7 +237,7 @@ TOKENS = (
 )
 
 WHOLE_BATCH = (
-    *_of("aot.AOTLoss.of_pairs", "aot-0", unsorted=("below.sort(stable=True).values[place]", "below")),
+    *_of("aot.AOTLoss.of_pairs", "aot-2", unsorted=("below.sort(stable=True).values[place]", "below")),
     *_of("aot.AOTLoss.of_pairs", "aot_unpaired-0", paired=("if self.unpaired else", "if not self.unpaired else")),
     *_of(
         "alpha_dpo.AlphaDPOLoss.target_margins",
@@ -253,8 +253,12 @@ WHOLE_BATCH = (
 
 UNPAIRED = (
     *_of("kto.KTOLoss.of_labels", "kto-0", without_reference_point=(" - self.reference_point(logps)", "")),
-    *_of("kto.KTOLoss.reference_point", "kto-0", gradient_of_the_reference_point=(".detach()", "")),
-    *_of("bco.BCOLoss.of_labels", "bco_delta-2", without_shift=(" - self.mean_ratio(logps)", "")),
+    *_of(
+        "kto.KTOLoss.reference_point",
+        "test_losses.py::test_reference_point_of_kto_is_not_below_zero",
+        reference_point_below_zero=(".clamp(min=0)", ""),
+    ),
+    *_of("bco.BCOLoss.of_labels", "bco_delta-3", without_shift=(" - self.mean_ratio(logps)", "")),
     *_of("bco.BCOLoss.of_labels", "bco_pair-0", label_ignored=("logit, -logit)", "logit, logit)")),
     *_of(
         "rpo_unpaired.RPOUnpairedLoss.of_labels",
