@@ -16,7 +16,6 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from spo import cli
 from spo.data import TokenizedPair
@@ -26,8 +25,6 @@ from spo.resources import conf_dir
 from tests.closed_forms import EXTRA, ORACLES, POLICY, REFERENCE, Completion, Oracle, Row, completion
 from tests.commands import TINY
 from tests.helpers import (
-    BOS,
-    EOS,
     FAST,
     PLAIN,
     VOCAB,
@@ -39,6 +36,7 @@ from tests.helpers import (
     random_pairs,
     run_on_two_ranks,
     save_model,
+    small_model,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -55,28 +53,6 @@ TERMS, STATE = ("ld_dpo", "tdpo2", "wpo"), ("bco", "outside_debiased", "outside_
 LABELLED = ("bco", "kto", "outside_kto")
 EMBEDDING = {"rpo": "prompt_embedding", "outside_rpo": "embedding"}
 MODELS = {POLICY: 0, REFERENCE: 1, EXTRA: 2}
-
-
-def small_model(seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Return a model whose every number has the dtype; Llama computes norms and positions in float32."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = GPT2Config(
-            vocab_size=VOCAB,
-            n_positions=32,
-            n_embd=12,
-            n_layer=1,
-            n_head=2,
-            initializer_range=0.5,
-            tie_word_embeddings=False,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-            attn_implementation="sdpa",
-        )
-        return GPT2LMHeadModel(config).to(dtype).eval()
 
 
 @cache

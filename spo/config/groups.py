@@ -55,7 +55,7 @@ def group_members(folders: Iterable[Path]) -> dict[str, list[str]]:
 
 
 def shipped_names(folder: Path) -> list[str]:
-    """Return the members of a folder, such as ``method/dpo``, with the name of a shipped one, which Hydra takes instead."""
+    """Return the members of a folder, such as ``method/dpo``, that Hydra ignores: shipped ones have their names."""
     shipped = group_members([conf_dir()])
     own = group_members([folder]).items() if folder.resolve() != conf_dir().resolve() else ()
     return [f"{group}/{name}" for group, members in own for name in members if name in shipped.get(group, [])]

@@ -57,7 +57,7 @@ class AlphaDPOLoss(PreferenceLoss, nn.Module):
 
     def update_statistics(self, logps: PairLogps) -> None:
         """Update the running mean and deviation of the margins."""
-        margins = self._margins(logps).double()
+        margins = self._margins(logps).to(self.mean)
         self.mean.lerp_(margins.mean(), 1 - DECAY)
         if len(margins) > 1:
             self.std.lerp_(margins.std(), 1 - DECAY)

@@ -44,7 +44,7 @@ class AOTLoss(PreferenceLoss):
         above, below = both_log_ratios(pair) if self.unpaired else (policy_margin(pair), reference_margin(pair))
         place = above.argsort(stable=True).argsort()
         logit = beta * (above - below.sort(stable=True).values[place])
-        right = 1 - self.label_smoothing
+        right: float | Tensor = 1 - self.label_smoothing
         if pair.preference is not None:
             right = right * pair.preference + self.label_smoothing * (1 - pair.preference)
         return -right * logsigmoid(logit) - (1 - right) * logsigmoid(-logit)

@@ -92,7 +92,7 @@ class MRPOLoss(PreferenceLoss):
         room = torch.full_like(others, self.clip)
         if self.adaptive_clip:
             size = ((others + base) / 2).abs()
-            of_chosen = self.clip * size[:, 0] / size.sum(1)
+            of_chosen = self.clip * size[:, 0] / size.sum(1).clamp(min=SMALLEST_GAP)
             room = torch.stack([of_chosen, self.clip - of_chosen], 1)
         return others.clamp((1 + room) * base, (1 - room) * base)
 

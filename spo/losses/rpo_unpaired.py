@@ -51,7 +51,8 @@ class RPOUnpairedLoss(LabelledLoss):
         embedding = logps.features["prompt_embedding"].to(ratios)
         itself = torch.eye(len(good), dtype=torch.bool, device=good.device)
         share = (good[:, None] * (1 - good)).masked_fill(itself, 0)
+        # Without both kinds of label there is nothing to compare: all shares are 0, and so is the gradient.
+        share = share / share.sum().clamp(min=torch.finfo(share.dtype).tiny)
         weights = prompt_weights(embedding, self.temperature, ((1 - good) * ~itself).to(ratios))
         each = -share * logsigmoid(beta * weights * (ratios[:, None] - ratios)) / 2
-        # Without both kinds of label there is nothing to compare: the sum is 0, and so is its gradient.
-        return len(ratios) * (each.sum(1) + each.sum(0)) / share.sum().clamp(min=torch.finfo(share.dtype).tiny)
+        return len(ratios) * (each.sum(1) + each.sum(0))
