@@ -551,9 +551,8 @@ def test_mean_does_not_pass_for_the_losses_of_rows(make: type[Loss[Any]]) -> Non
             make()(rows(torch.randn(3, 2), label, make.inputs, weight=ones), alpha=1.0, beta=1.0)
 
 
-def test_reference_point_of_kto_is_not_below_zero() -> None:
-    logps = torch.tensor([-5.0, -6.0]), torch.tensor([-1.0, -3.0])
-    for policy, reference, expected in ((*logps, 0.0), (*reversed(logps), 3.5)):
-        other = CompletionLogps(policy, torch.ones(2), reference)
-        given = LabelledLogps(policy, torch.ones(2), reference, extra={"mismatched": other})
-        assert KTOLoss().reference_point(given).item() == expected
+@pytest.mark.parametrize(("ratio", "expected"), [(-3.5, 0.0), (3.5, 3.5)])
+def test_reference_point_of_kto_is_not_below_zero(ratio: float, expected: float) -> None:
+    other = CompletionLogps(torch.full((2,), ratio - 9), torch.ones(2), torch.full((2,), -9.0))
+    given = LabelledLogps(torch.zeros(2), torch.ones(2), torch.zeros(2), extra={"mismatched": other})
+    assert KTOLoss().reference_point(given).item() == expected
