@@ -256,6 +256,14 @@ def test_exchanged_completions_with_the_opposite_label(name: str) -> None:
         torch.testing.assert_close(after["rewards/accuracies"], 1 - before["rewards/accuracies"])
 
 
+@EACH
+def test_rows_depend_on_each_other_as_declared(name: str) -> None:
+    loss = make_loss(name)
+    rows = some_rows(loss)
+    together, alone = values(loss, seen(loss, rows))[:4], values(loss, seen(loss, rows[:4]))
+    assert torch.allclose(together, alone, rtol=1e-9) != loss.full_batch
+
+
 # --- gradients ------------------------------------------------------------------------------------------------------
 
 
