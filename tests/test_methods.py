@@ -214,6 +214,9 @@ class Hungry(PreferenceLoss):
     def update_statistics(self, logps: PairLogps) -> None:
         """Do nothing."""
 
+    def fit_width(self, width: int) -> None:
+        """Do nothing."""
+
 
 def test_needs_follow_from_declarations(tmp_path: Path) -> None:
     (tmp_path / "method").mkdir()
@@ -222,6 +225,7 @@ def test_needs_follow_from_declarations(tmp_path: Path) -> None:
         "alpha", "beta", "token-level terms of policy and reference", "column a", "column b (optional)",
         "columns chosen_c and rejected_c", "column anchor", "completions drawn from the reference",
         "completions of other prompts", "further references p, q", "whole batch", "running statistics",
+        "a head on hidden states of the policy",
     ]  # fmt: skip
     file.write_text(f"loss: {{_target_: {__name__}.Hungry, names: [p, q]}}\n")
     method = facts_of("hungry", folders)

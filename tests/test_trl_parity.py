@@ -45,7 +45,7 @@ class Arm:
         beta: Beta of both.
         factor: Their loss over ours.
         max_tokens: Tokens to which completions are cut. TRL adds log-probs in float32, whose error on long completions
-            an exponential magnifies beyond the tolerance.
+            is above the tolerance, and which some losses magnify.
     """
 
     trainer: str
@@ -54,7 +54,7 @@ class Arm:
     ours: dict[str, Any] = field(default_factory=dict)
     beta: float = 0.1
     factor: float = 1.0
-    max_tokens: int | None = None
+    max_tokens: int = 64
 
     @property
     def loss_types(self) -> list[str]:
@@ -85,7 +85,7 @@ ARMS = {
     "aot_unpaired": dpo("aot_unpaired", "aot_unpaired"),
     "apo_zero": dpo("apo_zero", "apo_zero"),
     "apo_down": dpo("apo_down", "apo_down"),
-    "discopop": dpo("discopop", "discopop", {"temperature": 0.05}, beta=0.05),
+    "discopop": dpo("discopop", "discopop", {"temperature": 0.05}, beta=0.05, max_tokens=8),
     # ORPO (almost) without its odds ratio is the likelihood alone.
     "sft": dpo("sft", "orpo", TOKENS_OF_STEP, beta=1e-12),
     "sigmoid_norm": dpo("sigmoid_norm", "dpo_length_normalized", beta=2.0),
