@@ -347,8 +347,8 @@ def choices(name: str) -> Iterator[tuple[str, Any]]:
         yield from ((key, choice) for choice in given if choice != config.get(key))
 
 
-OPTIONS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in METHODS]
-OPTIONS += [(name, {key: one}) for name in METHODS for key, one in choices(name)]
+OPTIONS = [pytest.param(name, {}, id=name) for name in METHODS]
+OPTIONS += [pytest.param(name, {key: one}, id=f"{name}-{key}={one}") for name in METHODS for key, one in choices(name)]
 
 
 def extreme(loss: Loss[Any], logps: Logps, highest: float, dtype: torch.dtype) -> Logps:
