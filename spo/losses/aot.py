@@ -31,6 +31,7 @@ class AOTLoss(PreferenceLoss):
     """
 
     full_batch = True
+    no_optimum = "it compares order statistics of a step, whose ties have corners"
 
     def __init__(self, unpaired: bool = False, label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0) -> None:
         if not 0 <= label_smoothing < 0.5:

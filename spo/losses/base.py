@@ -87,6 +87,8 @@ class Loss(ABC, Generic[LogpsT]):
             configuration gives each name a model (``extra_references.NAME=PATH``).
         full_batch: The loss of a pair depends on the other pairs. It is then called once with all pairs of the
             optimizer step, over micro-batches and processes, or with all pairs of the split in a validation.
+        no_optimum: Reason why the expected loss does not have a single minimum that descent settles at; empty if it has
+            one or nobody looked.
         extra_metrics: Keys of metrics that :meth:`metrics` returns beside :data:`LOSS_METRICS`. Processes exchange
             metrics by position, so the keys are known before the first batch.
     """
@@ -101,6 +103,7 @@ class Loss(ABC, Generic[LogpsT]):
     extra_completions: Mapping[str, Role] = {}
     extra_references: tuple[str, ...] = ()
     full_batch: bool = False
+    no_optimum: str = ""
     extra_metrics: tuple[str, ...] = ()
     uses_batch_statistics = _OLD_NAMES["uses_batch_statistics"]
     metric_names = _OLD_NAMES["metric_names"]

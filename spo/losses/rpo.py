@@ -34,6 +34,7 @@ class RPOLoss(PreferenceLoss):
     """
 
     full_batch = True
+    no_optimum = "it contrasts completions of different prompts of a step"
 
     def __init__(self, temperature: PositiveFloat = 0.5, embedder: Embedder | None = None) -> None:
         if not temperature > 0:
