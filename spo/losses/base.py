@@ -233,7 +233,10 @@ class PreferenceLoss(Loss[PairLogps]):
         if preference is None or not self.uses_rejected or self.reads_soft_labels:
             return weighted(of(pair), pair)
         swapped = pair.swapped(self.per_completion_features)
-        right, wrong = _where(preference == 0, swapped, pair), _where(preference == 1, pair, swapped)
+        right, wrong = (
+            rows_where(preference == 0, swapped, pair),
+            rows_where(preference == 1, pair, swapped),
+        )
         return weighted(expected(preference, of(right), of(wrong)), pair)
 
     def rewards(self, pair: PairLogps, *, alpha: float, beta: float) -> tuple[Tensor, Tensor | None]:
@@ -376,7 +379,7 @@ class LabelledLoss(Loss[LabelledLogps]):
         }
 
 
-def _where(rows: Tensor, pair: PairLogps, other: PairLogps) -> PairLogps:
+def rows_where(rows: Tensor, pair: PairLogps, other: PairLogps) -> PairLogps:
     """Return the ``(B,)`` masked rows from ``pair``, and the others from ``other``."""
     columns = pair.columns()
     return pair.with_columns(
