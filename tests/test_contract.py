@@ -256,6 +256,14 @@ def test_exchanged_completions_with_the_opposite_label(name: str) -> None:
         torch.testing.assert_close(after["rewards/accuracies"], 1 - before["rewards/accuracies"])
 
 
+@EACH
+def test_rows_depend_on_each_other_as_declared(name: str) -> None:
+    loss = make_loss(name)
+    rows = some_rows(loss)
+    together, alone = values(loss, seen(loss, rows))[:4], values(loss, seen(loss, rows[:4]))
+    assert torch.allclose(together, alone, rtol=1e-9) != loss.full_batch
+
+
 # --- gradients ------------------------------------------------------------------------------------------------------
 
 
@@ -339,8 +347,8 @@ def choices(name: str) -> Iterator[tuple[str, Any]]:
         yield from ((key, choice) for choice in given if choice != config.get(key))
 
 
-OPTIONS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in METHODS]
-OPTIONS += [(name, {key: one}) for name in METHODS for key, one in choices(name)]
+OPTIONS = [pytest.param(name, {}, id=name) for name in METHODS]
+OPTIONS += [pytest.param(name, {key: one}, id=f"{name}-{key}={one}") for name in METHODS for key, one in choices(name)]
 
 
 def extreme(loss: Loss[Any], logps: Logps, highest: float, dtype: torch.dtype) -> Logps:
@@ -527,7 +535,13 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 # --- the command ----------------------------------------------------------------------------------------------------
 
 ALL = f"method={','.join(METHODS)}"
-FEW_EVALUATIONS = ["evaluation=quick", "judge=none", "logger=record", "trainer.val_check_interval=3"]
+LITTLE = ["judge=none", "logger=record", "trainer.max_steps=3", "trainer.val_check_interval=3"]
+LITTLE += [
+    "data.max_new_tokens=16",
+    "evaluation.num_prompts=2",
+    "evaluation.selection_prompts=2",
+    "probe.num_prompts=2",
+]
 
 
 def check_runs(sweep: Path) -> None:
@@ -544,7 +558,7 @@ def check_runs(sweep: Path) -> None:
 
 @pytest.mark.slow
 def test_every_method_trains_in_one_process(cache_dir: Path, tmp_path: Path) -> None:
-    words = [TINY, ALL, *FEW_EVALUATIONS, "sft.max_steps=10", "trainer.max_steps=3", "hydra.sweep.dir=sweep"]
+    words = [TINY, ALL, *LITTLE, "sft.max_steps=10", "hydra.sweep.dir=sweep"]
     spo("train", "-m", *words, folder=tmp_path, cache=cache_dir)
     check_runs(tmp_path / "sweep")
 
@@ -570,8 +584,8 @@ def test_every_method_trains_on_real_pairs_in_one_process(cache_dir: Path, tmp_p
     if not (model.exists() and pairs.exists()):
         pytest.skip("no SPO_DATA_DIR")
     rows = with_columns(pairs, tmp_path / "pairs.jsonl", 200)
-    words = [TINY, ALL, *FEW_EVALUATIONS, "model=hf", f"model.path={model}", "data=jsonl", f"data.path={rows}"]
-    words += ["data.truncation=trim_completion", "data.batch_size=4", "data.max_new_tokens=16", "trainer.max_steps=3"]
+    words = [TINY, ALL, *LITTLE, "model=hf", f"model.path={model}", "data=jsonl", f"data.path={rows}"]
+    words += ["data.truncation=trim_completion", "data.batch_size=4"]
     spo("train", "-m", *words, "hydra.sweep.dir=sweep", folder=tmp_path, cache=cache_dir)
     check_runs(tmp_path / "sweep")
 
