@@ -208,13 +208,13 @@ class ExactRPO(RPO):
 
 class AOT(Oracle):
     def losses(self, rows: list[Row]) -> list[Tensor]:
-        pairs = [_in_order(row, True) for row in rows]
+        pairs = [_in_order(row, row.right >= 0.5) for row in rows]
         policy = [better.logp(POLICY) - worse.logp(POLICY) for better, worse in pairs]
         reference = sorted(better.logp(REFERENCE) - worse.logp(REFERENCE) for better, worse in pairs)
         losses = {}
         for k, i in enumerate(sorted(range(len(rows)), key=lambda i: float(policy[i]))):
-            logit = self.beta * (policy[i] - reference[k])
-            losses[i] = -rows[i].right * log_sigmoid(logit) - (1 - rows[i].right) * log_sigmoid(-logit)
+            logit, right = self.beta * (policy[i] - reference[k]), max(rows[i].right, 1 - rows[i].right)
+            losses[i] = -right * log_sigmoid(logit) - (1 - right) * log_sigmoid(-logit)
         return [row.weight * losses[i] for i, row in enumerate(rows)]
 
 

@@ -18,6 +18,7 @@ from spo.losses import (
     DPOLoss,
     Feature,
     IPOLoss,
+    KTOLoss,
     LabelledLoss,
     ListLoss,
     Loss,
@@ -28,7 +29,7 @@ from spo.losses import (
     WeightedSPOLoss,
     policy_margin,
 )
-from spo.types import LabelledLogps, ListLogps, Logps, PairLogps
+from spo.types import CompletionLogps, LabelledLogps, ListLogps, Logps, PairLogps
 
 Array = NDArray[np.float64]
 B = 9
@@ -548,3 +549,11 @@ def test_mean_does_not_pass_for_the_losses_of_rows(make: type[Loss[Any]]) -> Non
     for label in (0.7 * ones, ones):
         with pytest.raises(UserError, match=r"of_\w+ must return one loss of each row, of shape \(3,\), .* \(\)"):
             make()(rows(torch.randn(3, 2), label, make.inputs, weight=ones), alpha=1.0, beta=1.0)
+
+
+def test_reference_point_of_kto_is_not_below_zero() -> None:
+    logps = torch.tensor([-5.0, -6.0]), torch.tensor([-1.0, -3.0])
+    for policy, reference, expected in ((*logps, 0.0), (*reversed(logps), 3.5)):
+        other = CompletionLogps(policy, torch.ones(2), reference)
+        given = LabelledLogps(policy, torch.ones(2), reference, extra={"mismatched": other})
+        assert KTOLoss().reference_point(given).item() == expected

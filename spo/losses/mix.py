@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,15 +25,16 @@ class MixLoss(Loss[Any], nn.Module):
     .. math:: L = \sum_k w_k L_k
 
     where L_k are the losses of the parts, ``(B,)``. The parts share alpha and beta, and each applies soft labels and
-    weights itself. Implicit rewards are those of the first part. Losses of a whole step (``full_batch``) cannot be
-    parts.
+    weights itself; next to a part that compares completions, one that learns from the chosen completion alone does so
+    too. Implicit rewards are those of the first part. Losses of a whole step (``full_batch``) cannot be parts.
 
     Args:
         losses: Losses by name.
         weights: Weight of each loss by its name.
 
     Raises:
-        ValueError: There is no loss, a name differs, a weight is negative, or losses do not fit together.
+        ValueError: There is no loss, a name differs, a weight is negative or infinite, all are zero, or losses do not
+            fit together.
     """
 
     def __init__(self, losses: Mapping[str, Loss[Any]], weights: Mapping[str, float]) -> None:
@@ -39,9 +42,11 @@ class MixLoss(Loss[Any], nn.Module):
         self.losses, self.weights = dict(losses), {name: float(weight) for name, weight in weights.items()}
         if not self.losses or self.losses.keys() != self.weights.keys():
             raise ValueError(f"weights must have a number for each of {list(self.losses)}, got {list(self.weights)}")
-        if not all(weight >= 0 for weight in self.weights.values()):
-            raise ValueError(f"weights must be >= 0, got {self.weights}")
+        if not (all(0 <= weight < math.inf for weight in self.weights.values()) and any(self.weights.values())):
+            raise ValueError(f"weights must be finite, >= 0, and not all zero, got {self.weights}")
         self._check_parts()
+        if any(loss.uses_rejected for loss in self.losses.values()):
+            self.losses = {name: _comparing(loss) for name, loss in self.losses.items()}
         for name, loss in self.losses.items():
             if isinstance(loss, nn.Module):
                 self.add_module(name, loss)
@@ -124,6 +129,14 @@ class MixLoss(Loss[Any], nn.Module):
             found |= loss.metrics(self._seen_by(name, logps), alpha=alpha, beta=beta)
         of = partial(self._of, logps=logps, alpha=alpha, beta=beta)
         return found | {f"mix/{name}": of(name).detach() for name in self.losses}
+
+
+def _comparing(loss: Loss[Any]) -> Loss[Any]:
+    """Return a loss that applies soft labels even if it learns from the chosen completion alone."""
+    if not loss.uses_rejected:
+        loss = copy(loss)
+        loss.uses_rejected = True
+    return loss
 
 
 def _own(name: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,8 +50,8 @@ class MRPOLoss(PreferenceLoss):
         adaptive_clip: bool = True,
         index: Literal["own", "code"] = "own",
     ) -> None:
-        if not references or isinstance(references, str):
-            raise ValueError("references must name at least one further reference, such as [extra]")
+        if not references or isinstance(references, str) or len(set(references)) < len(references):
+            raise ValueError("references must be a list of different names, at least one, such as [extra]")
         if index not in ("own", "code"):
             raise ValueError(f"index must be own or code, got {index}")
         if len(references) > 1 and (weight is not None or index == "code"):

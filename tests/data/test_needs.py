@@ -420,6 +420,14 @@ def test_mismatched_completions_are_those_of_the_row_before() -> None:
     assert [pair.extra["other"] for pair in pairs] == chosen[-1:] + chosen[:-1]
 
 
+def test_mismatched_completions_of_pairs_are_as_often_chosen_as_rejected() -> None:
+    rows = [Row(f"{i}?", f" {i} yes", f" {i} no") for i in range(12)]
+    train = prepared(rows, replace(LABELLED, extra_completions={"other": Mismatched()})).train
+    label_of = {row.chosen_ids: row.label for row in train}
+    assert {label_of[row.extra["other"]] for row in train} == {0.0, 1.0}
+    assert sorted(row.extra["other"] for row in train) == sorted(row.chosen_ids for row in train)
+
+
 @pytest.mark.parametrize("needs", [MISMATCHED, replace(LABELLED, extra_completions={"other": Mismatched()})])
 def test_mismatched_completions_have_another_prompt(needs: DataNeeds) -> None:
     rows = [Row(f"{i // 3 % 16}?", f" {i} yes", f" {i} no") for i in range(96)]  # runs of three, and a circle
