@@ -315,6 +315,13 @@ def seen(loss: Loss[Any], rows: Sequence[TokenizedPair], **options: Any) -> Logp
     return scored(loss, rows, **options).inputs_of(loss)
 
 
+@cache
+def usual(name: str) -> Logps:
+    """Return what the loss of a method reads of random rows."""
+    loss = make_loss(name)
+    return seen(loss, some_rows(loss))
+
+
 def level(loss: Loss[Any], logp: float = LOGP, dtype: torch.dtype = torch.float64) -> Logps:
     """Return ROWS rows at the point that :data:`KNOWN` describes, with another log-prob."""
 

@@ -54,6 +54,7 @@ from tests.contract_cases import (
     seen,
     some_rows,
     speed_of,
+    usual,
 )
 from tests.contract_cases import model as shared_model
 from tests.environments import ROOT
@@ -166,7 +167,7 @@ def test_slopes_far_from_the_reference(name: str) -> None:
 @EACH
 def test_constant_added_to_the_reference(name: str) -> None:
     wanted, loss = known(name), make_loss(name)
-    logps = seen(loss, some_rows(loss))
+    logps = usual(name)
     with_statistics(loss, logps)
     columns = logps.columns()
     shifted = logps.with_columns(
@@ -206,7 +207,7 @@ def some_labels(loss: Loss[Any], logps: Logps) -> Tensor:
 @EACH
 def test_soft_label_is_an_expectation(name: str) -> None:
     loss = make_loss(name)
-    logps = seen(loss, some_rows(loss))
+    logps = usual(name)
     with_statistics(loss, logps)
     label = torch.tensor([1, 0, 0.3] * 4, dtype=torch.float64)[: len(logps)]
     right, wrong, both = (values(loss, with_label(logps, one)) for one in (label.ceil(), label.floor(), label))
@@ -227,7 +228,7 @@ def test_soft_label_is_an_expectation(name: str) -> None:
 @EACH
 def test_weight_multiplies_the_loss_of_its_row(name: str) -> None:
     loss = make_loss(name)
-    logps = seen(loss, some_rows(loss))
+    logps = usual(name)
     weight = torch.linspace(0, 2, len(logps)).double()
     weighted = values(loss, replace(logps, weight=weight))  # type: ignore[call-arg]
     torch.testing.assert_close(weighted, weight * values(loss, logps), rtol=1e-12, atol=0)
@@ -236,7 +237,7 @@ def test_weight_multiplies_the_loss_of_its_row(name: str) -> None:
 @EACH
 def test_exchanged_completions_with_the_opposite_label(name: str) -> None:
     loss = make_loss(name)
-    logps = seen(loss, some_rows(loss))
+    logps = usual(name)
     label = some_labels(loss, logps)
     given = with_label(logps, label)
     if isinstance(given, PairLogps):
@@ -259,8 +260,7 @@ def test_exchanged_completions_with_the_opposite_label(name: str) -> None:
 @EACH
 def test_rows_depend_on_each_other_as_declared(name: str) -> None:
     loss = make_loss(name)
-    rows = some_rows(loss)
-    together, alone = values(loss, seen(loss, rows))[:4], values(loss, seen(loss, rows[:4]))
+    together, alone = values(loss, usual(name))[:4], values(loss, seen(loss, some_rows(loss)[:4]))
     assert torch.allclose(together, alone, rtol=1e-9) != loss.full_batch
 
 
@@ -372,7 +372,7 @@ def test_extreme_log_probs_have_finite_losses_and_gradients(
 ) -> None:
     """A method keeps it with every choice of its options, such as the divergence of f-DPO."""
     wanted, loss = known(name), make_loss(name, dtype, **options)
-    logps = extreme(loss, seen(loss, some_rows(loss)), wanted.highest, dtype)
+    logps = extreme(loss, usual(name), wanted.highest, dtype)
     for label in (0.0, 0.3, 1.0):
         given = with_label(logps, torch.full((32,), label, dtype=dtype))
         with_statistics(loss, given)
@@ -414,7 +414,7 @@ def test_inputs_stay_as_they_are(name: str) -> None:
 @EACH
 def test_metrics_are_declared_finite_and_consistent(name: str) -> None:
     loss = make_loss(name)
-    logps = seen(loss, some_rows(loss))
+    logps = usual(name)
     found = metrics_of(loss, logps, **COEFFICIENTS)
     assert found.keys() <= set(loss.metric_names) and found.keys() >= set(loss.extra_metrics)
     if isinstance(logps, LabelledLogps):
