@@ -23,7 +23,8 @@ from spo.stages.verify_case import Case, Verdict
 from tests.commands import spo
 
 PLAN: Any = OmegaConf.load(conf_dir() / "verify.yaml")
-METHODS = sorted({case.member for case in plan_cases(PLAN, False, None)[0]})
+CASES, UNVERIFIED = plan_cases(PLAN, False, None)
+METHODS = sorted({case.member for case in CASES})
 
 OWN = """
     import torch
@@ -111,10 +112,10 @@ def verdicts(folder: Path) -> list[dict[str, Any]]:
 
 def test_each_method_has_cases_or_a_reason() -> None:
     members = {file.stem for file in (conf_dir() / "method").glob("*.yaml")}
-    cases, unverified = plan_cases(PLAN, False, None)
-    assert {*METHODS} | {*unverified} == members
-    named, _ = plan_cases(PLAN, False, None, METHODS)
-    full, _ = plan_cases(PLAN, True, None, METHODS)
+    assert {*METHODS} | {*UNVERIFIED} == members
+    some = ["spo", "dpo", "exo_rw", "hinge", "minor_dpo"]
+    named, _ = plan_cases(PLAN, False, None, some)
+    full, _ = plan_cases(PLAN, True, None, some)
 
     def settings(cases: list[Case], method: str, *checks: str) -> list[tuple[object, ...]]:
         chosen = [case for case in cases if case.member == method and case.check in checks]
@@ -122,16 +123,18 @@ def test_each_method_has_cases_or_a_reason() -> None:
 
     for method in METHODS:
         # A method with a reason not to have an optimum has steps alone.
-        optima = [model for model, *_ in settings(cases, method, "optimum")]
-        assert bool(optima) is (method not in unverified)
+        optima = [model for model, *_ in settings(CASES, method, "optimum")]
+        assert bool(optima) is (method not in UNVERIFIED)
         assert optima.count("tabular") >= (2 if method in PLAN.in_depth else 1) or not optima
         assert optima.count("tiny") == (method in PLAN.in_depth)
-        assert len(settings(cases, method, "steps")) == 1
+        assert len(settings(CASES, method, "steps")) == 1
+    for method in {*some} & {*METHODS}:
+        optima = settings(CASES, method, "optimum")
         assert [model for model, *_ in settings(named, method, "optimum")].count("tiny") == bool(optima)
-        compared = [{*settings(given, method, "optimum", "steps")} for given in (cases, named, full)]
+        compared = [{*settings(given, method, "optimum", "steps")} for given in (CASES, named, full)]
         assert compared[0] <= compared[1] < compared[2]
     for check in ("sampled", "sampler"):
-        assert [case.member for case in cases if case.check == check] == ["spo"]
+        assert [case.member for case in CASES if case.check == check] == ["spo"]
     assert not any(case.check in ("sampled", "sampler") for case in plan_cases(PLAN, False, None, ["dpo"])[0])
 
 
@@ -142,9 +145,10 @@ def test_plan_names_members_and_losses_that_exist() -> None:
         assert issubclass(get_class(loss), Loss) and callable(get_method(paper))
 
 
+@pytest.mark.slow
 def test_processes_give_the_verdicts_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["hinge", "rpo"]
-    cases = [case for case in plan_cases(PLAN, False, None, names)[0] if case.check == "steps"]
+    cases = [case for case in CASES if case.member in names and case.check == "steps"]
     one = [*run_cases(cases, PLAN, None)]
     monkeypatch.setattr(verify, "MIN_CASES_OF_PROCESSES", 1)
     several = [*run_cases(cases, PLAN, None)]
