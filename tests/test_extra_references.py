@@ -280,6 +280,7 @@ def test_default_reference_is_used_where_the_user_gives_nothing(folder: Path, tm
     assert extra_references(own) == {"second": str(folder)}
     assert found("method=dpo", DEFAULT) == (
         "method.default_references.second: method=dpo does not read this reference (it reads none beside the main one)"
+        ": remove it with ~method.default_references.second"
     )
     assert "method.default_references.second=" in found(*LOSS, "+method.default_references={second: /nowhere}")
     by_default, by_hand, other, plain = (

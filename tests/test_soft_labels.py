@@ -19,6 +19,7 @@ from spo.losses import (
     DPONLLLoss,
     Loss,
     MixLoss,
+    MRPOLoss,
     ORPOLoss,
     PreferenceLoss,
     RPOLoss,
@@ -143,3 +144,16 @@ def test_likelihood_in_a_mix_follows_the_labels_of_the_comparison() -> None:
 def test_weights_of_a_mix_that_train_nothing_are_errors(weights: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="weights must be finite, >= 0, and not all zero"):
         MixLoss({"dpo": DPOLoss(), "sft": SFTLoss()}, dict(zip(("dpo", "sft"), weights, strict=True)))
+
+
+def test_what_is_not_a_loss_or_a_number_cannot_be_mixed() -> None:
+    with pytest.raises(ValueError, match=r"losses\.sft must be a loss with a _target_, got 3"):
+        MixLoss({"dpo": DPOLoss(), "sft": 3}, {"dpo": 1, "sft": 1})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="weights must be numbers, got"):
+        MixLoss({"dpo": DPOLoss()}, {"dpo": "much"})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("references", ["extra", [], ["one", "one"], [1]])
+def test_names_of_several_references_are_a_list_of_different_names(references: Any) -> None:
+    with pytest.raises(ValueError, match="references must be a list of different names"):
+        MRPOLoss(references)

@@ -39,9 +39,14 @@ class MixLoss(Loss[Any], nn.Module):
 
     def __init__(self, losses: Mapping[str, Loss[Any]], weights: Mapping[str, float]) -> None:
         super().__init__()
-        self.losses, self.weights = dict(losses), {name: float(weight) for name, weight in weights.items()}
+        self.losses, self.weights = dict(losses), dict(weights)
+        for name, loss in self.losses.items():
+            if not isinstance(loss, Loss):
+                raise ValueError(f"losses.{name} must be a loss with a _target_, got {loss!r}")
         if not self.losses or self.losses.keys() != self.weights.keys():
             raise ValueError(f"weights must have a number for each of {list(self.losses)}, got {list(self.weights)}")
+        if not all(isinstance(weight, int | float) for weight in self.weights.values()):
+            raise ValueError(f"weights must be numbers, got {self.weights}")
         if not (all(0 <= weight < math.inf for weight in self.weights.values()) and any(self.weights.values())):
             raise ValueError(f"weights must be finite, >= 0, and not all zero, got {self.weights}")
         self._check_parts()

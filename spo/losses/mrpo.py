@@ -50,7 +50,8 @@ class MRPOLoss(PreferenceLoss):
         adaptive_clip: bool = True,
         index: Literal["own", "code"] = "own",
     ) -> None:
-        if not references or isinstance(references, str) or len(set(references)) < len(references):
+        is_text = isinstance(references, str) or not all(isinstance(name, str) for name in references)
+        if is_text or not references or len(set(references)) < len(references):
             raise ValueError("references must be a list of different names, at least one, such as [extra]")
         if index not in ("own", "code"):
             raise ValueError(f"index must be own or code, got {index}")

@@ -14,7 +14,15 @@ from spo.config.checks.folders import folder_problems
 from spo.config.checks.losses import loss_problems
 from spo.config.checks.targets import CheckedParts
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
-from spo.config.nodes import EXTRA_REFERENCES, extra_reference_keys, first_line, listed, locate, select
+from spo.config.nodes import (
+    DEFAULT_REFERENCES,
+    EXTRA_REFERENCES,
+    extra_reference_keys,
+    first_line,
+    listed,
+    locate,
+    select,
+)
 from spo.errors import JudgeError
 from spo.resources import conf_dir
 from spo.wording import suggestion
@@ -176,6 +184,7 @@ def _extra_references(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     reads = f"it reads {listed(declared)}" if declared else "it reads none beside the main one"
     yield from (
         f"{key}: method={method} does not read this reference ({reads}){suggestion(name, declared)}"
+        f"{f': remove it with ~{key}' if key.startswith(DEFAULT_REFERENCES) else ''}"
         for name, key in given.items()
         if name not in declared
     )
