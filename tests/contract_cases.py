@@ -260,17 +260,20 @@ def some_rows(loss: Loss[Any], count: int = 11, *, soft: bool = False, random: b
     )
     pairs[3:5] = [replace(pair, prompt_ids=pairs[2].prompt_ids, prompt_id=pairs[2].prompt_id) for pair in pairs[3:5]]
     pairs[4] = replace(pairs[4], chosen_ids=pairs[2].rejected_ids)
-    completions = {PairLogps: 2, LabelledLogps: 1, ListLogps: LIST_SIZE}[loss.inputs]
     rows = []
     for i, pair in enumerate(pairs):
         columns: dict[str, Any] = {
-            "features": {key: numbers(one, completions, generator) for key, one in loss.features.items()},
             "extra": {
                 key: pairs[(i + 5 + place) % count].chosen_ids for place, key in enumerate(loss.extra_completions)
-            },
+            }
         }
-        if loss.inputs is ListLogps:
+        if loss.inputs is ListLogps and (not random or i % 3):
             columns["worse_ids"] = (pairs[i - 1].chosen_ids,)
+        completions = 1 if loss.inputs is LabelledLogps else 2 + len(columns.get("worse_ids", ()))
+        found = {key: numbers(one, completions, generator) for key, one in loss.features.items()}
+        several = set(loss.per_completion_features) if completions > 1 else set()
+        columns["numbers"] = {key: value for key, value in found.items() if key in several}
+        columns["features"] = {key: value for key, value in found.items() if key not in several}
         if loss.inputs is LabelledLogps:
             label = 0.2 + i / 20 if soft and i % 3 == 2 else float(i % 3 > 0)
             columns |= {"rejected_ids": None, "rejected_text": None, "preference": None, "label": label}
@@ -310,6 +313,13 @@ def scored(
 def seen(loss: Loss[Any], rows: Sequence[TokenizedPair], **options: Any) -> Logps:
     """Return what a loss reads of rows."""
     return scored(loss, rows, **options).inputs_of(loss)
+
+
+@cache
+def usual(name: str) -> Logps:
+    """Return what the loss of a method reads of random rows."""
+    loss = make_loss(name)
+    return seen(loss, some_rows(loss))
 
 
 def level(loss: Loss[Any], logp: float = LOGP, dtype: torch.dtype = torch.float64) -> Logps:

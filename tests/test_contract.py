@@ -54,6 +54,7 @@ from tests.contract_cases import (
     seen,
     some_rows,
     speed_of,
+    usual,
 )
 from tests.contract_cases import model as shared_model
 from tests.environments import ROOT
@@ -166,7 +167,7 @@ def test_slopes_far_from_the_reference(name: str) -> None:
 @EACH
 def test_constant_added_to_the_reference(name: str) -> None:
     wanted, loss = known(name), make_loss(name)
-    logps = seen(loss, some_rows(loss))
+    logps = usual(name)
     with_statistics(loss, logps)
     columns = logps.columns()
     shifted = logps.with_columns(
@@ -206,7 +207,7 @@ def some_labels(loss: Loss[Any], logps: Logps) -> Tensor:
 @EACH
 def test_soft_label_is_an_expectation(name: str) -> None:
     loss = make_loss(name)
-    logps = seen(loss, some_rows(loss))
+    logps = usual(name)
     with_statistics(loss, logps)
     label = torch.tensor([1, 0, 0.3] * 4, dtype=torch.float64)[: len(logps)]
     right, wrong, both = (values(loss, with_label(logps, one)) for one in (label.ceil(), label.floor(), label))
@@ -227,7 +228,7 @@ def test_soft_label_is_an_expectation(name: str) -> None:
 @EACH
 def test_weight_multiplies_the_loss_of_its_row(name: str) -> None:
     loss = make_loss(name)
-    logps = seen(loss, some_rows(loss))
+    logps = usual(name)
     weight = torch.linspace(0, 2, len(logps)).double()
     weighted = values(loss, replace(logps, weight=weight))  # type: ignore[call-arg]
     torch.testing.assert_close(weighted, weight * values(loss, logps), rtol=1e-12, atol=0)
@@ -236,7 +237,7 @@ def test_weight_multiplies_the_loss_of_its_row(name: str) -> None:
 @EACH
 def test_exchanged_completions_with_the_opposite_label(name: str) -> None:
     loss = make_loss(name)
-    logps = seen(loss, some_rows(loss))
+    logps = usual(name)
     label = some_labels(loss, logps)
     given = with_label(logps, label)
     if isinstance(given, PairLogps):
@@ -254,6 +255,13 @@ def test_exchanged_completions_with_the_opposite_label(name: str) -> None:
         before, after = (metrics_of(loss, one, **COEFFICIENTS) for one in (given, other))
         torch.testing.assert_close(after["rewards/margins"], -before["rewards/margins"])
         torch.testing.assert_close(after["rewards/accuracies"], 1 - before["rewards/accuracies"])
+
+
+@EACH
+def test_rows_depend_on_each_other_as_declared(name: str) -> None:
+    loss = make_loss(name)
+    together, alone = values(loss, usual(name))[:4], values(loss, seen(loss, some_rows(loss)[:4]))
+    assert torch.allclose(together, alone, rtol=1e-9) != loss.full_batch
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------
@@ -339,8 +347,8 @@ def choices(name: str) -> Iterator[tuple[str, Any]]:
         yield from ((key, choice) for choice in given if choice != config.get(key))
 
 
-OPTIONS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in METHODS]
-OPTIONS += [(name, {key: one}) for name in METHODS for key, one in choices(name)]
+OPTIONS = [pytest.param(name, {}, id=name) for name in METHODS]
+OPTIONS += [pytest.param(name, {key: one}, id=f"{name}-{key}={one}") for name in METHODS for key, one in choices(name)]
 
 
 def extreme(loss: Loss[Any], logps: Logps, highest: float, dtype: torch.dtype) -> Logps:
@@ -406,7 +414,7 @@ def test_inputs_stay_as_they_are(name: str) -> None:
 @EACH
 def test_metrics_are_declared_finite_and_consistent(name: str) -> None:
     loss = make_loss(name)
-    logps = seen(loss, some_rows(loss))
+    logps = usual(name)
     found = metrics_of(loss, logps, **COEFFICIENTS)
     assert found.keys() <= set(loss.metric_names) and found.keys() >= set(loss.extra_metrics)
     if isinstance(logps, LabelledLogps):
@@ -527,7 +535,13 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 # --- the command ----------------------------------------------------------------------------------------------------
 
 ALL = f"method={','.join(METHODS)}"
-FEW_EVALUATIONS = ["evaluation=quick", "judge=none", "logger=record", "trainer.val_check_interval=3"]
+LITTLE = ["judge=none", "logger=record", "trainer.max_steps=3", "trainer.val_check_interval=3"]
+LITTLE += [
+    "data.max_new_tokens=16",
+    "evaluation.num_prompts=2",
+    "evaluation.selection_prompts=2",
+    "probe.num_prompts=2",
+]
 
 
 def check_runs(sweep: Path) -> None:
@@ -544,7 +558,7 @@ def check_runs(sweep: Path) -> None:
 
 @pytest.mark.slow
 def test_every_method_trains_in_one_process(cache_dir: Path, tmp_path: Path) -> None:
-    words = [TINY, ALL, *FEW_EVALUATIONS, "sft.max_steps=10", "trainer.max_steps=3", "hydra.sweep.dir=sweep"]
+    words = [TINY, ALL, *LITTLE, "sft.max_steps=10", "hydra.sweep.dir=sweep"]
     spo("train", "-m", *words, folder=tmp_path, cache=cache_dir)
     check_runs(tmp_path / "sweep")
 
@@ -570,8 +584,8 @@ def test_every_method_trains_on_real_pairs_in_one_process(cache_dir: Path, tmp_p
     if not (model.exists() and pairs.exists()):
         pytest.skip("no SPO_DATA_DIR")
     rows = with_columns(pairs, tmp_path / "pairs.jsonl", 200)
-    words = [TINY, ALL, *FEW_EVALUATIONS, "model=hf", f"model.path={model}", "data=jsonl", f"data.path={rows}"]
-    words += ["data.truncation=trim_completion", "data.batch_size=4", "data.max_new_tokens=16", "trainer.max_steps=3"]
+    words = [TINY, ALL, *LITTLE, "model=hf", f"model.path={model}", "data=jsonl", f"data.path={rows}"]
+    words += ["data.truncation=trim_completion", "data.batch_size=4"]
     spo("train", "-m", *words, "hydra.sweep.dir=sweep", folder=tmp_path, cache=cache_dir)
     check_runs(tmp_path / "sweep")
 

@@ -43,8 +43,8 @@ from tests.helpers import (
     random_pairs,
     random_rows,
     run_on_two_ranks,
+    small_model,
 )
-from tests.test_outside_methods import small_model
 
 WIDTH, BETA, COUNT = 12, 0.3, 7
 UPO_OPTIONS: dict[str, Any] = {

@@ -87,7 +87,7 @@ def some_rows(name: str, *, soft: bool) -> list[TokenizedPair]:
         weight=lambda i: None if i > 5 or not soft else 0.5 + i / 10,
     )
     pairs[3:5] = [replace(pair, prompt_ids=pairs[2].prompt_ids, prompt_id=pairs[2].prompt_id) for pair in pairs[3:5]]
-    pairs[4] = replace(pairs[4], chosen_ids=pairs[2].rejected_ids)
+    pairs[4] = replace(pairs[4], chosen_ids=pairs[2].rejected_ids or ())
     return [replace(pair, **columns) for pair, columns in zip(pairs, columns_of(name, pairs, soft), strict=True)]
 
 
@@ -123,7 +123,7 @@ def row_of(pair: TokenizedPair, models: dict[str, nn.Module]) -> Row:
         completion(pair.prompt_ids, pair.chosen_ids, models, numbers[0]),
         seen(pair.rejected_ids, numbers[1]),
         seen(pair.extra.get("mismatched")),
-        next((pair.features[key] for key in EMBEDDING.values() if key in pair.features), ()),  # type: ignore[arg-type]
+        next((cast(Sequence[float], pair.features[key]) for key in EMBEDDING.values() if key in pair.features), ()),
         single(pair.preference if pair.label is None else pair.label),
         single(pair.weight),
     )

@@ -54,7 +54,7 @@ class Arm:
     ours: dict[str, Any] = field(default_factory=dict)
     beta: float = 0.1
     factor: float = 1.0
-    max_tokens: int = 64
+    max_tokens: int = 32
 
     @property
     def loss_types(self) -> list[str]:
@@ -85,7 +85,7 @@ ARMS = {
     "aot_unpaired": dpo("aot_unpaired", "aot_unpaired"),
     "apo_zero": dpo("apo_zero", "apo_zero"),
     "apo_down": dpo("apo_down", "apo_down"),
-    "discopop": dpo("discopop", "discopop", {"temperature": 0.05}, beta=0.05, max_tokens=8),
+    "discopop": dpo("discopop", "discopop", {"temperature": 0.2}, max_tokens=8),
     # ORPO (almost) without its odds ratio is the likelihood alone.
     "sft": dpo("sft", "orpo", TOKENS_OF_STEP, beta=1e-12),
     "sigmoid_norm": dpo("sigmoid_norm", "dpo_length_normalized", beta=2.0),
@@ -149,7 +149,10 @@ ARMS = {
 }
 WITHOUT_A_METHOD = {("cpo", "ipo"), ("tpo", "ipo")}
 """Losses of TRL that are not methods here: IPO without a reference."""
-MADE_WITH = {"dpo": {"use_weighting": True}, "cpo": {"loss_type": "simpo"}}
+MADE_WITH: dict[str, dict[str, Any]] = {
+    "dpo": {"use_weighting": True, "discopop_tau": 0.2},
+    "cpo": {"loss_type": "simpo"},
+}
 """Arguments with which a trainer reads and computes what every arm needs."""
 BEGINNING = {"use_weighting": False, "loss_weights": [1.0]}
 METRICS = {
@@ -211,7 +214,13 @@ class Setup:
         from datasets import Dataset
 
         trainer, config = trainer_class(name)
-        fixed = {"use_cpu": True, "bf16": False, "report_to": [], "gradient_checkpointing": False, "disable_tqdm": True}
+        fixed: dict[str, Any] = {
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": [],
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+        }
         fixed |= {"output_dir": str(self.folder), "disable_dropout": True, "max_length": 2048}
         options = config(**fixed, **MADE_WITH.get(name, {}))
         text = {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"], "reference": ["d"]}
@@ -422,7 +431,7 @@ def test_every_loss_of_trl_is_compared() -> None:
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.tpo import TPOTrainer
 
-    methods = {
+    methods: dict[str, Any] = {
         "dpo": trl.DPOTrainer._compute_loss,
         "kto": trl.KTOTrainer._compute_loss,
         "cpo": CPOTrainer.cpo_loss,

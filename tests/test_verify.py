@@ -10,22 +10,26 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import get_class, get_method
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from spo.cli import main
+from spo.losses import Loss
 from spo.resources import conf_dir
-from spo.stages.verify import _table, plan_cases
-from spo.stages.verify_case import Verdict
+from spo.stages import verify
+from spo.stages.verify import _table, plan_cases, run_cases
+from spo.stages.verify_case import Case, Verdict
 from tests.commands import spo
 
 PLAN: Any = OmegaConf.load(conf_dir() / "verify.yaml")
-METHODS = sorted({case.member for case in plan_cases(PLAN, False, None)[0]})
+CASES, UNVERIFIED = plan_cases(PLAN, False, None)
+METHODS = sorted({case.member for case in CASES})
 
 OWN = """
     import torch
 
-    from spo.losses import Column, DPOLoss, LabelledLoss, PreferenceLoss, SPOLoss, Term
+    from spo.losses import Column, DPOLoss, Feature, LabelledLoss, PreferenceLoss, SPOLoss, Term
 
 
     class Flipped(SPOLoss):
@@ -55,6 +59,17 @@ OWN = """
 
     class Prefixed(DPOLoss):
         terms = {"prefix": Term(lambda scored: scored.common_prefix(scored.policy_tokens))}
+
+
+    class Annotated(DPOLoss):
+        features = {"annotator": Feature("annotator")}
+
+
+    class Saturating(PreferenceLoss):
+        '''Falls as probabilities tend to 0, and does not say so.'''
+
+        def of_pairs(self, pair, *, alpha, beta):
+            return (beta * (pair.policy_rejected - pair.policy_chosen)).sigmoid() + pair.policy_chosen.exp()
 
 
     class Anchored(DPOLoss):
@@ -95,21 +110,50 @@ def verdicts(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "rows.json").read_text())
 
 
-def test_each_comparing_method_has_two_settings_and_a_transformer_case() -> None:
+def test_each_method_has_cases_or_a_reason() -> None:
     members = {file.stem for file in (conf_dir() / "method").glob("*.yaml")}
-    assert set(METHODS) == members - {"sft"}
-    cases, skipped = plan_cases(PLAN, False, None)
-    assert len(skipped) == 1 and "sft" in skipped[0]
-    full, _ = plan_cases(PLAN, True, None)
-    for check in ("sampled", "sampler"):
-        assert [case.member for case in cases if case.check == check] == ["spo"]
-    assert not any(case.check in ("sampled", "sampler") for case in plan_cases(PLAN, False, None, ["dpo"])[0])
+    assert {*METHODS} | {*UNVERIFIED} == members
+    some = ["spo", "dpo", "exo_rw", "hinge", "minor_dpo"]
+    named, _ = plan_cases(PLAN, False, None, some)
+    full, _ = plan_cases(PLAN, True, None, some)
+
+    def settings(cases: list[Case], method: str, *checks: str) -> list[tuple[object, ...]]:
+        chosen = [case for case in cases if case.member == method and case.check in checks]
+        return [(case.model, case.check, case.alpha, case.beta) for case in chosen]
+
     for method in METHODS:
-        checks = [(case.model, case.check) for case in cases if case.member == method]
-        assert checks.count(("tabular", "optimum")) >= 2 and checks.count(("tiny", "optimum")) == 1
-        assert checks.count(("tabular", "steps")) == 1
-        settings = {(case.model, case.check, case.alpha, case.beta) for case in cases if case.member == method}
-        assert settings < {(case.model, case.check, case.alpha, case.beta) for case in full if case.member == method}
+        # A method with a reason not to have an optimum has steps alone.
+        optima = [model for model, *_ in settings(CASES, method, "optimum")]
+        assert bool(optima) is (method not in UNVERIFIED)
+        assert optima.count("tabular") >= (2 if method in PLAN.in_depth else 1) or not optima
+        assert optima.count("tiny") == (method in PLAN.in_depth)
+        assert len(settings(CASES, method, "steps")) == 1
+    for method in {*some} & {*METHODS}:
+        optima = settings(CASES, method, "optimum")
+        assert [model for model, *_ in settings(named, method, "optimum")].count("tiny") == bool(optima)
+        compared = [{*settings(given, method, "optimum", "steps")} for given in (CASES, named, full)]
+        assert compared[0] <= compared[1] < compared[2]
+    for check in ("sampled", "sampler"):
+        assert [case.member for case in CASES if case.check == check] == ["spo"]
+    assert not any(case.check in ("sampled", "sampler") for case in plan_cases(PLAN, False, None, ["dpo"])[0])
+
+
+def test_plan_names_members_and_losses_that_exist() -> None:
+    members = {file.stem for file in (conf_dir() / "method").glob("*.yaml")}
+    assert {*PLAN.methods, *PLAN.in_depth, *PLAN.no_steps} <= members
+    for loss, paper in PLAN.papers.items():
+        assert issubclass(get_class(loss), Loss) and callable(get_method(paper))
+
+
+@pytest.mark.slow
+def test_processes_give_the_verdicts_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["hinge", "rpo"]
+    cases = [case for case in CASES if case.member in names and case.check == "steps"]
+    one = [*run_cases(cases, PLAN, None)]
+    monkeypatch.setattr(verify, "MIN_CASES_OF_PROCESSES", 1)
+    several = [*run_cases(cases, PLAN, None)]
+    assert [verdict.method for verdict in several] == names and all(verdict.passed for verdict in several)
+    assert [verdict.entropy for verdict in several] == pytest.approx([verdict.entropy for verdict in one], abs=1e-6)
 
 
 @pytest.mark.slow
@@ -153,14 +197,15 @@ def test_methods_that_read_more_than_enumeration_has_are_skipped_with_a_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    conf = own_methods(tmp_path, "prefixed", "labelled", "headed")
-    cases, skipped = plan_cases(PLAN, False, str(conf), ["prefixed", "labelled", "headed", "dpo"])
+    conf = own_methods(tmp_path, "prefixed", "labelled", "headed", "annotated")
+    cases, unverified = plan_cases(PLAN, False, str(conf), ["prefixed", "labelled", "headed", "annotated", "dpo"])
     assert {case.member for case in cases} == {"dpo"}
-    assert skipped == [
-        "prefixed is skipped: it reads numbers of single tokens, not log-probs of responses alone",
-        "labelled is skipped: it reads labels of single completions, not log-probs of responses alone",
-        "headed is skipped: it reads running statistics and parameters of its own, not log-probs of responses alone",
-    ]
+    assert unverified == {
+        "prefixed": "it reads numbers of single tokens, not log-probs of responses alone",
+        "labelled": "it reads labels of single completions, not log-probs of responses alone",
+        "headed": "it reads running statistics and parameters of its own, not log-probs of responses alone",
+        "annotated": "it reads the column annotator, which the enumerable language does not have",
+    }
 
 
 def test_columns_and_references_that_are_not_there_do_not_stop_the_others(
@@ -169,11 +214,11 @@ def test_columns_and_references_that_are_not_there_do_not_stop_the_others(
     monkeypatch.syspath_prepend(tmp_path)
     conf = own_methods(tmp_path, "anchored")
     reason = "it reads further completions and further references, not log-probs of responses alone"
-    cases, skipped = plan_cases(PLAN, False, str(conf), ["anchored", "dpo"])
-    assert skipped == [f"anchored is skipped: {reason}"] and {case.member for case in cases} == {"dpo"}
+    cases, unverified = plan_cases(PLAN, False, str(conf), ["anchored", "dpo"])
+    assert unverified == {"anchored": reason} and {case.member for case in cases} == {"dpo"}
     assert main(["verify", "--config-dir", str(conf), "anchored"]) == 1
     shown = capsys.readouterr()
-    assert "anchored is skipped" in shown.out and "of 0 passed" not in shown.out
+    assert "anchored" in shown.out and "further completions" in shown.out and "of 0 passed" not in shown.out
     assert "nothing was verified" in shown.err
 
 

@@ -20,6 +20,7 @@ from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 
 from spo.bounds import NonNegativeFloat, NonNegativeInt, PositiveInt
+from spo.data.gold_columns import GOLD_COLUMNS, gold_columns
 from spo.data.rows import Completer, DataError, Row, Split
 from spo.data.source import Source
 
@@ -131,6 +132,7 @@ class EnumerableSource(Source):
         ValueError: If an argument is out of range, or if the language is too large to enumerate.
     """
 
+    provided_columns = GOLD_COLUMNS
     language: Language
 
     def __init__(
@@ -267,6 +269,8 @@ class EnumerableSource(Source):
         self, prompt: int, order: Sequence[int], preference: float | None = None, weight: float | None = None
     ) -> Row:
         chosen, rejected, *worse = (self.language.responses[i] for i in order)
+        rewards = self.language.rewards[prompt][list(order)].tolist()
+        columns = {"rewards": rewards} if worse else gold_columns(rewards[0], rewards[1], 0.0, GOLD_COLUMNS)
         return Row(
             prompt=self.language.prompts[prompt],
             chosen=chosen,
@@ -275,6 +279,7 @@ class EnumerableSource(Source):
             preference=preference,
             weight=weight,
             where=f"enumerable:{prompt}:{'-'.join(map(str, order))}",
+            columns=columns,
         )
 
     def _rng(self, purpose: str, *parts: int) -> np.random.Generator:

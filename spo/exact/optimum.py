@@ -22,6 +22,10 @@ MAX_NEWTON_RESPONSES = 1000
 """Most responses, of all prompts together, for which second derivatives are computed."""
 GRADIENT_TOLERANCE = 1e-9
 """Largest derivative of the objective, per nat of log-probability, that counts as a minimum."""
+FLAT = 1e-9
+"""Curvature, as a share of the largest one, below which an objective is flat and its least point is at infinity."""
+SAME_POLICY = 1e-4
+"""Largest total variation of two minima that count as one."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,9 @@ class Objective:
 
 def beyond_enumeration(loss: Loss[Any], reference: Reference | type[Reference]) -> str | None:
     """Return why an objective does not follow from the log-probs of all responses, or ``None`` if it does."""
+    # Numbers of a row are constants that the rows bring along, so they are no obstacle.
     declared = {
         "numbers of single tokens": loss.terms,
-        "features of a row": loss.features,
         "further completions": loss.extra_completions,
         "further references": loss.extra_references,
         "labels of single completions": loss.inputs is LabelledLogps,
@@ -108,6 +112,11 @@ def beyond_enumeration(loss: Loss[Any], reference: Reference | type[Reference]) 
     }
     read = [words for words, is_declared in declared.items() if is_declared]
     return f"it reads {' and '.join(read)}, not log-probs of responses alone" if read else None
+
+
+def why_no_optimum(loss: Loss[Any], reference: Reference | type[Reference]) -> str | None:
+    """Return why the optimum of an objective is unknown whatever the data, or ``None`` if it can be found."""
+    return beyond_enumeration(loss, reference) or loss.no_optimum or None
 
 
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
@@ -120,19 +129,22 @@ def find_optimum(objective: Objective) -> Optimum | None:
 
     Returns:
         The minimum, or ``None`` if there is no single one: the rows compare some responses with no other, or the
-        objective does not have a minimum.
+        objective does not have a minimum, or has several.
     """
     stated = objective.closed_form()
     if stated is not None:
         return Optimum(stated, "closed form")
-    if not objective.is_determined():
+    if objective.loss.no_optimum or not objective.is_determined():
         return None
     solved = minimize(objective, objective.reference, objective.beta)
     return None if solved is None else Optimum(solved, "numerical")
 
 
 def minimize(objective: Callable[[Tensor], Tensor], start: Tensor, beta: float) -> Tensor | None:
-    """Find the probabilities at which an objective is least, by descent and Newton steps.
+    """Find the single policy at which an objective is least.
+
+    The search runs from ``start`` and from the uniform policy. Two searches do not prove that a minimum is the only
+    one, but they find several where a loss is far from convex.
 
     Args:
         objective: Function of ``(P, R)`` logits of the policy.
@@ -140,16 +152,47 @@ def minimize(objective: Callable[[Tensor], Tensor], start: Tensor, beta: float) 
         beta: Temperature of the method, by which the slope of its loss grows.
 
     Returns:
-        ``(P, R)`` log-probabilities, or ``None`` if no minimum is reached.
+        ``(P, R)`` log-probabilities, or ``None`` if a search does not reach a minimum, or if the two differ.
     """
+    first = _minimum(objective, start, beta)
+    if first is None:
+        return None
+    second = _minimum(objective, torch.zeros_like(start), beta)
+    if second is None or not (total_variation(first, second) < SAME_POLICY).all():
+        return None
+    return first
+
+
+def _minimum(objective: Callable[[Tensor], Tensor], start: Tensor, beta: float) -> Tensor | None:
+    """Return the ``(P, R)`` log-probs of a minimum by descent and Newton steps, or ``None`` if none is reached."""
     logits = _descend(objective, start.clone())
-    if logits.numel() <= MAX_NEWTON_RESPONSES:
+    small = logits.numel() <= MAX_NEWTON_RESPONSES
+    if small:
         logits = _newton(objective, logits)
     gradient = torch.func.grad(objective)(logits)
     # The slope of a loss grows with its temperature, and so does what counts as zero.
     if not (gradient.isfinite().all() and gradient.abs().max() <= GRADIENT_TOLERANCE * max(1.0, beta)):
         return None
+    # A loss that saturates has small slopes far away from any minimum, but it is flat there.
+    if small and not _is_curved(_pinned_hessian(objective, logits)):
+        return None
     return logits.log_softmax(-1)
+
+
+def _pinned_hessian(objective: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """Return second derivatives, with a term that pins the sum of each prompt's logits.
+
+    A constant added to all logits of a prompt changes nothing, so the Hessian is singular without this term.
+    """
+    prompt = torch.arange(logits.shape[0]).repeat_interleave(logits.shape[1])
+    pin = (prompt[:, None] == prompt[None, :]).double()
+    return torch.func.hessian(objective)(logits).reshape(logits.numel(), logits.numel()) + pin
+
+
+def _is_curved(hessian: Tensor) -> bool:
+    """Return whether an objective rises in every direction from a point where its slope is zero."""
+    curvatures = torch.linalg.eigvalsh((hessian + hessian.T) / 2)
+    return bool(curvatures[0] > FLAT * curvatures[-1])
 
 
 def _descend(objective: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
@@ -179,17 +222,13 @@ def _newton(objective: Callable[[Tensor], Tensor], logits: Tensor, steps: int = 
     but there is a root to find.
     """
     gradient_at = torch.func.grad(objective)
-    shape, size = logits.shape, logits.numel()
-    # A constant added to all logits of a prompt changes nothing, so the Hessian is singular without this term.
-    prompt = torch.arange(shape[0]).repeat_interleave(shape[1])
-    pin = (prompt[:, None] == prompt[None, :]).double()
     gradient = gradient_at(logits)
     for _ in range(steps):
         size_before = gradient.abs().max()
         if not gradient.isfinite().all() or size_before < GRADIENT_TOLERANCE / 100:
             break
-        hessian = torch.func.hessian(objective)(logits).reshape(size, size)
-        step = torch.linalg.lstsq(hessian + pin, gradient.flatten()).solution.view(shape)
+        hessian = _pinned_hessian(objective, logits)
+        step = torch.linalg.lstsq(hessian, gradient.flatten()).solution.view_as(logits)
         for halvings in range(20):
             trial = logits - step * 0.5**halvings
             gradient = gradient_at(trial)

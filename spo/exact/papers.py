@@ -8,6 +8,7 @@ expectation over every pair (or list) of different responses and over its label,
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -115,6 +116,187 @@ def ipo(policy: Tensor, setting: Setting, *, length_normalize: bool = True) -> T
     if length_normalize:
         ratio = ratio / setting.lengths
     return _over_pairs(setting, ratio, lambda won, lost: (won - lost - 1 / (2 * setting.beta)) ** 2)
+
+
+def rdpo(policy: Tensor, setting: Setting, *, label_smoothing: float) -> Tensor:
+    r"""Return Robust DPO's loss, arXiv:2403.00409: ((1 - e) L(h) - e L(-h)) / (1 - 2 e), L that of DPO."""
+    right, wrong = 1 - label_smoothing, label_smoothing
+    return _over_ratios(policy, setting, lambda z: (right * _dpo_loss(z) - wrong * _dpo_loss(-z)) / (right - wrong))
+
+
+def exo(policy: Tensor, setting: Setting, *, label_smoothing: float, targets: str) -> Tensor:
+    r"""Return EXO-pref's loss, arXiv:2402.00856: sum_i q_i (log q_i - log p_i), q = softmax(beta u)."""
+    won, lost = (0.0, -10.0) if targets == "official" else (math.log(1 - label_smoothing), math.log(label_smoothing))
+
+    def loss(z: Tensor) -> Tensor:
+        q = 1 / (1 + (-z).exp())
+        return q * (-_dpo_loss(z) - won) + (1 - q) * (-_dpo_loss(-z) - lost)
+
+    return _over_ratios(policy, setting, loss)
+
+
+def exo_rw(policy: Tensor, setting: Setting, *, reward_temperature: float) -> Tensor:
+    r"""Return EXO-rw's loss, arXiv:2402.00856: KL(softmax(beta u) || softmax(r / beta_r)) on each list."""
+    lists = setting.lists()
+    q = (setting.beta * (policy - setting.reference))[:, lists]
+    p = (setting.rewards / reward_temperature)[:, lists]
+    log_q, log_p = q - q.exp().sum(-1, keepdim=True).log(), p - p.exp().sum(-1, keepdim=True).log()
+    return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+
+
+def sppo(policy: Tensor, setting: Setting, *, win_rates: bool, reduction: str) -> Tensor:
+    r"""Return SPPO's loss, arXiv:2405.00675: (u - eta (P - 1/2))^2 for both, eta = 1 / beta; half of it for the mean.
+
+    P is 1 and 0, or how often a response beats the two of the pair, itself counted 1/2.
+    """
+    i, j = setting.lists().T
+    wins = 1 / (1 + (setting.rewards[:, j] - setting.rewards[:, i]).exp())
+    eta, factor = 1 / setting.beta, 0.5 if reduction == "mean" else 1.0
+    ratio = policy - setting.reference
+    if not win_rates:
+        half = eta / 2
+        return _over_pairs(setting, ratio, lambda won, lost: factor * ((won - half) ** 2 + (lost + half) ** 2))
+    first = (ratio[:, i] - eta * ((0.5 + wins) / 2 - 0.5)) ** 2
+    second = (ratio[:, j] - eta * ((0.5 + 1 - wins) / 2 - 0.5)) ** 2
+    return factor * (first + second).mean()
+
+
+def nca(policy: Tensor, setting: Setting) -> Tensor:
+    r"""Return NCA's loss, arXiv:2402.05369: -log s(r_w) - 1/2 log s(-r_w) - 1/2 log s(-r_l), r = beta u."""
+    reward = setting.beta * (policy - setting.reference)
+    return _over_pairs(setting, reward, lambda won, lost: _dpo_loss(won) + _dpo_loss(-won) / 2 + _dpo_loss(-lost) / 2)
+
+
+def apo_zero(policy: Tensor, setting: Setting) -> Tensor:
+    r"""Return APO-zero's loss, arXiv:2408.06266: 1 - s(r_w) + s(r_l), r = beta u."""
+    reward = setting.beta * (policy - setting.reference)
+    return _over_pairs(setting, reward, lambda won, lost: 1 - 1 / (1 + (-won).exp()) + 1 / (1 + (-lost).exp()))
+
+
+def apo_down(policy: Tensor, setting: Setting) -> Tensor:
+    r"""Return APO-down's loss, arXiv:2408.06266: s(r_w) + 1 - s(r_w - r_l), r = beta u."""
+    reward = setting.beta * (policy - setting.reference)
+    return _over_pairs(setting, reward, lambda won, lost: 1 / (1 + (-won).exp()) + 1 - 1 / (1 + (lost - won).exp()))
+
+
+def discopop(policy: Tensor, setting: Setting, *, temperature: float) -> Tensor:
+    r"""Return DiscoPOP's loss, arXiv:2406.08414: (1 - m) L(q) + m exp(-q), m = s(q / tau), q = beta h."""
+
+    def loss(q: Tensor) -> Tensor:
+        m = 1 / (1 + (-q / temperature).exp())
+        return (1 - m) * _dpo_loss(q) + m * (-q).exp()
+
+    return _over_ratios(policy, setting, loss)
+
+
+def minor_dpo(policy: Tensor, setting: Setting) -> Tensor:
+    r"""Return MinorDPO's loss, arXiv:2408.09834: -log s(beta (u_w - max(0, u_l)))."""
+    ratio = setting.beta * (policy - setting.reference)
+    return _over_pairs(setting, ratio, lambda won, lost: _dpo_loss(won - lost.clamp(min=0)))
+
+
+def f_dpo(policy: Tensor, setting: Setting, *, divergence: str, divergence_alpha: float) -> Tensor:
+    r"""Return f-DPO's loss, arXiv:2309.16240: DPO's with f'(pi / pi_ref) in place of its logarithm."""
+    fraction = (policy - setting.reference).exp()
+    slopes = {
+        "reverse_kl": fraction.log(),
+        "forward_kl": -1 / fraction,
+        "js": (fraction / (1 + fraction)).log(),
+        "alpha": fraction ** (divergence_alpha - 1) / (divergence_alpha - 1),
+    }
+    return _over_pairs(setting, setting.beta * slopes[divergence], lambda won, lost: _dpo_loss(won - lost))
+
+
+def aps(policy: Tensor, setting: Setting, *, form: str, t_min: float, t_max: float, rho: float, rho_0: float) -> Tensor:
+    r"""Return the loss of APS, arXiv:2406.02764: the least -t log s(beta h / t) + price(t) over t, by ternary search.
+
+    The price is rho t, or rho_0 t^2 - t log 2 without an upper end of t.
+    """
+    upper = t_max if form == "linear" else max(t_min, math.log(2) / (2 * rho_0))
+
+    def of(h: Tensor, t: Tensor) -> Tensor:
+        return t * _dpo_loss(h / t) + (rho * t if form == "linear" else rho_0 * t**2 - t * math.log(2))
+
+    def loss(h: Tensor) -> Tensor:
+        fixed, low, high = h.detach(), torch.full_like(h, t_min), torch.full_like(h, upper)
+        for _ in range(80):
+            first, second = low + (high - low) / 3, high - (high - low) / 3
+            left = of(fixed, first) < of(fixed, second)
+            low, high = torch.where(left, low, first), torch.where(left, second, high)
+        return of(h, (low + high) / 2)
+
+    return _over_ratios(policy, setting, loss)
+
+
+def dpo_length_normalized(policy: Tensor, setting: Setting) -> Tensor:
+    r"""Return the loss of Tulu 3, arXiv:2411.15124: DPO's on u / |y|."""
+    ratio = setting.beta * (policy - setting.reference) / setting.lengths
+    return _over_pairs(setting, ratio, lambda won, lost: _dpo_loss(won - lost))
+
+
+def dpo_nll(policy: Tensor, setting: Setting, *, nll_weight: float, nll_mean: str) -> Tensor:
+    r"""Return the loss of Iterative RPO, arXiv:2404.19733, eq. 1: DPO's and eta nll(y_w), per token or summed."""
+    return dpo(policy, setting) + nll_weight * _nll(policy, setting, nll_mean)
+
+
+def spl(policy: Tensor, setting: Setting) -> Tensor:
+    r"""Return SPL's loss, arXiv:2511.08594: -log s(alpha d - beta (lr_w - lr_l))."""
+    value = setting.alpha * policy - setting.beta * setting.reference
+    return _over_pairs(setting, value, lambda won, lost: _dpo_loss(won - lost))
+
+
+def hinge(policy: Tensor, setting: Setting) -> Tensor:
+    r"""Return RSO's hinge-norm loss, arXiv:2309.06657: max(0, 1 - beta h)."""
+    return _over_ratios(policy, setting, lambda z: (1 - z).clamp(min=0))
+
+
+def rso_hinge(policy: Tensor, setting: Setting) -> Tensor:
+    r"""Return RSO's hinge loss, arXiv:2309.06657: max(0, 1 - beta d)."""
+    return _over_pairs(setting, setting.beta * policy, lambda won, lost: (1 - won + lost).clamp(min=0))
+
+
+def slic(policy: Tensor, setting: Setting, *, nll_weight: float) -> Tensor:
+    r"""Return SLiC's loss, arXiv:2305.10425: max(0, delta - lp_w + lp_l) + lambda nll(y_w); delta is beta."""
+    margin = setting.beta
+    return _over_pairs(setting, policy, lambda won, lost: (margin - won + lost).clamp(min=0) - nll_weight * won)
+
+
+def cpo(policy: Tensor, setting: Setting, *, nll_weight: float, nll_mean: str) -> Tensor:
+    r"""Return CPO's loss, arXiv:2401.08417: -log s(beta d) + lambda nll(y_w)."""
+    preference = _over_pairs(setting, setting.beta * policy, lambda won, lost: _dpo_loss(won - lost))
+    return preference + nll_weight * _nll(policy, setting, nll_mean)
+
+
+def simpo(policy: Tensor, setting: Setting, *, gamma_beta_ratio: float) -> Tensor:
+    r"""Return SimPO's loss, arXiv:2405.14734, eq. 6: -log s(beta (lp_w / |y_w| - lp_l / |y_l|) - gamma)."""
+    mean = policy / setting.lengths
+    return _over_pairs(setting, mean, lambda won, lost: _dpo_loss(setting.beta * (won - lost - gamma_beta_ratio)))
+
+
+def orpo(policy: Tensor, setting: Setting, *, nll_mean: str) -> Tensor:
+    r"""Return ORPO's loss, arXiv:2403.07691, eq. 6: nll(y_w) per token - lambda log s(log of the odds ratio)."""
+    likely = (policy / setting.lengths).exp()
+    log_odds = (likely / (1 - likely)).log()
+    ratio = _over_pairs(setting, log_odds, lambda won, lost: setting.beta * _dpo_loss(won - lost))
+    return ratio + _nll(policy, setting, nll_mean)
+
+
+def _dpo_loss(z: Tensor) -> Tensor:
+    """Return -log(1 / (1 + exp(-z)))."""
+    return torch.logaddexp(torch.zeros_like(z), -z)
+
+
+def _over_ratios(policy: Tensor, setting: Setting, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the mean of a loss of beta times DPO's margin h."""
+    return _over_pairs(setting, setting.beta * (policy - setting.reference), lambda won, lost: loss(won - lost))
+
+
+def _nll(policy: Tensor, setting: Setting, mean: str) -> Tensor:
+    """Return the mean of -log pi(y_w|x): ``sum``, per token of each ``completion``, or per token of the ``batch``."""
+    if mean == "completion":
+        return _over_pairs(setting, policy / setting.lengths, lambda won, lost: -won)
+    total = _over_pairs(setting, policy, lambda won, lost: -won)
+    return total if mean == "sum" else total / _over_pairs(setting, setting.lengths, lambda won, lost: won)
 
 
 def _spo_loss(winner: Tensor, loser: Tensor, alpha: float) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class World:
             of two completions is the better one; ``None`` for rows of more than two, and for rows whose weights are
             the probabilities of their orders.
         weight: ``(K,)`` weights of the rows.
+        features: ``(K, ...)`` numbers of the rows that the loss reads, by name.
     """
 
     sequences: Sequences
@@ -45,6 +46,7 @@ class World:
     completions: Tensor
     preference: Tensor | None
     weight: Tensor
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, language: Language, renderer: Renderer, rows: Sequence[TokenizedPair]) -> World:
@@ -78,6 +80,7 @@ class World:
             completions=completions,
             preference=preference,
             weight=weight,
+            features=collate(rows, range(len(rows)), renderer.eos_id).features,
         )
 
     @torch.no_grad()
@@ -96,6 +99,11 @@ class World:
         """Return the rows in the shape that ``loss`` reads, from ``(P, R)`` log-probs of policy and reference."""
         count = self.completions.shape[1]
         batch = PreferenceBatch(
-            self.sequences, torch.arange(count), self.preference, self.weight, completions=self.completions
+            self.sequences,
+            torch.arange(count),
+            self.preference,
+            self.weight,
+            completions=self.completions,
+            features=dict(self.features),
         )
         return loss_inputs(loss, batch, policy.flatten(), reference.flatten())

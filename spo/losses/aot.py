@@ -33,6 +33,7 @@ class AOTLoss(PreferenceLoss):
 
     full_batch = True
     reads_soft_labels = True
+    no_optimum = "it compares order statistics of a step, whose ties have corners"
 
     def __init__(self, unpaired: bool = False, label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0) -> None:
         if not 0 <= label_smoothing < 0.5:

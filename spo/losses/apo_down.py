@@ -17,6 +17,8 @@ class APODownLoss(PreferenceLoss):
     where log-probabilities are *summed*, ``(B,)``. For pairs whose chosen completion is worse than the model's own.
     """
 
+    no_optimum = "its sigmoids saturate, so it still falls as probabilities tend to 0"
+
     def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` loss of each pair."""
         chosen, rejected = both_log_ratios(pair)

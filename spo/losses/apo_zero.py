@@ -17,6 +17,8 @@ class APOZeroLoss(PreferenceLoss):
     where log-probabilities are *summed*, ``(B,)``. For pairs whose chosen completion is better than the model's own.
     """
 
+    no_optimum = "it is least where responses that lose more often than they win have probability 0"
+
     def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` loss of each pair."""
         chosen, rejected = both_log_ratios(pair)

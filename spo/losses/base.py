@@ -89,6 +89,8 @@ class Loss(ABC, Generic[LogpsT]):
             the label, which is not an expectation where the loss of a row depends on the labels of others.
         full_batch: The loss of a pair depends on the other pairs. It is then called once with all pairs of the
             optimizer step, over micro-batches and processes, or with all pairs of the split in a validation.
+        no_optimum: Reason why the expected loss does not have a single minimum that descent settles at; empty if it has
+            one or nobody looked.
         extra_metrics: Keys of metrics that :meth:`metrics` returns beside :data:`LOSS_METRICS`. Processes exchange
             metrics by position, so the keys are known before the first batch.
     """
@@ -104,6 +106,7 @@ class Loss(ABC, Generic[LogpsT]):
     extra_references: tuple[str, ...] = ()
     reads_soft_labels: bool = False
     full_batch: bool = False
+    no_optimum: str = ""
     extra_metrics: tuple[str, ...] = ()
     uses_batch_statistics = _OLD_NAMES["uses_batch_statistics"]
     metric_names = _OLD_NAMES["metric_names"]

@@ -30,6 +30,8 @@ class DiscoPOPLoss(PreferenceLoss):
         ValueError: ``temperature`` is not positive.
     """
 
+    no_optimum = "it is not monotone, and has several minima"
+
     def __init__(self, temperature: PositiveFloat = 0.05) -> None:
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")

@@ -7,6 +7,7 @@ from torch.nn.functional import logsigmoid
 
 from spo.losses.base import PreferenceLoss
 from spo.losses.margins import both_log_ratios, per_token
+from spo.losses.normalizer import normalized_per_token
 from spo.types import PairLogps
 
 
@@ -28,3 +29,15 @@ class LengthNormalizedDPOLoss(PreferenceLoss):
         """Return beta times the log-ratio per token."""
         chosen, rejected = per_token(pair, both_log_ratios(pair))
         return beta * chosen, beta * rejected
+
+    def optimum(
+        self, rewards: Tensor, reference_logps: Tensor, alpha: float, beta: float, *, lengths: Tensor | None = None
+    ) -> Tensor:
+        """Return log pi_ref + |y| (r / beta + c): each pair is least where beta u / |y| differs as r does.
+
+        Raises:
+            ValueError: ``lengths`` is ``None``.
+        """
+        if lengths is None:
+            raise ValueError("the optimum of length-normalized DPO needs the lengths of the responses")
+        return normalized_per_token(reference_logps + lengths * rewards / beta, lengths)

@@ -46,6 +46,12 @@ class EXORewardLoss(ListLoss):
         choice = _log_softmax(beta * (lists.policy - lists.reference), lists.mask)
         return (choice.exp() * (choice - target).masked_fill(~lists.mask, 0)).sum(-1)
 
+    def optimum(
+        self, rewards: Tensor, reference_logps: Tensor, alpha: float, beta: float, *, lengths: Tensor | None = None
+    ) -> Tensor:
+        """Return log pi_ref + r / (beta beta_r), normalized: there q equals p for every list, and the loss is 0."""
+        return (reference_logps + rewards / (beta * self.reward_temperature)).log_softmax(-1)
+
 
 def _log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     """Return ``(B, n)`` log-softmax over the completions that exist."""

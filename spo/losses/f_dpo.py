@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 from spo.bounds import PositiveFloat
 from spo.losses.base import PreferenceLoss
 from spo.losses.margins import both_log_ratios
+from spo.losses.normalizer import normalized
 from spo.types import PairLogps
 
 FDivergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
@@ -70,3 +71,36 @@ class FDPOLoss(PreferenceLoss):
         """Return beta f' of the ratio of policy and reference."""
         chosen, rejected = both_log_ratios(pair)
         return beta * self.slope(chosen), beta * self.slope(rejected)
+
+    def optimum(
+        self, rewards: Tensor, reference_logps: Tensor, alpha: float, beta: float, *, lengths: Tensor | None = None
+    ) -> Tensor | None:
+        """Return pi_ref times the u at which f'(e^u) = r / beta + c, with the c of each prompt at which it sums to one.
+
+        The loss of each pair is least there, since f' then differs as r / beta does. An alpha-divergence of order above
+        1 gives ``None`` where the least reward would need a probability below 0 (arXiv:2309.16240, theorem 1).
+        """
+        scaled = rewards / beta
+        # All u are functions of the distance to the end of the interval of c, so that it keeps its digits near 0.
+        best, worst = scaled.amax(-1, keepdim=True), scaled.amin(-1, keepdim=True)
+        zero, one = torch.zeros_like(best), torch.ones_like(best)
+        if self.divergence == "reverse_kl":
+            return (reference_logps + scaled).log_softmax(-1)
+        if self.divergence == "js":
+            # log sigma(u) = -x, so u = -x - log(1 - exp(-x)), which is 0 at x = log 2.
+            def of_js(distance: Tensor) -> Tensor:
+                x = best - scaled + distance
+                return reference_logps - x - (-(-x).expm1()).log()
+
+            return normalized(of_js, math.log(2) * one, zero)
+        order = self.divergence_alpha if self.divergence == "alpha" else 0.0  # The forward KL is order 0.
+        scale = abs(order - 1)
+        if order < 1:
+            return normalized(
+                lambda distance: reference_logps - (scale * (best - scaled + distance)).log() / scale, one / scale, zero
+            )
+
+        def above_one(distance: Tensor) -> Tensor:
+            return reference_logps + (scale * (scaled - worst + distance)).log() / scale
+
+        return normalized(above_one, zero, one / scale) if (above_one(zero).logsumexp(-1) <= 0).all() else None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from spo.losses.base import PreferenceLoss
 from spo.losses.margins import both_log_ratios, per_token
+from spo.losses.normalizer import normalized_per_token
 from spo.types import PairLogps
 
 
@@ -54,23 +54,9 @@ class IPOLoss(PreferenceLoss):
             return (reference_logps + wins / beta).log_softmax(-1)
         if lengths is None:
             raise ValueError("the optimum of IPO with length_normalize=true needs the lengths of the responses")
-        return _normalize_by_length(reference_logps + lengths * wins / beta, lengths)
+        return normalized_per_token(reference_logps + lengths * wins / beta, lengths)
 
     def _ratios(self, pair: PairLogps) -> tuple[Tensor, Tensor]:
         """Return the ``(B,)`` log-ratios of chosen and rejected in the convention of the loss."""
         ratios = both_log_ratios(pair)
         return per_token(pair, ratios) if self.length_normalize else ratios
-
-
-def _normalize_by_length(logits: Tensor, lengths: Tensor) -> Tensor:
-    """Return ``logits + c * lengths``, with the c of each row at which the exponentials sum to 1, by bisection."""
-    total = logits.logsumexp(-1, keepdim=True)
-    # Lengths are positive, so c = -total / length gives a sum of at least 1 for one extreme length and at most 1 for
-    # the other: the solution lies between them.
-    ends = torch.cat([-total / lengths.amin(-1, keepdim=True), -total / lengths.amax(-1, keepdim=True)], -1)
-    low, high = ends.amin(-1, keepdim=True), ends.amax(-1, keepdim=True)
-    for _ in range(100):
-        middle = (low + high) / 2
-        above = (logits + middle * lengths).logsumexp(-1, keepdim=True) > 0
-        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    return (logits + (low + high) / 2 * lengths).log_softmax(-1)

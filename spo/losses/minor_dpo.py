@@ -20,6 +20,8 @@ class MinorDPOLoss(PreferenceLoss):
     reconstruction from two descriptions by others; the paper's equation was not read.
     """
 
+    no_optimum = "its slope jumps where a log-ratio is 0, and the minimum is there"
+
     def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` loss of each pair."""
         chosen, rejected = both_log_ratios(pair)

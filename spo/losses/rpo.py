@@ -37,6 +37,7 @@ class RPOLoss(PreferenceLoss):
 
     full_batch = True
     reads_soft_labels = True
+    no_optimum = "it contrasts completions of different prompts of a step"
 
     def __init__(self, temperature: PositiveFloat = 0.5, embedder: Embedder | None = None) -> None:
         if not temperature > 0:

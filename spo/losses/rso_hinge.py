@@ -19,6 +19,7 @@ class RSOHingeLoss(PreferenceLoss):
     """
 
     uses_reference = False
+    no_optimum = "its slope jumps at the minimum, which is a corner"
 
     def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` loss of each pair."""

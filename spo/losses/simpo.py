@@ -8,6 +8,7 @@ from torch.nn.functional import logsigmoid
 from spo.bounds import NonNegativeFloat
 from spo.losses.base import PreferenceLoss
 from spo.losses.margins import both_policy_logps, per_token
+from spo.losses.normalizer import normalized_per_token
 from spo.types import PairLogps
 
 
@@ -42,3 +43,17 @@ class SimPOLoss(PreferenceLoss):
         """Return beta times the mean log-probability of a token."""
         chosen, rejected = per_token(pair, both_policy_logps(pair))
         return beta * chosen, beta * rejected
+
+    def optimum(
+        self, rewards: Tensor, reference_logps: Tensor, alpha: float, beta: float, *, lengths: Tensor | None = None
+    ) -> Tensor | None:
+        """Return |y| (r / beta + c) without a target margin, as for length-normalized DPO, else ``None``.
+
+        With a margin no reward explains the labels: both orders of a pair ask for it.
+
+        Raises:
+            ValueError: ``lengths`` is ``None``.
+        """
+        if lengths is None:
+            raise ValueError("the optimum of SimPO needs the lengths of the responses")
+        return None if self.gamma_beta_ratio else normalized_per_token(lengths * rewards / beta, lengths)

@@ -27,6 +27,7 @@ class SLiCLoss(PreferenceLoss):
     """
 
     uses_reference = False
+    no_optimum = "its slope jumps at the minimum, which is a corner"
 
     def __init__(self, nll_weight: NonNegativeFloat = 0.1) -> None:
         if not nll_weight >= 0:

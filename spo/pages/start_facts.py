@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spo.batching import steps_per_epoch
 from spo.data import PreparedPairs
-from spo.exact import ExactMetrics, beyond_enumeration
+from spo.exact import ExactMetrics, why_no_optimum
 from spo.metrics.catalogue import unit
 from spo.module import AlignmentModule
 from spo.ops import entropy
@@ -93,7 +93,7 @@ def _short(number: int) -> str:
 def _describe_optimum(module: AlignmentModule, exact: ExactMetrics) -> str:
     optimum = exact.optimum(module)
     if optimum is None:
-        reason = beyond_enumeration(module.loss, module.reference)
+        reason = why_no_optimum(module.loss, module.reference)
         return f"none: {reason or 'the data and the objective do not determine a single policy'}"
     stated = "as the loss states it" if optimum.found == "closed form" else "found numerically"
     return f"{stated}, entropy {float(entropy(optimum.logps).mean()):.4g} nats per response"

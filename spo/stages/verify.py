@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.box import SIMPLE_HEAD
@@ -21,8 +26,9 @@ from spo.config.checks import check_config
 from spo.config.checks.targets import CheckedParts, target_problems
 from spo.config.compose import compose
 from spo.config.groups import group_members
+from spo.data.gold_columns import GOLD_COLUMNS
 from spo.errors import UserError
-from spo.exact import beyond_enumeration
+from spo.exact import beyond_enumeration, why_no_optimum
 from spo.losses import Loss
 from spo.models import Reference
 from spo.records.files import write_json
@@ -34,6 +40,10 @@ from spo.stages.verify_case import SAMPLED_CHECKS, Case, Verdict, run_case
 from spo.types import ListLogps
 
 PLAN = "verify.yaml"
+NUM_PROCESSES = 2
+"""Processes that share the cases."""
+MIN_CASES_OF_PROCESSES = 12
+"""Number of cases below which starting processes costs more time than it saves."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ def verify_command(methods: Sequence[str], full: bool, config_dir: str | None, j
 
     Args:
         methods: Members of the config group ``method``; an empty list for all of them.
-        full: Whether to train the whole grid instead of two settings per method.
+        full: Whether to train the whole grid of settings.
         config_dir: Folder with further members of the groups; its methods are verified as well.
         json_file: File for the rows, ``None`` for no file.
 
@@ -68,34 +78,61 @@ def verify_command(methods: Sequence[str], full: bool, config_dir: str | None, j
         raise UserError(f"--json {json_file}: there is no folder {json_file.absolute().parent}")
     plan = OmegaConf.load(conf_dir() / PLAN)
     assert isinstance(plan, DictConfig)
-    cases, skipped = plan_cases(plan, full, config_dir, methods)
+    cases, unverified = plan_cases(plan, full, config_dir, methods)
     console, verdicts = Console(), []
-    with (
-        tempfile.TemporaryDirectory(prefix="spo-verify-") as folder,
-        Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress,
-    ):
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:
         task = progress.add_task("verifying", total=len(cases))
-        for number, case in enumerate(cases):
+        for case, verdict in zip(cases, run_cases(cases, plan, config_dir), strict=True):
             progress.update(task, description=f"{case.member}, {case.model}")
-            verdicts.append(run_case(case, plan, Path(folder) / str(number), Path(folder) / "cache", config_dir))
+            verdicts.append(verdict)
             progress.advance(task)
     if verdicts:
         console.print(_table(verdicts))
-    for line in skipped:
-        console.print(line, highlight=False)
+    if unverified:
+        console.print(_table_without(unverified))
     if json_file is not None:
         write_json(json_file, [dataclasses.asdict(verdict) for verdict in verdicts])
     if not verdicts:
         raise UserError("nothing was verified, for the reasons above: name a method that compares log-probs alone")
-    failed = sum(not verdict.passed for verdict in verdicts)
-    console.print(f"{len(verdicts) - failed} of {len(verdicts)} passed", style="red" if failed else "green")
+    passed, failed = (sum(verdict.passed is outcome for verdict in verdicts) for outcome in (True, False))
+    console.print(f"{passed} of {passed + failed} passed", style="red" if failed else "green")
     return failed == 0
+
+
+def run_cases(cases: Sequence[Case], plan: DictConfig, config_dir: str | None) -> Iterator[Verdict]:
+    """Yield the verdicts of cases in their order; many cases share two processes.
+
+    Args:
+        cases: Cases.
+        plan: Settings of the command.
+        config_dir: Folder with further members of the groups.
+    """
+    with tempfile.TemporaryDirectory(prefix="spo-verify-") as folder:
+        cache = Path(folder) / "cache"
+        arguments = [(case, plan, Path(folder) / str(n), cache, config_dir) for n, case in enumerate(cases)]
+        if len(cases) < MIN_CASES_OF_PROCESSES or os.cpu_count() == 1:
+            yield from (run_case(*given) for given in arguments)
+            return
+        # A process that is forked after torch has started threads may hang.
+        pool = ProcessPoolExecutor(NUM_PROCESSES, get_context("spawn"), _start_process, (list(sys.path),))
+        try:
+            pending = [pool.submit(run_case, *given) for given in arguments]
+            yield from (future.result() for future in pending)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_process(path: list[str]) -> None:
+    """Import from where the first process does, and leave the other cores to the other process."""
+    sys.path[:] = path
+    torch.set_num_threads(1)
+    quiet_libraries()
 
 
 def plan_cases(
     plan: DictConfig, full: bool, config_dir: str | None, methods: Sequence[str] = ()
-) -> tuple[list[Case], list[str]]:
-    """Return the cases of the given methods, or of all methods, and a sentence for each method that is skipped.
+) -> tuple[list[Case], dict[str, str]]:
+    """Return the cases of the given methods, or of all methods, and the methods without an optimum with the reasons.
 
     Raises:
         UserError: The folder or a method does not exist.
@@ -108,18 +145,24 @@ def plan_cases(
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
         raise UserError(f"there is no method {unknown[0]}; {hint}")
     cases: list[Case] = []
-    skipped: list[str] = []
+    unverified: dict[str, str] = {}
     for key in methods or known:
         cfg = compose([f"method={key}"], config_dir=config_dir, run_dir=".")
         if (reason := _not_verifiable(cfg)) is not None:
-            skipped.append(f"{method_name(cfg)} is skipped: {reason}")
+            unverified[method_name(cfg)] = reason
             continue
         check_config(cfg)
-        found = _cases(plan, "full" if full else "default", _member(key, cfg))
+        member = _member(key, cfg)
+        if member.loss.no_optimum:
+            steps = "" if key in plan.no_steps else "; its steps are verified"
+            unverified[method_name(cfg)] = f"{member.loss.no_optimum}{steps}"
+        # Without names, most methods have few cases, so that all of them take minutes.
+        in_depth = bool(methods) or key in plan.in_depth
+        found = _cases(plan, "brief" if not in_depth else "full" if full else "default", member)
         # What is sampled does not depend on the method, so the first method that samples stands for all.
         sampled = {case.check for case in cases} & {*SAMPLED_CHECKS}
         cases += [case for case in found if case.check not in sampled]
-    return cases, skipped
+    return cases, unverified
 
 
 def _not_verifiable(cfg: DictConfig) -> str | None:
@@ -129,7 +172,7 @@ def _not_verifiable(cfg: DictConfig) -> str | None:
     loss, reference = parts.loss, parts.build("reference")
     if not isinstance(loss, Loss) or not isinstance(reference, Reference):
         return None
-    return why_not_verified(loss, reference)
+    return why_not_enumerable(loss, reference)
 
 
 def why_not_verified(loss: Loss[Any], reference: Reference | type[Reference]) -> str | None:
@@ -139,6 +182,20 @@ def why_not_verified(loss: Loss[Any], reference: Reference | type[Reference]) ->
         loss: Loss of the method.
         reference: Reference of the method, or its class.
     """
+    return why_not_enumerable(loss, reference) or why_no_optimum(loss, reference)
+
+
+def why_not_enumerable(loss: Loss[Any], reference: Reference | type[Reference]) -> str | None:
+    """Return why a loss cannot be computed from all responses of the enumerable language, ``None`` if it can."""
+    missing = [
+        column
+        for feature in loss.features.values()
+        if feature.default is None and feature.make is None
+        for column in (feature.list_columns if loss.inputs is ListLogps else feature.columns)
+        if column not in (*GOLD_COLUMNS, "rewards")
+    ]
+    if missing:
+        return f"it reads the column {missing[0]}, which the enumerable language does not have"
     alone = None if loss.uses_rejected else "it learns from completions alone and compares none"
     return beyond_enumeration(loss, reference) or alone
 
@@ -157,12 +214,15 @@ def _cases(plan: DictConfig, grid: str, member: Member) -> Iterator[Case]:
             check, kl = setting.get("check", "optimum"), setting.get("kl", False)
             if (kl is True and loss.uses_beta) or (check in ("sampled", "sampler") and not member.samples):
                 continue
+            if (check == "optimum" and loss.no_optimum) or (check == "steps" and member.key in plan.no_steps):
+                continue
             alpha = float(setting.alpha) if loss.uses_alpha else None
             beta = float(setting.beta) if loss.uses_beta or kl else None
             if (check, alpha, beta) in seen:
                 continue
             seen.append((check, alpha, beta))
-            chosen = [f"model={model}", *plan.models[model]]
+            own = plan.methods.get(member.key, {}).get(model, [])
+            chosen = [f"model={model}", *plan.models[model], *own]
             chosen.append(f"regularizer={_regularizer(check, bool(kl))}")
             chosen += plan.checks[check]
             weight: float | str = float(kl) if loss.uses_beta else "beta"
@@ -197,8 +257,17 @@ def _table(verdicts: Sequence[Verdict]) -> Table:
             _error(verdict),
             reached,
             predicted + ("*" if verdict.optimum == "numerical" else " "),
-            "[green]pass[/]" if verdict.passed else "[red]FAIL[/]",
+            {True: "[green]pass[/]", False: "[red]FAIL[/]", None: "open"}[verdict.passed],
         )
+    return table
+
+
+def _table_without(reasons: Mapping[str, str]) -> Table:
+    table = Table(title="methods without a known optimum", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("method", overflow="fold")
+    table.add_column("why", overflow="fold")
+    for method, reason in reasons.items():
+        table.add_row(method, reason)
     return table
 
 
@@ -211,5 +280,5 @@ def _error(verdict: Verdict) -> str:
 CAPTION = (
     "error: total variation to the optimum (* no closed form), after steps to the policy that gradient descent on the "
     "paper's objective reaches, and standard deviations from the expectation of what is sampled. Entropies in nats per "
-    "response. For methods that do not read beta it is the weight of the KL."
+    "response. For methods that do not read beta it is the weight of the KL. open: no single minimum was found."
 )

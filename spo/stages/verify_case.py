@@ -70,7 +70,8 @@ class Verdict:
         alpha: Softness, or ``None``.
         beta: Temperature of the method or weight of the KL, or ``None``.
         optimum: ``closed form``, ``numerical`` or ``none``.
-        passed: Whether ``tv`` or ``deviation`` is within its limit.
+        passed: Whether ``tv`` or ``deviation`` is within its limit; ``None`` if the objective does not have a single
+            optimum.
         tv: Total variation to the prediction, mean over prompts; ``None`` if it is not finite, if there is no
             prediction, or if the check is of a sampled quantity.
         entropy: Entropy of the trained policy, nats per response.
@@ -84,7 +85,7 @@ class Verdict:
     alpha: float | None
     beta: float | None
     optimum: str
-    passed: bool
+    passed: bool | None
     tv: float | None = None
     entropy: float | None = None
     entropy_predicted: float | None = None
@@ -218,7 +219,7 @@ def check_optimum(trial: Trial) -> Verdict:
     exact, module = trial.parts.exact, trial.parts.module
     assert exact is not None
     if trial.paper is None:
-        optimum = exact.optimum(module) if finite else None
+        optimum = exact.optimum(module)
         predicted = [] if optimum is None else [optimum.logps]
         found = "none" if optimum is None else optimum.found
     else:
@@ -233,7 +234,7 @@ def check_optimum(trial: Trial) -> Verdict:
         if solved is not None and stated is not None:
             # The closed form that the loss states has to agree with the paper's objective too.
             predicted, found = [solved, stated], "closed form"
-    return _verdict(trial, predicted if finite else [], found)
+    return _verdict(trial, finite, predicted, found)
 
 
 def check_steps(trial: Trial) -> Verdict:
@@ -247,7 +248,7 @@ def check_steps(trial: Trial) -> Verdict:
     steps = trial.cfg.trainer.max_steps
     descended = descend(trial.start, trial.responses, objective, trial.cfg.optimizer.lr, steps)
     with torch.no_grad():
-        return _verdict(trial, [trial.responses.logps(descended)] if finite else [], "none")
+        return _verdict(trial, finite, [trial.responses.logps(descended)], "none")
 
 
 def check_sampled(trial: Trial) -> Verdict:
@@ -298,10 +299,10 @@ CHECKS: dict[str, Callable[[Trial], Verdict]] = {
 """Checks by their names in the plan."""
 
 
-def _verdict(trial: Trial, predicted: list[Tensor], found: str) -> Verdict:
+def _verdict(trial: Trial, finite: bool, predicted: list[Tensor], found: str) -> Verdict:
     """Return the verdict on a policy, with its largest distance to one of the predictions."""
-    if not predicted:
-        return Verdict(*_names(trial.case, trial.cfg), optimum=found, passed=False)
+    if not (finite and predicted):
+        return Verdict(*_names(trial.case, trial.cfg), optimum=found, passed=None if finite else False)
     with torch.no_grad():
         policy = trial.responses.logps(trial.parts.module.policy)
     tv = max(float(total_variation(policy, logps).mean()) for logps in predicted)

@@ -340,10 +340,10 @@ def test_gold_columns_by_hand() -> None:
 
 
 def test_stories_have_the_columns_that_a_loss_asks_for() -> None:
-    def rows(*columns: str, **options: Any) -> list[Row]:
+    def rows(*columns: str, labels: Any = "hard") -> list[Row]:
         source = StoriesSource(
             seed=0, num_sft=1, num_prompts=3, selection_prompts=0, test_prompts=1, pairs_per_prompt=2, limit=None,
-            labels="hard", label_noise=0.2, responses="grammar", **options,
+            labels=labels, label_noise=0.2, responses="grammar",
         )  # fmt: skip
         source.needs = DataNeeds(features={name: Feature(name) for name in columns})
         return source.rows(no_completer)
@@ -360,3 +360,5 @@ def test_stories_have_the_columns_that_a_loss_asks_for() -> None:
         assert [other.columns["chosen_reward"], other.columns["rejected_reward"]] == scores
         assert gold_columns(scores[0], scores[1], 0.2, other.columns) == other.columns
         assert "chosen_win_rate" not in other.columns
+    # A soft label states the probability already.
+    assert {row.columns["flip_probability"] for row in rows("flip_probability", labels="soft")} == {0.0}
