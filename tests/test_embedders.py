@@ -86,7 +86,7 @@ def test_folder_that_is_not_an_encoder_is_an_error(tmp_path: Path) -> None:
 
 
 def test_what_is_not_an_embedder_is_an_error() -> None:
-    with pytest.raises(ValueError, match="embedder must be a function with a size, .* got 'words'"):
+    with pytest.raises(ValueError, match=r"embedder must be a function with a size, .* got 'words'"):
         RPOLoss(embedder="words")  # type: ignore[arg-type]
 
 
