@@ -135,6 +135,11 @@ class Loss(ABC, Generic[LogpsT]):
         """Return the names of the features that have a number for each completion."""
         return [name for name, feature in self.features.items() if feature.per_completion]
 
+    @property
+    def has_width(self) -> bool:
+        """Return whether the loss has parameters whose shape depends on the policy."""
+        return type(self).fit_width is not Loss.fit_width
+
     def fit_width(self, width: int) -> None:
         """Make the parameters whose shape depends on the policy. Called once, before anything reads the parameters.
 

@@ -40,15 +40,19 @@ class MixLoss(Loss[Any], nn.Module):
     def __init__(self, losses: Mapping[str, Loss[Any]], weights: Mapping[str, float]) -> None:
         super().__init__()
         self.losses, self.weights = dict(losses), dict(weights)
+        if not self.losses:
+            raise ValueError("losses is empty: name at least one")
         for name, loss in self.losses.items():
             if not isinstance(loss, Loss):
                 raise ValueError(f"losses.{name} must be a loss with a _target_, got {loss!r}")
-        if not self.losses or self.losses.keys() != self.weights.keys():
-            raise ValueError(f"weights must have a number for each of {list(self.losses)}, got {list(self.weights)}")
+        for name in self.losses.keys() - self.weights.keys():
+            raise ValueError(f"losses.{name} does not have a weight: set +method.loss.weights.{name}=NUMBER")
+        for name in self.weights.keys() - self.losses.keys():
+            raise ValueError(f"weights.{name} is the weight of no loss; losses has {', '.join(self.losses)}")
         if not all(isinstance(weight, int | float) for weight in self.weights.values()):
             raise ValueError(f"weights must be numbers, got {self.weights}")
         if not (all(0 <= weight < math.inf for weight in self.weights.values()) and any(self.weights.values())):
-            raise ValueError(f"weights must be finite, >= 0, and not all zero, got {self.weights}")
+            raise ValueError(f"weights must be finite and at least 0, one of them above 0, got {self.weights}")
         self._check_parts()
         if any(loss.uses_rejected for loss in self.losses.values()):
             self.losses = {name: _comparing(loss) for name, loss in self.losses.items()}
@@ -98,6 +102,11 @@ class MixLoss(Loss[Any], nn.Module):
         if not self.losses[name].extra_completions:
             return compute(scored)  # without computing log-probs of tokens again
         return compute(replace(scored, batch=replace(scored.batch, extra=_own(name, scored.batch.extra))))
+
+    @property
+    def has_width(self) -> bool:
+        """Return whether a part has parameters whose shape depends on the policy."""
+        return any(loss.has_width for loss in self.losses.values())
 
     def fit_width(self, width: int) -> None:
         """Let each part make its parameters of that width."""

@@ -249,7 +249,7 @@ def _needs(loss: Any, data: str) -> list[str]:
     cls = type(loss) if isinstance(loss, Loss) else loss
     if _declared(loss, "has_statistics", cls.update_statistics is not Loss.update_statistics):
         needs.append("running statistics")
-    if cls.fit_width is not Loss.fit_width:
+    if _declared(loss, "has_width", cls.fit_width is not Loss.fit_width):
         needs.append("a head on hidden states of the policy")
     elif isinstance(loss, nn.Module) and any(parameter.requires_grad for parameter in loss.parameters()):
         needs.append("parameters of its own")

@@ -138,6 +138,12 @@ def _moving_reference(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
         return
     chosen = f"reference={member_name('reference', reference)}"
     if not reference.moves:
+        if select(cfg, "method.follow_every") is not None:
+            # With a reference that stays, the loss is that of another method under a wrong name.
+            yield (
+                f"method={select(cfg, 'method.name')} is defined by a reference that moves, and {chosen} stays as it "
+                "is: choose reference=following"
+            )
         if reference.after_step is not Reference.after_step:
             yield (
                 f"{chosen} has after_step, which changes its weights, and does not declare it: write moves = True in "

@@ -25,7 +25,8 @@ def warnings(cfg: DictConfig) -> list[str]:
     for key in (*adjusted, "reference"):
         every, steps = select(cfg, f"{key}.every"), select(cfg, "trainer.max_steps")
         if every is not None and steps is not None and every > steps:
-            notes.append(f"{key}.every={every} is more than trainer.max_steps={steps}: {key} is never adjusted")
+            effect = "it never moves, as if it were frozen" if key == "reference" else f"{key} is never adjusted"
+            notes.append(f"{key}.every={every} is more than trainer.max_steps={steps}: {effect}")
     warmup, steps = select(cfg, "scheduler.num_warmup_steps"), select(cfg, "trainer.max_steps")
     if warmup is not None and steps is not None and warmup >= max(steps, 2):
         notes.append(
