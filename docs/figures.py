@@ -16,9 +16,10 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+import family_figures  # Beside this script.
 import matplotlib.pyplot as plt
 import numpy as np
-import study_figures  # Beside this script.
+import study_figures
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -241,6 +242,8 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
         )  # fmt: skip
 
 
+STUDIES: dict[str, Callable[..., Figure]] = {**study_figures.FIGURES, **family_figures.FIGURES}
+"""Figures that compare sweeps and print their numbers."""
 FIGURES: dict[str, Callable[..., Figure]] = {
     "alpha": alpha, "labels": labels, "leak": leak, "kl_estimators": kl_estimators
 }  # fmt: skip
@@ -249,7 +252,7 @@ FIGURES: dict[str, Callable[..., Figure]] = {
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Draw one figure and return its file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=[*FIGURES, *study_figures.FIGURES])
+    parser.add_argument("name", choices=[*FIGURES, *STUDIES])
     parser.add_argument("sweeps", type=Path, nargs="+", metavar="SWEEP", help="folder of run directories")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images", metavar="FOLDER")
     given = parser.parse_args(arguments)
@@ -258,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         figure = FIGURES[given.name](*map(read_runs, given.sweeps))
         figure.tight_layout()
     else:
-        figure = study_figures.FIGURES[given.name](*given.sweeps)
+        figure = STUDIES[given.name](*given.sweeps)
     given.out.mkdir(parents=True, exist_ok=True)
     of_sweep = f"_{given.sweeps[0].resolve().name}" if given.name in study_figures.ONE_SWEEP else ""
     file = given.out / f"{given.name}{of_sweep}.png"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from spo.stages.methods import read_methods
 
 
 def methods_table(conf: Path) -> str:
-    """Write a table with one line for each yaml file of ``conf/method``, under headings."""
-    return markdown_table(read_methods([conf]))
+    """Write a table with one line for each yaml file of ``conf/method``, under headings, and what its words count."""
+    methods = read_methods([conf])
+    counts = Counter(method.checked_by for method in methods if method.checked_by)
+    summary = ", ".join(f"{number} {word}" for word, number in counts.most_common())
+    return f"{len(methods)} methods, by how their formulas were checked: {summary}.\n\n{markdown_table(methods)}"
 
 
 def groups_table(conf: Path) -> str:

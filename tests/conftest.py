@@ -27,6 +27,7 @@ for name in ("SIGINT", "SIGHUP"):
 
 # The slowest files, which start first so that neither worker waits for the other at the end.
 LONGEST = (
+    "test_contract.py",
     "test_end_to_end.py",
     "test_config.py",
     "test_wandb.py",

@@ -63,7 +63,7 @@ def run(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess[
 def test_help_lists_commands_groups_and_examples(tmp_path: Path) -> None:
     done = run("--help", folder=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
-    for word in ("train", "evaluate", "report", "inspect", "method", "with a reference: dpo,", "examples:"):
+    for word in ("train", "evaluate", "report", "inspect", "method", "with a reference: ", "examples:"):
         assert word in done.stdout
     assert run(folder=tmp_path).stdout == done.stdout
 

@@ -715,6 +715,17 @@ class Bounded(DPOLoss):
 """
 
 
+def test_own_member_with_a_shipped_name_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "dpo.yaml").write_text("loss: {_target_: spo.losses.SFTLoss}")
+    with pytest.raises(UserError, match=r"method/dpo\.yaml has the name of a shipped member"):
+        compose(["method=dpo"], config_dir=tmp_path)
+    with pytest.raises(UserError, match=r"method/dpo\.yaml has the name of a shipped member"):
+        plan(["method=dpo"], config_dir=tmp_path)
+    (tmp_path / "method" / "dpo.yaml").rename(tmp_path / "method" / "my_dpo.yaml")
+    assert compose(["method=my_dpo"], config_dir=tmp_path).method.loss._target_ == "spo.losses.SFTLoss"
+
+
 def test_bounds_of_a_plugin_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bounded_spo.py").write_text(BOUNDED_LOSS)
     (tmp_path / "method").mkdir()
@@ -787,3 +798,33 @@ def test_part_of_another_shape_is_a_problem_in_words(key: str, value: Any, words
     cfg = compose(run_dir="run")
     OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     assert any(words in problem for problem in problems(cfg)), problems(cfg)
+
+
+def test_method_of_a_moving_reference_needs_one() -> None:
+    for reference in ("frozen", "precomputed", "cached"):
+        text = problem_text("method=tr_dpo", f"reference={reference}")
+        assert f"reference={reference} stays as it is: choose reference=following" in text
+    assert problems(compose(["method=tr_dpo"])) == problems(compose(["method=dpo", "reference=following"])) == []
+    assert any("it never moves" in sentence for sentence in warnings(compose(["method=tr_dpo", "reference.every=200"])))
+
+
+def test_mapping_over_a_mapping_names_what_is_new_in_it() -> None:
+    text = problem_text("method=rpo", "method.loss.embedder={_target_: spo.models.EncoderEmbedder, path: p}")
+    assert text.endswith("add what is new there by itself, +method.loss.embedder.path=...")
+    text = problem_text(
+        "method=rpo", "method.loss.embedder._target_=spo.models.EncoderEmbedder", "+method.loss.embedder.path=p"
+    )
+    assert "embedder.size: EncoderEmbedder does not have this parameter; ~method.loss.embedder.size removes it" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["+method.loss.losses.ipo._target_=spo.losses.IPOLoss"], "set +method.loss.weights.ipo=NUMBER"),
+        (["+method.loss.weights.ipo=1"], "weights.ipo is the weight of no loss; losses has dpo, sft"),
+        (["method.loss.weights.dpo=0", "method.loss.weights.sft=0"], "one of them above 0"),
+        (["method.loss.weights.dpo=-1"], "at least 0"),
+    ],
+)
+def test_wrong_weights_of_a_mix_are_explained(overrides: list[str], words: str) -> None:
+    assert words in problem_text("method=mix", *overrides)

@@ -37,6 +37,7 @@ from spo import cli
 from tests.commands import enter
 from tests.environments import ROOT, copy_of_project, fresh_environment, run
 from tests.helpers import save_model
+from tests.test_import_llama2c import SIZES, write_model, write_tokenizer
 
 TAGS = ("run", "run-tiny", "compose", "loss", "parse")
 MAX_PARSED_BLOCKS = 12
@@ -118,6 +119,10 @@ def prepare_folder(folder: Path, block: Block) -> None:
             file.write_text(other.text)
     if "python benchmarks/" in block.text or "python -m benchmarks." in block.text:
         shutil.copytree(ROOT / "benchmarks", folder / "benchmarks")
+    if "examples/import_llama2c.py" in block.text:
+        shutil.copytree(ROOT / "examples", folder / "examples")
+        write_model(folder / "MODEL.bin", SIZES)
+        write_tokenizer(folder / "TOKENIZER.bin")
     if "MODEL_DIR" in block.text:
         save_model(folder / "MODEL_DIR", max_position_embeddings=512)
     if "PAIRS.jsonl.gz" in block.text:

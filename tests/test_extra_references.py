@@ -20,14 +20,22 @@ from transformers import AutoTokenizer
 from spo import cli
 from spo.config.checks import problems
 from spo.config.compose import compose
+from spo.config.nodes import extra_references
 from spo.data.collate import collate
 from spo.errors import UserError
 from spo.losses import DPOLoss, SPOLoss, Term
 from spo.models import AdapterOffReference, CachedReference, FrozenReference, Reference
+from spo.notes import collect_notes
 from spo.objective.pairs import score
+from spo.records.digests import model_digest
 from spo.runs.identity import differences, identity
+from spo.stages import from_config
+from spo.stages.evaluate import evaluate_command
 from spo.stages.extra_references import load_extra_references
+from spo.stages.from_config import resolve_values
+from spo.stages.reference_model import initial_model
 from spo.types import PairLogps
+from tests.commands import TINY, job
 from tests.helpers import (
     FAST,
     PAD,
@@ -256,6 +264,79 @@ def test_identity_has_further_references_only_where_there_are_some(folder: Path,
     after = identity(cfg)
     assert before["digest"] != after["digest"]
     assert differences(before, after) == ["the weights of the further references have changed"]
+
+
+# --- the model before supervised fine-tuning -----------------------------------------------------------------------
+
+DEFAULT = "+method.default_references={second: initial}"
+GIVEN = "extra_references.second=initial"
+SMALL = [f"model.initial.{one}" for one in ("num_stories=50", "vocab_size=300", "hidden_size=16")]
+
+
+def test_default_reference_is_used_where_the_user_gives_nothing(folder: Path, tmp_path: Path) -> None:
+    assert found(*LOSS, DEFAULT) == found(*LOSS, GIVEN) == ""
+    assert extra_references(compose([*LOSS, DEFAULT])) == {"second": "initial"}
+    own = compose([*LOSS, DEFAULT, f"extra_references.second={folder}"])
+    assert extra_references(own) == {"second": str(folder)}
+    assert found("method=dpo", DEFAULT) == (
+        "method.default_references.second: method=dpo does not read this reference (it reads none beside the main one)"
+        ": remove it with ~method.default_references.second"
+    )
+    assert "method.default_references.second=" in found(*LOSS, "+method.default_references={second: /nowhere}")
+    by_default, by_hand, other, plain = (
+        identity(compose([*LOSS, *words], run_dir=tmp_path))
+        for words in ([DEFAULT], [GIVEN], [GIVEN, "data.seed=1"], [f"extra_references.second={folder}"])
+    )
+    assert by_default == by_hand and by_default["config"]["extra_references.second"] == "initial"
+    assert len({one["digest"] for one in (by_default, other, plain)}) == 3
+
+
+def test_identity_has_the_weights_of_the_initial_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_model(tmp_path / "initial", scale=0.2)
+    monkeypatch.chdir(tmp_path)  # A folder of that name is not meant by the word.
+    cfg = compose([*LOSS, GIVEN, "data=jsonl", "data.path=a"], run_dir=tmp_path / "run")
+    assert identity(cfg)["extra_references"] == {"second": None}
+    cfg = compose([*LOSS, GIVEN, "model=hf", f"model.path={model}"], run_dir=tmp_path / "run")
+    assert identity(cfg)["extra_references"] == {"second": model_digest(model)}
+
+
+def test_initial_model_is_the_one_before_fine_tuning(folder: Path, tmp_path: Path) -> None:
+    words = [f"paths.cache={tmp_path}", *SMALL]
+    cfg = resolve_values(compose([*LOSS, *words]))
+    with collect_notes() as notes:
+        path = initial_model(cfg, spec := from_config.model_spec(cfg))
+        assert not notes
+        assert initial_model(cfg, spec) == path
+        other = resolve_values(compose([*LOSS, *words, "data.seed=1"]))
+        assert initial_model(other, from_config.model_spec(other)) != path
+        assert spec.initial is not None
+        fresh, _ = spec.initial()
+        saved = spec.start(path).state_dict()
+        for name, weight in fresh.state_dict().items():
+            assert torch.equal(saved[name], weight)
+        given = resolve_values(compose([*LOSS, "model=hf", f"model.path={folder}", "sft.max_steps=5"]))
+        assert initial_model(given, from_config.model_spec(given)) == str(folder) and not notes
+        given.sft.max_steps = 0
+        initial_model(given, from_config.model_spec(given))
+        assert notes == {"notes/initial_is_reference": 1}
+
+
+@pytest.mark.slow
+def test_command_trains_and_evaluates_against_the_initial_model(cache_dir: Path, tmp_path: Path) -> None:
+    words = [*LOSS, "judge=none", "trainer.max_steps=2", "data.source.responses=grammar"]
+    tuned = job(tmp_path / "tuned", cache_dir, TINY, *words, DEFAULT)
+    fresh = job(tmp_path / "fresh", cache_dir, TINY, *words, GIVEN, "sft.max_steps=0")
+    rows = [json.loads((tmp_path / one / "history.jsonl").read_text().splitlines()[0]) for one in ("tuned", "fresh")]
+    assert rows[0]["val/loss"] != pytest.approx(0.6931, abs=1e-3)
+    assert rows[1]["val/loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert fresh["notes/initial_is_reference"] == 1 and "notes/initial_is_reference" not in tuned
+    inputs = [json.loads((tmp_path / one / "provenance.json").read_text())["inputs"] for one in ("tuned", "fresh")]
+    digests = [one["extra_references_sha256"]["second"] for one in inputs]
+    assert digests[0] == digests[1] and inputs[0]["reference_sha256"] != digests[0]
+    # An evaluation on data of another seed reads the initial model of the run.
+    evaluate_command(tmp_path / "tuned", ["data.seed=1"], [HERE])
+    folders = {model_digest(one.parent) for one in (cache_dir / "initial").glob("*/config.json")}
+    assert folders == {digests[0]}
 
 
 @pytest.mark.slow

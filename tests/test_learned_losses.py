@@ -21,8 +21,7 @@ from spo import guard
 from spo.callbacks import NonFinite
 from spo.data import TokenizedPair
 from spo.errors import UserError
-from spo.losses import PreferenceLoss
-from spo.losses.base import policy_margin
+from spo.losses import PreferenceLoss, policy_margin
 from spo.models import FrozenReference
 from spo.models.optimizer import adamw, clip_gradients, make_apart, make_with_names
 from spo.models.saving import whole_state_dict

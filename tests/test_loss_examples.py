@@ -59,6 +59,18 @@ CLASSES = {str(block): loss_class(block) for block in BLOCKS if block.tag == "lo
 EACH = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
 
 
+WIDTH = 16
+
+
+def made(make: type[Loss[Any]]) -> Loss[Any]:
+    """Return a loss for the models of this file, always with the same parameters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        loss = make()
+        loss.fit_width(WIDTH)
+    return loss
+
+
 def example(name: str) -> type[Loss[Any]]:
     """Return the loss of the examples that has a name."""
     [make] = [one for one in CLASSES.values() if one.__name__ == name]
@@ -131,7 +143,7 @@ def trained(loss: Loss[Any], folder: Path) -> Spied:
 
 @EACH
 def test_example_takes_a_step_and_a_validation(make: type[Loss[Any]], tmp_path: Path) -> None:
-    loss = make()
+    loss = made(make)
     before = copy.deepcopy(loss)
     module = trained(loss, tmp_path)
     logged = {key: float(value) for key, value in module.trainer.callback_metrics.items()}
@@ -165,7 +177,7 @@ def check_declarations(loss: Loss[Any]) -> None:
 
 @EACH
 def test_example_declares_what_it_reads(make: type[Loss[Any]]) -> None:
-    check_declarations(make())
+    check_declarations(made(make))
 
 
 FORGOTTEN: dict[str, tuple[str, Any, type[Exception], str]] = {
@@ -187,7 +199,7 @@ def test_forgotten_declaration_fails(name: str) -> None:
     attribute, default, error, words = FORGOTTEN[name]
     forgetful = type("Forgetful", (example(name),), {attribute: default})
     with pytest.raises(error, match=words):
-        check_declarations(forgetful())
+        check_declarations(made(forgetful))
 
 
 def test_term_that_forgets_the_reference_fails() -> None:
@@ -292,6 +304,21 @@ def crowd(pair: Pair) -> Array:
     return -np.log(trust * sigmoid(BETA * pair.h) + (1 - trust) * sigmoid(-BETA * pair.h))
 
 
+def rewarded(pair: Pair) -> Array:
+    head: Any = made(example("RewardedLoss"))
+
+    def reward(side: str) -> Array:
+        means = []
+        for row in ROWS:
+            ids = row.prompt_ids + ids_of(row)[side]
+            states = model(POLICY)(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
+            means.append(states[len(row.prompt_ids) - 1 : -1].mean(0).numpy())
+        return np.stack(means) @ head.head.weight[0].detach().double().numpy()
+
+    w, l = map(reward, pair.sides)  # noqa: E741
+    return -ls(BETA * pair.h) - ls(w - l)
+
+
 FORMULAS: dict[str, Callable[[Pair], Array]] = {
     "TDPO2Loss": tdpo2,
     "RosePOLoss": rosepo,
@@ -300,6 +327,7 @@ FORMULAS: dict[str, Callable[[Pair], Array]] = {
     "AOTLoss": aot,
     "BCOLoss": bco,
     "CrowdLoss": crowd,
+    "RewardedLoss": rewarded,
     "DPOPLoss": lambda pair: -ls(BETA * (pair.h - 5 * np.maximum(0, -pair.u_w))),
     "HingeLoss": lambda pair: np.maximum(0, 1 - BETA * pair.h),
     "ExponentialLoss": lambda pair: np.exp(-BETA * pair.h),
@@ -320,7 +348,7 @@ def top_one(label: Array) -> Array:
 
 @EACH
 def test_example_is_its_formula_for_soft_labels_and_weights(make: type[Loss[Any]]) -> None:
-    loss = make()
+    loss = made(make)
     inputs = inputs_for(loss)
     if loss.has_statistics:
         loss.update_statistics(inputs)

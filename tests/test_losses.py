@@ -18,6 +18,7 @@ from spo.losses import (
     DPOLoss,
     Feature,
     IPOLoss,
+    KTOLoss,
     LabelledLoss,
     ListLoss,
     Loss,
@@ -28,7 +29,7 @@ from spo.losses import (
     WeightedSPOLoss,
     policy_margin,
 )
-from spo.types import LabelledLogps, ListLogps, Logps, PairLogps
+from spo.types import CompletionLogps, LabelledLogps, ListLogps, Logps, PairLogps
 
 Array = NDArray[np.float64]
 B = 9
@@ -548,3 +549,10 @@ def test_mean_does_not_pass_for_the_losses_of_rows(make: type[Loss[Any]]) -> Non
     for label in (0.7 * ones, ones):
         with pytest.raises(UserError, match=r"of_\w+ must return one loss of each row, of shape \(3,\), .* \(\)"):
             make()(rows(torch.randn(3, 2), label, make.inputs, weight=ones), alpha=1.0, beta=1.0)
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(-3.5, 0.0), (3.5, 3.5)])
+def test_reference_point_of_kto_is_not_below_zero(ratio: float, expected: float) -> None:
+    other = CompletionLogps(torch.full((2,), ratio - 9), torch.ones(2), torch.full((2,), -9.0))
+    given = LabelledLogps(torch.zeros(2), torch.ones(2), torch.zeros(2), extra={"mismatched": other})
+    assert KTOLoss().reference_point(given).item() == expected

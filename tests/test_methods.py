@@ -20,7 +20,19 @@ from spo.config.comments import comments_of
 from spo.config.compose import compose
 from spo.config.groups import METHOD_GROUPS, config_folders, group_members
 from spo.config.nodes import locate
-from spo.losses import Column, Drawn, Feature, ListLoss, Loss, Mismatched, PreferenceLoss, Role, Term
+from spo.losses import (
+    Column,
+    Drawn,
+    Feature,
+    ListLoss,
+    Loss,
+    Mismatched,
+    MixLoss,
+    PreferenceLoss,
+    Role,
+    SelfSupervisedPOLoss,
+    Term,
+)
 from spo.losses.dpo import DPOLoss
 from spo.pages.formulas import as_text, formulas_of
 from spo.pages.methods import MethodFacts, markdown_table, method_page, methods_table
@@ -75,7 +87,7 @@ def test_page_has_about_ten_lines_and_every_key(name: str, shipped: Mapping[str,
     assert len(lines) <= 11 + 2 * len(shipped[name].keys)
     assert lines[0].startswith(f"{name}: {node['title']}"[:100])
     for words in (node["changes"], node["use_when"], node["checked"], node["paper"], shipped[name].verified):
-        assert words in text
+        assert str(words) in text
     assert not set(text) & set("\\`$") - {"`"} and text.isascii()
 
 
@@ -214,6 +226,9 @@ class Hungry(PreferenceLoss):
     def update_statistics(self, logps: PairLogps) -> None:
         """Do nothing."""
 
+    def fit_width(self, width: int) -> None:
+        """Do nothing."""
+
 
 def test_needs_follow_from_declarations(tmp_path: Path) -> None:
     (tmp_path / "method").mkdir()
@@ -222,6 +237,7 @@ def test_needs_follow_from_declarations(tmp_path: Path) -> None:
         "alpha", "beta", "token-level terms of policy and reference", "column a", "column b (optional)",
         "columns chosen_c and rejected_c", "column anchor", "completions drawn from the reference",
         "completions of other prompts", "further references p, q", "whole batch", "running statistics",
+        "a head on hidden states of the policy",
     ]  # fmt: skip
     file.write_text(f"loss: {{_target_: {__name__}.Hungry, names: [p, q]}}\n")
     method = facts_of("hungry", folders)
@@ -233,6 +249,14 @@ def test_needs_follow_from_declarations(tmp_path: Path) -> None:
     file.write_text(f"loss: {{_target_: {__name__}.Hungry, names: '???'}}\n")
     needs.remove("further references p, q")
     assert [*facts_of("hungry", folders, verify=True).needs] == needs
+
+
+def test_a_sum_has_a_head_if_a_part_has_one(shipped: Mapping[str, MethodFacts]) -> None:
+    head = "a head on hidden states of the policy"
+    assert head in shipped["self_supervised_po"].needs and head not in shipped["mix"].needs
+    parts: dict[str, Any] = {"dpo": DPOLoss(), "degree": SelfSupervisedPOLoss()}
+    assert MixLoss(parts, {"dpo": 1.0, "degree": 1.0}).has_width
+    assert not MixLoss({"dpo": DPOLoss()}, {"dpo": 1.0}).has_width
 
 
 def test_words_do_not_change_the_identity_of_a_run(tmp_path: Path) -> None:

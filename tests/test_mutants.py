@@ -5,10 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from pydoc import locate
 
 import pytest
+from omegaconf import OmegaConf
 
 from spo.losses import SPOLoss
+from spo.resources import conf_dir
 from tests.mutants.catalogue import MUTANTS
 from tests.mutants.plant import Mutant, edited_code, find_function
 
@@ -31,6 +34,22 @@ def test_mutant_changes_the_code_of_its_function(mutant: Mutant) -> None:
     assert function.__code__ is right
     files = {name.partition("::")[0] for name in mutant.ids if not name.startswith("verify:")}
     assert all((ROOT / "tests" / file).is_file() for file in files)
+
+
+def test_every_method_has_two_mutants() -> None:
+    """Mutants of a function that is not a method of a class count for every class of its file."""
+    classes = set()
+    for path in (conf_dir() / "method").glob("*.yaml"):
+        found = locate(OmegaConf.load(path).loss._target_)
+        assert isinstance(found, type)
+        classes.add(f"{found.__module__}.{found.__qualname__}")
+    of_file = {name.rpartition(".")[0] for name in classes}
+    assert len(classes) > len(of_file) > 35
+    for name in classes:
+        file = name.rpartition(".")[0]
+        others = tuple(f"{other}." for other in classes - {name})
+        counted = [m.name for m in MUTANTS if m.function.startswith(f"{file}.") and not m.function.startswith(others)]
+        assert len(counted) >= 2, f"{name} has the mutants {counted}: add others in tests/mutants/losses.py"
 
 
 def test_changed_text_is_an_error() -> None:

@@ -8,6 +8,7 @@ loss: it says which shipped class an oracle's name stands for, with which option
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -57,6 +58,7 @@ from spo.losses import (
     SPORankedLoss,
     SPPOLoss,
     TDPOLoss,
+    UPOLoss,
     WPOLoss,
 )
 from spo.losses.base import Loss
@@ -249,6 +251,21 @@ def bapo(p: Params, x: Inputs, form: Any) -> Tensor:
     return of(BAPOLoss(p["lam"], form, per_token=False), pairs(x, extra={"anchor": base}), beta=p["beta"])
 
 
+def upo(p: Params, x: Inputs) -> Tensor:
+    # The oracle is of the advantage-weighted likelihood alone.
+    loss = UPOLoss(1.0, p["temperature"], p["tau"], value_weight=0.0, max_weight=math.inf, desirable_weight=0.0)
+    zeros, ones = torch.zeros_like(x["policy"]), torch.ones_like(x["policy"])
+    logps = LabelledLogps(
+        x["policy"],
+        ones,
+        zeros,
+        terms={"value": x["value"]},
+        features={"auxiliary_reward": x["reward"]},
+        extra={"mismatched": CompletionLogps(zeros, ones, zeros)},
+    )
+    return of(loss, logps)
+
+
 def tdpo(p: Params, is_second: bool) -> TDPOLoss:
     return TDPOLoss(p["alpha"], detach_chosen=True) if is_second else TDPOLoss(1.0, detach_chosen=False)
 
@@ -315,6 +332,7 @@ EVALUATIONS: dict[str, Evaluate] = {
     "mrpo": partial(mrpo, index="code"),
     "mrpo_index_own": partial(mrpo, index="own"),
     "alpha_dpo": alpha_dpo,
+    "upo_advantage_mle": upo,
     "kto": kto,
     "spo": lambda p, x: of(SPOLoss(), pairs(x), alpha=p["alpha"]),
     "spo_hard": lambda p, x: of(SPOLoss(), pairs(x), alpha=p["alpha"]),

@@ -1,4 +1,4 @@
-"""Methods from outside the package: each step equals a closed form or TRL, however it is cut, stopped or spread."""
+"""Methods in and outside the package: each step equals a closed form, however it is cut, stopped or spread."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from spo import cli
 from spo.data import TokenizedPair
 from spo.forward.speed import Speed
 from spo.models import FrozenReference
+from spo.resources import conf_dir
+from tests.closed_forms import EXTRA, ORACLES, POLICY, REFERENCE, Completion, Oracle, Row, completion
 from tests.commands import TINY
 from tests.helpers import (
-    BOS,
-    EOS,
     FAST,
     PLAIN,
     VOCAB,
@@ -37,40 +36,23 @@ from tests.helpers import (
     random_pairs,
     run_on_two_ranks,
     save_model,
-    tiny_tokenizer,
+    small_model,
 )
-from tests.outside_oracles import EXTRA, ORACLES, POLICY, REFERENCE, Completion, Oracle, Row, completion
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "tests" / "outside" / "conf"
 sys.path.append(str(CONF.parent))  # as PYTHONPATH does for a user
 
-BETA, BATCH, STEPS = 0.1, 6, 3
-METHODS = sorted(path.stem for path in CONF.glob("method/*.yaml"))
-TERMS, STATE = ("ld_dpo", "tdpo2", "wpo"), ("bco", "debiased", "tr_dpo")
+BETA, BATCH, STEPS, EMBEDDED = 0.1, 6, 3, 3
+PREFIX = "outside_"
+"""Beginning of the names of members, since a member of --config-dir must not have the name of a shipped one."""
+OUTSIDE = sorted(path.stem for path in CONF.glob("method/*.yaml"))
+SHIPPED = sorted(name for name in ORACLES if (conf_dir() / "method" / f"{name}.yaml").is_file())
+METHODS = [*OUTSIDE, *SHIPPED]
+TERMS, STATE = ("ld_dpo", "tdpo2", "wpo"), ("bco", "outside_debiased", "outside_tr_dpo")
+LABELLED = ("bco", "kto", "outside_kto")
+EMBEDDING = {"rpo": "prompt_embedding", "outside_rpo": "embedding"}
 MODELS = {POLICY: 0, REFERENCE: 1, EXTRA: 2}
-
-
-def small_model(seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Return a model whose every number has the dtype; Llama computes norms and positions in float32."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = GPT2Config(
-            vocab_size=VOCAB,
-            n_positions=32,
-            n_embd=12,
-            n_layer=1,
-            n_head=2,
-            initializer_range=0.5,
-            tie_word_embeddings=False,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-            attn_implementation="sdpa",
-        )
-        return GPT2LMHeadModel(config).to(dtype).eval()
 
 
 @cache
@@ -78,15 +60,22 @@ def speed_of(layout: str) -> Speed:
     return {"padded": PLAIN, "packed": FAST}[layout].resolve_for(small_model(0))
 
 
-def part(group: str, name: str, key: str | None = None, **changes: Any) -> Any:
-    """Make the object that a yaml of the plugin describes."""
-    node = OmegaConf.load(CONF / group / f"{name}.yaml")
-    return instantiate(node if key is None else node[key], **changes)  # type: ignore[index]
+def part(group: str, name: str, **changes: Any) -> Any:
+    """Make the loss or the reference that a yaml of the plugin or of the package describes."""
+    own = CONF / group / f"{name}.yaml"
+    node = OmegaConf.load(own if own.is_file() else conf_dir() / group / f"{name}.yaml")
+    return instantiate(node.loss if group == "method" else node, **changes)
 
 
 def make_loss(name: str, dtype: torch.dtype = torch.float64) -> Any:
-    loss = part("method", name, "loss")
+    loss = part("method", name, **({"embedder": {"size": EMBEDDED}} if name == "rpo" else {}))
     return loss.to(dtype) if isinstance(loss, nn.Module) else loss
+
+
+def make_reference(name: str) -> Any:
+    if "tr_dpo" not in name:
+        return FrozenReference()
+    return part("reference", "outside_following" if name == "outside_tr_dpo" else "following", every=2)
 
 
 def some_rows(name: str, *, soft: bool) -> list[TokenizedPair]:
@@ -98,19 +87,19 @@ def some_rows(name: str, *, soft: bool) -> list[TokenizedPair]:
         weight=lambda i: None if i > 5 or not soft else 0.5 + i / 10,
     )
     pairs[3:5] = [replace(pair, prompt_ids=pairs[2].prompt_ids, prompt_id=pairs[2].prompt_id) for pair in pairs[3:5]]
-    pairs[4] = replace(pairs[4], chosen_ids=pairs[2].rejected_ids)
+    pairs[4] = replace(pairs[4], chosen_ids=pairs[2].rejected_ids or ())
     return [replace(pair, **columns) for pair, columns in zip(pairs, columns_of(name, pairs, soft), strict=True)]
 
 
 def columns_of(name: str, pairs: list[TokenizedPair], soft: bool) -> list[dict[str, Any]]:
     """Return what else the rows of a method have."""
     random = torch.Generator().manual_seed(3)
-    numbers = torch.randn(len(pairs), 3, generator=random).tolist()
-    if name == "rpo":
-        return [{"features": {"embedding": tuple(row)}} for row in numbers]
-    if name == "debiased":
+    numbers = torch.randn(len(pairs), EMBEDDED, generator=random).tolist()
+    if name in EMBEDDING:
+        return [{"features": {EMBEDDING[name]: tuple(row)}} for row in numbers]
+    if name == "outside_debiased":
         return [{"features": {"number": (row[0], row[1])}} for row in numbers]
-    if name == "kto":
+    if name in LABELLED:
         single = {"rejected_ids": None, "rejected_text": None, "preference": None}
         others = [pairs[i - 1 if i not in (3, 4) else 1].chosen_ids for i in range(len(pairs))]
         return [
@@ -134,7 +123,7 @@ def row_of(pair: TokenizedPair, models: dict[str, nn.Module]) -> Row:
         completion(pair.prompt_ids, pair.chosen_ids, models, numbers[0]),
         seen(pair.rejected_ids, numbers[1]),
         seen(pair.extra.get("mismatched")),
-        pair.features.get("embedding", ()),  # type: ignore[arg-type]
+        next((cast(Sequence[float], pair.features[key]) for key in EMBEDDING.values() if key in pair.features), ()),
         single(pair.preference if pair.label is None else pair.label),
         single(pair.weight),
     )
@@ -195,7 +184,7 @@ def fitted(
     module = make_module(
         models[POLICY],
         loss=make_loss(name, dtype),
-        reference=part("reference", "tr_dpo", every=2) if name == "tr_dpo" else FrozenReference(),
+        reference=make_reference(name),
         reference_model=models[REFERENCE],
         speed=speed_of(layout),
         micro_batch_size=micro,
@@ -233,7 +222,7 @@ def assert_same_steps(ours: Watched, theirs: Watched, tolerance: float) -> None:
 def assert_equals_oracle(module: Watched, name: str, rows: list[TokenizedPair]) -> None:
     """Compare the loss and every gradient of each step, from the weights that the step started with."""
     models = {model: small_model(seed) for model, seed in MODELS.items()}
-    policy, oracle = models[POLICY], ORACLES[name](BETA)
+    policy, oracle = models[POLICY], ORACLES.get(name, ORACLES[name.removeprefix(PREFIX)])(BETA)
     after = [*module.starts[1:], {key: value.clone() for key, value in module.state_dict().items()}]
     for step, indices in enumerate(module.indices):
         load(policy, oracle, module.starts[step])
@@ -291,73 +280,6 @@ def test_terms_do_not_cost_a_forward_pass(name: str, micro: int, passes: int, tm
     assert module.passes == {POLICY: passes, REFERENCE: passes}
 
 
-# --- TRL, where it has the method ----------------------------------------------------------------------------------
-
-TRL_METHODS: dict[str, dict[str, Any]] = {
-    "aot": {"loss_type": ["aot"]},
-    "hinge": {"loss_type": ["hinge"]},
-    "ld_dpo": {"ld_alpha": 0.5},
-    "wpo": {"use_weighting": True},
-}
-
-
-def trl_arguments(folder: Path, **changes: Any) -> dict[str, Any]:
-    fixed = {"use_cpu": True, "bf16": False, "report_to": [], "gradient_checkpointing": False, "disable_tqdm": True}
-    return {"output_dir": str(folder), "beta": BETA, "max_length": None, "disable_dropout": True, **fixed, **changes}
-
-
-def trl_step(name: str, rows: list[TokenizedPair], model: nn.Module, reference: nn.Module, folder: Path) -> Tensor:
-    """Return the loss that TRL's own trainer computes of the rows, from its own forward passes."""
-    trl = pytest.importorskip("trl", reason="trl is not installed")
-    from datasets import Dataset
-
-    tokenizer = tiny_tokenizer()
-    trainer: Any
-    if name == "kto":
-        unpaired = {"prompt": ["w3", "w4"], "completion": ["w5", "w6"], "label": [True, False]}
-        options: Any = trl.KTOConfig(**trl_arguments(folder, per_device_train_batch_size=2))
-        trainer = trl.KTOTrainer(
-            model, reference, options, train_dataset=Dataset.from_dict(unpaired), processing_class=tokenizer
-        )
-        examples = [
-            {
-                "prompt_ids": list(row.prompt_ids),
-                "completion_ids": list(row.chosen_ids),
-                "KL_completion_ids": list(row.extra["mismatched"]),
-                "label": bool(row.label),
-            }
-            for row in rows
-        ]
-    else:
-        pair = {"prompt": ["w3"], "chosen": ["w5"], "rejected": ["w6"]}
-        options = trl.DPOConfig(**trl_arguments(folder, **TRL_METHODS[name]))
-        trainer = trl.DPOTrainer(
-            model, reference, options, train_dataset=Dataset.from_dict(pair), processing_class=tokenizer
-        )
-        examples = [
-            {
-                "prompt_ids": list(row.prompt_ids),
-                "chosen_ids": list(row.chosen_ids),
-                "rejected_ids": list(row.rejected_ids or ()),
-            }
-            for row in rows
-        ]
-    return trainer._compute_loss(trainer.model, trainer.data_collator(examples), return_outputs=False)
-
-
-@pytest.mark.parametrize("name", [*TRL_METHODS, "kto"])
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_step_equals_trl(name: str, layout: str, tmp_path: Path) -> None:
-    module = fitted(tmp_path, name, dtype=torch.float32, layout=layout, steps=1)
-    rows = [some_rows(name, soft=False)[i] for i in module.indices[0]]
-    model, reference = (small_model(MODELS[which], torch.float32) for which in (POLICY, REFERENCE))
-    theirs = trl_step(name, rows, model, reference, tmp_path / "trl")
-    theirs.backward()
-    assert module.values[0] == pytest.approx(theirs.item(), rel=1e-6)
-    slopes = {f"policy.{key}": p.grad for key, p in model.named_parameters() if p.grad is not None}
-    assert_close(module.slopes[0], slopes, 5e-6)
-
-
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -393,14 +315,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "data"), [*((name, "pairs") for name in METHODS), ("kto", "labelled")])
+@pytest.mark.parametrize(("name", "data"), [*((name, "pairs") for name in OUTSIDE), ("outside_kto", "labelled")])
 def test_command_trains(name: str, data: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPO_CACHE_DIR", str(inputs / "cache"))
     words = [TINY, f"data={'labelled_jsonl' if data == 'labelled' else 'jsonl'}", f"data.path={inputs}/{data}.jsonl"]
     words += ["model=hf", f"model.path={inputs}/model0", "judge=none", "logger=record", "optimizer.lr=1e-3"]
     words += ["trainer=cpu", "data.max_length=32", "data.max_new_tokens=8", "hydra.run.dir=run"]
-    words += [f"extra_references.{extra}={inputs}/model1" for extra in make_loss(name).extra_references]
     assert cli.main(["train", "--config-dir", str(CONF), f"method={name}", *words]) == 0
     metrics = json.loads(Path("run/metrics.json").read_text())
     numbers = [value for value in metrics.values() if isinstance(value, float)]
@@ -409,7 +330,7 @@ def test_command_trains(name: str, data: str, inputs: Path, tmp_path: Path, monk
     for key in make_loss(name).extra_metrics:
         assert all(f"{split}/{key}" in metrics for split in ("train", "val", "eval"))
         assert key in Path("run/report.html").read_text()
-    assert Path("run/loss.safetensors").is_file() == (name in ("bco", "debiased"))
+    assert Path("run/loss.safetensors").is_file() == (name == "outside_debiased")
 
 
 # --- processes -----------------------------------------------------------------------------------------------------

@@ -42,7 +42,10 @@ def test_new_method_adds_a_line(tmp_path: Path) -> None:
     )
     before, after = methods_table(conf_dir()).splitlines(), methods_table(conf).splitlines()
     link = "[arXiv:1](https://arxiv.org/abs/1)"
-    assert after == [*before, f"| `zz` | Mine | {link} | alpha, regularizer `local_kl` | 0.25 |"]
+    row = f"| `zz` | Mine | {link} | pairs, alpha, `regularizer=local_kl` |  | 0.25 |"
+    assert after[1:] == [*before[1:], "| **other** | | | | | |", row]
+    number = len(list(conf_dir().glob("method/*.yaml")))
+    assert (before[0].split()[0], after[0].split()[0]) == (str(number), str(number + 1))
     assert "`zz`" in next(line for line in groups_table(conf).splitlines() if line.startswith("| `method` |"))
 
 

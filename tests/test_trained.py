@@ -30,7 +30,7 @@ from spo.metrics.trained import Trained, describe_budget
 from spo.models import FrozenReference
 from spo.notes import collect_notes
 from spo.regularizers import GlobalKL, NoRegularizer
-from spo.stages.trained import SAMPLED_WEIGHTS, Start, check_pairs, check_steps, check_weights
+from spo.stages.trained import SAMPLED_WEIGHTS, Start, check_pairs, check_steps, check_weights, note_unmoved
 from spo.types import LabelledLogps
 from tests.helpers import Spied, frozen, make_data, make_module, make_trainer, random_pairs, tiny_llama
 
@@ -503,3 +503,10 @@ def test_half_precision_is_warned_about_before_training() -> None:
     assert warnings(cfg) == []
     cfg.model.dtype = "bfloat16"
     assert warnings(cfg)[0].startswith("model.dtype=bfloat16 trains the weights in bfloat16, where small updates round")
+
+
+@pytest.mark.parametrize(("every", "steps", "noted"), [(None, 3, False), (3, 3, False), (4, 3, True)])
+def test_reference_that_never_moved_is_noted(every: int | None, steps: int, noted: bool) -> None:
+    with collect_notes() as notes:
+        note_unmoved(every, steps)
+    assert notes == ({"notes/reference_never_moved": steps} if noted else {})

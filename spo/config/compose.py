@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from spo.config.best_setting import best_setting
 from spo.config.choices import pin_choices
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
+from spo.config.groups import shipped_names
 from spo.config.nodes import EXTRA_REFERENCES, select
 from spo.errors import UserError
 from spo.records.operational_keys import OPERATIONAL_KEYS
@@ -71,7 +72,7 @@ def composer(config_dir: str | Path | None = None) -> Iterator[Any]:
         config_dir: Folder with further members of the groups.
 
     Raises:
-        UserError: ``config_dir`` is not a folder.
+        UserError: ``config_dir`` is not a folder, or has a member with the name of a shipped one.
     """
     register_resolvers()
     extra: list[str] = []
@@ -79,6 +80,11 @@ def composer(config_dir: str | Path | None = None) -> Iterator[Any]:
         folder = Path(config_dir).absolute()
         if not folder.is_dir():
             raise UserError(f"--config-dir {config_dir}: there is no such folder")
+        if taken := shipped_names(folder):
+            raise UserError(
+                f"--config-dir {config_dir}: {taken[0]}.yaml has the name of a shipped member, which a run would "
+                "use instead: give it another name"
+            )
         quoted = str(folder).replace("'", r"\'")
         extra.append(f"hydra.searchpath=['file://{quoted}']")
     with hydra.initialize_config_dir(str(conf_dir()), job_name="spo", version_base=VERSION_BASE):

@@ -54,6 +54,13 @@ def group_members(folders: Iterable[Path]) -> dict[str, list[str]]:
     return {group: sorted(members) for group, members in sorted(groups.items())}
 
 
+def shipped_names(folder: Path) -> list[str]:
+    """Return the members of a folder, such as ``method/dpo``, that Hydra ignores: shipped ones have their names."""
+    shipped = group_members([conf_dir()])
+    own = group_members([folder]).items() if folder.resolve() != conf_dir().resolve() else ()
+    return [f"{group}/{name}" for group, members in own for name in members if name in shipped.get(group, [])]
+
+
 def method_file(name: str, folders: Iterable[Path]) -> Path:
     """Return the yaml file of a method, in the first of the folders that has it, as Hydra searches."""
     return next(file for folder in folders if (file := folder / "method" / f"{name}.yaml").is_file())

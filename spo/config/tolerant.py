@@ -124,6 +124,10 @@ class TolerantComposer:
         if "Could not override" in text or "is not in struct" in text:
             if key.rpartition(".")[0] == "data.chat_template_kwargs":
                 return f"write it with a plus, +{override.input_line}"
+            value, present = override.value(), OmegaConf.select(cfg, key, throw_on_missing=False)
+            if isinstance(value, dict) and isinstance(present, DictConfig):
+                added = " ".join(f"+{key}.{name}=..." for name in value if name not in present)
+                return f"the value is merged into what {key} has; add what is new there by itself, {added}"
             hint = _key_suggestion(key, cfg, self.groups)
             if members := self._members_with(key):
                 # The key exists, so that a guess at another one would mislead.

@@ -270,7 +270,7 @@ class EnumerableSource(Source):
     ) -> Row:
         chosen, rejected, *worse = (self.language.responses[i] for i in order)
         rewards = self.language.rewards[prompt][list(order)].tolist()
-        columns = {"rewards": rewards} if worse else gold_columns(*rewards, label_noise=0.0, names=GOLD_COLUMNS)
+        columns = {"rewards": rewards} if worse else gold_columns(rewards[0], rewards[1], 0.0, GOLD_COLUMNS)
         return Row(
             prompt=self.language.prompts[prompt],
             chosen=chosen,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-GOLD_COLUMNS = ("chosen_reward", "rejected_reward", "chosen_win_rate", "rejected_win_rate", "flip_probability")
+FLIP_PROBABILITY = "flip_probability"
+GOLD_COLUMNS = ("chosen_reward", "rejected_reward", "chosen_win_rate", "rejected_win_rate", FLIP_PROBABILITY)
 """Columns that data with a gold reward provides."""
 
 
@@ -29,7 +30,7 @@ def gold_columns(chosen: float, rejected: float, label_noise: float, names: Coll
         "rejected_reward": rejected,
         "chosen_win_rate": (0.5 + wins) / 2,
         "rejected_win_rate": (0.5 + losses) / 2,
-        "flip_probability": losses + label_noise * (1 - 2 * losses),
+        FLIP_PROBABILITY: losses + label_noise * (1 - 2 * losses),
     }
     return {name: value for name, value in values.items() if name in names}
 

@@ -109,7 +109,8 @@ def _number(name: str, feature: Feature, row: Row, column: str, column_name: str
             return None
         if feature.default is not None:
             return float(feature.default)
-        raise RowError(row.where, f"missing; method.loss reads it as the feature {name!r}", column_name)
+        reason = f"missing; method.loss reads it as the feature {name!r} (data.source.columns maps other names)"
+        raise RowError(row.where, reason, column_name)
     if feature.size is None:
         return number_of(value, row.where, column_name)
     return numbers_of(value, feature.size, row.where, column_name)

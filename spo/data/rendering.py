@@ -307,7 +307,10 @@ class Renderer:
         if pair.prompt_messages or self.split_special_tokens:
             text = self.encoder.hide(text)
         prompt = pair.prompt_ids[self.bos_id is not None and pair.prompt_ids[:1] == (self.bos_id,) :]
-        whole, alone = self.encoder.encode([pair.prompt_text + text, text])
+        context = pair.prompt_text
+        if pair.boundary_moved and pair.texts[rank] == self.decode(pair.completions[rank]):
+            context = self._decode(prompt)  # The text of a completion that was cut begins with the prompt's last token.
+        whole, alone = self.encoder.encode([context + text, text])
         whole = whole[self.bos_id is not None and whole[:1] == (self.bos_id,) :]
         # Tokens that merge with the prompt, or a prompt that was cut, leave the text to be encoded alone.
         ids = whole[len(prompt) :] if whole[: len(prompt)] == prompt else alone

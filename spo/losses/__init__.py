@@ -20,6 +20,7 @@ from spo.losses.embedders import HashedWords
 from spo.losses.exo import EXOLoss
 from spo.losses.exo_rw import EXORewardLoss
 from spo.losses.f_dpo import FDPOLoss
+from spo.losses.heads import StateHead
 from spo.losses.hinge import HingeLoss
 from spo.losses.ipo import IPOLoss
 from spo.losses.kto import KTOLoss
@@ -109,6 +110,7 @@ __all__ = [
     "SelfSupervisedPOLoss",
     "SequentialPOLoss",
     "SimPOLoss",
+    "StateHead",
     "TDPOLoss",
     "Term",
     "UPOLoss",

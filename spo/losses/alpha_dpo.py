@@ -25,7 +25,7 @@ class AlphaDPOLoss(PreferenceLoss, nn.Module):
     deviation. The bracket that is subtracted is constant in the gradient. With alpha = 0 the loss is SimPO. As in the
     official code, the statistics take in a batch before it is used, begin at zero, and are not corrected for that, so
     the first z are about ten times too large. A step with a single pair does not have a deviation and leaves s as it
-    was; where s is zero, z is zero.
+    was; where s is zero, z is zero. With a soft label p, M counts in m and s with p, and -M with 1 - p.
 
     Args:
         reference_weight: Weight alpha of the reference's part of the target margin.
@@ -56,11 +56,14 @@ class AlphaDPOLoss(PreferenceLoss, nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     def update_statistics(self, logps: PairLogps) -> None:
-        """Update the running mean and deviation of the margins."""
-        margins = self._margins(logps).double()
-        self.mean.lerp_(margins.mean(), 1 - DECAY)
+        """Update the running mean and deviation of the margins, whose signs are those of the labels."""
+        margins = self._margins(logps).to(self.mean)
+        right = torch.ones_like(margins) if logps.preference is None else logps.preference.to(margins)
+        mean = ((2 * right - 1) * margins).mean()
+        self.mean.lerp_(mean, 1 - DECAY)
         if len(margins) > 1:
-            self.std.lerp_(margins.std(), 1 - DECAY)
+            squares = right * (margins - mean) ** 2 + (1 - right) * (margins + mean) ** 2
+            self.std.lerp_((squares.sum() / (len(margins) - 1)).sqrt(), 1 - DECAY)
         self.updates += 1
 
     def target_margins(self, pair: PairLogps) -> Tensor:

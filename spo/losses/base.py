@@ -85,6 +85,8 @@ class Loss(ABC, Generic[LogpsT]):
         extra_completions: Further completions of each prompt, by name, as ``logps.extra[name]``.
         extra_references: Names of references beside the main one, whose log-probs are ``logps.references[name]``. The
             configuration gives each name a model (``extra_references.NAME=PATH``).
+        reads_soft_labels: The code of the loss reads soft labels itself. By default it is called for each outcome of
+            the label, which is not an expectation where the loss of a row depends on the labels of others.
         full_batch: The loss of a pair depends on the other pairs. It is then called once with all pairs of the
             optimizer step, over micro-batches and processes, or with all pairs of the split in a validation.
         no_optimum: Reason why the expected loss does not have a single minimum that descent settles at; empty if it has
@@ -102,6 +104,7 @@ class Loss(ABC, Generic[LogpsT]):
     features: Mapping[str, Feature] = {}
     extra_completions: Mapping[str, Role] = {}
     extra_references: tuple[str, ...] = ()
+    reads_soft_labels: bool = False
     full_batch: bool = False
     no_optimum: str = ""
     extra_metrics: tuple[str, ...] = ()
@@ -131,6 +134,11 @@ class Loss(ABC, Generic[LogpsT]):
     def per_completion_features(self) -> list[str]:
         """Return the names of the features that have a number for each completion."""
         return [name for name, feature in self.features.items() if feature.per_completion]
+
+    @property
+    def has_width(self) -> bool:
+        """Return whether the loss has parameters whose shape depends on the policy."""
+        return type(self).fit_width is not Loss.fit_width
 
     def fit_width(self, width: int) -> None:
         """Make the parameters whose shape depends on the policy. Called once, before anything reads the parameters.
@@ -208,6 +216,8 @@ class PreferenceLoss(Loss[PairLogps]):
     def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the loss of each pair if chosen is certainly better, without weights and soft labels.
 
+        A loss that declares ``reads_soft_labels`` gets soft labels, and returns the expected losses.
+
         Args:
             pair: Log-probabilities of ``B`` pairs.
             alpha: Softness.
@@ -225,10 +235,13 @@ class PreferenceLoss(Loss[PairLogps]):
         def of(given: PairLogps) -> Tensor:
             return one_of_each_row(self, self.of_pairs(given, alpha=alpha, beta=beta), given, ".of_pairs")
 
-        if preference is None or not self.uses_rejected:
+        if preference is None or not self.uses_rejected or self.reads_soft_labels:
             return weighted(of(pair), pair)
         swapped = pair.swapped(self.per_completion_features)
-        right, wrong = _where(preference == 0, swapped, pair), _where(preference == 1, pair, swapped)
+        right, wrong = (
+            rows_where(preference == 0, swapped, pair),
+            rows_where(preference == 1, pair, swapped),
+        )
         return weighted(expected(preference, of(right), of(wrong)), pair)
 
     def rewards(self, pair: PairLogps, *, alpha: float, beta: float) -> tuple[Tensor, Tensor | None]:
@@ -332,6 +345,8 @@ class LabelledLoss(Loss[LabelledLogps]):
     def of_labels(self, logps: LabelledLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the loss of each completion for a label of 1 (desirable) or 0, without weights.
 
+        A loss that declares ``reads_soft_labels`` gets soft labels, and returns the expected losses.
+
         Args:
             logps: Log-probabilities of ``B`` completions, with labels 1 or 0.
             alpha: Softness.
@@ -349,6 +364,8 @@ class LabelledLoss(Loss[LabelledLogps]):
             given = replace(logps, label=is_good.to(label.dtype))
             return one_of_each_row(self, self.of_labels(given, alpha=alpha, beta=beta), given, ".of_labels")
 
+        if self.reads_soft_labels:
+            return weighted(of(label), logps)
         return weighted(expected(label, of(label > 0), of(label == 1)), logps)
 
     def rewards(self, logps: LabelledLogps, *, alpha: float, beta: float) -> Tensor:
@@ -367,7 +384,7 @@ class LabelledLoss(Loss[LabelledLogps]):
         }
 
 
-def _where(rows: Tensor, pair: PairLogps, other: PairLogps) -> PairLogps:
+def rows_where(rows: Tensor, pair: PairLogps, other: PairLogps) -> PairLogps:
     """Return the ``(B,)`` masked rows from ``pair``, and the others from ``other``."""
     columns = pair.columns()
     return pair.with_columns(

@@ -163,7 +163,11 @@ class Column(Role):
 
 @dataclass(frozen=True)
 class Mismatched(Role):
-    """The completion of the closest row before it in the split, in a circle, that has another prompt (KTO)."""
+    """The completion of a row before it in the split, in a circle, that has another prompt (KTO).
+
+    The rows of a prompt go backwards through those of the prompt before. So the chosen and the rejected completion of a
+    pair, which are two rows, get the rejected and the chosen one of another.
+    """
 
     def tokens(self, rows: RoleInputs) -> Sequence[Ids]:
         """Return the completion of another prompt for each row.
@@ -176,11 +180,17 @@ class Mismatched(Role):
             raise ValueError(
                 "mismatched completions need rows with two prompts: add rows, or set a larger share in data.splits"
             )
-        # Row of the nearest other prompt before each row; the walk around the circle starts behind a change of prompt.
+        # Places of the rows of each prompt that follow each other; the walk around the circle starts with a new prompt.
         start = next((i for i in range(count) if prompts[i] != prompts[i - 1]), 0)
-        other = [0] * count
+        runs: list[list[int]] = []
         for i in (j % count for j in range(start, start + count)):
-            other[i] = (i - 1) % count if prompts[i] != prompts[i - 1] else other[i - 1]
+            if not runs or prompts[i] != prompts[i - 1]:
+                runs.append([])
+            runs[-1].append(i)
+        other = [0] * count
+        for run, before in zip(runs, runs[-1:] + runs[:-1], strict=True):
+            for place, i in enumerate(run):
+                other[i] = before[-1 - place % len(before)]
         return [rows.completions[j] for j in other]
 
 

@@ -105,7 +105,7 @@ def chosen_nll(pair: PairLogps, mean: NLLMean = "sum") -> Tensor:
         pair: Log-probabilities of ``B`` pairs.
         mean: ``sum`` for -log pi(y_w|x), ``completion`` for its mean over the tokens of y_w, and ``batch`` for numbers
             whose mean over the pairs is the mean over all tokens of all y_w. A loss that uses ``batch`` has to declare
-            ``full_batch``.
+            ``full_batch``. With soft labels, the tokens of both completions count by the probability of the label.
 
     Raises:
         ValueError: A mean over tokens needs the lengths, and they are missing.
@@ -114,6 +114,10 @@ def chosen_nll(pair: PairLogps, mean: NLLMean = "sum") -> Tensor:
         return -pair.policy_chosen
     if pair.chosen_length is None:
         raise ValueError("a mean over tokens needs chosen_length")
-    return -pair.policy_chosen / (
-        pair.chosen_length if mean == "completion" else pair.chosen_length.to(pair.policy_chosen).mean()
-    )
+    tokens = pair.chosen_length.to(pair.policy_chosen)
+    if mean == "completion":
+        return -pair.policy_chosen / tokens
+    if pair.preference is not None and pair.rejected_length is not None:
+        # The same for both outcomes of the labels, so that the losses of a step add up to those of all its tokens.
+        tokens = pair.preference * tokens + (1 - pair.preference) * pair.rejected_length
+    return -pair.policy_chosen / tokens.mean()

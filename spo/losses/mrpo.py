@@ -50,8 +50,9 @@ class MRPOLoss(PreferenceLoss):
         adaptive_clip: bool = True,
         index: Literal["own", "code"] = "own",
     ) -> None:
-        if not references or isinstance(references, str):
-            raise ValueError("references must name at least one further reference, such as [extra]")
+        is_text = isinstance(references, str) or not all(isinstance(name, str) for name in references)
+        if is_text or not references or len(set(references)) < len(references):
+            raise ValueError("references must be a list of different names, at least one, such as [extra]")
         if index not in ("own", "code"):
             raise ValueError(f"index must be own or code, got {index}")
         if len(references) > 1 and (weight is not None or index == "code"):
@@ -92,7 +93,7 @@ class MRPOLoss(PreferenceLoss):
         room = torch.full_like(others, self.clip)
         if self.adaptive_clip:
             size = ((others + base) / 2).abs()
-            of_chosen = self.clip * size[:, 0] / size.sum(1)
+            of_chosen = self.clip * size[:, 0] / size.sum(1).clamp(min=SMALLEST_GAP)
             room = torch.stack([of_chosen, self.clip - of_chosen], 1)
         return others.clamp((1 + room) * base, (1 - room) * base)
 

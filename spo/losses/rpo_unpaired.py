@@ -21,7 +21,9 @@ class RPOUnpairedLoss(LabelledLoss):
 
     where i runs over desirable completions and j over the others, u is the *summed* log-ratio of policy and reference,
     ``(B,)``, and e is the embedding of a prompt. The two completions of a comparison share its loss equally, in numbers
-    whose mean over all M + N completions of the step is L. A step with one kind of label has loss 0.
+    whose mean over all M + N completions of the step is L. With soft labels, a comparison counts by the probability
+    that i is desirable and j is not, and M, N and the softmax over j count completions by these probabilities. A step
+    with one kind of label has loss 0.
 
     Args:
         temperature: Temperature tau of the likeness of prompts.
@@ -33,6 +35,7 @@ class RPOUnpairedLoss(LabelledLoss):
     """
 
     full_batch = True
+    reads_soft_labels = True
 
     def __init__(self, temperature: PositiveFloat = 0.5, embedder: Embedder | None = None) -> None:
         if not temperature > 0:
@@ -44,13 +47,12 @@ class RPOUnpairedLoss(LabelledLoss):
         """Compute the ``(B,)`` loss of each completion."""
         if logps.reference is None:
             raise ValueError("RPO needs the reference")
-        ratios, is_good = logps.policy - logps.reference, logps.label == 1
+        ratios, good = logps.policy - logps.reference, logps.label
         embedding = logps.features["prompt_embedding"].to(ratios)
-        good, bad = is_good.nonzero().squeeze(-1), (~is_good).nonzero().squeeze(-1)
-        losses = torch.zeros_like(ratios)
-        if not (len(good) and len(bad)):
-            return losses + 0 * ratios  # with a gradient, which is zero
-        weights = prompt_weights(embedding[good], embedding[bad], self.temperature)
-        each = -logsigmoid(beta * weights * (ratios[good, None] - ratios[bad])) / 2
-        share = len(ratios) / (len(good) * len(bad))
-        return losses.index_add(0, good, share * each.sum(1)).index_add(0, bad, share * each.sum(0))
+        itself = torch.eye(len(good), dtype=torch.bool, device=good.device)
+        share = (good[:, None] * (1 - good)).masked_fill(itself, 0)
+        # Without both kinds of label there is nothing to compare: all shares are 0, and so is the gradient.
+        share = share / share.sum().clamp(min=torch.finfo(share.dtype).tiny)
+        weights = prompt_weights(embedding, self.temperature, ((1 - good) * ~itself).to(ratios))
+        each = -share * logsigmoid(beta * weights * (ratios[:, None] - ratios)) / 2
+        return len(ratios) * (each.sum(1) + each.sum(0))

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 from annotated_types import Gt
 from torch import Tensor, nn
 
@@ -77,6 +76,8 @@ class UPOLoss(KTOLoss, nn.Module):
                 "temperature and max_weight must be positive and expectile between 0 and 1, got "
                 f"{temperature}, {max_weight} and {expectile}"
             )
+        if reward is not None and not callable(reward):
+            raise ValueError(f"reward must be a function of texts with _partial_, or null, got {reward!r}")
         self.gamma, self.temperature, self.expectile = gamma, temperature, expectile
         self.value_weight, self.max_weight = value_weight, max_weight
         make = None if reward is None else _rewards_by(reward)
@@ -116,7 +117,7 @@ class UPOLoss(KTOLoss, nn.Module):
     def of_labels(self, logps: LabelledLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` loss of each completion."""
         advantages = self.advantages(logps)
-        asymmetry = torch.where(advantages < 0, 1 - self.expectile, self.expectile)
+        asymmetry = (self.expectile - (advantages < 0).to(advantages)).abs()
         return (
             super().of_labels(logps, alpha=alpha, beta=beta)
             - self.gamma * self.weights(logps) * logps.policy

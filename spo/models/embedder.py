@@ -17,7 +17,7 @@ class EncoderEmbedder:
     Args:
         path: Hugging Face folder, or name on the hub.
         batch_size: Texts per forward pass.
-        max_tokens: Most tokens of a text; the rest is cut.
+        max_tokens: Most tokens of a text, not more than the encoder reads; the rest is cut.
     """
 
     def __init__(self, path: str, batch_size: PositiveInt = 64, max_tokens: PositiveInt = 256) -> None:
@@ -38,10 +38,11 @@ class EncoderEmbedder:
     def __call__(self, prompts: Sequence[str], completions: Sequence[str] | None = None) -> list[tuple[float, ...]]:
         """Return a vector for each prompt."""
         tokenizer, model = self._parts
+        longest = min(self.max_tokens, tokenizer.model_max_length, model.config.max_position_embeddings)
         found: list[tuple[float, ...]] = []
         for first in range(0, len(prompts), self.batch_size):
             texts = list(prompts[first : first + self.batch_size])
-            inputs = tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+            inputs = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
             with torch.no_grad():
                 states = model(**inputs).last_hidden_state.float()
             mask = inputs["attention_mask"][..., None]

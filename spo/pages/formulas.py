@@ -13,7 +13,7 @@ DISPLAYED = re.compile(
 )
 """A formula in lines of its own, in the markup of Sphinx."""
 _INLINE = re.compile(r":math:`([^`]*)`")
-_TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\s+|[A-Za-z]+|.", re.DOTALL)
+_TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\s+|.", re.DOTALL)
 _SYMBOLS = {
     "cdot": "*", "times": "*", "mid": "|", "vert": "|", "lvert": "|", "rvert": "|", "Vert": "||", "lVert": "||",
     "rVert": "||", "|": "||", "le": "<=", "leq": "<=", "ge": ">=", "geq": ">=", "ne": "!=", "neq": "!=", "sim": "~",
@@ -47,8 +47,7 @@ def as_text(latex: str) -> str:
     Args:
         latex: LaTeX of a formula.
     """
-    tokens = _Tokens(latex)
-    text = _sequence(tokens, "")
+    text = _sequence(_Tokens(latex), "")
     text = re.sub(r" {3,}", "  ", text).strip()
     text = re.sub(r" *; *", "; ", text)
     text = re.sub(r"(?<=[(\[{]) +| +(?=[)\],;}])", "", text)
@@ -59,12 +58,12 @@ class _Tokens:
     """Tokens of a formula, of which the next one can be looked at."""
 
     def __init__(self, latex: str) -> None:
-        self._tokens: Iterator[str] = (" " if token.isspace() else token for token in _TOKEN.findall(latex))
-        self.next: str = next(self._tokens, "")
+        self._rest: Iterator[str] = (" " if token.isspace() else token for token in _TOKEN.findall(latex))
+        self.next: str = next(self._rest, "")
 
     def pop(self) -> str:
         """Return the next token and move behind it."""
-        token, self.next = self.next, next(self._tokens, "")
+        token, self.next = self.next, next(self._rest, "")
         return token
 
     def skip_space(self) -> None:
@@ -75,18 +74,18 @@ class _Tokens:
 
 def _sequence(tokens: _Tokens, end: str) -> str:
     """Return the text up to a token, which is removed."""
-    text = ""
+    text, token = "", ""
     while tokens.next not in ("", end):
-        token = tokens.pop()
+        before, token = token, tokens.pop()
         if token in ("^", "_"):
             tokens.skip_space()
             text = text.rstrip() + token + _in_parentheses(_argument(tokens))
-        elif token == "\\frac" or token in ("\\tfrac", "\\dfrac"):
+        elif token in ("\\frac", "\\tfrac", "\\dfrac"):
             text = _fraction(tokens, text)
         elif token == "&":
             text += " "
         else:
-            text = _joined(text, _text_of(token, tokens), token)
+            text = _joined(text, _text_of(token, tokens), token, before)
             if token in ("\\lVert", "\\lvert", "\\langle"):
                 tokens.skip_space()
             if token[1:] in _CALLED and token[0] == "\\" and tokens.next in ("\\left", "\\big", "\\Big"):
@@ -121,17 +120,8 @@ def _argument(tokens: _Tokens, keep_space: bool = False) -> str:
     """Return the text of the group or of the single token that follows."""
     tokens.skip_space()
     token = tokens.pop()
-    if token and token[0].isalnum() and len(token) > 1:  # A group is needed for more than one letter.
-        tokens.next, tokens._tokens = token[1:], _chained(tokens.next, tokens._tokens)
-        token = token[0]
     text = _text_of(token, tokens) if token else ""
     return text if keep_space else text.strip()
-
-
-def _chained(first: str, others: Iterator[str]) -> Iterator[str]:
-    if first:
-        yield first
-    yield from others
 
 
 def _fraction(tokens: _Tokens, before: str) -> str:
@@ -146,16 +136,25 @@ def _fraction(tokens: _Tokens, before: str) -> str:
     return _joined(before, fraction, "\\frac") + (" " if spaces else "")
 
 
-def _joined(before: str, text: str, token: str) -> str:
-    """Return two texts with a space between words, and before a parenthesis that does not follow a function."""
-    if not before or not text:
-        return before + text
-    last = re.search(r"([A-Za-z]+)$", before)
-    is_command, ends = token[0] == "\\", before[-1].isalnum()
-    words = text[0].isalnum() and ((is_command and (ends or before[-1] == ")")) or (last and len(last[1]) > 1))
-    if words or (text[0] == "(" and token == "\\frac" and last and last[1] not in _CALLED):
-        return f"{before} {text}"
-    return before + text
+def _joined(left: str, right: str, token: str, before: str = "") -> str:
+    """Return two texts with a space between words, and before a parenthesis that does not follow a function.
+
+    Args:
+        left: Text so far.
+        right: Text of a token.
+        token: The token.
+        before: The token before it.
+    """
+    if not left or not right:
+        return left + right
+    is_command = token[0] == "\\"
+    ends_word = left[-1].isalnum() or left[-1] == ")"
+    if right[0].isalnum() and ((is_command and ends_word) or (before[:1] == "\\" and left[-1].isalnum())):
+        return f"{left} {right}"
+    name = re.search(r"[A-Za-z]+$", left)
+    if token == "\\frac" and right[0] == "(" and name and name[0] not in _CALLED:
+        return f"{left} {right}"
+    return left + right
 
 
 def _in_parentheses(text: str) -> str:

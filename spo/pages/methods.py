@@ -183,4 +183,4 @@ def markdown_table(methods: Sequence[MethodFacts]) -> str:
 
 def linked(paper: str) -> str:
     """Return a source with its arXiv numbers as links in Markdown."""
-    return re.sub(r"arXiv:([\w.]+\w)", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
+    return re.sub(r"arXiv:([\w.]*\w)", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)

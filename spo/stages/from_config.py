@@ -59,7 +59,7 @@ def build_loss(cfg: DictConfig, policy: nn.Module) -> Loss[Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("loss", cfg.seed))
         loss: Loss[Any] = instantiate(cfg.method.loss, _convert_="all")
-        if type(loss).fit_width is not Loss.fit_width:  # The width takes a forward pass.
+        if loss.has_width:  # The width takes a forward pass.
             loss.fit_width(hidden_width(policy))
     return loss
 

@@ -249,7 +249,9 @@ def _needs(loss: Any, data: str) -> list[str]:
     cls = type(loss) if isinstance(loss, Loss) else loss
     if _declared(loss, "has_statistics", cls.update_statistics is not Loss.update_statistics):
         needs.append("running statistics")
-    if isinstance(loss, nn.Module) and any(parameter.requires_grad for parameter in loss.parameters()):
+    if _declared(loss, "has_width", cls.fit_width is not Loss.fit_width):
+        needs.append("a head on hidden states of the policy")
+    elif isinstance(loss, nn.Module) and any(parameter.requires_grad for parameter in loss.parameters()):
         needs.append("parameters of its own")
     return list(dict.fromkeys(needs))
 
@@ -262,7 +264,7 @@ def _of_role(role: Any) -> str:
             return "completions drawn from the reference"
         case Mismatched():
             return "completions of other prompts"
-    return f"completions of {type(role).__name__}"
+    return f"further completions ({type(role).__name__})"
 
 
 def _verified(member: _Member) -> str:
@@ -286,7 +288,7 @@ def arguments_of(cls: type) -> dict[str, str]:
     section = re.search(r"^Args:\n((?:[ ]+.*\n|\n)+)", inspect.cleandoc(vars(cls).get("__doc__") or "") + "\n", re.M)
     entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.M)
     texts = ((name, " ".join(text.replace("``", "`").split())) for name, text in entries)
-    return {name: re.split(r"\.(?= [A-Z`]|$)", text, maxsplit=1)[0] for name, text in texts}
+    return {name: re.split(r"\.(?= [A-Z0-9`]|$)", text, maxsplit=1)[0] for name, text in texts}
 
 
 def _as_text(value: Any) -> str:

@@ -49,7 +49,7 @@ from spo.stages.from_config import eval_device, resolve_values
 from spo.stages.length import with_length
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
-from spo.stages.trained import Start, check_pairs, check_steps, check_weights
+from spo.stages.trained import Start, check_pairs, check_steps, check_weights, note_unmoved
 from spo.tracking import Tracker
 from spo.tracking.guard import make_guarded, writable_home
 
@@ -138,6 +138,7 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
         after = last or dict(module.policy.named_parameters())
         steps, skipped = trainer.global_step, len(module.guard.skipped)
         budget = module.trained.metrics() | check_weights(start, after, steps, cfg, record.rows(), skipped)
+        note_unmoved(cfg.reference.get("every") if module.reference.moves else None, steps - skipped)
         chosen = choose_weights(cfg, module, trainer, last)
         weights = chosen.whole
         for reference in module.references:

@@ -132,6 +132,21 @@ def check_steps(steps: int, max_steps: int, stop: Stop) -> str | None:
     return words
 
 
+def note_unmoved(every: int | None, steps: int) -> None:
+    """Note that a reference which follows the policy did not, so that the method was the one of a frozen reference.
+
+    Args:
+        every: Optimizer steps between two moves of the reference; ``None`` if it does not move.
+        steps: Optimizer steps that were taken.
+    """
+    if every is not None and steps < every:
+        note(
+            "reference_never_moved",
+            f"the reference did not move in {_steps(steps)}, as if it were frozen (reference.every={every})",
+            steps,
+        )
+
+
 def check_weights(
     start: Start,
     weights: Mapping[str, Tensor],

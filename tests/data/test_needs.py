@@ -420,6 +420,14 @@ def test_mismatched_completions_are_those_of_the_row_before() -> None:
     assert [pair.extra["other"] for pair in pairs] == chosen[-1:] + chosen[:-1]
 
 
+def test_mismatched_completions_of_pairs_are_as_often_chosen_as_rejected() -> None:
+    rows = [Row(f"{i}?", f" {i} yes", f" {i} no") for i in range(12)]
+    train = prepared(rows, replace(LABELLED, extra_completions={"other": Mismatched()})).train
+    label_of = {row.chosen_ids: row.label for row in train}
+    assert {label_of[row.extra["other"]] for row in train} == {0.0, 1.0}
+    assert sorted(row.extra["other"] for row in train) == sorted(row.chosen_ids for row in train)
+
+
 @pytest.mark.parametrize("needs", [MISMATCHED, replace(LABELLED, extra_completions={"other": Mismatched()})])
 def test_mismatched_completions_have_another_prompt(needs: DataNeeds) -> None:
     rows = [Row(f"{i // 3 % 16}?", f" {i} yes", f" {i} no") for i in range(96)]  # runs of three, and a circle
@@ -631,7 +639,8 @@ def method(loss: type) -> list[str]:
         (["data=labelled_jsonl", "method=spo_ranked"], "method=spo_ranked reads lists of completions without labels"),
         (["data=labelled_jsonl", "method=sft"], "method=sft reads completions without labels"),
         (["data=ranked_jsonl", *method(Unpaired)], "single completions with labels, but data=ranked_jsonl has lists"),
-        (["data=labelled_jsonl", *method(UnpairedPerCompletion)], "the feature 'reward' is a number of each completion"),
+        (["data=labelled_jsonl", *method(UnpairedPerCompletion)], "the feature 'reward' is a number of each "
+         "completion of a pair, and data=labelled_jsonl has single completions"),
         (["data=stories", *method(Rewarded)], "reads the column reward, but data=stories does not have such columns"),
         (["data=stories", *method(PerCompletion)], "reads the columns a, b, but data=stories"),
         (["data=enumerable", *method(Anchored)], "reads the column anchor, but data=enumerable does not have"),

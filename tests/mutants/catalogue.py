@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-from tests.mutants.plant import Mutant
+from tests.mutants.losses import OF_METHODS
+from tests.mutants.plant import Mutant, mutant_of
 
-
-def _mutant(name: str, function: str, right: str, wrong: str, *ids: str) -> Mutant:
-    return Mutant(name, f"spo.{function}", ((right, wrong),), ids)
-
-
-LOSS_TEST = "test_losses.py::test_loss_value_and_gradient_equal_numpy"
 MICRO_TEST = "test_module.py::test_gradients_same_for_any_micro_batch"
 GRADIENT_TEST = "test_module.py::test_gradient_is_mean_loss_plus_weighted_divergence"
 
-LOSSES = (
-    _mutant(
-        "spo_without_1_over_alpha",
-        "losses.spo.SPOLoss.of_pairs",
-        "-logsigmoid(alpha * policy_margin(pair)) / alpha",
-        "-logsigmoid(alpha * policy_margin(pair))",
-        "verify:spo:tabular:steps",
-        "verify:spo:tabular:optimum+kl",
-        f"{LOSS_TEST}[hard-spo]",
-    ),
-    _mutant(
-        "choices_without_1_over_alpha",
-        "losses.choices.choice_losses",
-        ".logsumexp(-1) / alpha",
-        ".logsumexp(-1)",
-        "verify:spo_ranked:tabular:steps",
-    ),
-    _mutant(
-        "choices_among_fewer",
-        "losses.choices.choice_losses",
-        "triu(1)",
-        "triu(2)",
-        "verify:spo_best_of_n:tabular:steps",
-        "test_ranked.py::test_list_loss_at_equal_log_probs_counts_rankings[3]",
-    ),
-    _mutant(
-        "spo_weights_of_pairs_ignored",
+SHARED = (
+    mutant_of(
+        "weights_of_rows_ignored",
         "losses.base.weighted",
         "losses * logps.weight",
         "losses",
@@ -47,90 +18,32 @@ LOSSES = (
         "verify:spo_ranked:tabular:steps",
         "test_losses.py::test_weights_scale_the_loss_and_labels_default_to_certain[spo]",
     ),
-    _mutant(
+    mutant_of(
         "soft_labels_ignored",
         "losses.base.PreferenceLoss.__call__",
         "if preference is None or",
         "if True or",
-        f"{LOSS_TEST}[soft-dpo]",
+        "test_losses.py::test_loss_value_and_gradient_equal_numpy[soft-dpo]",
         "test_losses.py::test_loss_ignores_swapping_the_pair_and_its_label[spo]",
     ),
-    _mutant(
+    mutant_of(
         "soft_labels_of_lists_ignored",
         "losses.base.ListLoss.__call__",
         "if preference is None",
         "if True",
         "test_ranked.py::test_list_of_two_equals_a_pair",
     ),
-    _mutant(
-        "dpo_per_token",
-        "losses.dpo.DPOLoss.of_pairs",
-        "policy_margin(pair) - reference_margin(pair)",
-        "(policy_margin(pair) - reference_margin(pair)) / pair.chosen_length",
-        "verify:dpo:tabular:steps",
-        f"{LOSS_TEST}[hard-dpo]",
-    ),
-    _mutant(
-        "dpo_beta_on_the_policy_alone",
-        "losses.dpo.DPOLoss.of_pairs",
-        "policy_margin(pair) - reference_margin(pair)",
-        "policy_margin(pair) - reference_margin(pair) / beta",
-        "verify:dpo:tabular:steps",
-        f"{LOSS_TEST}[hard-dpo]",
-    ),
-    _mutant(
-        "cdpo_smoothing_of_the_wrong_sign",
-        "losses.dpo.DPOLoss.of_pairs",
-        "-beta * margin",
-        "beta * margin",
-        "verify:cdpo:tabular:steps",
-        f"{LOSS_TEST}[hard-cdpo]",
-    ),
-    _mutant(
-        "reference_swaps_chosen_and_rejected",
-        "losses.base.reference_margin",
-        "pair.reference_chosen - pair.reference_rejected",
-        "pair.reference_rejected - pair.reference_chosen",
-        "verify:dpo:tabular:steps",
-        f"{LOSS_TEST}[hard-dpo]",
-    ),
-    _mutant(
-        "ipo_without_length_normalization",
-        "losses.ipo.IPOLoss._ratios",
-        "not self.length_normalize",
-        "True",
-        "verify:ipo:tabular:steps",
-        f"{LOSS_TEST}[hard-ipo_mean]",
-        "test_losses.py::test_ipo_sums_and_averages_differ_by_length",
-    ),
-    _mutant(
-        "ipo_target_of_1_over_tau",
-        "losses.ipo.IPOLoss.of_pairs",
-        "1 / (2 * beta)",
-        "1 / beta",
-        "verify:ipo_sum:tabular:steps",
-        f"{LOSS_TEST}[hard-ipo_sum]",
-    ),
-    _mutant(
-        "gradient_through_the_weight_of_a_pair",
-        "losses.spo.WeightedSPOLoss.weights",
-        "pair.policy_chosen.detach()",
-        "pair.policy_chosen",
-        "test_losses.py::test_weighted_spo_gradient_holds_the_weight_fixed",
-        "verify:spo_weighted:tabular:steps",
-    ),
-    _mutant(
-        "wrong_optimum_of_dpo",
-        "losses.dpo.DPOLoss.optimum",
-        "rewards / beta",
-        "rewards * beta",
-        "verify:dpo:tabular:optimum",
-        "test_exact.py::test_spo_and_dpo_optima_match_papers[0.3]",
+    mutant_of(
+        "state_of_the_last_completion_token",
+        "objective.scored.ScoredBatch.prompt_states",
+        "lengths.cumsum(0) - lengths",
+        "lengths.cumsum(0) - 1",
+        "test_policy_states.py::test_states_are_those_of_a_plain_forward_pass[padded-plain]",
     ),
 )
 
 DIVERGENCES = (
-    _mutant(
+    mutant_of(
         "kl_of_the_other_sign",
         "objective.enumerated.EnumeratedDivergence.terms",
         "return self.weight(step)",
@@ -138,7 +51,7 @@ DIVERGENCES = (
         "verify:spo:tabular:steps",
         "verify:spo:tabular:optimum+kl",
     ),
-    _mutant(
+    mutant_of(
         "kl_doubled",
         "objective.enumerated.EnumeratedDivergence.terms",
         "return self.weight(step)",
@@ -146,7 +59,7 @@ DIVERGENCES = (
         "verify:spo:tabular:steps",
         "verify:spo:tabular:optimum+kl",
     ),
-    _mutant(
+    mutant_of(
         "kl_halved",
         "regularizers.base.Regularizer.weight_at",
         "return beta if",
@@ -154,7 +67,7 @@ DIVERGENCES = (
         "verify:spo:tabular:steps",
         "test_regularizers.py::test_weight_follows_beta_or_is_a_number",
     ),
-    _mutant(
+    mutant_of(
         "kl_of_the_other_direction",
         "regularizers.enumerated_kl.EnumeratedKL.__call__",
         "kl(policy_logps, reference_logps)",
@@ -162,7 +75,7 @@ DIVERGENCES = (
         "verify:spo:tabular:steps",
         "verify:ipo:tabular:steps",
     ),
-    _mutant(
+    mutant_of(
         "kl_as_a_sum_over_prompts",
         "objective.enumerated.EnumeratedDivergence.terms",
         "divergence.mean()",
@@ -170,7 +83,7 @@ DIVERGENCES = (
         "verify:spo:tabular:steps",
         "verify:ipo:tabular:steps",
     ),
-    _mutant(
+    mutant_of(
         "sampled_kl_of_the_other_sign",
         "objective.samples.SampleDivergence.terms",
         "return weight * divergence.sum()",
@@ -178,7 +91,7 @@ DIVERGENCES = (
         "verify:spo:tabular:sampled",
         f"{GRADIENT_TEST}[spo_global]",
     ),
-    _mutant(
+    mutant_of(
         "sampled_kl_doubled",
         "objective.samples.SampleDivergence.terms",
         "return weight * divergence.sum()",
@@ -186,14 +99,14 @@ DIVERGENCES = (
         "verify:spo:tabular:sampled",
         f"{GRADIENT_TEST}[spo_global]",
     ),
-    _mutant(
+    mutant_of(
         "sampled_kl_as_a_mean_of_micro_batches",
         "objective.samples.SampleDivergence.terms",
         "divergence.sum() / len(index)",
         "divergence.sum() / len(part)",
         "test_kl_estimators.py::test_step_gradient_is_mean_over_micro_batches[tokenwise]",
     ),
-    _mutant(
+    mutant_of(
         "k1_in_place_of_the_estimator",
         "regularizers.global_kl.GlobalKL.__call__",
         "KL_ESTIMATORS[self.estimator]",
@@ -201,7 +114,7 @@ DIVERGENCES = (
         "verify:spo:tabular:sampled",
         "test_regularizers.py::test_local_and_global_kl_are_same_function_of_sequences",
     ),
-    _mutant(
+    mutant_of(
         "k1_for_k3",
         "ops.divergence.k3_kl",
         "torch.expm1(w) - w",
@@ -209,7 +122,7 @@ DIVERGENCES = (
         "test_kl_estimators.py::test_estimate_never_negative[k3]",
         "test_kl_estimators.py::test_batch_equals_loop_over_tokens[k3]",
     ),
-    _mutant(
+    mutant_of(
         "token_kl_per_token",
         "ops.divergence.tokenwise_kl",
         "sum_per_sequence(token_kl(policy_logits, reference_logits), sequences)",
@@ -217,7 +130,7 @@ DIVERGENCES = (
         "verify:spo:tabular:sampled",
         "test_kl_estimators.py::test_batch_equals_loop_over_tokens[tokenwise]",
     ),
-    _mutant(
+    mutant_of(
         "local_kl_of_the_chosen_alone",
         "types.PreferenceBatch.mean_per_pair",
         "self.per_completion(values).sum(0) / self.mask().sum(0)",
@@ -227,7 +140,7 @@ DIVERGENCES = (
 )
 
 SAMPLING = (
-    _mutant(
+    mutant_of(
         "buffer_at_temperature_0.7",
         "sampling.buffer.SampleBuffer.refresh",
         "temperature=1.0",
@@ -236,7 +149,7 @@ SAMPLING = (
         "verify:spo:tiny:sampler",
         "test_sampling.py::test_buffer_samples_follow_the_policy",
     ),
-    _mutant(
+    mutant_of(
         "tokens_drawn_at_temperature_0.7",
         "sampling.draw.next_tokens",
         "/ temperature",
@@ -244,14 +157,14 @@ SAMPLING = (
         "verify:spo:tiny:sampler",
         "test_sampling.py::test_samples_follow_the_exact_distribution[static]",
     ),
-    _mutant(
+    mutant_of(
         "probe_at_temperature_0.7",
         "watch.Probe._measure",
         "temperature=1.0",
         "temperature=0.7",
         "test_health.py::test_probe_agrees_with_enumeration",
     ),
-    _mutant(
+    mutant_of(
         "stale_buffer_never_refreshed",
         "sampling.buffer.SampleBuffer.is_stale",
         "self.drawn_at is None or step - self.drawn_at >= self.refresh_every",
@@ -259,14 +172,14 @@ SAMPLING = (
         "verify:spo:tabular:sampled",
         "test_sampling.py::test_buffer_is_stale_at_first_and_every_few_steps",
     ),
-    _mutant(
+    mutant_of(
         "only_the_first_stop_token_ends",
         "sampling.generate.sample",
         "torch.tensor(stop_ids, device=device)",
         "torch.tensor(stop_ids[:1], device=device)",
         "test_stops.py::test_both_samplers_stop_at_the_first_of_the_stop_tokens",
     ),
-    _mutant(
+    mutant_of(
         "stop_token_left_out_of_a_sample",
         "sampling.generate.sample",
         "(is_stop.cumsum(1) - is_stop == 0)",
@@ -277,7 +190,7 @@ SAMPLING = (
 )
 
 TOKENS = (
-    _mutant(
+    mutant_of(
         "mean_over_tokens_in_place_of_the_sum",
         "ops.logps.sum_per_sequence",
         ".sum(dim=1)",
@@ -286,7 +199,7 @@ TOKENS = (
         "verify:dpo:tabular:steps",
         "test_ops.py::test_sum_per_sequence_value_and_gradient",
     ),
-    _mutant(
+    mutant_of(
         "labels_shifted_by_one",
         "ops.logps.completion_targets",
         "sequences.completion_index)",
@@ -294,7 +207,7 @@ TOKENS = (
         "verify:spo:tabular:steps",
         "test_ops.py::test_log_probs_count_completion_tokens_only",
     ),
-    _mutant(
+    mutant_of(
         "first_completion_token_left_out",
         "types.Sequences.completion_mask",
         ">= self.prompt_length[:, None]",
@@ -302,7 +215,7 @@ TOKENS = (
         "verify:spo:tabular:steps",
         "test_ops.py::test_log_probs_count_completion_tokens_only",
     ),
-    _mutant(
+    mutant_of(
         "last_completion_token_left_out",
         "types.Sequences.completion_mask",
         "& self.attention_mask",
@@ -310,7 +223,7 @@ TOKENS = (
         "verify:dpo:tabular:steps",
         "test_ops.py::test_log_probs_count_completion_tokens_only",
     ),
-    _mutant(
+    mutant_of(
         "last_prompt_token_included",
         "types.Sequences.completion_mask",
         ">= self.prompt_length[:, None]",
@@ -318,7 +231,7 @@ TOKENS = (
         "test_ops.py::test_log_probs_count_completion_tokens_only",
         "test_ops.py::test_masks_follow_positions_if_bos_eos_and_pad_coincide",
     ),
-    _mutant(
+    mutant_of(
         "a_padding_token_counted",
         "types.Sequences.attention_mask",
         "< self.length[:, None]",
@@ -326,7 +239,7 @@ TOKENS = (
         "verify:spo:tabular:steps",
         "test_ops.py::test_masks_follow_positions_if_bos_eos_and_pad_coincide",
     ),
-    _mutant(
+    mutant_of(
         "reference_logps_of_the_other_completion",
         "data.collate._per_sequence",
         "return values.flatten()",
@@ -337,7 +250,7 @@ TOKENS = (
 )
 
 STEPS = (
-    _mutant(
+    mutant_of(
         "mean_of_micro_batch_means",
         "objective.pairs.Pairs.terms",
         "return total * scale",
@@ -345,7 +258,7 @@ STEPS = (
         "verify:dpo:tabular:steps",
         f"{MICRO_TEST}[dpo]",
     ),
-    _mutant(
+    mutant_of(
         "sum_of_micro_batch_means",
         "objective.pairs.Pairs.terms",
         "return total * scale",
@@ -353,7 +266,7 @@ STEPS = (
         "verify:spo:tabular:steps",
         f"{MICRO_TEST}[dpo]",
     ),
-    _mutant(
+    mutant_of(
         "weights_of_micro_batches_in_place_of_the_step",
         "objective.pairs.Pairs._score_ahead",
         "len(batches) == 1 or",
@@ -361,28 +274,28 @@ STEPS = (
         "verify:spo_weighted:tabular:steps",
         "test_joint_losses.py::test_batches_do_not_change_a_loss_of_all_pairs[pairs]",
     ),
-    _mutant(
+    mutant_of(
         "schedules_one_step_ahead",
         "objective.pairs.Pairs.losses",
         "self.run.alpha(step), self.run.beta(step)",
         "self.run.alpha(step + 1), self.run.beta(step + 1)",
         "test_module.py::test_step_uses_its_own_coefficients_and_learning_rate",
     ),
-    _mutant(
+    mutant_of(
         "weight_of_the_kl_one_step_ahead",
         "objective.base.Divergence.weight",
         "self.run.beta(step)",
         "self.run.beta(step + 1)",
         "test_module.py::test_step_uses_its_own_coefficients_and_learning_rate",
     ),
-    _mutant(
+    mutant_of(
         "linear_schedule_one_step_longer",
         "schedules.fixed.Linear.fraction",
         "max(self.steps - 1, 1)",
         "max(self.steps, 1)",
         "test_schedules.py::test_linear_reaches_its_end_and_stays",
     ),
-    _mutant(
+    mutant_of(
         "warm_up_two_steps_at_a_time",
         "module.AlignmentModule._step",
         "cast(LRScheduler, self.lr_schedulers()).step()",
@@ -398,7 +311,7 @@ STEPS = (
         ),
         ("test_module.py::test_gradient_clipping_limits_norm[0.01]",),
     ),
-    _mutant(
+    mutant_of(
         "policy_in_place_of_the_reference",
         "models.reference.FrozenReference.active",
         "yield self.model",
@@ -407,14 +320,14 @@ STEPS = (
         "verify:spo:tabular:steps",
         f"{GRADIENT_TEST}[dpo]",
     ),
-    _mutant(
+    mutant_of(
         "gradient_through_the_reference",
         "models.reference.AdapterOffReference.active",
         "torch.no_grad()",
         "torch.enable_grad()",
         "test_references.py::test_reference_used_inside_step_keeps_policy_gradient",
     ),
-    _mutant(
+    mutant_of(
         "seed_ignored_in_the_order",
         "data.windows._order",
         "windows.seed",
@@ -424,21 +337,21 @@ STEPS = (
 )
 
 METRICS = (
-    _mutant(
+    mutant_of(
         "accuracy_counts_ties_as_right",
         "losses.base.is_higher",
         "(chosen > rejected)",
         "(chosen >= rejected)",
         "test_losses.py::test_equal_implicit_rewards_count_one_half",
     ),
-    _mutant(
+    mutant_of(
         "ties_of_the_win_rate_lost",
         "evaluation.winrate.verdict_of_rewards",
         "0.5 + 0.5 * ((first > second) - (first < second))",
         "float(first > second)",
         "test_evaluation.py::test_an_opponent_with_the_same_samples_is_a_tie",
     ),
-    _mutant(
+    mutant_of(
         "bootstrap_over_samples",
         "stats.Bootstrap.resample",
         "generator = np.random.default_rng(self.seed)",
@@ -457,7 +370,7 @@ METRICS = (
         ),
         ("test_metrics.py::test_every_element_counts_once_for_any_batching",),
     ),
-    _mutant(
+    mutant_of(
         "holm_without_its_maximum",
         "stats.holm",
         "max(highest, min(",
@@ -466,4 +379,4 @@ METRICS = (
     ),
 )
 
-MUTANTS = (*LOSSES, *DIVERGENCES, *SAMPLING, *TOKENS, *STEPS, *METRICS)
+MUTANTS = (*SHARED, *OF_METHODS, *DIVERGENCES, *SAMPLING, *TOKENS, *STEPS, *METRICS)

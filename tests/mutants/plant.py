@@ -51,6 +51,11 @@ class Mutant:
             function.__code__ = right
 
 
+def mutant_of(name: str, function: str, right: str, wrong: str, *ids: str) -> Mutant:
+    """Return a mutant with one edit of a function, whose name is below ``spo``."""
+    return Mutant(name, f"spo.{function}", ((right, wrong),), ids)
+
+
 def find_function(name: str) -> FunctionType:
     """Return the plain function behind a dotted name, without decorators."""
     found: Any = locate(name)

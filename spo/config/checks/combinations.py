@@ -14,7 +14,15 @@ from spo.config.checks.folders import folder_problems
 from spo.config.checks.losses import loss_problems
 from spo.config.checks.targets import CheckedParts
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
-from spo.config.nodes import EXTRA_REFERENCES, extra_reference_keys, first_line, listed, locate, select
+from spo.config.nodes import (
+    DEFAULT_REFERENCES,
+    EXTRA_REFERENCES,
+    extra_reference_keys,
+    first_line,
+    listed,
+    locate,
+    select,
+)
 from spo.errors import JudgeError
 from spo.resources import conf_dir
 from spo.wording import suggestion
@@ -130,6 +138,12 @@ def _moving_reference(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
         return
     chosen = f"reference={member_name('reference', reference)}"
     if not reference.moves:
+        if select(cfg, "method.follow_every") is not None:
+            # With a reference that stays, the loss is that of another method under a wrong name.
+            yield (
+                f"method={select(cfg, 'method.name')} is defined by a reference that moves, and {chosen} stays as it "
+                "is: choose reference=following"
+            )
         if reference.after_step is not Reference.after_step:
             yield (
                 f"{chosen} has after_step, which changes its weights, and does not declare it: write moves = True in "
@@ -176,6 +190,7 @@ def _extra_references(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     reads = f"it reads {listed(declared)}" if declared else "it reads none beside the main one"
     yield from (
         f"{key}: method={method} does not read this reference ({reads}){suggestion(name, declared)}"
+        f"{f': remove it with ~{key}' if key.startswith(DEFAULT_REFERENCES) else ''}"
         for name, key in given.items()
         if name not in declared
     )

@@ -21,10 +21,12 @@ def warnings(cfg: DictConfig) -> list[str]:
         notes.append(f"{name} does not read alpha: what you set it to has no effect")
     if "beta" in unused and _is_changed(cfg, "beta", "method.default_beta"):
         notes.append(f"nothing reads beta in {name} with this regularizer: what you set it to has no effect")
-    for key in (name for name in COEFFICIENTS if name not in unused):
+    adjusted = [name for name in COEFFICIENTS if name not in unused]
+    for key in (*adjusted, "reference"):
         every, steps = select(cfg, f"{key}.every"), select(cfg, "trainer.max_steps")
         if every is not None and steps is not None and every > steps:
-            notes.append(f"{key}.every={every} is more than trainer.max_steps={steps}: {key} is never adjusted")
+            effect = "it never moves, as if it were frozen" if key == "reference" else f"{key} is never adjusted"
+            notes.append(f"{key}.every={every} is more than trainer.max_steps={steps}: {effect}")
     warmup, steps = select(cfg, "scheduler.num_warmup_steps"), select(cfg, "trainer.max_steps")
     if warmup is not None and steps is not None and warmup >= max(steps, 2):
         notes.append(

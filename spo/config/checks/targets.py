@@ -51,7 +51,8 @@ def _arguments(key: str, node: DictConfig, target: Callable[..., Any]) -> Iterat
     for name in given:
         if name not in names and not takes_any:
             short = str(node.get("_target_")).rpartition(".")[2]
-            yield f"{key}.{name}: {short} does not have this parameter{suggestion(name, names)}"
+            remedy = suggestion(name, names) or f"; ~{key}.{name} removes it"
+            yield f"{key}.{name}: {short} does not have this parameter{remedy}"
     if not (node.get("_partial_") or node.get("_args_")):
         for name in names:
             if name not in given and parameters[name].default is inspect.Parameter.empty:

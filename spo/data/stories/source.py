@@ -11,7 +11,7 @@ from typing import Annotated, Literal, get_args
 from annotated_types import Ge, Le
 
 from spo.bounds import NonNegativeInt, PositiveFloat, PositiveInt
-from spo.data.gold_columns import GOLD_COLUMNS, gold_columns, sigmoid
+from spo.data.gold_columns import FLIP_PROBABILITY, GOLD_COLUMNS, gold_columns, sigmoid
 from spo.data.rows import SPLITS, Completer, Completion, Row, Split
 from spo.data.source import Source
 from spo.data.stories.grammar import NAMES, THREADS, StoryWorld, most_openings
@@ -190,7 +190,10 @@ class StoriesSource(Source):
 
     def _columns(self, chosen: float, rejected: float) -> dict[str, float]:
         """Return the columns that the loss declares, from the rewards of a pair."""
-        return gold_columns(chosen, rejected, self.label_noise, self.needs.number_columns)
+        found = gold_columns(chosen, rejected, self.label_noise, self.needs.number_columns)
+        if self.labels == "soft" and FLIP_PROBABILITY in found:
+            found[FLIP_PROBABILITY] = 0.0  # The soft label states the uncertainty, which must not count twice.
+        return found
 
     def _completions(
         self, prompts: Sequence[str], problems: Collection[str] | None, complete: Completer
