@@ -1,7 +1,8 @@
 """Time of an optimizer step against TRL's DPOTrainer in the same process, and the worth of each of our speed-ups.
 
 Usage: ``python -m benchmarks.step [--against trl] --size 1m|10m|1b|1b-bf16|8b-lora --data hh|alpaca_eval|synthetic
-[--rounds N] [--steps N] [--threads N] [--trl-defaults] [--ablation] [--profile] [--json FILE]``
+[--rounds N] [--steps N] [--threads N] [--trl-defaults] [--ablation | --methods all|NAME,...] [--profile]
+[--json FILE]``
 
 In a round every contestant makes a fit of ``--steps`` optimizer steps, in an order that differs between rounds. All of
 them have the same 8 pairs per step as the same token ids, the same initial weights, AdamW, clipping of the gradient and
@@ -39,6 +40,7 @@ from torch.autograd import DeviceType
 from transformers import AutoConfig
 
 from benchmarks.common import Contestant, Ratio, alternate, show, write_json
+from benchmarks.methods import compare_methods
 from benchmarks.utilization import Work, matmul_rate, real_work, step_flops
 from benchmarks.workloads import FILES, REFRESH_EVERY, SIZES, Clock, Workload, environment, find_data, statistics
 from benchmarks.workloads import SPO as SPO_OVERRIDES
@@ -61,6 +63,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     asked = _parser().parse_args(arguments)
     quiet_libraries()
     cache = Path(compose(["model=tiny"], run_dir=".").paths.cache)
+    if asked.methods:
+        facts = {"size": asked.size, "data": asked.data, "rounds": asked.rounds, "steps": asked.steps}
+        result = facts | compare_methods(SIZES[asked.size], asked, cache) | {"environment": environment()}
+        write_json(asked.json, result)
+        return result
     data = find_data(asked.data, cache)
     workload = Workload(SIZES[asked.size], data, asked.steps, asked.threads, cache)
     result = {"size": asked.size, "data": data.name, "rounds": asked.rounds, "steps": asked.steps}
@@ -82,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     parser.add_argument("--trl-defaults", action="store_true", help="also TRL as it comes: bf16 and checkpointing")
     parser.add_argument("--ablation", action="store_true", help="instead: our steps with each speed-up switched off")
+    parser.add_argument("--methods", metavar="all|NAME,...", help="instead: the steps of methods, over DPO's")
     parser.add_argument("--profile", action="store_true", help="also the share of matrix products in our steps")
     parser.add_argument("--json", metavar="FILE", help="file for the result")
     return parser

@@ -372,8 +372,10 @@ class Workload:
         threads: Threads of torch; ``None`` for its own choice.
         cache: Folder where models and tokenizers are cached.
         train: Tokenized pairs to train on instead of those of ``data``.
+        overrides: Overrides with which the pairs are prepared.
 
     Attributes:
+        overrides: Overrides with which the pairs were prepared.
         prepared: Model folder and tokenized pairs.
 
     Raises:
@@ -388,13 +390,15 @@ class Workload:
         threads: int | None,
         cache: Path,
         train: list[TokenizedPair] | None = None,
+        overrides: Sequence[str] = ("method=dpo",),
     ) -> None:
         if size.needs_gpu and not torch.cuda.is_available():
             raise UserError("this size needs a CUDA device, and there is none here: choose --size 1m or 10m")
         self.size, self.data, self.steps, self.threads = size, data, steps, threads
         self.folder = model_folder(size, data, cache)
         self.run_dir = Path(tempfile.gettempdir()) / f"spo-benchmark-{os.getpid()}"  # nothing is written to it
-        self.prepared: Prepared = prepare_run(self.config("method=dpo"))
+        self.overrides = overrides
+        self.prepared: Prepared = prepare_run(self.config(*overrides))
         if train is not None:
             pairs = replace(self.prepared.pairs, train=train)
             prompts = {**self.prepared.prompts, "train": eval_prompts(train, "train")}

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 
-from benchmarks import gpu, gpu_tests, hh_lengths, scaling, step
+from benchmarks import gpu, gpu_tests, hh_lengths, methods, scaling, step
 from benchmarks.common import Ratio, alternate
 from benchmarks.gpu_stages import STAGES, Bench, Fit, compare_fits
 from benchmarks.utilization import forward_flops, real_work
@@ -23,6 +24,7 @@ from benchmarks.workloads import FILES, HH, SIZES, Clock, Data, Workload, find_d
 from spo.config.compose import compose
 from spo.data import TokenizedPair
 from spo.errors import UserError
+from spo.forward.head import base_model
 from tests import benchmark_stages
 from tests.environments import ROOT, run
 from tests.fixtures import write_alpaca_like, write_hh_like
@@ -194,6 +196,35 @@ def test_ablation_switches_off_one_key_at_a_time(files: Path, cache_dir: Path, m
         assert list(rows) == names
         assert rows["as it comes"]["slower"] == 1
         assert all(row["step_s"] > 0 for row in rows.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", methods.method_keys("all"))
+def test_a_step_runs_the_policy_once(key: str, cache_dir: Path) -> None:
+    data = methods.with_columns(find_data("synthetic", cache_dir), cache_dir, pairs=100)
+    workload = methods.workload_of(key, SIZES["toy"], data, steps=1, threads=1, cache=cache_dir)
+    overrides = [word for word in workload.overrides if not word.startswith("regularizer.")]
+    parts, calls = workload.parts(*overrides, "regularizer=none"), []
+    base_model(parts.module.policy).register_forward_pre_hook(lambda *_: calls.append(1))
+    # Before the first step, the model is probed for packed rows.
+    parts.trainer.callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: calls.clear()))
+    parts.trainer.fit(parts.module, datamodule=parts.data)
+    assert len(calls) == 1
+
+
+def test_steps_of_methods_are_compared_with_those_of_dpo(
+    files: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPO_DATA_DIR", str(files))
+    monkeypatch.setenv("SPO_CACHE_DIR", str(cache_dir))
+    words = ["--methods", "kto,mrpo", "--size", "toy", "--data", "hh", *OPTIONS, "--json", str(files / "result.json")]
+    result = step.main(words)
+    assert json.loads((files / "result.json").read_text()) == result
+    assert [*result["methods"]] == ["dpo", "kto", "mrpo"] and result["methods"]["dpo"]["over_dpo"] == 1
+    assert all(len(times) == 2 and min(times) > 0 for times in result["seconds"].values())
+    assert "| `kto` | " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="there is no method dpoo"):
+        step.main(["--methods", "dpoo", "--size", "toy"])
 
 
 def test_every_key_that_differs_from_plain_is_switched_off_by_itself() -> None:
