@@ -207,7 +207,8 @@ def test_a_step_runs_the_policy_once(key: str, cache_dir: Path) -> None:
     parts, calls = workload.parts(*overrides, "regularizer=none"), []
     base_model(parts.module.policy).register_forward_pre_hook(lambda *_: calls.append(1))
     # Before the first step, the model is probed for packed rows.
-    parts.trainer.callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: calls.clear()))
+    counting = LambdaCallback(on_train_batch_start=lambda *_: calls.clear())
+    parts.trainer.callbacks.append(counting)  # type: ignore[attr-defined]
     parts.trainer.fit(parts.module, datamodule=parts.data)
     assert len(calls) == 1
 

@@ -12,9 +12,23 @@ from torch import Tensor
 from spo.errors import UserError
 from spo.exact import Objective, World, find_optimum
 from spo.exact.optimum import total_variation
-from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SPOLoss, WeightedSPOLoss
+from spo.losses import (
+    APODownLoss,
+    APOZeroLoss,
+    DiscoPOPLoss,
+    DPOLoss,
+    EXORewardLoss,
+    FDPOLoss,
+    IPOLoss,
+    LengthNormalizedDPOLoss,
+    PreferenceLoss,
+    SimPOLoss,
+    SPLLoss,
+    SPOLoss,
+    WeightedSPOLoss,
+)
 from spo.ops import entropy, kl
-from spo.types import Sequences
+from spo.types import ListLogps, Sequences
 
 P, R = 2, 6
 
@@ -53,7 +67,20 @@ def objective(loss: PreferenceLoss, uniform: bool = False, kl_weight: float = 0.
     return Objective(loss, **settings, kl_weight=kl_weight, uniform=uniform)  # type: ignore[arg-type]
 
 
-LOSSES = [SPOLoss(), WeightedSPOLoss(gamma=0.5), DPOLoss(), IPOLoss(), IPOLoss(length_normalize=False)]
+LOSSES = [
+    SPOLoss(),
+    WeightedSPOLoss(gamma=0.5),
+    DPOLoss(),
+    IPOLoss(),
+    IPOLoss(length_normalize=False),
+    LengthNormalizedDPOLoss(),
+    SimPOLoss(gamma_beta_ratio=0.0),
+    SPLLoss(),
+    FDPOLoss("reverse_kl"),
+    FDPOLoss("js"),
+    FDPOLoss("forward_kl"),
+    FDPOLoss("alpha", 0.5),
+]
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{type(loss).__name__}-{vars(loss)}")
@@ -165,6 +192,31 @@ class Upside(SPOLoss):
 
 def test_objective_without_minimum_has_no_optimum() -> None:
     assert find_optimum(objective(Upside(), uniform=True)) is None
+
+
+@pytest.mark.parametrize("loss", [APOZeroLoss(), APODownLoss(), DiscoPOPLoss()], ids=lambda loss: type(loss).__name__)
+def test_search_itself_finds_that_there_is_no_single_minimum(loss: PreferenceLoss) -> None:
+    assert loss.no_optimum
+    loss.no_optimum = ""  # The search alone has to see it: it ends far away, where the loss is flat, or in two places.
+    assert find_optimum(objective(loss, beta=1.0)) is None
+
+
+def test_alpha_divergence_above_one_states_no_negative_probability() -> None:
+    loss, rewards = FDPOLoss("alpha", 2.0), world().rewards
+    assert loss.optimum(rewards, reference(), 1.0, 0.05) is None
+    stated = loss.optimum(rewards, reference(), 1.0, 20.0)
+    assert stated is not None
+    # f'(v) = v for order 2, so pi / pi_ref is linear in the reward.
+    fraction = (stated - reference()).exp()
+    torch.testing.assert_close(fraction - fraction[:, :1], (rewards - rewards[:, :1]) / 20.0)
+
+
+def test_exo_with_rewards_states_the_policy_whose_loss_is_zero() -> None:
+    loss, rewards = EXORewardLoss(reward_temperature=0.7), world().rewards
+    policy = loss.optimum(rewards, reference(), 1.0, 0.4)
+    mask = torch.ones(P, R, dtype=torch.bool)
+    lists = ListLogps(policy, mask, mask.cumsum(-1) - 1, reference(), features={"reward": rewards})
+    assert loss.of_ranking(lists, alpha=1.0, beta=0.4).abs().max() < 1e-12
 
 
 class Stating(DPOLoss):

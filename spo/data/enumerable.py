@@ -20,7 +20,7 @@ from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 
 from spo.bounds import NonNegativeFloat, NonNegativeInt, PositiveInt
-from spo.data.gold_columns import GOLD_COLUMNS, gold_columns
+from spo.data.gold_columns import FLIP_PROBABILITY, GOLD_COLUMNS, gold_columns
 from spo.data.rows import Completer, DataError, Row, Split
 from spo.data.source import Source
 
@@ -271,6 +271,8 @@ class EnumerableSource(Source):
         chosen, rejected, *worse = (self.language.responses[i] for i in order)
         rewards = self.language.rewards[prompt][list(order)].tolist()
         columns = {"rewards": rewards} if worse else gold_columns(rewards[0], rewards[1], 0.0, GOLD_COLUMNS)
+        if preference is not None:
+            columns[FLIP_PROBABILITY] = 0.0  # The soft label holds the uncertainty already.
         return Row(
             prompt=self.language.prompts[prompt],
             chosen=chosen,
