@@ -66,6 +66,10 @@ def completed(cfg: DictConfig) -> DictConfig:
         node = OmegaConf.select(cfg, parent)
         if node is not None and OmegaConf.is_missing(node, name):
             node[name] = value
+    if cfg.model.default_lr is None:  # The size of the model that was given is unknown.
+        cfg.model.default_lr = numbers["model.default_lr"]
+    if "strength" in cfg:  # An earlier sweep may have to choose it.
+        cfg.strength = 1.0
     return cfg
 
 

@@ -53,6 +53,7 @@ UPO_OPTIONS: dict[str, Any] = {
     "expectile": 0.8,
     "value_weight": 0.5,
     "max_weight": 1.3,
+    "reward": None,
 }
 SSPO_OPTIONS: dict[str, Any] = {"gamma": 0.4, "versions": 3}
 LAYOUTS = {"padded": PLAIN, "packed": replace(FAST, max_logits=None), "deferred": FAST}
@@ -285,7 +286,7 @@ def labelled(policy: Sequence[float], reward: Sequence[float], value: Sequence[f
     )
 
 
-ALONE: dict[str, Any] = {"desirable_weight": 0.0, "undesirable_weight": 0.0}
+ALONE: dict[str, Any] = {"desirable_weight": 0.0, "undesirable_weight": 0.0, "reward": None}
 
 
 def test_likelihood_has_the_weight_of_the_advantage_and_its_limit() -> None:
@@ -316,7 +317,7 @@ def test_rewards_are_made_by_the_function_of_the_configuration() -> None:
     texts = ["The cat sat.", "Extraordinarily complicated considerations predominate."]
     assert feature.each and feature.make is not None
     assert list(feature.make(["", ""], texts)) == readability(["", ""], texts)["reward"]
-    assert UPOLoss().features["auxiliary_reward"].make is None
+    assert UPOLoss(reward=None).features["auxiliary_reward"].make is None
 
 
 @pytest.mark.parametrize(
@@ -324,7 +325,7 @@ def test_rewards_are_made_by_the_function_of_the_configuration() -> None:
 )
 def test_options_outside_of_their_range_are_errors(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
-        UPOLoss(**options)
+        UPOLoss(**{"reward": None} | options)
 
 
 # --- Self-supervised PO ---------------------------------------------------------------------------------------------

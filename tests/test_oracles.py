@@ -35,6 +35,7 @@ from spo.losses import (
     EXOLoss,
     EXORewardLoss,
     FDPOLoss,
+    HashedWords,
     HingeLoss,
     IPOLoss,
     KTOLoss,
@@ -243,7 +244,11 @@ def mrpo(p: Params, x: Inputs, index: Any) -> Tensor:
 
 def rpo_unpaired(p: Params, x: Inputs) -> Tensor:
     embedding = torch.cat([x["chosen_embedding"], x["rejected_embedding"]])
-    return of(RPOUnpairedLoss(p["tau"]), labelled(x, features={"prompt_embedding": embedding}), beta=p["beta"])
+    return of(
+        RPOUnpairedLoss(p["tau"], embedder=HashedWords()),
+        labelled(x, features={"prompt_embedding": embedding}),
+        beta=p["beta"],
+    )
 
 
 def bapo(p: Params, x: Inputs, form: Any) -> Tensor:
@@ -253,7 +258,9 @@ def bapo(p: Params, x: Inputs, form: Any) -> Tensor:
 
 def upo(p: Params, x: Inputs) -> Tensor:
     # The oracle is of the advantage-weighted likelihood alone.
-    loss = UPOLoss(1.0, p["temperature"], p["tau"], value_weight=0.0, max_weight=math.inf, desirable_weight=0.0)
+    loss = UPOLoss(
+        1.0, p["temperature"], p["tau"], value_weight=0.0, max_weight=math.inf, reward=None, desirable_weight=0.0
+    )
     zeros, ones = torch.zeros_like(x["policy"]), torch.ones_like(x["policy"])
     logps = LabelledLogps(
         x["policy"],
@@ -325,7 +332,9 @@ EVALUATIONS: dict[str, Evaluate] = {
     ),
     "exo_pref_official": lambda p, x: of(EXOLoss(targets="official"), first_two(x), beta=p["beta_pi"]),
     "rpo": lambda p, x: of(
-        RPOLoss(p["tau"]), pairs(x, features={"prompt_embedding": x["prompt_embedding"]}), beta=p["beta"]
+        RPOLoss(p["tau"], embedder=HashedWords()),
+        pairs(x, features={"prompt_embedding": x["prompt_embedding"]}),
+        beta=p["beta"],
     ),
     "rpo_unpaired": rpo_unpaired,
     "slic": on_pairs(SLiCLoss, nll_weight="lambda_coef"),

@@ -17,6 +17,7 @@ from spo.losses import (
     CPOLoss,
     DPOLoss,
     DPONLLLoss,
+    HashedWords,
     Loss,
     MixLoss,
     MRPOLoss,
@@ -37,7 +38,7 @@ TOGETHER: dict[str, PreferenceLoss] = {
     "cpo_batch": CPOLoss(nll_mean="batch"),
     "dpo_nll_batch": DPONLLLoss(nll_mean="batch"),
     "orpo_batch": ORPOLoss(nll_mean="batch"),
-    "rpo": RPOLoss(),
+    "rpo": RPOLoss(embedder=HashedWords()),
     "spo_weighted": WeightedSPOLoss(gamma=0.5),
 }
 

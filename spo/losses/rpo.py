@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid, normalize
 from spo.bounds import PositiveFloat
 from spo.losses.base import PreferenceLoss
 from spo.losses.declarations import Feature
-from spo.losses.embedders import Embedder, HashedWords
+from spo.losses.embedders import Embedder
 from spo.losses.margins import both_log_ratios
 from spo.types import PairLogps
 
@@ -27,9 +27,8 @@ class RPOLoss(PreferenceLoss):
     of all pairs.
 
     Args:
+        embedder: Function that embeds prompts of rows without the column ``prompt_embedding``.
         temperature: Temperature tau of the likeness of prompts.
-        embedder: Function that embeds prompts of rows without the column ``prompt_embedding``. By default, hashed
-            words, which need no model.
 
     Raises:
         ValueError: ``temperature`` is not positive.
@@ -39,7 +38,7 @@ class RPOLoss(PreferenceLoss):
     reads_soft_labels = True
     no_optimum = "it contrasts completions of different prompts of a step"
 
-    def __init__(self, temperature: PositiveFloat = 0.5, embedder: Embedder | None = None) -> None:
+    def __init__(self, temperature: PositiveFloat = 0.5, *, embedder: Embedder) -> None:
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         self.temperature = temperature
@@ -65,16 +64,15 @@ class RPOLoss(PreferenceLoss):
         return torch.where(torch.eye(len(own), dtype=torch.bool, device=own.device), own, losses).mean(-1)
 
 
-def prompt_embedding(embedder: Embedder | None) -> Feature:
+def prompt_embedding(embedder: Embedder) -> Feature:
     """Return the feature with the embedding of a prompt, from its column or else from an embedder.
 
     Raises:
         ValueError: ``embedder`` is not one.
     """
-    made_by = HashedWords() if embedder is None else embedder
-    if not (callable(made_by) and hasattr(made_by, "size")):
+    if not (callable(embedder) and hasattr(embedder, "size")):
         raise ValueError(f"embedder must be a function with a size, such as spo.losses.HashedWords, got {embedder!r}")
-    return Feature("prompt_embedding", size=made_by.size, make=made_by)
+    return Feature("prompt_embedding", size=embedder.size, make=embedder)
 
 
 def prompt_weights(embedding: Tensor, temperature: float, counted: Tensor | None = None) -> Tensor:

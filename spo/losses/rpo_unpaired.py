@@ -26,9 +26,8 @@ class RPOUnpairedLoss(LabelledLoss):
     with one kind of label has loss 0.
 
     Args:
+        embedder: Function that embeds prompts of rows without the column ``prompt_embedding``.
         temperature: Temperature tau of the likeness of prompts.
-        embedder: Function that embeds prompts of rows without the column ``prompt_embedding``. By default, hashed
-            words, which need no model.
 
     Raises:
         ValueError: ``temperature`` is not positive.
@@ -37,7 +36,7 @@ class RPOUnpairedLoss(LabelledLoss):
     full_batch = True
     reads_soft_labels = True
 
-    def __init__(self, temperature: PositiveFloat = 0.5, embedder: Embedder | None = None) -> None:
+    def __init__(self, temperature: PositiveFloat = 0.5, *, embedder: Embedder) -> None:
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         self.temperature = temperature
