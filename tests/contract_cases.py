@@ -248,14 +248,15 @@ def some_rows(loss: Loss[Any], count: int = 11, *, soft: bool = False, random: b
     Args:
         loss: Loss.
         count: Number of rows, some of which share a prompt and completions.
-        soft: Give some of the rows a soft label and a weight.
+        soft: Give some of the rows a soft label and a weight. No completion is on the same side of two labels,
+            because AOT orders ties in no particular way.
         random: Draw the features; otherwise they are those of :data:`KNOWN`.
     """
     generator = torch.Generator().manual_seed(3) if random else None
     pairs = random_pairs(
         count,
         seed=1,
-        preference=lambda i: None if i % 2 or not soft else (0.3 + i / 20 if i else 0.0),
+        preference=lambda i: None if i % 2 or not soft else (0.7 - i / 20 if i else 0.0),
         weight=lambda i: None if i > 5 or not soft else 0.5 + i / 10,
     )
     pairs[3:5] = [replace(pair, prompt_ids=pairs[2].prompt_ids, prompt_id=pairs[2].prompt_id) for pair in pairs[3:5]]

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    BertTokenizerFast,  # type: ignore[attr-defined]
-)
+import transformers
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from spo.data import Row
 from spo.losses import DataNeeds, HashedWords, RPOLoss
@@ -30,7 +26,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "fox", "ran", "a", "dog", "sat", "."]
     (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    library: Any = transformers  # Its exports do not name the class of the tokenizer.
+    library.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(words),

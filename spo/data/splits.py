@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from spo.data.findings import Findings
@@ -48,6 +48,8 @@ class PreparedPairs:
         stop_ids: Tokens that end a completion, in ascending order: those of the renderer, and the last token of every
             completion that was not cut.
         left_out: Training pairs that are not in use, as rows of the data.
+        rows: Pairs of each split as rows of the data, without what the loss reads besides and before it reads a pair
+            as two labelled completions. They are the same for all methods.
     """
 
     train: list[TokenizedPair]
@@ -57,6 +59,7 @@ class PreparedPairs:
     warnings: list[str]
     stop_ids: tuple[int, ...] = ()
     left_out: Sequence[TokenizedPair] = ()
+    rows: Mapping[str, Sequence[TokenizedPair]] = field(default_factory=dict)
 
     @property
     def reported_counts(self) -> dict[str, int]:
@@ -166,14 +169,15 @@ def prepare(
     if num_pairs is not None:
         # Before the loss reads the rows, so that it does not make further completions of rows that are not in use.
         parts["train"], left_out = draw_subset(parts["train"], num_pairs, subset_seed)
+    data = dict(parts)
     if needs is not None:
         for split, pairs in parts.items():
-            fitting, parts[split] = _as_loss_reads(
+            data[split], parts[split] = _as_loss_reads(
                 pairs, needs, renderer, SplitRows((), stop_ids, draw, renderer.encode_like), split
             )
-            if too_long := len(pairs) - len(fitting):
+            if too_long := len(pairs) - len(data[split]):
                 reasons["too_long"] += too_long
-                lost = set(map(id, pairs)) - set(map(id, fitting))
+                lost = set(map(id, pairs)) - set(map(id, data[split]))
                 kept = [pair for pair in kept if id(pair) not in lost]
     others = set(map(id, left_out))
     in_use = [pair for pair in kept if id(pair) not in others]
@@ -203,7 +207,10 @@ def prepare(
         warnings.append(f"{repeated} responses were dropped from their lists: a better one has the same tokens")
     if len(kept) < len(rows) / 2:
         warnings.append(f"{len(rows) - len(kept)} of {len(rows)} pairs were dropped{_explain_drops(reasons, renderer)}")
-    return PreparedPairs(parts["train"], parts["selection"], parts["test"], counts, warnings, stop_ids, left_out)
+    plain: dict[str, Sequence[TokenizedPair]] = {
+        split: [replace(pair, features={}, numbers={}, extra={}) for pair in data[split]] for split in SPLITS
+    }
+    return PreparedPairs(**parts, counts=counts, warnings=warnings, stop_ids=stop_ids, left_out=left_out, rows=plain)
 
 
 def draw_subset(

@@ -28,6 +28,7 @@ _INPUTS = {
     "reference_sha256": "the reference model",
     "extra_references_sha256": "the further references",
     "pairs_sha256": "the preference pairs",
+    "loss_rows_sha256": "the numbers and further completions that the loss reads",
 }
 
 

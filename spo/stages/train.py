@@ -20,7 +20,7 @@ from spo.config.choices import pin_choices
 from spo.config.coefficients import COEFFICIENTS
 from spo.config.compose import fill_empty_groups, pin
 from spo.config.nodes import extra_references
-from spo.data import SPLITS
+from spo.data import SPLITS, PreparedPairs
 from spo.evaluation.saved_policy import TrainedPolicy, rows_to_compare
 from spo.models.run_state import save_loss, save_reference
 from spo.models.saving import save_policy, whole_state_dict
@@ -217,6 +217,13 @@ def _show_start(cfg: DictConfig, prepared: Prepared, parts: Parts) -> None:
     )
 
 
+def data_digests(pairs: PreparedPairs) -> dict[str, str]:
+    """Return the digest of the pairs, which all methods share, and that of what the loss reads if it reads more."""
+    read = digest({split: [pair.identity() for pair in getattr(pairs, split)] for split in SPLITS})
+    rows = digest({split: [pair.identity() for pair in pairs.rows[split]] for split in SPLITS})
+    return {"pairs_sha256": rows} | ({} if read == rows else {"loss_rows_sha256": read})
+
+
 def _record_inputs(cfg: DictConfig, prepared: Prepared, run_dir: Path, step: int) -> None:
     """Record the digests of the references and the pairs, and the rows that were skipped.
 
@@ -228,8 +235,7 @@ def _record_inputs(cfg: DictConfig, prepared: Prepared, run_dir: Path, step: int
     """
     if not is_first_process():
         return
-    pairs = {split: [pair.identity() for pair in getattr(prepared.pairs, split)] for split in SPLITS}
-    inputs: dict[str, Any] = {"reference_sha256": model_digest(prepared.base), "pairs_sha256": digest(pairs)}
+    inputs: dict[str, Any] = {"reference_sha256": model_digest(prepared.base), **data_digests(prepared.pairs)}
     further = {name: model_digest(path) for name, path in reference_paths(cfg, prepared).items()}
     record_inputs(run_dir, inputs | ({"extra_references_sha256": further} if further else {}), step)
     if bad := prepared.bad_rows:

@@ -49,6 +49,7 @@ from spo.objective import score
 from spo.records.digests import digest
 from spo.stages.pairs import no_completer
 from spo.stages.prepare import prepare_run
+from spo.stages.train import data_digests
 from spo.types import LabelledLogps
 from tests.data.tokenizers_built_here import ENDS_IN_EOS, build
 from tests.helpers import FAST, PAD, PLAIN, completion_logps, random_pairs, save_model, sequences, tiny_llama
@@ -579,6 +580,18 @@ def test_token_counts_cover_further_completions() -> None:
 
 
 # --- identity ------------------------------------------------------------------------------------------------------
+
+
+def test_digest_of_the_pairs_does_not_depend_on_what_a_loss_reads(tmp_path: Path) -> None:
+    rows = [{**PAIR, **NUMBERS}, {**PAIR, **NUMBERS, "prompt": "And?"}]
+    source = FileSource(str(write(tmp_path / "a.jsonl", *rows)), None, "stop")
+    plain, features = data_digests(numbers_of(source, DataNeeds())), data_digests(numbers_of(source))
+    labelled = data_digests(numbers_of(source, LABELLED))
+    assert plain.keys() == {"pairs_sha256"}
+    assert plain["pairs_sha256"] == features["pairs_sha256"] == labelled["pairs_sha256"]
+    assert len({features["loss_rows_sha256"], labelled["loss_rows_sha256"], plain["pairs_sha256"]}) == 3
+    other = FileSource(str(write(tmp_path / "b.jsonl", *rows[:1])), None, "stop")
+    assert data_digests(numbers_of(other))["pairs_sha256"] != plain["pairs_sha256"]
 
 
 def test_digests_of_data_without_new_fields_are_those_of_before() -> None:
