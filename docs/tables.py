@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,17 @@ from spo.pages.methods import markdown_table
 from spo.resources import MAIN_CONFIG, conf_dir
 from spo.stages.methods import read_methods
 
+PROSE_WIDTH = 100
+"""Most columns of a line of prose in the documentation."""
+
 
 def methods_table(conf: Path) -> str:
     """Write a table with one line for each yaml file of ``conf/method``, under headings, and what its words count."""
     methods = read_methods([conf])
     counts = Counter(method.checked_by for method in methods if method.checked_by)
     summary = ", ".join(f"{number} {word}" for word, number in counts.most_common())
-    return f"{len(methods)} methods, by how their formulas were checked: {summary}.\n\n{markdown_table(methods)}"
+    words = f"{len(methods)} methods, by how their formulas were checked: {summary}."
+    return f"{textwrap.fill(words, PROSE_WIDTH)}\n\n{markdown_table(methods)}"
 
 
 def groups_table(conf: Path) -> str:

@@ -65,13 +65,6 @@ OWN = """
         features = {"annotator": Feature("annotator")}
 
 
-    class Saturating(PreferenceLoss):
-        '''Falls as probabilities tend to 0, and does not say so.'''
-
-        def of_pairs(self, pair, *, alpha, beta):
-            return (beta * (pair.policy_rejected - pair.policy_chosen)).sigmoid() + pair.policy_chosen.exp()
-
-
     class Anchored(DPOLoss):
         extra_completions = {"anchor": Column("anchor")}
         extra_references = ("teacher",)
