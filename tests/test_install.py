@@ -203,7 +203,7 @@ def imported(folder: Path) -> set[str]:
                 modules |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
                 modules.add(node.module.partition(".")[0])
-    outside = modules - set(sys.stdlib_module_names) - {"spo", "tests", "benchmarks", "docs"}
+    outside = modules - set(sys.stdlib_module_names) - {"spo", "tests", "benchmarks", "docs", "examples"}
     known = packages_distributions()
     return {canonicalize_name(known[module][0]) if module in known else module for module in outside}
 

@@ -211,6 +211,7 @@ class Configuration:
     seed: Seed
     threads: PositiveInt | None
     rerun: bool
+    strength: PositiveFloat
     extra_references: dict[str, str]
     tags: Sequence[str]
     probe: Probe

@@ -19,7 +19,7 @@ _SENTENCE_END = re.compile(r"[.!?]+(?=[\s\"\u201d'\u2019)*\]]|$)")
 _BREAK = re.compile(r"(?<=[.!?])[\"\u201d'\u2019)*\]]*\s+|\s*\n|\s*$")
 
 
-def readability(prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
+def readability(prompts: Sequence[str], completions: Sequence[str], /) -> dict[str, list[float]]:
     """Score how easy completions read: minus the automated readability index of Smith and Senter (1967).
 
     The index is ``4.71 letters per word + 0.5 words per sentence - 21.43``, the school grade in the United States in
