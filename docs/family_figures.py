@@ -22,8 +22,10 @@ from spo.stats import Estimate
 BASELINE = "dpo"
 """Method that the others are compared with."""
 HEADER = "| method | win rate | minus DPO | KL | entropy | length | beta |\n" + "|---" * 7 + "|"
-LABEL_HEIGHT = 0.021
+LABEL_HEIGHT = 0.017
 """Height of a name as a share of the axes, at which names keep a distance."""
+LOWEST_WIN_RATE = 0.55
+"""Methods below are listed in a corner: they would squeeze the others."""
 
 
 def family(*sweeps: Path) -> Figure:
@@ -47,35 +49,43 @@ def family(*sweeps: Path) -> Figure:
         print(f"note: {note}")
     groups = {method.name: _group(method.name) for method in methods}
     colors = dict(zip(sorted(set(groups.values())), plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
-    figure, panels = plt.subplots(1, 2, figsize=(12, 7.5), sharey=True)
+    shown = [method for method in methods if _value(method, "win_rate") >= LOWEST_WIN_RATE]
     costs = {"kl": "KL to the reference, nats", "entropy": "entropy, nats per token"}
+    figure, panels = plt.subplots(1, 2, figsize=(13, 9), sharey=True)
     for axes, (cost, name) in zip(panels, costs.items(), strict=True):
-        for method in methods:
+        axes.set_xscale("log" if cost == "kl" else "linear")
+        for method in shown:
             at = (_value(method, cost), _value(method, "win_rate"))
-            axes.plot(*at, "o", color=colors[groups[method.name]], markersize=5)
-        _names(axes, [(_value(method, cost), _value(method, "win_rate"), method.name) for method in methods])
+            axes.plot(*at, "o", color=colors[groups[method.name]], markersize=5, zorder=3)
+        _names(axes, [(_value(method, cost), _value(method, "win_rate"), method.name) for method in shown])
         axes.set_xlabel(name)
     panels[0].set_ylabel("win rate against the reference")
+    left_out = [f"{m.name} {_value(m, 'win_rate'):.2f}, KL {_value(m, 'kl'):.0f}" for m in methods if m not in shown]
+    panels[0].text(0.98, 0.02, "\n".join(["below:", *left_out]), transform=panels[0].transAxes, ha="right", fontsize=8)
     for group, color in colors.items():
         panels[1].plot([], [], "o", color=color, label=group)
-    panels[1].legend(frameon=False, fontsize=7.5, loc="lower left")
+    panels[1].legend(frameon=False, fontsize=8, loc="lower left")
     figure.tight_layout()
     return figure
 
 
 def _names(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write names beside points, moved up where they would cover each other."""
-    axes.margins(x=0.12)
+    """Write names right of the points, in order of their height, moved apart where they would cover each other."""
+    axes.margins(x=0.2, y=0.12)
     axes.autoscale_view()
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    to_share = axes.transAxes.inverted()
     placed: list[tuple[float, float]] = []
-    for x, y, name in sorted(points, key=lambda point: (point[1], point[0])):
-        across, up = (x - left) / (right - left), (y - bottom) / (top - bottom)
-        while any(abs(across - a) < 0.11 and abs(up - b) < LABEL_HEIGHT for a, b in placed):
-            up += LABEL_HEIGHT / 4
+    middle = sum(point[1] for point in points) / len(points)
+    for x, y, name in sorted(points, key=lambda point: abs(point[1] - middle)):
+        across, up = to_share.transform(axes.transData.transform((x, y)))
+        step = LABEL_HEIGHT / 4 * (1 if y >= middle else -1)
+        while any(abs(across - a) < 0.17 and abs(up - b) < LABEL_HEIGHT for a, b in placed):
+            up += step
         placed.append((across, up))
-        end = (x, bottom + up * (top - bottom))
-        axes.annotate(name, (x, y), end, fontsize=6.5, xycoords="data", va="center", ha="left")
+        line = {"arrowstyle": "-", "linewidth": 0.3, "color": "gray"}
+        axes.annotate(
+            name, (x, y), (across + 0.02, up), textcoords="axes fraction", fontsize=7, va="center", arrowprops=line
+        )
 
 
 def _group(name: str) -> str:
