@@ -344,12 +344,8 @@ def _main(words: list[str]) -> int:
     # Python would print a traceback for each line of a log file on a full disk.
     logging.raiseExceptions = os.environ.get("SPO_DEBUG") == "1"
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # It warns if the home folder cannot be written.
-    if name in (
-        "train",
-        "inspect",
-        "methods",
-        "verify",
-    ):  # Other commands read directories that may be somebody else's.
+    # Other commands read directories that may be somebody else's.
+    if name in ("train", "inspect", "methods", "verify"):
         import_from_current_folder()
     try:
         with handled():

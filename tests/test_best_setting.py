@@ -38,6 +38,12 @@ def test_selection_split_chooses_among_finished_runs_of_the_method(sweep: Path) 
     assert found == {"dpo": 1.0, "ipo": 3.0}
 
 
+def test_runs_that_finish_later_count(sweep: Path) -> None:
+    assert best_setting(str(sweep), "dpo", "strength") == 1.0
+    (sweep / "dpo_3.0/metrics.json").write_text(json.dumps({"val/win_rate": 0.8}))
+    assert best_setting(str(sweep), "dpo", "strength") == 3.0
+
+
 def test_method_without_a_finished_run_is_an_error(sweep: Path) -> None:
     with pytest.raises(UserError, match="does not have a finished run of method=spo with val/win_rate: run that sweep"):
         best_setting(str(sweep), "spo", "strength")

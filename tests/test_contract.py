@@ -1,4 +1,4 @@
-"""What every method of the package keeps: one test for each property, over all of conf/method.
+"""One test for each property that every method of the package keeps, over all of conf/method.
 
 A new method joins by existing. Its entry in ``KNOWN`` (tests/contract_cases.py) states what follows from its paper.
 """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
@@ -28,22 +29,28 @@ def best_setting(sweep: str, method: str, key: str) -> Any:
     Raises:
         UserError: The sweep does not have a finished run of the method.
     """
-    scores = {folder: score for folder, name, score in _scores(sweep) if name == method}
-    if not scores:
+    metrics = sorted(Path(sweep).glob(f"*/{METRICS}"))
+    runs = [run for file in metrics if (run := _run(file, file.stat().st_mtime_ns)) and run.method == method]
+    if not runs:
         raise UserError(
             f"{sweep} does not have a finished run of method={method} with {SELECTION_METRIC}: run that sweep first"
         )
-    config = load_yaml((max(scores, key=scores.__getitem__) / CONFIG).read_text())
-    return OmegaConf.select(OmegaConf.create(config), key, throw_on_missing=True)
+    best = max(runs, key=attrgetter("score"))
+    return OmegaConf.select(OmegaConf.create(best.config), key, throw_on_missing=True)
 
 
+class _Run(NamedTuple):
+    method: str
+    score: float
+    config: dict[str, Any]
+
+
+# The time of the last change makes a run that was repeated in the meantime another one.
 @cache
-def _scores(sweep: str) -> list[tuple[Path, str, float]]:
-    """Return each finished run with its method and its score, in the order of their names."""
-    found = []
-    for folder in sorted(file.parent for file in Path(sweep).glob(f"*/{METRICS}")):
-        score = finite((read_mapping(folder / METRICS) or {}).get(SELECTION_METRIC))
-        if score is not None and (folder / CONFIG).is_file():
-            config = load_yaml((folder / CONFIG).read_text())
-            found.append((folder, str(config["method"]["name"]), score))
-    return found
+def _run(metrics: Path, changed_ns: int) -> _Run | None:
+    """Return a finished run, ``None`` if it does not have the score or its configuration."""
+    score, config = finite((read_mapping(metrics) or {}).get(SELECTION_METRIC)), metrics.parent / CONFIG
+    if score is None or not config.is_file():
+        return None
+    content = load_yaml(config.read_text())
+    return _Run(str(content["method"]["name"]), score, content)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from spo.bounds import NonNegativeFloat
 from spo.losses.base import PreferenceLoss
-from spo.losses.margins import NLLMean, chosen_nll, policy_margin
+from spo.losses.margins import NLLMean, check_nll, chosen_nll, policy_margin
 from spo.types import PairLogps
 
 
@@ -32,10 +30,7 @@ class CPOLoss(PreferenceLoss):
     uses_reference = False
 
     def __init__(self, nll_weight: NonNegativeFloat = 1.0, nll_mean: NLLMean = "sum") -> None:
-        if not nll_weight >= 0:
-            raise ValueError(f"nll_weight must be >= 0, got {nll_weight}")
-        if nll_mean not in get_args(NLLMean):
-            raise ValueError(f"nll_mean must be sum, completion or batch, got {nll_mean}")
+        check_nll(nll_weight, nll_mean)
         self.nll_weight, self.nll_mean = nll_weight, nll_mean
         self.full_batch = nll_mean == "batch"
 

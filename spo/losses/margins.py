@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -96,6 +96,22 @@ def per_token(pair: PairLogps, both: tuple[Tensor, Tensor]) -> tuple[Tensor, Ten
         raise ValueError("averages over tokens need chosen_length and rejected_length")
     chosen, rejected = both
     return chosen / pair.chosen_length, rejected / pair.rejected_length
+
+
+def check_nll(weight: float, mean: NLLMean) -> None:
+    """Check the options of a likelihood that a loss adds.
+
+    Args:
+        weight: Weight of the likelihood, ``nll_weight``.
+        mean: Denominator of the likelihood, ``nll_mean``.
+
+    Raises:
+        ValueError: ``weight`` is negative or ``mean`` is unknown.
+    """
+    if not weight >= 0:
+        raise ValueError(f"nll_weight must be >= 0, got {weight}")
+    if mean not in get_args(NLLMean):
+        raise ValueError(f"nll_mean must be sum, completion or batch, got {mean}")
 
 
 def chosen_nll(pair: PairLogps, mean: NLLMean = "sum") -> Tensor:

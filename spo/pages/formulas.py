@@ -55,7 +55,7 @@ def as_text(latex: str) -> str:
 
 
 class _Tokens:
-    """Tokens of a formula, of which the next one can be looked at."""
+    """Tokens of a formula, read one after the other, with a look at the next one."""
 
     def __init__(self, latex: str) -> None:
         self._rest: Iterator[str] = (" " if token.isspace() else token for token in _TOKEN.findall(latex))

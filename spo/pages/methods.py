@@ -38,7 +38,7 @@ class MethodKey:
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """What lists and pages state of a method, from its yaml file and from its loss.
+    """Facts of a method for lists and pages, from its yaml file and from its loss.
 
     Attributes:
         name: Member of the config group ``method``.
