@@ -80,7 +80,7 @@ OLD_NAMES: dict[str, str] = {
     "spo.runtime.rundir.git_state": "spo.runs.provenance.git_state",
     "spo.runtime.rundir.identity": "spo.runs.identity.identity",
     "spo.runtime.rundir.is_finished": "spo.runs.claim.is_finished",
-    "spo.runtime.rundir.is_first_process": "spo.runs.processes.is_first_process",
+    "spo.runtime.rundir.is_first_process": "spo.processes.is_first_process",
     "spo.runtime.rundir.is_locked": "spo.runs.claim.is_locked",
     "spo.runtime.rundir.load_config": "spo.runs.saved_config.load_config",
     "spo.runtime.rundir.read_failure": "spo.runs.claim.read_failure",

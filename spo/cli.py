@@ -53,8 +53,8 @@ def _train(arguments: list[str]) -> int:
 
         refuse_another_run(Path(planned.jobs[0].cfg.paths.run), planned.jobs[0].cfg)
     from spo.errors import SET_RUN, SET_SWEEP, placed_by
+    from spo.processes import is_first_process
     from spo.runs.launch import launch_run, launch_sweep, run_hydra
-    from spo.runs.processes import is_first_process
 
     if flags.cfg is not None:  # Of several jobs the first is shown.
         single = [word for word in hydra_flags if word not in ("-m", "--multirun")]
@@ -338,7 +338,7 @@ def _main(words: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(help_of(name, arguments))
         return 0
-    from spo.runs.processes import is_first_process
+    from spo.processes import is_first_process
     from spo.signals import Interrupted, handled
 
     # Python would print a traceback for each line of a log file on a full disk.

@@ -10,10 +10,10 @@ from omegaconf import DictConfig
 
 from spo.config.coefficients import COEFFICIENTS
 from spo.errors import UserError
+from spo.processes import is_first_process
 from spo.records import filenames
 from spo.records.files import parse_jsonl, read_mapping
 from spo.runs.identity import differences, identity
-from spo.runs.processes import is_first_process
 
 _NO_CODE = {"code": None, "plugins": None}
 

@@ -13,10 +13,10 @@ import torch
 from spo.callbacks.checkpoint import HISTORY_KEY, RUN_KEY, STEP_FILES
 from spo.errors import UserError
 from spo.notes import note
+from spo.processes import is_first_process
 from spo.records import filenames
 from spo.records.files import read_json
 from spo.runs.identity import known_digests
-from spo.runs.processes import is_first_process
 
 
 class ResumePoint(NamedTuple):

@@ -16,12 +16,13 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from spo.errors import SET_RUN, UserError, error_line, placed_by
+from spo.processes import is_first_process
 from spo.records import filenames
 from spo.records.files import move_aside, read_mapping, remove, write_json
 from spo.records.leftovers import remove_leftovers
 from spo.runs.another_run import never_trained, read_identity, refuse_differences
 from spo.runs.identity import changed_plugins, differences, identity
-from spo.runs.processes import is_first_process, sweep_dir
+from spo.runs.processes import sweep_dir
 from spo.runs.provenance import write_provenance
 from spo.runs.saved_config import is_readable_config, write_config
 from spo.signals import Interrupted

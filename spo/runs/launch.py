@@ -29,6 +29,7 @@ from spo.config.compose import VERSION_BASE, register_resolvers
 from spo.config.plan import Plan
 from spo.errors import UserError, error_line, user_message
 from spo.pages.sweep_table import print_sweep
+from spo.processes import is_first_process
 from spo.records.files import write_text
 from spo.records.sweep import SweepJob
 from spo.resources import MAIN_CONFIG, conf_dir
@@ -36,7 +37,7 @@ from spo.runs import optuna_sweeper
 from spo.runs.claim import read_failure, write_failure
 from spo.runs.job_processes import is_stopping, job_processes, registered
 from spo.runs.ledger import Ledger
-from spo.runs.processes import SWEEP_VARIABLE, import_from_current_folder, is_first_process, sweep_dir
+from spo.runs.processes import SWEEP_VARIABLE, import_from_current_folder, sweep_dir
 from spo.secrets import command_line, remember_secrets, scrub, scrub_logs
 from spo.signals import Interrupted
 

@@ -1,4 +1,4 @@
-"""The process at hand: whether it writes the run's files, and which sweep it belongs to."""
+"""The process at hand: where it finds code, and which sweep it belongs to."""
 
 from __future__ import annotations
 
@@ -8,13 +8,6 @@ from pathlib import Path
 
 # Environment variable that holds the sweep directory, for jobs of the sweep in any process.
 SWEEP_VARIABLE = "SPO_SWEEP"
-# Variables in which launchers of several processes put the rank of each; none is set in a run of one process.
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-
-
-def is_first_process() -> bool:
-    """Return whether this process is the one of its run that writes files."""
-    return all(os.environ.get(name, "0") in ("", "0") for name in RANK_VARIABLES)
 
 
 def import_from_current_folder() -> None:

@@ -16,11 +16,11 @@ from urllib.parse import urlsplit, urlunsplit
 from omegaconf import DictConfig, OmegaConf
 
 import spo
+from spo.processes import is_first_process
 from spo.records import filenames
 from spo.records.digests import code_version
 from spo.records.files import read_mapping, write_json
 from spo.runs.identity import changed_plugins, plugins, prompt_file
-from spo.runs.processes import is_first_process
 from spo.secrets import command_line
 
 PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "omegaconf", "wandb", "datasets", "peft", "numpy")

@@ -14,12 +14,12 @@ from spo.config.checks.settings import setting_problems, with_some_length
 from spo.config.compose import compose, expand_numbers, parse
 from spo.config.trust import Caller, check_trusted
 from spo.errors import ConfigProblems, UserError
+from spo.processes import is_first_process
 from spo.records import filenames
 from spo.records.files import read_json, read_mapping, write_json
 from spo.records.operational_keys import CHOICES
 from spo.runs.claim import is_finished, locked
 from spo.runs.identity import identity, known_digests, with_digest
-from spo.runs.processes import is_first_process
 from spo.runs.saved_config import load_config, refuse_redacted, write_config
 
 # Keys and groups that a resumed run may change, always and until it is finished.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from spo.processes import is_first_process
 from spo.runs.launch import count_devices
-from spo.runs.processes import is_first_process
 from spo.runs.saved_config import write_config
 from spo.schedules.optimization import training_steps
 from spo.stages.from_config import resolve_values

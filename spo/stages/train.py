@@ -28,6 +28,7 @@ from spo.notes import collect_notes
 from spo.pages.panels import result_panel, start_panel
 from spo.pages.run_page import render_report
 from spo.pages.start_facts import start_facts
+from spo.processes import is_first_process
 from spo.records import filenames
 from spo.records.digests import digest, model_digest
 from spo.records.files import replacing, write_json, write_jsonl
@@ -36,7 +37,7 @@ from spo.records.policy import write_policy_digests
 from spo.records.run import read_result
 from spo.runs.checkpoints import last_checkpoint
 from spo.runs.claim import Status, claim, finish
-from spo.runs.processes import is_first_process, sweep_dir
+from spo.runs.processes import sweep_dir
 from spo.runs.provenance import record_continuation, record_inputs, record_stop
 from spo.runs.resume import resumed_config
 from spo.secrets import remember_secrets
