@@ -20,7 +20,7 @@ from spo.runs.claim import write_failure
 from spo.signals import Interrupted
 
 SUPERVISOR = "SPO_SUPERVISOR"
-"""Environment variable with the file descriptor of a pipe that closes when the supervisor ends, and the run directory."""
+"""Environment variable with a file descriptor, which closes when the supervisor ends, and the run directory."""
 ADDRESS, PORT, NODE = "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"
 """Environment variables by which the nodes of a run find each other where no launcher of a cluster starts them."""
 GRACE_SECONDS = 10
