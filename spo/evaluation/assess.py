@@ -22,6 +22,7 @@ from spo.evaluation.winrate import verdict_of_rewards, win_rates
 from spo.forward.modes import eval_mode
 from spo.forward.speed import Speed
 from spo.metrics.catalogue import REFERENCES
+from spo.processes import deal
 from spo.seeds import derive_seed
 from spo.stats import Bootstrap, Resamples
 
@@ -58,6 +59,8 @@ def draw_both(
 ) -> tuple[Draws, Draws]:
     """Return completions of the policy, scored by both models, and completions of the reference.
 
+    The processes of a run share the prompts, and each returns all completions.
+
     Args:
         policy: Trained model.
         reference: Model that training started from.
@@ -67,13 +70,13 @@ def draw_both(
         settings: Settings of the evaluation.
         speed: Speed settings, resolved for both models.
         decode: Function from the token ids of a completion to its text.
-        on_progress: Function to call with the number of sequences just drawn.
+        on_progress: Function to call with the number of sequences that this process has just drawn.
         cache: Cache of completions, so that none is drawn twice.
     """
 
     def drawn(model: nn.Module, stage: str, own: EvaluationSettings, other: OtherModel | None = None) -> Draws:
-        draws = partial(draw, model, stage, prompts, own, speed, stop_ids, pad_token_id, decode)
-        return cache(stage, own, lambda: draws(on_progress, other))
+        draws = partial(draw, model, stage, deal(prompts), own, speed, stop_ids, pad_token_id, decode)
+        return cache(stage, own, lambda: draws(on_progress, other).gathered(own.samples_per_prompt))
 
     with eval_mode(policy), eval_mode(reference):
         ours = drawn(policy, "policy", settings, lambda: nullcontext(reference))

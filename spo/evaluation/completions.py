@@ -15,6 +15,7 @@ from spo.evaluation.settings import EvaluationSettings
 from spo.forward.speed import Speed
 from spo.ops import completion_targets, sum_per_sequence, token_entropy, token_kl, token_logps
 from spo.ops.logps import at_least_float32, by_rows
+from spo.processes import gather
 from spo.sampling import contents, derive_seed, sample
 from spo.types import Sequences
 
@@ -45,6 +46,21 @@ class Draws:
     entropy: list[float] = field(default_factory=list)
     other_logps: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
+
+    def gathered(self, each: int) -> Draws:
+        """Return the completions of all processes, each of which drew for the prompts that ``deal`` gave it.
+
+        Args:
+            each: Number of completions per prompt.
+        """
+        columns = vars(self)
+        of_prompts = gather(
+            [
+                {name: values[first : first + each] for name, values in columns.items()}
+                for first in range(0, len(self.texts), each)
+            ]
+        )
+        return Draws(**{name: [value for prompt in of_prompts for value in prompt[name]] for name in columns})
 
 
 @torch.no_grad()
