@@ -13,7 +13,7 @@ from torch import nn
 
 from spo.data import EvalPrompt
 from spo.data.rows import Text
-from spo.evaluation.completions import Draws, OtherModel, draw
+from spo.evaluation.completions import Draws, OtherModel, draw_together
 from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
 from spo.evaluation.judges import Judge, JudgedPair
 from spo.evaluation.judges.base import as_read
@@ -22,7 +22,6 @@ from spo.evaluation.winrate import verdict_of_rewards, win_rates
 from spo.forward.modes import eval_mode
 from spo.forward.speed import Speed
 from spo.metrics.catalogue import REFERENCES
-from spo.processes import deal
 from spo.seeds import derive_seed
 from spo.stats import Bootstrap, Resamples
 
@@ -75,8 +74,8 @@ def draw_both(
     """
 
     def drawn(model: nn.Module, stage: str, own: EvaluationSettings, other: OtherModel | None = None) -> Draws:
-        draws = partial(draw, model, stage, deal(prompts), own, speed, stop_ids, pad_token_id, decode)
-        return cache(stage, own, lambda: draws(on_progress, other).gathered(own.samples_per_prompt))
+        draws = partial(draw_together, model, stage, prompts, own, speed, stop_ids, pad_token_id, decode)
+        return cache(stage, own, lambda: draws(on_progress, other))
 
     with eval_mode(policy), eval_mode(reference):
         ours = drawn(policy, "policy", settings, lambda: nullcontext(reference))

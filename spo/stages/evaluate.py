@@ -35,7 +35,7 @@ from spo.metrics.catalogue import INTERVAL_ENDS
 from spo.models import FrozenReference, Reference
 from spo.models.run_state import load_loss, load_reference_state
 from spo.pages.panels import result_panel
-from spo.processes import deal, first_decides, join, rank
+from spo.processes import deal, first_decides, place, rank
 from spo.records import filenames
 from spo.records.digests import model_digest
 from spo.records.files import read_mapping, write_json, write_jsonl, write_text
@@ -43,6 +43,7 @@ from spo.records.policy import POLICY_REMEDY, verify_policy
 from spo.runs.claim import is_finished
 from spo.runs.saved_config import load_config, refuse_redacted, resolved
 from spo.schedules import Constant
+from spo.stages.devices import join_processes
 from spo.stages.evaluation_config import evaluation_config
 from spo.stages.extra_references import load_extra_references
 from spo.stages.from_config import build_loss, eval_device, model_plugins, resolve_values
@@ -89,7 +90,8 @@ def evaluate_command(
     refuse_redacted(cfg)
     check_config(cfg)
     values = resolve_values(cfg)
-    join(eval_device(values).type)
+    if place().world_size > 1:
+        join_processes(values)
     first_decides(partial(verify_policy, run_dir))
     prepared = prepare_run(values, model_from=resolve_values(own))
     evaluation = evaluate_run(values, prepared, run_dir)
