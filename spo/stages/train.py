@@ -23,7 +23,7 @@ from spo.config.nodes import extra_references
 from spo.data import SPLITS, PreparedPairs
 from spo.evaluation.saved_policy import TrainedPolicy, rows_to_compare
 from spo.models.run_state import save_loss, save_reference
-from spo.models.saving import save_policy, whole_state_dict
+from spo.models.saving import save_policy, whole_policy, whole_state_dict
 from spo.notes import collect_notes
 from spo.pages.panels import result_panel, start_panel
 from spo.pages.run_page import render_report
@@ -141,25 +141,25 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
         budget = module.trained.metrics() | check_weights(start, after, steps, cfg, record.rows(), skipped)
         note_unmoved(cfg.reference.get("every") if module.reference.moves else None, steps - skipped)
         chosen = choose_weights(cfg, module, trainer, last)
-        weights = chosen.whole
+        policy, weights = whole_policy(
+            module.policy, chosen.whole, partial(prepared.spec.policy, prepared.base, seed=cfg.seed)
+        )
         for reference in module.references:
             reference.to(torch.device("cpu"))  # frees memory for the evaluation, which loads what was saved
         final = {name: getattr(module, name)(chosen.step) for name in COEFFICIENTS}
         write_json(run_dir / filenames.COEFFICIENTS, final)
-        policy = run_dir / filenames.POLICY
-        trained = TrainedPolicy(
-            module.policy, rows_to_compare(prepared.pairs.train), module.speed, eval_device(cfg), weights
-        )
+        saved = run_dir / filenames.POLICY
+        trained = TrainedPolicy(policy, rows_to_compare(prepared.pairs.train), module.speed, eval_device(cfg), weights)
         kept = None if weights is None else {**weights}  # Saving empties the mapping that it gets.
-        with replacing(policy) as folder:
-            save_policy(module.policy, prepared.tokenizer, folder, kept, prepared.stop_ids)
+        with replacing(saved) as folder:
+            save_policy(policy, prepared.tokenizer, folder, kept, prepared.stop_ids)
         save_loss(module.loss, run_dir)
         save_reference(module.reference.state_dict(), run_dir)
         write_policy_digests(run_dir)
 
         judge = next((callback.judge for callback in validation_samples(trainer)), None)
         models = load_models(cfg, prepared, run_dir)
-        gap = trained.gap(models.policy, policy)
+        gap = trained.gap(models.policy, saved)
         evaluation = evaluate_run(cfg, prepared, run_dir, judge, models)
         better = {key: value for key, value in evaluation.metrics.items() if key in record.latest}
         for logger in trainer.loggers if chosen.step == trainer.global_step else ():
