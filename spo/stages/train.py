@@ -28,7 +28,7 @@ from spo.notes import collect_notes
 from spo.pages.panels import result_panel, start_panel
 from spo.pages.run_page import render_report
 from spo.pages.start_facts import start_facts
-from spo.processes import is_first_process
+from spo.processes import first_decides, is_first_process, peer_loss_in_words
 from spo.records import filenames
 from spo.records.digests import digest, model_digest
 from spo.records.files import replacing, write_json, write_jsonl
@@ -39,11 +39,12 @@ from spo.runs.checkpoints import last_checkpoint
 from spo.runs.claim import Status, claim, finish
 from spo.runs.processes import sweep_dir
 from spo.runs.provenance import record_continuation, record_inputs, record_stop
-from spo.runs.resume import resumed_config
+from spo.runs.resume import changed_config, resumed_config
 from spo.secrets import remember_secrets
 from spo.stages.assemble import Parts, assemble, validation_samples
 from spo.stages.checkpointing import checkpoint_folder, choose_weights, fit, prepare_checkpoints
 from spo.stages.description import describe, title
+from spo.stages.devices import join_processes
 from spo.stages.evaluate import evaluate_run, load_models, refuse_nonfinite
 from spo.stages.extra_references import reference_paths
 from spo.stages.from_config import eval_device, resolve_values
@@ -68,18 +69,25 @@ def train(cfg: DictConfig, *, resumed: bool = False, checked: bool = False) -> d
 
     Raises:
         UserError: The configuration is impossible, or the run directory belongs to another run.
+        PeerLostError: Another process of the run has ended.
     """
     quiet_libraries()
+    join_processes(cfg)
     fill_empty_groups(cfg)
     remember_secrets(OmegaConf.to_container(cfg, resolve=False))
     pin(cfg)
     pin_choices(cfg)
     if not checked:
-        check_config(cfg)
+        first_decides(partial(check_config, cfg))
     run_dir = Path(cfg.paths.run)
-    with claim(run_dir, cfg, resumed=resumed) as status, writable_home(run_dir), collect_notes() as notes:
+    with (
+        claim(run_dir, cfg, resumed=resumed) as status,
+        peer_loss_in_words(),
+        writable_home(run_dir),
+        collect_notes() as notes,
+    ):
         if status is Status.FINISHED:
-            return _show_finished(run_dir)
+            return _show_finished(run_dir) if is_first_process() else {}
         return _run(cfg, run_dir, notes, resume=status is Status.UNFINISHED)
 
 
@@ -97,7 +105,9 @@ def resume(
     Returns:
         The final metrics.
     """
-    return train(resumed_config(run_dir, overrides, allow, config_dir), resumed=True)
+    changes = run_dir, overrides, allow, config_dir
+    join_processes(changed_config(*changes))
+    return train(first_decides(partial(resumed_config, *changes)), resumed=True)
 
 
 def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume: bool) -> dict[str, float]:
@@ -105,10 +115,10 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
     # Resolved only now, because the record has the names of environment variables and not the secrets in them.
     cfg = resolve_values(composed)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    point = last_checkpoint(run_dir, checkpoint_folder(cfg)) if resume else None
+    point = first_decides(partial(last_checkpoint, run_dir, checkpoint_folder(cfg))) if resume else None
     if point is not None:
         record_continuation(run_dir, cfg, max(point.step, 0))
-    remove_abandoned_builds(Path(cfg.paths.cache).absolute())
+    first_decides(partial(remove_abandoned_builds, Path(cfg.paths.cache).absolute()))
     prepared = prepare_run(cfg)
     cfg = with_length(composed, len(prepared.pairs.train))
     _record_inputs(cfg, prepared, run_dir, max(point.step, 0) if point else 0)
