@@ -144,6 +144,8 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
         trained_at = perf_counter()
         last = whole_state_dict(module.policy)  # gathers shards, so every rank takes part
         if not trainer.is_global_zero:
+            if last is not None:  # All processes hold a part of a sharded policy.
+                choose_weights(cfg, module, trainer, last)
             return {}
         record_stop(run_dir, check_steps(trainer.global_step, cfg.trainer.max_steps, parts.stop))
         after = last or dict(module.policy.named_parameters())
