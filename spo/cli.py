@@ -19,6 +19,8 @@ from spo.wording import clean
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from spo.config.plan import Plan
+
 
 class UsageError(Exception):
     """A command line that does not fit its usage."""
@@ -48,32 +50,63 @@ def _train(arguments: list[str]) -> int:
     planned = compose_plan(
         flags.overrides, multirun=flags.multirun, config_dir=flags.config_dir, runs=flags.cfg is None
     )
-    if flags.cfg is None and not planned.multirun:
-        from spo.runs.another_run import refuse_another_run
-
-        refuse_another_run(Path(planned.jobs[0].cfg.paths.run), planned.jobs[0].cfg)
-    from spo.errors import SET_RUN, SET_SWEEP, placed_by
-    from spo.processes import is_first_process
-    from spo.runs.launch import launch_run, launch_sweep, run_hydra
-
     if flags.cfg is not None:  # Of several jobs the first is shown.
+        from spo.runs.launch import run_hydra
+
         single = [word for word in hydra_flags if word not in ("-m", "--multirun")]
         run_hydra([*single, *planned.jobs[0].overrides, *pinned_overrides(planned.jobs[0].cfg)], _job)
         return 0
-    check_plan(planned, _note if is_first_process() else lambda line: None)
     if not planned.multirun:
-        with placed_by(SET_RUN, Path(planned.jobs[0].cfg.paths.run)):
-            launch_run(planned, _checked_job)
-        return 0
-    if not is_first_process():
-        run_hydra([*hydra_flags, *planned.overrides], _job)
-        return 0
+        return _train_one(arguments, planned)
+    from spo.processes import place
+
+    if (own := place()).world_size > 1:
+        raise UsageError(
+            f"-m: {own.launcher} has started {own.world_size} processes, and a multirun starts those of its runs "
+            "itself: call it once, with trainer.devices=N, or with launcher=slurm"
+        )
+    check_plan(planned, _note)
     from spo.config.checks import warnings
+    from spo.errors import SET_SWEEP, placed_by
+    from spo.runs.launch import launch_sweep
 
     for warning in dict.fromkeys(text for job in planned.jobs for text in warnings(job.cfg)):
         print(f"note: {warning}", file=sys.stderr)
     with placed_by(SET_SWEEP, planned.sweep_dir):
         return 0 if launch_sweep(hydra_flags, planned, _job, flags.config_dir) else 1
+
+
+def _train_one(arguments: Sequence[str], planned: Plan) -> int:
+    """Train in this process, or in one process for each device of this machine."""
+    from spo.processes import first_decides, place
+    from spo.runs.another_run import refuse_another_run
+
+    cfg = planned.jobs[0].cfg
+    if place().world_size > 1:
+        from spo.runs.launch import fit_to_processes
+        from spo.stages.devices import join_processes
+
+        fit_to_processes(planned.composed)
+        join_processes(cfg)
+        # Each process has read the clock, so their directories differ.
+        cfg.paths.run = first_decides(lambda: cfg.paths.run)
+        planned.composed.hydra.run.dir = cfg.paths.run
+    first_decides(lambda: refuse_another_run(Path(cfg.paths.run), cfg))
+    from spo.errors import SET_RUN, placed_by
+    from spo.runs.launch import count_devices, launch_run
+
+    with placed_by(SET_RUN, Path(cfg.paths.run)):
+        if place().world_size == 1 and (devices := count_devices(cfg)) > 1:
+            from spo.runs.supervise import supervise
+
+            directory = cfg.paths.run.replace("'", r"\'")
+            words = ["train", *arguments, f"hydra.run.dir='{directory}'"]
+            return supervise(words, devices // cfg.trainer.num_nodes, cfg.trainer.num_nodes, Path(cfg.paths.run))
+        from spo.config.plan import check_plan
+
+        first_decides(lambda: check_plan(planned, _note))
+        launch_run(planned, _checked_job)
+    return 0
 
 
 def _note(line: str) -> None:
@@ -112,9 +145,21 @@ def _resume(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args(arguments)
     from spo.errors import COPY_RUN, placed_by
-    from spo.stages.train import resume
+    from spo.processes import place
 
     with placed_by(COPY_RUN, given.resume):
+        if place().world_size == 1:
+            from spo.runs.launch import count_devices
+            from spo.runs.resume import changed_config
+
+            cfg = changed_config(given.resume, given.overrides, given.allow, given.config_dir)
+            if (devices := count_devices(cfg)) > 1:
+                from spo.runs.supervise import supervise
+
+                nodes = cfg.trainer.num_nodes
+                return supervise(["train", *arguments], devices // nodes, nodes, given.resume)
+        from spo.stages.train import resume
+
         resume(given.resume, given.overrides, given.allow, given.config_dir)
     return 0
 
@@ -338,8 +383,16 @@ def _main(words: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(help_of(name, arguments))
         return 0
-    from spo.processes import is_first_process
+    from spo.processes import PeerLostError, place, world_size
     from spo.signals import Interrupted, handled
+
+    own = place()
+    if not own.is_first:
+        _stay_silent()
+    if own.launcher == "spo":
+        from spo.runs.supervise import end_with_supervisor
+
+        end_with_supervisor()
 
     # Python would print a traceback for each line of a log file on a full disk.
     logging.raiseExceptions = os.environ.get("SPO_DEBUG") == "1"
@@ -355,8 +408,12 @@ def _main(words: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except Interrupted as interruption:
-        # Lightning kills the first process, which still writes its files, if another one reports an error.
-        return _fail(str(interruption), interruption.status) if is_first_process() else 0
+        return _fail(str(interruption), interruption.status) if own.is_first else 0
+    except PeerLostError:
+        # The process that failed has said why. One that was killed has not, and only spo train watches for that.
+        if own.is_first and own.launcher != "spo":
+            return _fail("another process of the run has ended: its messages say why, if it was not killed", 1)
+        return 1
     except Exception as error:
         if os.environ.get("SPO_DEBUG") == "1":
             raise
@@ -365,7 +422,19 @@ def _main(words: list[str]) -> int:
         words_of_error = user_message(error)
         if words_of_error is None:
             raise
-        return _fail(words_of_error, 1)
+        if own.is_first:
+            return _fail(words_of_error, 1)
+        # Before the processes have met, all of them fail alike.
+        return _fail(f"process {own.rank}: {words_of_error}", 1) if world_size() > 1 else 1
+
+
+def _stay_silent() -> None:
+    """Drop what a process that is not the first would print, except for the error that ends it."""
+    import warnings
+
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
 
 
 def _fail(message: str, status: int) -> int:

@@ -8,7 +8,8 @@ here does what one process alone would do.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -85,13 +86,14 @@ def is_first_process() -> bool:
 # --- meeting ---------------------------------------------------------------------------------------------------------
 
 
-def join(device_type: str) -> None:
+def join(device_type: str, device_index: int | None = None) -> None:
     """Let the processes of the run meet. All of them call this, once, before they share anything.
 
     Objects travel over gloo, tensors on a GPU over NCCL.
 
     Args:
         device_type: Type of the devices, ``"cpu"`` or ``"cuda"``.
+        device_index: Number of the device of this process, ``None`` for its number on the node.
     """
     own = place()
     if own.world_size == 1 or _joined():
@@ -101,10 +103,15 @@ def join(device_type: str) -> None:
     for name, value in _torch_variables(own).items():
         os.environ.setdefault(name, value)
     if device_type == "cuda":
-        torch.cuda.set_device(own.local_rank)
+        torch.cuda.set_device(own.local_rank if device_index is None else device_index)
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", rank=own.rank, world_size=own.world_size
     )
+
+
+def meeting_point() -> tuple[str, int]:
+    """Return the address and the port at which the processes of :func:`join` meet."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def leave() -> None:
@@ -236,9 +243,27 @@ def gather_objects(own: T) -> list[T]:
     return parts
 
 
+@contextmanager
+def peer_loss_in_words() -> Iterator[None]:
+    """Turn the errors of a connection to a process that has ended into :class:`PeerLostError`.
+
+    A process that fails by itself is left alone, and so is a run of one process.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, PeerLostError) or world_size() == 1 or not _is_of_connection(error):
+            raise
+        raise PeerLostError("another process of the run has ended") from error
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
 def _together(collective: Callable[[], Any]) -> None:
     """Run a collective operation, whose failure means that another process has ended."""
-    try:
+    with peer_loss_in_words():
         collective()
-    except RuntimeError as error:
-        raise PeerLostError("another process of the run has ended") from error

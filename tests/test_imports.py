@@ -21,7 +21,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Each part of the package may import from the layers below its own, and from itself.
 LAYERS = [
-    {"_old_names", "bounds", "errors", "logs", "notes", "processes", "secrets", "signals", "wording"},
+    {"processes"},
+    {"_old_names", "bounds", "errors", "logs", "notes", "secrets", "signals", "wording"},
     {"types", "resources", "seeds", "stats", "batching", "records"},
     {"ops"},
     {"forward"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +27,7 @@ from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.groups import shipped_names
 from spo.config.nodes import EXTRA_REFERENCES, select
 from spo.errors import UserError
+from spo.processes import place
 from spo.records.operational_keys import OPERATIONAL_KEYS
 from spo.records.parameters import count_parameters
 from spo.resources import MAIN_CONFIG, conf_dir
@@ -250,6 +252,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("spo.num_parameters", num_parameters, replace=True)
     OmegaConf.register_new_resolver("spo.learning_rate", default_learning_rate, replace=True)
     OmegaConf.register_new_resolver("spo.processes", processes, replace=True)
+    OmegaConf.register_new_resolver("spo.run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("spo.tasks_per_node", tasks_per_node, replace=True)
     OmegaConf.register_new_resolver("spo.gpus_per_node", gpus_per_node, replace=True)
     OmegaConf.register_new_resolver("spo.best_setting", best_setting, replace=True)
@@ -294,6 +297,8 @@ def default_learning_rate(num_parameters: int | None, lora: Any) -> float | None
 def processes(devices: int | str, nodes: int) -> int:
     """Return the number of processes of a run, for strategies that need it in advance.
 
+    In a process of several, that is their number.
+
     Args:
         devices: Value of ``trainer.devices``.
         nodes: Value of ``trainer.num_nodes``.
@@ -301,9 +306,28 @@ def processes(devices: int | str, nodes: int) -> int:
     Raises:
         ValueError: ``devices`` is not a number.
     """
+    if (started := place().world_size) > 1:
+        return started
     if not str(devices).isdigit():
         raise ValueError(f"this strategy needs the number of devices: set trainer.devices, which is {devices}")
     return int(devices) * int(nodes)
+
+
+def run_name(now: str, overrides: Sequence[str]) -> str:
+    """Return the name of a run's directory: the time, or the id of the SLURM job that runs the command.
+
+    SLURM may queue a job again, and the same command then has to find its run.
+
+    Args:
+        now: Time as text.
+        overrides: Overrides of the command, which distinguish the commands of one job.
+    """
+    variables = os.environ
+    if "SLURM_JOB_ID" not in variables or variables.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return now
+    array = variables.get("SLURM_ARRAY_JOB_ID")
+    job = variables["SLURM_JOB_ID"] if array is None else f"{array}-{variables['SLURM_ARRAY_TASK_ID']}"
+    return f"slurm-{job}-{hashlib.sha256(json.dumps(list(overrides)).encode()).hexdigest()[:8]}"
 
 
 def tasks_per_node(devices: Any) -> int:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from spo.errors import SET_RUN, UserError, error_line, placed_by
-from spo.processes import is_first_process
+from spo.processes import PeerLostError, is_first_process, place, share
 from spo.records import filenames
 from spo.records.files import move_aside, read_mapping, remove, write_json
 from spo.records.leftovers import remove_leftovers
@@ -54,8 +54,8 @@ def claim(run_dir: Path, cfg: DictConfig, *, resumed: bool = False) -> Iterator[
     """Hold a run directory for the run that ``cfg`` describes.
 
     A new run writes its configuration, identity and provenance. ``rerun=true`` moves an older run aside. Of the
-    processes of one run only the first claims; the others read the state. A job of a sweep waits for another process
-    that has the same run. If the run fails, ``failure.json`` gets the reason.
+    processes of one run only the first claims, and shares the state with the others. A job of a sweep waits for
+    another process that has the same run. If the run fails, ``failure.json`` gets the reason.
 
     Args:
         run_dir: Run directory, created where it is missing.
@@ -69,10 +69,8 @@ def claim(run_dir: Path, cfg: DictConfig, *, resumed: bool = False) -> Iterator[
         UserError: The directory holds another run, files of something else, or a run that another process has.
     """
     if not is_first_process():
-        folder = OmegaConf.select(cfg, "callbacks.checkpoint.dirpath") or run_dir / filenames.CHECKPOINTS
-        started = Path(folder).is_dir() and not cfg.rerun
-        done = is_finished(run_dir) and not cfg.rerun
-        yield Status.FINISHED if done else Status.UNFINISHED if started else Status.NEW
+        with _failure_of_further_process(run_dir):
+            yield share(Status.NEW)
         return
     with placed_by(SET_RUN, run_dir):
         if cfg.rerun:
@@ -84,7 +82,9 @@ def claim(run_dir: Path, cfg: DictConfig, *, resumed: bool = False) -> Iterator[
                 (run_dir / filenames.FAILURE).unlink(missing_ok=True)
             try:
                 with placed_by(SET_RUN, run_dir):
-                    yield status
+                    yield share(status)
+            except PeerLostError:
+                raise  # The process that failed writes its reason, or the one that watches over all of them.
             except Exception as error:
                 with suppress(OSError):  # The disk may be full, and the error at hand says so.
                     write_failure(run_dir, error_line(error), traceback.format_exc())
@@ -94,6 +94,21 @@ def claim(run_dir: Path, cfg: DictConfig, *, resumed: bool = False) -> Iterator[
                     write_failure(run_dir, str(interruption), kind="interrupted")
                 remedy = f"the same command or spo train --resume {run_dir} resumes it"
                 raise interruption.with_remedy(remedy) from None
+
+
+@contextmanager
+def _failure_of_further_process(run_dir: Path) -> Iterator[None]:
+    """Write ``failure.json`` if a process that is not the first fails by itself, unless it is interrupted."""
+    try:
+        yield
+    except PeerLostError:
+        raise
+    except Exception as error:
+        own = place()
+        with suppress(OSError):
+            words = f"process {own.rank} of {own.world_size}: {error_line(error)}"
+            write_failure(run_dir, words, traceback.format_exc())
+        raise
 
 
 def finish(run_dir: Path, metrics: Mapping[str, float]) -> None:

@@ -29,7 +29,7 @@ from spo.config.compose import VERSION_BASE, register_resolvers
 from spo.config.plan import Plan
 from spo.errors import UserError, error_line, user_message
 from spo.pages.sweep_table import print_sweep
-from spo.processes import is_first_process
+from spo.processes import is_first_process, place
 from spo.records.files import write_text
 from spo.records.sweep import SweepJob
 from spo.resources import MAIN_CONFIG, conf_dir
@@ -160,6 +160,21 @@ def count_devices(cfg: DictConfig) -> int:
 
     on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return nodes * (torch.cuda.device_count() if on_gpu else 1)
+
+
+def fit_to_processes(cfg: DictConfig) -> None:
+    """Set ``trainer.devices`` and ``trainer.num_nodes`` to what torchrun, SLURM or ``spo train`` has started.
+
+    A number of devices that the configuration gives stays, and is compared when the processes meet.
+
+    Args:
+        cfg: Configuration of the run, which changes.
+    """
+    own = place()
+    if own.world_size > 1:
+        cfg.trainer.num_nodes = own.nodes
+        if str(cfg.trainer.devices) in ("auto", "-1"):
+            cfg.trainer.devices = own.local_world_size
 
 
 def _in_ledger(train: Train) -> Train:

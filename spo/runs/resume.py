@@ -51,9 +51,31 @@ def resumed_config(
         UserError: The directory does not hold a run, the run is finished at more steps, or its configuration asks for
             something that the caller must allow.
     """
-    run_dir = Path(run_dir)
+    cfg = changed_config(run_dir, overrides, allow, config_dir)
+    if overrides and is_first_process():
+        before = load_config(run_dir)
+        with locked(run_dir):
+            _record_changes(run_dir, cfg, OmegaConf.select(before, "trainer.max_steps"), OmegaConf.select(before, TIME))
+    return cfg
+
+
+def changed_config(
+    run_dir: Path, overrides: Sequence[str], allow: Sequence[str] = (), config_dir: str | Path | None = None
+) -> DictConfig:
+    """Return what :func:`resumed_config` returns, and leave the files of the run as they are.
+
+    Args:
+        run_dir: Run directory.
+        overrides: Changes, in Hydra's grammar.
+        allow: Targets, modules and paths of the configuration that may be used although it came with the directory.
+        config_dir: Folder with further members of the groups. What its files name may be used too.
+
+    Raises:
+        ConfigProblems: An override changes another key, or one that does not exist.
+        UserError: The directory does not hold a run, or its configuration asks for something that the caller must
+            allow.
+    """
     cfg = load_config(run_dir)
-    before, time_before = OmegaConf.select(cfg, "trainer.max_steps"), OmegaConf.select(cfg, TIME)
     if OmegaConf.select(cfg, "trainer.max_epochs") is not None:
         cfg.trainer.max_steps = _given(run_dir).get("trainer.max_steps")
     problems: list[str] = []
@@ -68,9 +90,6 @@ def resumed_config(
         refuse_redacted(cfg)
     if problems := [*problems, *setting_problems(_length(cfg))]:
         raise ConfigProblems(problems)
-    if overrides and is_first_process():
-        with locked(run_dir):
-            _record_changes(run_dir, cfg, before, time_before)
     return cfg
 
 

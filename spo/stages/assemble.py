@@ -33,6 +33,7 @@ from spo.objective import Enumeration, Prompts
 from spo.objective.learned import PREFIX
 from spo.regularizers import Regularizer
 from spo.schedules.optimization import warmup_steps
+from spo.stages.devices import device_settings
 from spo.stages.extra_references import load_extra_references
 from spo.stages.from_config import build_loss
 from spo.stages.prepare import Prepared
@@ -199,6 +200,7 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Callback]
         enable_model_summary=False,
         enable_checkpointing=True,
         default_root_dir=cfg.paths.run,
+        **device_settings(cfg),
         _convert_="all",  # Lightning does not take a mapping of Hydra as its trainer.max_time.
     )
     try:

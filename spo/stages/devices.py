@@ -1,0 +1,112 @@
+"""The devices of a run: where its processes meet, and what a Trainer needs to know of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.utilities.device_parser import _parse_gpu_ids
+from omegaconf import DictConfig, ListConfig
+
+from spo import processes
+from spo.errors import UserError
+from spo.processes import place
+from spo.runs.launch import count_devices, fit_to_processes
+
+
+class LaunchedEnvironment(ClusterEnvironment):
+    """The processes of a run, for a Trainer, whichever program has started them."""
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """Return true: the processes run already."""
+        return True
+
+    @property
+    def main_address(self) -> str:
+        """Return the address at which the processes have met."""
+        return processes.meeting_point()[0]
+
+    @property
+    def main_port(self) -> int:
+        """Return the port at which the processes have met."""
+        return processes.meeting_point()[1]
+
+    @staticmethod
+    def detect() -> bool:
+        """Return whether this process is one of several."""
+        return place().world_size > 1
+
+    def world_size(self) -> int:
+        """Return the number of processes."""
+        return place().world_size
+
+    def set_world_size(self, size: int) -> None:
+        """Do nothing, because the number of processes is fixed."""
+
+    def global_rank(self) -> int:
+        """Return the number of this process."""
+        return place().rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """Do nothing, because the number of this process is fixed."""
+
+    def local_rank(self) -> int:
+        """Return the number of this process on its node."""
+        return place().local_rank
+
+    def node_rank(self) -> int:
+        """Return the number of the node."""
+        return place().rank // place().local_world_size
+
+
+def join_processes(cfg: DictConfig) -> None:
+    """Let the processes of a run meet.
+
+    Args:
+        cfg: Configuration of the run.
+
+    Raises:
+        UserError: The run asks for another number of processes than there are.
+    """
+    fit_to_processes(cfg)
+    own, wanted = place(), count_devices(cfg)
+    if own.world_size != wanted:
+        started = f"{own.launcher} has started {own.world_size}" if own.world_size > 1 else "this process is by itself"
+        remedy = (
+            "use the command spo train, or start the program by torchrun"
+            if own.world_size == 1
+            else f"set trainer.devices={own.local_world_size} and trainer.num_nodes={own.nodes}"
+        )
+        raise UserError(f"trainer.devices: the run wants {wanted} processes, and {started}: {remedy}")
+    device = process_device(cfg)
+    processes.join(device.type, device.index)
+
+
+def process_device(cfg: DictConfig) -> torch.device:
+    """Return the device of this process.
+
+    Args:
+        cfg: Configuration of the run.
+    """
+    if cfg.trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return torch.device("cpu")
+    devices = cfg.trainer.devices
+    wanted = -1 if str(devices) in ("auto", "-1") else list(devices) if isinstance(devices, ListConfig) else devices
+    ids = _parse_gpu_ids(wanted, include_cuda=True) or [0]
+    return torch.device("cuda", ids[place().local_rank])
+
+
+def device_settings(cfg: DictConfig) -> dict[str, Any]:
+    """Return the arguments of a Trainer that runs in all processes of the run, on the same devices.
+
+    Args:
+        cfg: Configuration of the run.
+    """
+    devices = cfg.trainer.devices
+    settings: dict[str, Any] = {
+        "devices": list(devices) if isinstance(devices, ListConfig) else devices,
+        "num_nodes": cfg.trainer.num_nodes,
+    }
+    return settings | ({"plugins": [LaunchedEnvironment()]} if place().world_size > 1 else {})
