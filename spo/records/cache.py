@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from spo.errors import SET_CACHE, placed_by
+from spo.processes import rank, share
 from spo.records.digests import digest, folder_digests
 from spo.records.files import read_mapping, remove, write_json
 
@@ -44,29 +45,81 @@ def cached(root: str | Path, kind: str, key: dict[str, Any], build: Callable[[Pa
     Raises:
         UserError: The entry is missing or damaged, and the cache cannot be written.
     """
-    root = Path(root).resolve()
-    folder = root / kind / digest(key)[:32]
-    with placed_by(SET_CACHE, root):
-        if _is_intact(folder):
-            _note_use(folder)
-            return folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(_lock(folder)):
-            if _is_intact(folder):  # Another process has built it in the meantime.
-                return folder
-            if folder.exists():
-                log.warning("the cached %s in %s is damaged: building it again", kind, folder)
-                remove(folder)
-            temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-            try:
-                build(temporary)
-                manifest = {"key": key, "files": folder_digests(temporary, without=MANIFEST)}
-                write_json(temporary / MANIFEST, manifest)
-                temporary.rename(folder)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
+    folder = _entry(root, kind, key)
+    with placed_by(SET_CACHE, folder.parents[1]):
+        _provide(folder, key, build)
     return folder
+
+
+def cached_together(root: str | Path, kind: str, key: dict[str, Any], build: Callable[[Path | None], None]) -> Path:
+    """Do what :func:`cached` does, once for all processes of a run. All of them call this.
+
+    The first process decides whether the entry is missing, and completes it. The others get its path, so the cache
+    must lie in a file system that all nodes share.
+
+    Args:
+        root: Folder of the cache.
+        kind: Kind of content, such as ``"sft"``; the name of a folder in the cache.
+        key: JSON-like values that determine the content, the same in all processes.
+        build: Function that all processes call if the entry is missing, so that they can share the work. The first
+            process gets the empty folder to fill. The others get ``None`` and write nothing.
+
+    Returns:
+        Absolute path of the complete folder.
+
+    Raises:
+        UserError: The entry is missing or damaged, and the cache cannot be written.
+        PeerLostError: Another process of the run has ended, for example because its part of the build failed.
+    """
+    folder = _entry(root, kind, key)
+    if rank() == 0:
+        with placed_by(SET_CACHE, folder.parents[1]):
+            _provide(folder, key, build, tell=share)
+    elif share(False):  # The first process answers whether the entry is missing.
+        build(None)
+    return share(folder)
+
+
+def _entry(root: str | Path, kind: str, key: dict[str, Any]) -> Path:
+    return Path(root).resolve() / kind / digest(key)[:32]
+
+
+def _provide(
+    folder: Path,
+    key: dict[str, Any],
+    build: Callable[[Path], None],
+    tell: Callable[[bool], Any] = lambda is_missing: None,
+) -> None:
+    """Build an entry if it is missing.
+
+    Args:
+        folder: Folder of the entry.
+        key: Values that determine the content.
+        build: Function that fills a folder.
+        tell: Function that receives whether the entry is missing, before it is built.
+    """
+    if _is_intact(folder):
+        _note_use(folder)
+        tell(False)
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(_lock(folder)):
+        if _is_intact(folder):  # Another run has built it in the meantime.
+            tell(False)
+            return
+        if folder.exists():
+            log.warning("the cached %s in %s is damaged: building it again", folder.parent.name, folder)
+            remove(folder)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        try:
+            tell(True)
+            build(temporary)
+            manifest = {"key": key, "files": folder_digests(temporary, without=MANIFEST)}
+            write_json(temporary / MANIFEST, manifest)
+            temporary.rename(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def cache_entries(root: Path) -> Iterator[Path]:

@@ -19,6 +19,7 @@ from spo.errors import UserError
 from spo.forward.head import hidden_width
 from spo.losses import DataNeeds, Loss
 from spo.models import ModelSpec
+from spo.processes import world_size
 from spo.records.digests import path_digest
 from spo.records.plugins import plugin_digests
 from spo.seeds import derive_seed
@@ -32,9 +33,11 @@ def resolve_values(cfg: DictConfig) -> DictConfig:
 
 
 def eval_device(cfg: DictConfig) -> torch.device:
-    """Return the device of models that run outside the Trainer."""
-    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return torch.device("cuda" if on_gpu else "cpu")
+    """Return the device of models that run outside the Trainer: among several processes, that of this process."""
+    if cfg.trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return torch.device("cpu")
+    # The processes have chosen their devices when they met.
+    return torch.device("cuda", torch.cuda.current_device()) if world_size() > 1 else torch.device("cuda")
 
 
 def model_spec(cfg: DictConfig) -> ModelSpec:

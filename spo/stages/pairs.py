@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 from rich.progress import track
@@ -21,7 +21,8 @@ from spo.models import ModelSpec
 from spo.models.generation import read_stop_ids
 from spo.models.library_errors import Origin
 from spo.models.loading import load_config, load_tokenizer
-from spo.records.cache import cached
+from spo.processes import deal, gather, rank, world_size
+from spo.records.cache import cached_together
 from spo.records.digests import code_version, digest, model_digest
 from spo.records.files import read_json, read_jsonl, write_json, write_jsonl
 from spo.sampling import contents, derive_seed, is_finished, sample
@@ -29,10 +30,12 @@ from spo.stages.from_config import data_key, eval_device, make_renderer, model_p
 from spo.types import Sequences
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 COMPLETIONS_PER_BATCH = 512
 CODE_DEPENDENCIES = (
     "types",
     "batching.py",
+    "processes.py",
     "ops",
     "data",
     "models",
@@ -82,13 +85,15 @@ def preference_rows(
         return source.rows(no_completer)[: cfg.data.limit], {}
     writer = _writer(cfg, spec, source, base, renderer)
 
-    def write(folder: Path) -> None:
+    def build(folder: Path | None) -> None:
         rows = source.rows(partial(_completions, cfg, writer))
-        write_jsonl(folder / ROWS_FILE, map(dataclasses.asdict, rows))
-        write_json(folder / DROPPED_FILE, source.dropped_pairs)
+        if folder is not None:
+            write_jsonl(folder / ROWS_FILE, map(dataclasses.asdict, rows))
+            write_json(folder / DROPPED_FILE, source.dropped_pairs)
 
     columns = [*source.needs.number_columns, *source.needs.text_columns]
-    folder = cached(cfg.paths.cache, "pairs", {**writer.key, "data": data_key(cfg), "columns": columns}, write)
+    key = {**writer.key, "data": data_key(cfg), "columns": columns}
+    folder = cached_together(cfg.paths.cache, "pairs", key, build)
     return [Row(**row) for row in read_jsonl(folder / ROWS_FILE)], read_json(folder / DROPPED_FILE)
 
 
@@ -118,13 +123,15 @@ def _writer(cfg: DictConfig, spec: ModelSpec, source: Source, base: str, rendere
 def _completions(cfg: DictConfig, writer: _Writer, prompts: Sequence[str], n: int) -> list[list[Completion]]:
     """Return ``n`` completions of each prompt, drawn once and cached."""
 
-    def write(folder: Path) -> None:
-        log.info("sampling completions of %d prompts for the preference pairs", len(prompts))
-        groups = _complete(cfg, writer, prompts, n)
-        write_jsonl(folder / ROWS_FILE, (dataclasses.asdict(one) for group in groups for one in group))
+    def build(folder: Path | None) -> None:
+        if folder is not None:
+            log.info("sampling completions of %d prompts for the preference pairs", len(prompts))
+        drawn = _complete(cfg, writer, prompts, n)
+        if folder is not None:
+            write_jsonl(folder / ROWS_FILE, map(dataclasses.asdict, drawn))
 
     key = {**writer.key, "prompts": digest(list(prompts)), "number": n}
-    folder = cached(cfg.paths.cache, "completions_for_pairs", key, write)
+    folder = cached_together(cfg.paths.cache, "completions_for_pairs", key, build)
     drawn = [Completion(**row) for row in read_jsonl(folder / ROWS_FILE)]
     return [drawn[first : first + n] for first in range(0, len(drawn), n)]
 
@@ -146,10 +153,13 @@ def drawn_completions(
         stop_ids: Tokens that end a completion.
     """
 
-    def write(folder: Path) -> None:
-        log.info("sampling further completions of %d prompts from the reference model", len(prompts))
+    def build(folder: Path | None) -> None:
+        if folder is not None:
+            log.info("sampling further completions of %d prompts from the reference model", len(prompts))
         model = spec.start(base).to(eval_device(cfg))
-        write_jsonl(folder / ROWS_FILE, ({"ids": ids} for ids in _draw(cfg, model, prompts, stop_ids, renderer)))
+        drawn = _draw(cfg, model, prompts, stop_ids, renderer)
+        if folder is not None:
+            write_jsonl(folder / ROWS_FILE, ({"ids": ids} for ids in drawn))
 
     key = {
         **_sampling_key(cfg, spec, base),
@@ -157,7 +167,7 @@ def drawn_completions(
         "stop_ids": list(stop_ids),
         "max_length": renderer.max_length,
     }
-    folder = cached(cfg.paths.cache, "completions_of_reference", key, write)
+    folder = cached_together(cfg.paths.cache, "completions_of_reference", key, build)
     return [tuple(row["ids"]) for row in read_jsonl(folder / ROWS_FILE)]
 
 
@@ -180,24 +190,23 @@ def _draw(
     """Draw one completion of each prompt from the reference model, within the length limit."""
     room = [min(cfg.data.max_new_tokens, renderer.max_length - len(ids)) for ids in prompts]
     seeds = [derive_seed("further completions", cfg.data.seed, *ids) for ids in prompts]
-    drawn: dict[int, list[int]] = {}
-    for rows, sequences in _in_batches(cfg, model, renderer, prompts, room, seeds, stop_ids, "further completions"):
-        drawn |= zip(rows, sequences.completions(), strict=True)
-    return [drawn[row] for row in range(len(prompts))]
+    what = "further completions"
+    return _in_batches(cfg, model, renderer, prompts, room, seeds, stop_ids, what, Sequences.completions)
 
 
-def _complete(cfg: DictConfig, writer: _Writer, prompts: Sequence[str], n: int) -> list[list[Completion]]:
-    """Draw ``n`` completions of each prompt from the model that writes them."""
+def _complete(cfg: DictConfig, writer: _Writer, prompts: Sequence[str], n: int) -> list[Completion]:
+    """Draw ``n`` completions of each prompt from the model that writes them, those of a prompt in a row."""
     model, renderer = writer.load(), writer.renderer
     ids = [renderer.prompt_ids(prompt) for prompt in prompts for _ in range(n)]
     room = [cfg.data.max_new_tokens] * len(ids)
     seeds = [derive_seed("pairs", cfg.data.seed, prompt, i) for prompt in prompts for i in range(n)]
-    stop_ids, drawn = renderer.stop_ids, dict[int, Completion]()
-    for rows, sequences in _in_batches(cfg, model, renderer, ids, room, seeds, stop_ids, "pairs", writer.temperature):
+    stop_ids = renderer.stop_ids
+
+    def read(sequences: Sequences) -> list[Completion]:
         texts = map(renderer.decode, contents(sequences, stop_ids))
-        finished = is_finished(sequences, stop_ids).tolist()
-        drawn |= zip(rows, map(Completion, texts, finished), strict=True)
-    return [[drawn[i] for i in range(first, first + n)] for first in range(0, len(ids), n)]
+        return list(map(Completion, texts, is_finished(sequences, stop_ids).tolist()))
+
+    return _in_batches(cfg, model, renderer, ids, room, seeds, stop_ids, "pairs", read, writer.temperature)
 
 
 def _in_batches(
@@ -209,9 +218,13 @@ def _in_batches(
     seeds: Sequence[int],
     stop_ids: Sequence[int],
     what: str,
+    read: Callable[[Sequences], list[T]],
     temperature: float = 1.0,
-) -> Iterator[tuple[list[int], Sequences]]:
-    """Yield samples of a model in batches of similar lengths, with the positions of their prompts.
+) -> list[T]:
+    """Sample from a model in batches of similar lengths, which the processes of the run share among them.
+
+    A completion follows from its prompt and its seed, so it is the same in any number of processes, except for
+    rounding in batches of another size.
 
     Args:
         cfg: Configuration of the run, resolved.
@@ -222,27 +235,37 @@ def _in_batches(
         seeds: Random seed of each completion.
         stop_ids: Tokens that end a completion.
         what: Word for the completions, for the progress bar.
+        read: Function from the samples of a batch to one result for each.
         temperature: Temperature of the samples.
+
+    Returns:
+        Result for each prompt.
     """
     parts: list[list[int]] = []
     for new in sorted(set(room)):
         alike = [row for row, own in enumerate(room) if own == new]
         lengths = [len(prompts[row]) for row in alike]
-        parts += [[alike[i] for i in part] for part in by_length(lengths, COMPLETIONS_PER_BATCH)]
-    for rows in track(parts, f"sampling {what}", transient=True):
-        yield (
-            rows,
-            sample(
-                model,
-                [prompts[row] for row in rows],
-                max_new_tokens=room[rows[0]],
-                temperature=temperature,
-                stop_ids=stop_ids,
-                pad_token_id=renderer.tokenizer.pad_token_id,
-                seeds=[seeds[row] for row in rows],
-                sampler=cfg.speed.sampler,
-            ),
+        size = min(COMPLETIONS_PER_BATCH, -(-len(alike) // world_size()))
+        parts += [[alike[i] for i in part] for part in by_length(lengths, size)]
+
+    def draw(rows: list[int]) -> list[T]:
+        sequences = sample(
+            model,
+            [prompts[row] for row in rows],
+            max_new_tokens=room[rows[0]],
+            temperature=temperature,
+            stop_ids=stop_ids,
+            pad_token_id=renderer.tokenizer.pad_token_id,
+            seeds=[seeds[row] for row in rows],
+            sampler=cfg.speed.sampler,
         )
+        return read(sequences)
+
+    own = [draw(rows) for rows in track(deal(parts), f"sampling {what}", transient=True, disable=rank() > 0)]
+    drawn: dict[int, T] = {}
+    for rows, results in zip(parts, gather(own), strict=True):
+        drawn |= zip(rows, results, strict=True)
+    return [drawn[row] for row in range(len(prompts))]
 
 
 def no_completer(prompts: Sequence[str], n: int) -> list[list[Completion]]:

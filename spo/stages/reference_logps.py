@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from spo.data.logps_store import LogpsStore, sequence_key
 from spo.errors import memory_for, placed_by
 from spo.forward.speed import Speed
 from spo.models import PrecomputedReference
+from spo.processes import deal, first_decides, gather, rank, world_size
 from spo.records.digests import code_version, digest, model_digest
 from spo.records.plugins import plugin_digests
 from spo.stages.from_config import eval_device, model_plugins
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 CODE_DEPENDENCIES = (
     "types",
     "batching.py",
+    "processes.py",
     "ops",
     "models",
     "forward",
@@ -91,8 +94,9 @@ def _reference_plugin(cfg: DictConfig) -> dict[str, Any]:
 def precomputed_logps(cfg: DictConfig, prepared: Prepared, reference: PrecomputedReference) -> dict[str, Tensor]:
     """Return summed reference log-probs of the train and selection pairs, after a pass that stores the missing ones.
 
-    One process at a time makes the pass; the others wait for it and find everything. The pass stores each batch, so
-    an interrupted pass resumes where it stopped.
+    One run at a time makes the pass; the others wait for it and find everything. The processes of a run share the
+    batches among them, and the first one reads and writes the store. The pass stores each batch, so an interrupted
+    pass resumes where it stopped.
 
     Args:
         cfg: Configuration of the run.
@@ -111,15 +115,18 @@ def precomputed_logps(cfg: DictConfig, prepared: Prepared, reference: Precompute
     keys = [sequence_key(*row) for row in rows]
     requested, device = Speed(**cfg.speed), eval_device(cfg)
     store = logps_store(cfg, prepared, reference.cache_dir, requested, device)
-    known = store.get(keys) if store.file.is_file() else torch.full((len(keys),), torch.nan, dtype=store.dtype)
+    read = partial(first_decides, partial(store.get, keys))
+    unknown = torch.full((len(keys),), torch.nan, dtype=store.dtype)
+    known = first_decides(lambda: store.get(keys) if store.file.is_file() else unknown)
     missing = _missing(rows, known)
     # A store that has everything needs no lock, so that it may lie in a folder that cannot be written.
-    with _writing(store.file) if missing else nullcontext():
+    with _writing(store.file) if missing and rank() == 0 else nullcontext():
         if missing:
-            known = store.get(keys)  # Another process may have made the pass.
+            known = read()  # Another run may have made the pass.
             missing = _missing(rows, known)
         if missing:
-            log.info("scoring the pairs with the reference model: %d of %d sequences", len(missing), len(rows))
+            if rank() == 0:
+                log.info("scoring the pairs with the reference model: %d of %d sequences", len(missing), len(rows))
             model = prepared.spec.start(prepared.base).to(device)
             speed = requested.resolve_for(model)
             # The precision is that of the policy in the Trainer, so that both round alike.
@@ -128,7 +135,7 @@ def precomputed_logps(cfg: DictConfig, prepared: Prepared, reference: Precompute
                 memory_for("scoring pairs with the reference", "reference.batch_tokens", "speed.max_logits"),
             ):
                 fill(store, model, missing, prepared.tokenizer.pad_token_id, speed, reference.batch_tokens)
-            known = store.get(keys)
+            known = read()
     if lost := int(known.isnan().sum()):
         raise DataError(
             f"the reference model gives no number (NaN) as the log-probability of {lost} of {len(rows)} sequences: "
@@ -158,6 +165,9 @@ def fill(
 ) -> None:
     """Compute the log-probs of sequences and store them, batch by batch.
 
+    All processes of the run call this. Each computes every so many batches, and the first one stores what a round of
+    them has computed. The batches are those of one process, so the log-probs are the same to the last bit.
+
     Args:
         store: Store of the log-probs.
         model: Reference model.
@@ -167,10 +177,15 @@ def fill(
         batch_tokens: Limit of tokens in a batch.
     """
     device = next(model.parameters()).device
-    batches = list(cut_into_batches(rows, batch_tokens, speed))
-    for batch in track(batches, "reference log-probs", transient=True):
-        sequences = speed.arrange(pad_sequences(batch, pad_token_id)).to(device)
-        store.put([sequence_key(*row) for row in batch], speed.logps(model, sequences))
+    rounds = list(chunks(list(cut_into_batches(rows, batch_tokens, speed)), world_size()))
+    for batches in track(rounds, "reference log-probs", transient=True, disable=rank() > 0):
+        own = []
+        for batch in deal(batches):
+            sequences = speed.arrange(pad_sequences(batch, pad_token_id)).to(device)
+            own.append(speed.logps(model, sequences).cpu())
+        logps = torch.cat(gather(own))
+        if rank() == 0:
+            store.put([sequence_key(*row) for batch in batches for row in batch], logps)
 
 
 def cut_into_batches(rows: Sequence[Row], batch_tokens: int, speed: Speed) -> Iterator[list[Row]]:

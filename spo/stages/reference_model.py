@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from omegaconf import DictConfig, OmegaConf
 from transformers import get_cosine_schedule_with_warmup
 
+from spo.batching import steps_per_epoch
 from spo.callbacks import Progress
 from spo.config.nodes import locate
 from spo.data import PreparedPairs, RowError, Source
@@ -22,15 +25,17 @@ from spo.forward.speed import Speed
 from spo.guard import StageKeys
 from spo.losses import DataNeeds, SFTLoss
 from spo.models import ModelSpec, NoReference
-from spo.models.saving import save_policy
+from spo.models.saving import save_policy, whole_state_dict
 from spo.module import AlignmentModule
 from spo.notes import note
 from spo.objective import Prompts
-from spo.records.cache import cached
+from spo.processes import rank, world_size
+from spo.records.cache import cached_together
 from spo.records.digests import code_version, model_digest
 from spo.regularizers import NoRegularizer
 from spo.schedules import Constant
 from spo.schedules.optimization import warmup_steps
+from spo.stages.devices import device_settings
 from spo.stages.from_config import data_key, data_needs, eval_device, make_renderer, model_plugins, rendering_key
 from spo.stages.pairs import no_completer
 
@@ -38,6 +43,7 @@ log = logging.getLogger(__name__)
 CODE_DEPENDENCIES = (
     "types",
     "batching.py",
+    "processes.py",
     "ops",
     "data",
     "models",
@@ -80,7 +86,7 @@ def reference_model(cfg: DictConfig, spec: ModelSpec, source: Source) -> str:
         "data": data_key(cfg, _read_by_sft(cfg)),
         "rendering": rendering_key(cfg),
     }
-    return str(cached(cfg.paths.cache, "sft", key, partial(_fine_tune, cfg, spec, source)))
+    return str(cached_together(cfg.paths.cache, "sft", key, partial(_fine_tune, cfg, spec, source)))
 
 
 def initial_model(cfg: DictConfig, spec: ModelSpec) -> str:
@@ -104,11 +110,13 @@ def initial_model(cfg: DictConfig, spec: ModelSpec) -> str:
         "plugins": model_plugins(cfg),
         "dtype": spec.dtype,
     }
-    return str(cached(cfg.paths.cache, "initial", key, partial(_save_initial, spec)))
+    return str(cached_together(cfg.paths.cache, "initial", key, partial(_save_initial, spec)))
 
 
-def _save_initial(spec: ModelSpec, folder: Path) -> None:
-    """Write fresh weights to a folder."""
+def _save_initial(spec: ModelSpec, folder: Path | None) -> None:
+    """Write fresh weights to the folder if given."""
+    if folder is None:
+        return
     assert spec.initial is not None
     model, tokenizer = spec.initial()
     if tokenizer.pad_token_id is None:
@@ -123,8 +131,8 @@ def _read_by_sft(cfg: DictConfig) -> tuple[str, ...] | None:
     return declared
 
 
-def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path) -> None:
-    """Write a model to a folder: the initial or given weights after supervised fine-tuning on the data."""
+def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path | None) -> None:
+    """Fine-tune the initial or given weights on the data, with all processes, and write them to the folder if given."""
     if spec.initial is not None:
         model, tokenizer = spec.initial()
         stop_ids: tuple[int, ...] = ()
@@ -133,6 +141,7 @@ def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path) -
         model, tokenizer, stop_ids = spec.base(spec.path), spec.tokenizer(spec.path), spec.stop_ids(spec.path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    weights = None
     if cfg.sft.max_steps > 0:
         # A source without rows of its own for this purpose lends the best completion of each preference row.
         rows = source.sft_rows()
@@ -146,12 +155,17 @@ def _fine_tune(cfg: DictConfig, spec: ModelSpec, source: Source, folder: Path) -
         renderer = make_renderer(cfg, tokenizer, source, stop_ids)
         bad_rows: list[RowError] | None = [] if cfg.data.get("on_bad_row") == "skip" else None
         pairs = prepare(rows, renderer, cfg.data.seed, 0.0, 0.0, min_pairs=1, bad_rows=bad_rows)
-        _fit_supervised(cfg, model.train(), pairs, tokenizer)
-    save_policy(model, tokenizer, folder)
+        weights = _fit_supervised(cfg, model.train(), pairs, tokenizer)
+    if folder is not None:
+        save_policy(model, tokenizer, folder, weights)
 
 
-def _fit_supervised(cfg: DictConfig, model: Any, pairs: PreparedPairs, tokenizer: Any) -> None:
-    """Train the model on completions, in the module that trains all methods, with the loss of SFT."""
+def _fit_supervised(cfg: DictConfig, model: Any, pairs: PreparedPairs, tokenizer: Any) -> dict[str, Any] | None:
+    """Train the model on completions, in the module that trains all methods, with the loss of SFT.
+
+    Returns:
+        The whole weights in the first process if the model is sharded now, otherwise ``None``.
+    """
     sft = cfg.sft
     pad = tokenizer.pad_token_id
     module = AlignmentModule(
@@ -197,10 +211,11 @@ def _fit_supervised(cfg: DictConfig, model: Any, pairs: PreparedPairs, tokenizer
         pad_token_id=pad,
         max_steps=sft.max_steps,
     )
-    log.info("making the reference model: %d steps of supervised fine-tuning", sft.max_steps)
+    if rank() == 0:
+        log.info("making the reference model: %d steps of supervised fine-tuning", sft.max_steps)
     trainer = Trainer(
         accelerator=eval_device(cfg).type,
-        devices=1,
+        **_devices(cfg, len(pairs.train)),
         max_steps=sft.max_steps,
         max_epochs=-1,
         limit_val_batches=0,
@@ -212,4 +227,29 @@ def _fit_supervised(cfg: DictConfig, model: Any, pairs: PreparedPairs, tokenizer
         use_distributed_sampler=False,
     )
     trainer.fit(module, datamodule=data)
-    model.cpu()
+    weights = whole_state_dict(model)
+    if weights is None:
+        model.cpu()
+    return weights
+
+
+def _devices(cfg: DictConfig, num_pairs: int) -> dict[str, Any]:
+    """Return the arguments of the Trainer that say on which devices it trains.
+
+    It trains on the devices of the run, by its strategy or else by DDP. The weights do not depend on their number,
+    beyond rounding. A batch with fewer pairs than devices cannot be dealt, so with one among them each process trains
+    by itself on all pairs.
+    """
+    count, size = world_size(), cfg.sft.batch_size
+    if count == 1:
+        return {"devices": 1}
+    if size < count or steps_per_epoch(num_pairs, size, count) != steps_per_epoch(num_pairs, size):
+        note(
+            "sft_not_dealt",
+            f"the supervised fine-tuning runs on one device: a batch of it has fewer pairs than the {count} devices "
+            f"(sft.batch_size={size}, {num_pairs} pairs)",
+        )
+        device = eval_device(cfg)
+        return {"devices": 1 if device.index is None else [device.index]}
+    strategy = instantiate(cfg.strategy).plugin
+    return {**device_settings(cfg), "strategy": "ddp" if isinstance(strategy, DeepSpeedStrategy) else strategy}
