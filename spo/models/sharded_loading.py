@@ -29,7 +29,9 @@ def sharded_loading(shard: Shard | None) -> Iterator[None]:
         return
     load: Any = PreTrainedModel._load_pretrained_model
 
-    def load_shards(model: Any, state: Any, files: Sequence[str] | None, config: Any, *rest: Any, **options: Any) -> Any:
+    def load_shards(
+        model: Any, state: Any, files: Sequence[str] | None, config: Any, *rest: Any, **options: Any
+    ) -> Any:
         if state is None and files and config.hf_quantizer is None and all(map(_is_safetensors, files)):
             slices = _slices(files)
             if not any(name.endswith(tuple(model.all_tied_weights_keys)) for name in slices):
