@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
@@ -24,6 +23,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from spo.errors import UserError
 from spo.forward.sharding import reshard
+from spo.models.causality import check_causal
 from spo.models.library_errors import Origin, first_line, in_words, some
 from spo.models.sharded_loading import Shard, sharded_loading
 from spo.models.tokenizer import as_in_file
@@ -356,40 +356,4 @@ def turn_router_loss_off(origin: Origin, config: Any) -> None:
         note(
             "router_loss_off",
             f"{origin} is a mixture of experts: the loss of its router (router_aux_loss_coef={coefficient}) is off",
-        )
-
-
-def check_causal(origin: Origin, model: PreTrainedModel) -> None:
-    """Refuse a model in which a token depends on later ones, such as BERT, or whose logits are not numbers.
-
-    The gradient of the first logits with respect to later embeddings is exactly zero in a causal model, in every dtype.
-
-    Raises:
-        UserError: The model is not causal, or computes NaN.
-    """
-    embedded: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-
-    try:
-        handle = model.get_input_embeddings().register_forward_hook(keep)
-        try:
-            with torch.enable_grad():
-                logits = model(input_ids=torch.ones(1, 4, dtype=torch.long, device=model.device)).logits[:, 0]
-                total = torch.where(logits.isfinite(), logits, 0).sum()
-        finally:
-            handle.remove()
-        [gradient] = torch.autograd.grad(total, embedded)
-    except Exception:  # Some architectures run on a GPU only, and some do not look up their input in a module.
-        return
-    if logits.isnan().any():
-        raise UserError(
-            f"{origin} cannot be used: it computes NaN for a short text; copy or download the weights again"
-        )
-    if (gradient.flatten(0, -2)[1:].abs() > 0).any():  # The batch is one row, which some models put second.
-        raise UserError(
-            f"{origin} cannot be used: in this {type(model).__name__}, a token depends on those after it, so it is not "
-            "a causal language model; choose a decoder-only language model"
         )
