@@ -23,6 +23,7 @@ from spo.data.datamodule import PreferenceDataModule
 from spo.errors import UserError
 from spo.evaluation import EvaluationSettings
 from spo.exact import ExactMetrics, World
+from spo.forward.sharding import Sharding
 from spo.forward.speed import Speed
 from spo.losses import Loss
 from spo.models import Reference
@@ -39,6 +40,7 @@ from spo.stages.from_config import build_loss
 from spo.stages.prepare import Prepared
 from spo.stages.reference_logps import logps_store, precomputed_logps
 from spo.stages.regularizer_prompts import regularizer_prompts
+from spo.stages.sharding import shard_while_loading
 from spo.watch import ProbeSettings
 
 
@@ -69,7 +71,8 @@ def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
         prepared: Model, tokenizer and pairs of the run.
         loggers: Loggers of the Trainer.
     """
-    policy = prepared.spec.policy(prepared.base, seed=cfg.seed)
+    shard = shard_while_loading(cfg, Sharding())
+    policy = prepared.spec.policy(prepared.base, seed=cfg.seed, shard=shard)
     check_mergeable(policy)
     reference: Reference = instantiate(cfg.reference)
     exact = build_exact(cfg, prepared)
@@ -79,7 +82,7 @@ def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
     trainer = build_trainer(cfg, loggers, [stop] if exact is None else [stop, exact])
     sampled = _attach_validation_samples(cfg, prepared, trainer)
     if module.needs_reference_model or (sampled and reference.scores_samples):
-        reference.attach(lambda: prepared.spec.start(prepared.base))
+        reference.attach(lambda: prepared.spec.start(prepared.base, shard=shard))
     reference.use_store(partial(logps_store, cfg, prepared))
     data = build_data(cfg, reference, module, prepared)
     return Parts(module, data, trainer, exact, stop)
