@@ -142,7 +142,7 @@ class AlignmentModule(LightningModule):
         of_steps = (*of_pairs, *STEP_METRICS, *self.controllers.metrics, *TIME_METRICS)
         self.train_metrics = SumsAndCounts(of_steps, gaps=loss.metric_names)
         of_validation = (*of_pairs, *HEALTH_METRICS, LOSS_SCALE)
-        self.val_metrics = SumsAndCounts(of_validation, gaps=(*loss.metric_names, LOSS_SCALE))
+        self.val_metrics = SumsAndCounts(of_validation, gaps=(*loss.metric_names, *HEALTH_METRICS, LOSS_SCALE))
         self.validated: dict[str, float] = {}
         self.step_listeners: list[Callable[[Trainer], None]] = []
         self.trained = Trained()
