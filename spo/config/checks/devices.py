@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 from omegaconf import DictConfig
 
-from spo.config.checks.targets import CheckedParts
 from spo.config.compose import tasks_per_node
 from spo.config.nodes import select
 from spo.processes import place
@@ -16,37 +14,25 @@ MAX_ZERO_STAGE = 2
 """Largest stage of ZeRO that is supported. Stage 3 shards the weights, and no test on GPUs has passed with it."""
 
 
-def batch_problems(cfg: DictConfig) -> Iterator[str]:
-    """Yield a batch that has fewer pairs than the run has devices, as far as their number is known.
+def device_problems(cfg: DictConfig) -> Iterator[str]:
+    """Yield a batch that the devices cannot share, and a strategy that cannot run on them.
 
     Args:
         cfg: Composed configuration.
     """
     size, nodes, devices = (select(cfg, key) for key in ("data.batch_size", "trainer.num_nodes", "trainer.devices"))
-    if not isinstance(size, int) or not isinstance(nodes, int) or size < 1:
-        return
-    started = place().world_size
-    count = started if started > 1 else nodes * tasks_per_node(devices)
-    if size < count:
-        yield (
-            f"data.batch_size={size}: a batch has fewer pairs than the run has devices ({count}): set it to {count} "
-            "or more, or set a smaller trainer.devices"
-        )
-
-
-def strategy_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
-    """Yield why the strategy cannot run.
-
-    Args:
-        cfg: Composed configuration.
-        parts: Parts of the run that ``cfg`` describes.
-    """
-    if getattr(parts.target("strategy.plugin"), "__name__", None) != "DeepSpeedStrategy":
+    if isinstance(size, int) and isinstance(nodes, int) and size > 0:
+        started = place().world_size
+        count = started if started > 1 else nodes * tasks_per_node(devices)
+        if size < count:
+            yield (
+                f"data.batch_size={size}: a batch has fewer pairs than the run has devices ({count}): set it to "
+                f"{count} or more, or set a smaller trainer.devices"
+            )
+    if not str(select(cfg, "strategy.plugin._target_")).endswith(".DeepSpeedStrategy"):
         return
     if select(cfg, "trainer.accelerator") == "cpu":
         yield "strategy=deepspeed runs on GPUs alone, and trainer.accelerator=cpu: choose strategy=ddp or strategy=fsdp"
-    elif find_spec("deepspeed") is None:
-        yield "strategy=deepspeed needs a package that is not installed: pip install 'spo[deepspeed]'"
     stage = select(cfg, "strategy.plugin.stage")
     if isinstance(stage, int) and stage > MAX_ZERO_STAGE:
         yield (
