@@ -173,6 +173,14 @@ def _evaluate(arguments: list[str]) -> int:
     parser.add_trust()
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args(arguments)
+    # The devices of the training do not matter, so several processes start only where the command asks for them.
+    wanted = [text.partition("=")[2] for text in given.overrides if text.startswith("trainer.devices=")]
+    if wanted and wanted[-1].isdigit() and int(wanted[-1]) > 1:
+        from spo.processes import place
+        from spo.runs.supervise import supervise
+
+        if place().world_size == 1:
+            return supervise(["evaluate", *arguments], int(wanted[-1]), 1, None)
     from spo.stages.evaluate import evaluate_command
 
     evaluate_command(given.run_dir, given.overrides, given.allow, given.config_dir)
@@ -383,14 +391,16 @@ def _main(words: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(help_of(name, arguments))
         return 0
-    from spo.processes import PeerLostError, place
-    from spo.runs.supervise import end_with_supervisor
+    from spo.processes import PeerLostError, place, world_size
     from spo.signals import Interrupted, handled
 
     own = place()
     if not own.is_first:
         _stay_silent()
-    end_with_supervisor()
+    if own.launcher == "spo":
+        from spo.runs.supervise import end_with_supervisor
+
+        end_with_supervisor()
 
     # Python would print a traceback for each line of a log file on a full disk.
     logging.raiseExceptions = os.environ.get("SPO_DEBUG") == "1"
@@ -420,7 +430,10 @@ def _main(words: list[str]) -> int:
         words_of_error = user_message(error)
         if words_of_error is None:
             raise
-        return _fail(words_of_error if own.is_first else f"process {own.rank}: {words_of_error}", 1)
+        if own.is_first:
+            return _fail(words_of_error, 1)
+        # Before the processes have met, all of them fail alike.
+        return _fail(f"process {own.rank}: {words_of_error}", 1) if world_size() > 1 else 1
 
 
 def _stay_silent() -> None:

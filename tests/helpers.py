@@ -7,13 +7,16 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
+import pytest
 import torch
 from lightning.pytorch import Trainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from spo import processes
 from spo.data import TokenizedPair
 from spo.data.datamodule import PreferenceDataModule
 from spo.forward.head import completion_logits
@@ -37,6 +41,7 @@ from spo.schedules import Constant, Schedule
 from spo.types import Sequences
 from spo.watch import ProbeSettings
 
+T = TypeVar("T")
 VOCAB, BOS, EOS, PAD = 23, 1, 2, 0
 PLAIN = Speed(
     packing=False,
@@ -299,6 +304,40 @@ def make_trainer(folder: Path, *, max_steps: int = 1, **changes: Any) -> Trainer
         "default_root_dir": folder,
     }
     return Trainer(max_steps=max_steps, max_epochs=-1, **settings | changes)
+
+
+def in_processes(count: int, work: Callable[[], T], monkeypatch: pytest.MonkeyPatch) -> list[T]:
+    """Run a function in threads that take themselves for the processes of a run, and return the results by rank.
+
+    Only what the function does through ``spo.processes`` knows of the others.
+
+    Args:
+        count: Number of processes.
+        work: Function of each process. It must not draw from the global random state, which the threads share.
+        monkeypatch: Patches ``spo.processes``.
+    """
+    place, given, barrier = threading.local(), [None] * count, threading.Barrier(count, timeout=60)
+
+    def gather_objects(own: Any) -> list[Any]:
+        given[place.rank] = own
+        barrier.wait()
+        parts = list(given)
+        barrier.wait()  # Nobody gives something new before all have read.
+        return parts
+
+    def run(rank: int) -> T:
+        place.rank = rank
+        try:
+            return work()
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(count) as threads:
+        patch.setattr(processes, "rank", lambda: place.rank)
+        patch.setattr(processes, "world_size", lambda: count)
+        patch.setattr(processes, "gather_objects", gather_objects)
+        return list(threads.map(run, range(count)))
 
 
 def run_on_two_ranks(module: str, folder: Path) -> None:

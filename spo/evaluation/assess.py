@@ -13,7 +13,7 @@ from torch import nn
 
 from spo.data import EvalPrompt
 from spo.data.rows import Text
-from spo.evaluation.completions import Draws, OtherModel, draw
+from spo.evaluation.completions import Draws, OtherModel, draw_together
 from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
 from spo.evaluation.judges import Judge, JudgedPair
 from spo.evaluation.judges.base import as_read
@@ -58,6 +58,8 @@ def draw_both(
 ) -> tuple[Draws, Draws]:
     """Return completions of the policy, scored by both models, and completions of the reference.
 
+    The processes of a run share the prompts, and each returns all completions.
+
     Args:
         policy: Trained model.
         reference: Model that training started from.
@@ -67,12 +69,12 @@ def draw_both(
         settings: Settings of the evaluation.
         speed: Speed settings, resolved for both models.
         decode: Function from the token ids of a completion to its text.
-        on_progress: Function to call with the number of sequences just drawn.
+        on_progress: Function to call with the number of sequences that this process has just drawn.
         cache: Cache of completions, so that none is drawn twice.
     """
 
     def drawn(model: nn.Module, stage: str, own: EvaluationSettings, other: OtherModel | None = None) -> Draws:
-        draws = partial(draw, model, stage, prompts, own, speed, stop_ids, pad_token_id, decode)
+        draws = partial(draw_together, model, stage, prompts, own, speed, stop_ids, pad_token_id, decode)
         return cache(stage, own, lambda: draws(on_progress, other))
 
     with eval_mode(policy), eval_mode(reference):

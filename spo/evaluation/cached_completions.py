@@ -11,13 +11,15 @@ from typing import Any
 from spo.data import EvalPrompt
 from spo.evaluation.completions import Draws
 from spo.evaluation.settings import EvaluationSettings
-from spo.records.cache import cached
+from spo.processes import first_decides
+from spo.records.cache import cached_together
 from spo.records.digests import code_version, digest
 from spo.records.files import read_json, write_json
 
 CODE_DEPENDENCIES = (
     "types",
     "batching.py",
+    "processes.py",
     "ops",
     "models",
     "sampling",
@@ -46,6 +48,8 @@ def cached_completions(
 ) -> Draws:
     """Return completions from the cache; draw and store them if they are missing.
 
+    All processes of a run call this together. The first one reads and writes.
+
     Args:
         cache_dir: Folder of the cache.
         prompts: Prompts of the completions.
@@ -53,7 +57,7 @@ def cached_completions(
         model_digests: Digests of the models for each stage.
         stage: ``policy`` or ``reference``, the model that draws.
         settings: Settings by which this model draws.
-        draw: Function that draws the completions.
+        draw: Function to all completions, which all processes call.
     """
     key = {
         "code": code_version(*CODE_DEPENDENCIES),
@@ -64,11 +68,14 @@ def cached_completions(
         **{name: getattr(settings, name) for name in SAMPLING_SETTINGS},
     }
 
-    def write(folder: Path) -> None:
-        columns = {name: [_to_json(value) for value in values] for name, values in asdict(draw()).items()}
-        write_json(folder / COMPLETIONS_FILE, columns, indent=None)
+    def write(folder: Path | None) -> None:
+        drawn = draw()
+        if folder is not None:
+            columns = {name: [_to_json(value) for value in values] for name, values in asdict(drawn).items()}
+            write_json(folder / COMPLETIONS_FILE, columns, indent=None)
 
-    stored: dict[str, Any] = read_json(cached(cache_dir, "draws", key, write) / COMPLETIONS_FILE)
+    file = cached_together(cache_dir, "draws", key, write) / COMPLETIONS_FILE
+    stored: dict[str, Any] = first_decides(lambda: read_json(file))
     stored |= {name: [float(value) for value in stored[name]] for name in NUMBERS}
     return Draws(**stored)
 

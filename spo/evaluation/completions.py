@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from spo.evaluation.settings import EvaluationSettings
 from spo.forward.speed import Speed
 from spo.ops import completion_targets, sum_per_sequence, token_entropy, token_kl, token_logps
 from spo.ops.logps import at_least_float32, by_rows
+from spo.processes import deal, gather
 from spo.sampling import contents, derive_seed, sample
 from spo.types import Sequences
 
@@ -102,6 +104,27 @@ def draw(
         on_progress(len(chunk))
     columns = [[row[2][i] for row in rows] for i in range(2 if other is None else 4)]
     return Draws([row[0] for row in rows], [row[1] for row in rows], *columns)
+
+
+def draw_together(
+    model: nn.Module, stage: str, prompts: Sequence[EvalPrompt], settings: EvaluationSettings, *further: Any
+) -> Draws:
+    """Do what :func:`draw` does, with the prompts dealt to the processes of the run. Each returns all completions.
+
+    Args:
+        model: Model that draws, whole and in every process.
+        stage: Name that separates the random numbers of policy and reference.
+        prompts: Prompts of one split.
+        settings: Settings of the evaluation.
+        further: Further arguments of :func:`draw`.
+    """
+    columns, each = vars(draw(model, stage, deal(prompts), settings, *further)), settings.samples_per_prompt
+    own = [
+        {name: values[first : first + each] for name, values in columns.items()}
+        for first in range(0, len(columns["texts"]), each)
+    ]
+    of_prompts = gather(own)
+    return Draws(**{name: [value for prompt in of_prompts for value in prompt[name]] for name in columns})
 
 
 def _split_for_scoring(sequences: Sequences) -> Iterator[Sequences]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spo.batching import chunks
 from spo.data import TokenizedPair
 from spo.data.collate import collate
 from spo.forward.speed import Speed
@@ -17,6 +18,7 @@ from spo.metrics.calibration import Calibration
 from spo.metrics.sums import SumsAndCounts
 from spo.models import Reference
 from spo.objective import concat_logps, metrics_of, score
+from spo.processes import deal, gather
 from spo.types import Logps
 
 _NAMES = ("rewards/accuracies", "rewards/margins")
@@ -49,6 +51,8 @@ def pair_metrics(
 ) -> dict[str, float]:
     """Return accuracy, margin and calibration of the implicit reward on pairs, and the loss's own metrics.
 
+    The processes of a run share the batches, and each returns the metrics of all pairs.
+
     Args:
         scoring: Loss and models.
         pairs: Pairs of the test split.
@@ -63,16 +67,15 @@ def pair_metrics(
         return {}
     loss, policy, speed = scoring.loss, scoring.policy, scoring.speed
     device = next(policy.parameters()).device
-    parts: list[Logps] = []
-    sizes: list[Tensor] = []
-    for first in range(0, len(pairs), batch_size):
-        chunk = pairs[first : first + batch_size]
+    host = torch.device("cpu")
+    own: list[tuple[Logps, Tensor]] = []
+    for chunk in deal(list(chunks(pairs, batch_size))):
         batch = collate(chunk, range(len(chunk)), pad_token_id, arrange=speed.arrange).to(device)
         scored = score(batch, loss, policy, scoring.reference, speed, scoring.extra_references)
-        parts.append(scored.inputs_of(loss))
-        sizes.append(batch.mask().sum(0))
+        own.append((scored.inputs_of(loss).to(host), batch.mask().sum(0).to(host)))
+    parts, sizes = zip(*gather(own), strict=True)
     # The loss sees all pairs at once, because its metrics may depend on their company.
-    whole = concat_logps(parts, loss.per_completion_features)
+    whole = concat_logps(parts, loss.per_completion_features).to(device)
     values = metrics_of(loss, whole, scoring.coefficients["alpha"], scoring.coefficients["beta"])
     names = (*_NAMES, *loss.extra_metrics)
     # NaN marks a missing element, unless it follows from log-probs that are not finite.
@@ -82,7 +85,7 @@ def pair_metrics(
     if "rewards/margins" in values:
         margins, labels = values["rewards/margins"], whole.columns().get("preference")
         # A longer list does not have a single preference.
-        of_pairs = (torch.cat(sizes) == 2) & ~margins.isnan()
+        of_pairs = (torch.cat(sizes).to(device) == 2) & ~margins.isnan()
         if of_pairs.any():
             calibration.update(margins[of_pairs].cpu(), None if labels is None else labels[of_pairs].cpu())
     reliability = calibration.compute() if calibration.update_called else {}

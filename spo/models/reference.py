@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Gt, Le
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from spo.bounds import PositiveInt
 from spo.data.logps_store import LogpsStore
 from spo.errors import UserError
+from spo.forward.sharding import Sharding, reshard, shard
 from spo.models.fingerprint import fingerprint
 from spo.models.given_adapter import REFERENCE_ADAPTER
 from spo.types import PreferenceBatch
@@ -71,6 +74,9 @@ class Reference:
         """Return a few words for the start panel."""
         return type(self).__name__.removesuffix("Reference").lower()
 
+    def shard(self, mesh: DeviceMesh, settings: Sharding) -> None:
+        """Shard the model over processes, if there is one."""
+
     def to(self, device: torch.device) -> None:
         """Move the model to the device of the policy."""
 
@@ -105,10 +111,13 @@ class Reference:
         """Restore the weights of :meth:`state_dict`."""
 
     def weights(self) -> Iterator[Tensor]:
-        """Yield the weights that must not change unless the class declares ``moves``: those of its models."""
+        """Yield the weights that must not change unless the class declares ``moves``: those of its models.
+
+        Of a sharded model it is the share of this process.
+        """
         for value in vars(self).values():
             if isinstance(value, nn.Module):
-                yield from (weight for weight in value.state_dict().values() if isinstance(weight, Tensor))
+                yield from (_local(weight) for weight in value.state_dict().values() if isinstance(weight, Tensor))
 
     def check_unmoved(self) -> None:
         """Check that the weights are those of the first call, unless the class declares ``moves``.
@@ -152,6 +161,13 @@ class FrozenReference(Reference):
         if self.moves and self.model is not None:
             self.model.load_state_dict(state)
 
+    def shard(self, mesh: DeviceMesh, settings: Sharding) -> None:
+        if self.model is not None:
+            self.check_unmoved()
+            shard(self.model, mesh, settings)
+            self._fingerprint = None  # From here on it is that of the share of this process.
+            self.check_unmoved()
+
     def to(self, device: torch.device) -> None:
         if self.model is not None:
             self.model.to(device)
@@ -160,8 +176,11 @@ class FrozenReference(Reference):
     def active(self, policy: nn.Module) -> Iterator[nn.Module]:
         if self.model is None:
             raise RuntimeError("the frozen reference was not attached")
-        with torch.no_grad():
-            yield self.model
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            reshard(self.model)
 
 
 class FollowingReference(FrozenReference):
@@ -279,7 +298,8 @@ class AdapterOffReference(Reference):
 
     def weights(self) -> Iterator[Tensor]:
         if self.policy is not None:
-            yield from (weight for weight in self.policy.parameters() if not weight.requires_grad)
+            reshard(self.policy)
+            yield from (_local(weight) for weight in self.policy.parameters() if not weight.requires_grad)
 
     @contextmanager
     def active(self, policy: nn.Module) -> Iterator[nn.Module]:
@@ -289,16 +309,8 @@ class AdapterOffReference(Reference):
         modes = {module: module.training for module in policy.modules()}
         policy.eval()  # Adapter dropout must not reach the reference.
         try:
-            with torch.no_grad():
-                if REFERENCE_ADAPTER in policy.peft_config:  # type: ignore[operator]
-                    policy.set_adapter(REFERENCE_ADAPTER)  # type: ignore[operator]
-                    try:
-                        yield policy
-                    finally:
-                        policy.set_adapter("default")  # type: ignore[operator]
-                else:
-                    with policy.disable_adapter():  # type: ignore[operator]
-                        yield policy
+            with torch.no_grad(), _initial_adapter(policy):
+                yield policy
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -312,3 +324,27 @@ class NoReference(Reference):
 
     def describe(self) -> str:
         return "none"
+
+
+@contextmanager
+def _initial_adapter(policy: Any) -> Iterator[None]:
+    """Make a context in which a policy computes what it did before training.
+
+    peft switches ``requires_grad`` of the adapters along. In a sharded model this has to reach the shards, since
+    the next step takes it over from them.
+    """
+    given = REFERENCE_ADAPTER in policy.peft_config
+    reshard(policy)
+    with nullcontext() if given else policy.disable_adapter():
+        if given:
+            policy.set_adapter(REFERENCE_ADAPTER)
+        try:
+            yield
+        finally:
+            reshard(policy)
+            if given:
+                policy.set_adapter("default")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

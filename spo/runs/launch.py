@@ -199,7 +199,7 @@ class _SweepTask:
     Args:
         train: Function of the configuration of a job.
         config_dir: Folder with further members of the groups.
-        argv: Command line as typed. Lightning starts the processes of further devices with it.
+        argv: Command line as typed.
     """
 
     def __init__(self, train: Train, config_dir: str | None, argv: list[str]) -> None:

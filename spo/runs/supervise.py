@@ -15,12 +15,12 @@ from pathlib import Path
 
 from spo import signals
 from spo.errors import UserError
-from spo.processes import LAUNCHED_BY
+from spo.processes import LAUNCHED_BY, place
 from spo.runs.claim import write_failure
 from spo.signals import Interrupted
 
-PIPE = "SPO_SUPERVISOR_PIPE"
-"""Environment variable with the file descriptor of a pipe that closes when the supervisor ends."""
+SUPERVISOR = "SPO_SUPERVISOR"
+"""Environment variable with a file descriptor, which closes when the supervisor ends, and the run directory."""
 ADDRESS, PORT, NODE = "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"
 """Environment variables by which the nodes of a run find each other where no launcher of a cluster starts them."""
 GRACE_SECONDS = 10
@@ -30,7 +30,7 @@ FINISH_SECONDS = 120
 POLL_SECONDS = 0.05
 
 
-def supervise(words: Sequence[str], count: int, nodes: int, run_dir: Path) -> int:
+def supervise(words: Sequence[str], count: int, nodes: int, run_dir: Path | None) -> int:
     """Run ``spo WORDS`` in several processes that know each other, and wait for all of them.
 
     A signal is passed on to all of them. If one fails, the others get a short time to end by themselves and are then
@@ -40,10 +40,10 @@ def supervise(words: Sequence[str], count: int, nodes: int, run_dir: Path) -> in
         words: Arguments of the command.
         count: Number of processes on this machine.
         nodes: Number of machines, on each of which this command runs.
-        run_dir: Directory of the run.
+        run_dir: Directory of the run that gets ``failure.json``; ``None`` for an evaluation of a finished run.
 
     Returns:
-        Exit status of the run.
+        Exit status of the command.
 
     Raises:
         Interrupted: A signal came, and the processes were killed.
@@ -63,7 +63,7 @@ def supervise(words: Sequence[str], count: int, nodes: int, run_dir: Path) -> in
     try:
         with signals.relayed(relay):
             for local_rank in range(count):
-                own = {PIPE: str(reader), "LOCAL_RANK": str(local_rank)}
+                own = {SUPERVISOR: f"{reader} {run_dir or ''}", "LOCAL_RANK": str(local_rank)}
                 own["RANK"] = str(int(os.environ.get(NODE, "0")) * count + local_rank)
                 command = [sys.executable, "-m", "spo", *words]
                 # In a session of its own, because a terminal's signal must come through this process alone.
@@ -91,9 +91,10 @@ def supervise(words: Sequence[str], count: int, nodes: int, run_dir: Path) -> in
             name = signal.Signals(-status).name
             cause = ", for example for lack of memory" if name == "SIGKILL" else ""
             words_of_failure = f"process {rank} of {count} was ended by {name}{cause}"
-            with suppress(OSError):
-                write_failure(run_dir, words_of_failure)
-            raise UserError(f"{words_of_failure}: the same command resumes the run")
+            if run_dir is not None:
+                with suppress(OSError):
+                    write_failure(run_dir, words_of_failure)
+            raise UserError(f"{words_of_failure}: the same command resumes where it stopped")
     return max(map(abs, statuses)) if any(statuses) else 0
 
 
@@ -137,13 +138,14 @@ def end_with_supervisor() -> None:
 
     The run would otherwise continue unseen and hold its directory. Its last checkpoint is intact.
     """
-    descriptor = os.environ.get(PIPE)
-    if descriptor is None:
-        return
-    del os.environ[PIPE]  # Processes that this one starts do not inherit the file descriptor.
+    # Processes that this one starts do not inherit the file descriptor.
+    descriptor, _, run_dir = os.environ.pop(SUPERVISOR).partition(" ")
 
     def wait() -> None:
         os.read(int(descriptor), 1)
+        if run_dir and place().is_first and Path(run_dir).is_dir():
+            with suppress(OSError):
+                write_failure(Path(run_dir), "the command that started the processes of the run was killed")
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from spo.batching import even_parts_by_length
@@ -18,6 +17,7 @@ from spo.forward.head import base_model
 from spo.forward.modes import default_generation_config, eval_mode
 from spo.forward.neighbors import Company, alike, note_once, refuse_if_sharded, scale_of
 from spo.forward.probe import Drawing, probe_drawing
+from spo.forward.sharding import gathered, needs_all_processes
 from spo.logs import log_once
 from spo.sampling import static, uncached
 from spo.sampling.draw import next_tokens, uniform_numbers
@@ -85,7 +85,7 @@ def _generate(
             attention_mask=mask,
             generation_config=config,
             logits_processor=LogitsProcessorList(draw),
-            synced_gpus=isinstance(model, FSDPModule),  # All ranks gather the shards together.
+            synced_gpus=needs_all_processes(model),  # All ranks gather the shards together.
         )[:, ids.shape[1] :]
 
 
@@ -125,7 +125,7 @@ def sample(
     device = next(model.parameters()).device
     numbers = uniform_numbers(seeds, max_new_tokens, device)
     generated = torch.full(numbers.shape, pad_token_id, dtype=torch.long, device=device)
-    with eval_mode(model), _uncompiled(model):
+    with gathered(model), eval_mode(model), _uncompiled(model):
         for rows, decode in _batches(model, [*map(len, prompts)], max_new_tokens, sampler):
             ids, mask = pad_prompts([prompts[row] for row in rows], pad_token_id, device)
             index = torch.tensor(rows, device=device)
@@ -173,7 +173,7 @@ def _batches(
             "samples_drawn_alone",
             "prompts of different lengths are sampled apart: beside a longer one or with a cache, samples would change",
         )
-    if isinstance(model, FSDPModule):
+    if needs_all_processes(model):
         # Ranks gather shards together, so they need equally many batches. Their prompts are as many, but not as long.
         return [(range(len(lengths)), _generate)]
     batches: list[tuple[Seq[int], Callable[..., Tensor]]] = []

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from spo.batching import split_by_tokens
 from spo.forward.head import base_model
+from spo.forward.sharding import needs_all_processes
 from spo.sampling.draw import next_tokens
 
 TOKENS_BETWEEN_CHECKS = 16
@@ -119,7 +119,7 @@ def unsupported(model: nn.Module) -> str | None:
     leaves out what is before the window.
     """
     base: Any = base_model(model)
-    if isinstance(model, FSDPModule):
+    if needs_all_processes(model):
         return "its weights are sharded, and all ranks have to take the same number of steps"
     if not isinstance(base, PreTrainedModel) or type(base).is_custom_code():
         return "it is not a model of transformers"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from spo.evaluation.assess import Evaluation, assess, draw_both
 from spo.evaluation.cached_completions import cached_completions
 from spo.evaluation.completions import Draws
 from spo.evaluation.judges import Judge
+from spo.evaluation.judges.together import judging
 from spo.evaluation.opponents import find_opponents
 from spo.evaluation.pair_metrics import Scoring, pair_metrics
 from spo.evaluation.settings import REFERENCE
@@ -34,6 +35,7 @@ from spo.metrics.catalogue import INTERVAL_ENDS
 from spo.models import FrozenReference, Reference
 from spo.models.run_state import load_loss, load_reference_state
 from spo.pages.panels import result_panel
+from spo.processes import deal, first_decides, place, rank
 from spo.records import filenames
 from spo.records.digests import model_digest
 from spo.records.files import read_mapping, write_json, write_jsonl, write_text
@@ -41,6 +43,7 @@ from spo.records.policy import POLICY_REMEDY, verify_policy
 from spo.runs.claim import is_finished
 from spo.runs.saved_config import load_config, refuse_redacted, resolved
 from spo.schedules import Constant
+from spo.stages.devices import join_processes
 from spo.stages.evaluation_config import evaluation_config
 from spo.stages.extra_references import load_extra_references
 from spo.stages.from_config import build_loss, eval_device, model_plugins, resolve_values
@@ -58,7 +61,7 @@ def evaluate_command(
     """Evaluate the policy of a finished run again, as before or with other data or settings.
 
     The record of the run stays as it is. The result goes to ``evaluations/NAME`` inside the run directory, where NAME
-    follows from the overrides.
+    follows from the overrides. The processes of a run share the work, and the first one writes.
 
     Args:
         run_dir: Directory of a run that has written its policy.
@@ -67,7 +70,7 @@ def evaluate_command(
         config_dir: Folder with further members of the groups. What its files name may be used too.
 
     Returns:
-        The metrics.
+        The metrics; empty on other processes than the first.
 
     Raises:
         UserError: The run does not have a policy, an override is of another group, or the configuration asks for
@@ -79,7 +82,6 @@ def evaluate_command(
         if is_finished(run_dir):
             raise UserError(f"{run_dir / filenames.POLICY} is missing: {POLICY_REMEDY}")
         raise UserError(f"{run_dir} does not have a policy yet: finish it with spo train --resume {run_dir}")
-    verify_policy(run_dir)
     cfg = evaluation_config(own, overrides, config_dir)
     own.judge, own.evaluation, own.model = cfg.judge, cfg.evaluation, cfg.model  # Those of the run are not used.
     caller = Caller.of(overrides, allow, config_dir)
@@ -88,8 +90,13 @@ def evaluate_command(
     refuse_redacted(cfg)
     check_config(cfg)
     values = resolve_values(cfg)
+    if place().world_size > 1:
+        join_processes(values)
+    first_decides(partial(verify_policy, run_dir))
     prepared = prepare_run(values, model_from=resolve_values(own))
     evaluation = evaluate_run(values, prepared, run_dir)
+    if rank() > 0:
+        return {}
     folder = run_dir / filenames.EVALUATIONS / job_name(list(overrides))
     refuse_nonfinite(evaluation.metrics)
     with placed_by(COPY_RUN, run_dir):
@@ -103,7 +110,7 @@ def evaluate_command(
 
 @dataclass(frozen=True)
 class RunEvaluation:
-    """Result of an evaluation.
+    """Result of an evaluation, which the first process has; that of another process is empty.
 
     Attributes:
         metrics: Metrics of both splits under flat keys.
@@ -111,9 +118,9 @@ class RunEvaluation:
         selection_samples: Samples of the selection split, empty if it was not evaluated.
     """
 
-    metrics: dict[str, float]
-    samples: list[dict[str, Any]]
-    selection_samples: list[dict[str, Any]]
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    selection_samples: list[dict[str, Any]] = field(default_factory=list)
 
     def write_samples(self, folder: Path) -> None:
         """Write ``samples.jsonl`` and, if the selection split was evaluated, ``samples.selection.jsonl``."""
@@ -139,6 +146,9 @@ def evaluate_run(
     Completions and verdicts are cached. An interrupted evaluation therefore resumes where it stopped, and another
     judge reads the same completions.
 
+    The processes of a run all call this function. They share the completions to draw, the pairs to score and the
+    forward passes of a judge on this machine; the first one asks any other judge and measures.
+
     Args:
         cfg: Configuration of the run, resolved.
         prepared: Model, tokenizer and pairs of the run.
@@ -154,15 +164,26 @@ def evaluate_run(
         judge = instantiate(cfg.judge, _convert_="all")
     models = load_models(cfg, prepared, run_dir) if models is None else models
     prompts = _prompts(prepared, settings)
-    opponents = find_opponents(settings, prompts["test"], prepared.pairs.test) if judge is not None else {}
+    opponents = {}
+    if judge is not None and rank() == 0:
+        opponents = find_opponents(settings, prompts["test"], prepared.pairs.test)
     with memory_for("sampling for the evaluation", "evaluation.batch_size", "evaluation.max_new_tokens"):
         completions = _draw(cfg, prepared, run_dir, models, prompts, settings)
+    with memory_for("scoring the test pairs", "data.eval_batch_size", "speed.max_logits"):
+        of_pairs = pair_metrics(
+            build_scoring(cfg, prepared, run_dir, models),
+            prepared.pairs.test,
+            batch_size=cfg.data.eval_batch_size,
+            pad_token_id=prepared.tokenizer.pad_token_id,
+        )
 
     whole = prepared.language is not None
     selection = None
     # Judges that do not have a batch size do not run a model.
     judge_size = "judge.batch_size" if "batch_size" in (cfg.judge or {}) else "evaluation.num_prompts"
-    with memory_for("judging", judge_size):
+    with memory_for("judging", judge_size), judging(judge) as is_judging:
+        if not is_judging:
+            return RunEvaluation()
         test = assess(prompts["test"], *completions["test"], settings, judge, whole, opponents)
         if "selection" in prompts:
             # Self-BLEU takes seconds, and this split does not report it.
@@ -171,13 +192,7 @@ def evaluate_run(
     if selection is None and whole and settings.selection_prompts > 0:
         selection = replace(test, samples=[])  # both splits consist of the whole language
 
-    with memory_for("scoring the test pairs", "data.eval_batch_size", "speed.max_logits"):
-        metrics = test.metrics | pair_metrics(
-            build_scoring(cfg, prepared, run_dir, models),
-            prepared.pairs.test,
-            batch_size=cfg.data.eval_batch_size,
-            pad_token_id=prepared.tokenizer.pad_token_id,
-        )
+    metrics = test.metrics | of_pairs
     if judge is not None:
         metrics |= {f"eval/judge/{name}": value for name, value in judge.usage().items()}
     metrics |= _selection_metrics(selection)
@@ -292,10 +307,11 @@ def _draw(
     settings: EvaluationSettings,
 ) -> dict[Split, tuple[Draws, Draws]]:
     """Return completions of policy and reference for each split, from the cache if they are there."""
-    digests = _model_digests(cfg, prepared, run_dir)
+    digests = first_decides(lambda: _model_digests(cfg, prepared, run_dir))
     per_prompt = settings.samples_per_prompt + settings.of_reference().samples_per_prompt
-    total = per_prompt * sum(map(len, prompts.values()))
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as progress:
+    total = per_prompt * sum(len(deal(of_split)) for of_split in prompts.values())
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    with Progress(*columns, transient=True, disable=rank() > 0) as progress:
         task = progress.add_task("evaluating", total=total)
         return {
             split: draw_both(

@@ -9,7 +9,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
@@ -17,13 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from spo.callbacks.history import HistoryLogger
 from spo.config.checks import check_config, warnings
 from spo.config.choices import pin_choices
-from spo.config.coefficients import COEFFICIENTS
 from spo.config.compose import fill_empty_groups, pin
 from spo.config.nodes import extra_references
 from spo.data import SPLITS, PreparedPairs
-from spo.evaluation.saved_policy import TrainedPolicy, rows_to_compare
-from spo.models.run_state import save_loss, save_reference
-from spo.models.saving import save_policy, whole_state_dict
 from spo.notes import collect_notes
 from spo.pages.panels import result_panel, start_panel
 from spo.pages.run_page import render_report
@@ -31,27 +26,27 @@ from spo.pages.start_facts import start_facts
 from spo.processes import first_decides, is_first_process, peer_loss_in_words
 from spo.records import filenames
 from spo.records.digests import digest, model_digest
-from spo.records.files import replacing, write_json, write_jsonl
+from spo.records.files import write_jsonl
 from spo.records.leftovers import remove_abandoned_builds
-from spo.records.policy import write_policy_digests
 from spo.records.run import read_result
 from spo.runs.checkpoints import last_checkpoint
 from spo.runs.claim import Status, claim, finish
 from spo.runs.processes import sweep_dir
-from spo.runs.provenance import record_continuation, record_inputs, record_stop
+from spo.runs.provenance import record_continuation, record_inputs
 from spo.runs.resume import changed_config, resumed_config
 from spo.secrets import remember_secrets
 from spo.stages.assemble import Parts, assemble, validation_samples
-from spo.stages.checkpointing import checkpoint_folder, choose_weights, fit, prepare_checkpoints
+from spo.stages.checkpointing import checkpoint_folder, fit, prepare_checkpoints
 from spo.stages.description import describe, title
 from spo.stages.devices import join_processes
 from spo.stages.evaluate import evaluate_run, load_models, refuse_nonfinite
 from spo.stages.extra_references import reference_paths
-from spo.stages.from_config import eval_device, resolve_values
+from spo.stages.from_config import resolve_values
 from spo.stages.length import with_length
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
-from spo.stages.trained import Start, check_pairs, check_steps, check_weights, note_unmoved
+from spo.stages.saved import release_models, save_training
+from spo.stages.trained import Start, check_pairs
 from spo.tracking import Tracker
 from spo.tracking.guard import make_guarded, writable_home
 
@@ -142,37 +137,16 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
             tracker.describe(describe(cfg, run_dir, recorded=record.resumed))
         fit(parts, None if point is None else point.path)
         trained_at = perf_counter()
-        last = whole_state_dict(module.policy)  # gathers shards, so every rank takes part
-        if not trainer.is_global_zero:
-            return {}
-        record_stop(run_dir, check_steps(trainer.global_step, cfg.trainer.max_steps, parts.stop))
-        after = last or dict(module.policy.named_parameters())
-        steps, skipped = trainer.global_step, len(module.guard.skipped)
-        budget = module.trained.metrics() | check_weights(start, after, steps, cfg, record.rows(), skipped)
-        note_unmoved(cfg.reference.get("every") if module.reference.moves else None, steps - skipped)
-        chosen = choose_weights(cfg, module, trainer, last)
-        weights = chosen.whole
-        for reference in module.references:
-            reference.to(torch.device("cpu"))  # frees memory for the evaluation, which loads what was saved
-        final = {name: getattr(module, name)(chosen.step) for name in COEFFICIENTS}
-        write_json(run_dir / filenames.COEFFICIENTS, final)
-        policy = run_dir / filenames.POLICY
-        trained = TrainedPolicy(
-            module.policy, rows_to_compare(prepared.pairs.train), module.speed, eval_device(cfg), weights
-        )
-        kept = None if weights is None else {**weights}  # Saving empties the mapping that it gets.
-        with replacing(policy) as folder:
-            save_policy(module.policy, prepared.tokenizer, folder, kept, prepared.stop_ids)
-        save_loss(module.loss, run_dir)
-        save_reference(module.reference.state_dict(), run_dir)
-        write_policy_digests(run_dir)
-
+        saved = save_training(cfg, prepared, run_dir, parts, start, record)
         judge = next((callback.judge for callback in validation_samples(trainer)), None)
+        release_models(module, trainer)
         models = load_models(cfg, prepared, run_dir)
-        gap = trained.gap(models.policy, policy)
+        gap = None if saved is None else saved.policy.gap(models.policy, run_dir / filenames.POLICY)
         evaluation = evaluate_run(cfg, prepared, run_dir, judge, models)
+        if saved is None:
+            return {}
         better = {key: value for key, value in evaluation.metrics.items() if key in record.latest}
-        for logger in trainer.loggers if chosen.step == trainer.global_step else ():
+        for logger in trainer.loggers if saved.step == trainer.global_step else ():
             logger.log_metrics(better, step=trainer.global_step)  # each curve ends in the number of metrics.json
             logger.save()
 
@@ -181,10 +155,10 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
             times["train_s"] = earlier + trained_at - prepared_at
         times |= {"evaluate_s": perf_counter() - trained_at, "total_s": perf_counter() - started}
         metrics = {
-            **(record.latest if chosen.step == trainer.global_step else record.latest_with_validation_of(chosen.step)),
-            **({"policy/step": float(chosen.step)} if cfg.evaluation.get("policy") == "best" else {}),
+            **(record.latest if saved.step == trainer.global_step else record.latest_with_validation_of(saved.step)),
+            **({"policy/step": float(saved.step)} if cfg.evaluation.get("policy") == "best" else {}),
             **evaluation.metrics,
-            **budget,
+            **saved.budget,
             **({} if gap is None else {"policy/saved_gap": gap}),
             **{f"data/pairs_{key}": float(count) for key, count in prepared.pairs.reported_counts.items()},
             **notes,

@@ -28,8 +28,9 @@ from spo.evaluation.judges.base import JudgedPair, as_read, progress, with_answe
 from spo.evaluation.judges.inputs import Frame, JudgeEncoder, without_beginning
 from spo.evaluation.judges.pairwise import PairwiseJudge, check_template, question
 from spo.evaluation.judges.reward import RewardJudge
+from spo.evaluation.judges.together import Forwards
 from spo.forward.head import completion_logits
-from spo.forward.neighbors import groups_to_score
+from spo.forward.neighbors import groups_to_score, scale_of
 from spo.forward.probe import probe_company
 from spo.models.library_errors import Origin
 from spo.models.loading import causal_part, check_causal, load_config, load_tokenizer, load_weights
@@ -116,6 +117,7 @@ class LocalModel:
             model = load_weights(self.auto_class, self._origin, **settings)
             if writes:
                 check_causal(self._origin, model)
+        scale_of(model)  # Rotary positions must not remember earlier rows.
         return model.requires_grad_(False).eval().to(self.device)
 
     @property
@@ -173,6 +175,7 @@ class RewardModelJudge(RewardJudge):
         self._local = LocalModel(AutoModelForSequenceClassification, path, dtype, trust_remote_code, device, batch_size)
         self.max_length = max_length
         self.truncated = 0
+        self.forwards = Forwards(self._rewards_of)
 
     @staticmethod
     def check_folder(path: str) -> None:
@@ -195,7 +198,6 @@ class RewardModelJudge(RewardJudge):
     def _shown(self, prompt: Text) -> Text:
         return prompt  # its own chat template reads the messages of a conversation
 
-    @torch.no_grad()
     def _rewards(self, prompts: Sequence[Text], completions: Sequence[str]) -> dict[str, list[float]]:
         model = self._local.model
         _check_outputs(self._local.path, model.config.num_labels)
@@ -203,12 +205,18 @@ class RewardModelJudge(RewardJudge):
         self._local.encoder.note_leaks()
         rewards = [0.0] * len(rows)
         with progress("scoring", len(rows)) as advance:
-            for batch in self._local.batches([ids for ids, _ in rows]):
-                logits = at_least_float32(model(**self._padded([rows[i] for i in batch])).logits)
-                for i, value in zip(batch, logits.squeeze(-1).tolist(), strict=True):
+            batches = list(self._local.batches([ids for ids, _ in rows]))
+            found = self.forwards.of([[rows[i] for i in batch] for batch in batches])
+            for batch, values in zip(batches, found, strict=True):
+                for i, value in zip(batch, values, strict=True):
                     rewards[i] = value
                 advance(len(batch))
         return {"reward": rewards}
+
+    @torch.no_grad()
+    def _rewards_of(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """Return the rewards of the rows of a batch."""
+        return at_least_float32(self._local.model(**self._padded(rows)).logits).squeeze(-1).tolist()
 
     def _encode(self, prompt: Text, completion: str) -> tuple[list[int], list[int]]:
         """Return the tokens that the model reads, and their types."""
@@ -310,6 +318,7 @@ class LanguageModelJudge(PairwiseJudge):
         now = {"enable_thinking": False}
         self._local = LocalModel(AutoModelForCausalLM, path, dtype, trust_remote_code, device, batch_size, now)
         self.template, self.margin = check_template(template), margin
+        self.forwards = Forwards(self._differences)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -321,7 +330,6 @@ class LanguageModelJudge(PairwiseJudge):
             "margin": self.margin,
         }
 
-    @torch.no_grad()
     def ask(self, comparisons: Sequence[JudgedPair]) -> Generator[Mapping[JudgedPair, float | str], None, None]:
         """Answer a batch at a time.
 
@@ -336,14 +344,16 @@ class LanguageModelJudge(PairwiseJudge):
         for i in set(range(len(questions))) - set(fitting):
             length = len(questions[i][0])
             yield {comparisons[i]: f"a question of {length} tokens exceeds the judge's context of {context}"}
-        for batch in self._local.batches([questions[i][0] for i in fitting]):
-            chosen = [fitting[i] for i in batch]
-            differences = self._differences([questions[i] for i in chosen])
-            yield {comparisons[i]: self._verdict(value) for i, value in zip(chosen, differences, strict=True)}
+        batches = [[fitting[i] for i in batch] for batch in self._local.batches([questions[i][0] for i in fitting])]
+        found = self.forwards.of([[questions[i] for i in batch] for batch in batches])
+        for batch, differences in zip(batches, found, strict=True):
+            self.spend(calls=len(batch), tokens=sum(len(questions[i][0]) for i in batch))
+            yield {comparisons[i]: self._verdict(value) for i, value in zip(batch, differences, strict=True)}
 
     def _verdict(self, difference: float) -> float:
         return 0.5 if abs(difference) <= self.margin else float(difference > 0)
 
+    @torch.no_grad()
     def _differences(self, questions: Sequence[tuple[list[int], tuple[int, int]]]) -> list[float]:
         """Return for each question the log-probability of A minus that of B, in nats."""
         lengths = torch.tensor([len(ids) for ids, _ in questions])
@@ -354,7 +364,6 @@ class LanguageModelJudge(PairwiseJudge):
         logits = at_least_float32(completion_logits(self._local.model, sequences))
         labels = torch.tensor([labels for _, labels in questions], device=logits.device)
         first, second = logits.gather(-1, labels).unbind(-1)
-        self.spend(calls=len(questions), tokens=int(lengths.sum()))
         return (first - second).tolist()
 
     def _encode(self, comparison: JudgedPair) -> tuple[list[int], tuple[int, int]]:
