@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,12 +51,10 @@ class PreferenceBatch(Movable):
     def without_pairs(self) -> PreferenceBatch:
         """Return a batch of the same sequences that belong to no pair: it is computed and does not count."""
         columns = {one.name: getattr(self, one.name) for one in fields(self)}
-        return replace(
-            self,
-            completions=self._sequence_of()[:, :0],
-            **{name: columns[name][:0] for name in _BY_PAIR if columns[name] is not None},
-            **{name: {key: value[:0] for key, value in columns[name].items()} for name in ("features", "extra")},
-        )
+        none: dict[str, Any] = {name: columns[name][:0] for name in _BY_PAIR if columns[name] is not None}
+        for name in ("features", "extra"):
+            none[name] = {key: value[:0] for key, value in columns[name].items()}
+        return replace(self, completions=self._sequence_of()[:, :0], **none)
 
     def _sequence_of(self) -> Tensor:
         """Return the ``(n, B)`` index in ``sequences`` of each completion, -1 for a missing one."""
