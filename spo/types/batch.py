@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from spo.types.movable import Movable
 from spo.types.sequences import Sequences
-
-_BY_PAIR = ("index", "preference", "weight", "label")
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,19 @@ class PreferenceBatch(Movable):
 
     def without_pairs(self) -> PreferenceBatch:
         """Return a batch of the same sequences that belong to no pair: it is computed and does not count."""
-        columns = {one.name: getattr(self, one.name) for one in fields(self)}
+
+        def none(column: Tensor | None) -> Tensor | None:
+            return None if column is None else column[:0]
+
         return replace(
             self,
+            index=self.index[:0],
+            preference=none(self.preference),
+            weight=none(self.weight),
+            label=none(self.label),
             completions=self._sequence_of()[:, :0],
-            **{name: columns[name][:0] for name in _BY_PAIR if columns[name] is not None},
-            **{name: {key: value[:0] for key, value in columns[name].items()} for name in ("features", "extra")},
+            features={name: column[:0] for name, column in self.features.items()},
+            extra={name: column[:0] for name, column in self.extra.items()},
         )
 
     def _sequence_of(self) -> Tensor:
