@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from spo.errors import memory_for
+from spo.forward.sharding import Sharding, reshard, shard
 from spo.forward.speed import Speed, compile_blocks
 from spo.guard import Guard, StageKeys
 from spo.losses import Loss
@@ -24,7 +25,6 @@ from spo.metrics.sums import SumsAndCounts
 from spo.metrics.trained import Trained
 from spo.models.optimizer import clip_gradients
 from spo.models.reference import Reference
-from spo.models.sharding import shard
 from spo.objective import Enumeration, Pairs, Part, Prompts, parameters_of
 from spo.objective.learned import Statistics, check_state, fit_dtype, share_gradients, share_tensors, tensors_of
 from spo.random_state import gather_random_states, restore_random_state
@@ -72,6 +72,8 @@ class AlignmentModule(LightningModule):
         speed: Switches of how log-probs are computed.
         enumeration: Every response to every prompt, if the data set can be enumerated.
         keys: Configuration keys that messages about a step name.
+        extra_references: Further references that the loss declares, by name.
+        sharding: Settings of sharded models, which act under FSDP2 alone.
 
     Attributes:
         guard: Guard of the optimizer step. Without ``callbacks.nonfinite`` it stops at the first loss or gradient that
@@ -108,6 +110,7 @@ class AlignmentModule(LightningModule):
         enumeration: Enumeration | None = None,
         keys: StageKeys | None = None,
         extra_references: Mapping[str, Reference] | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -120,7 +123,7 @@ class AlignmentModule(LightningModule):
         self.clip_norm = clip_norm
         self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
         self.log_every_n_steps, self.seed = log_every_n_steps, seed
-        self.speed = speed
+        self.speed, self.sharding = speed, sharding or Sharding()
         self.regularization = regularizer.part(self)
         self.pairs = Pairs(self, loss, self.regularization, regularizer.needs_reference_logits)
         self.parts: tuple[Part, ...] = (self.pairs, self.regularization)
@@ -139,7 +142,7 @@ class AlignmentModule(LightningModule):
         of_steps = (*STEP_METRICS, *self.controllers.metrics, *TIME_METRICS)
         self.train_metrics = SumsAndCounts((*of_pairs, *of_steps), gaps=loss.metric_names, of_processes=of_steps)
         of_validation = (*of_pairs, *HEALTH_METRICS, LOSS_SCALE)
-        self.val_metrics = SumsAndCounts(of_validation, gaps=(*loss.metric_names, LOSS_SCALE))
+        self.val_metrics = SumsAndCounts(of_validation, gaps=(*loss.metric_names, *HEALTH_METRICS, LOSS_SCALE))
         self.validated: dict[str, float] = {}
         self.step_listeners: list[Callable[[Trainer], None]] = []
         self.trained = Trained()
@@ -290,6 +293,7 @@ class AlignmentModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the row of the selection split."""
+        reshard(self.policy)
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         step = self.global_step
         self.guard.check_possible(data.selection, "validation", step)
@@ -314,9 +318,12 @@ class AlignmentModule(LightningModule):
     # --- life cycle --------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Shard the policy under FSDP2. Other strategies need nothing."""
+        """Shard policy and references under FSDP2. Other strategies need nothing."""
         if self.device_mesh is not None:
-            shard(self.policy, self.device_mesh["data_parallel"])
+            mesh = self.device_mesh["data_parallel"]
+            shard(self.policy, mesh, self.sharding)
+            for reference in self.references:
+                reference.shard(mesh, self.sharding)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Make one optimizer over the trainable parameters of policy and loss, and its learning-rate schedule."""
@@ -384,7 +391,8 @@ class AlignmentModule(LightningModule):
         checkpoint["train_metrics"] = self.train_metrics.by_rank()  # `state_dict` has those of the first rank alone
         checkpoint["trained"] = self.trained.state_dict()
         if not self.strict_loading:
-            frozen = {f"policy.{name}" for name, p in self.policy.named_parameters() if not p.requires_grad}
+            parameters = self.policy.named_parameters(remove_duplicate=False)  # A tied head has a name of its own.
+            frozen = {f"policy.{name}" for name, p in parameters if not p.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -578,7 +578,7 @@ def with_columns(path: Path, out: Path, rows: int) -> Path:
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_method_trains_on_real_pairs_in_one_process(cache_dir: Path, tmp_path: Path) -> None:
     model, pairs = DATA / "stories260K", DATA / "alpaca_eval_pairs.train.jsonl.gz"
     if not (model.exists() and pairs.exists()):

@@ -21,6 +21,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Each part of the package may import from the layers below its own, and from itself.
 LAYERS = [
+    {"slurm"},
     {"processes"},
     {"_old_names", "bounds", "errors", "logs", "notes", "secrets", "signals", "wording"},
     {"types", "resources", "seeds", "stats", "batching", "records"},

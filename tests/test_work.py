@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spo.data import TokenizedPair
-from spo.forward.attention import MAX_MASKED_TOKENS, kernel_calls
+from spo.forward.grouped import MAX_MASKED_TOKENS, kernel_calls
 from spo.forward.packing import Group, Groups
 from spo.forward.probe import probe_drawing
 from spo.forward.speed import Speed

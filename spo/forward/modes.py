@@ -9,10 +9,15 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig
 
+from spo.forward.sharding import reshard
+
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside the context, and restore the mode of each module afterwards."""
+    """Switch dropout off inside the context, and restore the mode of each module afterwards.
+
+    A sharded model gives up the whole weights that forward passes have left in it.
+    """
     # Module by module: `model.train()` would also switch on a part that was in eval mode before.
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -21,6 +26,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+        reshard(model)
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from spo.errors import UserError
 from spo.forward.packing import pack
+from spo.forward.sharding import needs_all_processes
 from spo.notes import note
 from spo.types import Sequences
 
@@ -161,7 +161,7 @@ def refuse_if_sharded(model: nn.Module, causal: Any) -> None:
     Raises:
         UserError: The weights are sharded.
     """
-    if isinstance(model, FSDPModule):
+    if needs_all_processes(model):
         raise UserError(
             f"strategy=fsdp: a {type(causal).__name__} has to run sequences of different lengths apart, and processes "
             "with sharded weights cannot; use strategy=ddp, or shorter sequences with data.max_length"

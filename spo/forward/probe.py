@@ -17,6 +17,7 @@ from spo.forward.head import base_model, completion_logits
 from spo.forward.modes import default_generation_config, eval_mode
 from spo.forward.neighbors import Company, company_of, rope_thresholds
 from spo.forward.packing import pack
+from spo.forward.sharding import compute_dtype, needs_all_processes
 from spo.ops import completion_targets, token_logps
 from spo.types import pad_prompts, pad_sequences
 
@@ -129,7 +130,7 @@ def _comparison(model: nn.Module, rows: Rows) -> Callable[[Tensor, Tensor], bool
     alone = _token_logps(model, [row], packed=False)
     beside = _token_logps(model, [row, (row[0], row[1][::-1])], packed=False)[: len(alone)]
     rounding = float(_differences(beside, alone).max())
-    exact = next(model.parameters()).dtype in MAX_DIFFERENCE_NATS
+    exact = compute_dtype(model) in MAX_DIFFERENCE_NATS
 
     def same(got: Tensor, want: Tensor) -> bool:
         difference = _differences(got, want)
@@ -186,7 +187,7 @@ def _generates_as_alone(model: Any, rows: Rows) -> bool:
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
-            synced_gpus=isinstance(model, FSDPModule),
+            synced_gpus=needs_all_processes(model),
         )
     completions = drawn.sequences[:, ids.shape[1] :].tolist()
     found, same = torch.stack(drawn.logits, dim=1).float().log_softmax(-1), _comparison(model, rows)
@@ -247,7 +248,7 @@ def _reason_to_reject(model: nn.Module, config: Any) -> str | None:
             return f"attention was called {calls} times in {distinct} places, for {config.num_hidden_layers} layers"
         difference = float(_differences(packed, padded).max())
         # Written so that NaN is rejected.
-        if not difference <= MAX_DIFFERENCE_NATS.get(next(model.parameters()).dtype, 0.1):
+        if not difference <= MAX_DIFFERENCE_NATS.get(compute_dtype(model), 0.1):
             return f"packed and padded log-probs differ by {difference:.2g} nats"
         with eval_mode(model):
             if _leaks(model, rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,6 +13,7 @@ from spo.forward.head import base_model, can_defer, completion_logits, completio
 from spo.forward.neighbors import Company, refuse_if_sharded
 from spo.forward.packing import pack
 from spo.forward.probe import enable_packing, probe_company
+from spo.forward.sharding import reshard
 from spo.logs import log_once
 from spo.ops import completion_targets, sum_per_sequence, token_logps
 from spo.ops.logps import Logits
@@ -53,6 +55,13 @@ class Speed:
         Raises:
             UserError: A sharded model needs more forward passes for some batches than for others.
         """
+        try:
+            return self._resolved(models)
+        finally:
+            for model in models:
+                reshard(model)
+
+    def _resolved(self, models: Sequence[nn.Module]) -> Speed:
         for model in models:
             if probe_company(model) is not Company.ANY:
                 refuse_if_sharded(model, base_model(model))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Gt, Le
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from spo.bounds import PositiveInt
 from spo.data.logps_store import LogpsStore
 from spo.errors import UserError
+from spo.forward.sharding import Sharding, reshard, shard
 from spo.models.fingerprint import fingerprint
 from spo.models.given_adapter import REFERENCE_ADAPTER
 from spo.types import PreferenceBatch
@@ -71,6 +74,9 @@ class Reference:
         """Return a few words for the start panel."""
         return type(self).__name__.removesuffix("Reference").lower()
 
+    def shard(self, mesh: DeviceMesh, settings: Sharding) -> None:
+        """Shard the model over processes, if there is one."""
+
     def to(self, device: torch.device) -> None:
         """Move the model to the device of the policy."""
 
@@ -105,10 +111,13 @@ class Reference:
         """Restore the weights of :meth:`state_dict`."""
 
     def weights(self) -> Iterator[Tensor]:
-        """Yield the weights that must not change unless the class declares ``moves``: those of its models."""
+        """Yield the weights that must not change unless the class declares ``moves``: those of its models.
+
+        Of a sharded model it is the share of this process.
+        """
         for value in vars(self).values():
             if isinstance(value, nn.Module):
-                yield from (weight for weight in value.state_dict().values() if isinstance(weight, Tensor))
+                yield from (_local(weight) for weight in value.state_dict().values() if isinstance(weight, Tensor))
 
     def check_unmoved(self) -> None:
         """Check that the weights are those of the first call, unless the class declares ``moves``.
@@ -152,6 +161,13 @@ class FrozenReference(Reference):
         if self.moves and self.model is not None:
             self.model.load_state_dict(state)
 
+    def shard(self, mesh: DeviceMesh, settings: Sharding) -> None:
+        if self.model is not None:
+            self.check_unmoved()
+            shard(self.model, mesh, settings)
+            self._fingerprint = None  # From here on it is that of the share of this process.
+            self.check_unmoved()
+
     def to(self, device: torch.device) -> None:
         if self.model is not None:
             self.model.to(device)
@@ -160,8 +176,11 @@ class FrozenReference(Reference):
     def active(self, policy: nn.Module) -> Iterator[nn.Module]:
         if self.model is None:
             raise RuntimeError("the frozen reference was not attached")
-        with torch.no_grad():
-            yield self.model
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            reshard(self.model)
 
 
 class FollowingReference(FrozenReference):
@@ -194,7 +213,8 @@ class CachedReference(FrozenReference):
     Training starts at once, and only pairs that are used are scored. Later epochs, resumed runs, and other jobs with
     the same reference read the stored log-probs.
 
-    A step that scores a pair waits for the device once, to write the log-probs before the step ends.
+    A step that scores a pair waits for the device once, to write the log-probs before the step ends. A pair that the
+    process has seen before is served from memory, without the lock that processes share.
 
     Args:
         cache_dir: Folder of the stored log-probs.
@@ -203,6 +223,7 @@ class CachedReference(FrozenReference):
         store: Stored log-probs. Without a store this is a :class:`FrozenReference`.
         open_store: Function from layout and device to the store. It is called when log-probs are first needed, since
             the layout that the models support is not known earlier.
+        known: Log-probs that this process has read or stored, by the key of the sequence.
     """
 
     stores_logps: ClassVar[bool] = True
@@ -212,6 +233,7 @@ class CachedReference(FrozenReference):
         self.cache_dir = cache_dir
         self.store: LogpsStore | None = None
         self.open_store: Callable[[Speed, torch.device], LogpsStore] | None = None
+        self.known: dict[bytes, float] = {}
 
     def use_store(self, open_store: Callable[[str, Speed, torch.device], LogpsStore]) -> None:
         self.open_store = partial(open_store, self.cache_dir)
@@ -225,17 +247,25 @@ class CachedReference(FrozenReference):
             self.store = self.open_store(speed, device)
         if self.store is None or batch.keys is None:
             return super().pair_logps(batch, policy, speed)
-        logps = self.store.get(batch.keys)
-        missing = logps.isnan().nonzero().squeeze(-1)
-        if len(missing) > 0:
+        if unread := [key for key in batch.keys if key not in self.known]:
+            self._remember(unread, self.store.get(unread))
+        missing = [i for i, key in enumerate(batch.keys) if key not in self.known]
+        if missing:
             self.check_unmoved()  # Other runs read what is stored, so it must be of the weights that name the store.
             sequences = batch.sequences
-            if len(missing) < len(logps):
-                sequences = speed.arrange(sequences.to("cpu").rows(missing)).to(device)
+            if len(missing) < len(batch.keys):
+                sequences = speed.arrange(sequences.to("cpu").rows(torch.tensor(missing))).to(device)
             with self.active(policy) as reference:
-                logps[missing] = speed.logps(reference, sequences).cpu()
-            self.store.put([batch.keys[i] for i in missing.tolist()], logps[missing])
-        return logps.to(device, non_blocking=True)
+                computed = speed.logps(reference, sequences).cpu()
+            keys = [batch.keys[i] for i in missing]
+            self._remember(keys, self.store.put(keys, computed))
+        # NaN is not stored, so a sequence that has it is computed each time.
+        logps = [self.known.get(key, torch.nan) for key in batch.keys]
+        return torch.tensor(logps, dtype=self.store.dtype).to(device, non_blocking=True)
+
+    def _remember(self, keys: Sequence[bytes], logps: Tensor) -> None:
+        """Keep log-probs in memory, except NaN, so that a sequence is looked up once by a process."""
+        self.known |= {key: logp for key, logp in zip(keys, logps.tolist(), strict=True) if logp == logp}
 
 
 class PrecomputedReference(Reference):
@@ -279,7 +309,8 @@ class AdapterOffReference(Reference):
 
     def weights(self) -> Iterator[Tensor]:
         if self.policy is not None:
-            yield from (weight for weight in self.policy.parameters() if not weight.requires_grad)
+            reshard(self.policy)
+            yield from (_local(weight) for weight in self.policy.parameters() if not weight.requires_grad)
 
     @contextmanager
     def active(self, policy: nn.Module) -> Iterator[nn.Module]:
@@ -289,16 +320,8 @@ class AdapterOffReference(Reference):
         modes = {module: module.training for module in policy.modules()}
         policy.eval()  # Adapter dropout must not reach the reference.
         try:
-            with torch.no_grad():
-                if REFERENCE_ADAPTER in policy.peft_config:  # type: ignore[operator]
-                    policy.set_adapter(REFERENCE_ADAPTER)  # type: ignore[operator]
-                    try:
-                        yield policy
-                    finally:
-                        policy.set_adapter("default")  # type: ignore[operator]
-                else:
-                    with policy.disable_adapter():  # type: ignore[operator]
-                        yield policy
+            with torch.no_grad(), _initial_adapter(policy):
+                yield policy
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -312,3 +335,27 @@ class NoReference(Reference):
 
     def describe(self) -> str:
         return "none"
+
+
+@contextmanager
+def _initial_adapter(policy: Any) -> Iterator[None]:
+    """Make a context in which a policy computes what it did before training.
+
+    peft switches ``requires_grad`` of the adapters along. In a sharded model this has to reach the shards, since
+    the next step takes it over from them.
+    """
+    given = REFERENCE_ADAPTER in policy.peft_config
+    reshard(policy)
+    with nullcontext() if given else policy.disable_adapter():
+        if given:
+            policy.set_adapter(REFERENCE_ADAPTER)
+        try:
+            yield
+        finally:
+            reshard(policy)
+            if given:
+                policy.set_adapter("default")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

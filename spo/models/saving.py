@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,48 @@ def save_policy(
 
 
 def whole_state_dict(policy: nn.Module) -> dict[str, Any] | None:
-    """Gather the weights of a sharded policy on the first rank; return ``None`` otherwise. All ranks must call it."""
+    """Gather the weights of a sharded policy on the first rank. All ranks must call it.
+
+    A weight that several layers share, such as a tied head, is gathered once, under its first name. Of a policy with an
+    adapter the trained weights are gathered alone.
+
+    Args:
+        policy: Policy, in training.
+
+    Returns:
+        The weights by name on the first rank, an empty mapping on the others; ``None`` for a policy that is whole.
+    """
     if not isinstance(policy, FSDPModule):
         return None
-    return get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=hasattr(policy, "peft_config")
+    )
+    found = get_model_state_dict(policy, options=options)
+    first = {name for name, _ in policy.named_parameters()}
+    again = {name for name, _ in policy.named_parameters(remove_duplicate=False)} - first
+    return {name: weight for name, weight in found.items() if name not in again}
+
+
+def whole_policy(
+    policy: nn.Module, weights: dict[str, Any] | None, load: Callable[[], nn.Module]
+) -> tuple[nn.Module, dict[str, Any] | None]:
+    """Return a policy that can be saved, and its weights if the policy is sharded and does not hold them itself.
+
+    An adapter cannot be merged into shards, so a sharded policy with an adapter becomes an unsharded copy.
+
+    Args:
+        policy: Policy after training.
+        weights: State that :func:`whole_state_dict` gathered, ``None`` for a policy that is whole.
+        load: Function that loads the policy as it was before training.
+    """
+    if weights is None or not hasattr(policy, "peft_config"):
+        return policy, weights
+    copy = load()
+    missing = copy.load_state_dict(weights, strict=False).missing_keys
+    trained = {name for name, parameter in copy.named_parameters() if parameter.requires_grad}
+    if lost := sorted(trained.intersection(missing)):
+        raise RuntimeError(f"the gathered adapter lacks {len(lost)} weights, such as {lost[0]}")
+    return copy, None
 
 
 # --- merging an adapter ----------------------------------------------------------------------------------------------

@@ -28,12 +28,13 @@ from spo.models.saving import save_policy, whole_state_dict
 from spo.module import AlignmentModule
 from spo.notes import note
 from spo.objective import Prompts
-from spo.processes import place, world_size
-from spo.records.cache import cached, cached_together
+from spo.processes import rank, world_size
+from spo.records.cache import cached_together
 from spo.records.digests import code_version, model_digest
 from spo.regularizers import NoRegularizer
 from spo.schedules import Constant
 from spo.schedules.optimization import warmup_steps
+from spo.stages.devices import device_settings
 from spo.stages.from_config import data_key, data_needs, eval_device, make_renderer, model_plugins, rendering_key
 from spo.stages.pairs import no_completer
 
@@ -108,11 +109,13 @@ def initial_model(cfg: DictConfig, spec: ModelSpec) -> str:
         "plugins": model_plugins(cfg),
         "dtype": spec.dtype,
     }
-    return str(cached(cfg.paths.cache, "initial", key, partial(_save_initial, spec)))
+    return str(cached_together(cfg.paths.cache, "initial", key, partial(_save_initial, spec)))
 
 
-def _save_initial(spec: ModelSpec, folder: Path) -> None:
-    """Write fresh weights to a folder."""
+def _save_initial(spec: ModelSpec, folder: Path | None) -> None:
+    """Write fresh weights to the folder if given."""
+    if folder is None:
+        return
     assert spec.initial is not None
     model, tokenizer = spec.initial()
     if tokenizer.pad_token_id is None:
@@ -207,7 +210,7 @@ def _fit_supervised(cfg: DictConfig, model: Any, pairs: PreparedPairs, tokenizer
         pad_token_id=pad,
         max_steps=sft.max_steps,
     )
-    if place().is_first:
+    if rank() == 0:
         log.info("making the reference model: %d steps of supervised fine-tuning", sft.max_steps)
     trainer = Trainer(
         accelerator=eval_device(cfg).type,
@@ -247,8 +250,4 @@ def _devices(cfg: DictConfig) -> dict[str, Any]:
         device = eval_device(cfg)
         return {"devices": 1 if device.index is None else [device.index]}
     strategy = instantiate(cfg.strategy).plugin
-    return {
-        "devices": place().local_world_size,
-        "num_nodes": place().nodes,
-        "strategy": "ddp" if isinstance(strategy, DeepSpeedStrategy) else strategy,
-    }
+    return {**device_settings(cfg), "strategy": "ddp" if isinstance(strategy, DeepSpeedStrategy) else strategy}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from spo.config.coefficients import COEFFICIENTS
 from spo.evaluation.saved_policy import TrainedPolicy, rows_to_compare
 from spo.models import NoReference
 from spo.models.run_state import save_loss, save_reference
-from spo.models.saving import save_policy, whole_state_dict
+from spo.models.saving import save_policy, whole_policy, whole_state_dict
 from spo.module import AlignmentModule
 from spo.processes import rank, share
 from spo.records import filenames
@@ -91,10 +92,12 @@ def _save(
     final = {name: getattr(module, name)(chosen.step) for name in COEFFICIENTS}
     write_json(run_dir / filenames.COEFFICIENTS, final)
     rows = rows_to_compare(prepared.pairs.train)
-    trained = TrainedPolicy(module.policy, rows, module.speed, eval_device(cfg), chosen.whole)
-    kept = None if chosen.whole is None else {**chosen.whole}  # Saving empties the mapping that it gets.
+    load = partial(prepared.spec.policy, prepared.base, seed=cfg.seed)
+    policy, weights = whole_policy(module.policy, chosen.whole, load)
+    trained = TrainedPolicy(policy, rows, module.speed, eval_device(cfg), weights)
+    kept = None if weights is None else {**weights}  # Saving empties the mapping that it gets.
     with replacing(run_dir / filenames.POLICY) as folder:
-        save_policy(module.policy, prepared.tokenizer, folder, kept, prepared.stop_ids)
+        save_policy(policy, prepared.tokenizer, folder, kept, prepared.stop_ids)
     save_loss(module.loss, run_dir)
     save_reference(module.reference.state_dict(), run_dir)
     write_policy_digests(run_dir)

@@ -37,7 +37,7 @@ def combination_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     """
     found = [*_objective(cfg, parts), *_moving_reference(cfg, parts), *_extra_references(cfg, parts)]
     found += [*_coefficients(cfg, parts), *_data(cfg, parts)]
-    found += [*_model(cfg, parts), *_optimizer(parts), *_judge(cfg, parts), *loss_problems(parts)]
+    found += [*_model(parts), *_optimizer(parts), *_judge(cfg, parts), *loss_problems(parts)]
     yield from [*parts.problems, *found]
 
 
@@ -165,7 +165,12 @@ def _moving_reference(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
             f"{chosen} moves, but a resumed run would not have its weights: write state_dict and load_state_dict, or "
             f"derive {reference.__name__} from spo.models.FrozenReference"
         )
-    strategies = {"ModelParallelStrategy": "fsdp", "FSDPStrategy": "fsdp", "DeepSpeedStrategy": "deepspeed"}
+    strategies = {
+        "ShardedStrategy": "fsdp",
+        "ModelParallelStrategy": "fsdp",
+        "FSDPStrategy": "fsdp",
+        "DeepSpeedStrategy": "deepspeed",
+    }
     if (strategy := strategies.get(_strategy(parts))) is not None:
         yield (
             f"{chosen} moves by the weights of the policy, and strategy={strategy} distributes those over devices: "
@@ -311,12 +316,8 @@ def _mismatches(cfg: DictConfig, source: Any, loss: Any) -> Iterator[str]:
         )
 
 
-def _model(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
-    """Yield why a model cannot be trained as the strategy wants, or cannot be built if it makes its own weights."""
-    shards = _strategy(parts) == "ModelParallelStrategy"
-    if shards and select(cfg, "model.lora") is not None:
-        # Samples are drawn from the model below the adapter, which does not gather the shards of the whole.
-        yield "strategy=fsdp shards all weights, and model.lora trains an adapter: choose strategy=ddp, or model=hf"
+def _model(parts: CheckedParts) -> Iterator[str]:
+    """Yield why a model that makes its own weights cannot be built."""
     if getattr(parts.target("model.initial"), "validate", None) is None:
         return
     initial = parts.build("model.initial")
