@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from spo.losses import DPOLoss, SPOLoss
 from spo.models import FrozenReference
 from spo.regularizers import GlobalKL, NoRegularizer
 from spo.schedules import TargetKL
+from spo.stages.quiet import quiet_libraries
 from spo.watch import ProbeSettings
 from tests.contract_cases import ALPHA, BETA, METHODS, POLICY, REFERENCE, make_loss, references_of, some_rows
 from tests.helpers import Spied, make_data, make_module, make_trainer, random_pairs, run_on_two_ranks, small_model
@@ -147,4 +149,8 @@ def run_as_one_of_two(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_as_one_of_two(Path(sys.argv[1]))
+    with warnings.catch_warnings(record=True) as noise:
+        quiet_libraries()
+        run_as_one_of_two(Path(sys.argv[1]))
+    messages = [str(one.message) for one in noise]
+    assert not any("sync_dist" in message for message in messages), messages
