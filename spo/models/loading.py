@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -160,8 +159,8 @@ def load_causal_model(
             quantization_config=quantization,
             **part,
         ).eval()
-    if isinstance(model, FSDPModule):
-        model.to(next(model.parameters()).device_mesh.device_type)
+    if (mesh := getattr(next(model.parameters(), None), "device_mesh", None)) is not None:
+        model.to(mesh.device_type)
     if quantization is not None or "key_mapping" in part:
         # Saving would quantize the weights again, or name them as in the checkpoint of several modalities.
         model._weight_conversions = None

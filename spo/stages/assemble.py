@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
@@ -133,7 +135,14 @@ def build_module(
         speed=Speed(**cfg.speed),
         enumeration=enumeration,
         extra_references=load_extra_references(cfg, prepared),
+        sharding=build_sharding(cfg),
     )
+
+
+def build_sharding(cfg: DictConfig) -> Sharding:
+    """Return the settings of sharded models, for strategies that shard them."""
+    compute_dtype = torch.bfloat16 if cfg.trainer.precision == "bf16-mixed" else None
+    return Sharding(compute_dtype, cfg.strategy.get("unshard_sampling", Sharding.unshard_sampling))
 
 
 def build_optimizer(
@@ -190,12 +199,17 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Callback]
     added = [instantiate(node) for node in members(cfg).values()]
     if not cfg.trainer.enable_progress_bar:
         added = [callback for callback in added if not isinstance(callback, ProgressBar)]
+    strategy = instantiate(cfg.strategy).plugin
+    if isinstance(strategy, ModelParallelStrategy):
+        # Sharded models compute in half precision by themselves, wherever they run. Lightning's autocast, which is on
+        # in steps and validations alone, would convert a second time.
+        settings["precision"] = "32-true"
     make = partial(
         instantiate,
         OmegaConf.create(settings),
         logger=loggers,
         callbacks=[*callbacks, *added, Interruption()],
-        strategy=instantiate(cfg.strategy).plugin,
+        strategy=strategy,
         max_epochs=-1,
         check_val_every_n_epoch=None,
         val_check_interval=max(min(cfg.trainer.val_check_interval, cfg.trainer.max_steps), 1),
