@@ -226,7 +226,7 @@ def _fit_supervised(cfg: DictConfig, model: Any, pairs: PreparedPairs, tokenizer
         use_distributed_sampler=False,
     )
     trainer.fit(module, datamodule=data)
-    weights = whole_state_dict(model)
+    weights = whole_state_dict(model, Path(cfg.paths.run))
     if weights is None:
         model.cpu()
     return weights
