@@ -25,7 +25,7 @@ LAYERS = [
     {"processes"},
     {"_old_names", "bounds", "errors", "logs", "notes", "secrets", "signals", "wording"},
     {"types", "resources", "seeds", "stats", "batching", "records"},
-    {"ops"},
+    {"ops", "random_state"},
     {"forward"},
     {"losses", "schedules"},
     {"data", "models", "sampling", "metrics"},

@@ -341,8 +341,8 @@ def gpus_per_node(devices: Any, accelerator: str) -> int | None:
 
 
 MAX_NAME_LENGTH = 120
-# A name leaves out groups that change no result. Only `speed` stays: a sweep over it needs a directory for each value.
-_UNNAMED_GROUPS = {key for key in OPERATIONAL_KEYS if "." not in key} - {"speed"}
+# A name leaves out groups that change no result, except for two: a sweep over them needs a directory for each value.
+_UNNAMED_GROUPS = {key for key in OPERATIONAL_KEYS if "." not in key} - {"speed", "strategy"}
 _KEY = re.compile(r"[A-Za-z][A-Za-z0-9._]*")
 _VALUE = re.compile(r"[A-Za-z0-9._-]+")
 _NUMBER = re.compile(r"[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)

@@ -52,15 +52,9 @@ def problems(cfg: DictConfig) -> list[str]:
 def quick_problems(cfg: DictConfig) -> list[str]:
     """Return missing and wrong values and files that do not exist, found without importing what runs."""
     cfg = with_some_length(cfg)
-    parts = (
-        missing_and_unresolved,
-        absent_groups,
-        directive_problems,
-        setting_problems,
-        device_problems,
-        file_problems,
-    )
-    return list(dict.fromkeys(problem for part in parts for problem in part(cfg)))
+    steps = [missing_and_unresolved, absent_groups, directive_problems, setting_problems]
+    steps += [device_problems, file_problems]
+    return list(dict.fromkeys(problem for step in steps for problem in step(cfg)))
 
 
 def code_problems(cfg: DictConfig) -> list[str]:
