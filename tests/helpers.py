@@ -78,26 +78,26 @@ def tiny_llama(seed: int = 0, *, dtype: torch.dtype = torch.float64, scale: floa
         return LlamaForCausalLM(LlamaConfig(**settings | config)).to(dtype).eval()
 
 
-def small_model(seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
+def small_model(seed: int, dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Module:
     """Return a model whose every number has the dtype; Llama computes norms and positions in float32."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = GPT2Config(
-            vocab_size=VOCAB,
-            n_positions=32,
-            n_embd=12,
-            n_layer=1,
-            n_head=2,
-            initializer_range=0.5,
-            tie_word_embeddings=False,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-            attn_implementation="sdpa",
-        )
-        return GPT2LMHeadModel(config).to(dtype).eval()
+        config = {
+            "vocab_size": VOCAB,
+            "n_positions": 32,
+            "n_embd": 12,
+            "n_layer": 1,
+            "n_head": 2,
+            "initializer_range": 0.5,
+            "tie_word_embeddings": False,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "bos_token_id": BOS,
+            "eos_token_id": EOS,
+            "attn_implementation": "sdpa",
+        }
+        return GPT2LMHeadModel(GPT2Config(**config | settings)).to(dtype).eval()
 
 
 def completion_logps(model: nn.Module, sequences: Sequences, **options: Any) -> Tensor:
