@@ -19,11 +19,11 @@ from spo.config.choices import pin_choices
 from spo.config.compose import fill_empty_groups, pin
 from spo.config.nodes import extra_references
 from spo.data import SPLITS, PreparedPairs
-from spo.notes import collect_notes
+from spo.notes import add_notes, collect_notes, written_notes
 from spo.pages.panels import result_panel, start_panel
 from spo.pages.run_page import render_report
 from spo.pages.start_facts import start_facts
-from spo.processes import first_decides, is_first_process, peer_loss_in_words, world_size
+from spo.processes import first_decides, gather_objects, is_first_process, peer_loss_in_words, world_size
 from spo.records import filenames
 from spo.records.digests import digest, model_digest
 from spo.records.files import write_jsonl
@@ -145,6 +145,8 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
         models = load_models(cfg, prepared, run_dir)
         gap = None if saved is None else saved.policy.gap(models.policy, run_dir / filenames.POLICY)
         evaluation = evaluate_run(cfg, prepared, run_dir, judge, models)
+        for written in gather_objects(written_notes()):  # A share of the data may hold what a note is about.
+            add_notes(written)
         if saved is None:
             return {}
         better = {key: value for key, value in evaluation.metrics.items() if key in record.latest}
