@@ -260,6 +260,8 @@ def test_every_choice_of_a_setting_passes_the_checks(key: str, choice: object) -
     overrides = ["data=enumerable"] if (key, choice) == ("data.truncation", "trim_completion") else []
     if key == "method.regularizer_weight":
         overrides = ["method=dpo"]
+    if key.startswith("strategy."):
+        overrides = ["strategy=fsdp", "trainer.devices=2"]
     assert problems(compose([*overrides, f"{key}={choice}"])) == []
 
 

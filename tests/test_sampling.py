@@ -386,6 +386,31 @@ def test_finished_rows_leave_the_batch() -> None:
     assert counted.shapes == expected
 
 
+@pytest.mark.parametrize("schedule", [(16, 4), (3, 1), (2, 0), (1, 0)])
+def test_samples_do_not_depend_on_when_finished_rows_leave(
+    schedule: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts = tiny("llama"), ragged(24)
+    expected = draw(model, prompts, max_new_tokens=40, sampler="generate").completions()
+    copies: list[Any] = []
+    copy = static._copy_to_host
+
+    def early_copy(flags: torch.Tensor) -> Any:
+        """Copy at once, as the device does, so that later changes do not show."""
+        copies.append(flags.tolist())
+        return lambda found=copies[-1]: found
+
+    monkeypatch.setattr(static, "_check_schedule", lambda device: schedule)
+    monkeypatch.setattr(static, "_copy_to_host", early_copy)
+    counted = Counted(model)
+    assert draw(model, prompts, max_new_tokens=40).completions() == expected
+    rows = [rows for rows, width in counted.shapes if width == 1]
+    assert rows == sorted(rows, reverse=True) and rows[-1] < rows[0]
+    every, notice = schedule
+    assert len(copies) in (len(rows) // every, (len(rows) + notice) // every, (len(rows) + 1 + notice) // every)
+    assert copy(torch.tensor([True, False]))() == [True, False]
+
+
 def test_loop_ends_when_all_rows_finish_at_once() -> None:
     model = tiny("llama")
     counted = Counted(model)

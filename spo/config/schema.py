@@ -205,6 +205,13 @@ class Trainer:
 
 
 @dataclass(frozen=True)
+class Strategy:
+    """Keys ``strategy.*``, of :class:`spo.forward.sharding.Sharding`."""
+
+    unshard_sampling: bool | Literal["auto"]
+
+
+@dataclass(frozen=True)
 class Configuration:
     """Keys of the whole configuration."""
 
@@ -222,6 +229,7 @@ class Configuration:
     optimizer: Optimizer
     scheduler: Scheduler
     speed: Speed
+    strategy: Strategy
     trainer: Trainer
 
 

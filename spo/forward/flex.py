@@ -64,8 +64,14 @@ def block_mask(groups: Groups, device: torch.device) -> BlockMask:
         member = member_of[k]
         return (q >= k) & (group_of[q] == group_of[k]) & ((member == 0) | (member == member_of[q]))
 
+    count, index, full_count, full_index = (
+        copy_async(numbers, device) for blocks in (partial, full) for numbers in _ordered(blocks)
+    )
     return BlockMask.from_kv_blocks(
-        *(copy_async(numbers, device) for blocks in (partial, full) for numbers in _ordered(blocks)),
+        count,
+        index,
+        full_count,
+        full_index,
         BLOCK_SIZE=FLEX_BLOCK_TOKENS,
         mask_mod=visible,
         seq_lengths=(len(group), len(group)),

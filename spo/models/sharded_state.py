@@ -17,12 +17,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
 from spo.errors import UserError
+from spo.forward.sharding import reshard
 
 META = "meta.pt"
 """File of a folder that holds what is not a tensor of model or optimizer."""
@@ -31,11 +31,10 @@ OPTIMIZERS = "optimizer_states"
 """Entries of a checkpoint, which has the state of each optimizer by the position or the name of its parameters."""
 
 
-def reshard(model: nn.Module) -> None:
-    """Free what forward passes have gathered, so that each parameter is a shard. A model without shards stays as is."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+def reshard_parts(module: nn.Module) -> None:
+    """Give up the whole weights of each sharded model that a module has."""
+    for part in module.modules():
+        reshard(part)
 
 
 # --- optimizers ------------------------------------------------------------------------------------------------------
@@ -48,7 +47,7 @@ def named_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, A
         model: Model whose parameters the optimizer has.
         optimizer: Optimizer.
     """
-    reshard(model)
+    reshard_parts(model)
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     state = {names[parameter]: dict(entries) for parameter, entries in optimizer.state.items()}
     groups = [group | {"params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
@@ -138,7 +137,7 @@ def load_shards(model: nn.Module, optimizers: Sequence[Optimizer], path: Path, *
     Raises:
         UserError: The checkpoint does not fit the model.
     """
-    reshard(model)
+    reshard_parts(model)
     checkpoint = _from_folder(model, optimizers, path) if path.is_dir() else _from_file(model, optimizers, path)
     weights = checkpoint.pop(WEIGHTS)
     own = model.state_dict()

@@ -11,7 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.optim import Optimizer
 
-from spo.models.sharded_state import load_shards, named_optimizer_state, read_whole, reshard, write_state
+from spo.models.sharded_state import load_shards, named_optimizer_state, read_whole, reshard_parts, write_state
 from spo.processes import gather_objects
 from spo.records.checkpoint_folders import RUN_KEY, write_manifest
 
@@ -33,7 +33,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the shards of this process, without copies."""
         assert self.lightning_module is not None
-        reshard(self.lightning_module)
+        reshard_parts(self.lightning_module)
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def supervise(words: Sequence[str], count: int, nodes: int, run_dir: Path | None
         UserError: The nodes cannot find each other, or a process was killed.
     """
     variables = _variables(count, nodes)
+    first = int(os.environ.get(NODE, "0")) * count if nodes > 1 else 0
     reader, writer = os.pipe()
     processes: list[subprocess.Popen[bytes]] = []
     interruption: Interrupted | None = None
@@ -64,7 +65,7 @@ def supervise(words: Sequence[str], count: int, nodes: int, run_dir: Path | None
         with signals.relayed(relay):
             for local_rank in range(count):
                 own = {SUPERVISOR: f"{reader} {run_dir or ''}", "LOCAL_RANK": str(local_rank)}
-                own["RANK"] = str(int(os.environ.get(NODE, "0")) * count + local_rank)
+                own["RANK"] = str(first + local_rank)
                 command = [sys.executable, "-m", "spo", *words]
                 # In a session of its own, because a terminal's signal must come through this process alone.
                 processes.append(
@@ -90,12 +91,12 @@ def supervise(words: Sequence[str], count: int, nodes: int, run_dir: Path | None
         if status < 0 and ended_before[rank]:
             name = signal.Signals(-status).name
             cause = ", for example for lack of memory" if name == "SIGKILL" else ""
-            words_of_failure = f"process {rank} of {count} was ended by {name}{cause}"
+            words_of_failure = f"process {first + rank} of {nodes * count} was ended by {name}{cause}"
             if run_dir is not None:
                 with suppress(OSError):
                     write_failure(run_dir, words_of_failure)
             raise UserError(f"{words_of_failure}: the same command resumes where it stopped")
-    return max(map(abs, statuses)) if any(statuses) else 0
+    return max(status for status, ended in zip(statuses, ended_before, strict=True) if ended)
 
 
 def _variables(count: int, nodes: int) -> dict[str, str]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
@@ -23,6 +25,7 @@ from spo.data.datamodule import PreferenceDataModule
 from spo.errors import UserError
 from spo.evaluation import EvaluationSettings
 from spo.exact import ExactMetrics, World
+from spo.forward.sharding import Sharding
 from spo.forward.speed import Speed
 from spo.losses import Loss
 from spo.models import Reference
@@ -39,6 +42,7 @@ from spo.stages.from_config import build_loss
 from spo.stages.prepare import Prepared
 from spo.stages.reference_logps import logps_store, precomputed_logps
 from spo.stages.regularizer_prompts import regularizer_prompts
+from spo.stages.sharding import shard_while_loading
 from spo.watch import ProbeSettings
 
 
@@ -69,7 +73,8 @@ def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
         prepared: Model, tokenizer and pairs of the run.
         loggers: Loggers of the Trainer.
     """
-    policy = prepared.spec.policy(prepared.base, seed=cfg.seed)
+    shard = shard_while_loading(cfg, Sharding())
+    policy = prepared.spec.policy(prepared.base, seed=cfg.seed, shard=shard)
     check_mergeable(policy)
     reference: Reference = instantiate(cfg.reference)
     exact = build_exact(cfg, prepared)
@@ -79,7 +84,7 @@ def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
     trainer = build_trainer(cfg, loggers, [stop] if exact is None else [stop, exact])
     sampled = _attach_validation_samples(cfg, prepared, trainer)
     if module.needs_reference_model or (sampled and reference.scores_samples):
-        reference.attach(lambda: prepared.spec.start(prepared.base))
+        reference.attach(lambda: prepared.spec.start(prepared.base, shard=shard))
     reference.use_store(partial(logps_store, cfg, prepared))
     data = build_data(cfg, reference, module, prepared)
     return Parts(module, data, trainer, exact, stop)
@@ -130,7 +135,14 @@ def build_module(
         speed=Speed(**cfg.speed),
         enumeration=enumeration,
         extra_references=load_extra_references(cfg, prepared),
+        sharding=build_sharding(cfg),
     )
+
+
+def build_sharding(cfg: DictConfig) -> Sharding:
+    """Return the settings of sharded models, for strategies that shard them."""
+    compute_dtype = torch.bfloat16 if cfg.trainer.precision == "bf16-mixed" else None
+    return Sharding(compute_dtype, cfg.strategy.get("unshard_sampling", Sharding.unshard_sampling))
 
 
 def build_optimizer(
@@ -187,12 +199,17 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Callback]
     added = [instantiate(node) for node in members(cfg).values()]
     if not cfg.trainer.enable_progress_bar:
         added = [callback for callback in added if not isinstance(callback, ProgressBar)]
+    strategy = instantiate(cfg.strategy).plugin
+    if isinstance(strategy, ModelParallelStrategy):
+        # Sharded models compute in half precision by themselves, wherever they run. Lightning's autocast, which is on
+        # in steps and validations alone, would convert a second time.
+        settings["precision"] = "32-true"
     make = partial(
         instantiate,
         OmegaConf.create(settings),
         logger=loggers,
         callbacks=[*callbacks, *added, Interruption()],
-        strategy=instantiate(cfg.strategy).plugin,
+        strategy=strategy,
         max_epochs=-1,
         check_val_every_n_epoch=None,
         val_check_interval=max(min(cfg.trainer.val_check_interval, cfg.trainer.max_steps), 1),

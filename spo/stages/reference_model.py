@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from omegaconf import DictConfig, OmegaConf
 from transformers import get_cosine_schedule_with_warmup
 
-from spo.batching import steps_per_epoch
 from spo.callbacks import Progress
 from spo.config.nodes import locate
 from spo.data import PreparedPairs, RowError, Source
@@ -215,7 +214,7 @@ def _fit_supervised(cfg: DictConfig, model: Any, pairs: PreparedPairs, tokenizer
         log.info("making the reference model: %d steps of supervised fine-tuning", sft.max_steps)
     trainer = Trainer(
         accelerator=eval_device(cfg).type,
-        **_devices(cfg, len(pairs.train)),
+        **_devices(cfg),
         max_steps=sft.max_steps,
         max_epochs=-1,
         limit_val_batches=0,
@@ -233,21 +232,20 @@ def _fit_supervised(cfg: DictConfig, model: Any, pairs: PreparedPairs, tokenizer
     return weights
 
 
-def _devices(cfg: DictConfig, num_pairs: int) -> dict[str, Any]:
+def _devices(cfg: DictConfig) -> dict[str, Any]:
     """Return the arguments of the Trainer that say on which devices it trains.
 
     It trains on the devices of the run, by its strategy or else by DDP. The weights do not depend on their number,
-    beyond rounding. A batch with fewer pairs than devices cannot be dealt, so with one among them each process trains
-    by itself on all pairs.
+    beyond rounding. Batches with fewer pairs than devices cannot be dealt, so each process then trains by itself on all
+    pairs.
     """
     count, size = world_size(), cfg.sft.batch_size
     if count == 1:
         return {"devices": 1}
-    if size < count or steps_per_epoch(num_pairs, size, count) != steps_per_epoch(num_pairs, size):
+    if size < count:
         note(
             "sft_not_dealt",
-            f"the supervised fine-tuning runs on one device: a batch of it has fewer pairs than the {count} devices "
-            f"(sft.batch_size={size}, {num_pairs} pairs)",
+            f"the supervised fine-tuning runs on one device: sft.batch_size={size} is below the {count} devices",
         )
         device = eval_device(cfg)
         return {"devices": 1 if device.index is None else [device.index]}
