@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from spo.bounds import PositiveInt
 from spo.data.logps_store import LogpsStore
 from spo.errors import UserError
-from spo.forward.sharding import Sharding, reshard, shard
+from spo.forward.sharding import Sharding, needs_all_processes, reshard, shard
 from spo.models.fingerprint import fingerprint
 from spo.models.given_adapter import REFERENCE_ADAPTER
 from spo.types import PreferenceBatch
@@ -246,6 +246,7 @@ class CachedReference(FrozenReference):
             return super().pair_logps(batch, policy, speed)
         logps = self.store.get(batch.keys)
         missing = logps.isnan().nonzero().squeeze(-1)
+        others_score = self._is_needed_by_others(len(missing) > 0, device)
         if len(missing) > 0:
             self.check_unmoved()  # Other runs read what is stored, so it must be of the weights that name the store.
             sequences = batch.sequences
@@ -254,7 +255,18 @@ class CachedReference(FrozenReference):
             with self.active(policy) as reference:
                 logps[missing] = speed.logps(reference, sequences).cpu()
             self.store.put([batch.keys[i] for i in missing.tolist()], logps[missing])
+        elif others_score:
+            with self.active(policy) as reference:
+                speed.logps(reference, batch.sequences)
         return logps.to(device, non_blocking=True)
+
+    def _is_needed_by_others(self, is_needed: bool, device: torch.device) -> bool:
+        """Return whether a process misses log-probs, if the forward pass of one process needs all of them."""
+        if self.model is None or not needs_all_processes(self.model):
+            return False
+        flag = torch.tensor(int(is_needed), device=device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag)
 
 
 class PrecomputedReference(Reference):

@@ -16,10 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from spo.errors import UserError
 from spo.forward.modes import default_generation_config
+from spo.forward.sharding import HALF_PRECISION
 from spo.models.generation import write_generation_config
 from spo.records import filenames
-
-HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def save_policy(
