@@ -19,8 +19,10 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -201,6 +203,11 @@ class Bigrams(nn.Module):
         return SimpleNamespace(logits=self.head(self.states(input_ids)))
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor, gathered from all processes if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
 class Spied(AlignmentModule):
     """Keeps each step's gradients, as the optimizer sees them, and the sampled rows that the step used."""
 
@@ -219,7 +226,7 @@ class Spied(AlignmentModule):
 
         def step(*args: Any, **kwargs: Any) -> Any:
             named = [*self.policy.named_parameters(), *tensors_of(self.loss).items()]
-            self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+            self.gradients.append({name: whole(p.grad) for name, p in named if p.grad is not None})
             if self.buffer is not None:
                 self.sampled.append(self.buffer.rows(self.global_step).input_ids.clone())
             return plain(*args, **kwargs)
@@ -338,6 +345,11 @@ def in_processes(count: int, work: Callable[[], T], monkeypatch: pytest.MonkeyPa
         patch.setattr(processes, "world_size", lambda: count)
         patch.setattr(processes, "gather_objects", gather_objects)
         return list(threads.map(run, range(count)))
+
+
+def sharded() -> ModelParallelStrategy:
+    """Return the strategy that distributes weights over two processes."""
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
 
 def run_on_two_ranks(module: str, folder: Path) -> None:

@@ -58,7 +58,7 @@ from tests.contract_cases import (
 )
 from tests.contract_cases import model as shared_model
 from tests.environments import ROOT
-from tests.helpers import PAD, Spied, make_data, make_module, make_trainer, run_on_two_ranks, small_model
+from tests.helpers import PAD, Spied, make_data, make_module, make_trainer, run_on_two_ranks, sharded, small_model
 
 COEFFICIENTS: dict[str, Any] = {"alpha": ALPHA, "beta": BETA}
 DATA = Path(os.environ.get("SPO_DATA_DIR", ROOT / "../shared/data"))
@@ -521,15 +521,18 @@ def test_micro_batches_and_padding_do_not_change_a_step(name: str) -> None:
     assert_same_gradients(gradients(name, layout="padded", micro=2), gradients(name))
 
 
+WAYS: tuple[tuple[str, int | None], ...] = (("ddp", None), ("ddp", 2), ("fsdp", 2))  # The last one shards models.
+
+
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    """All methods share one pair of processes."""
+    """All methods share one pair of processes, with whole and with sharded models."""
     run_on_two_ranks(__name__, tmp_path)
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     for name in METHODS:
         alone = fitted(tmp_path, name)
-        for micro in (None, 2):
-            assert_same_gradients(two[name, micro], alone)
+        for strategy, micro in WAYS:
+            assert_same_gradients(two[name, strategy, micro], alone)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -633,7 +636,9 @@ def test_readme_has_a_row(name: str) -> None:
 if __name__ == "__main__":
     [out] = map(Path, sys.argv[1:])
     both = {
-        (name, micro): fitted(out, name, micro, devices=2, strategy="ddp") for name in METHODS for micro in (None, 2)
+        (name, way, micro): fitted(out, name, micro, devices=2, strategy=sharded() if way == "fsdp" else way)
+        for way, micro in WAYS
+        for name in METHODS
     }
     if torch.distributed.get_rank() == 0:
         torch.save(both, out / "two.pt")

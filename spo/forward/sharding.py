@@ -76,6 +76,18 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
     return settings.compute_dtype or next(model.parameters()).dtype
 
 
+def round_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let a whole model compute what it would as a sharded one with this ``compute_dtype``: buffers stay as they are.
+
+    Args:
+        model: Model, whole.
+        dtype: Dtype of forward passes.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
 def reshard(model: nn.Module) -> None:
     """Give up the whole weights that forward passes have left in a sharded model. Nothing happens to other models."""
     if isinstance(model, FSDPModule) and not is_gathered(model):

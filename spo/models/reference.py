@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from spo.bounds import PositiveInt
 from spo.data.logps_store import LogpsStore
 from spo.errors import UserError
-from spo.forward.sharding import Sharding, reshard, shard
+from spo.forward.sharding import Sharding, needs_all_processes, reshard, shard
 from spo.models.fingerprint import fingerprint
 from spo.models.given_adapter import REFERENCE_ADAPTER
 from spo.types import PreferenceBatch
@@ -250,6 +250,7 @@ class CachedReference(FrozenReference):
         if unread := [key for key in batch.keys if key not in self.known]:
             self._remember(unread, self.store.get(unread))
         missing = [i for i, key in enumerate(batch.keys) if key not in self.known]
+        others_score = self._is_needed_by_others(len(missing) > 0, device)
         if missing:
             self.check_unmoved()  # Other runs read what is stored, so it must be of the weights that name the store.
             sequences = batch.sequences
@@ -259,6 +260,9 @@ class CachedReference(FrozenReference):
                 computed = speed.logps(reference, sequences).cpu()
             keys = [batch.keys[i] for i in missing]
             self._remember(keys, self.store.put(keys, computed))
+        elif others_score:
+            with self.active(policy) as reference:
+                speed.logps(reference, batch.sequences)
         # NaN is not stored, so a sequence that has it is computed each time.
         logps = [self.known.get(key, torch.nan) for key in batch.keys]
         return torch.tensor(logps, dtype=self.store.dtype).to(device, non_blocking=True)
@@ -266,6 +270,14 @@ class CachedReference(FrozenReference):
     def _remember(self, keys: Sequence[bytes], logps: Tensor) -> None:
         """Keep log-probs in memory, except NaN, so that a sequence is looked up once by a process."""
         self.known |= {key: logp for key, logp in zip(keys, logps.tolist(), strict=True) if logp == logp}
+
+    def _is_needed_by_others(self, is_needed: bool, device: torch.device) -> bool:
+        """Return whether a process misses log-probs, if the forward pass of one process needs all of them."""
+        if self.model is None or not needs_all_processes(self.model):
+            return False
+        flag = torch.tensor(int(is_needed), device=device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag)
 
 
 class PrecomputedReference(Reference):

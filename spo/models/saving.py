@@ -17,13 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from spo.errors import UserError
 from spo.forward.modes import default_generation_config
-from spo.forward.sharding import reshard
+from spo.forward.sharding import HALF_PRECISION, reshard
 from spo.models.generation import write_generation_config
 from spo.processes import rank
 from spo.records import filenames
 from spo.records.files import temporary_path
 
-HALF_PRECISION = (torch.bfloat16, torch.float16)
 MAX_GATHERED_BYTES = 2**30
 """Bytes of gathered weights in memory above which they are written to a file."""
 

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
@@ -25,7 +23,6 @@ from spo.data.datamodule import PreferenceDataModule
 from spo.errors import UserError
 from spo.evaluation import EvaluationSettings
 from spo.exact import ExactMetrics, World
-from spo.forward.sharding import Sharding
 from spo.forward.speed import Speed
 from spo.losses import Loss
 from spo.models import Reference
@@ -38,7 +35,7 @@ from spo.regularizers import Regularizer
 from spo.schedules.optimization import warmup_steps
 from spo.stages.devices import device_settings
 from spo.stages.extra_references import load_extra_references
-from spo.stages.from_config import build_loss
+from spo.stages.from_config import build_loss, build_sharding
 from spo.stages.prepare import Prepared
 from spo.stages.reference_logps import logps_store, precomputed_logps
 from spo.stages.regularizer_prompts import regularizer_prompts
@@ -139,12 +136,6 @@ def build_module(
     )
 
 
-def build_sharding(cfg: DictConfig) -> Sharding:
-    """Return the settings of sharded models, for strategies that shard them."""
-    compute_dtype = torch.bfloat16 if cfg.trainer.precision == "bf16-mixed" else None
-    return Sharding(compute_dtype, cfg.strategy.get("unshard_sampling", Sharding.unshard_sampling))
-
-
 def build_optimizer(
     cfg: DictConfig, policy: nn.Module, loss: Loss[Any] | None = None
 ) -> Callable[[list[nn.Parameter]], Optimizer]:
@@ -199,8 +190,7 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Callback]
     added = [instantiate(node) for node in members(cfg).values()]
     if not cfg.trainer.enable_progress_bar:
         added = [callback for callback in added if not isinstance(callback, ProgressBar)]
-    strategy = instantiate(cfg.strategy).plugin
-    if isinstance(strategy, ModelParallelStrategy):
+    if build_sharding(cfg) is not None:
         # Sharded models compute in half precision by themselves, wherever they run. Lightning's autocast, which is on
         # in steps and validations alone, would convert a second time.
         settings["precision"] = "32-true"
@@ -209,7 +199,7 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Callback]
         OmegaConf.create(settings),
         logger=loggers,
         callbacks=[*callbacks, *added, Interruption()],
-        strategy=strategy,
+        strategy=instantiate(cfg.strategy).plugin,
         max_epochs=-1,
         check_val_every_n_epoch=None,
         val_check_interval=max(min(cfg.trainer.val_check_interval, cfg.trainer.max_steps), 1),
