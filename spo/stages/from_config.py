@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
+from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -55,8 +56,8 @@ def data_needs(cfg: DictConfig) -> DataNeeds:
 
 def build_sharding(cfg: DictConfig) -> Sharding | None:
     """Return the settings of sharded models, ``None`` if the strategy does not shard them."""
-    target = OmegaConf.select(cfg, "strategy.plugin._target_")
-    if str(target).rpartition(".")[2] != "ModelParallelStrategy":
+    target = OmegaConf.select(cfg, "strategy.plugin._target_") if OmegaConf.is_config(cfg.strategy.plugin) else None
+    if target is None or not issubclass(get_class(target), ModelParallelStrategy):
         return None
     compute_dtype = torch.bfloat16 if cfg.trainer.precision == "bf16-mixed" else None
     return Sharding(compute_dtype, cfg.strategy.get("unshard_sampling", Sharding.unshard_sampling))

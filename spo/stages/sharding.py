@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from functools import partial
 
-from hydra.utils import get_class
-from lightning.pytorch.strategies import ModelParallelStrategy
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch.distributed.device_mesh import init_device_mesh
 
-from spo.forward.sharding import Sharding, shard
+from spo.forward.sharding import shard
 from spo.models.sharded_loading import Shard
 from spo.processes import world_size
 from spo.stages.devices import process_device
+from spo.stages.from_config import build_sharding
 
 
-def shard_while_loading(cfg: DictConfig, settings: Sharding) -> Shard | None:
+def shard_while_loading(cfg: DictConfig) -> Shard | None:
     """Return the function that shards a model before its weights are read, ``None`` where each process has all of it.
 
     Args:
         cfg: Configuration of the run, resolved.
-        settings: Settings of sharded models.
     """
-    target = OmegaConf.select(cfg, "strategy.plugin._target_") if OmegaConf.is_config(cfg.strategy.plugin) else None
-    if target is None or world_size() == 1 or not issubclass(get_class(target), ModelParallelStrategy):
+    settings = build_sharding(cfg)
+    if settings is None or world_size() == 1:
         return None
     mesh = init_device_mesh(process_device(cfg).type, (world_size(),), mesh_dim_names=("data_parallel",))
     return partial(shard, mesh=mesh, settings=settings)
