@@ -85,7 +85,8 @@ def run_as_one_of_two(folder: Path) -> None:
         half.trainer.save_checkpoint(folder / "half.ckpt")
         resumed = two(name, checkpoint=folder / "half.ckpt", strategy=sharded())
         for kind, module in (("unbroken", two(name, strategy=sharded())), ("resumed", resumed)):
-            found[f"{name}, {kind}"] = {"weights": whole_state_dict(module.policy), "validated": module.validated}
+            weights = whole_state_dict(module.policy, folder)
+            found[f"{name}, {kind}"] = {"weights": weights, "validated": module.validated}
     if torch.distributed.get_rank() == 0:
         torch.save(found, folder / "found.pt")
 

@@ -73,7 +73,7 @@ def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
         prepared: Model, tokenizer and pairs of the run.
         loggers: Loggers of the Trainer.
     """
-    shard = shard_while_loading(cfg, Sharding())
+    shard = shard_while_loading(cfg, build_sharding(cfg))
     policy = prepared.spec.policy(prepared.base, seed=cfg.seed, shard=shard)
     check_mergeable(policy)
     reference: Reference = instantiate(cfg.reference)
