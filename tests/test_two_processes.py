@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from spo.losses import DPOLoss, SPOLoss
@@ -92,10 +93,12 @@ def of_composition(
         micro_batch_size=micro,
         log_every_n_steps=2,
     )
-    if save is not None:
-        module.step_listeners.append(
-            lambda trainer: trainer.global_step == SAVED_AT and trainer.save_checkpoint(save)  # type: ignore[func-returns-value]
-        )
+
+    def save_in_between(trainer: Trainer) -> None:
+        if save is not None and trainer.global_step == SAVED_AT:
+            trainer.save_checkpoint(save)
+
+    module.step_listeners.append(save_in_between)
     pairs = random_pairs(PAIRS, seed=4)
     data = make_data(pairs, pairs[:5], max_steps=STEPS, batch_size=BATCH, micro_batch_size=micro)
     return rows_of(module, data, checkpoint, val_check_interval=2, **trainer)
@@ -135,7 +138,7 @@ def run_as_one_of_two(folder: Path) -> None:
     """Run every case, and let the first process write the rows."""
     found: dict[str, dict[str, Rows]] = {}
     for strategy, make in STRATEGIES.items():
-        two = {"devices": 2, "enable_progress_bar": False}
+        two: dict[str, Any] = {"devices": 2, "enable_progress_bar": False}
         of_strategy = {name: of_method(name, strategy=make(), **two) for name in METHODS}
         for name in COMPOSITIONS:
             save = folder / f"{name}_2.ckpt" if strategy == "ddp" else None
