@@ -32,7 +32,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def documented(first_words: str) -> str:
     """Return the block of the guide that begins with some words."""
     [block] = [
-        text for text in re.findall(r"```bash parse\n(.*?)```", GUIDE, re.DOTALL) if text.startswith(first_words)
+        text for text in re.findall(r"```bash launch\n(.*?)```", GUIDE, re.DOTALL) if text.startswith(first_words)
     ]
     return block
 
