@@ -100,13 +100,11 @@ def even_parts_by_length(lengths: Sequence[int], room: int, max_tokens: int) -> 
     return parts
 
 
-def steps_per_epoch(num_pairs: int, batch_size: int, world_size: int = 1) -> int:
+def steps_per_epoch(num_pairs: int, batch_size: int) -> int:
     """Return the number of optimizer steps that see each pair once.
 
     Args:
         num_pairs: Number of pairs to train on.
         batch_size: Number of pairs per step, over all devices.
-        world_size: Number of devices. A last step of an epoch with fewer pairs than devices is skipped.
     """
-    full, rest = divmod(num_pairs, batch_size)
-    return full + (rest >= world_size)
+    return -(-num_pairs // batch_size)

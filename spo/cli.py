@@ -173,6 +173,14 @@ def _evaluate(arguments: list[str]) -> int:
     parser.add_trust()
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args(arguments)
+    # The devices of the training do not matter, so several processes start only where the command asks for them.
+    wanted = [text.partition("=")[2] for text in given.overrides if text.startswith("trainer.devices=")]
+    if wanted and wanted[-1].isdigit() and int(wanted[-1]) > 1:
+        from spo.processes import place
+        from spo.runs.supervise import supervise
+
+        if place().world_size == 1:
+            return supervise(["evaluate", *arguments], int(wanted[-1]), 1, None)
     from spo.stages.evaluate import evaluate_command
 
     evaluate_command(given.run_dir, given.overrides, given.allow, given.config_dir)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any, cast
@@ -27,6 +27,7 @@ from spo.models.optimizer import clip_gradients
 from spo.models.reference import Reference
 from spo.objective import Enumeration, Pairs, Part, Prompts, parameters_of
 from spo.objective.learned import Statistics, check_state, fit_dtype, share_gradients, share_tensors, tensors_of
+from spo.random_state import gather_random_states, restore_random_state
 from spo.regularizers import Regularizer
 from spo.schedules import Schedule
 from spo.types import PreferenceBatch, Window
@@ -141,11 +142,11 @@ class AlignmentModule(LightningModule):
         of_steps = (*of_pairs, *STEP_METRICS, *self.controllers.metrics, *TIME_METRICS)
         self.train_metrics = SumsAndCounts(of_steps, gaps=loss.metric_names)
         of_validation = (*of_pairs, *HEALTH_METRICS, LOSS_SCALE)
-        self.val_metrics = SumsAndCounts(of_validation, gaps=(*loss.metric_names, LOSS_SCALE))
+        self.val_metrics = SumsAndCounts(of_validation, gaps=(*loss.metric_names, *HEALTH_METRICS, LOSS_SCALE))
         self.validated: dict[str, float] = {}
         self.step_listeners: list[Callable[[Trainer], None]] = []
         self.trained = Trained()
-        self._resumed_rng_state: Tensor | None = None
+        self._resumed_random_states: Sequence[Mapping[str, Tensor]] = ()
         fit_dtype(loss, policy)
         self.statistics = Statistics(loss)
         # DDP would wait for parameters of the loss in a backward pass that does not use them; see `share_gradients`.
@@ -369,9 +370,9 @@ class AlignmentModule(LightningModule):
 
     def on_train_batch_start(self, batch: Window, batch_idx: int) -> None:
         """Restore a resumed random state: not earlier, since a data loader draws from it when it starts."""
-        if self._resumed_rng_state is not None:
-            torch.set_rng_state(self._resumed_rng_state)
-            self._resumed_rng_state = None
+        if self._resumed_random_states:
+            restore_random_state(self._resumed_random_states, self.device, self.seed, self.global_step)
+            self._resumed_random_states = ()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an exact resume needs beyond Lightning's own state; drop frozen weights.
@@ -385,7 +386,7 @@ class AlignmentModule(LightningModule):
             checkpoint["reference"] = state
         checkpoint["skipped_steps"] = self.guard.skipped
         checkpoint["sample_buffer"] = self.regularization.state_dict()  # the name of version 0.1.0
-        checkpoint["torch_rng_state"] = torch.get_rng_state()
+        checkpoint["random_states"] = gather_random_states(self.device)
         checkpoint["controllers"] = self.controllers.state_dict()
         checkpoint["train_metrics"] = self.train_metrics.by_rank()  # `state_dict` has those of the first rank alone
         checkpoint["trained"] = self.trained.state_dict()
@@ -403,7 +404,8 @@ class AlignmentModule(LightningModule):
         if "reference" in checkpoint:
             self.reference.load_state_dict(checkpoint["reference"])
         self.regularization.load_state_dict(checkpoint["sample_buffer"])
-        self._resumed_rng_state = checkpoint["torch_rng_state"]
+        # Version 0.1.0 saved the state of the first process alone.
+        self._resumed_random_states = checkpoint.get("random_states") or [{"cpu": checkpoint["torch_rng_state"]}]
         self.controllers.load_state_dict(checkpoint["controllers"])
         state = checkpoint.get("state_dict")  # absent for a sharded policy, whose strategy has loaded it by now
         if state is not None:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from spo import slurm
+
 T = TypeVar("T")
 S = TypeVar("S")
 LAUNCHED_BY = "SPO_LAUNCHED"
@@ -126,12 +128,10 @@ def _torch_variables(own: Place) -> dict[str, str]:
     """Return the environment variables with which PyTorch finds the other processes under SLURM."""
     if own.launcher != "slurm":
         return {}
-    from lightning.fabric.plugins.environments import SLURMEnvironment
-
-    slurm = SLURMEnvironment(auto_requeue=False)
+    address, port = slurm.meeting_point()
     return {
-        "MASTER_ADDR": slurm.main_address,
-        "MASTER_PORT": str(slurm.main_port),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
         "RANK": str(own.rank),
         "WORLD_SIZE": str(own.world_size),
         "LOCAL_RANK": str(own.local_rank),

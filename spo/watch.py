@@ -174,8 +174,8 @@ def completion_health(scored: ScoredBatch, stop_ids: Sequence[int]) -> dict[str,
 
     Returns:
         ``p_eos`` (probability of all stop tokens together where a chosen completion ends) and
-        ``logps_per_token/{chosen,rejected}`` (nats), one value per completion. Labelled completions are chosen if they
-        are desirable, and else rejected.
+        ``logps_per_token/{chosen,rejected}`` (nats), one value per completion and NaN for one that does not count.
+        Labelled completions are chosen if they are desirable, and else rejected.
     """
     batch = scored.batch
     sequences, mask = batch.sequences, batch.mask()
@@ -183,14 +183,15 @@ def completion_health(scored: ScoredBatch, stop_ids: Sequence[int]) -> dict[str,
     # A truncated completion does not end in a stop token.
     ends = batch.per_completion(is_finished(sequences, stop_ids))[0]
     desirable = torch.ones_like(ends) if batch.label is None else batch.label > 0.5
-    ends = ends & desirable
-    last = batch.per_completion(sequences.completion_length.cumsum(0) - 1)[0][ends]
+    last = batch.per_completion(sequences.completion_length.cumsum(0) - 1)[0]
     logits = rows_of(scored.policy, last)
     stop_logps = [token_logps(logits, torch.full_like(last, stop)) for stop in stop_ids]
+    rejected = torch.cat([~desirable[None], mask[1:]])
+    # Masked and not indexed: the number of completions that count is not known before the device has computed it.
     return {
-        "p_eos": torch.stack(stop_logps).logsumexp(0).exp(),
-        "logps_per_token/chosen": per_token[0][desirable],
-        "logps_per_token/rejected": torch.cat([per_token[0][~desirable], per_token[1:][mask[1:]]]),
+        "p_eos": torch.stack(stop_logps).logsumexp(0).exp().masked_fill(~(ends & desirable), torch.nan),
+        "logps_per_token/chosen": per_token[0].masked_fill(~desirable, torch.nan),
+        "logps_per_token/rejected": per_token.masked_fill(~rejected, torch.nan),
     }
 
 

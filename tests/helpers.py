@@ -7,13 +7,16 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
+import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -23,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from spo import processes
 from spo.data import TokenizedPair
 from spo.data.datamodule import PreferenceDataModule
 from spo.forward.head import completion_logits
@@ -39,6 +43,7 @@ from spo.schedules import Constant, Schedule
 from spo.types import Sequences
 from spo.watch import ProbeSettings
 
+T = TypeVar("T")
 VOCAB, BOS, EOS, PAD = 23, 1, 2, 0
 PLAIN = Speed(
     packing=False,
@@ -75,26 +80,26 @@ def tiny_llama(seed: int = 0, *, dtype: torch.dtype = torch.float64, scale: floa
         return LlamaForCausalLM(LlamaConfig(**settings | config)).to(dtype).eval()
 
 
-def small_model(seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
+def small_model(seed: int, dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Module:
     """Return a model whose every number has the dtype; Llama computes norms and positions in float32."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = GPT2Config(
-            vocab_size=VOCAB,
-            n_positions=32,
-            n_embd=12,
-            n_layer=1,
-            n_head=2,
-            initializer_range=0.5,
-            tie_word_embeddings=False,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-            attn_implementation="sdpa",
-        )
-        return GPT2LMHeadModel(config).to(dtype).eval()
+        config = {
+            "vocab_size": VOCAB,
+            "n_positions": 32,
+            "n_embd": 12,
+            "n_layer": 1,
+            "n_head": 2,
+            "initializer_range": 0.5,
+            "tie_word_embeddings": False,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "bos_token_id": BOS,
+            "eos_token_id": EOS,
+            "attn_implementation": "sdpa",
+        }
+        return GPT2LMHeadModel(GPT2Config(**config | settings)).to(dtype).eval()
 
 
 def completion_logps(model: nn.Module, sequences: Sequences, **options: Any) -> Tensor:
@@ -311,6 +316,40 @@ def make_trainer(folder: Path, *, max_steps: int = 1, **changes: Any) -> Trainer
 def sharded() -> ModelParallelStrategy:
     """Return the strategy that distributes weights over two processes."""
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+
+def in_processes(count: int, work: Callable[[], T], monkeypatch: pytest.MonkeyPatch) -> list[T]:
+    """Run a function in threads that take themselves for the processes of a run, and return the results by rank.
+
+    Only what the function does through ``spo.processes`` knows of the others.
+
+    Args:
+        count: Number of processes.
+        work: Function of each process. It must not draw from the global random state, which the threads share.
+        monkeypatch: Patches ``spo.processes``.
+    """
+    place, given, barrier = threading.local(), [None] * count, threading.Barrier(count, timeout=60)
+
+    def gather_objects(own: Any) -> list[Any]:
+        given[place.rank] = own
+        barrier.wait()
+        parts = list(given)
+        barrier.wait()  # Nobody gives something new before all have read.
+        return parts
+
+    def run(rank: int) -> T:
+        place.rank = rank
+        try:
+            return work()
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(count) as threads:
+        patch.setattr(processes, "rank", lambda: place.rank)
+        patch.setattr(processes, "world_size", lambda: count)
+        patch.setattr(processes, "gather_objects", gather_objects)
+        return list(threads.map(run, range(count)))
 
 
 def run_on_two_ranks(module: str, folder: Path) -> None:

@@ -21,10 +21,11 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Each part of the package may import from the layers below its own, and from itself.
 LAYERS = [
+    {"slurm"},
     {"processes"},
     {"_old_names", "bounds", "errors", "logs", "notes", "secrets", "signals", "wording"},
     {"types", "resources", "seeds", "stats", "batching", "records"},
-    {"ops"},
+    {"ops", "random_state"},
     {"forward"},
     {"losses", "schedules"},
     {"data", "models", "sampling", "metrics"},

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from spo.forward import attention, probe
+from spo.forward import flex, grouped, probe
 from spo.forward.attention import BACK_ENDS
 from spo.forward.head import completion_logits
 from spo.forward.packing import Group, Groups, pack
@@ -71,7 +71,7 @@ def values(model: nn.Module, batch: Sequences) -> Tensor:
     return token_logps(completion_logits(model, batch), completion_targets(batch))
 
 
-@pytest.fixture(params=["groups", "flex"])
+@pytest.fixture(params=["groups", "launches", "flex"])
 def back_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each attention on this device: FlexAttention is not the CPU's, and runs there uncompiled."""
     chosen = {request.param: BACK_ENDS[request.param]}
@@ -84,7 +84,7 @@ def back_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(params=[256, 4])
 def together(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Small groups in one call, or a call for each prompt and each of the longer completions."""
-    monkeypatch.setattr(attention, "MAX_MASKED_TOKENS", request.param)
+    monkeypatch.setattr(grouped, "MAX_MASKED_TOKENS", request.param)
     return request.param
 
 
@@ -140,7 +140,7 @@ def test_probe_rejects_a_model_whose_sequences_see_each_other(monkeypatch: pytes
     """However little: in half precision the difference of the log-probs would drown in rounding."""
 
     def leaking(query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float, dropout: float) -> Tensor:
-        attended = attention.attend_by_group(query, key, value, groups, scale, dropout)
+        attended = grouped.attend_by_group(query, key, value, groups, scale, dropout)
         return attended + 1e-7 * value.mean(dim=2, keepdim=True).repeat_interleave(query.shape[1] // value.shape[1], 1)
 
     model = tiny_llama(dtype=torch.float32, attn_implementation="sdpa")
@@ -257,19 +257,119 @@ def test_probe_accepts_a_mixture_of_experts() -> None:
     assert enable_packing(model) is None
 
 
-@pytest.mark.parametrize("lengths", [[3], [130, 7], [90, 40, 300, 1, 2], [128, 128, 5], [600]])
-def test_flex_blocks_cover_the_visible_tokens(lengths: list[int]) -> None:
-    groups = Groups(tuple(Group(length - length // 2, (length // 4, length // 2 - length // 4)) for length in lengths))
-    mask = attention.block_mask(groups, torch.device("cpu"))
-    blocks = mask.to_dense()[0, 0].bool().repeat_interleave(128, 0).repeat_interleave(128, 1)
-    seen = attention.visibility_mask(groups.members, torch.device("cpu"))
-    size = len(seen)
-    assert (blocks[:size, :size] | ~seen).all()
-    # no more than from where a group begins to where the query is
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    for block in range(0, size, 128):
-        first = max(start for start in starts if start <= block) // 128
-        assert mask.kv_num_blocks[0, 0, block // 128] == block // 128 - first + 1
+LAYOUTS: list[list[tuple[int, ...]]] = [
+    [(2, 1)],
+    [(65, 32, 33), (4, 1, 2)],
+    [(45, 22, 23), (20, 20), (150, 75, 75), (1, 1), (1, 1)],
+    [(64, 64), (64, 32, 32), (3, 1, 1)],
+    [(300, 100, 200)],
+    [(7, 130, 5, 131)],
+    [(400, 300, 128), (256, 256, 256)],
+]
+
+
+def layout(lengths: list[tuple[int, ...]]) -> Groups:
+    return Groups(tuple(Group(prompt, completions) for prompt, *completions in lengths))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lengths", LAYOUTS)
+def test_flex_blocks_are_those_with_visible_tokens_and_full_where_all_are(lengths: list[tuple[int, ...]]) -> None:
+    groups, size = layout(lengths), flex.FLEX_BLOCK_TOKENS
+    mask = flex.block_mask(groups, torch.device("cpu"))
+    seen = grouped.visibility_mask(groups.members, torch.device("cpu"))
+    rest = -len(seen) % size
+    tiles = nn.functional.pad(seen, (0, rest, 0, rest)).unflatten(0, (-1, size)).unflatten(2, (-1, size))
+    for counts, indices, expected in (
+        (mask.full_kv_num_blocks, mask.full_kv_indices, tiles.all(3).all(1)),
+        (mask.kv_num_blocks, mask.kv_indices, tiles.any(3).any(1) & ~tiles.all(3).all(1)),
+    ):
+        assert counts is not None and indices is not None and counts.dtype == indices.dtype == torch.int32
+        for count, index, row in zip(counts[0, 0], indices[0, 0], expected, strict=True):
+            assert index[:count].tolist() == row.nonzero().flatten().tolist()
+    if max(map(max, lengths)) >= 256:
+        assert mask.full_kv_num_blocks is not None and mask.full_kv_num_blocks.sum() > 0
+
+
+def attention_by_definition(query: Tensor, key: Tensor, value: Tensor, groups: Groups) -> Tensor:
+    """Attention over all pairs of tokens, with each head of keys copied."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+    products = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
+    seen = grouped.visibility_mask(groups.members, query.device)
+    return products.masked_fill(~seen, -torch.inf).softmax(-1) @ value
+
+
+def heads(groups: Groups, query_heads: int, key_heads: int, dtype: torch.dtype = torch.float64) -> Any:
+    """Random queries, keys and values for a row."""
+    generator, length = torch.Generator().manual_seed(0), sum(group.length for group in groups.members)
+    sizes = (query_heads, key_heads, key_heads)
+    return [torch.randn(1, n, length, 16, generator=generator, dtype=dtype) for n in sizes]
+
+
+@pytest.mark.parametrize("attend", [grouped.attend_by_group, grouped.attend_in_launches])
+@pytest.mark.parametrize("key_heads", [1, 2, 6])
+@pytest.mark.parametrize("lengths", LAYOUTS[:-1])
+def test_attention_by_group_equals_its_definition(
+    lengths: list[tuple[int, ...]], key_heads: int, attend: Callable[..., Tensor]
+) -> None:
+    groups = layout(lengths)
+    given = [tensor.requires_grad_() for tensor in heads(groups, 6, key_heads)]
+    found, expected = attend(*given, groups, None), attention_by_definition(*given, groups)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=expected.dtype)
+    for got, want in zip(
+        *(torch.autograd.grad((out * weights).sum(), given) for out in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("key_heads", [2, 6])
+@pytest.mark.parametrize("lengths", LAYOUTS[:-1])
+def test_attention_by_blocks_equals_its_definition(lengths: list[tuple[int, ...]], key_heads: int) -> None:
+    groups = layout(lengths)
+    given = heads(groups, 6, key_heads)
+    torch.testing.assert_close(flex.attend_by_blocks(*given, groups, None), attention_by_definition(*given, groups))
+
+
+@pytest.mark.slow
+def test_compiled_kernel_skips_the_mask_in_full_blocks() -> None:
+    """The uncompiled kernel of a CPU computes the mask everywhere. The compiled one reads the blocks."""
+    groups = layout(LAYOUTS[-1])
+    given = heads(groups, 4, 2, torch.float32)
+    mask = flex.block_mask(groups, torch.device("cpu"))
+    kernel: Any = flex._compiled_flex_attention()
+    with torch.no_grad():
+        found = kernel(*given, block_mask=mask, enable_gqa=True)
+        torch.testing.assert_close(found, attention_by_definition(*given, groups), rtol=1e-4, atol=1e-5)
+        mask.mask_mod = lambda batch, head, q, k: q < 0
+        only_full = kernel(*given, block_mask=mask, enable_gqa=True)
+    assert mask.full_kv_num_blocks is not None
+    reached = mask.full_kv_num_blocks[0, 0].repeat_interleave(flex.FLEX_BLOCK_TOKENS)[: found.shape[2]] > 0
+    assert reached.any() and not reached.all()
+    assert only_full[0, :, reached].abs().amax(-1).min() > 0, (
+        "tokens of full blocks are seen whatever the mask computes"
+    )
+    assert (only_full[0, :, ~reached] == 0).all()
+
+
+def test_calls_of_similar_shape_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = layout([(300, 40, 40), *[(20, 300), (300, 20)] * 4, (300, 40, 40), (310, 40, 33)])
+    calls, launches = len(list(grouped.kernel_calls(groups, torch.device("cpu")))), list[int]()
+    kernel = grouped.scaled_dot_product_attention
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        launches.append(len(args[0]))
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(grouped, "scaled_dot_product_attention", counted)
+    grouped.attend_in_launches(*heads(groups, 2, 2), groups, None)
+    assert len(launches) == 2 and sum(launches) == calls == 14
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200, 256, 257, 700, 1025, 5000])
+def test_padding_of_a_launch_is_at_most_half(length: int) -> None:
+    padded = grouped._padded_length(length)
+    assert length <= padded <= max(1.5 * length, 128) and padded % 64 == 0
 
 
 def test_packed_equals_padded_with_an_adapter(caplog: pytest.LogCaptureFixture) -> None:

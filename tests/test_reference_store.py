@@ -565,6 +565,47 @@ def test_cached_reference_computes_only_unknown_sequences(speed: Speed, tmp_path
         assert seen == forwards and not found.requires_grad
 
 
+def test_cached_reference_locks_the_store_for_unseen_sequences_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two transactions for a new batch, one for a batch that another process has stored, none afterwards."""
+    transactions: list[str] = []
+    transact = LogpsStore.transact
+
+    def counted_transact(store: LogpsStore, work: Any, *, reads: bool = False) -> Any:
+        transactions.append("read" if reads else "write")
+        return transact(store, work, reads=reads)
+
+    model = tiny_llama(1)
+    first, second = cached(tmp_path / "store.sqlite"), cached(tmp_path / "store.sqlite")
+    batch = collate(PAIRS[:6], range(6), PAD)
+    monkeypatch.setattr(LogpsStore, "transact", counted_transact)
+    for reference, expected in ((first, ["read", "write"]), (second, ["read"])):
+        reference.attach(lambda: model)
+        found = [reference.pair_logps(batch, model, PLAIN) for _ in range(3)]
+        assert transactions == expected
+        torch.testing.assert_close(found[0], completion_logps(model, batch.sequences).detach(), rtol=0, atol=1e-12)
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+        transactions.clear()
+
+
+def test_processes_that_score_a_sequence_at_once_take_the_first_value(tmp_path: Path) -> None:
+    """From the step on in which they score it, so that a resumed run computes what the unbroken one did."""
+    reference, model = cached(tmp_path / "store.sqlite"), tiny_llama(1)
+    reference.attach(lambda: model)
+    batch = collate(PAIRS[:2], range(2), PAD)
+    store, keys = reference.store, batch.keys
+    assert store is not None and keys is not None
+    others = torch.arange(len(keys), dtype=torch.float64)
+
+    def meanwhile(*_: Any) -> None:
+        store.put(keys, others)
+
+    model.register_forward_hook(meanwhile)
+    for _ in range(2):
+        assert torch.equal(reference.pair_logps(batch, model, PLAIN), others)
+
+
 def test_cached_reference_opens_the_store_of_the_resolved_layout(tmp_path: Path) -> None:
     reference, asked = CachedReference("unused"), []
 

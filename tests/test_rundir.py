@@ -99,7 +99,8 @@ def test_claim_writes_nothing_on_further_ranks(tmp_path: Path, monkeypatch: pyte
     cfg = config(tmp_path)
     with claim(tmp_path, cfg) as first:
         before = sorted(file.name for file in tmp_path.iterdir())
-        monkeypatch.setenv("LOCAL_RANK", "1")
+        for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+            monkeypatch.setenv(name, value)
         with claim(tmp_path, cfg) as second:
             assert first is second is Status.NEW
         assert sorted(file.name for file in tmp_path.iterdir()) == before

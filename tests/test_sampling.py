@@ -33,6 +33,7 @@ from tests.helpers import (
     VOCAB,
     completion_logps,
     every_completion,
+    in_processes,
     model_spec,
     save_model,
     sequences,
@@ -385,6 +386,31 @@ def test_finished_rows_leave_the_batch() -> None:
     assert counted.shapes == expected
 
 
+@pytest.mark.parametrize("schedule", [(16, 4), (3, 1), (2, 0), (1, 0)])
+def test_samples_do_not_depend_on_when_finished_rows_leave(
+    schedule: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts = tiny("llama"), ragged(24)
+    expected = draw(model, prompts, max_new_tokens=40, sampler="generate").completions()
+    copies: list[Any] = []
+    copy = static._copy_to_host
+
+    def early_copy(flags: torch.Tensor) -> Any:
+        """Copy at once, as the device does, so that later changes do not show."""
+        copies.append(flags.tolist())
+        return lambda found=copies[-1]: found
+
+    monkeypatch.setattr(static, "_check_schedule", lambda device: schedule)
+    monkeypatch.setattr(static, "_copy_to_host", early_copy)
+    counted = Counted(model)
+    assert draw(model, prompts, max_new_tokens=40).completions() == expected
+    rows = [rows for rows, width in counted.shapes if width == 1]
+    assert rows == sorted(rows, reverse=True) and rows[-1] < rows[0]
+    every, notice = schedule
+    assert len(copies) in (len(rows) // every, (len(rows) + notice) // every, (len(rows) + 1 + notice) // every)
+    assert copy(torch.tensor([True, False]))() == [True, False]
+
+
 def test_loop_ends_when_all_rows_finish_at_once() -> None:
     model = tiny("llama")
     counted = Counted(model)
@@ -560,7 +586,7 @@ def test_buffer_repeats_prompts_if_it_needs_more() -> None:
     assert len(counts) == 10 and set(counts.values()) == {2, 3}
 
 
-def test_buffer_depends_on_seed_step_and_rank_alone() -> None:
+def test_buffer_depends_on_seed_and_step_alone() -> None:
     model = tiny_llama(scale=0.2)
 
     def rows(step: int = 3, **changes: Any) -> list[list[int]]:
@@ -570,8 +596,29 @@ def test_buffer_depends_on_seed_step_and_rank_alone() -> None:
         return held.samples.input_ids.tolist()
 
     assert rows() == rows()
-    assert all(rows() != other for other in (rows(step=6), rows(seed=1), rows(rank=1, world_size=1)))
-    assert len(rows(world_size=2)) == 2
+    assert all(rows() != other for other in (rows(step=6), rows(seed=1)))
+
+
+@pytest.mark.parametrize("num_samples", [1, 4, 7])
+def test_processes_hold_the_samples_that_one_draws(num_samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama(scale=0.2)
+
+    def work() -> dict[str, Any]:
+        held = buffer(num_samples=num_samples)
+        held.refresh(model, 3)
+        return {name: torch.as_tensor(value).tolist() for name, value in held.state_dict().items()}
+
+    alone = work()
+    assert len(alone["length"]) == num_samples
+    assert in_processes(3, work, monkeypatch) == [alone] * 3
+
+
+def test_buffer_of_one_process_of_several_is_drawn_again(caplog: pytest.LogCaptureFixture) -> None:
+    first = buffer(num_samples=2)
+    first.refresh(tiny_llama(scale=0.2), 3)
+    whole = buffer(num_samples=4)
+    whole.load_state_dict(first.state_dict())
+    assert whole.is_stale(4) and "of one process alone" in caplog.text
 
 
 def test_buffer_samples_follow_the_policy() -> None:

@@ -34,7 +34,8 @@ from spo.models.saving import save_policy, whole_policy, whole_state_dict
 from spo.processes import gather_objects
 from spo.sampling import sample
 from spo.stages.assemble import build_trainer
-from spo.stages.from_config import build_sharding, resolve_values
+from spo.stages.from_config import resolve_values
+from spo.stages.sharding import build_sharding
 from spo.watch import ProbeSettings
 from tests.helpers import (
     BOS,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlavaConfig
 
 from spo.data import DataError, EvalPrompt, Renderer, TokenizedPair
@@ -119,7 +121,24 @@ def test_p_eos_is_the_probability_of_all_stop_tokens(deferred: bool) -> None:
     probability = logits.softmax(-1)[last[batch.completions[0]]]  # where the chosen completions end
     for stop_ids, ended in (((EOS,), [0]), ((EOS, 9), [0, 1]), ((PAD, EOS, 9), [0, 1]), ((EOS, 5), [0, 2])):
         found = completion_health(scored, stop_ids)["p_eos"]
-        torch.testing.assert_close(found, probability[ended][:, list(stop_ids)].sum(-1))
+        expected = torch.full_like(found, torch.nan)
+        expected[ended] = probability[ended][:, list(stop_ids)].sum(-1)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("labels", [None, [1.0, 0.0, 1.0]])
+def test_health_follows_from_shapes_alone(labels: list[float] | None, deferred: bool) -> None:
+    """Fake tensors do not have values. Code that waits for a value of the device fails with them."""
+    pairs = [TokenizedPair((BOS, 8), (3, EOS), (5, 4, EOS), "", "", "", str(i)) for i in range(3)]
+    batch = collate(pairs, range(3), PAD)
+    batch = replace(batch, label=None if labels is None else torch.tensor(labels))
+    states, head = torch.randn(int(batch.sequences.completion_length.sum()), 6), torch.randn(6, VOCAB)
+    logits = DeferredLogits(states, lambda rows: rows @ head, 4) if deferred else states @ head
+    real = completion_health(ScoredBatch(batch, logits), (EOS, 9))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        found = completion_health(ScoredBatch(batch, logits), (EOS, 9))
+    assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in real.items()}
 
 
 def test_probe_counts_any_stop_token_as_finished(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spo.data import TokenizedPair
-from spo.forward.attention import MAX_MASKED_TOKENS, kernel_calls
+from spo.forward.grouped import MAX_MASKED_TOKENS, kernel_calls
 from spo.forward.packing import Group, Groups
 from spo.forward.probe import probe_drawing
 from spo.forward.speed import Speed
@@ -114,12 +114,12 @@ def test_stored_log_probs_avoid_reference_forward(tmp_path: Path) -> None:
         assert step["reference"] == []
 
 
-def test_spo_runs_reference_once_per_drawing_and_on_no_pair(tmp_path: Path) -> None:
-    drawn, used, length = SAMPLES, 2, 4
+def test_spo_runs_reference_once_per_used_sample_and_on_no_pair(tmp_path: Path) -> None:
+    drawn, used, length = SAMPLES, 2, 4  # Two steps use four of the five samples.
     regularizer = GlobalKL(0.1, 2, drawn, used, length, "tokenwise")
     pairs = PAIRS * (PROMPT + CHOSEN + REJECTED)
     steps = counted(tmp_path, SPOLoss(), regularizer, ROOMY)
-    assert [step["reference"] for step in steps] == [[drawn * (PROMPT + length)], [], [drawn * (PROMPT + length)]]
+    assert [step["reference"] for step in steps] == [[2 * used * (PROMPT + length)], [], [2 * used * (PROMPT + length)]]
     for refreshes, step in zip([True, False, True], steps, strict=True):
         # a drawing: the prompts, then token after token but for the last, which is read by no one
         sampling = [drawn * PROMPT, *[drawn] * (length - 1)] if refreshes else []

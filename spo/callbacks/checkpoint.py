@@ -19,10 +19,10 @@ from spo.errors import UserError
 from spo.module import AlignmentModule
 from spo.notes import collected_notes, restore_notes
 from spo.records import filenames
+from spo.records.checkpoint_folders import RUN_KEY, remove_checkpoint, take_place, unfinished_path
+from spo.records.files import remove
 from spo.wording import suggestion
 
-RUN_KEY = "run_identity"
-"""Entry of a checkpoint that holds the digest of the run's identity; checkpoints of version 0.1.0 do not have it."""
 HISTORY_KEY = "history"
 """Entry of a checkpoint that holds ``history.jsonl`` up to its step: compressed text as a tensor of bytes."""
 NOTES_KEY = "notes"
@@ -33,9 +33,10 @@ STEP_FILES = "step-*.ckpt"
 class Checkpoint(BaseCheckpoint):
     """``last.ckpt`` at every validation, and the best checkpoints by a metric.
 
-    Each file is written under a temporary name and renamed, so a process that is killed meanwhile leaves the earlier
-    one. ``best.ckpt`` is the best checkpoint. With ``top_k`` above 1, the best ones are also ``step-N.ckpt``. Of equal
-    values, the earlier step is better; a value that is not finite is never among the best.
+    Each is written under a temporary name and renamed, so a process that is killed meanwhile leaves the earlier one.
+    It is a file, or a folder if the policy is sharded. ``best.ckpt`` is the best checkpoint. With ``top_k`` above 1,
+    the best ones are also ``step-N.ckpt``. Of equal values, the earlier step is better; a value that is not finite is
+    never among the best.
 
     Args:
         dirpath: Folder of the checkpoints.
@@ -180,8 +181,8 @@ class Checkpoint(BaseCheckpoint):
         if trainer.is_global_zero and self.top_k > 1:
             if ranked[0] == step:
                 _link(path, self.best_path)
-            for file in set(self.folder.glob(STEP_FILES)) - {self._step_path(one) for one in ranked}:
-                file.unlink()
+            for earlier in set(self.folder.glob(STEP_FILES)) - {self._step_path(one) for one in ranked}:
+                remove_checkpoint(earlier)
 
     def _step_path(self, step: int) -> Path:
         return self.folder / STEP_FILES.replace("*", str(step))
@@ -190,19 +191,19 @@ class Checkpoint(BaseCheckpoint):
         # A run resumed from a checkpoint does not log that step again, so the rows up to it must be on disk first.
         for logger in trainer.loggers:
             logger.save()
+        unfinished = unfinished_path(path)
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.unfinished")
+            remove(unfinished)  # A folder that failed before may hold shards of more processes.
+        trainer.strategy.barrier()
         try:
             trainer.save_checkpoint(unfinished)  # Every process takes part, and waits for the others.
         except OSError:
-            if unfinished.is_file():
-                unfinished.unlink()
+            if trainer.is_global_zero:
+                remove(unfinished)
             raise
         if trainer.is_global_zero:
-            if path.is_dir():  # DeepSpeed writes a folder, which cannot replace another one.
-                shutil.rmtree(path)
-            unfinished.replace(path)
+            take_place(path)
         trainer.strategy.barrier()
 
 
@@ -227,12 +228,19 @@ def _history(trainer: Trainer) -> HistoryLogger | None:
     return next((logger for logger in trainer.loggers if isinstance(logger, HistoryLogger)), None)
 
 
-def _link(file: Path, name: Path) -> None:
-    """Give a file a second name, in place of an earlier file; copy it where the file system does not have links."""
-    unfinished = name.with_name(f".{name.name}.unfinished")
-    unfinished.unlink(missing_ok=True)
+def _link(checkpoint: Path, name: Path) -> None:
+    """Give a checkpoint a second name, in place of an earlier one, without a copy where the file system has links."""
+    second = unfinished_path(name)
+    remove(second)
+    if checkpoint.is_dir():
+        shutil.copytree(checkpoint, second, copy_function=_link_file)
+    else:
+        _link_file(checkpoint, second)
+    take_place(name)
+
+
+def _link_file(file: str | Path, name: str | Path) -> None:
     try:
-        os.link(file, unfinished)
+        os.link(file, name)
     except OSError:
-        shutil.copyfile(file, unfinished)
-    unfinished.replace(name)
+        shutil.copyfile(file, name)

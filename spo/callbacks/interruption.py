@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as BaseCheckpoint
 
@@ -68,8 +64,6 @@ class Interruption(BaseCheckpoint):
         if signals.hand_back(signum):
             return
         words = f"step {trainer.global_step} is in {callback.last_path}" if callback else "there is no checkpoint"
-        if _requeues(trainer, signum) and trainer.is_global_zero:
-            words += f"; {_requeue()}"
         self.stopped = True
         raise signals.Interrupted(signum, words)
 
@@ -82,24 +76,3 @@ def _received_anywhere(trainer: Trainer) -> int:
     number = torch.tensor(signum, device=trainer.strategy.root_device)
     torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
     return int(number)
-
-
-def _requeues(trainer: Trainer, signum: int) -> bool:
-    """Return whether SLURM shall queue the job again after this signal, as Lightning's own handler does."""
-    environment = trainer._accelerator_connector.cluster_environment
-    return (
-        isinstance(environment, SLURMEnvironment) and environment.auto_requeue and signum == environment.requeue_signal
-    )
-
-
-def _requeue() -> str:
-    """Ask SLURM to queue this job again, and return what came of it."""
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-    except OSError as error:
-        return f"job {job} was not queued again ({error})"
-    return (
-        f"job {job} was not queued again ({done.stderr.strip()})" if done.returncode else f"job {job} is queued again"
-    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from spo import slurm
 from spo.config.best_setting import best_setting
 from spo.config.choices import pin_choices
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
@@ -322,11 +322,9 @@ def run_name(now: str, overrides: Sequence[str]) -> str:
         now: Time as text.
         overrides: Overrides of the command, which distinguish the commands of one job.
     """
-    variables = os.environ
-    if "SLURM_JOB_ID" not in variables or variables.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+    job = slurm.job_id()
+    if job is None:
         return now
-    array = variables.get("SLURM_ARRAY_JOB_ID")
-    job = variables["SLURM_JOB_ID"] if array is None else f"{array}-{variables['SLURM_ARRAY_TASK_ID']}"
     return f"slurm-{job}-{hashlib.sha256(json.dumps(list(overrides)).encode()).hexdigest()[:8]}"
 
 
@@ -343,8 +341,8 @@ def gpus_per_node(devices: Any, accelerator: str) -> int | None:
 
 
 MAX_NAME_LENGTH = 120
-# A name leaves out groups that change no result. Only `speed` stays: a sweep over it needs a directory for each value.
-_UNNAMED_GROUPS = {key for key in OPERATIONAL_KEYS if "." not in key} - {"speed"}
+# A name leaves out groups that change no result, except for two: a sweep over them needs a directory for each value.
+_UNNAMED_GROUPS = {key for key in OPERATIONAL_KEYS if "." not in key} - {"speed", "strategy"}
 _KEY = re.compile(r"[A-Za-z][A-Za-z0-9._]*")
 _VALUE = re.compile(r"[A-Za-z0-9._-]+")
 _NUMBER = re.compile(r"[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)

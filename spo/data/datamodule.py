@@ -102,16 +102,10 @@ class PreferenceDataModule(LightningDataModule):
         return _TrainLoader(self._note_wait, dataset, sampler=steps, **self._loading())
 
     def val_dataloader(self) -> DataLoader[PreferenceBatch] | list[Any]:
-        """Return a loader of the selection pairs, each on exactly one device.
-
-        Raises:
-            DataError: If there are fewer pairs than devices.
-        """
+        """Return a loader of the selection pairs, each on exactly one device."""
         trainer = self._trainer()
         if not self.selection:
             return []
-        if len(self.selection) < trainer.world_size:
-            raise DataError(f"{len(self.selection)} selection pairs cannot be dealt to {trainer.world_size} devices")
         batches = deal_micro_batches(
             *self._sizes(self.selection),
             trainer.global_rank,
@@ -192,8 +186,11 @@ class _Batches(Dataset[PreferenceBatch]):
         return self.batch(self.batches[i])
 
     def batch(self, indices: NDArray[np.int64]) -> PreferenceBatch:
-        pairs = [self.pairs[j] for j in indices]
-        return collate(pairs, indices.tolist(), self.pad_token_id, self.reference_logps, self.arrange)
+        # A device without a pair computes the sequences of some pair, because the devices wait for each other.
+        chosen = indices.tolist() or [0]
+        pairs = [self.pairs[j] for j in chosen]
+        batch = collate(pairs, chosen, self.pad_token_id, self.reference_logps, self.arrange)
+        return batch if len(indices) else batch.without_pairs()
 
 
 class _TrainWindows(Dataset[Window]):

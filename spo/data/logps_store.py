@@ -50,15 +50,10 @@ class LogpsStore(SharedStore):
         Raises:
             DataError: The file cannot be used.
         """
+        return self._tensor(self.transact(lambda database: _read(database, keys), reads=True))
 
-        def read(database: sqlite3.Connection) -> list[float]:
-            query = "SELECT logp, checksum FROM logps WHERE key = ?"
-            return [_checked(key, database.execute(query, [key]).fetchone()) for key in keys]
-
-        return torch.tensor(self.transact(read, reads=True), dtype=self.dtype)
-
-    def put(self, keys: Sequence[bytes], logps: Tensor) -> None:
-        """Store ``(N,)`` log-probs, except NaN.
+    def put(self, keys: Sequence[bytes], logps: Tensor) -> Tensor:
+        """Store ``(N,)`` log-probs, except NaN, and return those that are stored now, as :meth:`get` does.
 
         Raises:
             DataError: The file cannot be used.
@@ -66,7 +61,20 @@ class LogpsStore(SharedStore):
         values = zip(keys, logps.tolist(), strict=True)
         # NaN is the only value that differs from itself.
         rows = [(key, logp, _checksum(key, logp)) for key, logp in values if logp == logp]
-        self.transact(lambda database: database.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?, ?)", rows))
+
+        def write(database: sqlite3.Connection) -> list[float]:
+            database.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?, ?)", rows)
+            return _read(database, keys)
+
+        return self._tensor(self.transact(write))
+
+    def _tensor(self, logps: list[float]) -> Tensor:
+        return torch.tensor(logps, dtype=self.dtype)
+
+
+def _read(database: sqlite3.Connection, keys: Sequence[bytes]) -> list[float]:
+    query = "SELECT logp, checksum FROM logps WHERE key = ?"
+    return [_checked(key, database.execute(query, [key]).fetchone()) for key in keys]
 
 
 def _checksum(key: bytes, logp: float) -> int:

@@ -21,8 +21,7 @@ class Windows:
     """The schedule of windows, one window of pairs per optimizer step.
 
     An epoch is a permutation of all pairs, drawn from the seed and the epoch. Its last window may be smaller: it is
-    never filled up, so no pair is seen twice in an epoch. A last window with fewer pairs than devices is skipped,
-    because a device without a pair could not take part in the step.
+    never filled up, so no pair is seen twice in an epoch. It may even have fewer pairs than there are devices.
 
     With ``group_by_length``, the permutation is cut into groups of that many windows. Each group is sorted by length
     and cut into windows, and then the windows of the epoch are shuffled. Each pair still comes once in an epoch, and
@@ -40,7 +39,7 @@ class Windows:
         group_by_length: Number of windows that are sorted together; ``None`` for no grouping.
 
     Raises:
-        ValueError: If a window, or all pairs together, are fewer than the devices.
+        ValueError: If the pairs of a window are fewer than the devices.
     """
 
     lengths: Indices
@@ -54,13 +53,11 @@ class Windows:
     def __post_init__(self) -> None:
         if self.batch_size < self.world_size:
             raise ValueError(f"data.batch_size={self.batch_size} pairs cannot be dealt to {self.world_size} devices")
-        if len(self.lengths) < self.world_size:
-            raise ValueError(f"{len(self.lengths)} pairs cannot be dealt to {self.world_size} devices")
 
     @property
     def per_epoch(self) -> int:
         """Return the number of windows in an epoch."""
-        return steps_per_epoch(len(self.lengths), self.batch_size, self.world_size)
+        return steps_per_epoch(len(self.lengths), self.batch_size)
 
     def window(self, step: int) -> Indices:
         """Return the positions of one step's pairs over all devices."""
@@ -107,7 +104,7 @@ def deal_micro_batches(
     more than others and need a batch for each of their pairs. One of their batches then exceeds the limits by a pair.
 
     Args:
-        lengths: ``(P,)`` length in tokens of each pair's longest sequence, for at least ``world_size`` pairs.
+        lengths: ``(P,)`` length in tokens of each pair's longest sequence.
         sizes: ``(P,)`` number of each pair's sequences if batches are padded, otherwise number of its tokens.
         padded: Whether each row of a batch is padded to the longest sequence.
         rank: Rank of this device.
@@ -116,12 +113,15 @@ def deal_micro_batches(
         max_tokens: Largest number of tokens in a batch of several pairs; ``None`` for no limit.
 
     Returns:
-        Positions of the pairs of each batch.
+        Positions of the pairs of each batch. With fewer pairs than devices, each device has one batch, which does not
+        have a pair on the last devices.
     """
     # Dealing in order of length gives all devices about the same work.
     order = np.argsort(-lengths, kind="stable")
     widths = lengths if padded else np.ones_like(lengths)
     shares = [order[first::world_size] for first in range(world_size)]
+    if len(lengths) < world_size:
+        return [shares[rank]]
     items = [list(zip(widths[share].tolist(), sizes[share].tolist(), strict=True)) for share in shares]
     needed = max(fewest_batches(own, max_pairs, max_tokens) for own in items)
     # No device can have more batches than the smallest share has pairs.

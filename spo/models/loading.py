@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +21,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from spo.errors import UserError
+from spo.forward.sharding import reshard
+from spo.models.causality import check_causal
 from spo.models.library_errors import Origin, first_line, in_words, some
+from spo.models.sharded_loading import Shard, sharded_loading
 from spo.models.tokenizer import as_in_file
 from spo.notes import note
 from spo.records.parameters import HARMLESS_KEYS
@@ -109,7 +111,13 @@ def check_vocabulary(origin: Origin, tokenizer: PreTrainedTokenizerBase, rows: i
 
 
 def load_causal_model(
-    origin: Origin, *, dtype: Any, attn_implementation: str, trust_remote_code: bool, dropout: float
+    origin: Origin,
+    *,
+    dtype: Any,
+    attn_implementation: str,
+    trust_remote_code: bool,
+    dropout: float,
+    shard: Shard | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model, in eval mode, with all of its weights.
 
@@ -122,6 +130,8 @@ def load_causal_model(
         attn_implementation: Name of an attention implementation of transformers, or :data:`AUTO_ATTENTION`.
         trust_remote_code: Whether code in the model folder may run.
         dropout: Dropout probability wherever the architecture has dropout.
+        shard: Function that shards the model before its weights are read; ``None`` for a whole model. A model that is
+            converted while it is loaded, such as a quantized one, is whole nevertheless.
 
     Raises:
         UserError: The model cannot be loaded as it is, or is not a causal language model.
@@ -139,15 +149,18 @@ def load_causal_model(
     turn_router_loss_off(origin, config)
     requested = None if attn_implementation == AUTO_ATTENTION else attn_implementation
     quantization = _dequantization(origin, whole)
-    model: Any = load_weights(
-        AutoModelForCausalLM,
-        origin,
-        dtype=dtype,
-        attn_implementation=requested,
-        trust_remote_code=trust_remote_code,
-        quantization_config=quantization,
-        **part,
-    ).eval()
+    with sharded_loading(None if "key_mapping" in part else shard):
+        model: Any = load_weights(
+            AutoModelForCausalLM,
+            origin,
+            dtype=dtype,
+            attn_implementation=requested,
+            trust_remote_code=trust_remote_code,
+            quantization_config=quantization,
+            **part,
+        ).eval()
+    if (mesh := getattr(next(model.parameters(), None), "device_mesh", None)) is not None:
+        model.to(mesh.device_type)
     if quantization is not None or "key_mapping" in part:
         # Saving would quantize the weights again, or name them as in the checkpoint of several modalities.
         model._weight_conversions = None
@@ -159,6 +172,7 @@ def load_causal_model(
             "(model.attn_implementation=auto)",
         )
     check_causal(origin, model)
+    reshard(model)
     _note_other_architecture(origin, model)
     _declare_untied_head(origin, model)
     return model
@@ -166,7 +180,7 @@ def load_causal_model(
 
 def _note_other_architecture(origin: Origin, model: Any) -> None:
     """Write a note if ``config.json`` names an architecture other than the one that its ``model_type`` loads."""
-    own = type(model).__name__
+    own = type(model).__name__.removeprefix("FSDP")  # which sharding puts before the name
     named = [name for name in getattr(model.config, "architectures", None) or () if name.endswith("ForCausalLM")]
     if named and own not in named and all(hasattr(transformers, name) for name in named):
         note(
@@ -341,40 +355,4 @@ def turn_router_loss_off(origin: Origin, config: Any) -> None:
         note(
             "router_loss_off",
             f"{origin} is a mixture of experts: the loss of its router (router_aux_loss_coef={coefficient}) is off",
-        )
-
-
-def check_causal(origin: Origin, model: PreTrainedModel) -> None:
-    """Refuse a model in which a token depends on later ones, such as BERT, or whose logits are not numbers.
-
-    The gradient of the first logits with respect to later embeddings is exactly zero in a causal model, in every dtype.
-
-    Raises:
-        UserError: The model is not causal, or computes NaN.
-    """
-    embedded: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-
-    try:
-        handle = model.get_input_embeddings().register_forward_hook(keep)
-        try:
-            with torch.enable_grad():
-                logits = model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits[:, 0]
-                total = torch.where(logits.isfinite(), logits, 0).sum()
-        finally:
-            handle.remove()
-        [gradient] = torch.autograd.grad(total, embedded)
-    except Exception:  # Some architectures run on a GPU only, and some do not look up their input in a module.
-        return
-    if logits.isnan().any():
-        raise UserError(
-            f"{origin} cannot be used: it computes NaN for a short text; copy or download the weights again"
-        )
-    if (gradient.flatten(0, -2)[1:].abs() > 0).any():  # The batch is one row, which some models put second.
-        raise UserError(
-            f"{origin} cannot be used: in this {type(model).__name__}, a token depends on those after it, so it is not "
-            "a causal language model; choose a decoder-only language model"
         )

@@ -14,6 +14,7 @@ from spo.models.adapters import LoraSettings, with_fresh_adapter, with_given_ada
 from spo.models.generation import read_stop_ids
 from spo.models.library_errors import Origin
 from spo.models.loading import load_causal_model, load_config, load_tokenizer
+from spo.models.sharded_loading import Shard
 
 Initial = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
@@ -58,21 +59,23 @@ class ModelSpec:
         config = load_config(self.origin(path), self.trust_remote_code)
         return read_stop_ids(path, config.get_text_config().vocab_size)
 
-    def base(self, path: str | Path, *, dropout: float = 0.0) -> PreTrainedModel:
+    def base(self, path: str | Path, *, dropout: float = 0.0, shard: Shard | None = None) -> PreTrainedModel:
         """Load the model without an adapter, in eval mode.
 
         Args:
             path: Hugging Face folder or hub name.
             dropout: Dropout probability wherever the architecture has dropout.
+            shard: Function that shards the model before its weights are read.
         """
-        return self.load(self.origin(path), dropout=dropout)
+        return self.load(self.origin(path), dropout=dropout, shard=shard)
 
-    def load(self, origin: Origin, *, dropout: float = 0.0) -> PreTrainedModel:
+    def load(self, origin: Origin, *, dropout: float = 0.0, shard: Shard | None = None) -> PreTrainedModel:
         """Load a model without an adapter, in eval mode, with these settings.
 
         Args:
             origin: Place of the model.
             dropout: Dropout probability wherever the architecture has dropout.
+            shard: Function that shards the model before its weights are read.
         """
         return load_causal_model(
             origin,
@@ -80,16 +83,19 @@ class ModelSpec:
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
             dropout=dropout,
+            shard=shard,
         )
 
-    def policy(self, path: str | Path, *, seed: int) -> nn.Module:
+    def policy(self, path: str | Path, *, seed: int, shard: Shard | None = None) -> nn.Module:
         """Load the model to train, in train mode.
 
         Args:
             path: Folder of the initial weights.
             seed: Random seed of the adapter's initialization.
+            shard: Function that shards the model before its weights are read. A model with an adapter is whole
+                nevertheless, since it is sharded with the adapter.
         """
-        base = self.base(path, dropout=self.dropout)
+        base = self.base(path, dropout=self.dropout, shard=shard if self._is_plain else None)
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         policy: nn.Module = base
@@ -99,9 +105,18 @@ class ModelSpec:
             policy = with_fresh_adapter(base, self.lora, seed)
         return policy.train()
 
-    def start(self, path: str | Path) -> nn.Module:
-        """Load the initial policy, frozen and in eval mode: the base weights with a given adapter."""
-        model: nn.Module = self.base(path)
+    @property
+    def _is_plain(self) -> bool:
+        return self.adapter_path is None and self.lora is None
+
+    def start(self, path: str | Path, *, shard: Shard | None = None) -> nn.Module:
+        """Load the initial policy, frozen and in eval mode: the base weights with a given adapter.
+
+        Args:
+            path: Folder of the initial weights.
+            shard: Function that shards the model before its weights are read, if it does not have an adapter.
+        """
+        model: nn.Module = self.base(path, shard=shard if self.adapter_path is None else None)
         if self.adapter_path is not None:
             model = with_given_adapter(model, self.adapter_path, is_trainable=False)
         return model.requires_grad_(False).eval()

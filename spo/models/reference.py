@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -213,7 +213,8 @@ class CachedReference(FrozenReference):
     Training starts at once, and only pairs that are used are scored. Later epochs, resumed runs, and other jobs with
     the same reference read the stored log-probs.
 
-    A step that scores a pair waits for the device once, to write the log-probs before the step ends.
+    A step that scores a pair waits for the device once, to write the log-probs before the step ends. A pair that the
+    process has seen before is served from memory, without the lock that processes share.
 
     Args:
         cache_dir: Folder of the stored log-probs.
@@ -222,6 +223,7 @@ class CachedReference(FrozenReference):
         store: Stored log-probs. Without a store this is a :class:`FrozenReference`.
         open_store: Function from layout and device to the store. It is called when log-probs are first needed, since
             the layout that the models support is not known earlier.
+        known: Log-probs that this process has read or stored, by the key of the sequence.
     """
 
     stores_logps: ClassVar[bool] = True
@@ -231,6 +233,7 @@ class CachedReference(FrozenReference):
         self.cache_dir = cache_dir
         self.store: LogpsStore | None = None
         self.open_store: Callable[[Speed, torch.device], LogpsStore] | None = None
+        self.known: dict[bytes, float] = {}
 
     def use_store(self, open_store: Callable[[str, Speed, torch.device], LogpsStore]) -> None:
         self.open_store = partial(open_store, self.cache_dir)
@@ -244,21 +247,29 @@ class CachedReference(FrozenReference):
             self.store = self.open_store(speed, device)
         if self.store is None or batch.keys is None:
             return super().pair_logps(batch, policy, speed)
-        logps = self.store.get(batch.keys)
-        missing = logps.isnan().nonzero().squeeze(-1)
-        others_score = self._is_needed_by_others(len(missing) > 0, device)
-        if len(missing) > 0:
+        if unread := [key for key in batch.keys if key not in self.known]:
+            self._remember(unread, self.store.get(unread))
+        missing = [i for i, key in enumerate(batch.keys) if key not in self.known]
+        others_score = self._is_needed_by_others(bool(missing), device)
+        if missing:
             self.check_unmoved()  # Other runs read what is stored, so it must be of the weights that name the store.
             sequences = batch.sequences
-            if len(missing) < len(logps):
-                sequences = speed.arrange(sequences.to("cpu").rows(missing)).to(device)
+            if len(missing) < len(batch.keys):
+                sequences = speed.arrange(sequences.to("cpu").rows(torch.tensor(missing))).to(device)
             with self.active(policy) as reference:
-                logps[missing] = speed.logps(reference, sequences).cpu()
-            self.store.put([batch.keys[i] for i in missing.tolist()], logps[missing])
+                computed = speed.logps(reference, sequences).cpu()
+            keys = [batch.keys[i] for i in missing]
+            self._remember(keys, self.store.put(keys, computed))
         elif others_score:
             with self.active(policy) as reference:
                 speed.logps(reference, batch.sequences)
-        return logps.to(device, non_blocking=True)
+        # NaN is not stored, so a sequence that has it is computed each time.
+        logps = [self.known.get(key, torch.nan) for key in batch.keys]
+        return torch.tensor(logps, dtype=self.store.dtype).to(device, non_blocking=True)
+
+    def _remember(self, keys: Sequence[bytes], logps: Tensor) -> None:
+        """Keep log-probs in memory, except NaN, so that a sequence is looked up once by a process."""
+        self.known |= {key: logp for key, logp in zip(keys, logps.tolist(), strict=True) if logp == logp}
 
     def _is_needed_by_others(self, is_needed: bool, device: torch.device) -> bool:
         """Return whether a process misses log-probs, if the forward pass of one process needs all of them."""

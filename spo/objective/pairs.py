@@ -249,6 +249,9 @@ class Pairs(Part):
             step: Optimizer steps taken so far.
             joint: Slopes and metrics of the batch, if its losses depend on other batches.
         """
+        if joint is None and len(scored.batch) == 0:
+            # A process without a pair only takes part in the passes. Losses may rely on at least one row.
+            return scored.policy_logps[:0].sum(), {}
         if joint is None:
             losses, metrics = self.losses(scored.inputs_of(self.loss), step)
             total = losses.sum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import accumulate
 from time import perf_counter
 
 import torch
@@ -66,7 +67,7 @@ class SampleDivergence(Divergence):
 
     @cached_property
     def buffer(self) -> SampleBuffer:
-        """Return the samples in use. The buffer is made on first use, since the run learns its rank late."""
+        """Return the samples in use. The buffer is made on first use, since ``speed`` is resolved late."""
         run, settings = self.run, self.settings
         return SampleBuffer(
             self.prompts,
@@ -78,27 +79,43 @@ class SampleDivergence(Divergence):
             pad_token_id=run.prompts.pad_token_id,
             sampler=run.speed.sampler,
             seed=run.seed,
-            rank=run.global_rank,
-            world_size=run.world_size,
         )
 
     def terms(self, window: Window, step: int) -> Iterator[StepTerm]:
-        """Draw samples where they are due, and prepare one term per micro-batch of the step's samples."""
-        buffer = self.fill(step)
+        """Draw samples where they are due, and prepare one term per micro-batch of this process's samples."""
+        run, buffer = self.run, self.fill(step)
         index = buffer.index(step)
-        weight = self.weight(step)
+        weight, world_size = self.weight(step), run.world_size
+        share, count = self._share(index, run.global_rank)
 
-        def term(part: list[int]) -> Tensor:
-            samples = self.run.speed.arrange(buffer.held.rows(torch.tensor(part)))
+        def term(first: int, part: list[int]) -> Tensor:
+            samples = run.speed.arrange(buffer.held.rows(torch.tensor(part)))
             cached = buffer.reference_logits
             reference = None if cached is None else concat_logits([cached[i] for i in part])
-            divergence = self._measure(samples.to_device_async(self.run.device), reference)
-            self.run.train_metrics.update({"loss/regularizer": divergence})
-            return weight * divergence.sum() / len(index)
+            divergence = self._measure(samples.to_device_async(run.device), reference)[: max(count - first, 0)]
+            run.train_metrics.update({"loss/regularizer": divergence})
+            # Gradients are averaged over processes, and the mean is that over all samples of the step.
+            return weight * divergence.sum() / len(index) * world_size
 
         tokens = buffer.held.completion_length[index].sum().float()
-        self.run.train_metrics.update({"buffer/age": float(buffer.age(step)), "buffer/tokens": tokens})
-        return (partial(term, part) for part in self._cut(index, self.run.micro_batch_tokens))
+        run.train_metrics.update({"buffer/age": float(buffer.age(step)), "buffer/tokens": tokens})
+        parts = list(self._cut(share, run.micro_batch_tokens))
+        starts = accumulate(map(len, parts), initial=0)
+        return (partial(term, first, part) for first, part in zip(starts, parts, strict=False))
+
+    def _share(self, index: list[int], rank: int) -> tuple[list[int], int]:
+        """Return the samples that a process forwards, and how many of them count.
+
+        All processes forward equally many, because they wait for each other in the passes of a sharded policy. The last
+        one of a process with fewer repeats another sample and does not count.
+
+        Args:
+            index: Positions of the samples of a step.
+            rank: Index of the process.
+        """
+        world_size = self.run.world_size
+        own = index[rank::world_size]
+        return own + index[: -(-len(index) // world_size) - len(own)], len(own)
 
     def fill(self, step: int) -> SampleBuffer:
         """Return the buffer, with new samples where they are due at ``step``, and with the reference's logits."""
@@ -106,19 +123,13 @@ class SampleDivergence(Divergence):
         started, stale = perf_counter(), buffer.is_stale(step)
         if stale:
             buffer.refresh(self.run.policy, step)
-            self.run.trained.add_samples(self._over_processes(int(buffer.held.completion_length.sum())))
+            self.run.trained.add_samples(int(buffer.held.completion_length.sum()))
         # The logits of a reference that moves would soon be those of other weights.
         if self.run.speed.keep_reference and not self.run.reference.moves and buffer.reference_logits is None:
-            buffer.reference_logits = self._reference_logits(buffer.held)
+            buffer.reference_logits = self._reference_logits(buffer, step)
         if stale:
             self.run.train_metrics.update({"sampling_s": perf_counter() - started})
         return buffer
-
-    def _over_processes(self, count: int) -> int:
-        total = torch.tensor(count, device=self.run.device)
-        if self.run.world_size > 1:
-            torch.distributed.all_reduce(total)
-        return int(total)
 
     def validation_value(self, means: Mapping[str, float]) -> float | None:
         """Return the probe's estimate on fresh samples, since those of the buffer are stale."""
@@ -140,24 +151,41 @@ class SampleDivergence(Divergence):
                 reference = run.speed.logits(model, samples)
         return self.divergence(policy, reference, samples)
 
-    def _reference_logits(self, samples: Sequences) -> list[Logits] | None:
-        """Return ``(c, V)`` reference logits of each sample, or ``None`` if the model's head does not allow it.
+    def _reference_logits(self, buffer: SampleBuffer, step: int) -> dict[int, Logits] | None:
+        """Return ``(c, V)`` reference logits of each sample that this process will use, by its position.
 
-        They are deferred, that is held as hidden states, if all of them are more than ``speed.max_logits``.
+        They are deferred, that is held as hidden states, if all of them are more than ``speed.max_logits``. The result
+        is ``None`` if the model's head does not allow it.
         """
-        run = self.run
-        logits_of_rows: list[Logits] = []
+        run, samples = self.run, buffer.held
+        used = self._used_until_refresh(buffer, step)
+        # Equally many on all processes, which wait for each other in the passes of a sharded reference.
+        most = max(map(len, used))
+        own = used[run.global_rank]
+        own += own[:1] * (most - len(own))
+        all_tokens = max(int(samples.completion_length[one].sum()) for one in used)
+        found: dict[int, Logits] = {}
         with run.reference.active(run.policy) as reference:
             if not can_defer(reference):
                 return None
-            all_tokens = int(samples.completion_length.sum())
-            for part in self._cut(list(range(len(samples))), run.micro_batch_tokens or MAX_REFERENCE_TOKENS):
+            for part in self._cut(own, run.micro_batch_tokens or MAX_REFERENCE_TOKENS):
                 rows = samples.rows(torch.tensor(part))
                 states = completion_states(reference, run.speed.arrange(rows).to_device_async(run.device))
                 logits = deferred_logits(reference, states, run.speed.max_logits)
                 fits = run.speed.max_logits is None or all_tokens <= logits.rows
-                logits_of_rows += (logits.materialize() if fits else logits).split(rows.completion_length.tolist())
-        return logits_of_rows
+                of_rows = (logits.materialize() if fits else logits).split(rows.completion_length.tolist())
+                found |= zip(part, of_rows, strict=True)
+        return found
+
+    def _used_until_refresh(self, buffer: SampleBuffer, step: int) -> list[list[int]]:
+        """Return the samples that each process forwards from a step on, until new ones are drawn."""
+        # After as many steps as there are samples, at the latest, the steps use the same ones again.
+        count = min(buffer.refresh_every - buffer.age(step), len(buffer.held))
+        steps = [buffer.index(one) for one in range(step, step + count)]
+        return [
+            list(dict.fromkeys(i for index in steps for i in self._share(index, rank)[0]))
+            for rank in range(self.run.world_size)
+        ]
 
     def _cut(self, samples: list[int], max_tokens: int | None) -> Iterator[list[int]]:
         run = self.run

@@ -44,7 +44,7 @@ def start_facts(
     counts, train = pairs.counts, pairs.train
     tokens = sum(len(pair.prompt_ids) * len(pair.completions) + sum(map(len, pair.completions)) for pair in train)
     size, steps = min(cfg.data.batch_size, len(train)), cfg.trainer.max_steps
-    per_epoch = steps_per_epoch(len(train), cfg.data.batch_size, trainer.world_size)
+    per_epoch = steps_per_epoch(len(train), cfg.data.batch_size)
     # Pairs are read as two rows each by a loss of labelled completions.
     rows, unit = ("pairs", "pairs") if train[0].label is None else ("rows", "completions")
     return {

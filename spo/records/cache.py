@@ -29,12 +29,9 @@ _BUILD = re.compile(r"[0-9a-f]{32}\.[a-z0-9_]{8}")
 def cached(root: str | Path, kind: str, key: dict[str, Any], build: Callable[[Path], None]) -> Path:
     """Return the folder that ``build`` fills, built once per key.
 
+    One process at a time builds it, under a temporary name, and renames it when it is complete; other processes wait.
     Each call checks the digests of the files and rebuilds a damaged entry. An entry is read without a lock, so a cache
-    that cannot be written works as far as it is filled. Several runs may use the cache: one of them builds an entry,
-    under a temporary name, and renames it when it is complete; the others wait.
-
-    All processes of a run call this together. The first one decides whether the entry is there, and builds it while
-    the others wait. They get the path alone, so the cache must lie in a file system that all nodes share.
+    that cannot be written works as far as it is filled.
 
     Args:
         root: Folder of the cache.
@@ -47,53 +44,75 @@ def cached(root: str | Path, kind: str, key: dict[str, Any], build: Callable[[Pa
 
     Raises:
         UserError: The entry is missing or damaged, and the cache cannot be written.
-        PeerLostError: Another process of the run has ended, for example because its part of the build failed.
     """
-
-    def build_alone(folder: Path | None) -> None:
-        if folder is not None:
-            build(folder)
-
-    return cached_together(root, kind, key, build_alone)
+    folder = _entry(root, kind, key)
+    with placed_by(SET_CACHE, folder.parents[1]):
+        _provide(folder, key, build)
+    return folder
 
 
 def cached_together(root: str | Path, kind: str, key: dict[str, Any], build: Callable[[Path | None], None]) -> Path:
-    """Do what :func:`cached` does, with a ``build`` to which all processes of the run contribute.
+    """Do what :func:`cached` does, once for all processes of a run. All of them call this.
+
+    The first process decides whether the entry is missing, and completes it. The others get its path, so the cache
+    must lie in a file system that all nodes share.
 
     Args:
         root: Folder of the cache.
-        kind: Kind of content.
-        key: JSON-like values that determine the content.
-        build: Function that all processes call where the entry is missing, so that it may let them share work. The
-            first process gets the empty folder to fill. The others get ``None`` and write nothing.
+        kind: Kind of content, such as ``"sft"``; the name of a folder in the cache.
+        key: JSON-like values that determine the content, the same in all processes.
+        build: Function that all processes call if the entry is missing, so that they can share the work. The first
+            process gets the empty folder to fill. The others get ``None`` and write nothing.
+
+    Returns:
+        Absolute path of the complete folder.
+
+    Raises:
+        UserError: The entry is missing or damaged, and the cache cannot be written.
+        PeerLostError: Another process of the run has ended, for example because its part of the build failed.
     """
-    root = Path(root).resolve()
-    folder = root / kind / digest(key)[:32]
+    folder = _entry(root, kind, key)
     if rank() == 0:
-        with placed_by(SET_CACHE, root):
-            _provide(folder, kind, key, build)
-    elif share(False):  # The first process answers whether it builds.
+        with placed_by(SET_CACHE, folder.parents[1]):
+            _provide(folder, key, build, tell=share)
+    elif share(False):  # The first process answers whether the entry is missing.
         build(None)
     return share(folder)
 
 
-def _provide(folder: Path, kind: str, key: dict[str, Any], build: Callable[[Path | None], None]) -> None:
-    """Find or build an entry in the first process, which tells the others whether it builds."""
+def _entry(root: str | Path, kind: str, key: dict[str, Any]) -> Path:
+    return Path(root).resolve() / kind / digest(key)[:32]
+
+
+def _provide(
+    folder: Path,
+    key: dict[str, Any],
+    build: Callable[[Path], None],
+    tell: Callable[[bool], Any] = lambda is_missing: None,
+) -> None:
+    """Build an entry if it is missing.
+
+    Args:
+        folder: Folder of the entry.
+        key: Values that determine the content.
+        build: Function that fills a folder.
+        tell: Function that receives whether the entry is missing, before it is built.
+    """
     if _is_intact(folder):
         _note_use(folder)
-        share(False)
+        tell(False)
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(_lock(folder)):
         if _is_intact(folder):  # Another run has built it in the meantime.
-            share(False)
+            tell(False)
             return
         if folder.exists():
-            log.warning("the cached %s in %s is damaged: building it again", kind, folder)
+            log.warning("the cached %s in %s is damaged: building it again", folder.parent.name, folder)
             remove(folder)
         temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
         try:
-            share(True)
+            tell(True)
             build(temporary)
             manifest = {"key": key, "files": folder_digests(temporary, without=MANIFEST)}
             write_json(temporary / MANIFEST, manifest)

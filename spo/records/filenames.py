@@ -35,6 +35,7 @@ EVALUATIONS = "evaluations"
 # Files in the folder of checkpoints.
 LAST_CHECKPOINT = "last.ckpt"
 BEST_CHECKPOINT = "best.ckpt"
+CHECKPOINT_MANIFEST = "checkpoint.json"  # in a checkpoint that is a folder: step, run, and checksums of its files
 
 # Files and folders of a sweep directory.
 SWEEP = "sweep.json"

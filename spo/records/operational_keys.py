@@ -7,10 +7,14 @@ from collections.abc import Collection
 CHOICES = "choices"
 """Key that holds the chosen member of each config group, such as ``regularizer: global_kl``."""
 # Keys that change time, cost, place or display, or describe a method, and change no result. They are not part of a
-# run's identity.
+# run's identity, so a run resumes on other devices and with other micro-batches, which change rounding alone.
 OPERATIONAL_KEYS = frozenset(
     {
         CHOICES,
+        "data.eval_batch_size",
+        "data.micro_batch_size",
+        "data.micro_batch_tokens",
+        "data.num_workers",
         "evaluation.batch_size",
         "hydra",
         "judge.attempts",
@@ -33,8 +37,13 @@ OPERATIONAL_KEYS = frozenset(
         "paths",
         "rerun",
         "speed",
+        "strategy",
         "tags",
         "threads",
+        "trainer.devices",
+        "trainer.enable_progress_bar",
+        "trainer.num_nodes",
+        "trainer.profiler",
     }
 )
 # Keys of how a run is executed and summarized. They change rounding at most, so runs that differ in them are different
@@ -42,19 +51,10 @@ OPERATIONAL_KEYS = frozenset(
 EXECUTION_KEYS = frozenset(
     {
         "callbacks",
-        "data.eval_batch_size",
-        "data.micro_batch_size",
-        "data.micro_batch_tokens",
-        "data.num_workers",
         "evaluation.against",
         "evaluation.bootstrap_samples",
         "evaluation.confidence",
-        "strategy",
         "trainer.accelerator",
-        "trainer.devices",
-        "trainer.enable_progress_bar",
-        "trainer.num_nodes",
-        "trainer.profiler",
     }
 )
 

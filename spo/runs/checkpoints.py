@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spo.callbacks.checkpoint import HISTORY_KEY, RUN_KEY, STEP_FILES
+from spo.callbacks.checkpoint import HISTORY_KEY, STEP_FILES
 from spo.errors import UserError
+from spo.models.sharded_state import read_meta
 from spo.notes import note
 from spo.processes import is_first_process
 from spo.records import filenames
+from spo.records.checkpoint_folders import RUN_KEY, is_intact, settle_checkpoints
 from spo.records.files import read_json
 from spo.runs.identity import known_digests
 
@@ -36,6 +38,9 @@ class ResumePoint(NamedTuple):
 def last_checkpoint(run_dir: Path, folder: Path | None = None) -> ResumePoint:
     """Return the last checkpoint of a run; if it is damaged, the newest of the others, with a note.
 
+    What a process that was killed left between two names of a folder gets its name first, so the caller is the only
+    process that uses the checkpoints.
+
     Args:
         run_dir: Run directory.
         folder: Folder of the checkpoints, ``None`` for that in the run directory.
@@ -44,6 +49,7 @@ def last_checkpoint(run_dir: Path, folder: Path | None = None) -> ResumePoint:
         UserError: A checkpoint is that of another run.
     """
     folder = run_dir / filenames.CHECKPOINTS if folder is None else folder
+    settle_checkpoints(folder, (filenames.LAST_CHECKPOINT, filenames.BEST_CHECKPOINT))
     last = folder / filenames.LAST_CHECKPOINT
     others = [folder / filenames.BEST_CHECKPOINT, *folder.glob(STEP_FILES)]
     damaged = []
@@ -71,8 +77,13 @@ def last_checkpoint(run_dir: Path, folder: Path | None = None) -> ResumePoint:
 
 
 def read_checkpoint(path: Path) -> Mapping[str, Any] | None:
-    """Return the content of a checkpoint, without reading its tensors into memory; ``None`` if it is damaged."""
+    """Return the content of a checkpoint, without reading its tensors into memory; ``None`` if it is damaged.
+
+    That of a folder lacks the weights, and the tensors of the optimizers.
+    """
     try:
+        if path.is_dir():
+            return read_meta(path) if is_intact(path) else None
         with zipfile.ZipFile(path) as archive:  # torch itself does not check the checksums
             if archive.testzip() is not None:
                 return None
@@ -91,7 +102,7 @@ def is_of_run(run_dir: Path, checkpoint: Mapping[str, Any]) -> bool:
 def _refuse_another_run(run_dir: Path, path: Path, checkpoint: Mapping[str, Any]) -> None:
     if not is_of_run(run_dir, checkpoint):
         raise UserError(
-            f"{path} is the checkpoint of another run: put that of this run back, or remove the file to resume from "
+            f"{path} is the checkpoint of another run: put that of this run back, or remove it to resume from "
             "another checkpoint or start again"
         )
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
+from spo import slurm
 from spo.errors import SET_RUN, UserError, error_line, placed_by
 from spo.processes import PeerLostError, is_first_process, place, share
 from spo.records import filenames
@@ -93,7 +94,8 @@ def claim(run_dir: Path, cfg: DictConfig, *, resumed: bool = False) -> Iterator[
                 with suppress(OSError):
                     write_failure(run_dir, str(interruption), kind="interrupted")
                 remedy = f"the same command or spo train --resume {run_dir} resumes it"
-                raise interruption.with_remedy(remedy) from None
+                queued = slurm.requeue(interruption.signum)
+                raise interruption.with_remedy(f"{queued}; {remedy}" if queued else remedy) from None
 
 
 @contextmanager

@@ -107,8 +107,13 @@ def known_digests(parts: Mapping[str, Any] | None) -> list[str]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return one line for each difference between two identities."""
-    before, after = old.get("config", {}), new.get("config", {})
+    """Return one line for each difference between two identities.
+
+    Earlier versions counted keys as part of a run that are operational now, which do not differ.
+    """
+    before, after = (
+        {key: value for key, value in one.get("config", {}).items() if not is_operational(key)} for one in (old, new)
+    )
     lines = [
         f"{key}: {_show(before, key)} there, {_show(after, key)} now"
         for key in sorted(before.keys() | after.keys())

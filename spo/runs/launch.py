@@ -199,7 +199,7 @@ class _SweepTask:
     Args:
         train: Function of the configuration of a job.
         config_dir: Folder with further members of the groups.
-        argv: Command line as typed. Lightning starts the processes of further devices with it.
+        argv: Command line as typed.
     """
 
     def __init__(self, train: Train, config_dir: str | None, argv: list[str]) -> None:
@@ -211,17 +211,18 @@ class _SweepTask:
         import_from_current_folder()  # Launchers start processes of their own, which main() does not prepare.
         scrub_logs()
         remember_secrets(OmegaConf.to_container(cfg, resolve=False))
-        if not is_first_process():
-            return self.train(cfg)
         job = HydraConfig.get()
         if is_stopping(Path(job.sweep.dir)):
             return None
         overrides, directory = _overrides(job), Path(job.runtime.output_dir).name
-        _scrub_sweep_file(Path(job.sweep.dir))
         ledger = Ledger(Path(job.sweep.dir))
         entry = ledger.entry(overrides)
         if entry is not None and (entry.same_as or (cfg.rerun and entry.status == "finished")):
             return None  # Another job is the same run, or this is a launcher's second attempt.
+        if not is_first_process():
+            with signals.handled():
+                return self.train(cfg)
+        _scrub_sweep_file(ledger.directory)
         ledger.note(overrides, directory, "running")
         try:
             result = None
@@ -273,9 +274,11 @@ def _notes(entries: Sequence[SweepJob]) -> Iterator[str]:
 def _needs_own_process(cfg: DictConfig) -> bool:
     """Return whether a job of a multirun must not run in the process that starts it.
 
-    Several devices start from a process of their own, since they repeat its command line. joblib's workers serve many
-    jobs: memory that one job leaves behind would stay, and its death would end the other jobs.
+    The command of one run starts the processes of several devices, if SLURM has not. joblib's workers serve many jobs:
+    memory that one job leaves behind would stay, and its death would end the other jobs.
     """
+    if place().world_size > 1:
+        return False
     return count_devices(cfg) != 1 or str(HydraConfig.get().launcher._target_).endswith(".JoblibLauncher")
 
 

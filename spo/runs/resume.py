@@ -26,7 +26,8 @@ from spo.runs.saved_config import load_config, refuse_redacted, write_config
 LENGTH, TIME = ("trainer.max_steps", "trainer.max_epochs"), "trainer.max_time"
 # A run that stopped at a loss that is not finite may leave that step out.
 NONFINITE = ("callbacks.nonfinite.action", "callbacks.nonfinite.max_skipped")
-RESUMABLE = (*LENGTH, TIME, "logger", "strategy", "model.trust_remote_code", *NONFINITE)
+DEVICES = ("trainer.devices", "trainer.num_nodes", "data.micro_batch_size", "data.micro_batch_tokens")
+RESUMABLE = (*LENGTH, TIME, *DEVICES, "logger", "strategy", "model.trust_remote_code", *NONFINITE)
 UNTIL_FINISHED = ("judge", "evaluation")
 
 
@@ -35,10 +36,11 @@ def resumed_config(
 ) -> DictConfig:
     """Return the configuration with which the run in ``run_dir`` resumes, and record its changes there.
 
-    Only the length (``trainer.max_steps``, ``max_epochs`` or ``max_time``), the keys of ``callbacks.nonfinite``,
-    ``logger`` and ``strategy`` may change and, until the run is finished, ``judge`` and ``evaluation``: a judge that
-    cannot be asked costs no training. A finished run resumes where its length grew, or where ``max_time`` changed and
-    had stopped it. Its limits are those of the identity: ``composed.yaml`` has the steps that followed from them.
+    Only the length (``trainer.max_steps``, ``max_epochs`` or ``max_time``), the devices and micro-batches, the keys of
+    ``callbacks.nonfinite``, ``logger`` and ``strategy`` may change and, until the run is finished, ``judge`` and
+    ``evaluation``: a judge that cannot be asked costs no training. A finished run resumes where its length grew, or
+    where ``max_time`` changed and had stopped it. Its limits are those of the identity: ``composed.yaml`` has the steps
+    that followed from them.
 
     Args:
         run_dir: Run directory.
@@ -101,8 +103,8 @@ def _change(cfg: DictConfig, text: str, run_dir: Path, config_dir: str | Path | 
         raise UserError(f"{text}: the run is finished; spo evaluate {run_dir} {text} evaluates it again")
     if key not in RESUMABLE and group not in (*RESUMABLE, *UNTIL_FINISHED):
         raise UserError(
-            f"{text}: a resumed run cannot change this; it can change {', '.join((*LENGTH, TIME))}, logger.* and "
-            "strategy.*, callbacks.nonfinite.action and .max_skipped, and judge.* and evaluation.* until it is "
+            f"{text}: a resumed run cannot change this; it can change {', '.join((*LENGTH, TIME, *DEVICES))}, logger.* "
+            "and strategy.*, callbacks.nonfinite.action and .max_skipped, and judge.* and evaluation.* until it is "
             "finished (start a new run to change anything else)"
         )
     if override.is_sweep_override() or override.is_delete():

@@ -30,7 +30,7 @@ FINISH_SECONDS = 120
 POLL_SECONDS = 0.05
 
 
-def supervise(words: Sequence[str], count: int, nodes: int, run_dir: Path) -> int:
+def supervise(words: Sequence[str], count: int, nodes: int, run_dir: Path | None) -> int:
     """Run ``spo WORDS`` in several processes that know each other, and wait for all of them.
 
     A signal is passed on to all of them. If one fails, the others get a short time to end by themselves and are then
@@ -40,16 +40,17 @@ def supervise(words: Sequence[str], count: int, nodes: int, run_dir: Path) -> in
         words: Arguments of the command.
         count: Number of processes on this machine.
         nodes: Number of machines, on each of which this command runs.
-        run_dir: Directory of the run.
+        run_dir: Directory of the run that gets ``failure.json``; ``None`` for an evaluation of a finished run.
 
     Returns:
-        Exit status of the run.
+        Exit status of the command.
 
     Raises:
         Interrupted: A signal came, and the processes were killed.
         UserError: The nodes cannot find each other, or a process was killed.
     """
     variables = _variables(count, nodes)
+    first = int(os.environ.get(NODE, "0")) * count if nodes > 1 else 0
     reader, writer = os.pipe()
     processes: list[subprocess.Popen[bytes]] = []
     interruption: Interrupted | None = None
@@ -63,8 +64,8 @@ def supervise(words: Sequence[str], count: int, nodes: int, run_dir: Path) -> in
     try:
         with signals.relayed(relay):
             for local_rank in range(count):
-                own = {SUPERVISOR: f"{reader} {run_dir}", "LOCAL_RANK": str(local_rank)}
-                own["RANK"] = str(int(os.environ.get(NODE, "0")) * count + local_rank)
+                own = {SUPERVISOR: f"{reader} {run_dir or ''}", "LOCAL_RANK": str(local_rank)}
+                own["RANK"] = str(first + local_rank)
                 command = [sys.executable, "-m", "spo", *words]
                 # In a session of its own, because a terminal's signal must come through this process alone.
                 processes.append(
@@ -90,11 +91,12 @@ def supervise(words: Sequence[str], count: int, nodes: int, run_dir: Path) -> in
         if status < 0 and ended_before[rank]:
             name = signal.Signals(-status).name
             cause = ", for example for lack of memory" if name == "SIGKILL" else ""
-            words_of_failure = f"process {rank} of {count} was ended by {name}{cause}"
-            with suppress(OSError):
-                write_failure(run_dir, words_of_failure)
-            raise UserError(f"{words_of_failure}: the same command resumes the run")
-    return max(map(abs, statuses)) if any(statuses) else 0
+            words_of_failure = f"process {first + rank} of {nodes * count} was ended by {name}{cause}"
+            if run_dir is not None:
+                with suppress(OSError):
+                    write_failure(run_dir, words_of_failure)
+            raise UserError(f"{words_of_failure}: the same command resumes where it stopped")
+    return max(status for status, ended in zip(statuses, ended_before, strict=True) if ended)
 
 
 def _variables(count: int, nodes: int) -> dict[str, str]:
@@ -142,7 +144,7 @@ def end_with_supervisor() -> None:
 
     def wait() -> None:
         os.read(int(descriptor), 1)
-        if place().is_first and Path(run_dir).is_dir():
+        if run_dir and place().is_first and Path(run_dir).is_dir():
             with suppress(OSError):
                 write_failure(Path(run_dir), "the command that started the processes of the run was killed")
         os.kill(os.getpid(), signal.SIGKILL)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,28 @@ def _generate(
         )[:, ids.shape[1] :]
 
 
+class Sampler(NamedTuple):
+    """A way to decode completions.
+
+    Attributes:
+        decode: Function with the arguments and the result of :func:`spo.sampling.static.decode`. The result may be as
+            narrow as the longest completion. Row ``i`` chooses its token ``t`` by
+            :func:`spo.sampling.draw.next_tokens` from the logits of a forward pass, in float32 at least, and from
+            ``numbers[i, t]``. What follows a stop token in a row is ignored.
+        unsupported: Function from a model to the reason why it cannot be decoded in this way, or to ``None``.
+    """
+
+    decode: Callable[..., Tensor]
+    unsupported: Callable[[nn.Module], str | None]
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "static": Sampler(static.decode, static.unsupported),
+    "generate": Sampler(_generate, lambda model: None),
+}
+"""Samplers by their name in ``speed.sampler``. One that does not support a model leaves it to ``generate``."""
+
+
 @torch.no_grad()
 def sample(
     model: nn.Module,
@@ -99,14 +121,20 @@ def sample(
     stop_ids: Seq[int],
     pad_token_id: int,
     seeds: Seq[int],
-    sampler: Literal["static", "generate"],
+    sampler: str,
 ) -> Sequences:
     """Draw one completion per prompt, without truncating the distribution and with dropout off.
 
-    The completion of a prompt depends on the weights, the prompt and its seed. It does not depend on other prompts,
-    the sampler, or the global random state, except for rounding: other batch shapes add up in another order. A
-    completion ends with its first stop token, which is part of it, or is cut at ``max_new_tokens``. Prompts of
-    similar length are forwarded together, as many as :data:`MAX_BATCH_TOKENS` allows.
+    Every sampler keeps this contract, which ``tests/test_sampler_conformance.py`` checks:
+
+    - The completion of a prompt depends on the weights, the prompt and its seed. It does not depend on other prompts,
+      the sampler, or the global random state, except for rounding: other batch shapes add up in another order.
+    - The probability of a token is that of a forward pass over the prompt and the tokens before it, which scores the
+      sequence later.
+    - A completion ends with its first stop token, which is part of it, or is cut at ``max_new_tokens``.
+    - Modes, weights and random state are afterwards what they were.
+
+    Prompts of similar length are forwarded together, as many as :data:`MAX_BATCH_TOKENS` allows.
 
     Args:
         model: Hugging Face causal language model; its train or eval mode is restored.
@@ -116,13 +144,16 @@ def sample(
         stop_ids: Tokens that end a completion, at least one; in a prompt they do not.
         pad_token_id: Token id of padding.
         seeds: Seed of each prompt.
-        sampler: ``static`` for the loop of :mod:`spo.sampling.static`, with the models that it supports; ``generate``
-            for that of Hugging Face.
+        sampler: Name in :data:`SAMPLERS`: ``static`` for the loop of :mod:`spo.sampling.static`, with the models that
+            it supports; ``generate`` for that of Hugging Face.
 
     Returns:
         ``len(prompts)`` sequences, right-padded.
     """
     device = next(model.parameters()).device
+    if not prompts:
+        none = torch.empty(0, dtype=torch.long, device=device)
+        return Sequences(none.view(0, 0), none, none)
     numbers = uniform_numbers(seeds, max_new_tokens, device)
     generated = torch.full(numbers.shape, pad_token_id, dtype=torch.long, device=device)
     with gathered(model), eval_mode(model), _uncompiled(model):
@@ -146,7 +177,7 @@ def sample(
 
 
 def _batches(
-    model: nn.Module, lengths: list[int], max_new_tokens: int, sampler: Literal["static", "generate"]
+    model: nn.Module, lengths: list[int], max_new_tokens: int, sampler: str
 ) -> list[tuple[Seq[int], Callable[..., Tensor]]]:
     """Return the rows of each batch, and the function that decodes them.
 
@@ -155,8 +186,8 @@ def _batches(
     """
     causal = base_model(model)
     drawing, scale = probe_drawing(model), scale_of(causal)
-    # The static loop pads on the left and keeps a cache, so it is wrong where either changes a row.
-    is_static = sampler == "static" and drawing == Drawing() and _is_static(model)
+    # Samplers may pad and cache as they like, so only `generate` is asked where either changes a row.
+    chosen = SAMPLERS[sampler] if drawing == Drawing() and _is_supported(model, sampler) else SAMPLERS["generate"]
 
     def traits(row: int) -> tuple[bool, object]:
         length = lengths[row]
@@ -178,17 +209,17 @@ def _batches(
         return [(range(len(lengths)), _generate)]
     batches: list[tuple[Seq[int], Callable[..., Tensor]]] = []
     for rows in groups:
-        decode = (static.decode if is_static else _generate) if traits(rows[0])[0] else uncached.decode
+        decode = chosen.decode if traits(rows[0])[0] else uncached.decode
         parts = even_parts_by_length([lengths[row] for row in rows], max_new_tokens, MAX_BATCH_TOKENS)
         batches += [([rows[place] for place in part], decode) for part in parts]
     return batches
 
 
-def _is_static(model: nn.Module) -> bool:
-    """Return whether the static loop supports a model, and log the reason once if it does not."""
-    if reason := static.unsupported(model):
+def _is_supported(model: nn.Module, sampler: str) -> bool:
+    """Return whether a sampler supports a model, and log the reason once if it does not."""
+    if reason := SAMPLERS[sampler].unsupported(model):
         name = type(base_model(model)).__name__
-        message = f"{name}: sampled by Hugging Face's generate, not by speed.sampler=static: {reason}"
+        message = f"{name}: sampled by Hugging Face's generate, not by speed.sampler={sampler}: {reason}"
         log_once(log, logging.INFO, message)
     return reason is None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -17,9 +17,9 @@ from spo.forward.head import base_model
 from spo.forward.sharding import needs_all_processes
 from spo.sampling.draw import next_tokens
 
-TOKENS_BETWEEN_CHECKS = 16
-"""Tokens between two checks for finished rows on an accelerator: a check waits for the device, which costs more than a
-few superfluous tokens."""
+CHECK_TOKENS, NOTICE_TOKENS = 16, 4
+"""Tokens between two checks for finished rows on an accelerator, and tokens by which the copy to the host precedes each
+check, so that the host does not wait for an idle device. Superfluous tokens cost less than checks at every token."""
 
 MAX_PREFILL_TOKENS = 2048
 """Tokens of prompts that are forwarded at once: enough to keep a device busy, few enough to need little padding."""
@@ -208,14 +208,16 @@ def decode(
     positions = positions[:, -1]
     completions, stops = ids.new_full((n, limit), pad_token_id), torch.tensor(stop_ids, device=ids.device)
     active, finished = torch.arange(n, device=ids.device), torch.zeros(n, dtype=torch.bool, device=ids.device)
-    every = 1 if ids.device.type == "cpu" else TOKENS_BETWEEN_CHECKS
+    every, notice = _check_schedule(ids.device)
     for step in range(limit):
         tokens = next_tokens(logits, numbers[:, step], temperature).masked_fill(finished, pad_token_id)
         completions[active, step] = tokens
         finished |= torch.isin(tokens, stops)
         if step + 1 == limit:
             break
-        if (step + 1) % every == 0 and any(ended := finished.tolist()):
+        if (step + 1 + notice) % every == 0:
+            ended_rows = _copy_to_host(finished)
+        if (step + 1) % every == 0 and any(ended := ended_rows()):
             if all(ended):
                 break
             order, holes, movers = _compaction(ended, ids.device)
@@ -227,6 +229,25 @@ def decode(
         visible = attended[:, : width + step + 1] if attended is not None else None
         logits = forward(tokens[:, None], positions[:, None], visible)
     return completions
+
+
+def _check_schedule(device: torch.device) -> tuple[int, int]:
+    """Return after how many tokens finished rows leave the batch, and how many tokens earlier they are noticed."""
+    return (1, 0) if device.type == "cpu" else (CHECK_TOKENS, NOTICE_TOKENS)
+
+
+def _copy_to_host(flags: Tensor) -> Callable[[], list[bool]]:
+    """Start to copy flags to the host, and return the function that waits for the copy."""
+    if not flags.is_cuda:
+        return flags.tolist
+    copy = flags.to("cpu", non_blocking=True)
+    copied = torch.cuda.current_stream(flags.device).record_event()
+
+    def wait() -> list[bool]:
+        copied.synchronize()
+        return copy.tolist()
+
+    return wait
 
 
 def _parts(lengths: list[int], width: int) -> Iterator[tuple[slice, int]]:

@@ -40,9 +40,7 @@ def warmup_steps(warmup: float, steps: int) -> int:
     return int(Decimal(str(warmup)) * steps) if warmup < 1 else int(warmup)
 
 
-def training_steps(
-    max_steps: int | None, max_epochs: float | None, num_pairs: int, batch_size: int, world_size: int = 1
-) -> int:
+def training_steps(max_steps: int | None, max_epochs: float | None, num_pairs: int, batch_size: int) -> int:
     """Return the number of optimizer steps of a run: that of the limit that ends first.
 
     Args:
@@ -50,14 +48,13 @@ def training_steps(
         max_epochs: Largest number of passes over the pairs, not necessarily a whole one, or ``None``.
         num_pairs: Number of pairs to train on.
         batch_size: Number of pairs per step, over all devices.
-        world_size: Number of devices.
 
     Raises:
         ValueError: Neither limit is given.
     """
     limits = [] if max_steps is None else [max_steps]
     if max_epochs is not None:
-        limits.append(math.ceil(Decimal(str(max_epochs)) * steps_per_epoch(num_pairs, batch_size, world_size)))
+        limits.append(math.ceil(Decimal(str(max_epochs)) * steps_per_epoch(num_pairs, batch_size)))
     if not limits:
         raise ValueError("trainer.max_steps and trainer.max_epochs are both null: set one of them")
     return min(limits)

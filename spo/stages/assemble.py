@@ -35,10 +35,11 @@ from spo.regularizers import Regularizer
 from spo.schedules.optimization import warmup_steps
 from spo.stages.devices import device_settings
 from spo.stages.extra_references import load_extra_references
-from spo.stages.from_config import build_loss, build_sharding
+from spo.stages.from_config import build_loss
 from spo.stages.prepare import Prepared
 from spo.stages.reference_logps import logps_store, precomputed_logps
 from spo.stages.regularizer_prompts import regularizer_prompts
+from spo.stages.sharding import build_sharding, shard_while_loading
 from spo.watch import ProbeSettings
 
 
@@ -69,7 +70,8 @@ def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
         prepared: Model, tokenizer and pairs of the run.
         loggers: Loggers of the Trainer.
     """
-    policy = prepared.spec.policy(prepared.base, seed=cfg.seed)
+    shard = shard_while_loading(cfg)
+    policy = prepared.spec.policy(prepared.base, seed=cfg.seed, shard=shard)
     check_mergeable(policy)
     reference: Reference = instantiate(cfg.reference)
     exact = build_exact(cfg, prepared)
@@ -79,7 +81,7 @@ def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
     trainer = build_trainer(cfg, loggers, [stop] if exact is None else [stop, exact])
     sampled = _attach_validation_samples(cfg, prepared, trainer)
     if module.needs_reference_model or (sampled and reference.scores_samples):
-        reference.attach(lambda: prepared.spec.start(prepared.base))
+        reference.attach(lambda: prepared.spec.start(prepared.base, shard=shard))
     reference.use_store(partial(logps_store, cfg, prepared))
     data = build_data(cfg, reference, module, prepared)
     return Parts(module, data, trainer, exact, stop)

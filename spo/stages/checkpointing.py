@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -17,8 +18,12 @@ from torch.distributed.fsdp import FSDPModule
 from spo.callbacks import Interruption
 from spo.callbacks.checkpoint import checkpoint_callback
 from spo.errors import UserError
+from spo.models.saving import whole_state_dict
+from spo.models.sharded_state import load_shards, read_whole
+from spo.models.sharded_strategy import ShardedStrategy, WholeCheckpointIO
 from spo.module import AlignmentModule
 from spo.objective.learned import PREFIX
+from spo.processes import rank, share
 from spo.records import filenames
 from spo.records.files import read_json
 from spo.runs.checkpoints import is_of_run, read_checkpoint
@@ -76,8 +81,13 @@ def fit(parts: Parts, checkpoint: str | None) -> None:
 
     Raises:
         Interrupted: A signal came.
+        UserError: The checkpoint is a folder of shards, which the strategy cannot read.
     """
     trainer = parts.trainer
+    if checkpoint is not None and Path(checkpoint).is_dir() and not isinstance(trainer.strategy, ShardedStrategy):
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise UserError(f"strategy=deepspeed cannot resume from the shards in {checkpoint}; choose strategy=fsdp")
+        trainer.strategy.checkpoint_io = WholeCheckpointIO()
     try:
         trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
     except Interrupted:
@@ -104,7 +114,9 @@ def _end_other_processes(trainer: Trainer) -> None:
 def choose_weights(
     cfg: DictConfig, module: AlignmentModule, trainer: Trainer, last: dict[str, Any] | None
 ) -> ChosenWeights:
-    """Return the weights that ``evaluation.policy`` names, and load them into the module of the first rank.
+    """Return the weights that ``evaluation.policy`` names, and load them into the module.
+
+    All processes call this if the policy is sharded; else the first one alone may.
 
     Args:
         cfg: Configuration of the run, resolved.
@@ -125,22 +137,31 @@ def choose_weights(
     step = next(iter(callback.best))
     if step == trainer.global_step:
         return ChosenWeights(step, last)
-    checkpoint = read_checkpoint(callback.best_path)
-    if checkpoint is None or checkpoint["global_step"] != step or not is_of_run(run_dir, checkpoint):
+    path, is_sharded = callback.best_path, isinstance(module.policy, FSDPModule)
+
+    def check() -> Mapping[str, Any] | None:
+        found = read_checkpoint(path)
+        return found if found and found["global_step"] == step and is_of_run(run_dir, found) else None
+
+    # All processes take part in the loading of shards, and the first one alone checks that they are intact.
+    checkpoint = check() if not is_sharded or rank() == 0 else None
+    if not (share(checkpoint is not None) if is_sharded else checkpoint is not None):
         raise UserError(
-            f"evaluation.policy=best: {callback.best_path} is not the intact checkpoint of step {step} of this run; "
+            f"evaluation.policy=best: {path} is not the intact checkpoint of step {step} of this run; "
             "resume with evaluation.policy=last"
         )
-    weights = _below("policy.", checkpoint["state_dict"])
-    if isinstance(module.loss, nn.Module):
-        module.loss.load_state_dict(_below(PREFIX, checkpoint["state_dict"]))
+    if is_sharded:
+        checkpoint = load_shards(module, [], path, strict=module.strict_loading)
+    else:
+        checkpoint = read_whole(path) if path.is_dir() else checkpoint
+        assert checkpoint is not None
+        module.policy.load_state_dict(_below("policy.", checkpoint["state_dict"]), strict=module.strict_loading)
+        if isinstance(module.loss, nn.Module):
+            module.loss.load_state_dict(_below(PREFIX, checkpoint["state_dict"]))
     if "reference" in checkpoint:
         module.reference.load_state_dict(checkpoint["reference"])
     module.controllers.load_state_dict(checkpoint["controllers"])
-    if isinstance(module.policy, FSDPModule):
-        return ChosenWeights(step, weights)
-    module.policy.load_state_dict(weights, strict=module.strict_loading)
-    return ChosenWeights(step, None)
+    return ChosenWeights(step, whole_state_dict(module.policy))
 
 
 def _below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
 from lightning.fabric.utilities.device_parser import _parse_gpu_ids
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from spo import processes
 from spo.errors import UserError
@@ -80,8 +80,26 @@ def join_processes(cfg: DictConfig) -> None:
             else f"set trainer.devices={own.local_world_size} and trainer.num_nodes={own.nodes}"
         )
         raise UserError(f"trainer.devices: the run wants {wanted} processes, and {started}: {remedy}")
+    _check_device(cfg)
     device = process_device(cfg)
     processes.join(device.type, device.index)
+
+
+def _check_device(cfg: DictConfig) -> None:
+    """Refuse a device that this machine does not have, or on which the strategy does not run."""
+    own, accelerator = place(), cfg.trainer.accelerator
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if accelerator in ("gpu", "cuda") and gpus == 0:
+        raise UserError(f"trainer.accelerator={accelerator}: this machine does not have a GPU: set it to cpu")
+    uses_gpu = gpus > 0 and accelerator in ("auto", "gpu", "cuda")
+    if uses_gpu and own.local_world_size > gpus:
+        raise UserError(
+            f"trainer.devices={cfg.trainer.devices}: {own.local_world_size} processes run on this machine, and each "
+            f"sees {gpus} GPU{'s'[: gpus != 1]}: start one process per GPU, and ask SLURM for --gpus-per-node"
+        )
+    target = str(OmegaConf.select(cfg, "strategy.plugin._target_"))
+    if target.endswith(".DeepSpeedStrategy") and not uses_gpu:
+        raise UserError("strategy=deepspeed runs on GPUs alone: choose strategy=ddp or strategy=fsdp on a CPU")
 
 
 def process_device(cfg: DictConfig) -> torch.device:
@@ -109,4 +127,6 @@ def device_settings(cfg: DictConfig) -> dict[str, Any]:
         "devices": list(devices) if isinstance(devices, ListConfig) else devices,
         "num_nodes": cfg.trainer.num_nodes,
     }
-    return settings | ({"plugins": [LaunchedEnvironment()]} if place().world_size > 1 else {})
+    # Lightning would otherwise take a process by itself within a job of SLURM for one of several.
+    environment = LaunchedEnvironment() if place().world_size > 1 else LightningEnvironment()
+    return settings | {"plugins": [environment]}

@@ -8,7 +8,6 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from spo.processes import is_first_process
-from spo.runs.launch import count_devices
 from spo.runs.saved_config import write_config
 from spo.schedules.optimization import training_steps
 from spo.stages.from_config import resolve_values
@@ -28,8 +27,7 @@ def with_length(cfg: DictConfig, num_pairs: int) -> DictConfig:
     epochs = OmegaConf.select(cfg, "trainer.max_epochs")
     if epochs is not None:
         cfg = copy.deepcopy(cfg)
-        sizes = num_pairs, cfg.data.batch_size, count_devices(cfg)
-        cfg.trainer.max_steps = training_steps(cfg.trainer.max_steps, epochs, *sizes)
+        cfg.trainer.max_steps = training_steps(cfg.trainer.max_steps, epochs, num_pairs, cfg.data.batch_size)
         if is_first_process():
             write_config(Path(cfg.paths.run), cfg)
     return resolve_values(cfg)

@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from omegaconf import DictConfig, OmegaConf
 from transformers import get_cosine_schedule_with_warmup
 
-from spo.batching import steps_per_epoch
 from spo.callbacks import Progress
 from spo.config.nodes import locate
 from spo.data import PreparedPairs, RowError, Source
@@ -29,12 +28,13 @@ from spo.models.saving import save_policy, whole_state_dict
 from spo.module import AlignmentModule
 from spo.notes import note
 from spo.objective import Prompts
-from spo.processes import place, world_size
-from spo.records.cache import cached, cached_together
+from spo.processes import rank, world_size
+from spo.records.cache import cached_together
 from spo.records.digests import code_version, model_digest
 from spo.regularizers import NoRegularizer
 from spo.schedules import Constant
 from spo.schedules.optimization import warmup_steps
+from spo.stages.devices import device_settings
 from spo.stages.from_config import data_key, data_needs, eval_device, make_renderer, model_plugins, rendering_key
 from spo.stages.pairs import no_completer
 
@@ -109,11 +109,13 @@ def initial_model(cfg: DictConfig, spec: ModelSpec) -> str:
         "plugins": model_plugins(cfg),
         "dtype": spec.dtype,
     }
-    return str(cached(cfg.paths.cache, "initial", key, partial(_save_initial, spec)))
+    return str(cached_together(cfg.paths.cache, "initial", key, partial(_save_initial, spec)))
 
 
-def _save_initial(spec: ModelSpec, folder: Path) -> None:
-    """Write fresh weights to a folder."""
+def _save_initial(spec: ModelSpec, folder: Path | None) -> None:
+    """Write fresh weights to the folder if given."""
+    if folder is None:
+        return
     assert spec.initial is not None
     model, tokenizer = spec.initial()
     if tokenizer.pad_token_id is None:
@@ -208,11 +210,11 @@ def _fit_supervised(cfg: DictConfig, model: Any, pairs: PreparedPairs, tokenizer
         pad_token_id=pad,
         max_steps=sft.max_steps,
     )
-    if place().is_first:
+    if rank() == 0:
         log.info("making the reference model: %d steps of supervised fine-tuning", sft.max_steps)
     trainer = Trainer(
         accelerator=eval_device(cfg).type,
-        **_devices(cfg, len(pairs.train)),
+        **_devices(cfg),
         max_steps=sft.max_steps,
         max_epochs=-1,
         limit_val_batches=0,
@@ -230,27 +232,22 @@ def _fit_supervised(cfg: DictConfig, model: Any, pairs: PreparedPairs, tokenizer
     return weights
 
 
-def _devices(cfg: DictConfig, num_pairs: int) -> dict[str, Any]:
+def _devices(cfg: DictConfig) -> dict[str, Any]:
     """Return the arguments of the Trainer that say on which devices it trains.
 
     It trains on the devices of the run, by its strategy or else by DDP. The weights do not depend on their number,
-    beyond rounding. A batch with fewer pairs than devices cannot be dealt, so with one among them each process trains
-    by itself on all pairs.
+    beyond rounding. Batches with fewer pairs than devices cannot be dealt, so each process then trains by itself on all
+    pairs.
     """
     count, size = world_size(), cfg.sft.batch_size
     if count == 1:
         return {"devices": 1}
-    if size < count or steps_per_epoch(num_pairs, size, count) != steps_per_epoch(num_pairs, size):
+    if size < count:
         note(
             "sft_not_dealt",
-            f"the supervised fine-tuning runs on one device: a batch of it has fewer pairs than the {count} devices "
-            f"(sft.batch_size={size}, {num_pairs} pairs)",
+            f"the supervised fine-tuning runs on one device: sft.batch_size={size} is below the {count} devices",
         )
         device = eval_device(cfg)
         return {"devices": 1 if device.index is None else [device.index]}
     strategy = instantiate(cfg.strategy).plugin
-    return {
-        "devices": place().local_world_size,
-        "num_nodes": place().nodes,
-        "strategy": "ddp" if isinstance(strategy, DeepSpeedStrategy) else strategy,
-    }
+    return {**device_settings(cfg), "strategy": "ddp" if isinstance(strategy, DeepSpeedStrategy) else strategy}

@@ -134,7 +134,8 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
     with ExitStack() as stack:
         for tracker in trackers:
             stack.callback(tracker.close)  # a failed job must not leave its run open for the next job
-            tracker.describe(describe(cfg, run_dir, recorded=record.resumed))
+            if is_first_process():
+                tracker.describe(describe(cfg, run_dir, recorded=record.resumed))
         fit(parts, None if point is None else point.path)
         trained_at = perf_counter()
         saved = save_training(cfg, prepared, run_dir, parts, start, record)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from spo.callbacks import Stop
 from spo.data import TokenizedPair
@@ -43,11 +44,12 @@ class Start:
     """The trainable weights before training, as fingerprints.
 
     Args:
-        policy: Policy before training, whole and on one device.
+        policy: Policy before training. If it is sharded, all processes take part.
     """
 
     def __init__(self, policy: nn.Module) -> None:
-        self.fingerprints = {name: fingerprint(p) for name, p in policy.named_parameters() if p.requires_grad}
+        trained = ((name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad)
+        self.fingerprints = {name: fingerprint(_whole(parameter.detach())) for name, parameter in trained}
 
     def changed_share(self, weights: Mapping[str, Tensor]) -> float:
         """Return the estimated share of trainable weights that differ now; 0 only if every weight is the same.
@@ -63,6 +65,10 @@ class Start:
                 share = max(share, 1 / before.size)
             changed, total = changed + before.size * share, total + before.size
         return changed / total
+
+
+def _whole(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from spo.config.checks.callbacks import callback_problems
 from spo.config.checks.combinations import combination_problems
+from spo.config.checks.devices import device_problems
 from spo.config.checks.files import file_problems, uncounted_parameters
 from spo.config.checks.notes import warnings
 from spo.config.checks.settings import (
@@ -51,8 +52,9 @@ def problems(cfg: DictConfig) -> list[str]:
 def quick_problems(cfg: DictConfig) -> list[str]:
     """Return missing and wrong values and files that do not exist, found without importing what runs."""
     cfg = with_some_length(cfg)
-    parts = (missing_and_unresolved, absent_groups, directive_problems, setting_problems, file_problems)
-    return list(dict.fromkeys(problem for part in parts for problem in part(cfg)))
+    steps = [missing_and_unresolved, absent_groups, directive_problems, setting_problems]
+    steps += [device_problems, file_problems]
+    return list(dict.fromkeys(problem for step in steps for problem in step(cfg)))
 
 
 def code_problems(cfg: DictConfig) -> list[str]:
@@ -64,4 +66,5 @@ def code_problems(cfg: DictConfig) -> list[str]:
     cfg = with_some_rate(with_some_length(cfg))
     found = [*uncounted, *target_problems(cfg)]
     parts = CheckedParts(cfg, found)
-    return list(dict.fromkeys([*found, *callback_problems(cfg, parts), *combination_problems(cfg, parts)]))
+    found += [*callback_problems(cfg, parts), *combination_problems(cfg, parts)]
+    return list(dict.fromkeys(found))

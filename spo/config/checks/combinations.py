@@ -165,7 +165,12 @@ def _moving_reference(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
             f"{chosen} moves, but a resumed run would not have its weights: write state_dict and load_state_dict, or "
             f"derive {reference.__name__} from spo.models.FrozenReference"
         )
-    strategies = {"ModelParallelStrategy": "fsdp", "FSDPStrategy": "fsdp", "DeepSpeedStrategy": "deepspeed"}
+    strategies = {
+        "ShardedStrategy": "fsdp",
+        "ModelParallelStrategy": "fsdp",
+        "FSDPStrategy": "fsdp",
+        "DeepSpeedStrategy": "deepspeed",
+    }
     if (strategy := strategies.get(_strategy(parts))) is not None:
         yield (
             f"{chosen} moves by the weights of the policy, and strategy={strategy} distributes those over devices: "

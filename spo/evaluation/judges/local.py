@@ -32,8 +32,9 @@ from spo.evaluation.judges.together import Forwards
 from spo.forward.head import completion_logits
 from spo.forward.neighbors import groups_to_score, scale_of
 from spo.forward.probe import probe_company
+from spo.models.causality import check_causal
 from spo.models.library_errors import Origin
-from spo.models.loading import causal_part, check_causal, load_config, load_tokenizer, load_weights
+from spo.models.loading import causal_part, load_config, load_tokenizer, load_weights
 from spo.ops.logps import at_least_float32
 from spo.records.digests import code_version, model_digest
 from spo.types import Sequences
