@@ -23,7 +23,7 @@ from spo.config.compose import compose
 from spo.config.groups import group_members
 from spo.data.gold_columns import GOLD_COLUMNS, gold_columns
 from spo.losses import Loss
-from spo.records.cache import cached
+from spo.records.cache import build_alone, cached
 from spo.regularizers import GlobalKL
 from spo.resources import conf_dir
 from spo.types import LabelledLogps
@@ -57,7 +57,7 @@ def with_columns(data: Data, cache: Path, pairs: int) -> Data:
                 file.write(json.dumps(texts | columns) + "\n")
 
     key = {"path": str(data.path), "pairs": pairs, "columns": list(GOLD_COLUMNS)}
-    return Data(f"{data.name} with columns", cached(cache, "benchmark_columns", key, write) / "x.jsonl")
+    return Data(f"{data.name} with columns", cached(cache, "benchmark_columns", key, build_alone(write)) / "x.jsonl")
 
 
 def overrides_of(key: str, size: Size, folder: Path) -> list[str]:

@@ -26,7 +26,7 @@ from rich.progress import track
 from benchmarks.common import show, write_json
 from benchmarks.workloads import REFRESH_EVERY, SIZES, SPO, VOCABULARY, Data, Lengths, Workload, environment
 from spo.config.compose import compose
-from spo.records.cache import cached
+from spo.records.cache import build_alone, cached
 from spo.stages.quiet import quiet_libraries
 
 STEPS = 3
@@ -107,7 +107,7 @@ def curves() -> dict[str, Curve]:
 def workload(point: Point, threads: int | None, cache: Path) -> Workload:
     """Return the fits of a point."""
     exact = Lengths((math.log(point.prompt), 0.0), (math.log(point.completion), 0.0), pairs=200)
-    folder = cached(cache, "benchmark_pairs", {"lengths": asdict(exact), "seed": 0}, exact.write)
+    folder = cached(cache, "benchmark_pairs", {"lengths": asdict(exact), "seed": 0}, build_alone(exact.write))
     size = replace(SIZES["1m"], vocabulary=point.vocabulary)
     return Workload(size, Data("synthetic", folder / "x.jsonl"), STEPS, threads, cache)
 

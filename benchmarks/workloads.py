@@ -28,7 +28,7 @@ from spo.data import FileSource, HHSource, Row, TokenizedPair, eval_prompts
 from spo.errors import UserError
 from spo.forward.head import base_model
 from spo.models.tiny import BOS, EOS, PAD
-from spo.records.cache import cached
+from spo.records.cache import build_alone, cached
 from spo.records.digests import path_digest
 from spo.stages.assemble import Parts, assemble
 from spo.stages.prepare import Prepared, prepare_run
@@ -88,7 +88,10 @@ def find_data(name: str, cache: Path) -> Data:
         if path.is_file():
             return Data(name, path)
         print(f"{FILES[name]} is not in SPO_DATA_DIR: using made-up pairs with the lengths of HH")
-    return Data("synthetic", cached(cache, "benchmark_pairs", {"lengths": asdict(HH), "seed": 0}, HH.write) / "x.jsonl")
+    return Data(
+        "synthetic",
+        cached(cache, "benchmark_pairs", {"lengths": asdict(HH), "seed": 0}, build_alone(HH.write)) / "x.jsonl",
+    )
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,7 @@ def model_folder(size: Size, data: Data, cache: Path) -> Path:
         size.model().save_pretrained(folder)
 
     shape = asdict(replace(size, pairs=PAIRS_PER_STEP))  # the weights do not depend on the pairs of a step
-    return cached(cache, "benchmark_models", {"size": shape, "data": path_digest(data.path)}, build)
+    return cached(cache, "benchmark_models", {"size": shape, "data": path_digest(data.path)}, build_alone(build))
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:

@@ -139,8 +139,8 @@ class AlignmentModule(LightningModule):
         self.register_state_dict_pre_hook(lambda *_: self.guard.settle())
         # Checkpoints hold the sums by position, so the order of these names is part of their format.
         of_pairs = ("loss/preference", "loss/regularizer", *loss.metric_names)
-        of_steps = (*of_pairs, *STEP_METRICS, *self.controllers.metrics, *TIME_METRICS)
-        self.train_metrics = SumsAndCounts(of_steps, gaps=loss.metric_names)
+        of_steps = (*STEP_METRICS, *self.controllers.metrics, *TIME_METRICS)
+        self.train_metrics = SumsAndCounts((*of_pairs, *of_steps), gaps=loss.metric_names, of_processes=of_steps)
         of_validation = (*of_pairs, *HEALTH_METRICS, LOSS_SCALE)
         self.val_metrics = SumsAndCounts(of_validation, gaps=(*loss.metric_names, *HEALTH_METRICS, LOSS_SCALE))
         self.validated: dict[str, float] = {}

@@ -16,7 +16,15 @@ log = logging.getLogger(__name__)
 PREFIX = "notes/"
 """Beginning of the keys of notes in ``metrics.json``."""
 
-_collected: ContextVar[dict[str, float] | None] = ContextVar("collected", default=None)
+
+class _Notes(dict[str, float]):
+    """Counts by key, and the sentences of the notes that were written in this process."""
+
+    def __init__(self) -> None:
+        self.sentences: dict[str, str] = {}
+
+
+_collected: ContextVar[_Notes | None] = ContextVar("collected", default=None)
 
 
 def note(key: str, sentence: str, count: float = 1) -> None:
@@ -34,11 +42,31 @@ def note(key: str, sentence: str, count: float = 1) -> None:
         log.warning(sentence)
     if collected is not None:
         collected[PREFIX + key] = float(count)
+        collected.sentences.setdefault(key, sentence)
 
 
 def collected_notes() -> dict[str, float]:
     """Return the counts of the notes so far by key, with :data:`PREFIX`; empty outside of a run."""
     return dict(_collected.get() or {})
+
+
+def written_notes() -> dict[str, tuple[str, float]]:
+    """Return sentence and count of each note that was written in this process, by key; empty outside of a run."""
+    collected = _collected.get()
+    if collected is None:
+        return {}
+    return {key: (sentence, collected[PREFIX + key]) for key, sentence in collected.sentences.items()}
+
+
+def add_notes(others: Mapping[str, tuple[str, float]]) -> None:
+    """Write the notes of another process of the run that this process does not have.
+
+    Args:
+        others: What :func:`written_notes` returned there.
+    """
+    for key, (sentence, count) in others.items():
+        if PREFIX + key not in collected_notes():
+            note(key, sentence, count)
 
 
 def restore_notes(earlier: Mapping[str, float]) -> None:
@@ -59,7 +87,7 @@ def collect_notes() -> Iterator[dict[str, float]]:
     Yields:
         Counts by key, with :data:`PREFIX`. The mapping grows while the block runs.
     """
-    collected: dict[str, float] = {}
+    collected = _Notes()
     token = _collected.set(collected)
     try:
         yield collected

@@ -11,12 +11,18 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 from spo import slurm
 
 T = TypeVar("T")
 S = TypeVar("S")
+MAX_WAIT = timedelta(days=7)
+"""Longest time that a process waits for another one, which may ask a judge or wait for another run.
+
+A connection to a process that has ended is lost at once, so this is no limit for finding that.
+"""
 LAUNCHED_BY = "SPO_LAUNCHED"
 """Environment variable that ``spo train`` sets to 1 for the processes that it starts."""
 
@@ -106,9 +112,8 @@ def join(device_type: str, device_index: int | None = None) -> None:
         os.environ.setdefault(name, value)
     if device_type == "cuda":
         torch.cuda.set_device(own.local_rank if device_index is None else device_index)
-    torch.distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", rank=own.rank, world_size=own.world_size
-    )
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, rank=own.rank, world_size=own.world_size, timeout=MAX_WAIT)
 
 
 def meeting_point() -> tuple[str, int]:

@@ -313,11 +313,6 @@ def make_trainer(folder: Path, *, max_steps: int = 1, **changes: Any) -> Trainer
     return Trainer(max_steps=max_steps, max_epochs=-1, **settings | changes)
 
 
-def sharded() -> ModelParallelStrategy:
-    """Return the strategy that distributes weights over two processes."""
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
-
-
 def in_processes(count: int, work: Callable[[], T], monkeypatch: pytest.MonkeyPatch) -> list[T]:
     """Run a function in threads that take themselves for the processes of a run, and return the results by rank.
 
@@ -350,6 +345,11 @@ def in_processes(count: int, work: Callable[[], T], monkeypatch: pytest.MonkeyPa
         patch.setattr(processes, "world_size", lambda: count)
         patch.setattr(processes, "gather_objects", gather_objects)
         return list(threads.map(run, range(count)))
+
+
+def sharded() -> ModelParallelStrategy:
+    """Return the strategy that distributes weights over two processes."""
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
 
 def run_on_two_ranks(module: str, folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
@@ -26,10 +27,10 @@ from spo.data.logps_store import LogpsStore, sequence_key
 from spo.models.tiny import build_tokenizer
 from spo.notes import collect_notes
 from spo.processes import PeerLostError, gather, rank
-from spo.records.cache import MANIFEST, cached, cached_together
+from spo.records.cache import MANIFEST, cached
 from spo.records.files import read_json, read_jsonl
 from spo.sampling import sample
-from spo.stages import pairs
+from spo.stages import pairs, reference_model
 from spo.stages.pairs import drawn_completions
 from spo.stages.prepare import prepare_run
 from spo.stages.reference_logps import cut_into_batches, fill
@@ -57,6 +58,7 @@ def in_two_processes(folder: Path, job: Job) -> list[Any]:
         process.start()
     for process in running:
         process.join(60)
+        process.kill()
     assert [process.exitcode for process in running] == [0, 0]
     return [torch.load(folder / f"{number}.pt", weights_only=False) for number in range(2)]
 
@@ -95,7 +97,7 @@ def build_thrice(folder: Path) -> list[Any]:
         lengths_of_words(entry)
 
     for ask in range(3):
-        path = cached_together(folder / "cache", "kind", {"a": 1}, build)
+        path = cached(folder / "cache", "kind", {"a": 1}, build)
         found.append((path, (path / "content").read_text(), [one is None for one in builds]))
         processes.share(None)
         if ask == 1 and rank() == 0:
@@ -116,7 +118,7 @@ def test_all_processes_build_an_entry_and_the_first_one_writes_it(tmp_path: Path
 def failing_on(number: int) -> Job:
     """Return a job whose build fails in one process, before the processes share its result."""
 
-    def job(folder: Path) -> list[str]:
+    def job(folder: Path) -> None:
         def build(entry: Path | None) -> None:
             if entry is not None:
                 (entry / "half").write_text("")
@@ -125,12 +127,12 @@ def failing_on(number: int) -> Job:
             lengths_of_words(entry)
 
         try:
-            cached_together(folder / "cache", "kind", {}, build)
+            cached(folder / "cache", "kind", {}, build)
         finally:
             if rank() == 0:
                 torch.save([one.suffix for one in (folder / "cache" / "kind").iterdir()], folder / "left")
 
-    return job  # type: ignore[return-value]
+    return job
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -144,7 +146,7 @@ def test_cache_that_cannot_be_written_ends_all_processes(tmp_path: Path) -> None
     def job(folder: Path) -> None:
         (folder / "cache").mkdir(exist_ok=True)
         (folder / "cache" / "kind").touch()  # A file in place of the folder.
-        cached_together(folder / "cache", "kind", {}, lengths_of_words)
+        cached(folder / "cache", "kind", {}, lengths_of_words)
 
     first, second = in_two_processes(tmp_path, job)
     assert not isinstance(first, PeerLostError) and isinstance(second, PeerLostError)
@@ -234,6 +236,7 @@ CASES = {
     "ddp": ("strategy=ddp",),
     "fsdp": ("strategy=fsdp",),
     "short": ("sft.batch_size=13",),  # The second batch of an epoch has a single story.
+    "single": ("sft.batch_size=1",),
 }
 WORDS = (
     "+debug=tiny",
@@ -255,13 +258,24 @@ WORDS = (
 
 
 def prepared(folder: Path, case: str, devices: int) -> dict[str, Any]:
-    """Prepare a run, and return what the reference model is, what the source has drawn, and the notes."""
+    """Prepare a run, and return its notes and the number of processes that fine-tuned together."""
     cache = folder / str(devices) / case
     words = [*WORDS, *CASES[case], f"model.path={folder}/model", f"trainer.devices={devices}", f"paths.cache={cache}"]
     cfg = OmegaConf.to_container(compose(words, run_dir=folder), resolve=True)
-    with collect_notes() as notes, pytest.raises(DataError, match="none of the sampled pairs can be used"):
-        prepare_run(cast(DictConfig, OmegaConf.create(cfg)))  # After so few steps, no story ends.
-    return dict(notes)
+    trainers: list[Trainer] = []
+
+    def trainer(**settings: Any) -> Trainer:
+        trainers.append(Trainer(**settings))
+        return trainers[-1]
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        collect_notes() as notes,
+        pytest.raises(DataError, match="none of the sampled pairs can be used"),  # After so few steps, no story ends.
+    ):
+        patch.setattr(reference_model, "Trainer", trainer)
+        prepare_run(cast(DictConfig, OmegaConf.create(cfg)))
+    return notes | {"processes": trainers[0].world_size}
 
 
 def completions(cache: Path) -> dict[str, list[dict[str, Any]]]:
@@ -276,16 +290,17 @@ def test_two_processes_prepare_what_one_does(tmp_path: Path) -> None:
     small_model(0, vocab_size=300, n_positions=512, initializer_range=0.1).save_pretrained(tmp_path / "model")
     build_tokenizer(300, 50, seed=0).save_pretrained(tmp_path / "model")
     run_on_two_ranks(__name__, tmp_path)
-    notes = torch.load(tmp_path / "notes.pt")
+    found = torch.load(tmp_path / "found.pt")
+    assert all(found[case]["processes"] == 2 and "notes/sft_not_dealt" not in found[case] for case in ("ddp", "fsdp"))
+    assert found["single"]["processes"] == 1 and "notes/sft_not_dealt" in found["single"]
     for case in CASES:
-        assert ("notes/sft_not_dealt" in notes[case]) == (case == "short")
         assert "notes/sft_not_dealt" not in prepared(tmp_path, case, devices=1)
         two, one = (tmp_path / devices / case for devices in "21")
         [of_two], [of_one] = ([*(cache / "sft").glob("*/model.safetensors")] for cache in (two, one))
         assert of_two.parent.name == of_one.parent.name  # The key of the cache does not name the processes.
-        found, right = load_file(of_two), load_file(of_one)
-        assert found.keys() == right.keys()
-        for name, tensor in found.items():
+        weights, right = load_file(of_two), load_file(of_one)
+        assert weights.keys() == right.keys()
+        for name, tensor in weights.items():
             torch.testing.assert_close(tensor, right[name], rtol=0, atol=1e-10)
         drawn = completions(one)
         assert completions(two) == drawn and len(drawn) == 3  # splits
@@ -296,4 +311,4 @@ if __name__ == "__main__":
     processes.join("cpu")
     both = {case: prepared(out, case, devices=2) for case in CASES}
     if rank() == 0:
-        torch.save(both, out / "notes.pt")
+        torch.save(both, out / "found.pt")

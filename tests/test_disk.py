@@ -154,7 +154,8 @@ def test_failure_on_a_full_disk_is_the_one_that_is_reported(tmp_path: Path, monk
 # --- the cache -----------------------------------------------------------------------------------------------------
 
 
-def build(folder: Path) -> None:
+def build(folder: Path | None) -> None:
+    assert folder is not None
     (folder / "content").write_text("expensive")
 
 
@@ -170,7 +171,7 @@ def test_cache_that_cannot_be_written_works_as_far_as_it_is_filled(
 
 
 def test_full_disk_leaves_no_entry_behind(tmp_path: Path) -> None:
-    def fill(folder: Path) -> None:
+    def fill(folder: Path | None) -> None:
         build(folder)
         raise OSError(errno.ENOSPC, "No space left on device")
 

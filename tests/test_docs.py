@@ -11,6 +11,8 @@ loss
 parse
     Parsed only: commands that need a network, an account or a cluster, and files that a person writes. A file whose
     first line is a comment with its path is put into the folder of the blocks below it.
+launch
+    Executed by ``tests/test_launchers.py``, with torchrun and with programs that imitate SLURM.
 
 Each block runs in its own folder, which contains these files, and a model, pairs and benchmarks if the text assumes
 them.
@@ -39,7 +41,7 @@ from tests.environments import ROOT, copy_of_project, fresh_environment, run
 from tests.helpers import save_model
 from tests.test_import_llama2c import SIZES, write_model, write_tokenizer
 
-TAGS = ("run", "run-tiny", "compose", "loss", "parse")
+TAGS = ("run", "run-tiny", "compose", "loss", "launch", "parse")
 MAX_PARSED_BLOCKS = 13
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MAX_WIDTH = 100

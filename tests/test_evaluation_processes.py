@@ -27,6 +27,7 @@ from spo.evaluation.judges.together import judging
 from spo.evaluation.pair_metrics import Scoring, pair_metrics
 from spo.losses import DPOLoss
 from spo.models import FrozenReference
+from spo.notes import add_notes, collect_notes, note, written_notes
 from spo.processes import join, leave, rank
 from spo.records.files import write_json
 from spo.stages.assemble import assemble
@@ -172,6 +173,19 @@ def run_as_one_of_two(folder: Path) -> None:
     join("cpu")
     write_json(folder / f"{rank()}.json", everything(folder / "two", folder))
     leave()
+
+
+def test_notes_of_other_processes_are_added_once(caplog: pytest.LogCaptureFixture) -> None:
+    with collect_notes():
+        note("both", "counted by both", 1)
+        note("other", "seen by the other one", 3)
+        others = written_notes()
+    caplog.clear()
+    with collect_notes() as notes:
+        note("both", "counted by both", 2)
+        add_notes(others)
+    assert notes == {"notes/both": 2, "notes/other": 3}
+    assert caplog.messages == ["counted by both", "seen by the other one"]
 
 
 @pytest.mark.slow

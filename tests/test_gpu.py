@@ -11,22 +11,29 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from spo.callbacks import NonFinite
+from spo.data.collate import collate
+from spo.forward.attention import BACK_ENDS
+from spo.forward.sharding import Sharding, shard
 from spo.guard import NonFiniteError
 from spo.losses import DPOLoss, IPOLoss, PreferenceLoss, SPOLoss
 from spo.models import FrozenReference
 from spo.module import AlignmentModule
+from spo.objective import ScoredBatch
 from spo.regularizers import GlobalKL
 from spo.sampling import sample
+from spo.sampling.generate import SAMPLERS
 from spo.sampling.static import decode
-from spo.watch import ProbeSettings
+from spo.watch import ProbeSettings, completion_health
 from tests.commands import TINY, job, shared_cache
 from tests.helpers import (
     BOS,
     EOS,
     FAST,
     PAD,
+    VOCAB,
     Spied,
     completion_logps,
     make_data,
@@ -37,6 +44,7 @@ from tests.helpers import (
     sequences,
     tiny_llama,
 )
+from tests.test_packing import LAYOUTS, attention_by_definition, heads, layout
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,6 +108,138 @@ def test_samplers_agree_and_rarely_wait_for_the_device(dtype: torch.dtype, tempe
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         assert len(waits) <= 5, f"once for the lengths, and a few times in the prompts' forward: {length} tokens"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("back_end", ["flex", "launches"])
+def test_packed_attention_equals_its_definition(back_end: str, dtype: torch.dtype) -> None:
+    """Values and gradients, with fewer heads of keys than of queries, in rows with and without full blocks."""
+    for lengths in LAYOUTS:
+        groups = layout(lengths)
+        exact = [tensor.cuda().requires_grad_() for tensor in heads(groups, 4, 2)]
+        given = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
+        expected = attention_by_definition(*exact, groups)
+        found = BACK_ENDS[back_end](*given, groups, None)
+        assert found.dtype == dtype
+        weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).cuda()
+        wanted = [expected, *torch.autograd.grad((expected * weights).sum(), exact)]
+        got = [found, *torch.autograd.grad((found * weights).sum(), given)]
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-3  # of the largest entry; rounding is a tenth of it
+        for one, other in zip(got, wanted, strict=True):
+            largest = float(other.abs().max())
+            torch.testing.assert_close(one.double(), other, rtol=0, atol=tolerance * largest)
+
+
+def test_packed_attention_takes_the_mixed_dtypes_of_autocast() -> None:
+    groups = layout(LAYOUTS[2])
+    query, key, value = (tensor.float().cuda() for tensor in heads(groups, 4, 2))
+    expected = attention_by_definition(query.double(), key.double(), value.double(), groups)
+    for name in ("flex", "launches"):
+        with torch.autocast("cuda", torch.bfloat16):
+            found = BACK_ENDS[name](query, key, value.bfloat16(), groups, None)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-2 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_flex_attention_is_accepted_and_keeps_gradients(autocast: bool) -> None:
+    model = tiny_llama(
+        1, dtype=torch.float32, scale=0.2, hidden_size=64, num_attention_heads=4, num_key_value_heads=2
+    ).cuda()
+    rows = sequences(random_rows(16, 0))
+
+    def gradients(batch: Any) -> torch.Tensor:
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            completion_logps(model, batch).sum().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])  # type: ignore[union-attr]
+
+    padded = gradients(rows.to("cuda"))
+    speed = FAST.resolve_for(model)
+    assert speed.packs and model.config._attn_implementation == "packed_flex_sdpa"  # type: ignore[union-attr]
+    packed = gradients(speed.arrange(rows).to("cuda"))
+    assert float((packed - padded).norm() / padded.norm()) < (5e-2 if autocast else 1e-3)
+
+
+def test_compiled_blocks_keep_gradients(tmp_path: Path) -> None:
+    found = []
+    for compiled in (False, True):
+        module = make_module(
+            tiny_llama(1, dtype=torch.float32).train(),
+            loss=DPOLoss(),
+            reference=FrozenReference(),
+            reference_model=tiny_llama(2, dtype=torch.float32),
+            speed=replace(FAST, compile=compiled),
+        )
+        trainer = make_trainer(tmp_path, accelerator="gpu", max_steps=3)
+        trainer.fit(module, datamodule=make_data(random_pairs(24, 0), max_steps=3))
+        assert trainer.global_step == 3
+        found.append(module.gradients[0])
+    largest = max(float(gradient.abs().max()) for gradient in found[0].values())
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=1e-3 * largest)
+
+
+def test_sharded_model_on_one_device_equals_the_whole_one(tmp_path: Path) -> None:
+    rows = sequences(random_rows(8, 0)).to("cuda")
+    prompts, settings = [[BOS, *range(3, 3 + i)] for i in range(6)], {"stop_ids": (EOS,), "pad_token_id": PAD}
+
+    def computed(model: Any) -> tuple[torch.Tensor, list[torch.Tensor], list[list[int]]]:
+        logps = completion_logps(model, rows)
+        logps.sum().backward()
+        gradients = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters()]
+        drawn = sample(
+            model,
+            prompts,
+            max_new_tokens=8,
+            temperature=1.0,
+            seeds=range(6),
+            sampler="static",
+            **settings,  # type: ignore[arg-type]
+        )
+        return logps.detach(), gradients, drawn.completions()
+
+    whole = computed(tiny_llama(1, dtype=torch.float32, scale=0.3).cuda())
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = tiny_llama(1, dtype=torch.float32, scale=0.3).cuda()
+        shard(model, init_device_mesh("cuda", (1,)), Sharding())
+        logps, gradients, drawn = computed(model)
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(logps, whole[0], rtol=0, atol=1e-4)
+    for got, want in zip(gradients, whole[1], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+    assert drawn == whole[2]
+
+
+def test_samples_of_the_device_are_those_of_the_cpu() -> None:
+    """All but those that rounding sends another way."""
+    prompts = [[BOS, *range(3, 3 + i % 7)] for i in range(40)]
+    settings: dict[str, Any] = {"max_new_tokens": 20, "temperature": 1.0, "stop_ids": (EOS,), "pad_token_id": PAD}
+    for sampler in SAMPLERS:
+        drawn = [
+            sample(tiny_llama(1, scale=0.3).to(device), prompts, seeds=range(40), sampler=sampler, **settings)
+            for device in ("cpu", "cuda")
+        ]
+        same = sum(a == b for a, b in zip(drawn[0].completions(), drawn[1].completions(), strict=True))
+        assert same >= 36
+
+
+@pytest.mark.parametrize("labels", [None, [1.0, 0.0, 1.0, 0.0]])
+def test_health_does_not_wait_for_the_device(labels: list[float] | None) -> None:
+    batch = collate(random_pairs(4, 0), range(4), PAD)
+    batch = replace(batch, label=None if labels is None else torch.tensor(labels)).to("cuda")
+    scored = ScoredBatch(batch, torch.randn(len(batch.sequences.completion_index), VOCAB, device="cuda"))
+    assert scored.policy_logps.is_cuda
+    expected = completion_health(scored, (EOS,))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = completion_health(scored, (EOS,))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], equal_nan=True)
 
 
 class Unwaiting(Spied):

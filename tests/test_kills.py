@@ -18,8 +18,8 @@ from tests.commands import TINY, environment, numbers, rows, spo, untimed
 ONE = ("trainer.accelerator=cpu", "trainer.devices=1")
 TWO = ("trainer.accelerator=cpu", "trainer.devices=2")
 # In float64, where the order in which processes add up cannot change a sampled token.
-COMMON = (TINY, "logger=record", "judge=none", "model.dtype=float64", "trainer.max_steps=12", "data.num_workers=0")
-COMMON += ("trainer.val_check_interval=3", "callbacks.checkpoint.every_n_steps=2", "trainer.log_every_n_steps=3")
+COMMON = [TINY, "logger=record", "judge=none", "model.dtype=float64", "trainer.max_steps=12", "data.num_workers=0"]
+COMMON += ["trainer.val_check_interval=3", "callbacks.checkpoint.every_n_steps=2", "trainer.log_every_n_steps=3"]
 MAX_SECONDS = 300
 
 

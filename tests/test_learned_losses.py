@@ -420,7 +420,7 @@ def run_as_one_of_two(folder: Path) -> None:
         )
         module = one_of_two("running", folder, None, strategy, steps=steps, checkpoint=file, **sharded())
         module.trainer.save_checkpoint(folder / f"{kind}.ckpt")
-        policy = whole_state_dict(module.policy)
+        policy = whole_state_dict(module.policy, folder)
         if rank == 0:
             norm = float(module.trainer.callback_metrics["train/grad_norm"])
             torch.save({"learned": learned(module), "policy": policy, "grad_norm": norm}, folder / f"{kind}.pt")

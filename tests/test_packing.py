@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partialmethod
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from spo.forward import flex, grouped, probe
 from spo.forward.attention import BACK_ENDS
 from spo.forward.head import completion_logits
 from spo.forward.packing import Group, Groups, pack
 from spo.forward.probe import enable_packing
-from spo.forward.speed import Speed
+from spo.forward.sharding import Sharding, shard
+from spo.forward.speed import Speed, compile_blocks
 from spo.logs import log_once
 from spo.ops import completion_targets, token_logps
 from spo.types import Sequences
@@ -414,3 +418,38 @@ def test_packed_rows_use_attention_dropout() -> None:
     assert torch.equal(values(model, batch), still)
     model.train()
     assert (values(model, batch) - still).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("order", ["compiled, then sharded", "sharded, then compiled"])
+def test_compiled_blocks_of_a_sharded_model_are_one_graph(
+    order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both orders the hooks that gather the weights run outside of the graph, which all blocks and lengths share."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    counters = torch._dynamo.utils.counters
+
+    def losses(*changes: Callable[[nn.Module], None]) -> list[float]:
+        torch._dynamo.reset()
+        counters.clear()
+        model, found = tiny_llama(1, dtype=torch.float32).train(), []
+        for change in changes:
+            change(model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for step in range(3):
+            ids = torch.randint(VOCAB, (2, 6 + step), generator=torch.Generator().manual_seed(step))
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    plain = losses()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        changes = [compile_blocks, lambda model: shard(model, mesh, Sharding())]
+        assert losses(*(changes if order.startswith("compiled") else changes[::-1])) == pytest.approx(plain, rel=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]

@@ -114,6 +114,7 @@ def test_keys_below_an_operational_key_are_operational() -> None:
     assert is_operational("logger.wandb.project") and is_operational("speed") and is_operational("judge.timeout_s")
     assert not is_operational("judge.timeout") and not is_operational("judge") and not is_operational("speedy.a")
     assert not is_part_of_setting("speed.packing") and not is_part_of_setting("callbacks.health.p_eos")
+    assert is_operational("trainer.devices") and is_operational("strategy.plugin") and not is_operational("trainer")
     assert is_part_of_setting("trainer.max_steps") and not OPERATIONAL_KEYS & EXECUTION_KEYS
 
 

@@ -115,6 +115,17 @@ def test_identity_ignores_paths_loggers_and_tags(tmp_path: Path) -> None:
     assert one == other and differences(one, other) == []
 
 
+def test_a_run_is_the_same_on_other_devices(tmp_path: Path) -> None:
+    one = identity(config(tmp_path))
+    changes = ["trainer.devices=2", "trainer.num_nodes=2", "strategy=ddp", "data.micro_batch_size=1"]
+    other = identity(config(tmp_path, *changes, "data.micro_batch_tokens=100"))
+    assert one == other
+    # Version 0.1.0 counted them as part of a run.
+    before = {**one, "config": {**one["config"], "trainer.devices": 1, "strategy.plugin": "auto"}, "digest": "x"}
+    assert differences(before, other) == []
+    assert differences(before, identity(config(tmp_path, "trainer.max_steps=7"))) != []
+
+
 def test_identity_depends_on_the_bytes_of_data_and_weights(tmp_path: Path) -> None:
     data, model = tmp_path / "pairs.jsonl", tmp_path / "model"
     model.mkdir()

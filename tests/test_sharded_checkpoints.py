@@ -151,7 +151,7 @@ def choose(folder: Path, module: AlignmentModule, save: Any) -> None:
     """Let a run evaluate its best checkpoint, on processes that share the policy."""
     cfg = OmegaConf.create({"evaluation": {"policy": "best"}, "paths": {"run": str(folder / "best")}})
     path = folder / "best/checkpoints/best.ckpt"
-    assert choose_weights(cfg, module, module.trainer, whole_state_dict(module.policy)).step == 3
+    assert choose_weights(cfg, module, module.trainer, whole_state_dict(module.policy, folder)).step == 3
     save("best", module)
     if rank() == 0:
         truncate(next(path.glob("__1_*.distcp")))

@@ -34,8 +34,8 @@ from spo.models.saving import save_policy, whole_policy, whole_state_dict
 from spo.processes import gather_objects
 from spo.sampling import sample
 from spo.stages.assemble import build_trainer
-from spo.stages.from_config import resolve_values
-from spo.stages.sharding import build_sharding, shard_while_loading
+from spo.stages.from_config import build_sharding, resolve_values
+from spo.stages.sharding import shard_while_loading
 from spo.watch import ProbeSettings
 from tests.helpers import (
     BOS,
@@ -128,7 +128,7 @@ def run_as_one_of_two(folder: Path) -> None:
     found: dict[str, Any] = {}
     for name in CASES:
         module = fitted(folder, name, devices=2, strategy=sharded())
-        weights = whole_state_dict(module.policy)
+        weights = whole_state_dict(module.policy, folder)
         found[f"{name}, unbroken"] = {"weights": weights, "validated": module.validated}
         if isinstance(module.reference, FrozenReference):
             assert module.reference.model is not None and is_in_shards(module.reference.model)
@@ -136,7 +136,7 @@ def run_as_one_of_two(folder: Path) -> None:
             half = fitted(folder, name, steps=STEPS // 2, devices=2, strategy=sharded())
             half.trainer.save_checkpoint(folder / "half.ckpt")
             module = fitted(folder, name, checkpoint=folder / "half.ckpt", devices=2, strategy=sharded())
-            weights = whole_state_dict(module.policy)
+            weights = whole_state_dict(module.policy, folder)
             found[f"{name}, resumed"] = {"weights": weights, "validated": module.validated}
         if name == SAVED and torch.distributed.get_rank() == 0:
             policy, rest = whole_policy(module.policy, weights, CASES[name].policy)
@@ -145,7 +145,7 @@ def run_as_one_of_two(folder: Path) -> None:
         rank = torch.distributed.get_rank()
         store = LogpsStore(folder / f"{rank}_{rank * part}.sqlite", torch.float64)
         module = fitted(folder, "cached reference", devices=2, strategy=sharded(), store=store)
-        found[f"cached {part}"] = {"weights": whole_state_dict(module.policy), "validated": module.validated}
+        found[f"cached {part}"] = {"weights": whole_state_dict(module.policy, folder), "validated": module.validated}
     mesh = init_device_mesh("cpu", (2,))
     found["samples"] = {way: samples_of(*way, mesh) for way in SAMPLED}
     check_half_precision(mesh)
@@ -230,7 +230,7 @@ def save_tied(mesh: DeviceMesh, folder: Path) -> None:
     policy = tied()
     shard(policy, mesh, Sharding())
     policy(torch.tensor([[BOS, 5]]))
-    weights = whole_state_dict(policy)
+    weights = whole_state_dict(policy, folder.parent)
     assert weights is not None and "lm_head.weight" not in weights
     if mesh.get_rank() == 0:
         save_policy(policy, tiny_tokenizer(), folder, weights)

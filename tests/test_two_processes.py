@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from spo.losses import DPOLoss, SPOLoss
 from spo.models import FrozenReference
 from spo.regularizers import GlobalKL, NoRegularizer
 from spo.schedules import TargetKL
+from spo.stages.quiet import quiet_libraries
 from spo.watch import ProbeSettings
 from tests.contract_cases import ALPHA, BETA, METHODS, POLICY, REFERENCE, make_loss, references_of, some_rows
 from tests.helpers import Spied, make_data, make_module, make_trainer, random_pairs, run_on_two_ranks, small_model
@@ -90,10 +93,12 @@ def of_composition(
         micro_batch_size=micro,
         log_every_n_steps=2,
     )
-    if save is not None:
-        module.step_listeners.append(
-            lambda trainer: trainer.global_step == SAVED_AT and trainer.save_checkpoint(save)  # type: ignore[func-returns-value]
-        )
+
+    def save_in_between(trainer: Trainer) -> None:
+        if save is not None and trainer.global_step == SAVED_AT:
+            trainer.save_checkpoint(save)
+
+    module.step_listeners.append(save_in_between)
     pairs = random_pairs(PAIRS, seed=4)
     data = make_data(pairs, pairs[:5], max_steps=STEPS, batch_size=BATCH, micro_batch_size=micro)
     return rows_of(module, data, checkpoint, val_check_interval=2, **trainer)
@@ -133,7 +138,7 @@ def run_as_one_of_two(folder: Path) -> None:
     """Run every case, and let the first process write the rows."""
     found: dict[str, dict[str, Rows]] = {}
     for strategy, make in STRATEGIES.items():
-        two = {"devices": 2, "enable_progress_bar": False}
+        two: dict[str, Any] = {"devices": 2, "enable_progress_bar": False}
         of_strategy = {name: of_method(name, strategy=make(), **two) for name in METHODS}
         for name in COMPOSITIONS:
             save = folder / f"{name}_2.ckpt" if strategy == "ddp" else None
@@ -147,4 +152,8 @@ def run_as_one_of_two(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_as_one_of_two(Path(sys.argv[1]))
+    with warnings.catch_warnings(record=True) as noise:
+        quiet_libraries()
+        run_as_one_of_two(Path(sys.argv[1]))
+    messages = [str(one.message) for one in noise]
+    assert not any("sync_dist" in message for message in messages), messages

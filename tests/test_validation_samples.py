@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from spo import processes
 from spo.callbacks import ValidationSamples
 from spo.data import EvalPrompt
 from spo.errors import JudgeError
@@ -19,7 +20,9 @@ from spo.evaluation.judges import Judge, reward_judge
 from spo.losses import DPOLoss
 from spo.models import AdapterOffReference, FrozenReference, LoraSettings, PrecomputedReference
 from spo.records.files import read_jsonl
-from tests.helpers import BOS, EOS, PAD, Spied, make_module, model_spec, save_model, tiny_llama
+from spo.sampling import sample as draw
+from spo.types import Sequences
+from tests.helpers import BOS, EOS, PAD, Spied, in_processes, make_module, model_spec, save_model, tiny_llama
 
 FAVORITE = 9
 SETTINGS: dict[str, Any] = {
@@ -138,6 +141,32 @@ def test_number_of_prompts_may_exceed_the_split(num_prompts: int | None, expecte
     _, samples = validated(module, tmp_path, num_prompts, samples_per_prompt=2)
     assert [sample["sample_index"] for sample in samples] == [0, 1] * expected
     assert len({sample["prompt_id"] for sample in samples}) == expected
+
+
+def test_processes_share_the_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = [
+        make_module(tiny_llama(0), loss=DPOLoss(), reference=FrozenReference(), reference_model=tiny_llama(1))
+        for _ in range(3)
+    ]
+    drawn = [0, 0, 0]
+
+    def counted(model: nn.Module, prompts: Sequence[Any], **settings: Any) -> Sequences:
+        drawn[processes.rank()] += len(prompts)
+        return draw(model, prompts, **settings)
+
+    monkeypatch.setattr("spo.evaluation.completions.sample", counted)
+    row, samples = validated(modules[0], tmp_path, 5)
+    assert drawn == [2 * 3 * 5, 0, 0]
+
+    def work() -> tuple[dict[str, float], list[dict[str, Any]]]:
+        (folder := tmp_path / str(processes.rank())).mkdir()
+        return validated(modules[processes.rank()], folder, 5)
+
+    drawn[:] = [0, 0, 0]
+    for other, its_samples in in_processes(3, work, monkeypatch):
+        assert other == pytest.approx(row, rel=1e-12)
+        assert [one["completion"] for one in its_samples] == [one["completion"] for one in samples]
+    assert drawn == [2 * 3 * 2, 2 * 3 * 2, 2 * 3]
 
 
 class Broken:

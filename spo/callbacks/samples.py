@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +20,10 @@ from spo.data import EvalPrompt
 from spo.errors import JudgeError
 from spo.evaluation import EvaluationSettings
 from spo.evaluation.assess import Evaluation, assess
-from spo.evaluation.completions import Draws, OtherModel, draw
+from spo.evaluation.completions import Draws, OtherModel, draw, draw_together
 from spo.evaluation.judges import Judge
 from spo.forward.modes import eval_mode
+from spo.forward.sharding import gathered, needs_all_processes
 from spo.forward.speed import Speed
 from spo.metrics.catalogue import INTERVAL_ENDS, without_comparisons
 from spo.module import AlignmentModule
@@ -84,20 +86,24 @@ class ValidationSamples(Callback):
         self.stop_ids, self.pad_token_id = stop_ids, pad_token_id
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample on every process, as a sharded policy needs; judge and write on the first."""
+        """Sample with the prompts dealt to all processes; judge and write on the first."""
         assert isinstance(pl_module, AlignmentModule)
         if not self.prompts:
             return
         policy, reference = pl_module.policy, pl_module.reference
-        with eval_mode(policy):
-            speed, other = pl_module.speed.resolve_for(policy), None
+        with ExitStack() as stack:
+            stack.enter_context(eval_mode(policy))
+            stack.enter_context(gathered(policy))
+            speed, other, models = pl_module.speed.resolve_for(policy), None, [policy]
             if reference.scores_samples:
                 other = partial(reference.active, policy)
                 with other() as model:
+                    stack.enter_context(gathered(model))
+                    models.append(model)
                     speed = speed.resolve_for(model)
                     if self._reference is None or reference.moves:
-                        self._reference = self._draw(model, "reference", speed)
-            ours = self._draw(policy, "policy", speed, other)
+                        self._reference = self._draw(models, model, "reference", speed)
+            ours = self._draw(models, policy, "policy", speed, other)
         if not trainer.is_global_zero:
             return
         found = self._assess(ours)
@@ -123,10 +129,15 @@ class ValidationSamples(Callback):
             self._warned = True
             return assess(self.prompts, ours, self._reference, self.settings, None)
 
-    def _draw(self, model: nn.Module, stage: str, speed: Speed, other: OtherModel | None = None) -> Draws:
+    def _draw(
+        self, models: Sequence[nn.Module], model: nn.Module, stage: str, speed: Speed, other: OtherModel | None = None
+    ) -> Draws:
         settings = self.settings.of_reference() if stage == "reference" else self.settings
+        # Processes have different numbers of passes for their prompts, so each takes all prompts with a model whose
+        # passes need all processes.
+        draws = draw if any(map(needs_all_processes, models)) else draw_together
         tokens = (self.stop_ids, self.pad_token_id)
-        return draw(model, stage, self.prompts, settings, speed, *tokens, self.decode, other=other)
+        return draws(model, stage, self.prompts, settings, speed, *tokens, self.decode, lambda _: None, other)
 
     def _write(self, samples: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
         """Add the rows of a step, in place of those that an interrupted run wrote at this step or later; return all."""

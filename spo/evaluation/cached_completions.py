@@ -12,7 +12,7 @@ from spo.data import EvalPrompt
 from spo.evaluation.completions import Draws
 from spo.evaluation.settings import EvaluationSettings
 from spo.processes import first_decides
-from spo.records.cache import cached_together
+from spo.records.cache import cached
 from spo.records.digests import code_version, digest
 from spo.records.files import read_json, write_json
 
@@ -74,7 +74,7 @@ def cached_completions(
             columns = {name: [_to_json(value) for value in values] for name, values in asdict(drawn).items()}
             write_json(folder / COMPLETIONS_FILE, columns, indent=None)
 
-    file = cached_together(cache_dir, "draws", key, write) / COMPLETIONS_FILE
+    file = cached(cache_dir, "draws", key, write) / COMPLETIONS_FILE
     stored: dict[str, Any] = first_decides(lambda: read_json(file))
     stored |= {name: [float(value) for value in stored[name]] for name in NUMBERS}
     return Draws(**stored)

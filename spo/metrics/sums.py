@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from spo.processes import world_size
+
 Group = dict[str, list[Tensor | float]]
 """Updates that can be forgotten together."""
 
@@ -24,15 +26,23 @@ class SumsAndCounts(Metric):
         names: Names of the quantities.
         over_ranks: Whether to reduce over processes; false where one process computes alone.
         gaps: Names of the quantities in which NaN stands for a missing element. In the others it makes the mean NaN.
+        of_processes: Names of the quantities that each process measures once where there is one element, such as the
+            loss of a step. Together these count as one element, so that a run may resume on other devices.
     """
 
     full_state_update = False
     sums: Tensor
     counts: Tensor
 
-    def __init__(self, names: tuple[str, ...], over_ranks: bool = True, gaps: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        over_ranks: bool = True,
+        gaps: Collection[str] = (),
+        of_processes: Collection[str] = (),
+    ) -> None:
         super().__init__(sync_on_compute=over_ranks)
-        self.names, self.gaps = names, frozenset(gaps)
+        self.names, self.gaps, self.of_processes = names, frozenset(gaps), frozenset(of_processes)
         self._stored: list[Group] = [{}]
         # Persistent, so that a run resumed between two log steps reports the mean over the whole interval.
         self.add_state("sums", torch.zeros(len(names), dtype=torch.float64), "sum", persistent=True)
@@ -70,13 +80,14 @@ class SumsAndCounts(Metric):
             numbers = [value for value in values if not isinstance(value, Tensor)]
             if has_gaps:
                 numbers = [value for value in numbers if not math.isnan(value)]
-            self.sums[position] += sum(numbers)
-            self.counts[position] += len(numbers)
+            share = 1 / world_size() if name in self.of_processes else 1
+            self.sums[position] += sum(numbers) * share
+            self.counts[position] += len(numbers) * share
             if tensors:
                 elements = torch.cat([tensor.to(self.sums.device) for tensor in tensors])
                 missing = elements.isnan() if has_gaps else torch.zeros_like(elements, dtype=torch.bool)
-                self.counts[position] += (~missing).sum()
-                self.sums[position] += elements.masked_fill(missing, 0).sum()
+                self.counts[position] += (~missing).sum() * share
+                self.sums[position] += elements.masked_fill(missing, 0).sum() * share
 
     def sync_context(self, *args: Any, **kwargs: Any) -> Any:
         """Sum stored values before processes exchange them."""
@@ -102,15 +113,15 @@ class SumsAndCounts(Metric):
             torch.distributed.all_gather(rows[name], tensor)
         return {name: torch.stack(of_ranks) for name, of_ranks in rows.items()}
 
-    def of_rank(self, rows: Mapping[str, Tensor], rank: int, world_size: int) -> dict[str, Tensor]:
+    def of_rank(self, rows: Mapping[str, Tensor], rank: int, count: int) -> dict[str, Tensor]:
         """Return what :meth:`by_rank` holds for a process; of another number of processes, the first has all.
 
         Args:
             rows: Sums and counts of each process.
             rank: Rank of the process.
-            world_size: Number of processes now.
+            count: Number of processes now.
         """
-        if len(rows["sums"]) == world_size:
+        if len(rows["sums"]) == count:
             return {name: of_ranks[rank] for name, of_ranks in rows.items()}
         return {name: of_ranks.sum(0) * (rank == 0) for name, of_ranks in rows.items()}
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from spo.errors import UserError
 from spo.models.library_errors import Origin
+from spo.models.sharded_loading import class_name
 
 MAX_ROUNDING = 0.01
 """Largest difference of logits that counts as rounding, as a share of the largest logit."""
@@ -38,9 +39,8 @@ def check_causal(origin: Origin, model: PreTrainedModel) -> None:
             f"{origin} cannot be used: it computes NaN for a short text; copy or download the weights again"
         )
     if depends:
-        name = type(model).__name__.removeprefix("FSDP")  # which sharding puts before the name
         raise UserError(
-            f"{origin} cannot be used: in this {name}, a token depends on those after it, so it is not "
+            f"{origin} cannot be used: in this {class_name(model)}, a token depends on those after it, so it is not "
             "a causal language model; choose a decoder-only language model"
         )
 

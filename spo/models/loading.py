@@ -24,7 +24,7 @@ from spo.errors import UserError
 from spo.forward.sharding import reshard
 from spo.models.causality import check_causal
 from spo.models.library_errors import Origin, first_line, in_words, some
-from spo.models.sharded_loading import Shard, sharded_loading
+from spo.models.sharded_loading import Shard, class_name, sharded_loading
 from spo.models.tokenizer import as_in_file
 from spo.notes import note
 from spo.records.parameters import HARMLESS_KEYS
@@ -168,7 +168,7 @@ def load_causal_model(
     if requested is None and own != "sdpa" and getattr(config, "num_attention_heads", None):
         note(
             "attention_fallback",
-            f"{type(model).__name__} does not support SDPA attention, so it runs with its own default, {own} "
+            f"{class_name(model)} does not support SDPA attention, so it runs with its own default, {own} "
             "(model.attn_implementation=auto)",
         )
     check_causal(origin, model)
@@ -180,7 +180,7 @@ def load_causal_model(
 
 def _note_other_architecture(origin: Origin, model: Any) -> None:
     """Write a note if ``config.json`` names an architecture other than the one that its ``model_type`` loads."""
-    own = type(model).__name__.removeprefix("FSDP")  # which sharding puts before the name
+    own = class_name(model)
     named = [name for name in getattr(model.config, "architectures", None) or () if name.endswith("ForCausalLM")]
     if named and own not in named and all(hasattr(transformers, name) for name in named):
         note(
@@ -287,7 +287,7 @@ def _check_report(origin: Origin, model: PreTrainedModel, report: Mapping[str, A
     ]
     if problems := ", and ".join(filter(None, found)):
         raise UserError(
-            f"{origin} cannot be loaded: its weights are not those of the {type(model).__name__} that config.json "
+            f"{origin} cannot be loaded: its weights are not those of the {class_name(model)} that config.json "
             f"describes: {problems}; {_remedy(missing, unexpected)}"
         )
 

@@ -250,7 +250,7 @@ class CachedReference(FrozenReference):
         if unread := [key for key in batch.keys if key not in self.known]:
             self._remember(unread, self.store.get(unread))
         missing = [i for i, key in enumerate(batch.keys) if key not in self.known]
-        others_score = self._is_needed_by_others(bool(missing), device)
+        others_score = self._is_needed_by_others(len(missing) > 0, device)
         if missing:
             self.check_unmoved()  # Other runs read what is stored, so it must be of the weights that name the store.
             sequences = batch.sequences

@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from spo.errors import UserError
 from spo.forward.modes import default_generation_config
-from spo.forward.sharding import HALF_PRECISION
+from spo.forward.sharding import HALF_PRECISION, reshard
 from spo.models.generation import write_generation_config
+from spo.processes import rank
 from spo.records import filenames
+from spo.records.files import temporary_path
+
+MAX_GATHERED_BYTES = 2**30
+"""Bytes of gathered weights in memory above which they are written to a file."""
 
 
 def save_policy(
@@ -62,27 +68,49 @@ def save_policy(
     tokenizer.save_pretrained(folder)
 
 
-def whole_state_dict(policy: nn.Module) -> dict[str, Any] | None:
-    """Gather the weights of a sharded policy on the first rank. All ranks must call it.
+def whole_state_dict(policy: nn.Module, folder: Path) -> dict[str, Any] | None:
+    """Gather the weights of a sharded policy on the first rank, one after the other. All ranks must call it.
+
+    The weights are mapped into memory from files, which have no name any more and vanish with the last tensor. So the
+    host has little more than :data:`MAX_GATHERED_BYTES` of them in memory, whatever the size of the policy.
 
     A weight that several layers share, such as a tied head, is gathered once, under its first name. Of a policy with an
     adapter the trained weights are gathered alone.
 
     Args:
         policy: Policy, in training.
+        folder: Folder in which the files are written, on a disk with room for the weights.
 
     Returns:
         The weights by name on the first rank, an empty mapping on the others; ``None`` for a policy that is whole.
     """
     if not isinstance(policy, FSDPModule):
         return None
-    options = StateDictOptions(
-        full_state_dict=True, cpu_offload=True, ignore_frozen_params=hasattr(policy, "peft_config")
-    )
-    found = get_model_state_dict(policy, options=options)
-    first = {name for name, _ in policy.named_parameters()}
-    again = {name for name, _ in policy.named_parameters(remove_duplicate=False)} - first
-    return {name: weight for name, weight in found.items() if name not in again}
+    reshard(policy)
+    named = dict(policy.named_parameters())
+    again = {name for name, _ in policy.named_parameters(remove_duplicate=False)} - named.keys()
+    frozen = {name for name, p in named.items() if not p.requires_grad} if hasattr(policy, "peft_config") else set()
+    weights: dict[str, Any] = {}
+    gathered: dict[str, Tensor] = {}
+    for name, weight in policy.state_dict().items():
+        if name in again | frozen:
+            continue
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight.clone()
+        if rank() == 0:
+            gathered[name] = whole.cpu().contiguous()
+            if sum(one.nbytes for one in gathered.values()) >= MAX_GATHERED_BYTES:
+                weights |= _mapped(gathered, folder)
+                gathered = {}
+    return weights | (_mapped(gathered, folder) if gathered else {})
+
+
+def _mapped(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Return tensors that are not in memory but in a file."""
+    file = temporary_path(folder / "weights.safetensors")
+    save_file(tensors, file)
+    found = load_file(file)
+    file.unlink()
+    return found
 
 
 def whole_policy(

@@ -7,11 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel, core_model_loading
+from transformers import PreTrainedModel
 
 Shard = Callable[[nn.Module], None]
+LOADS_SHARDS = (5, 23)
+"""Version of transformers from which on loading into shards is known to be right."""
 
 
 @contextmanager
@@ -24,7 +27,8 @@ def sharded_loading(shard: Shard | None) -> Iterator[None]:
     Args:
         shard: Function that shards a model; ``None`` for a context without effect.
     """
-    if shard is None or not hasattr(core_model_loading, "DtensorShardOperation"):  # since transformers 5.17
+    version = tuple(map(int, transformers.__version__.split(".")[:2]))
+    if shard is None or version < LOADS_SHARDS:
         yield
         return
     load: Any = PreTrainedModel._load_pretrained_model
@@ -43,6 +47,11 @@ def sharded_loading(shard: Shard | None) -> Iterator[None]:
 
     with patch.object(PreTrainedModel, "_load_pretrained_model", staticmethod(load_shards)):
         yield
+
+
+def class_name(model: nn.Module) -> str:
+    """Return the name of the class of a model, without what sharding puts before it."""
+    return type(model).__name__.removeprefix("FSDP")
 
 
 def _is_safetensors(file: str) -> bool:

@@ -57,7 +57,8 @@ class EnumeratedDivergence(Divergence):
 
         def term() -> Tensor:
             divergence = self.measure()
-            self.run.train_metrics.update({"loss/regularizer": divergence})
+            if self.run.global_rank == 0:  # All processes have the same responses.
+                self.run.train_metrics.update({"loss/regularizer": divergence})
             return self.weight(step) * divergence.mean()
 
         yield term

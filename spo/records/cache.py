@@ -26,36 +26,15 @@ _ENTRY = re.compile(r"[0-9a-f]{32}")
 _BUILD = re.compile(r"[0-9a-f]{32}\.[a-z0-9_]{8}")
 
 
-def cached(root: str | Path, kind: str, key: dict[str, Any], build: Callable[[Path], None]) -> Path:
-    """Return the folder that ``build`` fills, built once per key.
+def cached(root: str | Path, kind: str, key: dict[str, Any], build: Callable[[Path | None], None]) -> Path:
+    """Return the folder that ``build`` fills, built once per key. All processes of a run call this together.
 
-    One process at a time builds it, under a temporary name, and renames it when it is complete; other processes wait.
-    Each call checks the digests of the files and rebuilds a damaged entry. An entry is read without a lock, so a cache
-    that cannot be written works as far as it is filled.
+    One run at a time builds it, under a temporary name, and renames it when it is complete; other runs wait. Each call
+    checks the digests of the files and rebuilds a damaged entry. An entry is read without a lock, so a cache that
+    cannot be written works as far as it is filled.
 
-    Args:
-        root: Folder of the cache.
-        kind: Kind of content, such as ``"sft"``; the name of a folder in the cache.
-        key: JSON-like values that determine the content.
-        build: Function that fills the empty folder that it receives.
-
-    Returns:
-        Absolute path of the complete folder.
-
-    Raises:
-        UserError: The entry is missing or damaged, and the cache cannot be written.
-    """
-    folder = _entry(root, kind, key)
-    with placed_by(SET_CACHE, folder.parents[1]):
-        _provide(folder, key, build)
-    return folder
-
-
-def cached_together(root: str | Path, kind: str, key: dict[str, Any], build: Callable[[Path | None], None]) -> Path:
-    """Do what :func:`cached` does, once for all processes of a run. All of them call this.
-
-    The first process decides whether the entry is missing, and completes it. The others get its path, so the cache
-    must lie in a file system that all nodes share.
+    The first process of a run decides whether the entry is missing, and completes it. The others get its path, so the
+    cache must lie in a file system that all nodes share.
 
     Args:
         root: Folder of the cache.
@@ -71,48 +50,46 @@ def cached_together(root: str | Path, kind: str, key: dict[str, Any], build: Cal
         UserError: The entry is missing or damaged, and the cache cannot be written.
         PeerLostError: Another process of the run has ended, for example because its part of the build failed.
     """
-    folder = _entry(root, kind, key)
+    folder = Path(root).resolve() / kind / digest(key)[:32]
     if rank() == 0:
         with placed_by(SET_CACHE, folder.parents[1]):
-            _provide(folder, key, build, tell=share)
+            _provide(folder, key, build)
     elif share(False):  # The first process answers whether the entry is missing.
         build(None)
     return share(folder)
 
 
-def _entry(root: str | Path, kind: str, key: dict[str, Any]) -> Path:
-    return Path(root).resolve() / kind / digest(key)[:32]
-
-
-def _provide(
-    folder: Path,
-    key: dict[str, Any],
-    build: Callable[[Path], None],
-    tell: Callable[[bool], Any] = lambda is_missing: None,
-) -> None:
-    """Build an entry if it is missing.
+def build_alone(build: Callable[[Path], None]) -> Callable[[Path | None], None]:
+    """Return a build for :func:`cached` in which the first process does everything.
 
     Args:
-        folder: Folder of the entry.
-        key: Values that determine the content.
-        build: Function that fills a folder.
-        tell: Function that receives whether the entry is missing, before it is built.
+        build: Function that fills the empty folder that it receives.
     """
+
+    def build_on_first(folder: Path | None) -> None:
+        if folder is not None:
+            build(folder)
+
+    return build_on_first
+
+
+def _provide(folder: Path, key: dict[str, Any], build: Callable[[Path | None], None]) -> None:
+    """Build an entry if it is missing, in the first process, which tells the others before it builds."""
     if _is_intact(folder):
         _note_use(folder)
-        tell(False)
+        share(False)
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(_lock(folder)):
         if _is_intact(folder):  # Another run has built it in the meantime.
-            tell(False)
+            share(False)
             return
         if folder.exists():
             log.warning("the cached %s in %s is damaged: building it again", folder.parent.name, folder)
             remove(folder)
         temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
         try:
-            tell(True)
+            share(True)
             build(temporary)
             manifest = {"key": key, "files": folder_digests(temporary, without=MANIFEST)}
             write_json(temporary / MANIFEST, manifest)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
@@ -40,6 +41,9 @@ _BEFORE_TRAINING = (
     filenames.CHECKPOINTS,
     filenames.WANDB_RUN,
 )
+
+
+_WAIT_FOR_FIRST_SECONDS = 3.0
 
 
 class Status(Enum):
@@ -101,16 +105,30 @@ def claim(run_dir: Path, cfg: DictConfig, *, resumed: bool = False) -> Iterator[
 @contextmanager
 def _failure_of_further_process(run_dir: Path) -> Iterator[None]:
     """Write ``failure.json`` if a process that is not the first fails by itself, unless it is interrupted."""
+    started = datetime.now(UTC)
     try:
         yield
     except PeerLostError:
         raise
     except Exception as error:
+        if _first_says(run_dir, error_line(error), started):
+            raise PeerLostError("the first process of the run has failed likewise") from error
         own = place()
         with suppress(OSError):
             words = f"process {own.rank} of {own.world_size}: {error_line(error)}"
             write_failure(run_dir, words, traceback.format_exc())
         raise
+
+
+def _first_says(run_dir: Path, error: str, since: datetime) -> bool:
+    """Return whether the first process soon reports the same error: most errors befall all processes alike."""
+    deadline = monotonic() + _WAIT_FOR_FIRST_SECONDS
+    while monotonic() < deadline:
+        found = read_failure(run_dir) or {}
+        if found.get("error") == error and datetime.fromisoformat(str(found.get("at"))) >= since:
+            return True
+        sleep(0.1)
+    return False
 
 
 def finish(run_dir: Path, metrics: Mapping[str, float]) -> None:

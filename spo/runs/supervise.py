@@ -118,8 +118,7 @@ def _variables(count: int, nodes: int) -> dict[str, str]:
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Wait until all processes have ended, or until one of them has ended long enough before the others."""
     deadline = None
-    while any(process.poll() is None for process in processes):
-        statuses = [process.returncode for process in processes]
+    while None in (statuses := [process.poll() for process in processes]):
         if deadline is None and (statuses[0] is not None or any(statuses)):
             has_failed = any(status and status <= 128 for status in statuses)
             deadline = time.monotonic() + (GRACE_SECONDS if has_failed else FINISH_SECONDS)

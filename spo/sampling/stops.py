@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from spo.types import Sequences
+from spo.types import Sequences, copy_async
 
 
 def is_finished(sequences: Sequences, stop_ids: Seq[int]) -> Tensor:
@@ -17,7 +17,7 @@ def is_finished(sequences: Sequences, stop_ids: Seq[int]) -> Tensor:
         sequences: ``N`` prompts with their completions.
         stop_ids: Tokens that end a completion.
     """
-    return torch.isin(sequences.last_token, torch.tensor(stop_ids, device=sequences.length.device))
+    return torch.isin(sequences.last_token, copy_async(torch.tensor(stop_ids), sequences.length.device))
 
 
 def contents(sequences: Sequences, stop_ids: Seq[int]) -> list[list[int]]:

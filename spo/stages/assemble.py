@@ -35,11 +35,11 @@ from spo.regularizers import Regularizer
 from spo.schedules.optimization import warmup_steps
 from spo.stages.devices import device_settings
 from spo.stages.extra_references import load_extra_references
-from spo.stages.from_config import build_loss
+from spo.stages.from_config import build_loss, build_sharding
 from spo.stages.prepare import Prepared
 from spo.stages.reference_logps import logps_store, precomputed_logps
 from spo.stages.regularizer_prompts import regularizer_prompts
-from spo.stages.sharding import build_sharding, shard_while_loading
+from spo.stages.sharding import shard_while_loading
 from spo.watch import ProbeSettings
 
 

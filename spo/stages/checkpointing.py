@@ -161,7 +161,7 @@ def choose_weights(
     if "reference" in checkpoint:
         module.reference.load_state_dict(checkpoint["reference"])
     module.controllers.load_state_dict(checkpoint["controllers"])
-    return ChosenWeights(step, whole_state_dict(module.policy))
+    return ChosenWeights(step, whole_state_dict(module.policy, run_dir))
 
 
 def _below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:

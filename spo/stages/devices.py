@@ -10,6 +10,7 @@ from lightning.fabric.utilities.device_parser import _parse_gpu_ids
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from spo import processes
+from spo.data import PreparedPairs
 from spo.errors import UserError
 from spo.processes import place
 from spo.runs.launch import count_devices, fit_to_processes
@@ -114,6 +115,26 @@ def process_device(cfg: DictConfig) -> torch.device:
     wanted = -1 if str(devices) in ("auto", "-1") else list(devices) if isinstance(devices, ListConfig) else devices
     ids = _parse_gpu_ids(wanted, include_cuda=True) or [0]
     return torch.device("cuda", ids[place().local_rank])
+
+
+def refuse_few_pairs(pairs: PreparedPairs, count: int) -> None:
+    """Refuse splits with fewer pairs than devices, before a model is loaded.
+
+    Args:
+        pairs: Data set, in splits.
+        count: Number of devices.
+
+    Raises:
+        UserError: A split that training reads has fewer pairs than there are devices.
+    """
+    more = {"train": "use more data, or raise data.num_pairs", "selection": "raise data.splits.selection"}
+    for split, remedy in more.items():
+        size = len(getattr(pairs, split))
+        if 0 < size < count:
+            raise UserError(
+                f"trainer.devices: the {split} split has {size} pair{'s'[: size != 1]} for {count} devices, and each "
+                f"needs one: {remedy}, or use at most {size} device{'s'[: size != 1]}"
+            )
 
 
 def device_settings(cfg: DictConfig) -> dict[str, Any]:

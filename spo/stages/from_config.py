@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
+from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from spo.config.nodes import targets
 from spo.data import Renderer, Source
 from spo.errors import UserError
 from spo.forward.head import hidden_width
+from spo.forward.sharding import Sharding
 from spo.losses import DataNeeds, Loss
 from spo.models import ModelSpec
 from spo.processes import world_size
@@ -50,6 +52,15 @@ def data_needs(cfg: DictConfig) -> DataNeeds:
     """Return what the loss asks of the data. Parameters that a loss draws leave the global random state as it was."""
     with torch.random.fork_rng(devices=[]):
         return DataNeeds.of(instantiate(cfg.method.loss, _convert_="all"))
+
+
+def build_sharding(cfg: DictConfig) -> Sharding | None:
+    """Return the settings of sharded models, ``None`` if the strategy does not shard them."""
+    target = OmegaConf.select(cfg, "strategy.plugin._target_") if OmegaConf.is_config(cfg.strategy.plugin) else None
+    if target is None or not issubclass(get_class(target), ModelParallelStrategy):
+        return None
+    compute_dtype = torch.bfloat16 if cfg.trainer.precision == "bf16-mixed" else None
+    return Sharding(compute_dtype, cfg.strategy.get("unshard_sampling", Sharding.unshard_sampling))
 
 
 def build_loss(cfg: DictConfig, policy: nn.Module) -> Loss[Any]:

@@ -22,7 +22,7 @@ from spo.models.generation import read_stop_ids
 from spo.models.library_errors import Origin
 from spo.models.loading import load_config, load_tokenizer
 from spo.processes import deal, gather, rank, world_size
-from spo.records.cache import cached_together
+from spo.records.cache import cached
 from spo.records.digests import code_version, digest, model_digest
 from spo.records.files import read_json, read_jsonl, write_json, write_jsonl
 from spo.sampling import contents, derive_seed, is_finished, sample
@@ -93,7 +93,7 @@ def preference_rows(
 
     columns = [*source.needs.number_columns, *source.needs.text_columns]
     key = {**writer.key, "data": data_key(cfg), "columns": columns}
-    folder = cached_together(cfg.paths.cache, "pairs", key, build)
+    folder = cached(cfg.paths.cache, "pairs", key, build)
     return [Row(**row) for row in read_jsonl(folder / ROWS_FILE)], read_json(folder / DROPPED_FILE)
 
 
@@ -131,7 +131,7 @@ def _completions(cfg: DictConfig, writer: _Writer, prompts: Sequence[str], n: in
             write_jsonl(folder / ROWS_FILE, map(dataclasses.asdict, drawn))
 
     key = {**writer.key, "prompts": digest(list(prompts)), "number": n}
-    folder = cached_together(cfg.paths.cache, "completions_for_pairs", key, build)
+    folder = cached(cfg.paths.cache, "completions_for_pairs", key, build)
     drawn = [Completion(**row) for row in read_jsonl(folder / ROWS_FILE)]
     return [drawn[first : first + n] for first in range(0, len(drawn), n)]
 
@@ -167,7 +167,7 @@ def drawn_completions(
         "stop_ids": list(stop_ids),
         "max_length": renderer.max_length,
     }
-    folder = cached_together(cfg.paths.cache, "completions_of_reference", key, build)
+    folder = cached(cfg.paths.cache, "completions_of_reference", key, build)
     return [tuple(row["ids"]) for row in read_jsonl(folder / ROWS_FILE)]
 
 

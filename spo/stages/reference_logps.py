@@ -28,9 +28,8 @@ from spo.models import PrecomputedReference
 from spo.processes import deal, first_decides, gather, rank, world_size
 from spo.records.digests import code_version, digest, model_digest
 from spo.records.plugins import plugin_digests
-from spo.stages.from_config import eval_device, model_plugins
+from spo.stages.from_config import build_sharding, eval_device, model_plugins
 from spo.stages.prepare import Prepared
-from spo.stages.sharding import build_sharding
 from spo.types import pad_sequences
 
 log = logging.getLogger(__name__)
@@ -45,7 +44,6 @@ CODE_DEPENDENCIES = (
     "data/logps_store.py",
     "records/store.py",
     "stages/reference_logps.py",
-    "stages/sharding.py",
 )
 """Files that a stored log-prob depends on. A change elsewhere in the package leaves it valid."""
 Row = tuple[tuple[int, ...], tuple[int, ...]]

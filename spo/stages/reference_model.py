@@ -29,7 +29,7 @@ from spo.module import AlignmentModule
 from spo.notes import note
 from spo.objective import Prompts
 from spo.processes import rank, world_size
-from spo.records.cache import cached_together
+from spo.records.cache import cached
 from spo.records.digests import code_version, model_digest
 from spo.regularizers import NoRegularizer
 from spo.schedules import Constant
@@ -85,7 +85,7 @@ def reference_model(cfg: DictConfig, spec: ModelSpec, source: Source) -> str:
         "data": data_key(cfg, _read_by_sft(cfg)),
         "rendering": rendering_key(cfg),
     }
-    return str(cached_together(cfg.paths.cache, "sft", key, partial(_fine_tune, cfg, spec, source)))
+    return str(cached(cfg.paths.cache, "sft", key, partial(_fine_tune, cfg, spec, source)))
 
 
 def initial_model(cfg: DictConfig, spec: ModelSpec) -> str:
@@ -109,7 +109,7 @@ def initial_model(cfg: DictConfig, spec: ModelSpec) -> str:
         "plugins": model_plugins(cfg),
         "dtype": spec.dtype,
     }
-    return str(cached_together(cfg.paths.cache, "initial", key, partial(_save_initial, spec)))
+    return str(cached(cfg.paths.cache, "initial", key, partial(_save_initial, spec)))
 
 
 def _save_initial(spec: ModelSpec, folder: Path | None) -> None:
@@ -226,7 +226,7 @@ def _fit_supervised(cfg: DictConfig, model: Any, pairs: PreparedPairs, tokenizer
         use_distributed_sampler=False,
     )
     trainer.fit(module, datamodule=data)
-    weights = whole_state_dict(model)
+    weights = whole_state_dict(model, Path(cfg.paths.run))
     if weights is None:
         model.cpu()
     return weights

@@ -68,7 +68,7 @@ def save_training(
         UserError: The run did not train what its record says, or its policy cannot be saved.
     """
     module, trainer = parts.module, parts.trainer
-    weights, saved = whole_state_dict(module.policy), None
+    weights, saved = whole_state_dict(module.policy, run_dir), None
     if rank() == 0:
         record_stop(run_dir, check_steps(trainer.global_step, cfg.trainer.max_steps, parts.stop))
         after = weights or dict(module.policy.named_parameters())

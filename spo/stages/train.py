@@ -19,11 +19,11 @@ from spo.config.choices import pin_choices
 from spo.config.compose import fill_empty_groups, pin
 from spo.config.nodes import extra_references
 from spo.data import SPLITS, PreparedPairs
-from spo.notes import collect_notes
+from spo.notes import add_notes, collect_notes, written_notes
 from spo.pages.panels import result_panel, start_panel
 from spo.pages.run_page import render_report
 from spo.pages.start_facts import start_facts
-from spo.processes import first_decides, is_first_process, peer_loss_in_words
+from spo.processes import first_decides, gather_objects, is_first_process, peer_loss_in_words, world_size
 from spo.records import filenames
 from spo.records.digests import digest, model_digest
 from spo.records.files import write_jsonl
@@ -38,7 +38,7 @@ from spo.secrets import remember_secrets
 from spo.stages.assemble import Parts, assemble, validation_samples
 from spo.stages.checkpointing import checkpoint_folder, fit, prepare_checkpoints
 from spo.stages.description import describe, title
-from spo.stages.devices import join_processes
+from spo.stages.devices import join_processes, refuse_few_pairs
 from spo.stages.evaluate import evaluate_run, load_models, refuse_nonfinite
 from spo.stages.extra_references import reference_paths
 from spo.stages.from_config import resolve_values
@@ -115,6 +115,7 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
         record_continuation(run_dir, cfg, max(point.step, 0))
     first_decides(partial(remove_abandoned_builds, Path(cfg.paths.cache).absolute()))
     prepared = prepare_run(cfg)
+    first_decides(partial(refuse_few_pairs, prepared.pairs, world_size()))
     cfg = with_length(composed, len(prepared.pairs.train))
     _record_inputs(cfg, prepared, run_dir, max(point.step, 0) if point else 0)
     prepared_at = perf_counter()
@@ -144,6 +145,8 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
         models = load_models(cfg, prepared, run_dir)
         gap = None if saved is None else saved.policy.gap(models.policy, run_dir / filenames.POLICY)
         evaluation = evaluate_run(cfg, prepared, run_dir, judge, models)
+        for written in gather_objects(written_notes()):  # A share of the data may hold what a note is about.
+            add_notes(written)
         if saved is None:
             return {}
         better = {key: value for key, value in evaluation.metrics.items() if key in record.latest}

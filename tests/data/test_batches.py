@@ -75,6 +75,16 @@ def test_collate_handles_preferences_weights_references_and_single_completions()
         collate([single[0], pairs[1]], [0, 1], 0)
 
 
+def test_batch_without_pairs_has_their_sequences() -> None:
+    pairs = [pair(i, preference=0.5, weight=2.0, features={"score": 0.1}) for i in range(2)]
+    batch = collate(pairs, [0, 1], 0, torch.arange(4.0).reshape(2, 2))
+    empty = batch.without_pairs()
+    assert len(empty) == 0 and torch.equal(empty.sequences.input_ids, batch.sequences.input_ids)
+    assert empty.mask().shape == (2, 0) and empty.mean_per_pair(torch.ones(4)).tolist() == []
+    assert empty.preference is not None and empty.weight is not None
+    assert len(empty.preference) == len(empty.weight) == len(empty.features["score"]) == 0
+
+
 # ------------------------------------------------------------------------------------------------------- windows
 
 

@@ -20,15 +20,16 @@ def device_problems(cfg: DictConfig) -> Iterator[str]:
     Args:
         cfg: Composed configuration.
     """
-    size, nodes, devices = (select(cfg, key) for key in ("data.batch_size", "trainer.num_nodes", "trainer.devices"))
-    if isinstance(size, int) and isinstance(nodes, int) and size > 0:
-        started = place().world_size
-        count = started if started > 1 else nodes * tasks_per_node(devices)
-        if size < count:
-            yield (
-                f"data.batch_size={size}: a batch has fewer pairs than the run has devices ({count}): set it to "
-                f"{count} or more, or set a smaller trainer.devices"
-            )
+    nodes, started = select(cfg, "trainer.num_nodes"), place().world_size
+    if isinstance(nodes, int):
+        count = started if started > 1 else nodes * tasks_per_node(select(cfg, "trainer.devices"))
+        for key in ("data.batch_size", "data.num_pairs"):
+            size = select(cfg, key)
+            if isinstance(size, int) and 0 < size < count:
+                yield (
+                    f"{key}={size}: these pairs are fewer than the devices of the run ({count}): set {count} or more, "
+                    "or fewer trainer.devices"
+                )
     if not str(select(cfg, "strategy.plugin._target_")).endswith(".DeepSpeedStrategy"):
         return
     if select(cfg, "trainer.accelerator") == "cpu":
