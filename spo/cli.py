@@ -412,7 +412,7 @@ def _main(words: list[str]) -> int:
         with handled():
             return RUN[name](arguments)
     except UsageError as error:
-        return _fail(str(error), 2)
+        return _fail(str(error), 2) if own.is_first else 2
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except Interrupted as interruption:
