@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 FIRST_SPEAKS_SECONDS = 10
+"""Time that the first process of torchrun or ``srun`` has to report an error before another one ends with it."""
 
 
 class UsageError(Exception):
