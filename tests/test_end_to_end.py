@@ -491,7 +491,7 @@ def test_an_interrupted_evaluation_reuses_its_completions(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn: list[str] = []
-    draw, assess = spo_draws.draw, spo_evaluate.assess
+    draw, assess = spo_draws.draw_together, spo_evaluate.assess
 
     def counted(model: Any, stage: str, *args: Any) -> Any:
         drawn.append(stage)
@@ -500,7 +500,7 @@ def test_an_interrupted_evaluation_reuses_its_completions(
     def broken(*args: Any) -> Any:
         raise JudgeError("the judge is out of service")
 
-    monkeypatch.setattr(spo_draws, "draw", counted)
+    monkeypatch.setattr(spo_draws, "draw_together", counted)
     monkeypatch.setattr(spo_evaluate, "assess", broken)
     again = ["evaluate", "run", "evaluation.seed=5", "evaluation.num_prompts=3", "evaluation.selection_prompts=2"]
     assert cli.main(again) == 1

@@ -56,9 +56,10 @@ class ShardedStrategy(ModelParallelStrategy):
             OSError: A process cannot write.
         """
         folder = Path(self.broadcast(filepath))
+        # Before the processes write together: where it fails on one of them, the others see a lost process.
+        folder.mkdir(parents=True, exist_ok=True)
         failure: OSError | None = None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             write_state(checkpoint, folder, is_first=self.is_global_zero)
         except OSError as error:
             failure = error

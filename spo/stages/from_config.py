@@ -77,7 +77,8 @@ def training_numerics(cfg: DictConfig, device: torch.device, *models: nn.Module)
     Args:
         cfg: Configuration of the run.
         device: Device of the models.
-        models: Models of which each process has all. Their weights are rounded as those of a sharded policy.
+        models: Models of which each process has all. Their weights are rounded for good as those of a sharded policy,
+            so nothing may read them in full precision afterwards.
     """
     dtype = sharded_dtype(cfg)
     if dtype is not None:
