@@ -572,7 +572,6 @@ def test_reference_to_wrong_value_is_not_reported_twice() -> None:
         (["trainer.accelerator=gpus"], "trainer.accelerator=gpus: choose"),
         (["optimizer.lr=abc"], "optimizer.lr=abc: must be a positive number"),
         (["rerun=maybe"], "rerun=maybe: must be true or false"),
-        (["strategy=fsdp"], "set trainer.devices"),
         (["regularizer.refresh_every=0"], "regularizer.refresh_every=0: must be at least 1"),
         (["alpha=linear", "alpha.end=0"], "alpha.end=0: must be a positive number"),
         (["alpha=linear", "alpha.value=3"], "alpha.value=3: unknown key; alpha has end, start, steps"),

@@ -29,7 +29,7 @@ from spo.module import AlignmentModule
 from spo.notes import note
 from spo.objective import Prompts
 from spo.processes import rank, world_size
-from spo.records.cache import cached
+from spo.records.cache import build_alone, cached
 from spo.records.digests import code_version, model_digest
 from spo.regularizers import NoRegularizer
 from spo.schedules import Constant
@@ -109,13 +109,11 @@ def initial_model(cfg: DictConfig, spec: ModelSpec) -> str:
         "plugins": model_plugins(cfg),
         "dtype": spec.dtype,
     }
-    return str(cached(cfg.paths.cache, "initial", key, partial(_save_initial, spec)))
+    return str(cached(cfg.paths.cache, "initial", key, build_alone(partial(_save_initial, spec))))
 
 
-def _save_initial(spec: ModelSpec, folder: Path | None) -> None:
-    """Write fresh weights to the folder if given."""
-    if folder is None:
-        return
+def _save_initial(spec: ModelSpec, folder: Path) -> None:
+    """Write fresh weights to a folder."""
     assert spec.initial is not None
     model, tokenizer = spec.initial()
     if tokenizer.pad_token_id is None:
