@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from spo.config.plan import Plan
+
+
+FIRST_SPEAKS_SECONDS = 10
+"""Time that the first process of torchrun or ``srun`` has to report an error before another one ends with it."""
 
 
 class UsageError(Exception):
@@ -412,7 +417,7 @@ def _main(words: list[str]) -> int:
         with handled():
             return RUN[name](arguments)
     except UsageError as error:
-        return _fail(str(error), 2)
+        return _fail(str(error), 2) if own.is_first else _after_first(2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except Interrupted as interruption:
@@ -421,7 +426,7 @@ def _main(words: list[str]) -> int:
         # The process that failed has said why. One that was killed has not, and only spo train watches for that.
         if own.is_first and own.launcher != "spo":
             return _fail("another process of the run has ended: its messages say why, if it was not killed", 1)
-        return 1
+        return 1 if own.is_first else _after_first(1)
     except Exception as error:
         if os.environ.get("SPO_DEBUG") == "1":
             raise
@@ -433,7 +438,19 @@ def _main(words: list[str]) -> int:
         if own.is_first:
             return _fail(words_of_error, 1)
         # Before the processes have met, all of them fail alike.
-        return _fail(f"process {own.rank}: {words_of_error}", 1) if world_size() > 1 else 1
+        return _fail(f"process {own.rank}: {words_of_error}", 1) if world_size() > 1 else _after_first(1)
+
+
+def _after_first(status: int) -> int:
+    """Return an exit status once the first process has had time to say what failed.
+
+    torchrun and srun end all processes as soon as one of them fails, and they end this one when the first does.
+    """
+    from spo.processes import place
+
+    if place().launcher in ("torchrun", "slurm"):
+        time.sleep(FIRST_SPEAKS_SECONDS)
+    return status
 
 
 def _stay_silent() -> None:

@@ -121,14 +121,6 @@ def meeting_point() -> tuple[str, int]:
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
-def leave() -> None:
-    """Close the connections of :func:`join`, if there are any."""
-    if _joined():
-        import torch
-
-        torch.distributed.destroy_process_group()
-
-
 def _torch_variables(own: Place) -> dict[str, str]:
     """Return the environment variables with which PyTorch finds the other processes under SLURM."""
     if own.launcher != "slurm":

@@ -171,8 +171,13 @@ def test_use_of_the_device_by_hand(files: Path, cache_dir: Path, monkeypatch: py
     assert found["utilization"] == {"x": pytest.approx(4 * flops / 2e9)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("data", ["alpaca_eval", "synthetic"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param("alpaca_eval", marks=pytest.mark.nightly),
+        pytest.param("synthetic", marks=pytest.mark.slow),
+    ],
+)
 def test_the_command(data: str, files: Path, cache_dir: Path) -> None:
     pytest.importorskip("trl", reason="trl is not installed")
     out = files / "result.json"
@@ -184,7 +189,7 @@ def test_the_command(data: str, files: Path, cache_dir: Path) -> None:
     assert result["ratio_trl_defaults"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ablation_switches_off_one_key_at_a_time(files: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPO_DATA_DIR", str(files))
     monkeypatch.setenv("SPO_CACHE_DIR", str(cache_dir))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -288,16 +287,3 @@ def test_job_on_several_devices_gets_its_own_process(
 def test_count_devices(devices: Any, nodes: int, expected: int) -> None:
     cfg = OmegaConf.create({"trainer": {"devices": devices, "num_nodes": nodes, "accelerator": "cpu"}})
     assert launch.count_devices(cfg) == expected
-
-
-@pytest.mark.slow
-def test_multirun_with_two_processes_per_job(tmp_path: Path) -> None:
-    words = ["-m", "seed=1,2", "method=dpo", "+debug=tiny", "logger=record"]
-    on_two = ["trainer=cpu", "trainer.devices=2", "strategy=ddp"]
-    done = run("train", *words, *on_two, "hydra.sweep.dir=sweep", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    runs = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
-    assert len(runs) == 2
-    for path in runs:
-        assert json.loads((path / "metrics.json").read_text())
-    assert not (tmp_path / "outputs/runs").exists()

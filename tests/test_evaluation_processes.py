@@ -28,7 +28,7 @@ from spo.evaluation.pair_metrics import Scoring, pair_metrics
 from spo.losses import DPOLoss
 from spo.models import FrozenReference
 from spo.notes import add_notes, collect_notes, note, written_notes
-from spo.processes import join, leave, rank
+from spo.processes import join, rank
 from spo.records.files import write_json
 from spo.stages.assemble import assemble
 from spo.stages.checkpointing import fit
@@ -172,7 +172,7 @@ def test_two_processes_evaluate_as_one(tmp_path: Path) -> None:
 def run_as_one_of_two(folder: Path) -> None:
     join("cpu")
     write_json(folder / f"{rank()}.json", everything(folder / "two", folder))
-    leave()
+    torch.distributed.destroy_process_group()
 
 
 def test_notes_of_other_processes_are_added_once(caplog: pytest.LogCaptureFixture) -> None:

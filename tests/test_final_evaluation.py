@@ -99,6 +99,7 @@ PLUGIN = """
 CASES = {
     "dpo": [],
     "precomputed": ["reference=precomputed"],
+    "bfloat16": ["trainer.precision=bf16-mixed", "model=tiny", "optimizer.lr=0.003", "sft.max_steps=20"],
     "scaled": ["method.loss._target_=evaluated_plugin.Scaled"],
     "running": ["method.loss._target_=evaluated_plugin.Running"],
     "prefix": ["method.loss._target_=evaluated_plugin.Prefix"],
@@ -129,7 +130,8 @@ def test_final_evaluation_repeats_the_last_validation(name: str, plugin: Path) -
     assert {key[5:] for key in shared} >= {"rewards/margins", "rewards/accuracies", *own}
     last = [row for row in rows(run / "history.jsonl") if "val/rewards/margins" in row][-1]
     allowed = [word.partition("=")[2] for word in CASES[name] if "plugin" in word]
-    again = evaluate_command(run, ["data.eval_batch_size=7"], allowed)
+    # In bfloat16, other batches round in other ways.
+    again = evaluate_command(run, [] if name == "bfloat16" else ["data.eval_batch_size=7"], allowed)
     for key in shared:
         if key[5:].startswith(("rewards/", *own)):
             assert last[f"val/{key[5:]}"] == pytest.approx(metrics[key], abs=1e-5), key

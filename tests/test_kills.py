@@ -95,14 +95,14 @@ def is_rank(process: int) -> bool:
 
 
 def check(name: str, seed: int, folder: Path, cache: Path) -> None:
-    """Kill a run at three random moments, let it finish, and compare it with one that was not killed."""
+    """Kill a run at two random moments, let it finish, and compare it with one that was not killed."""
     kind, generator = KINDS[name], random.Random(seed)
     words = ["train", *COMMON, *kind.words]
     command = [str(Path(sys.executable).with_name("spo")), *words, "hydra.run.dir=broken"]
     started = time.monotonic()
     spo(*words, "hydra.run.dir=whole", folder=folder, cache=cache)
     seconds = time.monotonic() - started
-    for _ in range(3):
+    for _ in range(2):
         if not killed(command, folder, cache, generator.uniform(0.2, 0.95) * seconds, generator):
             break
     spo(*words, "hydra.run.dir=broken", folder=folder, cache=cache)

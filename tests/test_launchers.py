@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import socket
 import subprocess
@@ -15,10 +14,9 @@ import pytest
 
 from tests import slurm_programs
 from tests.commands import environment, history, numbers, shared_cache, spo
-from tests.environments import ROOT
+from tests.test_docs import BLOCKS
 from tests.test_sweeps import FAST
 
-GUIDE = (ROOT / "docs/how-to/scale.md").read_text()
 ON_TWO = ("strategy=ddp", "trainer.accelerator=cpu", "trainer.devices=auto", "method=dpo", *FAST, "logger=record")
 LONG = (*ON_TWO, "trainer.max_steps=40", "trainer.val_check_interval=40", "trainer.log_every_n_steps=1")
 JOB = "123"
@@ -31,10 +29,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def documented(first_words: str) -> str:
     """Return the block of the guide that begins with some words."""
-    [block] = [
-        text for text in re.findall(r"```bash launch\n(.*?)```", GUIDE, re.DOTALL) if text.startswith(first_words)
-    ]
+    [block] = [block.text for block in BLOCKS if block.tag == "launch" and block.text.startswith(first_words)]
     return block
+
+
+def test_each_documented_command_of_a_launcher_runs_here() -> None:
+    assert sorted(block.text.split()[0] for block in BLOCKS if block.tag == "launch") == ["#!/bin/bash", "torchrun"]
 
 
 def torchrun(folder: Path, cache: Path, nodes: int, *words: str) -> list[subprocess.CompletedProcess[str]]:

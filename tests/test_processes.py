@@ -177,7 +177,7 @@ def test_a_batch_is_compared_with_the_processes_that_a_launcher_started(monkeypa
     ],
 )
 def test_a_split_with_fewer_pairs_than_devices_is_refused(sizes: tuple[int, int], match: str | None) -> None:
-    pairs = PreparedPairs(*([None] * size for size in (*sizes, 0)), {}, [], (0,))  # type: ignore[arg-type]
+    pairs = PreparedPairs(*([None] * size for size in (*sizes, 0)), {}, [], (0,))  # type: ignore[arg-type, call-arg]
     refuse_few_pairs(pairs, 1)
     if match is None:
         refuse_few_pairs(pairs, 2)

@@ -86,7 +86,7 @@ def fitted(
     module = make_module(tied_model(), optimizer=optimizer, lr=1e-2, speed=PLAIN)
     checkpoint = Checkpoint(str(folder / "checkpoints"), "val/loss", mode, top_k=top_k)  # type: ignore[arg-type]
     checkpoint.run = "this run"
-    strategy: dict[str, Any] = {"devices": world_size(), "strategy": ShardedStrategy(world_size())} if fsdp else {}
+    strategy: dict[str, Any] = {"devices": world_size(), "strategy": ShardedStrategy()} if fsdp else {}
     trainer = make_trainer(
         folder,
         max_steps=STEPS,

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from spo.config.compose import compose
 from spo.data.logps_store import LogpsStore
-from spo.forward.head import completion_logits
+from spo.forward.head import base_model, completion_logits
 from spo.forward.sharding import Sharding, gathered, round_parameters, shard
 from spo.losses import DPOLoss, SFTLoss
 from spo.models import AdapterOffReference, CachedReference, FrozenReference
@@ -35,6 +35,7 @@ from spo.processes import gather_objects
 from spo.sampling import sample
 from spo.stages.assemble import build_trainer
 from spo.stages.from_config import build_sharding, resolve_values
+from spo.stages.sharding import shard_while_loading
 from spo.watch import ProbeSettings
 from tests.helpers import (
     BOS,
@@ -193,6 +194,9 @@ def samples_of(kind: str, sampler: str, unshard: Any, mesh: DeviceMesh) -> list[
             assert [drawn(model, [rank], sampler) for _ in range(rank + 1)] == [first] * (rank + 1)
             assert not is_in_shards(model)
     assert is_in_shards(model)
+    with torch.no_grad():
+        model(torch.tensor([PROMPTS[0]]))
+    assert is_in_shards(base_model(model).transformer.h)  # Blocks give their weights up after a forward pass again.
     return [row for part in gather_objects(mine) for row in part]
 
 
@@ -279,11 +283,15 @@ def test_switching_an_adapter_off_leaves_it_trainable(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_sharded_run_does_not_convert_twice() -> None:
+def test_sharded_run_converts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["strategy=fsdp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.precision=bf16-mixed"]
     cfg = resolve_values(compose([*words, "trainer.max_steps=5", "strategy.unshard_sampling=false"]))
     assert build_sharding(cfg) == Sharding(torch.bfloat16, unshard_sampling=False)
     assert build_trainer(cfg, [], []).precision == "32-true"
+    monkeypatch.setattr("spo.stages.sharding.world_size", lambda: 2)
+    monkeypatch.setattr("spo.stages.sharding.init_device_mesh", lambda *_, **__: None)
+    while_loading: Any = shard_while_loading(cfg)
+    assert while_loading.keywords["settings"] == build_sharding(cfg)
     assert build_sharding(compose(["strategy=ddp"])) is None
     assert build_sharding(compose(words[:2])) == Sharding(None, "auto")
 

@@ -154,6 +154,17 @@ def test_a_process_that_was_killed_is_named(rank: int) -> None:
     assert failure["error"] == f"process {rank} of 2 was ended by SIGKILL, for example for lack of memory"
 
 
+def test_a_process_that_is_ended_after_another_failed_does_not_write_a_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends = "from spo.runs.supervise import end_with_supervisor; end_with_supervisor(); "
+    waits = "while not pathlib.Path('ready0').exists(): time.sleep(0.02)"
+    code = IMPORTS + f"exec({ends + READY + 'time.sleep(60)'!r} if rank == 0 else {waits!r}); sys.exit(1)"
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    assert supervise([code], 2, 1, Path("run").absolute()) == 1
+    assert read_failure(Path("run")) is None  # The process that failed writes its own reason.
+
+
 def test_a_crash_is_named_by_its_signal() -> None:
     with pytest.raises(UserError, match=r"process 1 of 2 was ended by SIGSEGV: the same command"):
         run("os.kill(os.getpid(), signal.SIGSEGV) if rank == 1 else sys.exit(1)")

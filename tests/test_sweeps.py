@@ -327,9 +327,16 @@ def every_run_is_whole(folder: Path, count: int, last_step: int) -> None:
 LONG = (*FAST, "trainer.max_steps=40", "trainer.val_check_interval=5")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["local", "joblib"])
-@pytest.mark.parametrize("all_of_it", [True, False], ids=["every process", "the first process"])
+@pytest.mark.parametrize(
+    ("launcher", "all_of_it"),
+    [
+        pytest.param("local", True, marks=pytest.mark.slow),
+        pytest.param("local", False, marks=pytest.mark.nightly),
+        pytest.param("joblib", True, marks=pytest.mark.nightly),
+        pytest.param("joblib", False, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: {True: "every process", False: "the first process"}.get(value, value),
+)
 def test_killed_sweep_finishes_every_job_once_when_repeated(
     launcher: str, all_of_it: bool, cache: Path, tmp_path: Path
 ) -> None:
@@ -352,11 +359,16 @@ def test_killed_sweep_finishes_every_job_once_when_repeated(
         assert numbers(run) == job(tmp_path / "unbroken", cache, *LONG, "method=dpo", "seed=1")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [["launcher=joblib"], ["strategy=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]],
-    ids=["joblib", "two devices"],
+    [
+        pytest.param(["launcher=joblib"], id="joblib", marks=pytest.mark.slow),
+        pytest.param(
+            ["strategy=ddp", "trainer.accelerator=cpu", "trainer.devices=2"],
+            id="two devices",
+            marks=pytest.mark.nightly,
+        ),
+    ],
 )
 def test_job_whose_process_dies_does_not_stop_other_jobs(settings: list[str], here: Path, cache: Path) -> None:
     words = ["train", "-m", "--config-dir", "own", "method=fragile,dpo", *FAST, *settings, "hydra.sweep.dir=sweep"]

@@ -16,13 +16,7 @@ class Interruption(BaseCheckpoint):
 
     All processes of a run stop after the same step. It is a checkpoint callback, because Lightning calls those after
     all others.
-
-    Attributes:
-        stopped: Whether training was stopped, by all processes together.
     """
-
-    def __init__(self) -> None:
-        self.stopped = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask the module to be called when a step is complete."""
@@ -64,7 +58,6 @@ class Interruption(BaseCheckpoint):
         if signals.hand_back(signum):
             return
         words = f"step {trainer.global_step} is in {callback.last_path}" if callback else "there is no checkpoint"
-        self.stopped = True
         raise signals.Interrupted(signum, words)
 
 

@@ -295,7 +295,7 @@ def default_learning_rate(num_parameters: int | None, lora: Any) -> float | None
 
 
 def processes(devices: int | str, nodes: int) -> int:
-    """Return the number of processes of a run, for strategies that need it in advance.
+    """Return the number of processes of a run. Configurations of runs of version 0.1.0 with ``strategy=fsdp`` need it.
 
     In a process of several, that is their number.
 

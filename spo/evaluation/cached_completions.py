@@ -57,7 +57,7 @@ def cached_completions(
         model_digests: Digests of the models for each stage.
         stage: ``policy`` or ``reference``, the model that draws.
         settings: Settings by which this model draws.
-        draw: Function to all completions, which all processes call.
+        draw: Function that draws all completions. All processes call it.
     """
     key = {
         "code": code_version(*CODE_DEPENDENCIES),

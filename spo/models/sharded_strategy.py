@@ -17,18 +17,20 @@ from spo.records.checkpoint_folders import RUN_KEY, write_manifest
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 whose checkpoints are folders: each process writes its own shards, and any number of them reads these.
+    """FSDP2 over all processes of a run, whose checkpoints are folders.
 
-    Lightning would copy the shards of all weights and optimizer states to the host before it writes them, and would
-    make the state of an optimizer by taking a step.
-
-    Args:
-        data_parallel_size: Number of processes to shard over.
-        tensor_parallel_size: Number of processes that share each tensor, which is 1.
+    Each process writes its own shards, and any number of processes reads these. Lightning would copy the shards of all
+    weights and optimizer states to the host before it writes them, and would make the state of an optimizer by taking a
+    step.
     """
 
-    def __init__(self, data_parallel_size: int, tensor_parallel_size: int = 1) -> None:
-        super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint=True)
+    def __init__(self) -> None:
+        super().__init__("auto", tensor_parallel_size=1, save_distributed_checkpoint=True)
+
+    def setup_environment(self) -> None:
+        """Let all processes share the weights, where Lightning would let those of a node have all of them."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the shards of this process, without copies."""

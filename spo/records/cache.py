@@ -59,20 +59,6 @@ def cached(root: str | Path, kind: str, key: dict[str, Any], build: Callable[[Pa
     return share(folder)
 
 
-def build_alone(build: Callable[[Path], None]) -> Callable[[Path | None], None]:
-    """Return a build for :func:`cached` in which the first process does everything.
-
-    Args:
-        build: Function that fills the empty folder that it receives.
-    """
-
-    def build_on_first(folder: Path | None) -> None:
-        if folder is not None:
-            build(folder)
-
-    return build_on_first
-
-
 def _provide(folder: Path, key: dict[str, Any], build: Callable[[Path | None], None]) -> None:
     """Build an entry if it is missing, in the first process, which tells the others before it builds."""
     if _is_intact(folder):

@@ -19,6 +19,7 @@ from spo.records.files import read_mapping, remove, write_json
 CHUNK_BYTES = 2**24
 """Bytes of a file that are in memory at once while its checksum is computed."""
 THREADS = 16
+"""Number of files that are read at once, to use the bandwidth of a shared disk."""
 RUN_KEY = "run_identity"
 """Entry of a checkpoint that holds the digest of the run's identity; checkpoints of version 0.1.0 do not have it."""
 UNFINISHED, OLDER, REMOVED = ("unfinished", "older", "removed")

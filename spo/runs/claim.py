@@ -41,8 +41,7 @@ _BEFORE_TRAINING = (
     filenames.CHECKPOINTS,
     filenames.WANDB_RUN,
 )
-
-
+# Most errors befall all processes alike, so a further one waits until the first one has written the same reason.
 _WAIT_FOR_FIRST_SECONDS = 3.0
 
 

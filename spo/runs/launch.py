@@ -148,7 +148,7 @@ def run_hydra(arguments: Sequence[str], task: Train) -> None:
 
 
 def count_devices(cfg: DictConfig) -> int:
-    """Return how many processes Lightning will start for a run, with ``auto`` and lists of devices resolved."""
+    """Return how many processes a run wants, over all machines, with ``auto`` and lists of devices resolved."""
     nodes, devices = int(cfg.trainer.num_nodes), cfg.trainer.devices
     if isinstance(devices, int) and devices >= 0:
         return nodes * devices

@@ -14,7 +14,7 @@ from spo.config.checks.settings import setting_problems, with_some_length
 from spo.config.compose import compose, expand_numbers, parse
 from spo.config.trust import Caller, check_trusted
 from spo.errors import ConfigProblems, UserError
-from spo.processes import is_first_process
+from spo.processes import is_first_process, place
 from spo.records import filenames
 from spo.records.files import read_json, read_mapping, write_json
 from spo.records.operational_keys import CHOICES
@@ -80,6 +80,8 @@ def changed_config(
     cfg = load_config(run_dir)
     if OmegaConf.select(cfg, "trainer.max_epochs") is not None:
         cfg.trainer.max_steps = _given(run_dir).get("trainer.max_steps")
+    if (own := place()).world_size > 1:  # The run may have started on other devices; an override names them again.
+        cfg.trainer.devices, cfg.trainer.num_nodes = own.local_world_size, own.nodes
     problems: list[str] = []
     for text in sorted(overrides, key=lambda text: "." in text.partition("=")[0]):  # groups before their keys
         try:

@@ -78,7 +78,9 @@ def supervise(words: Sequence[str], count: int, nodes: int, run_dir: Path | None
         interruption = raised
     finally:
         ended_before = [process.poll() is not None for process in processes]
-        os.close(writer)  # Processes that still run end themselves.
+        # Processes that still run end themselves. Each reads a byte, and none if this process is killed.
+        os.write(writer, bytes(count))
+        os.close(writer)
         for process in processes:
             process.wait()
         os.close(reader)
@@ -142,8 +144,8 @@ def end_with_supervisor() -> None:
     descriptor, _, run_dir = os.environ.pop(SUPERVISOR).partition(" ")
 
     def wait() -> None:
-        os.read(int(descriptor), 1)
-        if run_dir and place().is_first and Path(run_dir).is_dir():
+        was_killed = not os.read(int(descriptor), 1)
+        if was_killed and run_dir and place().is_first and Path(run_dir).is_dir():
             with suppress(OSError):
                 write_failure(Path(run_dir), "the command that started the processes of the run was killed")
         os.kill(os.getpid(), signal.SIGKILL)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from spo.callbacks import Interruption
 from spo.callbacks.checkpoint import checkpoint_callback
 from spo.errors import UserError
 from spo.models.saving import whole_state_dict
@@ -33,8 +30,6 @@ from spo.stages.assemble import Parts
 from spo.stages.prepare import Prepared
 
 BEST = "best"
-WAIT_SECONDS = 60
-"""Time that further processes of a run have to end after the first one has written the checkpoint of all."""
 
 
 @dataclass(frozen=True)
@@ -90,25 +85,11 @@ def fit(parts: Parts, checkpoint: str | None) -> None:
         trainer.strategy.checkpoint_io = WholeCheckpointIO()
     try:
         trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
-    except Interrupted:
-        _end_other_processes(trainer)
-        raise
     except Exception as error:
         # A signal to all processes ends the workers that load data, and the step at hand fails.
         if (signum := received()) is not None:
             raise Interrupted(signum, "the step at hand failed") from error
         raise
-
-
-def _end_other_processes(trainer: Trainer) -> None:
-    """Wait for the processes that Lightning has started, which stop too; kill those that would wait for this one."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    together = any(isinstance(callback, Interruption) and callback.stopped for callback in callbacks)
-    for process in getattr(trainer.strategy.launcher, "procs", []):
-        try:
-            process.wait(WAIT_SECONDS if together else 0)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
 
 
 def choose_weights(

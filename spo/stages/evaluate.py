@@ -46,7 +46,14 @@ from spo.schedules import Constant
 from spo.stages.devices import join_processes
 from spo.stages.evaluation_config import evaluation_config
 from spo.stages.extra_references import load_extra_references
-from spo.stages.from_config import build_loss, eval_device, model_plugins, resolve_values
+from spo.stages.from_config import (
+    build_loss,
+    eval_device,
+    model_plugins,
+    resolve_values,
+    sharded_dtype,
+    training_numerics,
+)
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
 from spo.wording import finite
@@ -167,15 +174,16 @@ def evaluate_run(
     opponents = {}
     if judge is not None and rank() == 0:
         opponents = find_opponents(settings, prompts["test"], prepared.pairs.test)
-    with memory_for("sampling for the evaluation", "evaluation.batch_size", "evaluation.max_new_tokens"):
-        completions = _draw(cfg, prepared, run_dir, models, prompts, settings)
-    with memory_for("scoring the test pairs", "data.eval_batch_size", "speed.max_logits"):
-        of_pairs = pair_metrics(
-            build_scoring(cfg, prepared, run_dir, models),
-            prepared.pairs.test,
-            batch_size=cfg.data.eval_batch_size,
-            pad_token_id=prepared.tokenizer.pad_token_id,
-        )
+    with training_numerics(cfg, eval_device(cfg), models.policy, models.reference):
+        with memory_for("sampling for the evaluation", "evaluation.batch_size", "evaluation.max_new_tokens"):
+            completions = _draw(cfg, prepared, run_dir, models, prompts, settings)
+        with memory_for("scoring the test pairs", "data.eval_batch_size", "speed.max_logits"):
+            of_pairs = pair_metrics(
+                build_scoring(cfg, prepared, run_dir, models),
+                prepared.pairs.test,
+                batch_size=cfg.data.eval_batch_size,
+                pad_token_id=prepared.tokenizer.pad_token_id,
+            )
 
     whole = prepared.language is not None
     selection = None
@@ -231,7 +239,7 @@ def build_scoring(cfg: DictConfig, prepared: Prepared, run_dir: Path, models: Mo
     speed = models.speed
     for one in loaded:
         one.to(device)
-        with one.active(models.policy) as model:
+        with one.active(models.policy) as model, training_numerics(cfg, device, model):
             speed = speed.resolve_for(model)
     return Scoring(loss, _final_coefficients(cfg, run_dir), models.policy, reference, speed, further)
 
@@ -337,6 +345,8 @@ def _model_digests(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> dict[s
     shared = {
         "dtype": spec.dtype,
         "attn_implementation": spec.attn_implementation,
+        "precision": cfg.trainer.precision,
+        "sharded_dtype": str(sharded_dtype(cfg)),  # A sharded policy rounds in other places.
         "reference": reference,
         "plugins": model_plugins(cfg),
     }

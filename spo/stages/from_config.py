@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from spo.config.nodes import targets
 from spo.data import Renderer, Source
 from spo.errors import UserError
 from spo.forward.head import hidden_width
-from spo.forward.sharding import Sharding
+from spo.forward.sharding import Sharding, round_parameters
 from spo.losses import DataNeeds, Loss
 from spo.models import ModelSpec
 from spo.processes import world_size
@@ -61,6 +62,30 @@ def build_sharding(cfg: DictConfig) -> Sharding | None:
         return None
     compute_dtype = torch.bfloat16 if cfg.trainer.precision == "bf16-mixed" else None
     return Sharding(compute_dtype, cfg.strategy.get("unshard_sampling", Sharding.unshard_sampling))
+
+
+def sharded_dtype(cfg: DictConfig) -> torch.dtype | None:
+    """Return the dtype in which a sharded policy computes, if it is not that of its weights."""
+    sharding = build_sharding(cfg)
+    return None if sharding is None else sharding.compute_dtype
+
+
+@contextmanager
+def training_numerics(cfg: DictConfig, device: torch.device, *models: nn.Module) -> Iterator[None]:
+    """Compute outside of the Trainer with the roundings of the policy in it.
+
+    Args:
+        cfg: Configuration of the run.
+        device: Device of the models.
+        models: Models of which each process has all. Their weights are rounded as those of a sharded policy.
+    """
+    dtype = sharded_dtype(cfg)
+    if dtype is not None:
+        for model in models:
+            round_parameters(model, dtype)
+    mixed = cfg.trainer.precision == "bf16-mixed" and dtype is None
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+        yield
 
 
 def build_loss(cfg: DictConfig, policy: nn.Module) -> Loss[Any]:

@@ -22,13 +22,12 @@ from spo.config.nodes import targets
 from spo.data import DataError, TokenizedPair
 from spo.data.logps_store import LogpsStore, sequence_key
 from spo.errors import memory_for, placed_by
-from spo.forward.sharding import round_parameters
 from spo.forward.speed import Speed
 from spo.models import PrecomputedReference
 from spo.processes import deal, first_decides, gather, rank, world_size
 from spo.records.digests import code_version, digest, model_digest
 from spo.records.plugins import plugin_digests
-from spo.stages.from_config import build_sharding, eval_device, model_plugins
+from spo.stages.from_config import eval_device, model_plugins, sharded_dtype, training_numerics
 from spo.stages.prepare import Prepared
 from spo.types import pad_sequences
 
@@ -76,19 +75,13 @@ def logps_store(cfg: DictConfig, prepared: Prepared, cache_dir: str, speed: Spee
         "dtype": spec.dtype,
         "attn_implementation": spec.attn_implementation,
         "precision": cfg.trainer.precision,
-        **({"sharded": True} if _sharded_dtype(cfg) is not None else {}),
+        **({"sharded": True} if sharded_dtype(cfg) is not None else {}),
         "device": device.type,
         "versions": [torch.__version__, transformers.__version__],
         "layout": [speed.packing, speed.packing and speed.share_prompts, speed.completion_only],
     }
     dtype = torch.float64 if spec.dtype == "float64" else torch.float32
     return LogpsStore(Path(cache_dir).resolve() / f"{digest(key)[:32]}.sqlite", dtype)
-
-
-def _sharded_dtype(cfg: DictConfig) -> torch.dtype | None:
-    """Return the dtype in which a sharded policy computes, if it is not that of its weights."""
-    sharding = build_sharding(cfg)
-    return None if sharding is None else sharding.compute_dtype
 
 
 def _reference_plugin(cfg: DictConfig) -> dict[str, Any]:
@@ -136,15 +129,11 @@ def precomputed_logps(cfg: DictConfig, prepared: Prepared, reference: Precompute
             if rank() == 0:
                 log.info("scoring the pairs with the reference model: %d of %d sequences", len(missing), len(rows))
             model = prepared.spec.start(prepared.base).to(device)
-            if (dtype := _sharded_dtype(cfg)) is not None:
-                round_parameters(model, dtype)
-            speed = requested.resolve_for(model)
-            # The precision is that of the policy in the Trainer, so that both round alike.
-            mixed = cfg.trainer.precision == "bf16-mixed" and dtype is None
             with (
-                torch.autocast(device.type, torch.bfloat16, enabled=mixed),
+                training_numerics(cfg, device, model),
                 memory_for("scoring pairs with the reference", "reference.batch_tokens", "speed.max_logits"),
             ):
+                speed = requested.resolve_for(model)
                 fill(store, model, missing, prepared.tokenizer.pad_token_id, speed, reference.batch_tokens)
             known = read()
     if lost := int(known.isnan().sum()):
