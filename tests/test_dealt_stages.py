@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
@@ -30,7 +31,10 @@ from spo.processes import PeerLostError, gather, rank
 from spo.records.cache import MANIFEST, cached
 from spo.records.files import read_json, read_jsonl
 from spo.sampling import sample
+from spo.signals import Interrupted
 from spo.stages import pairs, reference_model
+from spo.stages.assemble import build_trainer
+from spo.stages.from_config import resolve_values
 from spo.stages.pairs import drawn_completions
 from spo.stages.prepare import prepare_run
 from spo.stages.reference_logps import cut_into_batches, fill
@@ -304,6 +308,28 @@ def test_two_processes_prepare_what_one_does(tmp_path: Path) -> None:
             torch.testing.assert_close(tensor, right[name], rtol=0, atol=1e-10)
         drawn = completions(one)
         assert completions(two) == drawn and len(drawn) == 3  # splits
+
+
+# --- signals -------------------------------------------------------------------------------------------------------
+
+
+def test_trainers_of_a_run_leave_signals_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's own handler of TERM would wait for the other process, which may be in another place."""
+    handlers: list[Any] = []
+
+    def fit(trainer: Trainer, *_: object, **__: object) -> None:
+        trainer._signal_connector.register_signal_handlers()
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    words = [*WORDS, "model=tiny", f"paths.cache={tmp_path}/cache", "trainer.devices=1", "trainer.max_steps=4"]
+    cfg = resolve_values(compose(words, run_dir=tmp_path))
+    before = signal.getsignal(signal.SIGTERM)
+    for start in (lambda: prepare_run(cfg), lambda: build_trainer(cfg, [], []).fit(LightningModule())):
+        with pytest.raises(Interrupted):
+            start()
+    assert handlers == [before, before]
 
 
 if __name__ == "__main__":

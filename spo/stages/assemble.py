@@ -33,7 +33,7 @@ from spo.objective import Enumeration, Prompts
 from spo.objective.learned import PREFIX
 from spo.regularizers import Regularizer
 from spo.schedules.optimization import warmup_steps
-from spo.stages.devices import device_settings
+from spo.stages.devices import device_settings, leave_signals_alone
 from spo.stages.extra_references import load_extra_references
 from spo.stages.from_config import build_loss, build_sharding
 from spo.stages.prepare import Prepared
@@ -211,7 +211,7 @@ def build_trainer(cfg: DictConfig, loggers: list[Any], callbacks: list[Callback]
         _convert_="all",  # Lightning does not take a mapping of Hydra as its trainer.max_time.
     )
     try:
-        return make()
+        return leave_signals_alone(make())
     except InstantiationException as error:
         cause = error.__cause__ or error
         raise UserError(f"trainer or callbacks: Lightning refuses these settings: {first_line(cause)}") from error

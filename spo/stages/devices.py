@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
 from lightning.fabric.utilities.device_parser import _parse_gpu_ids
+from lightning.pytorch import Trainer
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from spo import processes
@@ -151,3 +152,16 @@ def device_settings(cfg: DictConfig) -> dict[str, Any]:
     # Lightning would otherwise take a process by itself within a job of SLURM for one of several.
     environment = LaunchedEnvironment() if place().world_size > 1 else LightningEnvironment()
     return settings | {"plugins": [environment]}
+
+
+def leave_signals_alone(trainer: Trainer) -> Trainer:
+    """Keep a Trainer from handling signals itself, and return it.
+
+    Lightning's handler of TERM starts a collective operation wherever the signal arrives. Another process may be in the
+    middle of an optimizer step, and both would wait for each other forever. See :mod:`spo.signals`.
+
+    Args:
+        trainer: New Trainer.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer

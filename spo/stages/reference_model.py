@@ -34,7 +34,7 @@ from spo.records.digests import code_version, model_digest
 from spo.regularizers import NoRegularizer
 from spo.schedules import Constant
 from spo.schedules.optimization import warmup_steps
-from spo.stages.devices import device_settings
+from spo.stages.devices import device_settings, leave_signals_alone
 from spo.stages.from_config import data_key, data_needs, eval_device, make_renderer, model_plugins, rendering_key
 from spo.stages.pairs import no_completer
 
@@ -223,7 +223,7 @@ def _fit_supervised(cfg: DictConfig, model: Any, pairs: PreparedPairs, tokenizer
         callbacks=[Progress()] if cfg.trainer.enable_progress_bar else [],
         use_distributed_sampler=False,
     )
-    trainer.fit(module, datamodule=data)
+    leave_signals_alone(trainer).fit(module, datamodule=data)
     weights = whole_state_dict(model, Path(cfg.paths.run))
     if weights is None:
         model.cpu()
