@@ -20,3 +20,5 @@ def quiet_libraries() -> None:
     filter_warnings("ignore", message=".*sync_dist=True.* when logging on epoch level.*")
     # Checkpoints of version 0.1.0 name their callback in another way; the identity covers the callbacks of a run.
     filter_warnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
+    # peft reads this attribute of every model that it adapts.
+    filter_warnings("ignore", message=".*is_gradient_checkpointing.*")
