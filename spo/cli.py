@@ -20,8 +20,6 @@ from spo.wording import clean
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from spo.config.plan import Plan
-
 
 FIRST_SPEAKS_SECONDS = 10
 """Time that the first process of torchrun or ``srun`` has to report an error before another one ends with it."""
@@ -62,7 +60,9 @@ def _train(arguments: list[str]) -> int:
         run_hydra([*single, *planned.jobs[0].overrides, *pinned_overrides(planned.jobs[0].cfg)], _job)
         return 0
     if not planned.multirun:
-        return _train_one(arguments, planned)
+        from spo.stages.start import start_run
+
+        return start_run(arguments, planned, _checked_job, _note)
     from spo.processes import place
 
     if (own := place()).world_size > 1:
@@ -79,39 +79,6 @@ def _train(arguments: list[str]) -> int:
         print(f"note: {warning}", file=sys.stderr)
     with placed_by(SET_SWEEP, planned.sweep_dir):
         return 0 if launch_sweep(hydra_flags, planned, _job, flags.config_dir) else 1
-
-
-def _train_one(arguments: Sequence[str], planned: Plan) -> int:
-    """Train in this process, or in one process for each device of this machine."""
-    from spo.processes import first_decides, place
-    from spo.runs.another_run import refuse_another_run
-
-    cfg = planned.jobs[0].cfg
-    if place().world_size > 1:
-        from spo.runs.launch import fit_to_processes
-        from spo.stages.devices import join_processes
-
-        fit_to_processes(planned.composed)
-        join_processes(cfg)
-        # Each process has read the clock, so their directories differ.
-        cfg.paths.run = first_decides(lambda: cfg.paths.run)
-        planned.composed.hydra.run.dir = cfg.paths.run
-    first_decides(lambda: refuse_another_run(Path(cfg.paths.run), cfg))
-    from spo.errors import SET_RUN, placed_by
-    from spo.runs.launch import count_devices, launch_run
-
-    with placed_by(SET_RUN, Path(cfg.paths.run)):
-        if place().world_size == 1 and (devices := count_devices(cfg)) > 1:
-            from spo.runs.supervise import supervise
-
-            directory = cfg.paths.run.replace("'", r"\'")
-            words = ["train", *arguments, f"hydra.run.dir='{directory}'"]
-            return supervise(words, devices // cfg.trainer.num_nodes, cfg.trainer.num_nodes, Path(cfg.paths.run))
-        from spo.config.plan import check_plan
-
-        first_decides(lambda: check_plan(planned, _note))
-        launch_run(planned, _checked_job)
-    return 0
 
 
 def _note(line: str) -> None:
@@ -150,23 +117,10 @@ def _resume(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args(arguments)
     from spo.errors import COPY_RUN, placed_by
-    from spo.processes import place
+    from spo.stages.start import start_resume
 
     with placed_by(COPY_RUN, given.resume):
-        if place().world_size == 1:
-            from spo.runs.launch import count_devices
-            from spo.runs.resume import changed_config
-
-            cfg = changed_config(given.resume, given.overrides, given.allow, given.config_dir)
-            if (devices := count_devices(cfg)) > 1:
-                from spo.runs.supervise import supervise
-
-                nodes = cfg.trainer.num_nodes
-                return supervise(["train", *arguments], devices // nodes, nodes, given.resume)
-        from spo.stages.train import resume
-
-        resume(given.resume, given.overrides, given.allow, given.config_dir)
-    return 0
+        return start_resume(arguments, given.resume, given.overrides, given.allow, given.config_dir)
 
 
 # --- the other commands --------------------------------------------------------------------------------------------
@@ -178,18 +132,9 @@ def _evaluate(arguments: list[str]) -> int:
     parser.add_trust()
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_intermixed_args(arguments)
-    # The devices of the training do not matter, so several processes start only where the command asks for them.
-    wanted = [text.partition("=")[2] for text in given.overrides if text.startswith("trainer.devices=")]
-    if wanted and wanted[-1].isdigit() and int(wanted[-1]) > 1:
-        from spo.processes import place
-        from spo.runs.supervise import supervise
+    from spo.stages.start import start_evaluation
 
-        if place().world_size == 1:
-            return supervise(["evaluate", *arguments], int(wanted[-1]), 1, None)
-    from spo.stages.evaluate import evaluate_command
-
-    evaluate_command(given.run_dir, given.overrides, given.allow, given.config_dir)
-    return 0
+    return start_evaluation(arguments, given.run_dir, given.overrides, given.allow, given.config_dir)
 
 
 def _compare(arguments: list[str]) -> int:
