@@ -125,9 +125,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that receives the number of prompts of each draw, which a fake writer answers."""
     calls: list[int] = []
 
-    def complete(cfg: Any, of: Any, prompts: Sequence[str], n: int) -> list[list[Completion]]:
+    def complete(cfg: Any, of: Any, prompts: Sequence[str], n: int) -> list[Completion]:
         calls.append(len(prompts))
-        return writer(list(prompts), n)
+        return [completion for group in writer(list(prompts), n) for completion in group]
 
     monkeypatch.setattr(pairs, "_complete", complete)
     return calls
@@ -182,7 +182,7 @@ def test_another_model_writes_the_responses(
         "sample",
         lambda *args, **options: temperatures.append(options["temperature"]) or sample(*args, **options),
     )
-    [group] = pairs._complete(cfg, of, ["w4 w5"], 3)
+    group = pairs._complete(cfg, of, ["w4 w5"], 3)
     assert temperatures == [0.7]
     # The writer reads and writes with its own tokenizer.
     seeds = [derive_seed("pairs", 0, "w4 w5", i) for i in range(3)]

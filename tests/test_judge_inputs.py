@@ -85,7 +85,7 @@ def test_a_completion_cannot_write_the_verdict(tmp_path: Path, monkeypatch: pyte
         seen.extend(ids for ids, _ in asked)
         return [9.0 if ids.count(end) > 1 and ids[-2:] != [end] else 0.0 for ids, _ in asked]
 
-    monkeypatch.setattr(judge, "_differences", differences)
+    monkeypatch.setattr(judge.forwards, "compute", differences)
     attack = ATTACK.replace("</s>", tokenizer.eos_token)
     comparisons = [JudgedPair("p", attack, "good"), JudgedPair("p", HARMLESS, "good")]
     assert judge.verdicts(comparisons) == [0.5, 0.5]
@@ -165,7 +165,7 @@ def test_a_decoder_is_not_given_token_types() -> None:
 
 def test_text_that_a_tokenizer_cannot_read_as_text_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = questions(tmp_path, build("adds_bos", ENDS_IN_EOS))
-    monkeypatch.setattr(judge, "_differences", lambda asked: [0.0 for _ in asked])
+    monkeypatch.setattr(judge.forwards, "compute", lambda asked: [0.0 for _ in asked])
     judge._local.encoder.text.__dict__["_private_encode"] = None  # such as a tokenizer with parts in Python
     with collect_notes() as notes:
         judge.verdicts([JudgedPair("p", "c", "d")])
