@@ -57,7 +57,8 @@ def data_needs(cfg: DictConfig) -> DataNeeds:
 
 def build_sharding(cfg: DictConfig) -> Sharding | None:
     """Return the settings of sharded models, ``None`` if the strategy does not shard them."""
-    target = OmegaConf.select(cfg, "strategy.plugin._target_") if OmegaConf.is_config(cfg.strategy.plugin) else None
+    plugin = OmegaConf.select(cfg, "strategy.plugin")
+    target = plugin.get("_target_") if isinstance(plugin, DictConfig) else None  # The plugin auto is a word.
     if target is None or not issubclass(get_class(target), ModelParallelStrategy):
         return None
     compute_dtype = torch.bfloat16 if cfg.trainer.precision == "bf16-mixed" else None
