@@ -221,7 +221,7 @@ def test_notes_are_printed_once_to_stderr(trained: Trained, capsys: pytest.Captu
 def test_resume_evaluate_and_inspect_receive_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     one_device = OmegaConf.create({"trainer": {"devices": 1, "num_nodes": 1}})
-    monkeypatch.setattr("spo.stages.start.changed_config", lambda *given: one_device)
+    monkeypatch.setattr("spo.runs.resume.changed_config", lambda *given: one_device)
     monkeypatch.setattr("spo.stages.train.resume", lambda *given: calls.append(given))
     monkeypatch.setattr("spo.stages.inspect.inspect", lambda cfg, *given: calls.append((cfg.data.seed, *given)))
     monkeypatch.setattr("spo.stages.evaluate.evaluate_command", lambda *given: calls.append(given))

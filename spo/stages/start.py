@@ -1,4 +1,7 @@
-"""The start of a command: in this process, or in one process for each device of this machine."""
+"""The start of a command: in this process, or in one process for each device of this machine.
+
+What takes seconds to import is imported late, so that a wrong command is answered at once.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,6 @@ from spo.config.plan import Plan, check_plan
 from spo.errors import SET_RUN, placed_by
 from spo.processes import first_decides, place
 from spo.runs.another_run import refuse_another_run
-from spo.runs.launch import count_devices, fit_to_processes, launch_run
-from spo.runs.resume import changed_config
-from spo.runs.supervise import supervise
 
 
 def start_run(
@@ -30,6 +30,7 @@ def start_run(
     """
     cfg = planned.jobs[0].cfg
     if place().world_size > 1:
+        from spo.runs.launch import fit_to_processes
         from spo.stages.devices import join_processes
 
         fit_to_processes(planned.composed)
@@ -38,6 +39,8 @@ def start_run(
         cfg.paths.run = first_decides(lambda: cfg.paths.run)
         planned.composed.hydra.run.dir = cfg.paths.run
     first_decides(lambda: refuse_another_run(Path(cfg.paths.run), cfg))
+    from spo.runs.launch import launch_run
+
     with placed_by(SET_RUN, Path(cfg.paths.run)):
         directory = cfg.paths.run.replace("'", r"\'")
         words = ["train", *arguments, f"hydra.run.dir='{directory}'"]
@@ -60,6 +63,8 @@ def start_resume(
         allow: Targets, modules and paths of the configuration that may be used although it came with the directory.
         config_dir: Folder with further members of the groups.
     """
+    from spo.runs.resume import changed_config
+
     cfg = changed_config(run_dir, overrides, allow, config_dir)
     if (status := _supervised(["train", *arguments], cfg, run_dir)) is not None:
         return status
@@ -85,6 +90,8 @@ def start_evaluation(
     """
     wanted = [text.partition("=")[2] for text in overrides if text.startswith("trainer.devices=")]
     if place().world_size == 1 and wanted and wanted[-1].isdigit() and int(wanted[-1]) > 1:
+        from spo.runs.supervise import supervise
+
         return supervise(["evaluate", *arguments], int(wanted[-1]), 1, None)
     from spo.stages.evaluate import evaluate_command
 
@@ -94,6 +101,9 @@ def start_evaluation(
 
 def _supervised(words: Sequence[str], cfg: DictConfig, run_dir: Path) -> int | None:
     """Return the exit status of the processes of a run; ``None`` if this process trains, alone or as one of them."""
+    from spo.runs.launch import count_devices
+    from spo.runs.supervise import supervise
+
     if place().world_size > 1 or (devices := count_devices(cfg)) == 1:
         return None
     nodes = int(cfg.trainer.num_nodes)
