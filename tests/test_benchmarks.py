@@ -267,7 +267,7 @@ def test_scaling_measures_and_draws(tmp_path: Path, cache_dir: Path) -> None:
     assert [file.name for file in plots.iterdir()] == ["performance_spo.png"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sweep_prepares_once(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     run_module("sweep_cost", "--jobs", "2", "--json", str(out))

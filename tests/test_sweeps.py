@@ -384,7 +384,7 @@ def test_job_whose_process_dies_does_not_stop_other_jobs(settings: list[str], he
     every_run_is_whole(here, 2, STEPS)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_launcher_restarts_after_a_worker_is_killed(here: Path, cache: Path) -> None:
     words = ["train", "-m", *LONG, "launcher=joblib", "method=dpo", "seed=1,2,3", "hydra.sweep.dir=sweep"]
     process = subprocess.Popen(
