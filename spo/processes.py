@@ -91,6 +91,17 @@ def is_first_process() -> bool:
     return place().is_first
 
 
+def uses_gpu(accelerator: str) -> bool:
+    """Return whether a run with this ``trainer.accelerator`` computes on the GPUs of this machine.
+
+    Args:
+        accelerator: Value of the key.
+    """
+    import torch
+
+    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
 # --- meeting ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""What every sampler has to do, whatever engine it uses: the contract of :func:`spo.sampling.sample`.
+"""Contract of every sampler, as the docstring of :func:`spo.sampling.sample` states it.
 
 A sampler that is registered in :data:`spo.sampling.generate.SAMPLERS` is tested here by its name.
 """

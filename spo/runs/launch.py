@@ -29,7 +29,7 @@ from spo.config.compose import VERSION_BASE, register_resolvers
 from spo.config.plan import Plan
 from spo.errors import UserError, error_line, user_message
 from spo.pages.sweep_table import print_sweep
-from spo.processes import is_first_process, place
+from spo.processes import is_first_process, place, uses_gpu
 from spo.records.files import write_text
 from spo.records.sweep import SweepJob
 from spo.resources import MAIN_CONFIG, conf_dir
@@ -158,8 +158,7 @@ def count_devices(cfg: DictConfig) -> int:
         return nodes * len(devices if not isinstance(devices, str) else devices.strip(",").split(","))
     import torch
 
-    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return nodes * (torch.cuda.device_count() if on_gpu else 1)
+    return nodes * (torch.cuda.device_count() if uses_gpu(cfg.trainer.accelerator) else 1)
 
 
 def fit_to_processes(cfg: DictConfig) -> None:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from spo import processes
 from spo.data import PreparedPairs
 from spo.errors import UserError
-from spo.processes import place
+from spo.processes import place, uses_gpu
 from spo.runs.launch import count_devices, fit_to_processes
 
 
@@ -93,14 +93,14 @@ def _check_device(cfg: DictConfig) -> None:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if accelerator in ("gpu", "cuda") and gpus == 0:
         raise UserError(f"trainer.accelerator={accelerator}: this machine does not have a GPU: set it to cpu")
-    uses_gpu = gpus > 0 and accelerator in ("auto", "gpu", "cuda")
-    if uses_gpu and own.local_world_size > gpus:
+    on_gpu = gpus > 0 and uses_gpu(accelerator)
+    if on_gpu and own.local_world_size > gpus:
         raise UserError(
             f"trainer.devices={cfg.trainer.devices}: {own.local_world_size} processes run on this machine, and each "
             f"sees {gpus} GPU{'s'[: gpus != 1]}: start one process per GPU, and ask SLURM for --gpus-per-node"
         )
     target = str(OmegaConf.select(cfg, "strategy.plugin._target_"))
-    if target.endswith(".DeepSpeedStrategy") and not uses_gpu:
+    if target.endswith(".DeepSpeedStrategy") and not on_gpu:
         raise UserError("strategy=deepspeed runs on GPUs alone: choose strategy=ddp or strategy=fsdp on a CPU")
 
 
@@ -110,12 +110,17 @@ def process_device(cfg: DictConfig) -> torch.device:
     Args:
         cfg: Configuration of the run.
     """
-    if cfg.trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+    if not uses_gpu(cfg.trainer.accelerator):
         return torch.device("cpu")
-    devices = cfg.trainer.devices
-    wanted = -1 if str(devices) in ("auto", "-1") else list(devices) if isinstance(devices, ListConfig) else devices
-    ids = _parse_gpu_ids(wanted, include_cuda=True) or [0]
+    devices = _devices(cfg)
+    ids = _parse_gpu_ids(-1 if str(devices) in ("auto", "-1") else devices, include_cuda=True) or [0]
     return torch.device("cuda", ids[place().local_rank])
+
+
+def _devices(cfg: DictConfig) -> Any:
+    """Return ``trainer.devices``, with a list as Lightning takes it."""
+    devices = cfg.trainer.devices
+    return list(devices) if isinstance(devices, ListConfig) else devices
 
 
 def refuse_few_pairs(pairs: PreparedPairs, count: int) -> None:
@@ -144,11 +149,7 @@ def device_settings(cfg: DictConfig) -> dict[str, Any]:
     Args:
         cfg: Configuration of the run.
     """
-    devices = cfg.trainer.devices
-    settings: dict[str, Any] = {
-        "devices": list(devices) if isinstance(devices, ListConfig) else devices,
-        "num_nodes": cfg.trainer.num_nodes,
-    }
+    settings: dict[str, Any] = {"devices": _devices(cfg), "num_nodes": cfg.trainer.num_nodes}
     # Lightning would otherwise take a process by itself within a job of SLURM for one of several.
     environment = LaunchedEnvironment() if place().world_size > 1 else LightningEnvironment()
     return settings | {"plugins": [environment]}

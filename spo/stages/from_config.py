@@ -22,7 +22,7 @@ from spo.forward.head import hidden_width
 from spo.forward.sharding import Sharding, round_parameters
 from spo.losses import DataNeeds, Loss
 from spo.models import ModelSpec
-from spo.processes import world_size
+from spo.processes import uses_gpu, world_size
 from spo.records.digests import path_digest
 from spo.records.plugins import plugin_digests
 from spo.seeds import derive_seed
@@ -37,7 +37,7 @@ def resolve_values(cfg: DictConfig) -> DictConfig:
 
 def eval_device(cfg: DictConfig) -> torch.device:
     """Return the device of models that run outside the Trainer: among several processes, that of this process."""
-    if cfg.trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+    if not uses_gpu(cfg.trainer.accelerator):
         return torch.device("cpu")
     # The processes have chosen their devices when they met.
     return torch.device("cuda", torch.cuda.current_device()) if world_size() > 1 else torch.device("cuda")

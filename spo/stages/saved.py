@@ -33,7 +33,7 @@ from spo.stages.trained import Start, check_steps, check_weights, note_unmoved
 
 @dataclass(frozen=True)
 class Saved:
-    """What the first process knows of a training whose policy it has saved.
+    """Facts about a training whose policy is saved, in the first process.
 
     Attributes:
         step: Optimizer step of the saved policy.
@@ -62,7 +62,7 @@ def save_training(
         record: History of the run.
 
     Returns:
-        What the first process knows of the training; ``None`` in the others.
+        Facts about the training in the first process; ``None`` in the others.
 
     Raises:
         UserError: The run did not train what its record says, or its policy cannot be saved.
