@@ -33,6 +33,7 @@ LAYERS = [
     {"regularizers", "watch"},
     {"guard"},
     {"module", "evaluation"},
+    {"rounds"},
     {"callbacks", "exact"},
     {"comparison"},
     {"pages"},
@@ -40,6 +41,7 @@ LAYERS = [
     {"runs"},
     {"stages"},
     {"help", "api"},
+    {"commands"},
     {"cli"},
     {"__init__", "__main__"},
 ]

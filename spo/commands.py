@@ -1,0 +1,280 @@
+"""The commands of ``spo``: the arguments of each and the stage that it starts. Each imports what it needs itself."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spo.help import COMMANDS
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+class UsageError(Exception):
+    """A command line that does not fit its usage."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser of a command, which raises its errors."""
+
+    def __init__(self, usage: str) -> None:
+        super().__init__(prog="spo", usage=usage, add_help=False, allow_abbrev=False)
+
+    def add_trust(self) -> None:
+        """Add the flags by which a person allows what the configuration of a run directory asks for."""
+        self.add_argument("--allow", action="append", default=[], metavar="NAME")
+        self.add_argument("--config-dir", "-cd", metavar="DIR")
+
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message}\nusage: {self.usage}")
+
+
+# --- spo train -----------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: list[str]) -> int:
+    if "--resume" in arguments or any(word.startswith("--resume=") for word in arguments):
+        return _resume(arguments)
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.prog = "spo train"
+    flags = parser.parse_intermixed_args(arguments)
+    hydra_flags = _without(arguments, flags.overrides)
+
+    if flags.hydra_help or flags.info is not None or flags.shell_completion:
+        from spo.runs.launch import run_hydra
+
+        run_hydra(arguments, _job)
+        return 0
+    from spo.config.compose import pinned_overrides
+    from spo.config.plan import check_plan, compose_plan
+
+    planned = compose_plan(
+        flags.overrides, multirun=flags.multirun, config_dir=flags.config_dir, runs=flags.cfg is None
+    )
+    if flags.cfg is not None:  # Of several jobs the first is shown.
+        from spo.runs.launch import run_hydra
+
+        single = [word for word in hydra_flags if word not in ("-m", "--multirun")]
+        run_hydra([*single, *planned.jobs[0].overrides, *pinned_overrides(planned.jobs[0].cfg)], _job)
+        return 0
+    if not planned.multirun:
+        from spo.stages.start import start_run
+
+        return start_run(arguments, planned, _checked_job, _note)
+    from spo.processes import place
+
+    if (own := place()).world_size > 1:
+        raise UsageError(
+            f"-m: {own.launcher} has started {own.world_size} processes, and a multirun starts those of its runs "
+            "itself: call it once, with trainer.devices=N, or with launcher=slurm"
+        )
+    check_plan(planned, _note)
+    from spo.config.checks import warnings
+    from spo.errors import SET_SWEEP, placed_by
+    from spo.runs.launch import launch_sweep
+
+    for warning in dict.fromkeys(text for job in planned.jobs for text in warnings(job.cfg)):
+        print(f"note: {warning}", file=sys.stderr)
+    with placed_by(SET_SWEEP, planned.sweep_dir):
+        return 0 if launch_sweep(hydra_flags, planned, _job, flags.config_dir) else 1
+
+
+def _note(line: str) -> None:
+    print(f"spo: {line}", file=sys.stderr)
+
+
+def _without(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Return the flags of a command line; Hydra's parser cannot read flags and overrides in any order."""
+    left, flags = list(overrides), []
+    for word in arguments:
+        if left and word == left[0]:
+            left.pop(0)
+        else:
+            flags.append(word)
+    return flags
+
+
+def _job(cfg: DictConfig) -> Any:
+    """Train in a process of a multirun; a module-level function, so that launchers can pickle it."""
+    from spo.stages.train import train
+
+    return train(cfg)
+
+
+def _checked_job(cfg: DictConfig) -> Any:
+    """Train with a configuration that this process has checked."""
+    from spo.stages.train import train
+
+    return train(cfg, checked=True)
+
+
+def _resume(arguments: list[str]) -> int:
+    parser = Parser("spo train --resume RUN_DIR [trainer.max_steps=N] [logger.KEY=VALUE] [strategy=MEMBER] ...")
+    parser.add_argument("--resume", metavar="RUN_DIR", type=Path, required=True)
+    parser.add_trust()
+    parser.add_argument("overrides", nargs="*")
+    given = parser.parse_intermixed_args(arguments)
+    from spo.errors import COPY_RUN, placed_by
+    from spo.stages.start import start_resume
+
+    with placed_by(COPY_RUN, given.resume):
+        return start_resume(arguments, given.resume, given.overrides, given.allow, given.config_dir)
+
+
+# --- the other commands --------------------------------------------------------------------------------------------
+
+
+def _evaluate(arguments: list[str]) -> int:
+    parser = Parser(COMMANDS["evaluate"].usage)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_trust()
+    parser.add_argument("overrides", nargs="*")
+    given = parser.parse_intermixed_args(arguments)
+    from spo.stages.start import start_evaluation
+
+    return start_evaluation(arguments, given.run_dir, given.overrides, given.allow, given.config_dir)
+
+
+def _compare(arguments: list[str]) -> int:
+    parser = Parser(COMMANDS["compare"].usage)
+    parser.add_argument("paths", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    parser.add_argument("--by", metavar="KEY[,KEY...]", default=())
+    for name in ("--metric", "--select", "--baseline"):
+        parser.add_argument(name)
+    parser.add_argument("--anyway", action="store_true")
+    given = parser.parse_intermixed_args(arguments)
+    from spo.stages.compare import compare_command
+
+    compare_command(**vars(given))
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    parser = Parser(COMMANDS["report"].usage)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--spec", metavar="NAME|FILE")
+    given = parser.parse_args(arguments)
+    from spo.errors import COPY_RUN, UserError, placed_by
+    from spo.pages.dashboard import load_spec
+    from spo.pages.run_page import render_report
+    from spo.records.run import NotARunError
+
+    with placed_by(COPY_RUN, given.run_dir):
+        try:
+            print(render_report(given.run_dir, load_spec(given.spec)))
+        except NotARunError as error:
+            raise UserError(str(error)) from error
+    return 0
+
+
+def _dashboard(arguments: list[str]) -> int:
+    parser = Parser(COMMANDS["dashboard"].usage)
+    parser.add_argument("project", metavar="ENTITY/PROJECT")
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="*", type=Path)
+    parser.add_argument("--spec", metavar="NAME|FILE")
+    parser.add_argument("--group-by", metavar="KEY")
+    parser.add_argument("--method", metavar="NAME[,NAME]", default="")
+    parser.add_argument("--report", action="store_true")
+    given = parser.parse_intermixed_args(arguments)
+    entity, _, project = given.project.partition("/")
+    if not (entity and project) or "/" in project:
+        raise UsageError(f"{given.project}: give the entity and the project as ENTITY/PROJECT\nusage: {parser.usage}")
+    from spo.errors import UserError
+    from spo.pages.dashboard import load_spec
+    from spo.records.run import NotARunError, read_run
+
+    dashboard = load_spec(given.spec)
+    for run_dir in given.run_dirs:
+        try:
+            dashboard = dashboard.with_metrics_of(read_run(run_dir))
+        except NotARunError as error:
+            raise UserError(str(error)) from error
+    from spo.tracking import workspace
+
+    methods = [name for name in given.method.split(",") if name]
+    make = workspace.report if given.report else workspace.workspace
+    print(workspace.save(make(dashboard, entity, project, given.group_by, methods)))
+    if apart := workspace.left_out(dashboard, methods, report=given.report):
+        advice = "--method NAME,NAME" if given.report else "--method NAME, for a workspace of one method"
+        words = f"Left out, since methods do not share a scale: {', '.join(apart)}. To see them, add {advice}."
+        print(words, file=sys.stderr)
+    return 0
+
+
+def _inspect(arguments: list[str]) -> int:
+    parser = Parser(COMMANDS["inspect"].usage)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--limit", type=int, default=3, metavar="N")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--config-dir", "-cd", metavar="DIR")
+    given = parser.parse_intermixed_args(arguments)
+    from spo.config.plan import check_plan, compose_plan
+
+    planned = compose_plan(given.overrides, config_dir=given.config_dir)
+    check_plan(planned, _note)
+    from spo.stages.inspect import inspect
+
+    inspect(planned.jobs[0].cfg, given.limit, given.json)
+    return 0
+
+
+def _methods(arguments: list[str]) -> int:
+    from spo.pages.methods import DATA_KINDS
+
+    parser = Parser(COMMANDS["methods"].usage)
+    parser.add_argument("name", metavar="NAME", nargs="?")
+    parser.add_argument("--data", choices=DATA_KINDS)
+    parser.add_argument("--no-reference", action="store_true")
+    parser.add_argument("--json", dest="json_file", type=Path, metavar="FILE")
+    parser.add_argument("--config-dir", "-cd", metavar="DIR")
+    given = parser.parse_intermixed_args(arguments)
+    if given.name is not None and (given.data is not None or given.no_reference):
+        raise UsageError(f"name a method, or filter the table with --data and --no-reference\nusage: {parser.usage}")
+    from spo.stages.methods import methods_command
+
+    methods_command(**vars(given))
+    return 0
+
+
+def _verify(arguments: list[str]) -> int:
+    parser = Parser(COMMANDS["verify"].usage)
+    parser.add_argument("methods", nargs="*")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--config-dir", "-cd", metavar="DIR")
+    given = parser.parse_intermixed_args(arguments)
+    from spo.stages.verify import verify_command
+
+    return 0 if verify_command(given.methods, given.full, given.config_dir, given.json) else 1
+
+
+def _clean(arguments: list[str]) -> int:
+    parser = Parser(COMMANDS["clean"].usage)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--delete", action="store_true")
+    parser.add_argument("--older-than", type=float, default=0.0, metavar="DAYS")
+    given = parser.parse_intermixed_args(arguments)
+    from spo.stages.clean import clean_command
+
+    clean_command(given.overrides, delete=given.delete, older_than=given.older_than)
+    return 0
+
+
+RUN: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "report": _report,
+    "dashboard": _dashboard,
+    "inspect": _inspect,
+    "methods": _methods,
+    "verify": _verify,
+    "clean": _clean,
+}
