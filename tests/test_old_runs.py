@@ -166,6 +166,7 @@ NEW_KEYS = {
         "method.best_on.stories.lr",
         "method.default_lr",
         "model.default_lr",
+        "model.start",
         "regularizer.refresh_every",
         "callbacks.health.kl",
         "callbacks.health.kl_per_token",

@@ -72,7 +72,7 @@ def prepared(
     **spec: Any,
 ) -> Prepared:
     pairs = PreparedPairs(list(train), list(selection), [], {}, [])
-    return Prepared(model_spec(**spec), str(folder), tiny_tokenizer(), None, pairs, {}, [], None)  # type: ignore[arg-type]
+    return Prepared(model_spec(**spec), str(folder), str(folder), tiny_tokenizer(), None, pairs, {}, [], None)  # type: ignore[arg-type]
 
 
 def scored(

@@ -60,7 +60,7 @@ def renderer(**settings: Any) -> Renderer:
 
 def prepared(pairs: PreparedPairs, renderer: Renderer, **prompts: list[EvalPrompt]) -> Prepared:
     found: Any = {"train": [], "selection": [], "test": [], **prompts}
-    return Prepared(None, "", renderer.tokenizer, renderer, pairs, found, [], None)  # type: ignore[arg-type]
+    return Prepared(None, "", "", renderer.tokenizer, renderer, pairs, found, [], None)  # type: ignore[arg-type]
 
 
 # --- samples -------------------------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ class Method:
 class Model:
     """Keys ``model.*`` that every model has."""
 
+    start: str | None
     dtype: FloatType
     trust_remote_code: bool
     dropout: DropoutRate

@@ -22,6 +22,7 @@ _ABSENT = object()
 _FILES = {
     "data": "bytes of the data",
     "weights": "weights of the model",
+    "start": "weights that training starts from",
     "adapter": "weights of the adapter",
     "extra_references": "weights of the further references",
     "judge": "weights of the judge",
@@ -41,8 +42,8 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
         A mapping with ``config`` (flat keys, without operational keys and without a coefficient that the method does
         not use), the digests ``data``, ``weights``, ``adapter``, ``judge`` and ``regularizer_prompts`` (``None`` where
         the configuration does not name such a file), those of ``extra_references`` by name if there are some, that
-        of the model that writes the ``responses`` of the data if there is one, ``code``, ``plugins`` (a digest by
-        module), and the ``digest`` of all of these.
+        of the model that writes the ``responses`` of the data and that of the ``start`` of training if there are such,
+        ``code``, ``plugins`` (a digest by module), and the ``digest`` of all of these.
     """
     unused = unused_coefficients(cfg) if unused is None else unused
     flat = {
@@ -55,6 +56,7 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
     paths = {INITIAL: OmegaConf.select(cfg, "model.path")}
     further = {name: _model_digest(paths.get(path, path)) for name, path in references.items()}
     writer = _model_digest(response_model(cfg))
+    start = _model_digest(OmegaConf.select(cfg, "model.start"))
     # A default has the identity of the same model given by hand. Runs of earlier versions do not have the keys.
     flat = {key: value for key, value in flat.items() if not _names_references(key)}
     flat |= {f"{EXTRA_REFERENCES}.{name}": path for name, path in references.items()}
@@ -71,6 +73,7 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
             "judge": _model_digest(OmegaConf.select(cfg, "judge.path")),
             "regularizer_prompts": _data_digest(prompt_file(cfg)),
             **({"responses": writer} if writer else {}),
+            **({"start": start} if start else {}),
             "code": code_version(),
             "plugins": {name: source.sha256 for name, source in plugins(cfg, unused).items()},
         }

@@ -71,7 +71,7 @@ def assemble(cfg: DictConfig, prepared: Prepared, loggers: list[Any]) -> Parts:
         loggers: Loggers of the Trainer.
     """
     shard = shard_while_loading(cfg)
-    policy = prepared.spec.policy(prepared.base, seed=cfg.seed, shard=shard)
+    policy = prepared.spec.policy(prepared.start, seed=cfg.seed, shard=shard)
     check_mergeable(policy)
     reference: Reference = instantiate(cfg.reference)
     exact = build_exact(cfg, prepared)

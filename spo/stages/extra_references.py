@@ -6,13 +6,13 @@ from functools import partial
 
 from omegaconf import DictConfig
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from spo.config.nodes import INITIAL, extra_reference_keys, extra_references
 from spo.errors import UserError
 from spo.models import FrozenReference, ModelSpec
 from spo.models.library_errors import Origin
 from spo.models.loading import load_config, load_tokenizer
+from spo.models.same_tokens import check_same_tokens
 from spo.stages.prepare import Prepared
 
 
@@ -54,25 +54,6 @@ def reference_paths(cfg: DictConfig, prepared: Prepared) -> dict[str, str]:
 
 def _frozen(spec: ModelSpec, origin: Origin) -> nn.Module:
     return spec.load(origin).requires_grad_(False).eval()
-
-
-def check_same_tokens(origin: Origin, other: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> None:
-    """Refuse a model for which a token id stands for another text than for the policy.
-
-    Args:
-        origin: Place of the model.
-        other: Tokenizer of the model.
-        own: Tokenizer of the policy.
-
-    Raises:
-        UserError: The vocabularies differ.
-    """
-    theirs, ours = other.get_vocab(), own.get_vocab()
-    if differing := sorted(token for token in theirs.keys() | ours.keys() if theirs.get(token) != ours.get(token)):
-        raise UserError(
-            f"{origin} cannot be a reference: its vocabulary differs from the policy's in {len(differing):,} tokens, "
-            f"such as {differing[0]!r}; choose a model with the same tokenizer"
-        )
 
 
 def _check_context(origin: Origin, config: object, max_length: int) -> None:

@@ -21,7 +21,9 @@ from spo.data.rows import SPLITS, Split
 from spo.data.splits import prepare
 from spo.models import ModelSpec
 from spo.models.generation import note_stops_in_text
-from spo.models.loading import load_config
+from spo.models.library_errors import Origin
+from spo.models.loading import load_config, load_tokenizer
+from spo.models.same_tokens import check_same_tokens
 from spo.stages.from_config import data_needs, make_renderer, model_spec
 from spo.stages.pairs import drawn_completions, preference_rows
 from spo.stages.reference_model import initial_model, reference_model
@@ -33,7 +35,8 @@ class Prepared:
 
     Attributes:
         spec: Settings for loading models.
-        base: Folder or hub name of the weights of the reference model, from which training starts.
+        base: Folder or hub name of the weights of the reference model.
+        start: Folder or hub name of the weights that training starts from: those of the reference, or ``model.start``.
         tokenizer: Tokenizer of the reference model and the policy.
         renderer: Conversion between texts and tokens.
         pairs: Data set as tokens, in splits.
@@ -48,6 +51,7 @@ class Prepared:
 
     spec: ModelSpec
     base: str
+    start: str
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
     pairs: PreparedPairs
@@ -120,7 +124,25 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
     pairs = _prepare_pairs(cfg, source, renderer, rows, dropped, draw)
     prompts, unlabeled = all_prompts(source, pairs, renderer)
     bad_rows = list(source.bad_rows)
-    return Prepared(spec, base, tokenizer, renderer, pairs, prompts, bad_rows, source.language, unlabeled, initial)
+    start = _start(model_from, spec, base, tokenizer)
+    return Prepared(
+        spec, base, start, tokenizer, renderer, pairs, prompts, bad_rows, source.language, unlabeled, initial
+    )
+
+
+def _start(cfg: DictConfig, spec: ModelSpec, base: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the weights that training starts from.
+
+    Raises:
+        UserError: They belong to a model with another vocabulary than the reference.
+    """
+    # The configuration of an older run does not have the key.
+    path = cfg.model.get("start")
+    if path is None:
+        return base
+    origin = Origin(path, "model.start")
+    check_same_tokens(origin, load_tokenizer(origin, spec.trust_remote_code), tokenizer, "the start of training")
+    return str(path)
 
 
 def _check_context(cfg: DictConfig, spec: ModelSpec, path: str) -> None:

@@ -92,7 +92,7 @@ def _save(
     final = {name: getattr(module, name)(chosen.step) for name in COEFFICIENTS}
     write_json(run_dir / filenames.COEFFICIENTS, final)
     rows = rows_to_compare(prepared.pairs.train)
-    load = partial(prepared.spec.policy, prepared.base, seed=cfg.seed)
+    load = partial(prepared.spec.policy, prepared.start, seed=cfg.seed)
     policy, weights = whole_policy(module.policy, chosen.whole, load)
     trained = TrainedPolicy(policy, rows, module.speed, eval_device(cfg), weights)
     kept = None if weights is None else {**weights}  # Saving empties the mapping that it gets.

@@ -127,6 +127,11 @@ def _references(cfg: DictConfig, loss: Any, regularizer: Any, reference: Any) ->
         )
     if getattr(reference, "needs_adapter", False) and select(cfg, "model.lora") is None:
         yield f"reference={member} needs an adapter to switch off, but model.lora is null: choose model=hf_lora"
+    if getattr(reference, "needs_adapter", False) and (start := select(cfg, "model.start")) is not None:
+        yield (
+            f"model.start={start}: without its adapter the policy would be these weights, which are not those of the "
+            "reference: choose reference=frozen"
+        )
 
 
 def _moving_reference(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:

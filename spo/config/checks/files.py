@@ -91,6 +91,10 @@ def _model(cfg: DictConfig) -> Iterator[str]:
         yield from folder_problems("model.path", str(path))
     elif initial is None and not OmegaConf.is_missing(model, "path"):
         yield "model.path and model.initial are both null: one of them has to say where the model comes from"
+    if (start := select(cfg, "model.start")) is not None:
+        yield from folder_problems("model.start", str(start))
+        if select(cfg, "model.adapter_path") is not None:
+            yield f"model.start={start}: model.adapter_path says already where training starts; give one of them"
     if (adapter := select(cfg, "model.adapter_path")) is not None:
         if select(cfg, "model.lora") is None:
             yield f"model.adapter_path={adapter}: an adapter needs model.lora; write model=hf_lora"
