@@ -158,6 +158,7 @@ NULL_MEMBERS = {
     "reference": "none",
     "experiment": None,
     "hparams_search": None,
+    "iteration": None,
 }
 """Member that ``GROUP=null`` stands for; ``None`` where no member is chosen."""
 EMPTY_GROUPS = ("logger", "callbacks")
