@@ -1,0 +1,113 @@
+"""Scores and win rates of the completions of each prompt, from any judge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from spo.data.rows import Text
+from spo.errors import UserError
+from spo.evaluation.judges.base import Judge, JudgedPair, as_read
+from spo.notes import note
+
+
+@dataclass
+class Scores:
+    """Scores of the completions of one prompt.
+
+    Attributes:
+        scores: ``(K,)`` score of each completion, a higher one is better: rewards, or win rates.
+        win_rates: ``(K,)`` mean probability that the completion beats the ``K``, itself included with 1/2.
+    """
+
+    scores: list[float]
+    win_rates: list[float]
+
+
+def score_completions(
+    judge: Judge, prompts: Sequence[Text], groups: Sequence[Sequence[str]], reward: str = "reward"
+) -> list[Scores]:
+    """Score the completions of each prompt.
+
+    A judge with rewards gives them as scores, and the win rate of completion i is the mean of sigmoid(r_i - r_j) over
+    all j, as in SPPO (arXiv:2405.00675). A judge that only compares is asked about every two different completions of
+    a prompt, and the mean of its verdicts is both the win rate and the score. An equal completion, the completion
+    itself, and a comparison without an answer count as 1/2.
+
+    Args:
+        judge: Judge of the completions.
+        prompts: Prompts: text, or the messages of a conversation.
+        groups: Completions of each prompt, without the tokens that end them.
+        reward: Name of the reward or of the component that scores.
+
+    Returns:
+        Scores of each prompt.
+
+    Raises:
+        UserError: The judge does not have a reward of this name.
+        JudgeError: The judge cannot do its work.
+    """
+    asked = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
+    found = judge.scores(asked, [completion for group in groups for completion in group]) if asked else {}
+    if found is None:
+        if reward != "reward":
+            raise UserError(
+                f"iteration.rewards: the judge only compares completions and does not have a reward {reward!r}; "
+                "choose judge=reward, or leave iteration.rewards out"
+            )
+        return _compared(judge, prompts, groups)
+    if asked and reward not in found:
+        raise UserError(
+            f"iteration.rewards: the judge does not have a reward {reward!r}; choose one of {', '.join(found)}"
+        )
+    values = iter(found.get(reward, ()))
+    rewards = [[next(values) for _ in group] for group in groups]
+    return [Scores(some, win_rates_of_rewards(some)) for some in rewards]
+
+
+def win_rates_of_rewards(rewards: Sequence[float]) -> list[float]:
+    """Return the ``(K,)`` mean of sigmoid(r_i - r_j) over all j, i itself included with 1/2.
+
+    Args:
+        rewards: ``(K,)`` rewards of the completions of one prompt.
+    """
+    return [_mean([_sigmoid(own - other) for other in rewards]) for own in rewards]
+
+
+def _compared(judge: Judge, prompts: Sequence[Text], groups: Sequence[Sequence[str]]) -> list[Scores]:
+    shown = [as_read(prompt) for prompt in prompts]
+    # Equal texts are asked about once. The order of the texts does not matter to a judge, see Judge.verdicts.
+    questions = list(
+        dict.fromkeys(
+            JudgedPair(prompt, first, second)
+            for prompt, group in zip(shown, groups, strict=True)
+            for first, second in combinations(dict.fromkeys(group), 2)
+        )
+    )
+    answers = judge.verdicts(questions) if questions else []
+    if missing := sum(answer is None for answer in answers):
+        note(
+            "unanswered_comparisons",
+            f"the judge did not answer {missing} of {len(questions)} comparisons of completions; each counts as a tie",
+            missing,
+        )
+    verdicts: dict[JudgedPair, float] = {}
+    for question, answer in zip(questions, answers, strict=True):
+        verdict = 0.5 if answer is None else answer
+        verdicts |= {question: verdict, question.swapped: 1 - verdict}
+    scored = []
+    for prompt, group in zip(shown, groups, strict=True):
+        rates = [_mean([verdicts.get(JudgedPair(prompt, own, other), 0.5) for other in group]) for own in group]
+        scored.append(Scores(rates, list(rates)))
+    return scored
+
+
+def _mean(values: Sequence[float]) -> float:
+    # An exact sum does not depend on the order, so equal completions have equal means.
+    return math.fsum(values) / len(values)
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else 1 - 1 / (1 + math.exp(x))
