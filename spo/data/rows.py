@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from spo.errors import DataError
 
@@ -85,8 +85,52 @@ class Completion:
     finished: bool
 
 
-Completer = Callable[[Sequence[str], int], list[list[Completion]]]
-"""Function ``complete(prompts, n)`` that samples ``n`` completions of each prompt from the model that writes them."""
+@dataclass(frozen=True)
+class Writer:
+    """A model that writes completions, and how.
+
+    Attributes:
+        model: Folder of the model; ``None`` for the reference model.
+        temperature: Temperature of the samples.
+        top_p: Probability of the nucleus that the samples are drawn from; 1 for all tokens.
+        number: Number that gives the samples random seeds of their own; ``None`` for those that every data set uses.
+    """
+
+    model: str | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    number: int | None = None
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """A prompt to complete.
+
+    Attributes:
+        prompt: Text or messages.
+        tools: Tools of a conversation for the chat template, or ``None``.
+        template_kwargs: Arguments of the chat template, or ``None``.
+    """
+
+    prompt: Text
+    tools: tuple[dict[str, Any], ...] | None = None
+    template_kwargs: Mapping[str, Any] | None = None
+
+
+class Completer(Protocol):
+    """Function that samples completions from a model."""
+
+    def __call__(
+        self, prompts: Sequence[str | PromptRequest], n: int, /, writer: Writer | None = None
+    ) -> list[list[Completion]]:
+        """Return ``n`` completions of each prompt.
+
+        Args:
+            prompts: Prompts to complete.
+            n: Number of completions of each.
+            writer: Model that writes them; ``None`` for the one that the source names.
+        """
+
 
 Reward = Callable[[Sequence[str], Sequence[str]], dict[str, list[float]]]
 """Function ``reward(prompts, completions)`` that scores each completion.

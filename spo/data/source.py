@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spo.data.findings import Findings
-from spo.data.rows import Completer, Row, RowError, Split
+from spo.data.rows import Completer, Row, RowError, Split, Writer
 
 if TYPE_CHECKING:
     from spo.data.enumerable import Language
@@ -23,6 +23,9 @@ class Source(ABC):
         samples_rows: Whether :meth:`rows` samples completions from a model, so that its result is cached.
         writer: Folder of the model that writes sampled completions; ``None`` for the reference model.
         temperature: Temperature at which the model writes them.
+        further_writers: Further models that write completions, which it passes to the completer itself.
+        needs_judge: Whether :meth:`rows` asks a judge, which the stages set.
+        judge: Judge of completions (:class:`spo.evaluation.judges.Judge`), ``None`` until the stages set it.
         sft_reads: Arguments of the constructor on which :meth:`sft_rows` depends, so that others leave the cached
             reference model valid; ``None`` for all. Only the class itself can declare them: a subclass may read more.
         yields_lists: Whether a row can have more than two completions.
@@ -40,6 +43,9 @@ class Source(ABC):
     samples_rows: bool = False
     writer: str | None = None
     temperature: float = 1.0
+    further_writers: tuple[Writer, ...] = ()
+    needs_judge: bool = False
+    judge: Any = None
     sft_reads: tuple[str, ...] | None = None
     yields_lists: bool = False
     yields_labels: bool = False

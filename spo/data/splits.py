@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -153,8 +153,10 @@ def prepare(
     for key, sentence, count in renderer.notes():
         note(key, sentence, count)
 
-    group_of = _group_prompts(rows)
-    given = _find_source_splits(used, group_of)
+    findings = Findings()
+    group_of = _group_prompts(rows, findings)
+    findings.write_notes()
+    given = _find_source_splits((group_of[pair.prompt_id], pair.split) for pair in used)
     groups = [group_of[pair.prompt_id] for pair in used]
     split_of = _assign_splits(groups, given, seed, {"selection": selection, "test": test})
     kept = [pair for pair in used if pair.split in (None, given.get(group_of[pair.prompt_id]))]
@@ -311,20 +313,39 @@ def eval_prompts(pairs: Sequence[TokenizedPair], split: Split | None) -> list[Ev
     ]
 
 
-def _group_prompts(rows: Sequence[Row]) -> dict[str, str]:
+def split_rows(rows: Sequence[Row], seed: int, selection: float, test: float) -> list[Row]:
+    """Return the rows with the split that :func:`prepare` gives to their prompts, before they are tokens.
+
+    Args:
+        rows: Rows of a source.
+        seed: Random seed of the split.
+        selection: Share of the prompts for the selection split.
+        test: Share of the prompts for the test split.
+    """
+    group_of = _group_prompts(rows, Findings())
+    groups = [group_of[row_id(row)] for row in rows]
+    given = _find_source_splits(zip(groups, (row.split for row in rows), strict=True))
+    split_of = _assign_splits(groups, given, seed, {"selection": selection, "test": test})
+    return [replace(row, split=split_of[group]) for row, group in zip(rows, groups, strict=True)]
+
+
+def row_id(row: Row) -> str:
+    """Return the digest of the prompt of a row, with its tools and arguments of the chat template."""
+    return prompt_id(row.prompt, row.tools, row.template_kwargs)
+
+
+def _group_prompts(rows: Sequence[Row], findings: Findings) -> dict[str, str]:
     """Return the group of each prompt: the smallest digest among the prompts of the same words."""
     words_of: dict[str, str] = {}
     smallest: dict[str, str] = {}
-    findings = Findings()
     for row in rows:
-        prompt = prompt_id(row.prompt, row.tools, row.template_kwargs)
+        prompt = row_id(row)
         if prompt in words_of:
             continue
         words = words_of[prompt] = prompt_id(_words(row.prompt))
         if words in smallest:
             findings.add("similar_prompts", row.where)
         smallest[words] = min(prompt, smallest.get(words, prompt))
-    findings.write_notes()
     return {prompt: smallest[words] for prompt, words in words_of.items()}
 
 
@@ -335,14 +356,17 @@ def _words(prompt: Text) -> str:
     return "\n".join(f"{message['role']}: {' '.join(message_text(message).split())}" for message in prompt)
 
 
-def _find_source_splits(pairs: Sequence[TokenizedPair], group_of: Mapping[str, str]) -> dict[str, Split]:
-    """Return the split that the source assigns to each group, the last of :data:`SPLITS` if it assigns several."""
+def _find_source_splits(splits: Iterable[tuple[str, Split | None]]) -> dict[str, Split]:
+    """Return the split that the source assigns to each group, the last of :data:`SPLITS` if it assigns several.
+
+    Args:
+        splits: Group and split of each row; ``None`` where the source does not assign one.
+    """
     given: dict[str, Split] = {}
-    for pair in pairs:
-        if pair.split is not None:
-            group = group_of[pair.prompt_id]
+    for group, split in splits:
+        if split is not None:
             # The last split wins, so that a prompt of the test split is never trained on.
-            given[group] = max(given.get(group, "train"), pair.split, key=SPLITS.index)
+            given[group] = max(given.get(group, "train"), split, key=SPLITS.index)
     return given
 
 

@@ -9,6 +9,7 @@ from spo.rounds.pairing import (
     RejectionSampling,
     rejection_sample,
 )
+from spo.rounds.source import RoundSource
 
 __all__ = [
     "AllPairs",
@@ -17,5 +18,6 @@ __all__ = [
     "Pairing",
     "Ranking",
     "RejectionSampling",
+    "RoundSource",
     "rejection_sample",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from spo.data.gold_columns import sigmoid
 from spo.data.rows import Text
 from spo.errors import UserError
 from spo.evaluation.judges.base import Judge, JudgedPair, as_read
@@ -20,10 +21,17 @@ class Scores:
     Attributes:
         scores: ``(K,)`` score of each completion, a higher one is better: rewards, or win rates.
         win_rates: ``(K,)`` mean probability that the completion beats the ``K``, itself included with 1/2.
+        are_rewards: Whether the scores are rewards, of a judge that does not only compare.
     """
 
     scores: list[float]
     win_rates: list[float]
+    are_rewards: bool = True
+
+    def of(self, places: Sequence[int]) -> Scores:
+        """Return the scores of some of the completions, in the order of their places."""
+        scores, win_rates = ([values[place] for place in places] for values in (self.scores, self.win_rates))
+        return Scores(scores, win_rates, self.are_rewards)
 
 
 def score_completions(
@@ -73,7 +81,7 @@ def win_rates_of_rewards(rewards: Sequence[float]) -> list[float]:
     Args:
         rewards: ``(K,)`` rewards of the completions of one prompt.
     """
-    return [_mean([_sigmoid(own - other) for other in rewards]) for own in rewards]
+    return [_mean([sigmoid(own - other) for other in rewards]) for own in rewards]
 
 
 def _compared(judge: Judge, prompts: Sequence[Text], groups: Sequence[Sequence[str]]) -> list[Scores]:
@@ -100,14 +108,10 @@ def _compared(judge: Judge, prompts: Sequence[Text], groups: Sequence[Sequence[s
     scored = []
     for prompt, group in zip(shown, groups, strict=True):
         rates = [_mean([verdicts.get(JudgedPair(prompt, own, other), 0.5) for other in group]) for own in group]
-        scored.append(Scores(rates, list(rates)))
+        scored.append(Scores(rates, list(rates), are_rewards=False))
     return scored
 
 
 def _mean(values: Sequence[float]) -> float:
     # An exact sum does not depend on the order, so equal completions have equal means.
     return math.fsum(values) / len(values)
-
-
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else 1 - 1 / (1 + math.exp(x))

@@ -10,13 +10,16 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.progress import track
 from torch import nn
 
 from spo.batching import by_length
-from spo.data import Completion, DataError, Renderer, Row, Source
+from spo.config.nodes import targets
+from spo.data import Completion, DataError, Renderer, Row, RowError, Source, prompt_id
 from spo.data.encoding import Ids
+from spo.data.rows import PromptRequest, Writer
 from spo.models import ModelSpec
 from spo.models.generation import read_stop_ids
 from spo.models.library_errors import Origin
@@ -25,6 +28,7 @@ from spo.processes import deal, gather, rank, world_size
 from spo.records.cache import cached
 from spo.records.digests import code_version, digest, model_digest
 from spo.records.files import read_json, read_jsonl, write_json, write_jsonl
+from spo.records.plugins import plugin_digests
 from spo.sampling import contents, derive_seed, is_finished, sample
 from spo.stages.from_config import data_key, eval_device, make_renderer, model_plugins, rendering_key
 from spo.types import Sequences
@@ -43,27 +47,31 @@ CODE_DEPENDENCIES = (
     "seeds.py",
     "forward",
     "losses/declarations.py",
+    "evaluation/judges",
+    "evaluation/winrate.py",
+    "rounds",
+    "stages/earlier_rewards.py",
     "stages/from_config.py",
     "stages/pairs.py",
 )
 """Files that cached pairs depend on, in addition to the reference model. Other changes leave them valid."""
-ROWS_FILE, DROPPED_FILE = "rows.jsonl", "dropped.json"
+ROWS_FILE, DROPPED_FILE, BAD_FILE = "rows.jsonl", "dropped.json", "bad.jsonl"
 
 
 @dataclass(frozen=True)
-class _Writer:
-    """The model that writes the completions of the data.
+class _LoadedWriter:
+    """A model that writes completions of the data, loaded when it is needed.
 
     Attributes:
         load: Function that loads the model.
         renderer: Conversion between texts and the tokens of the model.
-        temperature: Temperature of its samples.
+        settings: Settings of its samples.
         key: Part of a cache key that identifies what it writes.
     """
 
     load: Callable[[], nn.Module]
     renderer: Renderer
-    temperature: float
+    settings: Writer
     key: dict[str, Any]
 
 
@@ -83,44 +91,82 @@ def preference_rows(
     """
     if not source.samples_rows:
         return source.rows(no_completer)[: cfg.data.limit], {}
-    writer = _writer(cfg, spec, source, base, renderer)
+    load = cache(partial(_writer, cfg, spec, source, base, renderer))
+    own = Writer(source.writer, source.temperature)
+    if source.needs_judge:
+        source.judge = instantiate(cfg.judge, _convert_="all")
+
+    def complete(
+        prompts: Sequence[str | PromptRequest], n: int, /, writer: Writer | None = None
+    ) -> list[list[Completion]]:
+        return _completions(cfg, load(own if writer is None else writer), prompts, n)
 
     def build(folder: Path | None) -> None:
-        rows = source.rows(partial(_completions, cfg, writer))
+        rows = source.rows(complete)
         if folder is not None:
             write_jsonl(folder / ROWS_FILE, map(dataclasses.asdict, rows))
             write_json(folder / DROPPED_FILE, source.dropped_pairs)
+            write_jsonl(folder / BAD_FILE, ({name: getattr(bad, name) for name in _BAD} for bad in source.bad_rows))
 
-    columns = [*source.needs.number_columns, *source.needs.text_columns]
-    key = {**writer.key, "data": data_key(cfg), "columns": columns}
+    key = {
+        **load(own).key,
+        "data": data_key(cfg),
+        "columns": [
+            *source.needs.number_columns,
+            *source.needs.list_number_columns,
+            *source.needs.text_columns,
+        ],
+        "writers": [load(writer).key for writer in source.further_writers],
+        "judge": None if source.judge is None else [source.judge.identity, plugin_digests(targets(cfg.judge).values())],
+    }
     folder = cached(cfg.paths.cache, "pairs", key, build)
-    return [Row(**row) for row in read_jsonl(folder / ROWS_FILE)], read_json(folder / DROPPED_FILE)
+    source.bad_rows = [RowError(**row) for row in read_jsonl(folder / BAD_FILE)]
+    return [_row(values) for values in read_jsonl(folder / ROWS_FILE)], read_json(folder / DROPPED_FILE)
 
 
-def _writer(cfg: DictConfig, spec: ModelSpec, source: Source, base: str, renderer: Renderer) -> _Writer:
-    """Return the model that writes the completions of a source: the reference model, or the one that it names."""
+_BAD = ("where", "reason", "column")
+
+
+def _row(values: dict[str, Any]) -> Row:
+    """Return a row from JSON values, in which conversations are lists."""
+
+    def text(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    texts = {name: text(values[name]) for name in ("prompt", "chosen", "rejected", "tools")}
+    return Row(**{**values, **texts, "worse": tuple(map(text, values["worse"]))})
+
+
+def _writer(
+    cfg: DictConfig, spec: ModelSpec, source: Source, base: str, renderer: Renderer, writer: Writer
+) -> _LoadedWriter:
+    """Return a model that writes completions: the reference model, or the one that a source names."""
     load: Callable[[], nn.Module]
-    if source.writer is None:
+    if writer.model is None:
         load, sampling = partial(spec.start, base), _sampling_key(cfg, spec, base)
     else:
-        origin = Origin(source.writer, "data.source.responses")
+        origin = Origin(writer.model, "data.source.responses")
         config = load_config(origin, spec.trust_remote_code)
         tokenizer = load_tokenizer(origin, spec.trust_remote_code)
-        stop_ids = read_stop_ids(source.writer, config.get_text_config().vocab_size)
+        stop_ids = read_stop_ids(writer.model, config.get_text_config().vocab_size)
         # Texts are exchanged, so the model may have tokens of its own.
         renderer = make_renderer(cfg, tokenizer, source, stop_ids)
         alone = dataclasses.replace(spec, adapter_path=None)
-        load, sampling = partial(alone.load, origin), _sampling_key(cfg, alone, source.writer)
+        load, sampling = partial(alone.load, origin), _sampling_key(cfg, alone, writer.model)
     key = {
         **sampling,
-        "temperature": source.temperature,
+        "temperature": writer.temperature,
+        "top_p": writer.top_p,
+        "number": writer.number,
         "rendering": rendering_key(cfg),
         "stop_ids": renderer.stop_ids,
     }
-    return _Writer(cache(lambda: load().to(eval_device(cfg))), renderer, source.temperature, key)
+    return _LoadedWriter(cache(lambda: load().to(eval_device(cfg))), renderer, writer, key)
 
 
-def _completions(cfg: DictConfig, writer: _Writer, prompts: Sequence[str], n: int) -> list[list[Completion]]:
+def _completions(
+    cfg: DictConfig, writer: _LoadedWriter, prompts: Sequence[str | PromptRequest], n: int
+) -> list[list[Completion]]:
     """Return ``n`` completions of each prompt, drawn once and cached."""
 
     def build(folder: Path | None) -> None:
@@ -130,7 +176,8 @@ def _completions(cfg: DictConfig, writer: _Writer, prompts: Sequence[str], n: in
         if folder is not None:
             write_jsonl(folder / ROWS_FILE, map(dataclasses.asdict, drawn))
 
-    key = {**writer.key, "prompts": digest(list(prompts)), "number": n}
+    known = [prompt if isinstance(prompt, str) else vars(prompt) for prompt in prompts]
+    key = {**writer.key, "prompts": digest(known), "number_of_each": n}
     folder = cached(cfg.paths.cache, "completions_for_pairs", key, build)
     drawn = [Completion(**row) for row in read_jsonl(folder / ROWS_FILE)]
     return [drawn[first : first + n] for first in range(0, len(drawn), n)]
@@ -191,22 +238,34 @@ def _draw(
     room = [min(cfg.data.max_new_tokens, renderer.max_length - len(ids)) for ids in prompts]
     seeds = [derive_seed("further completions", cfg.data.seed, *ids) for ids in prompts]
     what = "further completions"
-    return _in_batches(cfg, model, renderer, prompts, room, seeds, stop_ids, what, Sequences.completions)
+    return _in_batches(cfg, model, renderer, prompts, room, seeds, stop_ids, what, Sequences.completions, Writer())
 
 
-def _complete(cfg: DictConfig, writer: _Writer, prompts: Sequence[str], n: int) -> list[Completion]:
+def _complete(
+    cfg: DictConfig, writer: _LoadedWriter, prompts: Sequence[str | PromptRequest], n: int
+) -> list[Completion]:
     """Draw ``n`` completions of each prompt from the model that writes them, those of a prompt in a row."""
-    model, renderer = writer.load(), writer.renderer
-    ids = [renderer.prompt_ids(prompt) for prompt in prompts for _ in range(n)]
-    room = [cfg.data.max_new_tokens] * len(ids)
-    seeds = [derive_seed("pairs", cfg.data.seed, prompt, i) for prompt in prompts for i in range(n)]
+    model, renderer, settings = writer.load(), writer.renderer, writer.settings
+    requests = [PromptRequest(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    encoded = [
+        renderer.prompt_ids(one.prompt, tools=one.tools, template_kwargs=one.template_kwargs) for one in requests
+    ]
+    ids = [prompt for prompt in encoded for _ in range(n)]
+    # A prompt without room gets one token, so its completion does not end and is dropped.
+    room = [max(1, min(cfg.data.max_new_tokens, renderer.max_length - len(prompt))) for prompt in ids]
+    stream = ("pairs", cfg.data.seed, *(() if settings.number is None else (settings.number,)))
+    known = [
+        one.prompt if isinstance(one.prompt, str) else prompt_id(one.prompt, one.tools, one.template_kwargs)
+        for one in requests
+    ]
+    seeds = [derive_seed(*stream, prompt, i) for prompt in known for i in range(n)]
     stop_ids = renderer.stop_ids
 
     def read(sequences: Sequences) -> list[Completion]:
         texts = map(renderer.decode, contents(sequences, stop_ids))
         return list(map(Completion, texts, is_finished(sequences, stop_ids).tolist()))
 
-    return _in_batches(cfg, model, renderer, ids, room, seeds, stop_ids, "pairs", read, writer.temperature)
+    return _in_batches(cfg, model, renderer, ids, room, seeds, stop_ids, "pairs", read, settings)
 
 
 def _in_batches(
@@ -219,7 +278,7 @@ def _in_batches(
     stop_ids: Sequence[int],
     what: str,
     read: Callable[[Sequences], list[T]],
-    temperature: float = 1.0,
+    settings: Writer,
 ) -> list[T]:
     """Sample from a model in batches of similar lengths, which the processes of the run share among them.
 
@@ -236,7 +295,7 @@ def _in_batches(
         stop_ids: Tokens that end a completion.
         what: Word for the completions, for the progress bar.
         read: Function from the samples of a batch to one result for each.
-        temperature: Temperature of the samples.
+        settings: Settings of the samples.
 
     Returns:
         Result for each prompt.
@@ -253,7 +312,8 @@ def _in_batches(
             model,
             [prompts[row] for row in rows],
             max_new_tokens=room[rows[0]],
-            temperature=temperature,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
             stop_ids=stop_ids,
             pad_token_id=renderer.tokenizer.pad_token_id,
             seeds=[seeds[row] for row in rows],

@@ -1,0 +1,329 @@
+"""The data of a round of self-play: prompts of another source, completed by the policy and paired by their scores."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Annotated, Any, Literal, get_args
+
+from annotated_types import Gt, Le
+
+from spo.bounds import PositiveFloat, PositiveInt
+from spo.data.gold_columns import sigmoid
+from spo.data.needs import needs_pairs
+from spo.data.rows import Completer, Completion, DataError, PromptRequest, Row, Split, Text, Writer
+from spo.data.source import Source
+from spo.data.splits import row_id, split_rows
+from spo.errors import UserError
+from spo.evaluation.judges.together import judging
+from spo.processes import share
+from spo.rounds.pairing import Pairing
+from spo.rounds.scoring import Scores, score_completions
+
+Labels = Literal["soft", "certain"]
+EarlierRewards = Callable[[Sequence[Text], Sequence[str]], list[float]]
+"""Function from prompts and completions to the weighted implicit rewards of earlier rounds."""
+EARLIER_REWARD = "earlier_reward"
+"""End of the columns that hold the implicit rewards of earlier rounds."""
+COLUMNS = ("reward", "win_rate", EARLIER_REWARD)
+"""Numbers of a completion that a round provides, in columns such as ``chosen_reward``; lists have ``rewards``."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A training prompt.
+
+    Attributes:
+        request: Prompt with the values of its chat template.
+        answers: Responses of the data.
+        where: Place of the prompt that a person can open.
+    """
+
+    request: PromptRequest
+    answers: tuple[Text, ...]
+    where: str
+
+
+class RoundSource(Source):
+    """Pairs that a round of self-play trains on: the policy's own completions of the training prompts.
+
+    The prompts are those of another source, and so are the pairs of the selection and test splits, on which the
+    metrics of all rounds are comparable. A completion that does not end within ``data.max_new_tokens`` is dropped.
+
+    Args:
+        source: Source of the prompts and of the pairs of the other splits.
+        pairing: Choice of pairs among the completions of a prompt.
+        completions: Number of completions of each prompt.
+        temperature: Temperature of the completions.
+        top_p: Probability of the nucleus that the completions are drawn from; 1 for all tokens.
+        prompts: Largest number of training prompts, a random choice in each round; ``None`` for all.
+        labels: ``soft`` for the probability that chosen is better by the Bradley-Terry model of the judge's rewards;
+            ``certain`` for 1. Labels of a judge that only compares are always certain.
+        reward: Component of the judge's reward that scores completions, ``reward`` for the whole.
+        history: Number of the newest policies that write completions. Each completion has one of them by chance.
+        seed: Random seed of the prompts, writers and pairs.
+        splits: Shares of the prompts for ``selection`` and ``test``, for a source without splits of its own.
+        round: Number of the round, from 1.
+        policies: Folders of the policies so far, the newest last; the reference model writes if there is none.
+        first: Folder of the model that writes the completions that ``source`` samples itself; ``None`` for its own
+            choice.
+
+    Raises:
+        ValueError: An argument is out of range, or the source does not have prompts to complete.
+    """
+
+    samples_rows = True
+    provided_columns = tuple(f"{rank}_{name}" for name in COLUMNS for rank in ("chosen", "rejected"))
+
+    def __init__(
+        self,
+        source: Source,
+        pairing: Pairing,
+        completions: PositiveInt,
+        temperature: PositiveFloat,
+        top_p: Annotated[float, Gt(0), Le(1)],
+        prompts: PositiveInt | None,
+        labels: Labels,
+        reward: str,
+        history: PositiveInt,
+        seed: int,
+        splits: Mapping[str, float],
+        round: PositiveInt,
+        policies: Sequence[str],
+        first: str | None,
+    ) -> None:
+        super().__init__()
+        if source.language is not None:
+            raise ValueError("iteration: rounds sample completions, and every response of this data is known already")
+        if source.yields_lists or source.yields_labels:
+            raise ValueError("iteration: rounds take prompts and pairs; choose data of pairs, such as data=jsonl")
+        if labels not in get_args(Labels):
+            raise ValueError(f"iteration.source.labels={labels}: choose soft or certain")
+        if completions < 2 and not pairing.pairs_with_data:
+            raise ValueError(f"iteration.source.completions={completions}: a pair needs at least 2 completions")
+        self.source, self.pairing = source, pairing
+        self.number, self.temperature, self.labels, self.reward = completions, temperature, labels, reward
+        self.max_prompts, self.seed, self.splits, self.round = prompts, seed, splits, round
+        newest = policies[-history:] if policies else [None]
+        self.writers = tuple(Writer(model, temperature, top_p, round) for model in newest)
+        own = source.writer if source.writer is not None else first
+        self.inner_writer = Writer(own, source.temperature)
+        self.further_writers = (*self.writers, *((self.inner_writer,) if source.samples_rows else ()))
+        self.yields_lists = pairing.yields_lists
+        self.earlier_rewards: EarlierRewards | None = None
+
+    @property
+    def needs_judge(self) -> bool:  # type: ignore[override]
+        """Return whether the rows depend on a judge: by the pairing, or by the columns that the loss reads."""
+        return self.pairing.needs_scores or bool(self._columns & {"reward", "win_rate"})
+
+    @property
+    def _columns(self) -> set[str]:
+        """Return the numbers of a completion that the loss reads, among those that a round provides."""
+        read = {*self.needs.number_columns, *self.needs.list_number_columns}
+        return {name for name in COLUMNS if read & {f"chosen_{name}", f"{name}s"}}
+
+    @property
+    def reads_earlier_rewards(self) -> bool:
+        """Return whether the loss reads implicit rewards of earlier rounds, for which the stages set a function."""
+        return EARLIER_REWARD in self._columns
+
+    def column_name(self, name: str) -> str:
+        """Return the data's own name of a column, for messages."""
+        return self.source.column_name(name)
+
+    def check_columns(self) -> None:
+        """Check the names that the configuration gives to columns of the prompts' source."""
+        self.source.needs = self._needs_of_inner()
+        self.source.check_columns()
+
+    def check_limits(self, max_length: int, truncation: str) -> None:
+        """Check that the length limit suits the data."""
+        self.source.check_limits(max_length, truncation)
+
+    def prompts(self, split: Split) -> list[str] | None:
+        """Return the prompts of a split if the source of the prompts knows them without its rows."""
+        return self.source.prompts(split)
+
+    def unlabeled_prompts(self) -> list[str]:
+        """Return further prompts to train on, which do not have a pair."""
+        return self.source.unlabeled_prompts()
+
+    def sft_rows(self) -> list[Row] | None:
+        """Return the supervised rows of the source of the prompts."""
+        return self.source.sft_rows()
+
+    def rows(self, complete: Completer) -> list[Row]:
+        """Return own pairs for training, and the source's pairs of the other splits.
+
+        Args:
+            complete: Function that samples completions.
+
+        Raises:
+            DataError: The source does not have training prompts.
+            UserError: The judge does not give what the pairing needs.
+        """
+        inner = self.source
+        inner.needs = self._needs_of_inner()
+        given = inner.rows(lambda prompts, n, writer=None: complete(prompts, n, writer or self.inner_writer))
+        self.bad_rows, self.findings = inner.bad_rows, inner.findings
+        self.dropped_pairs, self.dropped_responses = Counter(inner.dropped_pairs), Counter(inner.dropped_responses)
+        placed = split_rows(given, self.seed, self.splits["selection"], self.splits["test"])
+        asked = self._training_prompts(placed)
+        if not asked:
+            raise DataError("iteration: the data does not have a training prompt")
+        others = [row for row in placed if row.split != "train"]
+        return [*self._own_rows(asked, complete), *self._with_columns(others)]
+
+    def _needs_of_inner(self) -> Any:
+        """Return what the source of the prompts has to provide: pairs if the loss reads pairs, and no numbers."""
+        return replace(self.needs, features={}, rejected=needs_pairs(self.needs) and not self.pairing.pairs_with_data)
+
+    # --- prompts and completions ---
+
+    def _training_prompts(self, rows: Sequence[Row]) -> list[_Asked]:
+        """Return the training prompts of this round, each with the data's responses, sorted by digest."""
+        supervised = self.source.sft_rows() if self.pairing.pairs_with_data else None
+        named = None if self.pairing.pairs_with_data else self.source.prompts("train")
+        if named is not None:
+            found = {text: _Asked(PromptRequest(text), (), "") for text in named}
+        else:
+            found = {}
+            for row in rows if supervised is None else supervised:
+                if row.split == "train":
+                    request = PromptRequest(row.prompt, row.tools, row.template_kwargs)
+                    before = found.get(row_id(row))
+                    answers = (*(before.answers if before else ()), row.chosen)
+                    found[row_id(row)] = _Asked(request, answers, before.where if before else row.where)
+        asked = [found[key] for key in sorted(found)]
+        if self.max_prompts is not None and len(asked) > self.max_prompts:
+            asked = self._random("prompts").sample(asked, self.max_prompts)
+        return asked
+
+    def _random(self, use: str) -> Random:
+        return Random(f"{self.seed}:{use}:{self.round}")
+
+    def _own_rows(self, asked: Sequence[_Asked], complete: Completer) -> list[Row]:
+        """Return the pairs of the policy's own completions."""
+        requests = [one.request for one in asked]
+        drawn = [complete(requests, self.number, writer) for writer in self.writers]
+        chance = self._random("writers")
+        groups: list[list[Completion]] = [
+            [drawn[chance.randrange(len(drawn))][place][i] for i in range(self.number)] for place in range(len(asked))
+        ]
+        finished = [[one.text for one in group if one.finished] for group in groups]
+        self.dropped_pairs["unfinished"] += sum(not texts for texts in finished)
+        if self.pairing.pairs_with_data:
+            return [row for one, texts in zip(asked, finished, strict=True) for row in self._against_data(one, texts)]
+        scored = self._scores([one.request.prompt for one in asked], finished, self.pairing.needs_rewards)
+        earlier = self._earlier([one.request.prompt for one in asked], finished)
+        chance = self._random("pairs")
+        rows: list[Row] = []
+        for one, texts, scores, implicit in zip(asked, finished, scored, earlier, strict=True):
+            lists = self.pairing.choose(scores.scores, chance) if len(texts) > 1 else []
+            self.dropped_pairs["tied"] += len(texts) > 1 and not lists
+            self.dropped_pairs["unfinished"] += len(texts) == 1
+            for places in lists:
+                if len({texts[place] for place in places}) < len(places):
+                    self.dropped_pairs["identical"] += 1
+                    continue
+                rows.append(self._row(one, [texts[place] for place in places], scores.of(places), implicit, places))
+        return rows
+
+    def _against_data(self, one: _Asked, texts: Sequence[str]) -> Iterator[Row]:
+        """Yield a pair of a response of the data and an own completion, for each completion that differs from it."""
+        for i, text in enumerate(texts):
+            chosen, rejected = one.answers[i % len(one.answers)], _in_form(text, one.request.prompt)
+            if chosen == rejected:
+                self.dropped_pairs["identical"] += 1
+                continue
+            yield Row(chosen=chosen, rejected=rejected, split="train", where=one.where, **vars(one.request))
+
+    def _row(
+        self, one: _Asked, texts: Sequence[str], scores: Scores, earlier: Sequence[float], places: Sequence[int]
+    ) -> Row:
+        """Return a row of completions, the best one first, with their scores in this order."""
+        chosen, rejected, *worse = (_in_form(text, one.request.prompt) for text in texts)
+        preference = None
+        if self.labels == "soft" and scores.are_rewards and not self.yields_lists:
+            preference = sigmoid(scores.scores[0] - scores.scores[1])
+        numbers = {"reward": scores.scores, "win_rate": scores.win_rates}
+        if earlier:
+            numbers[EARLIER_REWARD] = [earlier[place] for place in places]
+        return Row(
+            chosen=chosen,
+            rejected=rejected,
+            worse=tuple(worse),
+            preference=preference,
+            split="train",
+            where=one.where,
+            columns=self._column_values(numbers),
+            **vars(one.request),
+        )
+
+    # --- scores ---
+
+    def _scores(
+        self, prompts: Sequence[Text], groups: Sequence[Sequence[str]], needs_rewards: bool = False
+    ) -> list[Scores]:
+        """Return the scores of completions. The first process of the run asks the judge."""
+        if self.judge is None:
+            raise UserError(
+                "iteration: the completions of a round are scored by a judge, and there is none: choose judge=MEMBER, "
+                "or iteration=spin, which does not need one"
+            )
+        with judging(self.judge) as is_judging:
+            found = score_completions(self.judge, prompts, groups, self.reward) if is_judging else []
+        scored = share(found)
+        if needs_rewards and not all(scores.are_rewards for scores in scored):
+            raise UserError(
+                f"iteration.source.pairing={type(self.pairing).__name__} needs a judge that gives rewards, and this "
+                "one only compares: choose judge=reward_model, judge=function or judge=gold"
+            )
+        return scored
+
+    def _earlier(self, prompts: Sequence[Text], groups: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Return the implicit rewards of earlier rounds of completions; empty lists where the loss reads none."""
+        if not self.reads_earlier_rewards:
+            return [[] for _ in groups]
+        assert self.earlier_rewards is not None
+        asked = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
+        values = iter(self.earlier_rewards(asked, [text for group in groups for text in group]))
+        return [[next(values) for _ in group] for group in groups]
+
+    def _with_columns(self, rows: Sequence[Row]) -> list[Row]:
+        """Return pairs of the data with the numbers that the loss reads."""
+        if not self._columns or self.yields_lists:
+            return list(rows)
+        prompts, groups = [row.prompt for row in rows], [[_text(one) for one in row.completions] for row in rows]
+        numbers: list[dict[str, Sequence[float]]] = [{} for _ in rows]
+        if self._columns & {"reward", "win_rate"}:
+            for found, scores in zip(numbers, self._scores(prompts, groups), strict=True):
+                found |= {"reward": scores.scores, "win_rate": scores.win_rates}
+        for found, implicit in zip(numbers, self._earlier(prompts, groups), strict=True):
+            found |= {EARLIER_REWARD: implicit} if implicit else {}
+        return [replace(row, columns=self._column_values(found)) for row, found in zip(rows, numbers, strict=True)]
+
+    def _column_values(self, numbers: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+        """Return the columns that the loss reads, from numbers of each completion, best first."""
+        read = self._columns
+        if self.yields_lists:
+            return {f"{name}s": list(values) for name, values in numbers.items() if name in read}
+        return {
+            f"{rank}_{name}": value
+            for name, values in numbers.items()
+            if name in read
+            for rank, value in zip(("chosen", "rejected"), values, strict=True)
+        }
+
+
+def _in_form(text: str, prompt: Text) -> Text:
+    """Return a completion in the form of its prompt."""
+    return text if isinstance(prompt, str) else ({"role": "assistant", "content": text},)
+
+
+def _text(completion: Text) -> str:
+    """Return the text of a completion of the data."""
+    return completion if isinstance(completion, str) else "".join(str(turn.get("content") or "") for turn in completion)
