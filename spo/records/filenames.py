@@ -1,4 +1,4 @@
-"""Names of the files and folders in run directories and sweep directories, and their only list in the code.
+"""Names of the files and folders in directories of runs, sweeps and iterations, and their only list in the code.
 
 The files of ``conf/callbacks/`` repeat those names that a callback takes as its path.
 """
@@ -46,7 +46,16 @@ OPTIMIZATION = "optimization.json"
 OPTIMIZATION_LOCK = ".optuna.lock"
 COMPARISON = "comparison"
 
+# Files and folders of an iteration's directory.
+ITERATION = "iterate.json"
+EXTRAPOLATED = "extrapolated"  # in the run directory of a round: the policy beyond the trained one, as a run directory
+
 
 def earlier_metrics(steps: int) -> str:
     """Return the name that ``metrics.json`` gets when a run that finished at ``steps`` is continued."""
     return f"metrics.{steps}.json"
+
+
+def round_directory(number: int) -> str:
+    """Return the name of the run directory of a round in the directory of its iteration, such as ``round-1``."""
+    return f"round-{number}"
