@@ -67,7 +67,7 @@ class Data:
         """Read the pairs as text."""
         path = str(self.path)
         source = HHSource(path, "skip") if self.name == "hh" else FileSource(path, None, "skip")
-        return source.rows(lambda prompts, n: [])
+        return source.rows(no_completer)
 
     def texts(self) -> Iterable[str]:
         """Yield the text that the tokenizer is trained on."""

@@ -83,7 +83,7 @@ def _main(words: list[str]) -> int:
     logging.raiseExceptions = os.environ.get("SPO_DEBUG") == "1"
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # It warns if the home folder cannot be written.
     # Other commands read directories that may be somebody else's.
-    if name in ("train", "inspect", "methods", "verify"):
+    if name in ("train", "iterate", "inspect", "methods", "verify"):
         import_from_current_folder()
     try:
         with handled():

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
+Job = Callable[["DictConfig"], Any]
+
+
 class UsageError(Exception):
     """A command line that does not fit its usage."""
 
@@ -39,17 +42,36 @@ class Parser(argparse.ArgumentParser):
 def _train(arguments: list[str]) -> int:
     if "--resume" in arguments or any(word.startswith("--resume=") for word in arguments):
         return _resume(arguments)
+    return _launch("train", arguments, arguments, _job, _checked_job)
+
+
+def _iterate(arguments: list[str]) -> int:
+    from spo.config.iterations import iteration_arguments
+
+    return _launch("iterate", arguments, iteration_arguments(arguments), _iteration_job, _iteration_job)
+
+
+def _launch(command: str, typed: list[str], arguments: list[str], job: Job, checked_job: Job) -> int:
+    """Run the jobs of a command line with Hydra's grammar.
+
+    Args:
+        command: Name of the command.
+        typed: Arguments as typed.
+        arguments: Arguments with what the command adds to them.
+        job: Function of the configuration of a job.
+        checked_job: The same function for a configuration that this process has checked.
+    """
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
-    parser.prog = "spo train"
+    parser.prog = f"spo {command}"
     flags = parser.parse_intermixed_args(arguments)
     hydra_flags = _without(arguments, flags.overrides)
 
     if flags.hydra_help or flags.info is not None or flags.shell_completion:
         from spo.runs.launch import run_hydra
 
-        run_hydra(arguments, _job)
+        run_hydra(arguments, job)
         return 0
     from spo.config.compose import pinned_overrides
     from spo.config.plan import check_plan, compose_plan
@@ -61,12 +83,15 @@ def _train(arguments: list[str]) -> int:
         from spo.runs.launch import run_hydra
 
         single = [word for word in hydra_flags if word not in ("-m", "--multirun")]
-        run_hydra([*single, *planned.jobs[0].overrides, *pinned_overrides(planned.jobs[0].cfg)], _job)
+        run_hydra([*single, *planned.jobs[0].overrides, *pinned_overrides(planned.jobs[0].cfg)], job)
         return 0
+    from spo.config.iterations import check_command
+
+    check_command(command, [one.cfg for one in planned.jobs])
     if not planned.multirun:
         from spo.stages.start import start_run
 
-        return start_run(arguments, planned, _checked_job, _note)
+        return start_run(command, typed, planned, checked_job, _note)
     from spo.processes import place
 
     if (own := place()).world_size > 1:
@@ -79,10 +104,10 @@ def _train(arguments: list[str]) -> int:
     from spo.errors import SET_SWEEP, placed_by
     from spo.runs.launch import launch_sweep
 
-    for warning in dict.fromkeys(text for job in planned.jobs for text in warnings(job.cfg)):
+    for warning in dict.fromkeys(text for one in planned.jobs for text in warnings(one.cfg)):
         print(f"note: {warning}", file=sys.stderr)
     with placed_by(SET_SWEEP, planned.sweep_dir):
-        return 0 if launch_sweep(hydra_flags, planned, _job, flags.config_dir) else 1
+        return 0 if launch_sweep(hydra_flags, planned, job, flags.config_dir, command) else 1
 
 
 def _note(line: str) -> None:
@@ -112,6 +137,13 @@ def _checked_job(cfg: DictConfig) -> Any:
     from spo.stages.train import train
 
     return train(cfg, checked=True)
+
+
+def _iteration_job(cfg: DictConfig) -> Any:
+    """Train an iteration; a module-level function, so that launchers can pickle it."""
+    from spo.stages.iterate import iterate
+
+    return iterate(cfg)
 
 
 def _resume(arguments: list[str]) -> int:
@@ -269,6 +301,7 @@ def _clean(arguments: list[str]) -> int:
 
 RUN: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "iterate": _iterate,
     "evaluate": _evaluate,
     "compare": _compare,
     "report": _report,

@@ -117,6 +117,28 @@ COMMANDS = {
         ],
         groups=True,
     ),
+    "iterate": Command(
+        "train in rounds, each from the policy of the one before it",
+        "spo iterate iteration=MEMBER [rounds=N] [GROUP=MEMBER] [KEY=VALUE] ... [-m] [--cfg job] [--config-dir DIR]",
+        """
+        Trains an iteration: each round samples completions of the policy, scores them with the judge, and trains on
+        the pairs. Round 0 makes and evaluates the first model. The directory of the iteration gets a run directory for
+        each round, iterate.json and report.html. Running the same command again resumes it.
+
+        rounds=N          number of rounds, short for iteration.rounds=N
+        -m, --multirun    one iteration for each combination of values: iteration=dpo,sppo seed=1,2
+        --cfg job         print the configuration instead of running it
+        --config-dir DIR  a folder with your own members of the groups below
+
+        hydra.run.dir=DIR names the directory, and rerun=true starts again. All overrides of spo train work.
+        """,
+        [
+            "spo iterate iteration=dpo",
+            "spo iterate iteration=sppo rounds=2 model=hf model.path=MODEL data=jsonl data.path=PAIRS.jsonl",
+            "spo iterate -m iteration=dpo,spo seed=1,2",
+        ],
+        groups=True,
+    ),
     "evaluate": Command(
         "evaluate the policy of a run again",
         "spo evaluate RUN_DIR [KEY=VALUE] ... [--allow NAME] ... [--config-dir DIR]",

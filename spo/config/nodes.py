@@ -15,6 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from spo.errors import missing_package
 from spo.wording import suggestion
 
+ROUND_SOURCE = "iteration.source"
+"""Key of the source of a round's pairs, which reads :data:`DATA_SOURCE` for prompts; absent outside an iteration."""
+DATA_SOURCE = "data.source"
 EXTRA_REFERENCES = "extra_references"
 """Key with the models of the references that a method declares beside the main one, by name."""
 DEFAULT_REFERENCES = "method.default_references"
@@ -99,6 +102,11 @@ def select(cfg: DictConfig, key: str, default: Any = None) -> Any:
         return OmegaConf.select(cfg, key, default=default, throw_on_missing=False)
     except OmegaConfBaseException:
         return default
+
+
+def source_key(cfg: DictConfig) -> str:
+    """Return the key of the source of a run's rows: that of a round where there is one, else that of the data."""
+    return DATA_SOURCE if select(cfg, ROUND_SOURCE) is None else ROUND_SOURCE
 
 
 def extra_references(cfg: DictConfig) -> dict[str, Any]:

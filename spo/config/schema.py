@@ -213,6 +213,28 @@ class Strategy:
 
 
 @dataclass(frozen=True)
+class IterationLimits:
+    """Keys ``iteration.limits.*``."""
+
+    max_length_ratio: PositiveFloat
+    min_length_ratio: PositiveFloat
+    min_diversity_ratio: PositiveFloat
+
+
+@dataclass(frozen=True)
+class IterationSettings:
+    """Keys ``iteration.*`` other than its source."""
+
+    rounds: PositiveInt
+    reference: Literal["previous", "first"]
+    first_references: Sequence[str]
+    momentum: Annotated[float, Ge(0), Lt(1)]
+    limits: IterationLimits
+    round: PositiveInt | None
+    first_step: NonNegativeInt
+
+
+@dataclass(frozen=True)
 class Configuration:
     """Keys of the whole configuration."""
 
@@ -232,6 +254,7 @@ class Configuration:
     speed: Speed
     strategy: Strategy
     trainer: Trainer
+    iteration: IterationSettings | None
 
 
 @cache

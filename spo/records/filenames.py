@@ -31,6 +31,7 @@ POLICY = "policy"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evaluations"
+EXTRAPOLATED = "extrapolated"  # run directory of a round whose policy is extrapolated from the trained one
 
 # Files in the folder of checkpoints.
 LAST_CHECKPOINT = "last.ckpt"

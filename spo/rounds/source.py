@@ -104,7 +104,8 @@ class RoundSource(Source):
         if completions < 2 and not pairing.pairs_with_data:
             raise ValueError(f"iteration.source.completions={completions}: a pair needs at least 2 completions")
         self.source, self.pairing = source, pairing
-        self.number, self.temperature, self.labels, self.reward = completions, temperature, labels, reward
+        self.number, self.labels, self.reward = completions, labels, reward
+        self.writer, self.temperature = source.writer, source.temperature
         self.max_prompts, self.seed, self.splits, self.round = prompts, seed, splits, round
         newest = policies[-history:] if policies else [None]
         self.writers = tuple(Writer(model, temperature, top_p, round) for model in newest)

@@ -78,7 +78,7 @@ def claim(run_dir: Path, cfg: DictConfig, *, resumed: bool = False) -> Iterator[
         return
     with placed_by(SET_RUN, run_dir):
         if cfg.rerun:
-            _move_aside(run_dir)
+            set_aside(run_dir)
         with locked(run_dir, wait=sweep_dir() is not None):
             remove_leftovers(run_dir)
             status = _status(run_dir, cfg, resumed)
@@ -305,7 +305,15 @@ def _take_over(run_dir: Path, cfg: DictConfig, ours: Mapping[str, Any], theirs: 
     _begin(run_dir, cfg, ours, failed_before=[*(earlier if isinstance(earlier, list) else []), entry])
 
 
-def _move_aside(run_dir: Path) -> None:
+def set_aside(run_dir: Path) -> None:
+    """Rename a used directory to ``NAME.N``, so that a new run or iteration takes its place.
+
+    Args:
+        run_dir: Directory of a run or an iteration.
+
+    Raises:
+        UserError: Another process works in the directory.
+    """
     if not run_dir.is_dir() or all(_IGNORED.fullmatch(file.name) for file in run_dir.iterdir()):
         return
     with locked(run_dir):

@@ -71,7 +71,9 @@ def launch_run(planned: Plan, train: Train) -> Any:
     return done.return_value
 
 
-def launch_sweep(flags: Sequence[str], planned: Plan, train: Train, config_dir: str | None = None) -> bool:
+def launch_sweep(
+    flags: Sequence[str], planned: Plan, train: Train, config_dir: str | None = None, command: str = "train"
+) -> bool:
     """Run the jobs of a multirun, start the rest again if a process dies, and show what became of each.
 
     Args:
@@ -79,6 +81,7 @@ def launch_sweep(flags: Sequence[str], planned: Plan, train: Train, config_dir: 
         planned: Plan of the multirun.
         train: Function of the configuration of a job.
         config_dir: Folder with further members of the groups.
+        command: Name of the command that runs a single job.
 
     Returns:
         Whether every job is finished.
@@ -98,7 +101,7 @@ def launch_sweep(flags: Sequence[str], planned: Plan, train: Train, config_dir: 
         for attempts_left in reversed(range(MAX_ATTEMPTS)):
             try:
                 with job_processes(planned.sweep_dir):
-                    run_hydra(arguments, _SweepTask(train, config_dir, list(sys.argv)))
+                    run_hydra(arguments, _SweepTask(train, config_dir, list(sys.argv), command))
                 break
             except Exception as error:  # Jobs record their own errors, so this one comes from the launcher.
                 signals.raise_received()  # A worker that a signal ended has not died by itself.
@@ -199,10 +202,11 @@ class _SweepTask:
         train: Function of the configuration of a job.
         config_dir: Folder with further members of the groups.
         argv: Command line as typed.
+        command: Name of the command that runs a single job.
     """
 
-    def __init__(self, train: Train, config_dir: str | None, argv: list[str]) -> None:
-        self.train, self.config_dir, self.argv = train, config_dir, argv
+    def __init__(self, train: Train, config_dir: str | None, argv: list[str], command: str) -> None:
+        self.train, self.config_dir, self.argv, self.command = train, config_dir, argv, command
         self.process = os.getpid()
 
     def __call__(self, cfg: DictConfig) -> Any:
@@ -226,7 +230,7 @@ class _SweepTask:
         try:
             result = None
             if _needs_own_process(cfg):
-                _run_in_own_process(self.config_dir)
+                _run_in_own_process(self.command, self.config_dir)
             elif os.getpid() == self.process:
                 result = self.train(cfg)
             else:
@@ -281,10 +285,10 @@ def _needs_own_process(cfg: DictConfig) -> bool:
     return count_devices(cfg) != 1 or str(HydraConfig.get().launcher._target_).endswith(".JoblibLauncher")
 
 
-def _run_in_own_process(config_dir: str | None) -> None:
+def _run_in_own_process(name: str, config_dir: str | None) -> None:
     job = HydraConfig.get()
     overrides, run_dir, sweep_dir = _overrides(job), Path(job.runtime.output_dir), Path(job.sweep.dir)
-    command = [sys.executable, "-m", "spo", "train", *(["--config-dir", config_dir] if config_dir else [])]
+    command = [sys.executable, "-m", "spo", name, *(["--config-dir", config_dir] if config_dir else [])]
     directory = str(run_dir).replace("'", r"\'")
     signals.survive()
     with _safe_path():

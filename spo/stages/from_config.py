@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from spo.config.nodes import targets
+from spo.config.nodes import source_key, targets
 from spo.data import Renderer, Source
 from spo.errors import UserError
 from spo.forward.head import hidden_width
@@ -47,6 +47,12 @@ def model_spec(cfg: DictConfig) -> ModelSpec:
     """Return the ``model`` group as an object, without the defaults that it lends to other groups."""
     names = [field.name for field in dataclasses.fields(ModelSpec)]
     return ModelSpec(**instantiate({name: cfg.model[name] for name in names}, _convert_="all"))
+
+
+def build_source(cfg: DictConfig) -> Source:
+    """Return the source of the rows: that of the data, or that of a round of an iteration."""
+    source: Source = instantiate(OmegaConf.select(cfg, source_key(cfg)), _convert_="all")
+    return source
 
 
 def data_needs(cfg: DictConfig) -> DataNeeds:
@@ -164,7 +170,7 @@ def data_key(cfg: DictConfig, arguments: Collection[str] | None = None) -> dict[
         cfg: Configuration of the run, resolved.
         arguments: Arguments of the source on which the result depends; ``None`` for all.
     """
-    source = OmegaConf.to_container(cfg.data.source, resolve=True)
+    source = OmegaConf.to_container(OmegaConf.select(cfg, source_key(cfg)), resolve=True)
     assert isinstance(source, dict)
     key: dict[str, Any] = {
         "source": {

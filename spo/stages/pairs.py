@@ -50,7 +50,6 @@ CODE_DEPENDENCIES = (
     "evaluation/judges",
     "evaluation/winrate.py",
     "rounds",
-    "stages/earlier_rewards.py",
     "stages/from_config.py",
     "stages/pairs.py",
 )
@@ -328,6 +327,8 @@ def _in_batches(
     return [drawn[row] for row in range(len(prompts))]
 
 
-def no_completer(prompts: Sequence[str], n: int) -> list[list[Completion]]:
+def no_completer(
+    prompts: Sequence[str | PromptRequest], n: int, /, writer: Writer | None = None
+) -> list[list[Completion]]:
     """Raise an error: in place of the reference model for data that is read before the model exists."""
     raise DataError("this data needs a reference model to write its completions, so it cannot train one")

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +23,7 @@ from spo.models.generation import note_stops_in_text
 from spo.models.library_errors import Origin
 from spo.models.loading import load_config, load_tokenizer
 from spo.models.same_tokens import check_same_tokens
-from spo.stages.from_config import data_needs, make_renderer, model_spec
+from spo.stages.from_config import build_source, data_needs, make_renderer, model_spec
 from spo.stages.pairs import drawn_completions, preference_rows
 from spo.stages.reference_model import initial_model, reference_model
 
@@ -103,10 +102,10 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
     # Fresh weights may depend on the seed of the data.
     model_from = cfg if model_from is None else model_from
     spec = model_spec(model_from)
-    source: Source = instantiate(cfg.data.source, _convert_="all")
+    source = build_source(cfg)
     if spec.path is not None:
         _check_context(cfg, spec, spec.path)
-    of_model = source if model_from is cfg else instantiate(model_from.data.source, _convert_="all")
+    of_model = source if model_from is cfg else build_source(model_from)
     base = reference_model(model_from, spec, of_model)
     initial = None
     if INITIAL in extra_references(cfg).values():

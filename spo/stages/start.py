@@ -18,12 +18,17 @@ from spo.runs.another_run import refuse_another_run
 
 
 def start_run(
-    arguments: Sequence[str], planned: Plan, train: Callable[[DictConfig], Any], note: Callable[[str], None]
+    command: str,
+    arguments: Sequence[str],
+    planned: Plan,
+    train: Callable[[DictConfig], Any],
+    note: Callable[[str], None],
 ) -> int:
     """Train the only job of a plan, and return the exit status.
 
     Args:
-        arguments: Arguments of ``spo train``.
+        command: Name of the command.
+        arguments: Arguments of the command.
         planned: Plan of a single run.
         train: Function of the configuration.
         note: Function that is given a line for a person before the work that takes seconds.
@@ -43,7 +48,7 @@ def start_run(
 
     with placed_by(SET_RUN, Path(cfg.paths.run)):
         directory = cfg.paths.run.replace("'", r"\'")
-        words = ["train", *arguments, f"hydra.run.dir='{directory}'"]
+        words = [command, *arguments, f"hydra.run.dir='{directory}'"]
         if (status := _supervised(words, cfg, Path(cfg.paths.run))) is not None:
             return status
         first_decides(lambda: check_plan(planned, note))

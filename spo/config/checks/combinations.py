@@ -15,6 +15,7 @@ from spo.config.checks.losses import loss_problems
 from spo.config.checks.targets import CheckedParts
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.nodes import (
+    DATA_SOURCE,
     DEFAULT_REFERENCES,
     EXTRA_REFERENCES,
     extra_reference_keys,
@@ -22,6 +23,7 @@ from spo.config.nodes import (
     listed,
     locate,
     select,
+    source_key,
 )
 from spo.errors import JudgeError
 from spo.resources import conf_dir
@@ -287,6 +289,8 @@ def _mismatches(cfg: DictConfig, source: Any, loss: Any) -> Iterator[str]:
 
     needs = DataNeeds.of(loss)
     method, data = f"method={select(cfg, 'method.name')}", f"data={member_name('data', type(source), 'source')}"
+    if source_key(cfg) != DATA_SOURCE:
+        data = "a round of an iteration"
     # Supervised methods lose nothing of a list: they learn from its best completion alone.
     if source.yields_lists and needs.inputs is PairLogps and needs.rejected:
         yield (
@@ -317,7 +321,8 @@ def _mismatches(cfg: DictConfig, source: Any, loss: Any) -> Iterator[str]:
     if columns and not source.has_columns:
         yield (
             f"{method} reads the column{'s' if len(columns) > 1 else ''} {', '.join(columns)}, but {data} does not "
-            "have such columns: choose data from a file, such as data=jsonl"
+            "have such columns: choose "
+            f"{'another method' if source_key(cfg) != DATA_SOURCE else 'data from a file, such as data=jsonl'}"
         )
 
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from spo.config.checks.settings import HINTS, is_given, shown
-from spo.config.nodes import DIRECTIVES, first_line, locate, nodes_with_target, select
+from spo.config.nodes import DATA_SOURCE, DIRECTIVES, first_line, locate, nodes_with_target, select, source_key
 from spo.config.schema import typed_keys
 from spo.config.values import violation
 from spo.errors import JudgeError, missing_package
@@ -127,7 +127,8 @@ class CheckedParts:
     @cached_property
     def source(self) -> Any:
         """The source of the data if it comes with the package; others may be costly to build."""
-        return self.build("data.source") if _is_shipped(self.cfg, "data.source") else None
+        keys = dict.fromkeys((DATA_SOURCE, source_key(self.cfg)))
+        return self.build(source_key(self.cfg)) if all(_is_shipped(self.cfg, key) for key in keys) else None
 
     @cached_property
     def judge(self) -> Any:

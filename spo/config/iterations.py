@@ -1,0 +1,43 @@
+"""The command line of ``spo iterate``: the short form of its rounds, and the directory of an iteration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from omegaconf import DictConfig
+
+from spo.errors import UserError
+
+_DIRECTORY = "${paths.outputs}/iterations/${spo.sweep_name:${hydra.overrides.task}}"
+_ROUNDS = re.compile(r"^rounds=")
+
+
+def iteration_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of ``spo iterate`` with ``rounds`` written out, and with the default directories.
+
+    Args:
+        arguments: Arguments as typed. A directory in them takes precedence.
+    """
+    written = [_ROUNDS.sub("iteration.rounds=", word) for word in arguments]
+    directories = (f"hydra.{mode}.dir='{_DIRECTORY}'" for mode in ("run", "sweep"))
+    given = {word.partition("=")[0] for word in written}
+    return [*(word for word in directories if word.partition("=")[0] not in given), *written]
+
+
+def check_command(command: str, jobs: Sequence[DictConfig]) -> None:
+    """Check that the configurations of a command are of the kind that it runs.
+
+    Args:
+        command: ``train`` or ``iterate``.
+        jobs: Configuration of each job.
+
+    Raises:
+        UserError: An iteration is given to ``spo train``, or ``spo iterate`` does not have one.
+    """
+    for cfg in jobs:
+        has_rounds = cfg.get("iteration") is not None
+        if command == "train" and has_rounds:
+            raise UserError("iteration: spo train trains a single run; rounds are trained by spo iterate")
+        if command == "iterate" and not has_rounds:
+            raise UserError("iteration is not set: choose one, such as iteration=dpo (spo iterate --help lists them)")

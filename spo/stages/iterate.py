@@ -1,0 +1,208 @@
+"""``spo iterate``: rounds of training, each from the policy of the one before it. It is a ledger over ordinary runs."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from spo.config.choices import pin_choices
+from spo.config.compose import compose
+from spo.errors import SET_RUN, UserError, placed_by
+from spo.evaluation.settings import CHOSEN, REFERENCE
+from spo.processes import first_decides, is_first_process
+from spo.records import filenames
+from spo.records.files import read_jsonl
+from spo.records.iteration import Iteration, Round, is_iteration, read_iteration, write_iteration
+from spo.runs.claim import set_aside
+from spo.stages.devices import join_processes
+from spo.stages.train import train
+
+FIRST_MODEL = "first"
+"""Name of the first model among the models to which the evaluation measures the KL."""
+
+
+def iterate(cfg: DictConfig) -> dict[str, float]:
+    """Train the rounds of an iteration in its directory, or those of them that are not finished.
+
+    Round 0 makes and evaluates the first model. Each later round is a run that starts from the policy before it, with
+    pairs of that policy's own completions. A round that is finished is skipped, and one that was interrupted resumes.
+
+    Args:
+        cfg: Configuration of ``spo iterate``: that of a run, with the group ``iteration``. ``paths.run`` is the
+            directory of the iteration.
+
+    Returns:
+        Final metrics of the last round.
+
+    Raises:
+        UserError: A round cannot be trained, or the directory holds another iteration.
+        PeerLostError: Another process has ended.
+    """
+    join_processes(cfg)
+    pin_choices(cfg)
+    directory = Path(cfg.paths.run)
+    with placed_by(SET_RUN, directory):
+        iteration = first_decides(partial(_begin, cfg, directory))
+    metrics: dict[str, float] = {}
+    for number in range(iteration.planned + 1):
+        one = _entry(iteration, number)
+        started = perf_counter() - one.seconds
+
+        def record(entry: Round = one, started: float = started, **changes: Any) -> None:
+            vars(entry).update(changes, seconds=perf_counter() - started)
+            if is_first_process():
+                write_iteration(directory, iteration)
+
+        is_new = one.status != "finished"
+        if is_new:
+            record(status="running")
+        try:
+            metrics = _train_round(cfg, directory, one)
+        except Exception:
+            record(status="failed")
+            raise
+        if is_new:
+            record(status="finished")
+    return metrics
+
+
+def _begin(cfg: DictConfig, directory: Path) -> Iteration:
+    """Return the ledger of the iteration, a new one or that of the rounds so far.
+
+    Raises:
+        UserError: The directory holds an iteration of another kind.
+    """
+    if cfg.rerun:
+        set_aside(directory)
+    name = str((cfg.get("choices") or {}).get("iteration"))
+    iteration = Iteration(name, cfg.iteration.reference, cfg.iteration.rounds)
+    if is_iteration(directory):
+        before = read_iteration(directory)
+        if (before.name, before.reference) != (iteration.name, iteration.reference):
+            raise UserError(
+                f"{directory} holds the iteration {before.name} with iteration.reference={before.reference}, not "
+                f"{name} with {iteration.reference}: choose another hydra.run.dir, or rerun=true to start again"
+            )
+        iteration.rounds = before.rounds
+    write_iteration(directory, iteration)
+    return iteration
+
+
+def _entry(iteration: Iteration, number: int) -> Round:
+    """Return the entry of a round in the ledger, a new one if the round has not begun."""
+    if number < len(iteration.rounds):
+        return iteration.rounds[number]
+    name = round_name(number)
+    iteration.rounds.append(Round(number, name, name))
+    return iteration.rounds[number]
+
+
+def round_name(number: int) -> str:
+    """Return the name of the directory of a round."""
+    return f"round-{number}"
+
+
+def _train_round(cfg: DictConfig, directory: Path, one: Round) -> dict[str, float]:
+    """Train a round and return its metrics; with momentum, those of the extrapolated policy."""
+    run_cfg = first_round(cfg, directory) if one.number == 0 else round_config(cfg, directory, one.number)
+    metrics = train(run_cfg)
+    if cfg.iteration.momentum == 0 or one.number == 0:
+        return metrics
+    from spo.stages.extrapolate import extrapolated_run
+
+    one.measured = f"{one.directory}/{filenames.EXTRAPOLATED}"
+    trained = [directory / round_name(number) / filenames.POLICY for number in (one.number - 1, one.number)]
+    return extrapolated_run(run_cfg, *trained, cfg.iteration.momentum, directory / one.measured)
+
+
+# --- configurations ------------------------------------------------------------------------------------------------
+
+
+def first_round(cfg: DictConfig, directory: Path) -> DictConfig:
+    """Return the configuration of round 0: supervised fine-tuning, if any, and an evaluation of the result.
+
+    Args:
+        cfg: Configuration of the iteration.
+        directory: Directory of the iteration.
+    """
+    own = _of_round(cfg, directory, 0)
+    supervised = compose(["method=sft"])
+    with open_dict(own):
+        for group in ("method", "regularizer", "reference"):
+            own[group] = OmegaConf.to_container(supervised[group], resolve=False)
+        own.iteration = None
+        own.extra_references = {}
+        own.trainer.max_steps, own.trainer.max_epochs = 0, None
+        if own.model.adapter_path is None:
+            own.model.lora = None  # A fresh adapter does not change the model.
+        own.evaluation.against = _against(cfg, ())
+    return own
+
+
+def round_config(cfg: DictConfig, directory: Path, number: int) -> DictConfig:
+    """Return the configuration of a round of training.
+
+    Args:
+        cfg: Configuration of the iteration.
+        directory: Directory of the iteration, in which the rounds before this one are finished.
+        number: Number of the round, from 1.
+    """
+    own, settings = _of_round(cfg, directory, number), cfg.iteration
+    policies = [policy_folder(cfg, directory, earlier) for earlier in range(number)]
+    first, newest = str(policies[0]), str(policies[-1])
+    follows = settings.reference == "previous"
+    with open_dict(own):
+        own.sft.max_steps = 0
+        own.model.initial = None
+        own.model.adapter_path = None  # It is merged in the policy of the first round.
+        own.model.path = newest if follows else first
+        own.model.start = None if follows or number == 1 else newest
+        for name in settings.first_references:
+            own.extra_references[name] = first
+        # What concerns the whole iteration is no part of the run of a round.
+        own.iteration = {
+            "round": number,
+            "first_step": sum(last_step(directory / round_name(earlier)) for earlier in range(number)),
+            "source": OmegaConf.to_container(settings.source, resolve=False),
+        }
+        own.iteration.source |= {"round": number, "policies": list(map(str, policies)), "first": first}
+        others = [] if number == 1 else [directory / round_name(0 if follows else number - 1)]
+        own.evaluation.against = _against(cfg, others)
+        if follows and number > 1:
+            own.evaluation.further_kl = {FIRST_MODEL: first}
+    return own
+
+
+def policy_folder(cfg: DictConfig, directory: Path, number: int) -> Path:
+    """Return the folder of the policy after a round, from which the next round starts."""
+    folder = directory / round_name(number)
+    is_extrapolated = cfg.iteration.momentum != 0 and number > 0
+    return (folder / filenames.EXTRAPOLATED if is_extrapolated else folder) / filenames.POLICY
+
+
+def last_step(run_dir: Path) -> int:
+    """Return the number of optimizer steps of a finished run."""
+    rows = read_jsonl(run_dir / filenames.HISTORY)
+    return max((row["step"] for row in rows), default=0)
+
+
+def _of_round(cfg: DictConfig, directory: Path, number: int) -> DictConfig:
+    """Return the part of a round's configuration that all rounds share."""
+    own = copy.deepcopy(cfg)
+    own.paths.run = str(directory / round_name(number))
+    own.rerun = False  # The whole directory was moved aside.
+    return own
+
+
+def _against(cfg: DictConfig, others: Any) -> list[str]:
+    """Return the opponents of a round: those of the configuration, the data's responses, and other rounds."""
+    given = [str(name) for name in cfg.evaluation.against]
+    if instantiate(cfg.judge, _convert_="all") is None:
+        return given
+    return list(dict.fromkeys([*given, REFERENCE, CHOSEN, *map(str, others)]))
