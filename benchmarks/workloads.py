@@ -31,6 +31,7 @@ from spo.models.tiny import BOS, EOS, PAD
 from spo.records.cache import build_alone, cached
 from spo.records.digests import path_digest
 from spo.stages.assemble import Parts, assemble
+from spo.stages.pairs import no_completer
 from spo.stages.prepare import Prepared, prepare_run
 from spo.types import Sequences, Window
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Annotated, Any, Literal, get_args
@@ -23,11 +23,7 @@ from spo.rounds.pairing import Pairing
 from spo.rounds.scoring import Scores, score_completions
 
 Labels = Literal["soft", "certain"]
-EarlierRewards = Callable[[Sequence[Text], Sequence[str]], list[float]]
-"""Function from prompts and completions to the weighted implicit rewards of earlier rounds."""
-EARLIER_REWARD = "earlier_reward"
-"""End of the columns that hold the implicit rewards of earlier rounds."""
-COLUMNS = ("reward", "win_rate", EARLIER_REWARD)
+COLUMNS = ("reward", "win_rate")
 """Numbers of a completion that a round provides, in columns such as ``chosen_reward``; lists have ``rewards``."""
 
 
@@ -113,23 +109,17 @@ class RoundSource(Source):
         self.inner_writer = Writer(own, source.temperature)
         self.further_writers = (*self.writers, *((self.inner_writer,) if source.samples_rows else ()))
         self.yields_lists = pairing.yields_lists
-        self.earlier_rewards: EarlierRewards | None = None
 
     @property
     def needs_judge(self) -> bool:  # type: ignore[override]
         """Return whether the rows depend on a judge: by the pairing, or by the columns that the loss reads."""
-        return self.pairing.needs_scores or bool(self._columns & {"reward", "win_rate"})
+        return self.pairing.needs_scores or bool(self._columns)
 
     @property
     def _columns(self) -> set[str]:
         """Return the numbers of a completion that the loss reads, among those that a round provides."""
         read = {*self.needs.number_columns, *self.needs.list_number_columns}
         return {name for name in COLUMNS if read & {f"chosen_{name}", f"{name}s"}}
-
-    @property
-    def reads_earlier_rewards(self) -> bool:
-        """Return whether the loss reads implicit rewards of earlier rounds, for which the stages set a function."""
-        return EARLIER_REWARD in self._columns
 
     def column_name(self, name: str) -> str:
         """Return the data's own name of a column, for messages."""
@@ -219,10 +209,9 @@ class RoundSource(Source):
         if self.pairing.pairs_with_data:
             return [row for one, texts in zip(asked, finished, strict=True) for row in self._against_data(one, texts)]
         scored = self._scores([one.request.prompt for one in asked], finished, self.pairing.needs_rewards)
-        earlier = self._earlier([one.request.prompt for one in asked], finished)
         chance = self._random("pairs")
         rows: list[Row] = []
-        for one, texts, scores, implicit in zip(asked, finished, scored, earlier, strict=True):
+        for one, texts, scores in zip(asked, finished, scored, strict=True):
             lists = self.pairing.choose(scores.scores, chance) if len(texts) > 1 else []
             self.dropped_pairs["tied"] += len(texts) > 1 and not lists
             self.dropped_pairs["unfinished"] += len(texts) == 1
@@ -230,7 +219,7 @@ class RoundSource(Source):
                 if len({texts[place] for place in places}) < len(places):
                     self.dropped_pairs["identical"] += 1
                     continue
-                rows.append(self._row(one, [texts[place] for place in places], scores.of(places), implicit, places))
+                rows.append(self._row(one, [texts[place] for place in places], scores.of(places)))
         return rows
 
     def _against_data(self, one: _Asked, texts: Sequence[str]) -> Iterator[Row]:
@@ -242,17 +231,12 @@ class RoundSource(Source):
                 continue
             yield Row(chosen=chosen, rejected=rejected, split="train", where=one.where, **vars(one.request))
 
-    def _row(
-        self, one: _Asked, texts: Sequence[str], scores: Scores, earlier: Sequence[float], places: Sequence[int]
-    ) -> Row:
+    def _row(self, one: _Asked, texts: Sequence[str], scores: Scores) -> Row:
         """Return a row of completions, the best one first, with their scores in this order."""
         chosen, rejected, *worse = (_in_form(text, one.request.prompt) for text in texts)
         preference = None
         if self.labels == "soft" and scores.are_rewards and not self.yields_lists:
             preference = sigmoid(scores.scores[0] - scores.scores[1])
-        numbers = {"reward": scores.scores, "win_rate": scores.win_rates}
-        if earlier:
-            numbers[EARLIER_REWARD] = [earlier[place] for place in places]
         return Row(
             chosen=chosen,
             rejected=rejected,
@@ -260,7 +244,7 @@ class RoundSource(Source):
             preference=preference,
             split="train",
             where=one.where,
-            columns=self._column_values(numbers),
+            columns=self._column_values(scores),
             **vars(one.request),
         )
 
@@ -285,38 +269,22 @@ class RoundSource(Source):
             )
         return scored
 
-    def _earlier(self, prompts: Sequence[Text], groups: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Return the implicit rewards of earlier rounds of completions; empty lists where the loss reads none."""
-        if not self.reads_earlier_rewards:
-            return [[] for _ in groups]
-        assert self.earlier_rewards is not None
-        asked = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
-        values = iter(self.earlier_rewards(asked, [text for group in groups for text in group]))
-        return [[next(values) for _ in group] for group in groups]
-
     def _with_columns(self, rows: Sequence[Row]) -> list[Row]:
         """Return pairs of the data with the numbers that the loss reads."""
         if not self._columns or self.yields_lists:
             return list(rows)
-        prompts, groups = [row.prompt for row in rows], [[_text(one) for one in row.completions] for row in rows]
-        numbers: list[dict[str, Sequence[float]]] = [{} for _ in rows]
-        if self._columns & {"reward", "win_rate"}:
-            for found, scores in zip(numbers, self._scores(prompts, groups), strict=True):
-                found |= {"reward": scores.scores, "win_rate": scores.win_rates}
-        for found, implicit in zip(numbers, self._earlier(prompts, groups), strict=True):
-            found |= {EARLIER_REWARD: implicit} if implicit else {}
-        return [replace(row, columns=self._column_values(found)) for row, found in zip(rows, numbers, strict=True)]
+        scored = self._scores([row.prompt for row in rows], [[_text(one) for one in row.completions] for row in rows])
+        return [replace(row, columns=self._column_values(scores)) for row, scores in zip(rows, scored, strict=True)]
 
-    def _column_values(self, numbers: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-        """Return the columns that the loss reads, from numbers of each completion, best first."""
-        read = self._columns
+    def _column_values(self, scores: Scores) -> dict[str, Any]:
+        """Return the columns that the loss reads, from scores of each completion, best first."""
+        numbers = {"reward": scores.scores, "win_rate": scores.win_rates}
         if self.yields_lists:
-            return {f"{name}s": list(values) for name, values in numbers.items() if name in read}
+            return {f"{name}s": numbers[name] for name in sorted(self._columns)}
         return {
             f"{rank}_{name}": value
-            for name, values in numbers.items()
-            if name in read
-            for rank, value in zip(("chosen", "rejected"), values, strict=True)
+            for name in sorted(self._columns)
+            for rank, value in zip(("chosen", "rejected"), numbers[name], strict=True)
         }
 
 

@@ -171,7 +171,7 @@ def round_config(cfg: DictConfig, directory: Path, number: int) -> DictConfig:
             "first_step": sum(last_step(directory / round_name(earlier)) for earlier in range(number)),
             "source": OmegaConf.to_container(settings.source, resolve=False),
         }
-        own.iteration.source |= {"round": number, "policies": list(map(str, policies)), "first": first}
+        own.iteration.source.update({"round": number, "policies": list(map(str, policies)), "first": first})
         others = [] if number == 1 else [directory / round_name(0 if follows else number - 1)]
         own.evaluation.against = _against(cfg, others)
         if follows and number > 1:
