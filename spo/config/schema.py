@@ -228,6 +228,7 @@ class IterationSettings:
     rounds: PositiveInt
     reference: Literal["previous", "first"]
     first_references: Sequence[str]
+    rewards: Sequence[str] | None
     momentum: Annotated[float, Ge(0), Lt(1)]
     limits: IterationLimits
     round: PositiveInt | None

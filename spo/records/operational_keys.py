@@ -23,6 +23,7 @@ OPERATIONAL_KEYS = frozenset(
         "iteration.limits",
         "iteration.momentum",
         "iteration.reference",
+        "iteration.rewards",
         "iteration.round",
         "iteration.rounds",
         "judge.attempts",

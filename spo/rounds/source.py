@@ -85,7 +85,7 @@ class RoundSource(Source):
         reward: str,
         history: PositiveInt,
         seed: int,
-        splits: Mapping[str, float],
+        splits: Mapping[str, float] | None,
         round: PositiveInt,
         policies: Sequence[str],
         first: str | None,
@@ -102,7 +102,7 @@ class RoundSource(Source):
         self.source, self.pairing = source, pairing
         self.number, self.labels, self.reward = completions, labels, reward
         self.writer, self.temperature = source.writer, source.temperature
-        self.max_prompts, self.seed, self.splits, self.round = prompts, seed, splits, round
+        self.max_prompts, self.seed, self.splits, self.round = prompts, seed, splits or {}, round
         newest = policies[-history:] if policies else [None]
         self.writers = tuple(Writer(model, temperature, top_p, round) for model in newest)
         own = source.writer if source.writer is not None else first

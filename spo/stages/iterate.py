@@ -172,6 +172,8 @@ def round_config(cfg: DictConfig, directory: Path, number: int) -> DictConfig:
             "source": OmegaConf.to_container(settings.source, resolve=False),
         }
         own.iteration.source.update({"round": number, "policies": list(map(str, policies)), "first": first})
+        if settings.rewards is not None:
+            own.iteration.source.reward = settings.rewards[number - 1]
         others = [] if number == 1 else [directory / round_name(0 if follows else number - 1)]
         own.evaluation.against = _against(cfg, others)
         if follows and number > 1:

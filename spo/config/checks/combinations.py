@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from spo.config.checks.files import missing_data
 from spo.config.checks.folders import folder_problems
 from spo.config.checks.losses import loss_problems
+from spo.config.checks.rounds import round_problems
 from spo.config.checks.targets import CheckedParts
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.nodes import (
@@ -39,7 +40,13 @@ def combination_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     """
     found = [*_objective(cfg, parts), *_moving_reference(cfg, parts), *_extra_references(cfg, parts)]
     found += [*_coefficients(cfg, parts), *_data(cfg, parts)]
-    found += [*_model(parts), *_optimizer(parts), *_judge(cfg, parts), *loss_problems(parts)]
+    found += [
+        *_model(parts),
+        *_optimizer(parts),
+        *_judge(cfg, parts),
+        *loss_problems(parts),
+        *round_problems(cfg, parts),
+    ]
     yield from [*parts.problems, *found]
 
 

@@ -1,0 +1,59 @@
+"""Rules about the rounds of an iteration, checked before the first of them begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from omegaconf import DictConfig
+
+from spo.config.checks.targets import CheckedParts
+from spo.config.nodes import ROUND_SOURCE, listed, select
+
+
+def round_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
+    """Yield why the rounds of an iteration could not be trained; nothing for a run without rounds.
+
+    Args:
+        cfg: Composed configuration.
+        parts: Parts of the run that ``cfg`` describes.
+    """
+    if select(cfg, ROUND_SOURCE) is None:
+        return
+    yield from _judge(parts)
+    rounds, rewards = select(cfg, "iteration.rounds"), select(cfg, "iteration.rewards")
+    if rounds is None:  # A single round of an iteration, whose configuration is filled in.
+        return
+    if rewards is not None and len(rewards) < rounds:
+        yield f"iteration.rewards: names {len(rewards)} for iteration.rounds={rounds}: name one for each round"
+    if select(cfg, "iteration.reference") == "first" and getattr(parts.reference, "needs_adapter", False):
+        yield (
+            "iteration.reference=first: a reference that is the policy without its adapter is the one before each "
+            "round: choose iteration.reference=previous, or reference=frozen"
+        )
+    declared = getattr(parts.loss, "extra_references", ())
+    names = [name for name in select(cfg, "iteration.first_references") or [] if name not in declared]
+    if parts.loss is not None and names:
+        reads = f"it reads {listed(declared)}" if declared else "it reads none beside the main one"
+        yield (
+            f"iteration.first_references: method={select(cfg, 'method.name')} does not read the reference {names[0]!r} "
+            f"({reads}): choose iteration.first_references=[{','.join(declared)}]"
+        )
+
+
+def _judge(parts: CheckedParts) -> Iterator[str]:
+    """Yield why the judge cannot score the completions of a round."""
+    from spo.evaluation.judges.pairwise import PairwiseJudge  # Imports what a wrong command must not wait for.
+
+    source = parts.source
+    if source is None or not source.needs_judge or parts.has_problem("judge"):
+        return
+    if parts.judge is None:
+        yield (
+            "iteration: a judge scores the completions of a round, and there is none (judge=none, or judge=gold of "
+            "data without a reward): choose judge=MEMBER, or iteration=spin, which does not need one"
+        )
+    elif source.pairing.needs_rewards and isinstance(parts.judge, PairwiseJudge):
+        yield (
+            f"{ROUND_SOURCE}.pairing: {type(source.pairing).__name__} needs rewards, and this judge only compares: "
+            "choose judge=reward_model, judge=function, or judge=gold of data with a reward"
+        )
