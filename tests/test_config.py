@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -93,6 +94,12 @@ def every_member() -> dict[tuple[str, str], DictConfig]:
 # --- every yaml file -----------------------------------------------------------------------------------------------
 
 
+def made_default(target: Any, name: str, default: Any) -> Any:
+    """Return the default of a parameter; that of a dataclass may be a function that makes it."""
+    made = [one.default_factory for one in fields(target) if one.name == name] if is_dataclass(target) else []
+    return made[0]() if made and made[0] is not MISSING else default
+
+
 @pytest.mark.parametrize(("group", "member"), MEMBERS)
 def test_member_matches_the_signatures_of_its_targets(
     every_member: dict[tuple[str, str], DictConfig], group: str, member: str
@@ -114,7 +121,7 @@ def test_member_matches_the_signatures_of_its_targets(
         if getattr(signed_by, "__module__", target.__module__).startswith("spo."):
             assert given == parameters.keys(), f"{key}: parameters without a value in yaml"
             for name in given:
-                default = parameters[name].default
+                default = made_default(target, name, parameters[name].default)
                 if default is not inspect.Parameter.empty and not OmegaConf.is_interpolation(node, name):
                     # a variant such as cdpo is the same target with another value; its base has the default
                     members = [every_member[group, other].get(group) for other in GROUPS[group]]

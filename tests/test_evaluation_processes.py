@@ -66,8 +66,9 @@ class Centered(DPOLoss):
 
 def evaluated(folder: Path, count: int) -> dict[str, Any]:
     """Evaluate twice with a cache, and return all numbers and rows, and what this process drew each time."""
-    settings = EvaluationSettings(**SETTINGS | {"num_prompts": count})
+    settings = EvaluationSettings(**SETTINGS | {"num_prompts": count, "further_kl": {"between": ""}})
     models, found = (favoring(1.0), favoring(0.0)), {}
+    further = [favoring(0.5)]
     digests = {"policy": "p", "reference": "r"}
     for time in ("first", "again"):
         stages: list[str] = []
@@ -81,9 +82,10 @@ def evaluated(folder: Path, count: int) -> dict[str, Any]:
             return cached_completions(folder / "cache", prompts(count), (EOS,), digests, stage, own, noted)
 
         ours, theirs = draw_both(
-            *models, (EOS,), PAD, prompts(count), settings, FAST, decode, drawn.append, cache=cache
+            *models, (EOS,), PAD, prompts(count), settings, FAST, decode, drawn.append, cache=cache, further=further
         )
         result = assess(prompts(count), ours, theirs, settings, reward_judge(count_reward))
+        assert 0 < result.metrics["eval/kl/between"] < result.metrics["eval/kl"]
         found[time] = {
             "draws": [asdict(ours), asdict(theirs)],
             "metrics": result.metrics,

@@ -25,7 +25,7 @@ from spo.config.best_setting import best_setting
 from spo.config.choices import pin_choices
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.config.groups import shipped_names
-from spo.config.nodes import EXTRA_REFERENCES, select
+from spo.config.nodes import EXTRA_REFERENCES, FURTHER_KL, select
 from spo.errors import UserError
 from spo.processes import place
 from spo.records.operational_keys import OPERATIONAL_KEYS
@@ -181,7 +181,8 @@ def expand_numbers(overrides: Sequence[str]) -> list[str]:
 
     This applies if the key is exactly ``alpha`` or ``beta`` and every value is a positive number: one number, several
     of a multirun, a ``choice``, a ``range`` or an ``interval``. Names of schedules stay as they are. A group that may
-    be empty accepts ``null`` for the member that leaves it empty. ``extra_references`` takes new keys without a plus.
+    be empty accepts ``null`` for the member that leaves it empty. ``extra_references`` and ``evaluation.further_kl``
+    take new keys without a plus.
 
     Args:
         overrides: Overrides as typed.
@@ -197,7 +198,7 @@ def expand_numbers(overrides: Sequence[str]) -> list[str]:
             result += [] if member is None else [f"{key.strip()}={member}"]
         elif equals and key.strip() in COEFFICIENTS and _is_number(parse(override)):
             result += [f"{key.strip()}=constant", f"{key.strip()}.value={value}"]
-        elif equals and key.strip().startswith(f"{EXTRA_REFERENCES}."):
+        elif equals and key.strip().startswith((f"{EXTRA_REFERENCES}.", f"{FURTHER_KL}.")):
             result.append(f"++{override.strip()}")
         else:
             result.append(override)

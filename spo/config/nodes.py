@@ -24,6 +24,8 @@ DEFAULT_REFERENCES = "method.default_references"
 """Key with the models of a method's references for which the user gives nothing."""
 INITIAL = "initial"
 """Model of a further reference that is the policy's before supervised fine-tuning, in place of a path."""
+FURTHER_KL = "evaluation.further_kl"
+"""Key with the models to which an evaluation measures the KL besides the reference, by name."""
 PROMPT_SETS = ("train", "selection", "unlabeled")
 """Values of ``regularizer.prompts`` that do not name a file."""
 DIRECTIVES = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
@@ -116,6 +118,12 @@ def extra_references(cfg: DictConfig) -> dict[str, Any]:
     resolved is ``None``. A run of an earlier version may not have the keys.
     """
     return {name: select(cfg, key) for name, key in extra_reference_keys(cfg).items()}
+
+
+def further_kl_models(cfg: DictConfig) -> dict[str, Any]:
+    """Return the folder or hub name of each model below :data:`FURTHER_KL`, by name; an older run has none."""
+    given = select(cfg, FURTHER_KL)
+    return {str(name): select(given, str(name)) for name in given} if isinstance(given, DictConfig) else {}
 
 
 def extra_reference_keys(cfg: DictConfig) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
@@ -13,7 +13,7 @@ from torch import nn
 
 from spo.data import EvalPrompt
 from spo.data.rows import Text
-from spo.evaluation.completions import Draws, OtherModel, draw_together
+from spo.evaluation.completions import Draws, draw_together
 from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
 from spo.evaluation.judges import Judge, JudgedPair
 from spo.evaluation.judges.base import as_read
@@ -55,6 +55,7 @@ def draw_both(
     decode: Callable[[Sequence[int]], str],
     on_progress: Callable[[int], None] = lambda _: None,
     cache: CompletionsCache = lambda _stage, _settings, draw: draw(),
+    further: Sequence[nn.Module] = (),
 ) -> tuple[Draws, Draws]:
     """Return completions of the policy, scored by both models, and completions of the reference.
 
@@ -71,14 +72,17 @@ def draw_both(
         decode: Function from the token ids of a completion to its text.
         on_progress: Function to call with the number of sequences that this process has just drawn.
         cache: Cache of completions, so that none is drawn twice.
+        further: Models to which the KL of the policy is measured besides, in the order of ``settings.further_kl``.
     """
 
-    def drawn(model: nn.Module, stage: str, own: EvaluationSettings, other: OtherModel | None = None) -> Draws:
+    def drawn(model: nn.Module, stage: str, own: EvaluationSettings, *others: Any) -> Draws:
         draws = partial(draw_together, model, stage, prompts, own, speed, stop_ids, pad_token_id, decode)
-        return cache(stage, own, lambda: draws(on_progress, other))
+        return cache(stage, own, lambda: draws(on_progress, *others))
 
-    with eval_mode(policy), eval_mode(reference):
-        ours = drawn(policy, "policy", settings, lambda: nullcontext(reference))
+    with ExitStack() as modes:
+        for model in (policy, reference, *further):
+            modes.enter_context(eval_mode(model))
+        ours = drawn(policy, "policy", settings, lambda: nullcontext(reference), further)
         return ours, drawn(reference, "reference", settings.of_reference())
 
 
@@ -110,8 +114,9 @@ def assess(
 
     Returns:
         Metrics and samples. ``kl`` is in nats per sequence, estimated by the token-wise KL along samples of the
-        policy. ``entropy`` is in nats per token, ``entropy_sequence`` in nats per sequence. ``eval/reference/...``
-        are the same quantities of the reference, which are the values before training.
+        policy, and so is ``kl/NAME`` for each model of ``further_kl`` that scored the completions. ``entropy`` is in
+        nats per token, ``entropy_sequence`` in nats per sequence. ``eval/reference/...`` are the same quantities of
+        the reference, which are the values before training.
     """
     each, drawn_each = settings.samples_per_prompt, settings.of_reference().samples_per_prompt
     wanted = [(prompt, i) for prompt in prompts for i in range(each)]
@@ -143,6 +148,8 @@ def assess(
     )
     resamples = bootstrap.resample(units)
     metrics = _summarize(ours, each, each, settings.self_bleu_samples, resamples)
+    for name, values in zip(settings.further_kl, zip(*ours.further_kl, strict=True), strict=False):
+        metrics |= resamples.mean(values).as_metrics(f"kl/{name}")
     if theirs is not None:
         of_reference = _summarize(theirs, drawn_each, each, settings.self_bleu_samples)
         metrics |= {f"reference/{key}": value for key, value in of_reference.items()}

@@ -33,8 +33,8 @@ CODE_DEPENDENCIES = (
 SAMPLING_SETTINGS = ("samples_per_prompt", "max_new_tokens", "temperature", "seed")
 """Settings of the evaluation that completions depend on."""
 COMPLETIONS_FILE = "draws.json"
-NUMBERS = ("logps", "entropy", "other_logps", "kl")
-"""Columns of floats of :class:`~spo.evaluation.completions.Draws`."""
+NUMBERS = ("logps", "entropy", "other_logps", "kl", "further_kl")
+"""Columns of floats of :class:`~spo.evaluation.completions.Draws`, and of lists of floats."""
 
 
 def cached_completions(
@@ -76,10 +76,16 @@ def cached_completions(
 
     file = cached(cache_dir, "draws", key, write) / COMPLETIONS_FILE
     stored: dict[str, Any] = first_decides(lambda: read_json(file))
-    stored |= {name: [float(value) for value in stored[name]] for name in NUMBERS}
+    stored |= {name: [_from_json(value) for value in stored[name]] for name in NUMBERS}
     return Draws(**stored)
 
 
 def _to_json(value: Any) -> Any:
-    """Return a number that JSON does not have, such as a log-prob of -inf, as text."""
+    """Return a number that JSON does not have, such as a log-prob of -inf, as text; also within a list."""
+    if isinstance(value, list):
+        return list(map(_to_json, value))
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _from_json(value: Any) -> Any:
+    return list(map(_from_json, value)) if isinstance(value, list) else float(value)

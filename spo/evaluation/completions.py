@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Draws:
         entropy: Sums over tokens of next-token entropies of that model, nats.
         other_logps: Log-probs under the other model, nats; empty if there is none.
         kl: Sums over tokens of KL(model || other model), nats; empty if there is none.
+        further_kl: For each completion, the same sums for each further model, nats; empty lists if there is none.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -47,6 +49,7 @@ class Draws:
     entropy: list[float] = field(default_factory=list)
     other_logps: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
+    further_kl: list[list[float]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -61,8 +64,9 @@ def draw(
     decode: Callable[[Sequence[int]], str],
     on_progress: Callable[[int], None] = lambda _: None,
     other: OtherModel | None = None,
+    further: Sequence[nn.Module] = (),
 ) -> Draws:
-    """Draw completions from ``model`` and score them with it and with ``other``.
+    """Draw completions from ``model`` and score them with it, with ``other`` and with ``further`` models.
 
     A completion depends on the weights, ``settings.seed``, ``stage``, its prompt and its number only. It is the same
     for each ``batch_size``, and whatever the other prompts are.
@@ -72,13 +76,16 @@ def draw(
         stage: Name that separates the random numbers of policy and reference.
         prompts: Prompts of one split.
         settings: Settings of the evaluation.
-        speed: Speed settings, resolved for both models. They change no number.
+        speed: Speed settings, resolved for all models. They change no number.
         stop_ids: Tokens that end a completion.
         pad_token_id: Token that fills rows up.
         decode: Function from the token ids of a completion to its text.
         on_progress: Function to call with the number of completions just drawn.
         other: Function to a context with the model to compare with, ``None`` for none.
+        further: Models to which the KL is measured as well, in eval mode. They take an ``other``.
     """
+    others: list[OtherModel] = [] if other is None else [other]
+    others += [partial(nullcontext[nn.Module], one) for one in further]
     wanted = [(prompt, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
     rows: list[tuple[str, int, list[float]]] = [("", 0, [])] * len(wanted)
     for places in by_length([len(prompt.ids) for prompt, _ in wanted], settings.batch_size):
@@ -97,13 +104,21 @@ def draw(
         numbers = [
             row
             for part in _split_for_scoring(sequences)
-            for row in _measure(model, other, part, speed, settings.temperature)
+            for row in _measure(model, others, part, speed, settings.temperature)
         ]
         for place, text, length, values in zip(places, texts, tokens, numbers, strict=True):
             rows[place] = text, length, values
         on_progress(len(chunk))
-    columns = [[row[2][i] for row in rows] for i in range(2 if other is None else 4)]
-    return Draws([row[0] for row in rows], [row[1] for row in rows], *columns)
+    measured = [row[2] for row in rows]
+    return Draws(
+        texts=[row[0] for row in rows],
+        tokens=[row[1] for row in rows],
+        logps=[one[0] for one in measured],
+        entropy=[one[1] for one in measured],
+        other_logps=[one[2] for one in measured if others],
+        kl=[one[3] for one in measured if others],
+        further_kl=[one[4:] for one in measured],
+    )
 
 
 def draw_together(
@@ -135,21 +150,25 @@ def _split_for_scoring(sequences: Sequences) -> Iterator[Sequences]:
 
 
 def _measure(
-    model: nn.Module, other: OtherModel | None, sequences: Sequences, speed: Speed, temperature: float
+    model: nn.Module, others: Sequence[OtherModel], sequences: Sequences, speed: Speed, temperature: float
 ) -> list[list[float]]:
-    """Return for each sequence log-prob and entropy under the first model, then log-prob under the other and the KL."""
+    """Return numbers of each sequence.
+
+    They are log-prob and entropy under the first model, log-prob under the first other one, and the KL to each other.
+    """
 
     def measure(targets: Tensor, *logits: Tensor) -> Tensor:
         if temperature != 1:  # cast first, since the sampler does not divide in half precision either
             logits = tuple(at_least_float32(values) / temperature for values in logits)
         found = [token_logps(logits[0], targets), token_entropy(logits[0])]
         if len(logits) > 1:
-            found += [token_logps(logits[1], targets), token_kl(*logits)]
+            found += [token_logps(logits[1], targets), token_kl(*logits[:2])]
+        found += [token_kl(logits[0], of_further) for of_further in logits[2:]]
         return torch.stack(found, dim=-1)
 
     sequences = speed.arrange(sequences).to(next(model.parameters()).device)
     logits = [speed.logits(model, sequences)]
-    if other is not None:
+    for other in others:
         with other() as other_model:
             logits.append(speed.logits(other_model, sequences))
     # All values of a group of rows are computed together, so deferred logits are computed only once.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from spo.bounds import NonNegativeInt, OpenFraction, PositiveFloat, PositiveInt
@@ -33,6 +33,8 @@ class EvaluationSettings:
             with all of them. ``None``: as many as from the policy.
         reference_seed: Random seed of the completions of the reference; ``None`` for ``seed``. The defaults of both
             keys are those of runs of version 0.1.0.
+        further_kl: Folders or hub names of models with the tokens of the policy, by name. The KL to each of them is
+            measured along the samples of the policy too.
         policy: Weights that are evaluated and saved: those of the last step, or of the best checkpoint. The default is
             that of runs of version 0.1.0, whose configurations do not have this key.
     """
@@ -51,6 +53,7 @@ class EvaluationSettings:
     policy: Literal["last", "best"] = "last"
     reference_samples: PositiveInt | None = None
     reference_seed: NonNegativeInt | None = None
+    further_kl: Mapping[str, str] = field(default_factory=dict)
 
     def of_reference(self) -> EvaluationSettings:
         """Return the settings by which the reference draws its completions."""

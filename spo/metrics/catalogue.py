@@ -205,6 +205,7 @@ CATALOGUE: list[Metric] = [
         places=("card", "terminal", "comparison"),
         per_sample=_log_ratio,
     ),
+    Metric("kl/NAME", "KL to NAME", "nats per sequence", better="lower", bounds=NOT_NEGATIVE, neutral=0.0),
     Metric(
         "entropy",
         "entropy",

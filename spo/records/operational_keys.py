@@ -63,6 +63,7 @@ EXECUTION_KEYS = frozenset(
         "evaluation.against",
         "evaluation.bootstrap_samples",
         "evaluation.confidence",
+        "evaluation.further_kl",
         "trainer.accelerator",
     }
 )

@@ -10,7 +10,16 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from spo.config.coefficients import unused_coefficients
-from spo.config.nodes import DEFAULT_REFERENCES, EXTRA_REFERENCES, INITIAL, PROMPT_SETS, extra_references, targets
+from spo.config.nodes import (
+    DEFAULT_REFERENCES,
+    EXTRA_REFERENCES,
+    FURTHER_KL,
+    INITIAL,
+    PROMPT_SETS,
+    extra_references,
+    further_kl_models,
+    targets,
+)
 from spo.records.digests import code_version, digest, model_digest, path_digest
 from spo.records.files import flatten
 from spo.records.operational_keys import is_operational
@@ -23,6 +32,7 @@ _FILES = {
     "data": "bytes of the data",
     "weights": "weights of the model",
     "start": "weights that training starts from",
+    "further_kl": "weights of the models of evaluation.further_kl",
     "adapter": "weights of the adapter",
     "extra_references": "weights of the further references",
     "judge": "weights of the judge",
@@ -42,8 +52,8 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
         A mapping with ``config`` (flat keys, without operational keys and without a coefficient that the method does
         not use), the digests ``data``, ``weights``, ``adapter``, ``judge`` and ``regularizer_prompts`` (``None`` where
         the configuration does not name such a file), those of ``extra_references`` by name if there are some, that
-        of the model that writes the ``responses`` of the data and that of the ``start`` of training if there are such,
-        ``code``, ``plugins`` (a digest by module), and the ``digest`` of all of these.
+        of the model that writes the ``responses`` of the data, that of the ``start`` of training and those of
+        ``further_kl`` if there are such, ``code``, ``plugins`` (a digest by module), and the ``digest`` of all these.
     """
     unused = unused_coefficients(cfg) if unused is None else unused
     flat = {
@@ -57,8 +67,10 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
     further = {name: _model_digest(paths.get(path, path)) for name, path in references.items()}
     writer = _model_digest(response_model(cfg))
     start = _model_digest(OmegaConf.select(cfg, "model.start"))
+    # The folder of such a model does not matter; a name on the hub is what there is to know of its weights.
+    measured = {name: _model_digest(path) or path for name, path in further_kl_models(cfg).items()}
     # A default has the identity of the same model given by hand. Runs of earlier versions do not have the keys.
-    flat = {key: value for key, value in flat.items() if not _names_references(key)}
+    flat = {key: value for key, value in flat.items() if not _names_models(key)}
     flat |= {f"{EXTRA_REFERENCES}.{name}": path for name, path in references.items()}
     # Runs in different places are the same, so values that lie in a folder of `paths` start with its name instead.
     # Longest first: a folder may lie in another one.
@@ -74,14 +86,16 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
             "regularizer_prompts": _data_digest(prompt_file(cfg)),
             **({"responses": writer} if writer else {}),
             **({"start": start} if start else {}),
+            **({"further_kl": measured} if measured else {}),
             "code": code_version(),
             "plugins": {name: source.sha256 for name, source in plugins(cfg, unused).items()},
         }
     )
 
 
-def _names_references(key: str) -> bool:
-    return any(key == one or key.startswith(f"{one}.") for one in (EXTRA_REFERENCES, DEFAULT_REFERENCES))
+def _names_models(key: str) -> bool:
+    named = (EXTRA_REFERENCES, DEFAULT_REFERENCES, FURTHER_KL)
+    return any(key == one or key.startswith(f"{one}.") for one in named)
 
 
 def plugins(cfg: DictConfig, unused: Sequence[str] = ()) -> dict[str, PluginSource]:

@@ -17,6 +17,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from spo.config.checks import check_config
 from spo.config.coefficients import COEFFICIENTS
 from spo.config.compose import job_name
+from spo.config.nodes import further_kl_models
 from spo.config.trust import Caller, check_trusted
 from spo.data import EvalPrompt
 from spo.data.rows import Split
@@ -45,7 +46,7 @@ from spo.runs.saved_config import load_config, refuse_redacted, resolved
 from spo.schedules import Constant
 from spo.stages.devices import join_processes
 from spo.stages.evaluation_config import evaluation_config
-from spo.stages.extra_references import load_extra_references
+from spo.stages.extra_references import load_extra_references, load_further_kl
 from spo.stages.from_config import (
     build_loss,
     eval_device,
@@ -138,11 +139,19 @@ class RunEvaluation:
 
 @dataclass(frozen=True)
 class Models:
-    """The models of an evaluation, on its device, and the speed settings that both support."""
+    """The models of an evaluation, on its device, and the speed settings that all of them support.
+
+    Attributes:
+        policy: Saved policy.
+        reference: Reference of the comparison.
+        speed: Speed settings.
+        further: Models of ``evaluation.further_kl``, in the order of the configuration.
+    """
 
     policy: torch.nn.Module
     reference: torch.nn.Module
     speed: Speed
+    further: Sequence[torch.nn.Module] = ()
 
 
 def evaluate_run(
@@ -174,7 +183,7 @@ def evaluate_run(
     opponents = {}
     if judge is not None and rank() == 0:
         opponents = find_opponents(settings, prompts["test"], prepared.pairs.test)
-    with training_numerics(cfg, eval_device(cfg), models.policy, models.reference):
+    with training_numerics(cfg, eval_device(cfg), models.policy, models.reference, *models.further):
         with memory_for("sampling for the evaluation", "evaluation.batch_size", "evaluation.max_new_tokens"):
             completions = _draw(cfg, prepared, run_dir, models, prompts, settings)
         with memory_for("scoring the test pairs", "data.eval_batch_size", "speed.max_logits"):
@@ -294,7 +303,8 @@ def load_models(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> Models:
     saved: torch.nn.Module = prepared.spec.base(run_dir / filenames.POLICY)
     policy = saved.requires_grad_(False).to(device)
     reference = prepared.spec.start(prepared.base).to(device)
-    return Models(policy, reference, Speed(**cfg.speed).resolve_for(policy, reference))
+    further = [model.to(device) for model in load_further_kl(cfg, prepared)]
+    return Models(policy, reference, Speed(**cfg.speed).resolve_for(policy, reference, *further), further)
 
 
 def _prompts(prepared: Prepared, settings: EvaluationSettings) -> dict[Split, list[EvalPrompt]]:
@@ -316,6 +326,8 @@ def _draw(
 ) -> dict[Split, tuple[Draws, Draws]]:
     """Return completions of policy and reference for each split, from the cache if they are there."""
     digests = first_decides(lambda: _model_digests(cfg, prepared, run_dir))
+    # The further KL is reported for the test split alone, so completions of the selection split do not depend on it.
+    further = {split: models.further if split == "test" else () for split in prompts}
     per_prompt = settings.samples_per_prompt + settings.of_reference().samples_per_prompt
     total = per_prompt * sum(len(deal(of_split)) for of_split in prompts.values())
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
@@ -332,14 +344,18 @@ def _draw(
                 models.speed,
                 prepared.renderer.decode,
                 lambda done: progress.advance(task, done),
-                partial(cached_completions, cfg.paths.cache, of_split, prepared.stop_ids, digests),
+                partial(cached_completions, cfg.paths.cache, of_split, prepared.stop_ids, digests[split]),
+                further[split],
             )
             for split, of_split in prompts.items()
         }
 
 
-def _model_digests(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> dict[str, Any]:
-    """Return what completions of each stage depend on. The policy's rows hold log-probs of the reference too."""
+def _model_digests(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> dict[Split, dict[str, Any]]:
+    """Return what completions of each split and stage depend on.
+
+    The policy's rows hold log-probs of the reference too, and those of the test split the further KL.
+    """
     spec = prepared.spec
     reference = [model_digest(prepared.base), spec.adapter_path and model_digest(spec.adapter_path)]
     shared = {
@@ -350,7 +366,12 @@ def _model_digests(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> dict[s
         "reference": reference,
         "plugins": model_plugins(cfg),
     }
-    return {"reference": shared, "policy": {**shared, "policy": model_digest(run_dir / filenames.POLICY)}}
+    policy = {**shared, "policy": model_digest(run_dir / filenames.POLICY)}
+    further = [model_digest(path) for path in further_kl_models(cfg).values()]
+    return {
+        "selection": {"reference": shared, "policy": policy},
+        "test": {"reference": shared, "policy": {**policy, "further": further} if further else policy},
+    }
 
 
 def _selection_metrics(selection: Evaluation | None) -> dict[str, float]:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from spo.config.checks.folders import ADAPTER_CONFIG, folder_problems, looks_like_path
 from spo.config.checks.settings import follows_size, shown
-from spo.config.nodes import INITIAL, PROMPT_SETS, extra_reference_keys, select
+from spo.config.nodes import FURTHER_KL, INITIAL, PROMPT_SETS, extra_reference_keys, further_kl_models, select
 from spo.records import filenames
 from spo.wording import suggestion
 
@@ -26,6 +26,7 @@ def file_problems(cfg: DictConfig) -> Iterator[str]:
     if (judge := select(cfg, "judge.path")) is not None:
         yield from folder_problems("judge.path", str(judge))
     yield from _extra_references(cfg)
+    yield from _further_kl(cfg)
     yield from _regularizer_prompts(cfg)
     yield from _opponents(cfg)
 
@@ -45,6 +46,16 @@ def _extra_references(cfg: DictConfig) -> Iterator[str]:
             yield from folder_problems(key, path) if path != INITIAL else ()
         elif not OmegaConf.is_missing(select(cfg, group), name):
             yield f"{key}={shown(path)}: must be a Hugging Face folder or hub name, or {INITIAL}"
+
+
+def _further_kl(cfg: DictConfig) -> Iterator[str]:
+    """Yield why models that the evaluation measures a KL to cannot be loaded."""
+    for name, path in further_kl_models(cfg).items():
+        key = f"{FURTHER_KL}.{name}"
+        if isinstance(path, str) and path:
+            yield from folder_problems(key, path)
+        else:
+            yield f"{key}={shown(path)}: must be a Hugging Face folder or hub name"
 
 
 def _regularizer_prompts(cfg: DictConfig) -> Iterator[str]:
