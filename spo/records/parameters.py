@@ -65,13 +65,13 @@ def count_parameters(path: str) -> int | None:
         The number, ``None`` if there are no safetensors files on this machine or they cannot be read.
     """
     try:
-        folder = Path(path) if Path(path).is_dir() else _snapshot(path)
+        folder = Path(path) if Path(path).is_dir() else snapshot_folder(path)
         return None if folder is None else _count(folder) or None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # The checks say what is wrong with the folder.
         return None
 
 
-def _snapshot(name: str) -> Path | None:
+def snapshot_folder(name: str) -> Path | None:
     """Return the folder of a model of the hub in the local cache."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         return None
