@@ -173,6 +173,31 @@ def _evaluate(arguments: list[str]) -> int:
     return start_evaluation(arguments, given.run_dir, given.overrides, given.allow, given.config_dir)
 
 
+def _extrapolate(arguments: list[str]) -> int:
+    parser = Parser(COMMANDS["extrapolate"].usage)
+    parser.add_argument("first", metavar="SFT")
+    parser.add_argument("second", metavar="ALIGNED")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--factor", type=float, metavar="NUMBER")
+    how.add_argument("--search", action="store_true")
+    parser.add_argument("--select", metavar="KEY")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True)
+    parser.add_trust()
+    parser.add_argument("overrides", nargs="*")
+    given = vars(parser.parse_intermixed_args(arguments))
+    if not given.pop("search") and given["select"] is not None:
+        raise UsageError(f"--select chooses the score of --search\nusage: {parser.usage}")
+    from spo.stages.extrapolation_plan import plan_extrapolation, started_processes
+
+    if (status := started_processes(arguments, given["overrides"])) is not None:
+        return status
+    plan = plan_extrapolation(**given)
+    from spo.stages.extrapolate import extrapolate_command
+
+    extrapolate_command(plan)
+    return 0
+
+
 def _compare(arguments: list[str]) -> int:
     parser = Parser(COMMANDS["compare"].usage)
     parser.add_argument("paths", type=Path, nargs="+")
@@ -303,6 +328,7 @@ RUN: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "iterate": _iterate,
     "evaluate": _evaluate,
+    "extrapolate": _extrapolate,
     "compare": _compare,
     "report": _report,
     "dashboard": _dashboard,

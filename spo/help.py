@@ -156,6 +156,31 @@ COMMANDS = {
             "spo evaluate outputs/runs/RUN data=jsonl data.path=PAIRS.jsonl",
         ],
     ),
+    "extrapolate": Command(
+        "go beyond an aligned model, away from the model before alignment",
+        "spo extrapolate SFT ALIGNED (--factor NUMBER | --search [--select KEY]) --out DIR [KEY=VALUE] ... "
+        "[--allow NAME] ... [--config-dir DIR]",
+        """
+        Writes the weights ALIGNED + factor * (ALIGNED - SFT), without training, and evaluates them against SFT like a
+        run: DIR is a run directory, and its policy/ a model folder. SFT and ALIGNED are run directories or model
+        folders; the word reference, in place of SFT, is the reference of the run ALIGNED.
+
+        Data, evaluation and judge are those of the run ALIGNED, and KEY=VALUE changes them as in spo evaluate --help.
+        Between two model folders, KEY=VALUE chooses them as in spo train, and without any, only weights are written.
+
+        --factor NUMBER   how far to go: 0 is ALIGNED itself, -1 is SFT, a number in between interpolates
+        --search          find the factor with the best score on selection prompts
+        --select KEY      the score of the search: val/win_rate by default, or else val/reward
+        --out DIR         directory of the result
+        --allow NAME      let the directory ALIGNED use NAME, as in spo evaluate --help
+        --config-dir DIR  a folder with your own members of the config groups
+        """,
+        [
+            "spo extrapolate reference outputs/runs/RUN --factor 0.5 --out outputs/runs/RUN-further",
+            "spo extrapolate reference outputs/runs/RUN --search --out outputs/runs/RUN-searched",
+            "spo extrapolate SFT_FOLDER ALIGNED_FOLDER --factor 0.3 --out extrapolated",
+        ],
+    ),
     "compare": Command(
         "compare the methods of a sweep",
         "spo compare SWEEP_OR_RUN ... [--by KEY[,KEY...]] [--out DIR] [--metric KEY] [--select KEY] [--baseline NAME] "

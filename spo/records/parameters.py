@@ -25,7 +25,8 @@ _SCALES = re.compile(
 )
 """Tensors by which quantized weights become numbers; they are not parameters of the model."""
 _TEXT = re.compile(r"(^|\.)(language_model|text_model)\.|(^|\.)lm_head\.")
-_EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+EMBEDDING_KEYS = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+"""Names of the weight of the embedding, which is that of the head as well where the two are tied."""
 _BITS = {"U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64}
 """Size of the integers that quantized weights are packed into."""
 
@@ -64,13 +65,13 @@ def count_parameters(path: str) -> int | None:
         The number, ``None`` if there are no safetensors files on this machine or they cannot be read.
     """
     try:
-        folder = Path(path) if Path(path).is_dir() else _snapshot(path)
+        folder = Path(path) if Path(path).is_dir() else snapshot_folder(path)
         return None if folder is None else _count(folder) or None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # The checks say what is wrong with the folder.
         return None
 
 
-def _snapshot(name: str) -> Path | None:
+def snapshot_folder(name: str) -> Path | None:
     """Return the folder of a model of the hub in the local cache."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         return None
@@ -93,7 +94,7 @@ def _count(folder: Path) -> int:
     text = config.get("text_config") or {}
     if config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)):
         head = next((name for name in shapes if name.endswith("lm_head.weight")), None)
-        embedding = next(filter(_EMBEDDING.search, shapes), None)
+        embedding = next(filter(EMBEDDING_KEYS.search, shapes), None)
         if head and embedding and shapes[head] == shapes[embedding]:
             del shapes[head]
     bits = _bits(config.get("quantization_config") or text.get("quantization_config"))

@@ -32,7 +32,10 @@ from spo.signals import Interrupted
 # Files that others put into a fresh directory: Hydra's log and settings, our lock, and temporary files of a crash.
 _IGNORED = re.compile(r"\..*|.*\.log")
 # Files that a run writes before its identity, so that a crash in between leaves a directory that can be claimed again.
-_BEFORE_IDENTITY = {filenames.CONFIG, filenames.COMPOSED, filenames.PROVENANCE, filenames.FAILURE}
+_BEFORE_IDENTITY = {
+    *(filenames.CONFIG, filenames.COMPOSED, filenames.PROVENANCE, filenames.FAILURE),
+    filenames.FACTOR_SEARCH,
+}
 # Files that a run may write before its first step.
 _BEFORE_TRAINING = (
     filenames.HISTORY,

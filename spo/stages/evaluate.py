@@ -203,9 +203,7 @@ def evaluate_run(
             return RunEvaluation()
         test = assess(prompts["test"], *completions["test"], settings, judge, whole, opponents)
         if "selection" in prompts:
-            # Self-BLEU takes seconds, and this split does not report it.
-            against_reference = replace(settings, against=[REFERENCE], self_bleu_samples=0)
-            selection = assess(prompts["selection"], *completions["selection"], against_reference, judge)
+            selection = assess(prompts["selection"], *completions["selection"], _of_selection(settings), judge)
     if selection is None and whole and settings.selection_prompts > 0:
         selection = replace(test, samples=[])  # both splits consist of the whole language
 
@@ -214,6 +212,48 @@ def evaluate_run(
         metrics |= {f"eval/judge/{name}": value for name, value in judge.usage().items()}
     metrics |= _selection_metrics(selection)
     return RunEvaluation(metrics, test.samples, [] if selection is None else selection.samples)
+
+
+def evaluate_selection(
+    cfg: DictConfig, prepared: Prepared, run_dir: Path, judge: Judge | None, models: Models
+) -> dict[str, float]:
+    """Measure a policy on the selection split alone, as :func:`evaluate_run` does on both splits.
+
+    An enumerable language does not have splits, and all of it is measured. All processes of a run call this together.
+
+    Args:
+        cfg: Configuration of the run, resolved.
+        prepared: Model, tokenizer and pairs of the run.
+        run_dir: Directory with the weights of the policy in ``policy/``.
+        judge: Judge of the completions, ``None`` for none.
+        models: The policy and the reference, loaded.
+
+    Returns:
+        Metrics under ``val/``; empty on other processes than the first.
+
+    Raises:
+        UserError: The selection split is not evaluated, or does not have a prompt.
+    """
+    settings: EvaluationSettings = instantiate(cfg.evaluation, _convert_="all")
+    whole = prepared.language is not None
+    split: Split = "test" if whole else "selection"
+    prompts = {name: some for name, some in _prompts(prepared, settings).items() if name == split}
+    if not prompts.get(split):
+        raise UserError(
+            "there is no selection prompt to measure on: set evaluation.selection_prompts and data.splits.selection"
+        )
+    memory = memory_for("sampling for the evaluation", "evaluation.batch_size", "evaluation.max_new_tokens")
+    with training_numerics(cfg, eval_device(cfg), models.policy, models.reference), memory:
+        completions = _draw(cfg, prepared, run_dir, models, prompts, settings)
+    with judging(judge) as is_judging:
+        if not is_judging:
+            return {}
+        return _selection_metrics(assess(prompts[split], *completions[split], _of_selection(settings), judge, whole))
+
+
+def _of_selection(settings: EvaluationSettings) -> EvaluationSettings:
+    """Return the settings of the selection split: self-BLEU takes seconds, and this split does not report it."""
+    return replace(settings, against=[REFERENCE], self_bleu_samples=0)
 
 
 def build_scoring(cfg: DictConfig, prepared: Prepared, run_dir: Path, models: Models) -> Scoring:

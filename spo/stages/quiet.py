@@ -16,6 +16,8 @@ def quiet_libraries() -> None:
     filter_warnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     filter_warnings("ignore", message=".*smaller than the logging interval.*")
     filter_warnings("ignore", message=".*does not have many workers.*")
+    # A run without a training step evaluates given weights.
+    filter_warnings("ignore", message="Total length of .* across ranks is zero.*")
     # What the module logs is reduced over processes already.
     filter_warnings("ignore", message=".*sync_dist=True.* when logging on epoch level.*")
     # Checkpoints of version 0.1.0 name their callback in another way; the identity covers the callbacks of a run.

@@ -1,0 +1,195 @@
+"""Arguments of ``spo extrapolate``, read and checked before anything slow is imported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from spo.config.compose import compose
+from spo.config.trust import Caller, check_trusted
+from spo.errors import UserError
+from spo.processes import place
+from spo.records import filenames
+from spo.records.parameters import snapshot_folder
+from spo.records.policy import POLICY_REMEDY, verify_policy
+from spo.runs.claim import is_finished
+from spo.runs.saved_config import load_config, refuse_redacted
+from spo.stages.evaluation_config import evaluation_config
+
+REFERENCE = "reference"
+"""Word that stands for the reference of the second run, in place of the first model."""
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """Everything that a command line of ``spo extrapolate`` asks for.
+
+    Attributes:
+        first: Model folder at factor -1; ``None`` for the reference of the second run.
+        second: Model folder at factor 0.
+        factor: Factor; ``None`` to search for it.
+        select: Metric that chooses the factor in a search, ``None`` for the default.
+        out: Directory of the result.
+        cfg: Configuration by which the result is evaluated, its interpolations unresolved; ``None`` to write the
+            weights alone.
+        own: Configuration of the second run with its own data, which leads to its reference; ``None`` for a folder.
+    """
+
+    first: Path | None
+    second: Path
+    factor: float | None
+    select: str | None
+    out: Path
+    cfg: DictConfig | None
+    own: DictConfig | None
+
+
+def plan_extrapolation(
+    first: str,
+    second: str,
+    factor: float | None,
+    select: str | None,
+    out: Path,
+    overrides: Sequence[str] = (),
+    allow: Sequence[str] = (),
+    config_dir: str | None = None,
+) -> Extrapolation:
+    """Find the two models, and the configuration by which the result is evaluated.
+
+    Args:
+        first: Run directory, model folder, or :data:`REFERENCE`.
+        second: Run directory or model folder.
+        factor: Factor; ``None`` to search for it.
+        select: Metric that chooses the factor in a search, ``None`` for the default.
+        out: Directory of the result.
+        overrides: Overrides of the evaluation, as of ``spo evaluate`` for a run, of ``spo train`` for a folder.
+        allow: Targets, modules and paths of the configuration of a run that may be used.
+        config_dir: Folder with further members of the groups.
+
+    Raises:
+        UserError: A model or a setting is missing, or the configuration asks for something that needs the caller's
+            word.
+    """
+    if factor is not None and not math.isfinite(factor):
+        raise UserError(f"--factor {factor}: must be a finite number, such as 0.5")
+    if factor is not None and factor < -1:
+        raise UserError(
+            f"--factor {factor:g} leads beyond the first model, away from the second: exchange the two models and "
+            f"write --factor {-1 - factor:g}"
+        )
+    given, cfg, own = Path(second), None, None
+    if is_run(given):
+        own = load_config(given)
+        cfg = evaluation_config(own, overrides, config_dir)
+        own.judge, own.evaluation, own.model = cfg.judge, cfg.evaluation, cfg.model  # Those of the run are not used.
+        caller = Caller.of(overrides, allow, config_dir)
+        for used in (cfg, own):
+            check_trusted(used, given, caller)
+        refuse_redacted(cfg)
+    elif overrides:
+        cfg = compose(["model=hf", *overrides], config_dir, out)
+    by_reference = first == REFERENCE and not Path(REFERENCE).exists()
+    if by_reference:
+        if own is None:
+            raise UserError(
+                f"{REFERENCE}: {second} is a model folder, and only a run has a reference: name the first model"
+            )
+        if OmegaConf.select(own, "model.adapter_path") is not None:
+            raise UserError(
+                f"{REFERENCE}: the reference of {second} is a model with an adapter (model.adapter_path): name a "
+                "folder in which it is merged, such as policy/ of the run that trained it"
+            )
+    found = None if by_reference else model_of(first)
+    _refuse_foreign(out)
+    if cfg is not None:
+        if factor is None:
+            refuse_unscored(cfg)
+        with open_dict(cfg):
+            cfg.model.initial, cfg.model.path = None, None if found is None else str(found)
+            if not any(
+                text.startswith("trainer.devices=") for text in overrides
+            ):  # Those of the training are too many.
+                cfg.trainer.devices, cfg.trainer.num_nodes = place().local_world_size, place().nodes
+    elif factor is None:
+        raise UserError(
+            "--search: two model folders do not say on which prompts to search: add overrides such as "
+            "data=jsonl data.path=PAIRS.jsonl judge=MEMBER"
+        )
+    return Extrapolation(found, model_of(second), factor, select, out, cfg, own)
+
+
+def started_processes(arguments: Sequence[str], overrides: Sequence[str]) -> int | None:
+    """Start the processes that an override asks for, and return their exit status; ``None`` for this process alone.
+
+    Args:
+        arguments: Arguments of the command.
+        overrides: Overrides among them.
+    """
+    wanted = [text.partition("=")[2] for text in overrides if text.startswith("trainer.devices=")]
+    if place().world_size > 1 or not wanted or not wanted[-1].isdigit() or int(wanted[-1]) < 2:
+        return None
+    from spo.runs.supervise import supervise
+
+    return supervise(["extrapolate", *arguments], int(wanted[-1]), 1, None)
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a folder is a run directory."""
+    return (path / filenames.COMPOSED).is_file() or (path / filenames.IDENTITY).is_file()
+
+
+def model_of(given: str) -> Path:
+    """Return the model folder of a run directory, a model folder, or a model of the hub in the local cache.
+
+    Args:
+        given: Path, or name on the hub.
+
+    Raises:
+        UserError: There is no model, or the policy of the run was changed.
+    """
+    path = Path(given).expanduser()
+    if is_run(path):
+        if not (path / filenames.POLICY / "config.json").is_file():
+            if is_finished(path):
+                raise UserError(f"{path / filenames.POLICY} is missing: {POLICY_REMEDY}")
+            raise UserError(f"{path} does not have a policy yet: finish it with spo train --resume {path}")
+        verify_policy(path)
+        return (path / filenames.POLICY).absolute()
+    folder = path if path.is_dir() else snapshot_folder(given)
+    if folder is None:
+        raise UserError(f"{given}: there is neither a run directory nor a model folder of this name; check the path")
+    return folder.absolute()
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Refuse a directory that holds neither a run nor an extrapolation, before anything is computed."""
+    known = (filenames.IDENTITY, filenames.CONFIG, filenames.FACTOR_SEARCH, filenames.EXTRAPOLATION)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: there is a file in place of a folder; choose another --out")
+    if not out.is_dir() or any((out / name).exists() for name in known):
+        return
+    if found := sorted(file.name for file in out.iterdir() if not file.name.startswith(".")):
+        raise UserError(f"{out} holds something else ({', '.join(found[:3])}): choose another --out, or move it away")
+
+
+def refuse_unscored(cfg: DictConfig) -> None:
+    """Refuse to search where nothing could tell a better factor.
+
+    Args:
+        cfg: Configuration of the evaluation.
+
+    Raises:
+        UserError: There is neither a reward nor a judge, or no selection prompt.
+    """
+    judge = cfg.get("judge")
+    if judge is None or (str(judge.get("_target_")).endswith(".reward_judge") and judge.get("reward") is None):
+        raise UserError(
+            "--search: there is neither a reward nor a judge that could tell a better factor: choose judge=MEMBER, or "
+            "give a factor with --factor"
+        )
+    if cfg.evaluation.selection_prompts == 0:
+        raise UserError("--search: evaluation.selection_prompts=0 leaves no prompt to search on: set it to 64 or more")

@@ -1,0 +1,209 @@
+"""Search for the factor of an extrapolation by what it gains on selection prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from spo.errors import UserError
+from spo.evaluation.judges import Judge
+from spo.forward.speed import Speed
+from spo.metrics.catalogue import INTERVAL_ENDS
+from spo.processes import first_decides, is_first_process, share
+from spo.records import filenames
+from spo.records.files import read_mapping, write_json
+from spo.stages.evaluate import Models, evaluate_selection
+from spo.stages.from_config import eval_device, resolve_values
+from spo.stages.prepare import prepare_run
+from spo.wording import finite, number
+
+DOUBLING_FACTORS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""Factors that a search tries in this order, until two in a row are not better than the best before them."""
+PATIENCE = 2
+SCORES = ("val/win_rate", "val/reward")
+"""Metrics that may choose the factor; the first one that was measured is the default."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A factor that was tried.
+
+    Attributes:
+        factor: Factor of the extrapolation.
+        metrics: What was measured on selection prompts, under ``val/``.
+    """
+
+    factor: float
+    metrics: Mapping[str, float]
+
+    def score(self, metric: str) -> float:
+        """Return the value of a metric, minus infinity where it is not a finite number."""
+        value = finite(self.metrics.get(metric))
+        return -math.inf if value is None else value
+
+
+def best_of(candidates: Sequence[Candidate], metric: str) -> Candidate:
+    """Return the candidate with the highest score, among equal ones that with the smallest factor.
+
+    Args:
+        candidates: Candidates in any order.
+        metric: Key of the score.
+    """
+    return max(candidates, key=lambda candidate: (candidate.score(metric), -candidate.factor))
+
+
+def search_factor(measure: Callable[[float], Candidate], metric_of: Callable[[Candidate], str]) -> list[Candidate]:
+    """Try factors until the score does not grow any more, then those in the middle of the best and its neighbors.
+
+    Args:
+        measure: Function from a factor to what it measures.
+        metric_of: Function from the first candidate to the key of the score, which is the same for all.
+
+    Returns:
+        All candidates by ascending factor.
+    """
+    tried = [measure(DOUBLING_FACTORS[0])]
+    metric, best, worse = metric_of(tried[0]), tried[0], 0
+    for factor in DOUBLING_FACTORS[1:]:
+        tried.append(measure(factor))
+        is_better = tried[-1].score(metric) > best.score(metric)
+        best, worse = (tried[-1], 0) if is_better else (best, worse + 1)
+        if worse == PATIENCE:
+            break
+    place = tried.index(best)
+    neighbors = [*tried[max(place - 1, 0) : place], *tried[place + 1 : place + 2]]
+    tried += [measure((neighbor.factor + best.factor) / 2) for neighbor in neighbors]
+    return sorted(tried, key=lambda candidate: candidate.factor)
+
+
+def choose_factor(
+    cfg: DictConfig, weights: Callable[[float], Path], key: Mapping[str, Any], out: Path, metric: str | None
+) -> float:
+    """Search the factor on the selection prompts of a configuration, print a table, and return the best factor.
+
+    ``search.json`` grows with each candidate, and a search that was interrupted continues from it. All processes of a
+    run call this together.
+
+    Args:
+        cfg: Configuration of a run without a training step, whose reference is the opponent.
+        weights: Function from a factor to the folder whose ``policy/`` has the extrapolated weights.
+        key: JSON-like values that determine the result, by which an earlier search is recognized.
+        out: Run directory of the result.
+        metric: Key of the score, ``None`` for the first of :data:`SCORES` that is measured.
+
+    Raises:
+        UserError: The configuration does not have a judge or selection prompts, the metric is not measured, or the
+            directory holds something else.
+    """
+    known = first_decides(lambda: _earlier(out, key))
+    values = resolve_values(cfg)
+    judge: Judge | None = instantiate(values.judge, _convert_="all")
+    if judge is None:
+        raise UserError(
+            "--search: there is neither a reward nor a judge that could tell a better factor: choose judge=MEMBER, or "
+            "give a factor with --factor"
+        )
+    prepared: Any = None
+    reference: Any = None
+
+    def measure(factor: float) -> Candidate:
+        nonlocal prepared, reference
+        if factor not in known:
+            if prepared is None:
+                prepared = prepare_run(values)
+                reference = prepared.spec.start(prepared.base).to(eval_device(values))
+            folder = weights(factor)
+            policy = prepared.spec.base(folder / filenames.POLICY).requires_grad_(False).to(eval_device(values))
+            speed = Speed(**values.speed).resolve_for(policy, reference)
+            models = Models(policy, reference, speed)
+            known[factor] = share(evaluate_selection(values, prepared, folder, judge, models))
+            if is_first_process():
+                _record(out, key, known)
+        return Candidate(factor, known[factor])
+
+    def metric_of(candidate: Candidate) -> str:
+        found = [score for score in SCORES if score in candidate.metrics] if metric is None else [metric]
+        if not found or found[0] not in candidate.metrics:
+            raise UserError(
+                f"--select {found[0] if found else SCORES[0]}: the evaluation does not measure it on selection "
+                f"prompts, but {', '.join(sorted(candidate.metrics))}"
+            )
+        return found[0]
+
+    candidates = search_factor(measure, metric_of)
+    chosen = metric_of(candidates[0])
+    best = best_of(candidates, chosen)
+    if is_first_process():
+        _record(out, key, known, best.factor, chosen)
+        print_search(candidates, chosen, best)
+    return best.factor
+
+
+def _earlier(out: Path, key: Mapping[str, Any]) -> dict[float, dict[str, float]]:
+    """Return what an earlier search with this key measured, by factor.
+
+    Raises:
+        UserError: The directory holds something else.
+    """
+    found = read_mapping(out / filenames.FACTOR_SEARCH)
+    if found is not None and found.get("key") == key:
+        return {float(one["factor"]): one["metrics"] for one in found["candidates"]}
+    if out.is_dir() and any(not file.name.startswith(".") for file in out.iterdir()):
+        what = "another search" if found is not None else "something else"
+        raise UserError(f"{out} holds {what}: choose another --out, or move it away")
+    return {}
+
+
+def _record(
+    out: Path,
+    key: Mapping[str, Any],
+    known: Mapping[float, Mapping[str, float]],
+    best: float | None = None,
+    metric: str | None = None,
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    candidates = [{"factor": factor, "metrics": dict(known[factor])} for factor in sorted(known)]
+    record = {"key": dict(key), "metric": metric, "best": best, "candidates": candidates}
+    write_json(out / filenames.FACTOR_SEARCH, record)
+
+
+def print_search(candidates: Sequence[Candidate], metric: str, best: Candidate) -> None:
+    """Print a table of the factors that were tried, and how far the choice can be trusted.
+
+    Args:
+        candidates: Candidates by ascending factor.
+        metric: Key of the score.
+        best: Chosen candidate.
+    """
+    console = Console()
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    columns = [key for key in (*SCORES, "val/kl") if key in best.metrics]
+    for name in ("factor", *columns):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for one in candidates:
+        cells = [_cell(one, key) for key in columns]
+        table.add_row(f"{one.factor:g}", *cells, "best" if one is best else "", style="bold" if one is best else "")
+    console.print(table)
+    console.print(
+        f"The factor {best.factor:g} has the best {metric} of {len(candidates)} on the same selection prompts, so its "
+        "value there is optimistic; the test prompts below did not choose it.",
+        style="dim",
+    )
+    if best.factor == DOUBLING_FACTORS[-1]:
+        console.print("The best factor is the largest that was tried: a larger one may be better.", style="yellow")
+
+
+def _cell(candidate: Candidate, key: str) -> str:
+    value, low, high = (finite(candidate.metrics.get(f"{key}{end}")) for end in ("", *INTERVAL_ENDS))
+    if value is None:
+        return "-"
+    return number(value) if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"

@@ -1,0 +1,236 @@
+"""Extrapolation between models: values by hand in float64, what stays as it is, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from spo.errors import UserError
+from spo.models import extrapolation
+from spo.models.extrapolation import BUFFER_KEYS, extrapolate_weights, extrapolated
+from tests.helpers import VOCAB, save_model
+
+MASK = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of all files of a model folder."""
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> Path:
+    """Edit the tensors of a folder of one file."""
+    tensors = weights(folder)
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def settings(folder: Path, **values: object) -> None:
+    """Set keys of ``config.json``."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.fixture
+def first(tmp_path: Path) -> Path:
+    return save_model(tmp_path / "first", seed=1)
+
+
+@pytest.fixture
+def second(tmp_path: Path) -> Path:
+    return save_model(tmp_path / "second", seed=2)
+
+
+@pytest.mark.parametrize("factor", [0.5, -0.5, 3.0, -1.0, 0.0])
+def test_every_weight_goes_on_in_its_direction(factor: float, first: Path, second: Path, tmp_path: Path) -> None:
+    extrapolate_weights(first, second, factor, tmp_path / "out")
+    start, end, found = weights(first), weights(second), weights(tmp_path / "out")
+    assert found.keys() == start.keys() == end.keys()
+    for name, value in found.items():
+        by_hand = (1 + factor) * end[name].double() - factor * start[name].double()
+        torch.testing.assert_close(value.double(), by_hand, rtol=1e-6, atol=1e-6)
+        assert (factor != -1 or value.equal(start[name])) and (factor != 0 or value.equal(end[name]))
+    names = {file.name for file in second.iterdir()}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
+    for name in names - ({"model.safetensors"} if factor else set()):
+        assert (tmp_path / "out" / name).read_bytes() == (second / name).read_bytes()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() > 0
+
+
+def test_extrapolations_of_one_line_agree(first: Path, second: Path, tmp_path: Path) -> None:
+    for name, factor in (("a", 1.0), ("b", 2.0), ("c", 0.5)):
+        extrapolate_weights(first, second, factor, tmp_path / name)
+    a, b, c, end = (weights(tmp_path / name) for name in ("a", "b", "c", "second"))
+    for name in end:
+        torch.testing.assert_close(b[name] - end[name], 2 * (a[name] - end[name]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(c[name], (a[name] + end[name]) / 2, rtol=1e-5, atol=1e-5)
+    # From the second model through the first one, the point that is reached lies on the other side.
+    extrapolate_weights(tmp_path / "a", second, 1.0, tmp_path / "back")
+    for name, value in weights(tmp_path / "back").items():
+        torch.testing.assert_close(value, weights(first)[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sum_is_rounded_once_to_the_dtype_of_the_second_model(dtype: torch.dtype) -> None:
+    start, end = (torch.randn(2000, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    found = extrapolated(start, end.to(dtype), 0.3)
+    assert found.dtype == dtype
+    by_hand = (end.to(dtype).double() * 1.3 - start.double() * 0.3).float()
+    assert (found != by_hand.to(dtype)).float().mean() < 0.01  # Sums beside the middle of two numbers
+    in_half = end.to(dtype) + 0.3 * (end.to(dtype) - start.to(dtype))
+    assert (in_half != by_hand.to(dtype)).float().mean() > 0.1
+
+
+def test_float64_stays_exact_and_equal_values_stay() -> None:
+    start, end = torch.tensor([1 / 3], dtype=torch.float64), torch.tensor([1 / 7], dtype=torch.float64)
+    assert extrapolated(start, end, 0.1).item() == 1 / 7 + 0.1 * (1 / 7 - 1 / 3)
+    same = torch.tensor([-0.0, math.inf, -math.inf, 1e38])
+    assert extrapolated(same, same, 7.0).view(torch.int32).equal(same.view(torch.int32))
+
+
+def test_dtype_and_buffers_are_those_of_the_second_model(first: Path, second: Path, tmp_path: Path) -> None:
+    change(first, lambda tensors: tensors.update({MASK: torch.ones(3), "steps": torch.tensor([1])}))
+    change(second, lambda tensors: tensors.update({MASK: torch.zeros(3), "steps": torch.tensor([2])}))
+    name = "model.norm.weight"
+    change(second, lambda tensors: tensors.update({name: tensors[name].bfloat16() + 1}))
+    extrapolate_weights(first, second, 0.5, tmp_path / "out")
+    found, start, end = weights(tmp_path / "out"), weights(first), weights(second)
+    assert found[MASK].equal(end[MASK]) and found["steps"].equal(end["steps"]) and BUFFER_KEYS.search(MASK)
+    assert found[name].equal((1.5 * end[name].float() - 0.5 * start[name]).bfloat16())
+
+
+def test_sharded_models_keep_their_files(first: Path, second: Path, tmp_path: Path) -> None:
+    extrapolate_weights(first, second, 0.5, tmp_path / "whole")
+    expected = weights(tmp_path / "whole")
+    for folder, size in ((first, "3KB"), (second, "5KB")):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder, max_shard_size=size)
+    assert len(list(first.glob("*.safetensors"))) > len(files := sorted(second.glob("*.safetensors"))) > 1
+    extrapolate_weights(first, second, 0.5, tmp_path / "out")
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == [file.name for file in files]
+    assert all(load_file(tmp_path / "out" / file.name).keys() == load_file(file).keys() for file in files)
+    found = weights(tmp_path / "out")
+    assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in found)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(loaded[name].equal(expected[name]) for name in expected)
+
+
+def test_tied_head_is_extrapolated_once(tmp_path: Path) -> None:
+    first, second = (save_model(tmp_path / name, seed=s, tie_word_embeddings=True) for name, s in (("a", 1), ("b", 2)))
+    extrapolate_weights(first, second, 0.5, tmp_path / "out")
+    expected = weights(tmp_path / "out")
+    assert "lm_head.weight" not in expected
+
+    def repeat(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    change(first, repeat)  # the first file alone
+    extrapolate_weights(first, second, 0.5, tmp_path / "of first")
+    assert weights(tmp_path / "of first").keys() == expected.keys()
+    change(second, repeat)  # both
+    change(first, lambda tensors: tensors.pop("lm_head.weight"))  # the second file alone
+    extrapolate_weights(first, second, 0.5, tmp_path / "of second")
+    found = weights(tmp_path / "of second")
+    assert found["lm_head.weight"].equal(found["model.embed_tokens.weight"])
+    assert found["lm_head.weight"].equal(expected["model.embed_tokens.weight"])
+    change(first, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
+    change(second, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(UserError, match=r"1 tensor is in the latter alone \(lm_head.weight\)"):
+        extrapolate_weights(first, second, 0.5, tmp_path / "none")
+    settings(first, tie_word_embeddings=False)
+    change(first, lambda tensors: tensors.pop("lm_head.weight"))
+    change(second, repeat)
+    with pytest.raises(UserError, match=r"1 tensor is in the former alone \(lm_head.weight\)"):
+        extrapolate_weights(first, second, 0.5, tmp_path / "none")
+
+
+def test_names_may_lack_the_prefix_of_the_base_model(tmp_path: Path) -> None:
+    for seed, name in ((1, "first"), (2, "second")):
+        torch.manual_seed(seed)
+        config = GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+    first, second = tmp_path / "first", tmp_path / "second"
+    extrapolate_weights(first, second, 0.5, tmp_path / "out")
+    change(
+        first, lambda tensors: [tensors.update({n.removeprefix("transformer."): tensors.pop(n)}) for n in [*tensors]]
+    )
+    assert not any(name.startswith("transformer.") for name in weights(first))
+    extrapolate_weights(first, second, 0.5, tmp_path / "short")
+    assert (tmp_path / "short/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+    extrapolate_weights(second, first, -1.0, tmp_path / "other way")
+    assert all(
+        value.equal(weights(second)[f"transformer.{name}"]) for name, value in weights(tmp_path / "other way").items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda folder: change(folder, lambda t: t.pop("model.norm.weight")), "1 tensor is in the former alone (model"),
+        (lambda folder: change(folder, lambda t: t.update(more=torch.ones(1))), "is in the latter alone (more)"),
+        (
+            lambda folder: change(folder, lambda t: t.update({"model.norm.weight": torch.ones(3)})),
+            "1 tensor has another shape or type (model.norm.weight [16] and [3])",
+        ),
+        (lambda folder: settings(folder, model_type="mistral"), "model_type is llama and mistral"),
+        (lambda folder: settings(folder, vocab_size=24), "vocab_size is 23 and 24"),
+        (lambda folder: settings(folder, num_attention_heads=4), "num_attention_heads is 2 and 4"),
+        (lambda folder: settings(folder, quantization_config={"bits": 4}), "its weights are quantized"),
+        (lambda folder: (folder / "config.json").unlink(), "does not have a config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "does not have weights as safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 20), "copy or download it again"),
+        (
+            lambda folder: (folder / "tokenizer.json").write_text(
+                re.sub(r'"w3": ?3', '"w9": 3', (folder / "tokenizer.json").read_text())
+            ),
+            "their vocabularies differ in",
+        ),
+        (
+            lambda folder: change(folder, lambda t: t.update({"model.norm.weight": torch.full((16,), -3e38)})),
+            "the weight model.norm.weight does not stay finite in torch.float32",
+        ),
+    ],
+)
+def test_models_that_do_not_belong_together_are_refused(
+    edit: Callable[[Path], object], message: str, first: Path, second: Path, tmp_path: Path
+) -> None:
+    edit(first)
+    with pytest.raises(UserError, match=re.escape(message)):
+        extrapolate_weights(first, second, 2.0, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_factor_and_folder_are_checked(first: Path, second: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="must be a finite number"):
+        extrapolate_weights(first, second, math.nan, tmp_path / "out")
+    with pytest.raises(UserError, match="one of the two models"):
+        extrapolate_weights(first, second, 0.5, second)
+
+
+def test_older_result_stays_until_the_new_one_is_complete(
+    first: Path, second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    extrapolate_weights(first, second, 0.5, out)
+    before = (out / "model.safetensors").read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk is full"):
+        patch.setattr(extrapolation, "save_file", fail)
+        extrapolate_weights(first, second, 1.0, out)
+    assert (out / "model.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 3
+    extrapolate_weights(first, second, 1.0, out)
+    assert (out / "model.safetensors").read_bytes() != before
