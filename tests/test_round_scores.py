@@ -52,6 +52,7 @@ def test_rewards_become_scores_and_mean_sigmoids() -> None:
     assert found[0].win_rates == pytest.approx(expected, abs=1e-15)
     assert found[0].win_rates[0] == found[0].win_rates[3]
     assert found[1].win_rates == [0.5] and found[2].win_rates == []
+    assert all(one.are_rewards for one in found)
     assert sum(found[0].win_rates) == pytest.approx(4 / 2)  # one wins what another loses
     by_component = score_completions(RewardJudge(lengths), ["p"], groups[:1], "shortness")[0]
     assert by_component.scores == [-3, -1, 0, -3]
@@ -79,7 +80,7 @@ def test_comparing_judge_is_asked_about_all_different_pairs_once() -> None:
     assert found[0].win_rates == pytest.approx([2 / 4, (0.5 + 0.75) / 4, (2 + 0.25 + 0.5) / 4, 2 / 4])
     assert found[0].win_rates[0] == found[0].win_rates[3]
     assert found[1].win_rates == pytest.approx([0.7, 0.3]) and found[2].win_rates == [0.5, 0.5]
-    assert all(one.scores == one.win_rates and one.scores is not one.win_rates for one in found)
+    assert all(one.scores == one.win_rates and not one.are_rewards for one in found)
 
 
 def test_equal_completions_have_equal_scores_in_any_order() -> None:
@@ -118,10 +119,8 @@ def test_cached_verdicts_are_not_asked_again(tmp_path: Path) -> None:
 
 
 def test_unknown_reward_is_named_with_those_there_are() -> None:
-    with pytest.raises(
-        UserError,
-        match=r"iteration\.rewards: the judge does not have a reward 'length'; choose one of reward, shortness",
-    ):
+    words = r"iteration\.source\.reward=length: the judge does not give a .* choose one of reward, shortness"
+    with pytest.raises(UserError, match=words):
         score_completions(RewardJudge(lengths), ["p"], [["a"]], "length")
-    with pytest.raises(UserError, match="the judge only compares completions and does not have a reward 'length'"):
+    with pytest.raises(UserError, match=r"iteration\.source\.reward=length: the judge only compares completions"):
         score_completions(cast(Judge, Comparing({})), ["p"], [["a"]], "length")
