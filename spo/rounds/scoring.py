@@ -62,13 +62,14 @@ def score_completions(
     if found is None:
         if reward != "reward":
             raise UserError(
-                f"iteration.rewards: the judge only compares completions and does not have a reward {reward!r}; "
-                "choose judge=reward, or leave iteration.rewards out"
+                f"iteration.source.reward={reward}: the judge only compares completions and does not give rewards; "
+                "choose iteration.source.reward=reward, or a judge that gives rewards"
             )
         return _compared(judge, prompts, groups)
     if asked and reward not in found:
         raise UserError(
-            f"iteration.rewards: the judge does not have a reward {reward!r}; choose one of {', '.join(found)}"
+            f"iteration.source.reward={reward}: the judge does not give a reward of this name; choose one of "
+            f"{', '.join(found)}"
         )
     values = iter(found.get(reward, ()))
     rewards = [[next(values) for _ in group] for group in groups]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.losses import OF_METHODS
 from tests.mutants.plant import Mutant, mutant_of
+from tests.mutants.rounds import ROUNDS
 
 MICRO_TEST = "test_module.py::test_gradients_same_for_any_micro_batch"
 GRADIENT_TEST = "test_module.py::test_gradient_is_mean_loss_plus_weighted_divergence"
@@ -379,4 +380,4 @@ METRICS = (
     ),
 )
 
-MUTANTS = (*SHARED, *OF_METHODS, *DIVERGENCES, *SAMPLING, *TOKENS, *STEPS, *METRICS)
+MUTANTS = (*SHARED, *OF_METHODS, *DIVERGENCES, *SAMPLING, *TOKENS, *STEPS, *METRICS, *ROUNDS)
