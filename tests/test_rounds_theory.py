@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from spo.models.extrapolation import extrapolate_weights
 from torch import Tensor
 
 from spo.losses import AlphaSPINLoss, DPOLoss, PreferenceLoss, SPOLoss, SPPOLoss
+from spo.models.extrapolation import extrapolate_weights
 from spo.rounds.scoring import win_rates_of_rewards
 from spo.types import PairLogps
 
