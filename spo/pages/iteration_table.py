@@ -31,9 +31,11 @@ def print_iteration(directory: Path, console: Console | None = None) -> None:
     """
     console = console or Console()
     iteration = read_iteration(directory)
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("round", overflow="fold")
-    for name in (*(f"against\n{name}" for name in ROUND_OPPONENTS), *map(label, _QUANTITIES), "time"):
+    for name in ROUND_OPPONENTS:
+        table.add_column(f"against\n{name}", justify="right", no_wrap=True)
+    for name in (*(label(key).replace("-", "-\n") for key in _QUANTITIES), "time"):
         table.add_column(name, justify="right", overflow="fold")
     for one in iteration.rounds:
         found = round_metrics(directory, iteration, one.number)
