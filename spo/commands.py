@@ -221,9 +221,17 @@ def _report(arguments: list[str]) -> int:
     from spo.errors import COPY_RUN, UserError, placed_by
     from spo.pages.dashboard import load_spec
     from spo.pages.run_page import render_report
+    from spo.records.iteration import is_iteration
     from spo.records.run import NotARunError
 
     with placed_by(COPY_RUN, given.run_dir):
+        if is_iteration(given.run_dir):
+            from spo.pages.iteration_page import render_iteration
+
+            if given.spec is not None:
+                raise UserError(f"--spec: the page of an iteration ({given.run_dir}) has fixed figures; leave it out")
+            print(render_iteration(given.run_dir))
+            return 0
         try:
             print(render_report(given.run_dir, load_spec(given.spec)))
         except NotARunError as error:

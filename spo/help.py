@@ -208,14 +208,18 @@ COMMANDS = {
         ],
     ),
     "report": Command(
-        "write report.html of a run again",
-        "spo report RUN_DIR [--spec NAME|FILE]",
+        "write report.html of a run or an iteration again",
+        "spo report RUN_DIR|ITERATION_DIR [--spec NAME|FILE]",
         """
-        Writes the page from the files of the run directory; the run need not be finished.
+        Writes the page from the files of the directory; the run or the iteration need not be finished.
 
-        --spec NAME|FILE  the curves to draw: a dashboard of conf/dashboard, or your own yaml file
+        --spec NAME|FILE  the curves to draw for a run: a dashboard of conf/dashboard, or your own yaml file
         """,
-        ["spo report outputs/runs/RUN", "spo report outputs/runs/RUN --spec my_dashboard.yaml"],
+        [
+            "spo report outputs/runs/RUN",
+            "spo report outputs/runs/RUN --spec my_dashboard.yaml",
+            "spo report outputs/iterations/NAME",
+        ],
     ),
     "dashboard": Command(
         "make a W&B workspace or report for the runs of a project",

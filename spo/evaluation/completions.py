@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +84,7 @@ def draw(
         further: Models to which the KL is measured as well, in eval mode. They take an ``other``.
     """
     others: list[OtherModel] = [] if other is None else [other]
-    others += [partial(nullcontext[nn.Module], one) for one in further]
+    others += map(_always, further)
     wanted = [(prompt, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
     rows: list[tuple[str, int, list[float]]] = [("", 0, [])] * len(wanted)
     for places in by_length([len(prompt.ids) for prompt, _ in wanted], settings.batch_size):
@@ -140,6 +139,10 @@ def draw_together(
     ]
     of_prompts = gather(own)
     return Draws(**{name: [value for prompt in of_prompts for value in prompt[name]] for name in columns})
+
+
+def _always(model: nn.Module) -> OtherModel:
+    return lambda: nullcontext(model)
 
 
 def _split_for_scoring(sequences: Sequences) -> Iterator[Sequences]:

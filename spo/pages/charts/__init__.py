@@ -10,6 +10,7 @@ from spo.pages.charts.keys import NOT_SET, KeyAxis, key_axis
 from spo.pages.charts.lines import MAX_POINTS, LineChart, Series, line_chart, thin
 from spo.pages.charts.parallel import Tried, over_key, parallel
 from spo.pages.charts.points import Cloud, Point, scatter
+from spo.pages.charts.rounds import RoundPoint, RoundSeries, rounds_chart
 from spo.pages.charts.svg import HUES, marker
 from spo.pages.charts.tiles import Tile, tiles
 
@@ -22,6 +23,8 @@ __all__ = [
     "KeyAxis",
     "LineChart",
     "Point",
+    "RoundPoint",
+    "RoundSeries",
     "Series",
     "Tile",
     "Tried",
@@ -36,6 +39,7 @@ __all__ = [
     "nice_ticks",
     "over_key",
     "parallel",
+    "rounds_chart",
     "scatter",
     "thin",
     "tick_text",
