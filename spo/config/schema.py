@@ -230,7 +230,6 @@ class IterationSettings:
     first_references: Sequence[str]
     rewards: Sequence[str] | None
     momentum: Annotated[float, Ge(0), Lt(1)]
-    rewards: Sequence[str] | None
     earlier_weights: Sequence[NonNegativeFloat]
     limits: IterationLimits
     round: PositiveInt | None
