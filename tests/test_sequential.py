@@ -17,12 +17,13 @@ from torch import Tensor
 
 from spo.data import DataError, PreparedPairs, Renderer, Row, TokenizedPair, prepare
 from spo.data.collate import collate
+from spo.errors import UserError
 from spo.exact.optimum import minimize
 from spo.losses import DPOLoss, SequentialPOLoss
 from spo.losses.declarations import DataNeeds
 from spo.models import ModelSpec
 from spo.stages import earlier_rewards as stage
-from spo.stages.earlier_rewards import earlier_rewards, sequence_rewards, with_earlier_rewards
+from spo.stages.earlier_rewards import round_settings, sequence_rewards, with_earlier_rewards
 from spo.types import PairLogps, Sequences, pad_sequences
 from tests.helpers import FAST, PAD, PLAIN, completion_logps, frozen, model_spec, save_model, tiny_llama, tiny_tokenizer
 from tests.test_dealt_stages import in_two_processes
@@ -88,19 +89,6 @@ def test_loss_reads_the_rewards_of_the_tokens_that_are_trained_on(
         assert torch.tensor([pair.numbers["earlier_reward"] for pair in of_split]) == pytest.approx(rewards, abs=1e-6)
 
 
-def test_completion_by_itself_has_the_same_reward(policies: list[str], pairs: PreparedPairs, tmp_path: Path) -> None:
-    spec = model_spec(dtype="float64")
-    whole = with_earlier_rewards(config(tmp_path), spec, PAD, policies, pairs, COEFFICIENTS)
-    numbers = {pair.prompt_text: pair.numbers["earlier_reward"] for pair in (*whole.train, *whole.selection)}
-    prompts = [prompt for prompt, _, _ in WORDS for _ in range(2)] + ["w3"]
-    texts = [text for _, *both in WORDS for text in both] + [" ".join(["w4"] * 80)]
-    *found, too_long = earlier_rewards(config(tmp_path), spec, RENDERER, policies, prompts, texts, COEFFICIENTS)
-    assert too_long == 0
-    for i, (prompt, _, _) in enumerate(WORDS):
-        if prompt in numbers:
-            assert found[2 * i : 2 * i + 2] == pytest.approx(numbers[prompt], abs=1e-9)
-
-
 class Unloadable(ModelSpec):
     def base(self, *_: Any, **__: Any) -> Any:
         raise AssertionError("a model was loaded")
@@ -147,6 +135,21 @@ def test_coefficients_that_do_not_fit_and_log_probs_that_are_not_finite_are_refu
     monkeypatch.setattr(stage, "_logps", lambda *_: [-1.0, -torch.inf, -2.0, -torch.inf])
     with pytest.raises(DataError, match=r"earlier round \(.+0\) gives no finite log-probability to 2 of 4 completions"):
         sequence_rewards(cfg, spec, PAD, policies, SEQUENCES, COEFFICIENTS)
+
+
+def test_round_has_its_reward_and_the_coefficients_of_finished_rounds(tmp_path: Path) -> None:
+    settings = cast(DictConfig, OmegaConf.create({"rewards": ["plot", "brevity", "plot"], "earlier_weights": [0.5, 2]}))
+    finished = [tmp_path / "round-1", tmp_path / "round-2"]
+    for run_dir, beta in zip(finished, (0.2, 0.3), strict=True):
+        run_dir.mkdir()
+        (run_dir / "coefficients.json").write_text(f'{{"alpha": 1, "beta": {beta}}}')
+    assert round_settings(settings, []) == {"reward": "plot", "earlier_coefficients": []}
+    assert round_settings(settings, finished[:1]) == {"reward": "brevity", "earlier_coefficients": [0.1]}
+    assert round_settings(settings, finished)["earlier_coefficients"] == pytest.approx([0.1, 0.6])
+    others = cast(DictConfig, OmegaConf.create({"rewards": None, "earlier_weights": []}))
+    assert round_settings(others, [tmp_path]) == {"earlier_coefficients": []}
+    with pytest.raises(UserError, match=r"coefficients\.json is missing or damaged, so the implicit reward"):
+        round_settings(settings, [tmp_path])
 
 
 def test_processes_share_the_completions(policies: list[str], tmp_path: Path) -> None:

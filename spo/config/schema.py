@@ -230,6 +230,7 @@ class IterationSettings:
     first_references: Sequence[str]
     rewards: Sequence[str] | None
     momentum: Annotated[float, Ge(0), Lt(1)]
+    earlier_weights: Sequence[NonNegativeFloat]
     limits: IterationLimits
     round: PositiveInt | None
     first_step: NonNegativeInt

@@ -12,6 +12,9 @@ from spo.losses.declarations import Feature
 from spo.losses.margins import log_ratio_margin
 from spo.types import PairLogps
 
+EARLIER_REWARD = "earlier_reward"
+"""Name of the feature that holds E(y)."""
+
 
 class SequentialPOLoss(PreferenceLoss):
     r"""One round of Sequential Preference Optimization, arXiv:2405.12739.
@@ -27,10 +30,10 @@ class SequentialPOLoss(PreferenceLoss):
     read.
     """
 
-    features: Mapping[str, Feature] = {"earlier_reward": Feature("earlier_reward", each=True, default=0.0)}
+    features: Mapping[str, Feature] = {EARLIER_REWARD: Feature(EARLIER_REWARD, each=True, default=0.0)}
 
     def of_pairs(self, pair: PairLogps, *, alpha: float, beta: float) -> Tensor:
         """Compute the ``(B,)`` loss of each pair."""
         margin = log_ratio_margin(pair)
-        earlier = pair.features["earlier_reward"].to(margin)
+        earlier = pair.features[EARLIER_REWARD].to(margin)
         return -logsigmoid(beta * margin - (earlier[:, 0] - earlier[:, 1]))

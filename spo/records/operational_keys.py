@@ -18,6 +18,7 @@ OPERATIONAL_KEYS = frozenset(
         "evaluation.batch_size",
         "hydra",
         # They decide which runs an iteration has. What a round starts from is part of the round.
+        "iteration.earlier_weights",
         "iteration.first_references",
         "iteration.first_step",
         "iteration.limits",

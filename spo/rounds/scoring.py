@@ -35,7 +35,7 @@ class Scores:
 
 
 def score_completions(
-    judge: Judge, prompts: Sequence[Text], groups: Sequence[Sequence[str]], reward: str = "reward"
+    judge: Judge, prompts: Sequence[Text], groups: Sequence[Sequence[str]], reward: str = "reward", scale: float = 1.0
 ) -> list[Scores]:
     """Score the completions of each prompt.
 
@@ -49,6 +49,7 @@ def score_completions(
         prompts: Prompts: text, or the messages of a conversation.
         groups: Completions of each prompt, without the tokens that end them.
         reward: Name of the reward or of the component that scores.
+        scale: Factor of the reward.
 
     Returns:
         Scores of each prompt.
@@ -72,7 +73,7 @@ def score_completions(
             f"{', '.join(found)}"
         )
     values = iter(found.get(reward, ()))
-    rewards = [[next(values) for _ in group] for group in groups]
+    rewards = [[scale * next(values) for _ in group] for group in groups]
     return [Scores(some, win_rates_of_rewards(some)) for some in rewards]
 
 

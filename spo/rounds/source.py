@@ -58,6 +58,7 @@ class RoundSource(Source):
         labels: ``soft`` for the probability that chosen is better by the Bradley-Terry model of the judge's rewards;
             ``certain`` for 1. Labels of a judge that only compares are always certain.
         reward: Component of the judge's reward that scores completions, ``reward`` for the whole.
+        reward_scale: Factor of that reward, before it becomes a label or selects.
         history: Number of the newest policies that write completions. Each completion has one of them by chance.
         seed: Random seed of the prompts, writers and pairs.
         splits: Shares of the prompts for ``selection`` and ``test``, for a source without splits of its own.
@@ -65,6 +66,8 @@ class RoundSource(Source):
         policies: Folders of the policies so far, the newest last; the reference model writes if there is none.
         first: Folder of the model that writes the completions that ``source`` samples itself; ``None`` for its own
             choice.
+        earlier_coefficients: Factor of the implicit reward of each finished round, which a loss may read, see
+            :func:`spo.stages.earlier_rewards.sequence_rewards`.
 
     Raises:
         ValueError: An argument is out of range, or the source does not have prompts to complete.
@@ -83,12 +86,14 @@ class RoundSource(Source):
         prompts: PositiveInt | None,
         labels: Labels,
         reward: str,
+        reward_scale: PositiveFloat,
         history: PositiveInt,
         seed: int,
         splits: Mapping[str, float] | None,
         round: PositiveInt,
         policies: Sequence[str],
         first: str | None,
+        earlier_coefficients: Sequence[float],
     ) -> None:
         super().__init__()
         if source.language is not None:
@@ -100,8 +105,10 @@ class RoundSource(Source):
         if completions < 2 and not pairing.pairs_with_data:
             raise ValueError(f"iteration.source.completions={completions}: a pair needs at least 2 completions")
         self.source, self.pairing = source, pairing
-        self.number, self.labels, self.reward = completions, labels, reward
+        self.number, self.labels = completions, labels
+        self.reward, self.reward_scale = reward, reward_scale
         self.writer, self.temperature = source.writer, source.temperature
+        self.policies, self.earlier_coefficients = tuple(policies), tuple(earlier_coefficients)
         self.max_prompts, self.seed, self.splits, self.round = prompts, seed, splits or {}, round
         newest = policies[-history:] if policies else [None]
         self.writers = tuple(Writer(model, temperature, top_p, round) for model in newest)
@@ -260,7 +267,7 @@ class RoundSource(Source):
                 "or iteration=spin, which does not need one"
             )
         with judging(self.judge) as is_judging:
-            found = score_completions(self.judge, prompts, groups, self.reward) if is_judging else []
+            found = score_completions(self.judge, prompts, groups, self.reward, self.reward_scale) if is_judging else []
         scored = share(found)
         if needs_rewards and not all(scores.are_rewards for scores in scored):
             raise UserError(

@@ -14,19 +14,20 @@ from rich.progress import track
 from torch import nn
 
 from spo.batching import by_length
-from spo.data import DataError, PreparedPairs, Renderer, Row, TokenizedPair
+from spo.data import SPLITS, DataError, PreparedPairs, TokenizedPair
 from spo.data.encoding import Ids
-from spo.data.rendering import Dropped
-from spo.data.rows import SPLITS, Text
-from spo.errors import memory_for
+from spo.errors import UserError, memory_for
 from spo.forward.speed import Speed
+from spo.losses.sequential_po import EARLIER_REWARD
 from spo.models import ModelSpec
 from spo.processes import deal, gather, rank
+from spo.records import filenames
 from spo.records.cache import cached
 from spo.records.digests import code_version, digest, model_digest
-from spo.records.files import read_json, write_json
+from spo.records.files import read_json, read_mapping, write_json
 from spo.stages.from_config import eval_device, model_plugins
 from spo.types import pad_sequences
+from spo.wording import finite
 
 log = logging.getLogger(__name__)
 CODE_DEPENDENCIES = (
@@ -40,11 +41,34 @@ CODE_DEPENDENCIES = (
     "stages/earlier_rewards.py",
 )
 """Files that cached log-probs depend on, in addition to the models and the tokens."""
-FEATURE = "earlier_reward"
-"""Name of the feature by which :class:`~spo.losses.SequentialPOLoss` reads the rewards."""
 LOGPS_FILE = "logps.json"
 Scored = tuple[Ids, Ids]
 """Token ids of a prompt and of a completion."""
+
+
+def earlier_coefficients(weights: Sequence[float], finished: Sequence[Path]) -> list[float]:
+    """Return the factor of the implicit reward of each finished round: its weight times the beta that it ended with.
+
+    Args:
+        weights: Weight of each round, the first one first; empty where no loss reads earlier rewards.
+        finished: Run directories of the finished rounds, the first round of training first.
+
+    Raises:
+        UserError: A round does not say which beta it ended with.
+    """
+    return [weight * _final_beta(run_dir) for weight, run_dir in zip(weights, finished, strict=False)]
+
+
+def _final_beta(run_dir: Path) -> float:
+    """Return the temperature of the implicit reward of a round."""
+    file = run_dir / filenames.COEFFICIENTS
+    beta = finite((read_mapping(file) or {}).get("beta"))
+    if beta is None:
+        raise UserError(
+            f"{file} is missing or damaged, so the implicit reward of this round is unknown: move the directory of the "
+            "round away and run the command again"
+        )
+    return beta
 
 
 def with_earlier_rewards(
@@ -67,49 +91,15 @@ def with_earlier_rewards(
         pairs: Data set as tokens, in splits.
         coefficients: Factor of each finished round, see :func:`sequence_rewards`.
     """
-    splits: dict[str, list[TokenizedPair]] = {split: getattr(pairs, split) for split in SPLITS}
-    scored = [(pair.prompt_ids, ids) for split in SPLITS for pair in splits[split] for ids in pair.completions]
+    scored = [(pair.prompt_ids, ids) for split in SPLITS for pair in getattr(pairs, split) for ids in pair.completions]
     rewards = sequence_rewards(cfg, spec, pad_token_id, policies, list(dict.fromkeys(scored)), coefficients)
 
     def with_own(pair: TokenizedPair) -> TokenizedPair:
         own = tuple(rewards[pair.prompt_ids, ids] for ids in pair.completions)
-        return replace(pair, numbers={**pair.numbers, FEATURE: own})
+        return replace(pair, numbers={**pair.numbers, EARLIER_REWARD: own})
 
-    return replace(pairs, **{split: [with_own(pair) for pair in splits[split]] for split in SPLITS})
-
-
-def earlier_rewards(
-    cfg: DictConfig,
-    spec: ModelSpec,
-    renderer: Renderer,
-    policies: Sequence[str],
-    prompts: Sequence[Text],
-    completions: Sequence[str],
-    coefficients: Sequence[float],
-) -> list[float]:
-    """Return the earlier reward of each completion, rendered as one by itself.
-
-    The tokens are those of training unless the other completion of a pair moves the end of the prompt, which happens
-    where its first tokens merge with the prompt, or where a text is cut. :func:`with_earlier_rewards` is exact there.
-
-    Args:
-        cfg: Configuration of the run, resolved.
-        spec: Settings for loading models.
-        renderer: Conversion between texts and tokens.
-        policies: Folders of the first model and of the policy of each finished round, in this order.
-        prompts: Prompt of each completion.
-        completions: Completions without the tokens that end them.
-        coefficients: Factor of each finished round, see :func:`sequence_rewards`.
-
-    Returns:
-        Reward of each completion, 0 for one that cannot be used, such as one that is too long.
-    """
-    rendered = [renderer.render(Row(*texts)) for texts in zip(prompts, completions, strict=True)]
-    scored = [None if isinstance(pair, Dropped) else (pair.prompt_ids, pair.chosen_ids) for pair in rendered]
-    distinct = [sequence for sequence in dict.fromkeys(scored) if sequence is not None]
-    pad_token_id = renderer.tokenizer.pad_token_id
-    rewards = sequence_rewards(cfg, spec, pad_token_id, policies, distinct, coefficients)
-    return [0.0 if sequence is None else rewards[sequence] for sequence in scored]
+    train, selection, test = ([with_own(pair) for pair in getattr(pairs, split)] for split in SPLITS)
+    return replace(pairs, train=train, selection=selection, test=test)
 
 
 def sequence_rewards(
@@ -173,8 +163,8 @@ def _cached_logps(
         if folder is not None:
             log.info("scoring %d completions with the policy of an earlier round", len(sequences))
         with memory_for("scoring completions with an earlier policy", "data.eval_batch_size", "speed.max_logits"):
-            model = spec.base(policy).requires_grad_(False).to(eval_device(cfg))
-            found = _logps(cfg, model, pad_token_id, sequences)
+            model: nn.Module = spec.base(policy).requires_grad_(False)
+            found = _logps(cfg, model.to(eval_device(cfg)), pad_token_id, sequences)
         if lost := sum(not math.isfinite(value) for value in found):
             raise DataError(
                 f"the policy of an earlier round ({policy}) gives no finite log-probability to {lost} of {len(found)} "

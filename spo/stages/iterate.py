@@ -21,6 +21,7 @@ from spo.records.files import read_jsonl
 from spo.records.iteration import Iteration, Round, is_iteration, read_iteration, write_iteration
 from spo.runs.claim import set_aside
 from spo.stages.devices import join_processes
+from spo.stages.earlier_rewards import earlier_coefficients
 from spo.stages.train import train
 
 FIRST_MODEL = "first"
@@ -174,6 +175,8 @@ def round_config(cfg: DictConfig, directory: Path, number: int) -> DictConfig:
         own.iteration.source.update({"round": number, "policies": list(map(str, policies)), "first": first})
         if settings.rewards is not None:
             own.iteration.source.reward = settings.rewards[number - 1]
+        finished = [directory / round_name(earlier) for earlier in range(1, number)]
+        own.iteration.source.earlier_coefficients = earlier_coefficients(settings.earlier_weights, finished)
         others = [] if number == 1 else [directory / round_name(0 if follows else number - 1)]
         own.evaluation.against = _against(cfg, others)
         if follows and number > 1:

@@ -50,7 +50,6 @@ CODE_DEPENDENCIES = (
     "evaluation/judges",
     "evaluation/winrate.py",
     "rounds",
-    "stages/earlier_rewards.py",
     "stages/from_config.py",
     "stages/pairs.py",
 )

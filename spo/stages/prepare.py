@@ -18,11 +18,14 @@ from spo.data.enumerable import Language
 from spo.data.needs import Draw
 from spo.data.rows import SPLITS, Split
 from spo.data.splits import prepare
+from spo.losses.sequential_po import EARLIER_REWARD
 from spo.models import ModelSpec
 from spo.models.generation import note_stops_in_text
 from spo.models.library_errors import Origin
 from spo.models.loading import load_config, load_tokenizer
 from spo.models.same_tokens import check_same_tokens
+from spo.rounds import RoundSource
+from spo.stages.earlier_rewards import with_earlier_rewards
 from spo.stages.from_config import build_source, data_needs, make_renderer, model_spec
 from spo.stages.pairs import drawn_completions, preference_rows
 from spo.stages.reference_model import initial_model, reference_model
@@ -121,6 +124,10 @@ def prepare_run(cfg: DictConfig, model_from: DictConfig | None = None) -> Prepar
     rows, dropped = preference_rows(cfg, spec, source, base, renderer)
     draw = partial(drawn_completions, cfg, spec, base, renderer)
     pairs = _prepare_pairs(cfg, source, renderer, rows, dropped, draw)
+    if isinstance(source, RoundSource) and source.policies and EARLIER_REWARD in source.needs.features:
+        pairs = with_earlier_rewards(
+            cfg, spec, tokenizer.pad_token_id, source.policies, pairs, source.earlier_coefficients
+        )
     prompts, unlabeled = all_prompts(source, pairs, renderer)
     bad_rows = list(source.bad_rows)
     start = _start(model_from, spec, base, tokenizer)

@@ -25,6 +25,7 @@ def round_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
         return
     if rewards is not None and len(rewards) < rounds:
         yield f"iteration.rewards: names {len(rewards)} for iteration.rounds={rounds}: name one for each round"
+    yield from _earlier_rewards(cfg, parts, rounds)
     if select(cfg, "iteration.reference") == "first" and getattr(parts.reference, "needs_adapter", False):
         yield (
             "iteration.reference=first: a reference that is the policy without its adapter is the one before each "
@@ -56,4 +57,26 @@ def _judge(parts: CheckedParts) -> Iterator[str]:
         yield (
             f"{ROUND_SOURCE}.pairing: {type(source.pairing).__name__} needs rewards, and this judge only compares: "
             "choose judge=reward_model, judge=function, or judge=gold of data with a reward"
+        )
+
+
+def _earlier_rewards(cfg: DictConfig, parts: CheckedParts, rounds: int) -> Iterator[str]:
+    """Yield why a loss that keeps what earlier rounds have aligned cannot do so."""
+    from spo.losses import Loss
+    from spo.losses.sequential_po import EARLIER_REWARD
+
+    weights = select(cfg, "iteration.earlier_weights") or ()
+    if wrong := [weight for weight in weights if not (isinstance(weight, int | float) and weight >= 0)]:
+        yield f"iteration.earlier_weights: {wrong[0]} is not a number from 0, which keeps the reward of a round"
+    if not (isinstance(parts.loss, Loss) and EARLIER_REWARD in parts.loss.features):
+        return
+    if select(cfg, "iteration.rewards") is None:
+        yield (
+            "iteration.rewards is not set: the component of the judge's reward for each round, such as [plot,brevity]; "
+            "method.loss keeps what earlier rounds have aligned"
+        )
+    if len(weights) < rounds - 1:
+        yield (
+            f"iteration.earlier_weights: names {len(weights)} for iteration.rounds={rounds}: name one for each round "
+            "but the last, by which method.loss keeps the implicit reward of the round"
         )
