@@ -35,8 +35,8 @@ def print_iteration(directory: Path, console: Console | None = None) -> None:
     table.add_column("round", overflow="fold")
     for name in ROUND_OPPONENTS:
         table.add_column(f"against\n{name}", justify="right", no_wrap=True)
-    for name in (*(label(key).replace("-", "-\n") for key in _QUANTITIES), "time"):
-        table.add_column(name, justify="right", overflow="fold")
+    for header in (*(label(key).replace("-", "-\n") for key in _QUANTITIES), "time"):
+        table.add_column(header, justify="right", overflow="fold")
     for one in iteration.rounds:
         found = round_metrics(directory, iteration, one.number)
         cells = [_cell(found.win_rates.get(name), ends=True) for name in ROUND_OPPONENTS]

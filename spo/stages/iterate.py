@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -15,11 +16,15 @@ from spo.config.choices import pin_choices
 from spo.config.compose import compose
 from spo.errors import SET_RUN, UserError, placed_by
 from spo.evaluation.settings import CHOSEN, REFERENCE
+from spo.pages.iteration_page import render_iteration
+from spo.pages.iteration_table import print_iteration
 from spo.processes import first_decides, is_first_process
 from spo.records import filenames
 from spo.records.files import read_jsonl
 from spo.records.iteration import Iteration, Round, is_iteration, read_iteration, write_iteration
+from spo.rounds.alarms import round_alarms
 from spo.runs.claim import set_aside
+from spo.runs.processes import sweep_dir
 from spo.stages.devices import join_processes
 from spo.stages.earlier_rewards import earlier_coefficients
 from spo.stages.train import train
@@ -70,7 +75,25 @@ def iterate(cfg: DictConfig) -> dict[str, float]:
             raise
         if is_new:
             record(status="finished")
+            first_decides(partial(_show_round, cfg, directory, iteration, one))
+    first_decides(partial(_show, directory))
     return metrics
+
+
+def _show_round(cfg: DictConfig, directory: Path, iteration: Iteration, one: Round) -> None:
+    """Give the alarms of a finished round, and write the page of the iteration so far."""
+    one.alarms = round_alarms(directory, iteration, one.number, **cfg.iteration.limits)
+    write_iteration(directory, iteration)
+    for words in one.alarms:
+        print(f"note: {words}", file=sys.stderr)
+    render_iteration(directory)
+
+
+def _show(directory: Path) -> None:
+    """Show the rounds of a finished iteration, in one line within a sweep."""
+    if sweep_dir() is None:
+        print_iteration(directory)
+    print(f"iteration {render_iteration(directory)}")
 
 
 def _begin(cfg: DictConfig, directory: Path) -> Iteration:
@@ -118,8 +141,8 @@ def _train_round(cfg: DictConfig, directory: Path, one: Round) -> dict[str, floa
     from spo.stages.extrapolate import extrapolated_run
 
     one.measured = f"{one.directory}/{filenames.EXTRAPOLATED}"
-    trained = [directory / round_name(number) / filenames.POLICY for number in (one.number - 1, one.number)]
-    return extrapolated_run(run_cfg, *trained, cfg.iteration.momentum, directory / one.measured)
+    before, trained = (directory / round_name(number) / filenames.POLICY for number in (one.number - 1, one.number))
+    return extrapolated_run(run_cfg, before, trained, cfg.iteration.momentum, directory / one.measured)
 
 
 # --- configurations ------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from spo.processes import first_decides, gather_objects, is_first_process, peer_
 from spo.records import filenames
 from spo.records.digests import digest, model_digest
 from spo.records.files import write_jsonl
+from spo.records.iteration import is_iteration
 from spo.records.leftovers import remove_abandoned_builds
 from spo.records.run import read_result
 from spo.runs.checkpoints import last_checkpoint
@@ -184,11 +185,11 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
 
 
 def _show_finished(run_dir: Path) -> dict[str, float]:
-    """Show the result of a finished run, in one line within a sweep, and return its metrics."""
+    """Show the result of a finished run, in one line within a sweep or an iteration, and return its metrics."""
     metrics, samples = read_result(run_dir)
     if not (run_dir / filenames.REPORT).is_file():
         render_report(run_dir)
-    if sweep_dir() is not None:
+    if sweep_dir() is not None or any(map(is_iteration, run_dir.parents[:2])):
         print(f"finished before: {run_dir}")
     else:
         result_panel(metrics, samples, run_dir)
