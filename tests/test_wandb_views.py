@@ -254,7 +254,7 @@ def test_steps_of_a_round_continue_those_of_the_earlier_rounds(tmp_path: Path) -
     assert run.run.run_group == "mine"
     losses = [(row["_step"], row["trainer/global_step"], row["val/loss"]) for row in run.history if "val/loss" in row]
     assert losses == [(200, 200, 2.0), (205, 205, 1.0)]
-    assert [row["_step"] for row in run.history if "validation_samples/path" in row] == [200, 206]
+    assert [row["_step"] for row in run.history if "validation_samples/path" in row] == [200, 205]
     assert len(run.of_kind("alert")) == 1
 
 
@@ -373,7 +373,7 @@ def test_rounds_of_an_iteration_are_a_group(tmp_path: Path) -> None:
 
     trained = found(tmp_path / "mine" / "round-2", round=2, first_step=200)
     assert (trained.name, trained.group) == ("round-2 dpo_beta-0.1_seed-0", "mine")
-    assert trained.job_type == "iterate-accelerated" and trained.first_step == 200
+    assert trained.job_type == "dpo" and trained.first_step == 200
     assert {"dpo", "iteration:accelerated", "round-2"} <= set(trained.tags)
     beyond = found(tmp_path / "mine" / "round-2" / "extrapolated", round=2)
     assert (beyond.name, beyond.group) == ("round-2 extrapolated dpo_beta-0.1_seed-0", "mine")

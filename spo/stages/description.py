@@ -37,20 +37,20 @@ def describe(cfg: DictConfig, run_dir: Path, *, recorded: Sequence[Mapping[str, 
     """
     parts = [method_name(cfg), *_coefficients(cfg), f"seed-{cfg.seed}"]
     in_sweep = sweep_dir() is not None or (run_dir.parent / filenames.SWEEP).exists()
-    name, group, job_type = "_".join(parts), run_dir.parent.name if in_sweep else None, method_name(cfg)
+    name, group = "_".join(parts), run_dir.parent.name if in_sweep else None
     iteration: Mapping[str, Any] = cfg.get("iteration") or {}  # The key is null outside of an iteration.
     if iteration:
         place = _place_in_iteration(run_dir)
         name, group = f"{place.name} {name}", place.group
         kind = iteration.get("name") or (cfg.get(CHOICES) or {}).get("iteration") or "iteration"
-        job_type, parts = f"iterate-{kind}", [*parts, f"iteration:{kind}", f"round-{iteration['round']}"]
+        parts += [f"iteration:{kind}", f"round-{iteration['round']}"]
     # The record is read again, because it has the names of environment variables and not the secrets in them.
     config = OmegaConf.to_container(OmegaConf.load(run_dir / filenames.CONFIG))
     provenance = read_mapping(run_dir / filenames.PROVENANCE)
     return RunDescription(
         name=name,
         group=group,
-        job_type=job_type,
+        job_type=method_name(cfg),
         tags=[*parts, *_sources(cfg), *cfg.tags],
         config={**config, "provenance": provenance},  # type: ignore[dict-item]
         directory=run_dir,

@@ -15,7 +15,7 @@ class RunDescription:
     Attributes:
         name: Method, the coefficients that it uses, and seed.
         group: Name of the sweep or of the iteration; ``None`` for a single run.
-        job_type: Kind of work: the method, or the iteration of whose rounds this is one.
+        job_type: Kind of work; the method.
         tags: Tags to filter by.
         config: Resolved configuration and provenance, without secrets.
         directory: Run directory, where a tracker may store the id of its own run.
