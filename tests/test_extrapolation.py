@@ -363,21 +363,13 @@ def test_command_evaluates_like_a_run(
     enter(tmp_path, cache_dir, monkeypatch)
     command = ["extrapolate", "reference", "run"]
 
-    # Factor -1 is the reference itself, factor 0 the run.
-    assert cli.main([*command, "--factor=-1", "--out=reference"]) == 0
-    found = numbers(tmp_path / "reference")
-    assert found["eval/kl"] == 0 and found["eval/win_rate"] == 0.5
-    assert cli.main([*command, "--factor", "0", "--out", "same", "evaluation.seed=0"]) == 0
-    found, trained = numbers(tmp_path / "same"), numbers(tmp_path / "run")
-    assert {key for key in found if key.startswith(("eval/", "val/win"))} <= trained.keys()
-    assert all(found[key] == trained[key] for key in found if key.startswith(("eval/win", "val/win", "eval/kl")))
-
-    # A factor between folders with data of one's own, and the same from the run.
+    # From the run, and from folders with data of one's own.
     assert cli.main([*command, "--factor", "0.5", "--out", "further"]) == 0
-    start, end = weights(tmp_path / "reference/policy"), weights(tmp_path / "run/policy")
+    start_folder = Path(json.loads((tmp_path / "further/extrapolation.json").read_text())["first_path"])
+    start, end = weights(start_folder), weights(tmp_path / "run/policy")
     for name, value in weights(tmp_path / "further/policy").items():
         torch.testing.assert_close(value, 1.5 * end[name] - 0.5 * start[name], rtol=1e-5, atol=1e-5)
-    folders = ["extrapolate", "reference/policy", "run/policy", "--factor=0.5", "--out=folders"]
+    folders = ["extrapolate", str(start_folder), "run/policy", "--factor=0.5", "--out=folders"]
     assert cli.main([*folders, TINY, "method=dpo", "logger=record", "data.max_new_tokens=64"]) == 0
     of_folders, further = numbers(tmp_path / "folders"), numbers(tmp_path / "further")
     assert of_folders["eval/win_rate"] == further["eval/win_rate"] and of_folders["eval/kl"] == further["eval/kl"] > 0
@@ -392,13 +384,7 @@ def test_command_evaluates_like_a_run(
     assert cli.main([*command, "--search", "--out", "further"]) == 1
     assert "further holds something else: choose another --out" in capsys.readouterr().err
 
-
-@pytest.mark.slow
-def test_search_resumes_and_its_factor_is_evaluated_on_test_prompts(
-    cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    job(tmp_path / "run", cache_dir, TINY, "method=dpo", "optimizer.lr=3e-3")
-    enter(tmp_path, cache_dir, monkeypatch)
+    # A search, which is interrupted once.
     command = ["extrapolate", "reference", "run", "--search", "--out", "searched"]
     measure, calls = factor_search.evaluate_selection, 0
 
