@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from spo import cli
 from spo.errors import UserError
 from spo.models import extrapolation
 from spo.models.extrapolation import BUFFER_KEYS, extrapolate_weights, extrapolated
+from spo.records.policy import write_policy_digests
+from spo.stages import factor_search
+from spo.stages.extrapolation_plan import plan_extrapolation
+from spo.stages.factor_search import DOUBLING_FACTORS, Candidate, best_of, search_factor
+from tests.commands import TINY, enter, job, numbers
 from tests.helpers import VOCAB, save_model
+from tests.test_imports import LIBRARIES, run_and_list_modules
 
 MASK = "model.layers.0.self_attn.rotary_emb.inv_freq"
 
@@ -234,3 +242,178 @@ def test_older_result_stays_until_the_new_one_is_complete(
     assert (out / "model.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 3
     extrapolate_weights(first, second, 1.0, out)
     assert (out / "model.safetensors").read_bytes() != before
+
+
+# --- the search ------------------------------------------------------------------------------------------------------
+
+
+def searched(score: Callable[[float], float | None]) -> tuple[list[float], float]:
+    """Return the factors in the order in which a search tries them, and the best one."""
+    tried = []
+
+    def measure(factor: float) -> Candidate:
+        tried.append(factor)
+        value = score(factor)
+        return Candidate(factor, {"val/win_rate": math.nan if value is None else value})
+
+    found = search_factor(measure, lambda _: "val/win_rate")
+    assert [one.factor for one in found] == sorted(tried)
+    return tried, best_of(found, "val/win_rate").factor
+
+
+@pytest.mark.parametrize(
+    ("score", "tried", "best"),
+    [
+        (lambda f: -((f - 0.3) ** 2), [0, 0.25, 0.5, 1, 0.125, 0.375], 0.25),
+        (lambda f: -((f - 1.6) ** 2), [0, 0.25, 0.5, 1, 2, 4, 8, 1.5, 3], 1.5),
+        (lambda f: -f, [0, 0.25, 0.5, 0.125], 0),
+        (lambda _: 0.5, [0, 0.25, 0.5, 0.125], 0),  # Equal scores do not speak for going further.
+        (lambda f: f, [*DOUBLING_FACTORS, 24], 32),
+        (lambda f: {0: 0.4, 0.25: 0.3, 0.5: 0.6}.get(f, 0.2), [0, 0.25, 0.5, 1, 2, 0.375, 0.75], 0.5),
+        (lambda f: None if f > 1 else f, [0, 0.25, 0.5, 1, 2, 4, 0.75, 1.5], 1),  # no number
+        (lambda _: None, [0, 0.25, 0.5, 0.125], 0),
+    ],
+)
+def test_search_goes_on_while_the_score_grows(
+    score: Callable[[float], float | None], tried: list[float], best: float
+) -> None:
+    assert searched(score) == (tried, best)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("first second --out x", "one of the arguments --factor --search is required"),
+        ("first second --out x --factor 1 --search", "not allowed with argument"),
+        ("first second --factor 1", "the following arguments are required: --out"),
+        ("first second --out x --factor 1 --select val/reward", "--select chooses the score of --search"),
+        ("first second --out x --factor nan", "--factor nan: must be a finite number"),
+        ("first second --out x --factor -1.5", "exchange the two models and write --factor 0.5"),
+        ("first nowhere --out x --factor 1", "nowhere: there is neither a run directory nor a model folder"),
+        ("reference second --out x --factor 1", "second is a model folder, and only a run has a reference"),
+        ("first run --out x --factor 1", "run is not a run directory of spo: composed.yaml is missing"),
+        ("first second --out x --search", "two model folders do not say on which prompts to search"),
+        ("first second --out x --search judge=none", "there is neither a reward nor a judge that could tell"),
+        ("first second --out x --search evaluation.selection_prompts=0", "leaves no prompt to search on"),
+        ("first second --out first --factor 1", "first holds something else (config.json"),
+        ("first second --out file --factor 1", "there is a file in place of a folder"),
+    ],
+)
+def test_wrong_command_is_refused(
+    words: str,
+    message: str,
+    first: Path,
+    second: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "identity.json").touch()
+    enter(tmp_path, tmp_path / "cache", monkeypatch)
+    assert cli.main(["extrapolate", *words.split()]) > 0
+    assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_wrong_command_is_answered_without_importing_torch(first: Path, tmp_path: Path) -> None:
+    status, modules, errors = run_and_list_modules("extrapolate first nowhere --factor 1 --out x", tmp_path)
+    assert status == 1 and "nowhere: there is neither" in errors and not {*LIBRARIES, "numpy"} & modules
+
+
+def test_changed_policy_of_a_run_is_refused(first: Path, second: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "identity.json").touch()
+    with pytest.raises(UserError, match="does not have a policy yet: finish it with spo train --resume"):
+        plan_extrapolation(str(run), str(second), 0.5, None, tmp_path / "out")
+    shutil.copytree(first, run / "policy")
+    write_policy_digests(run)
+    assert plan_extrapolation(str(run), str(second), 0.5, None, tmp_path / "out").first == run / "policy"
+    change(run / "policy", lambda tensors: tensors.update({"model.norm.weight": torch.zeros(16)}))
+    with pytest.raises(UserError, match=r"is not what the run saved \(model.safetensors was changed\)"):
+        plan_extrapolation(str(run), str(second), 0.5, None, tmp_path / "out")
+
+
+def test_weights_alone_are_written_between_folders(
+    first: Path, second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enter(tmp_path, tmp_path / "cache", monkeypatch)
+    command = ["extrapolate", "first", "second", "--out", "out", "--factor"]
+    assert cli.main([*command, "-0.5"]) == 0
+    assert "To evaluate it like a run, add the data" in capsys.readouterr().out
+    extrapolate_weights(first, second, -0.5, tmp_path / "expected")
+    file = tmp_path / "out/policy/model.safetensors"
+    assert file.read_bytes() == (tmp_path / "expected/model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "out/extrapolation.json").read_text())["factor"] == -0.5
+    written = file.stat().st_mtime_ns
+    assert cli.main([*command, "-0.5"]) == 0 and file.stat().st_mtime_ns == written
+    assert cli.main([*command, "1"]) == 1
+    assert "out holds the factor -0.5 or other models: choose another --out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_command_evaluates_like_a_run(
+    cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job(tmp_path / "run", cache_dir, TINY, "method=dpo", "optimizer.lr=3e-3")
+    enter(tmp_path, cache_dir, monkeypatch)
+    command = ["extrapolate", "reference", "run"]
+
+    # From the run, and from folders with data of one's own.
+    assert cli.main([*command, "--factor", "0.5", "--out", "further"]) == 0
+    start_folder = Path(json.loads((tmp_path / "further/extrapolation.json").read_text())["first_path"])
+    start, end = weights(start_folder), weights(tmp_path / "run/policy")
+    for name, value in weights(tmp_path / "further/policy").items():
+        torch.testing.assert_close(value, 1.5 * end[name] - 0.5 * start[name], rtol=1e-5, atol=1e-5)
+    folders = ["extrapolate", str(start_folder), "run/policy", "--factor=0.5", "--out=folders"]
+    assert cli.main([*folders, TINY, "method=dpo", "logger=record", "data.max_new_tokens=64"]) == 0
+    of_folders, further = numbers(tmp_path / "folders"), numbers(tmp_path / "further")
+    assert of_folders["eval/win_rate"] == further["eval/win_rate"] and of_folders["eval/kl"] == further["eval/kl"] > 0
+
+    # The same command shows the result, and another one is refused.
+    written = (tmp_path / "further/metrics.json").stat().st_mtime_ns
+    assert cli.main([*command, "--factor", "0.5", "--out", "further"]) == 0
+    assert (tmp_path / "further/metrics.json").stat().st_mtime_ns == written
+    capsys.readouterr()
+    assert cli.main([*command, "--factor", "0.25", "--out", "further"]) == 1
+    assert "the weights that training starts from have changed\nchoose another --out" in capsys.readouterr().err
+    assert cli.main([*command, "--search", "--out", "further"]) == 1
+    assert "further holds something else: choose another --out" in capsys.readouterr().err
+
+    # A search, which is interrupted once.
+    command = ["extrapolate", "reference", "run", "--search", "--out", "searched"]
+    measure, calls = factor_search.evaluate_selection, 0
+
+    def interrupted(*given: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise UserError("interrupted")
+        return measure(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(factor_search, "evaluate_selection", interrupted)
+    assert cli.main(command) == 1
+    assert [one["factor"] for one in json.loads((tmp_path / "searched/search.json").read_text())["candidates"]] == [
+        0,
+        0.25,
+    ]
+    assert cli.main(command) == 0
+    record = json.loads((tmp_path / "searched/search.json").read_text())
+    assert calls == len(record["candidates"]) + 1  # None was measured twice, but for the one that failed.
+    scores = {one["factor"]: one["metrics"]["val/win_rate"] for one in record["candidates"]}
+    assert record["best"] == min(factor for factor in scores if scores[factor] == max(scores.values()))
+    # The candidate at 0 is the run, and the best one the result.
+    trained, found = numbers(tmp_path / "run"), numbers(tmp_path / "searched")
+    assert scores[0] == trained["val/win_rate"] and scores[record["best"]] == found["val/win_rate"]
+    assert "eval/win_rate" in found
+    assert json.loads((tmp_path / "searched/extrapolation.json").read_text())["factor"] == record["best"]
+    assert "the test prompts below did not choose it" in " ".join(capsys.readouterr().out.split())
+
+    assert cli.main([*command[:-1], "other", "--select", "val/accuracy"]) == 1
+    assert "--select val/accuracy: the evaluation does not measure it" in capsys.readouterr().err
+    assert cli.main([*command, "--select", "val/reward"]) == 1
+    assert "searched holds another search" in capsys.readouterr().err

@@ -57,6 +57,7 @@ def enumerated(rewards: Sequence[float], keep: int, beta: float = BETA) -> Distr
         try:
             accepted = rejection_sample(rewards, beta, keep, Scripted(script))
         except Exhausted:
+            assert len(script) < len(rewards) * (len(rewards) + 1) / 2, "every pass accepts one completion"
             for number in SLICES:
                 follow((*script, number), probability / len(SLICES))
         else:

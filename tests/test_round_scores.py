@@ -83,17 +83,21 @@ def test_comparing_judge_is_asked_about_all_different_pairs_once() -> None:
     assert all(one.scores == one.win_rates and not one.are_rewards for one in found)
 
 
-def test_equal_completions_have_equal_scores_in_any_order() -> None:
-    """Their verdicts are summed in other orders, and must not differ in the last digit: they would form a pair."""
-    texts = ["a", "b", "c", "d", "e"]
+def test_equal_verdicts_give_equal_scores_in_any_order() -> None:
+    """Plain sums in other orders may differ in the last digit, and completions that tie would form a pair."""
     random = Random(0)
-    answers: dict[tuple[str, str], float | None] = {pair: random.random() for pair in itertools.combinations(texts, 2)}
-    for seed in range(50):
-        group = [*texts, "a", "b"]
+    rates = (0.1, 0.2, 0.4)
+    answers: dict[tuple[str, str], float | None] = {pair: random.random() for pair in itertools.combinations("cde", 2)}
+    answers |= {("a", "b"): 0.5} | dict(zip(itertools.product("a", "cde"), rates, strict=True))
+    answers |= dict(zip(itertools.product("b", "cde"), rates[::-1], strict=True))
+    for seed in range(20):
+        group = list("abcdeac")
         Random(seed).shuffle(group)
-        rates = score_completions(cast(Judge, Comparing(answers)), ["p"], [group])[0].win_rates
-        assert all(rates[group.index(text)] == rate for text, rate in zip(group, rates, strict=True))
-        assert sum(rates) == pytest.approx(len(group) / 2)
+        found = score_completions(cast(Judge, Comparing(answers)), ["p"], [group])[0].win_rates
+        assert all(found[group.index(text)] == rate for text, rate in zip(group, found, strict=True))
+        assert sum(found) == pytest.approx(len(group) / 2)
+    first, second, *_ = score_completions(cast(Judge, Comparing(answers)), ["p"], ["abcde"])[0].win_rates
+    assert first == second and sum((0.5, 0.5, *rates)) / 5 != sum((0.5, 0.5, *rates[::-1])) / 5
 
 
 def test_unanswered_comparisons_are_ties_and_one_note(caplog: pytest.LogCaptureFixture) -> None:

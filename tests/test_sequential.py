@@ -15,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from spo.config.checks import problems
+from spo.config.compose import compose
 from spo.data import DataError, PreparedPairs, Renderer, Row, TokenizedPair, prepare
 from spo.data.collate import collate
 from spo.errors import UserError
@@ -23,7 +25,7 @@ from spo.losses import DPOLoss, SequentialPOLoss
 from spo.losses.declarations import DataNeeds
 from spo.models import ModelSpec
 from spo.stages import earlier_rewards as stage
-from spo.stages.earlier_rewards import round_settings, sequence_rewards, with_earlier_rewards
+from spo.stages.earlier_rewards import earlier_coefficients, sequence_rewards, with_earlier_rewards
 from spo.types import PairLogps, Sequences, pad_sequences
 from tests.helpers import FAST, PAD, PLAIN, completion_logps, frozen, model_spec, save_model, tiny_llama, tiny_tokenizer
 from tests.test_dealt_stages import in_two_processes
@@ -137,19 +139,36 @@ def test_coefficients_that_do_not_fit_and_log_probs_that_are_not_finite_are_refu
         sequence_rewards(cfg, spec, PAD, policies, SEQUENCES, COEFFICIENTS)
 
 
-def test_round_has_its_reward_and_the_coefficients_of_finished_rounds(tmp_path: Path) -> None:
-    settings = cast(DictConfig, OmegaConf.create({"rewards": ["plot", "brevity", "plot"], "earlier_weights": [0.5, 2]}))
+def test_coefficient_is_the_weight_times_the_final_beta(tmp_path: Path) -> None:
     finished = [tmp_path / "round-1", tmp_path / "round-2"]
     for run_dir, beta in zip(finished, (0.2, 0.3), strict=True):
         run_dir.mkdir()
         (run_dir / "coefficients.json").write_text(f'{{"alpha": 1, "beta": {beta}}}')
-    assert round_settings(settings, []) == {"reward": "plot", "earlier_coefficients": []}
-    assert round_settings(settings, finished[:1]) == {"reward": "brevity", "earlier_coefficients": [0.1]}
-    assert round_settings(settings, finished)["earlier_coefficients"] == pytest.approx([0.1, 0.6])
-    others = cast(DictConfig, OmegaConf.create({"rewards": None, "earlier_weights": []}))
-    assert round_settings(others, [tmp_path]) == {"earlier_coefficients": []}
+    assert earlier_coefficients([0.5, 2.0], []) == []
+    assert earlier_coefficients([0.5, 2.0], finished[:1]) == [0.1]
+    assert earlier_coefficients([0.5, 2.0], finished) == pytest.approx([0.1, 0.6])
+    assert earlier_coefficients([], finished) == []
     with pytest.raises(UserError, match=r"coefficients\.json is missing or damaged, so the implicit reward"):
-        round_settings(settings, [tmp_path])
+        earlier_coefficients([0.5], [tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("iteration.rewards=null", "iteration.rewards is not set: the component of the judge's reward for each round"),
+        (
+            "iteration.rounds=3 iteration.rewards=[plot,plot,plot]",
+            "iteration.earlier_weights: names 1",
+        ),
+        ("iteration.earlier_weights=[-1]", "iteration.earlier_weights: -1 is not a number from 0"),
+        ("iteration.earlier_weights=[a]", "iteration.earlier_weights: a is not a number from 0"),
+        ("iteration.rounds=1 iteration.earlier_weights=[]", ""),
+        ("iteration.rounds=3 iteration.rewards=[plot,plot,plot] method=dpo", ""),
+    ],
+)
+def test_rounds_say_what_they_align_and_keep(words: str, message: str) -> None:
+    found = problems(compose(["experiment=sequential", *words.split()]))
+    assert (message in found[0] and len(found) == 1) if message else not found
 
 
 def test_processes_share_the_completions(policies: list[str], tmp_path: Path) -> None:

@@ -238,6 +238,38 @@ def test_alert_that_the_server_has_is_not_sent_again(tmp_path: Path, monkeypatch
     assert [values["text"] for name, values in run.calls if name == "alert"] == ["7"]
 
 
+# --- rounds of an iteration ----------------------------------------------------------------------------------------
+
+
+def test_steps_of_a_round_continue_those_of_the_earlier_rounds(tmp_path: Path) -> None:
+    samples = [{"step": 0, **ROW}]
+    tracker = WandbTracker("spo", None, "offline", str(tmp_path))
+    tracker.describe(described(tmp_path, group="mine", first_step=200, recorded=[{"step": 0, "val/loss": 2.0}]))
+    tracker.show_validation_samples(samples)
+    tracker.log_metrics({"val/loss": 1.0}, 5)
+    tracker.alert("health: entropy", "step 5: the entropy is low", 5)
+    tracker.conclude({"val/loss": 1.0}, [])
+    closed(tracker)
+    run = Offline(tmp_path)
+    assert run.run.run_group == "mine"
+    losses = [(row["_step"], row["trainer/global_step"], row["val/loss"]) for row in run.history if "val/loss" in row]
+    assert losses == [(200, 200, 2.0), (205, 205, 1.0)]
+    assert [row["_step"] for row in run.history if "validation_samples/path" in row] == [200, 205]
+    assert len(run.of_kind("alert")) == 1
+
+
+def test_resumed_round_logs_what_the_server_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker, run = online(tmp_path, monkeypatch)
+    run.starting_step = 207  # the server has the steps up to 206, which are those of the round up to 6
+    recorded = [{"step": step, "train/loss": 1.0} for step in (0, 6, 7)]
+    tracker.describe(described(tmp_path, first_step=200, recorded=recorded))
+    for step in (6, 7):
+        tracker.alert("health: entropy", str(step), step)
+    logged = [values[0]["trainer/global_step"] for name, values in run.calls if name == "log"]
+    assert logged == [207]
+    assert [values["text"] for name, values in run.calls if name == "alert"] == ["7"]
+
+
 # --- the line for a person -----------------------------------------------------------------------------------------
 
 
@@ -328,6 +360,26 @@ def test_jobs_of_a_sweep_are_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert description(tmp_path / "grid" / "job").group == "grid"  # resumed by itself
     monkeypatch.setenv("SPO_SWEEP", str(tmp_path / "runs"))
     assert description(tmp_path / "runs" / "one").group == "runs"
+
+
+def test_rounds_of_an_iteration_are_a_group(tmp_path: Path) -> None:
+    def found(run_dir: Path, **iteration: Any) -> RunDescription:
+        cfg = compose(["method=dpo", "beta=0.1"], run_dir=run_dir)
+        OmegaConf.update(cfg, "iteration", {"name": "accelerated", **iteration}, force_add=True)
+        run_dir.mkdir(parents=True)
+        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+        (run_dir / "provenance.json").write_text("{}")
+        return describe(cfg, run_dir, recorded=[])
+
+    trained = found(tmp_path / "mine" / "round-2", round=2, first_step=200)
+    assert (trained.name, trained.group) == ("round-2 dpo_beta-0.1_seed-0", "mine")
+    assert trained.job_type == "dpo" and trained.first_step == 200
+    assert {"dpo", "iteration:accelerated", "round-2"} <= set(trained.tags)
+    beyond = found(tmp_path / "mine" / "round-2" / "extrapolated", round=2)
+    assert (beyond.name, beyond.group) == ("round-2 extrapolated dpo_beta-0.1_seed-0", "mine")
+    assert beyond.first_step == 0
+    (tmp_path / "sweep.json").write_text("{}")
+    assert found(tmp_path / "other" / "round-0", round=0, first_step=None).group == f"{tmp_path.name}/other"
 
 
 @pytest.mark.parametrize(

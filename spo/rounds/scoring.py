@@ -115,5 +115,5 @@ def _compared(judge: Judge, prompts: Sequence[Text], groups: Sequence[Sequence[s
 
 
 def _mean(values: Sequence[float]) -> float:
-    # An exact sum does not depend on the order, so equal completions have equal means.
+    # An exact sum does not depend on the order, so completions with the same verdicts have equal means.
     return math.fsum(values) / len(values)

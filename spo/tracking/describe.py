@@ -14,12 +14,13 @@ class RunDescription:
 
     Attributes:
         name: Method, the coefficients that it uses, and seed.
-        group: Name of the sweep; ``None`` for a single run.
+        group: Name of the sweep or of the iteration; ``None`` for a single run.
         job_type: Kind of work; the method.
         tags: Tags to filter by.
         config: Resolved configuration and provenance, without secrets.
         directory: Run directory, where a tracker may store the id of its own run.
         recorded: Rows of ``history.jsonl`` from before an interruption; a tracker may have seen only some of them.
+        first_step: Step at which dashboards show step 0 of this run, so that a round continues the one before it.
     """
 
     name: str
@@ -29,6 +30,7 @@ class RunDescription:
     config: dict[str, Any]
     directory: Path
     recorded: Sequence[Mapping[str, Any]] = ()
+    first_step: int = 0
 
     @property
     def provenance(self) -> Mapping[str, Any]:

@@ -62,13 +62,14 @@ class WandbTracker(WandbLogger):
         super().__init__(project=project, entity=entity, mode=mode, dir=save_dir, save_dir=save_dir, settings=settings)
         self.notes, self.adds_artifacts = notes, log_model
         self._best: dict[str, float] = {}
-        self._server_step = 0  # Everything before this step is on the server.
+        self._first_step = 0  # Step of W&B at which step 0 of the run is shown.
+        self._server_step = 0  # Everything before this step of W&B is on the server.
         self._validation_samples: Sequence[Mapping[str, Any]] = ()
 
     @rank_zero_only
     def describe(self, description: RunDescription) -> None:
         """Open the run, with its earlier id if it is resumed, and log the rows that W&B does not have."""
-        self._description = description
+        self._description, self._first_step = description, description.first_step
         provenance = description.provenance
         self._wandb_init.pop("anonymous", None)  # wandb deprecates it
         self._wandb_init.update(
@@ -98,7 +99,7 @@ class WandbTracker(WandbLogger):
         self._server_step = run.starting_step  # 0 unless the server has the run
         for row in description.recorded:
             values = {key: math.nan if value is None else value for key, value in row.items() if key != "step"}
-            if row["step"] >= self._server_step:
+            if row["step"] + self._first_step >= self._server_step:
                 self.log_metrics(values, row["step"])
             else:
                 self._show_best(values)
@@ -107,11 +108,12 @@ class WandbTracker(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log at the optimizer step.
+        """Log at the optimizer step, which continues that of the earlier rounds of an iteration.
 
         It is W&B's own step too, so W&B drops rows of a resumed run that it has already.
         """
-        self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
+        shown = None if step is None else step + self._first_step
+        self.experiment.log({**metrics, "trainer/global_step": shown}, step=shown)
         self._show_best(metrics)
 
     def _show_best(self, metrics: Mapping[str, float]) -> None:
@@ -137,7 +139,7 @@ class WandbTracker(WandbLogger):
     @rank_zero_only
     def alert(self, title: str, text: str, step: int) -> None:
         """Send an alert, unless an earlier process of this run has sent it."""
-        if step >= self._server_step:
+        if step + self._first_step >= self._server_step:
             self.experiment.alert(title=title, text=scrubbed(text), level="WARN")
 
     @rank_zero_only
@@ -150,7 +152,7 @@ class WandbTracker(WandbLogger):
         self._validation_samples = rows
         steps = [row["step"] for row in rows]
         if len(set(steps)).bit_count() == 1:
-            self.experiment.log({"validation_samples": _table(rows)}, step=max(steps))
+            self.experiment.log({"validation_samples": _table(rows)}, step=max(steps) + self._first_step)
 
     @rank_zero_only
     def conclude(self, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
