@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import TopPLogitsWarper
 
 from spo.config.schema import Speed as SpeedKeys
 from spo.forward.head import completion_logits
@@ -74,10 +75,13 @@ def draw(model: nn.Module, prompts: list[list[int]], sampler: str, **changes: An
 
 def draws_what_generate_draws(sampler: str, device: str) -> None:
     model, prompts = model_on(device), ragged(ROWS)
-    for temperature in (0.0, 0.7, 1.0):
-        drawn, expected = (draw(model, prompts, name, temperature=temperature) for name in (sampler, "generate"))
+    for temperature, top_p in ((0.0, 1.0), (0.7, 1.0), (1.0, 1.0), (0.0, 0.5), (1.0, 0.5)):
+        settings = {"temperature": temperature, "top_p": top_p}
+        drawn, expected = (draw(model, prompts, name, **settings) for name in (sampler, "generate"))
         assert drawn.completions() == expected.completions()
         assert len({tuple(row) for row in drawn.completions()}) > 5
+        if top_p == 1:
+            assert draw(model, prompts, sampler, temperature=temperature).completions() == drawn.completions()
 
 
 def draws_from_the_probabilities_of_a_scoring_pass(sampler: str, device: str) -> None:
@@ -95,6 +99,41 @@ def draws_from_the_probabilities_of_a_scoring_pass(sampler: str, device: str) ->
         used = [row[:length] for row, length in zip(numbers, drawn.completion_length.tolist(), strict=True)]
         used = torch.cat(used).to(device)
         assert (lower - TOLERANCE <= used).all() and (used <= upper + TOLERANCE).all()
+
+
+def smallest_nucleus(probability: list[float], top_p: float) -> list[int]:
+    """Collect tokens from the likeliest on until their probability reaches ``top_p``."""
+    kept: list[int] = []
+    for token in sorted(range(len(probability)), key=lambda i: -probability[i]):
+        kept.append(token)
+        if sum(probability[i] for i in kept) >= top_p:
+            break
+    return kept
+
+
+def draws_from_the_nucleus(sampler: str, device: str) -> None:
+    """Compare each number with the token's share of the nucleus in a pass over the finished sequence."""
+    model, prompts = model_on(device), ragged(ROWS)
+    for temperature, top_p in ((0.5, 0.7), (1.0, 0.3), (1.0, 0.9), (2.0, 0.6)):
+        drawn = draw(model, prompts, sampler, temperature=temperature, top_p=top_p)
+        with torch.no_grad():
+            logits = completion_logits(model, drawn).double().cpu() / temperature
+        warped = TopPLogitsWarper(top_p)(torch.empty(0), logits).softmax(-1)
+        numbers = uniform_numbers(range(ROWS), LIMIT, torch.device("cpu"))
+        used = [row[:length] for row, length in zip(numbers, drawn.completion_length.tolist(), strict=True)]
+        tokens = drawn.input_ids.flatten()[drawn.completion_index].tolist()
+        sizes = set()
+        for row, token, number, other in zip(logits, tokens, torch.cat(used).tolist(), warped, strict=True):
+            probability = row.softmax(-1).tolist()
+            kept = smallest_nucleus(probability, top_p)
+            assert token in kept
+            total = sum(probability[i] for i in kept)
+            lower = sum(probability[i] for i in kept if i < token) / total
+            assert lower - TOLERANCE <= number <= lower + probability[token] / total + TOLERANCE
+            assert set(kept) == set(other.nonzero().flatten().tolist())
+            assert abs(other[token] - probability[token] / total) < TOLERANCE
+            sizes.add(len(kept))
+        assert len(sizes) > 2
 
 
 def decodes_greedily_at_temperature_zero(sampler: str, device: str) -> None:
@@ -171,6 +210,7 @@ def leaves_model_and_random_state_alone(sampler: str, device: str) -> None:
 CHECKS: list[Callable[[str, str], None]] = [
     draws_what_generate_draws,
     draws_from_the_probabilities_of_a_scoring_pass,
+    draws_from_the_nucleus,
     decodes_greedily_at_temperature_zero,
     stops_after_the_first_stop_token_or_at_the_limit,
     draws_a_row_without_regard_to_the_others,
@@ -223,6 +263,8 @@ FAULTS: dict[str, tuple[Callable[..., Tensor], Callable[[str, str], None]]] = {
     "padding is seen": (altered(mask=torch.ones_like), draws_a_row_without_regard_to_the_others),
     "other numbers": (altered(numbers=lambda numbers: 1 - numbers), draws_from_the_probabilities_of_a_scoring_pass),
     "no temperature": (altered(temperature=lambda _: 1.0), draws_from_the_probabilities_of_a_scoring_pass),
+    "whole distribution": (altered(top_p=lambda _: 1.0), draws_from_the_nucleus),
+    "smaller nucleus": (altered(top_p=lambda top_p: top_p - 0.1), draws_from_the_nucleus),
     "never greedy": (altered(temperature=lambda t: t or 1.0), decodes_greedily_at_temperature_zero),
     "other draws": (altered(numbers=lambda numbers: numbers.flip(1)), draws_what_generate_draws),
     "another stop token": (altered(stop_ids=lambda stops: (*stops, 9)), draws_from_the_probabilities_of_a_scoring_pass),

@@ -16,7 +16,14 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    TopPLogitsWarper,
+)
 
 from benchmarks import sampling as benchmark
 from spo.batching import even_parts_by_length
@@ -24,7 +31,7 @@ from spo.forward.probe import probe_drawing
 from spo.logs import log_once
 from spo.models import tabular
 from spo.sampling import SampleBuffer, derive_seed, generate, sample, static
-from spo.sampling.draw import next_tokens
+from spo.sampling.draw import next_tokens, nucleus
 from spo.types import Sequences
 from tests.helpers import (
     BOS,
@@ -524,6 +531,44 @@ def test_next_tokens_invert_the_cumulative_distribution() -> None:
         edge = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
         assert next_tokens(logits.expand(2, -1), edge, temperature).tolist() == [0, 999]
     assert next_tokens(logits, torch.tensor([0.3]), 0.0).tolist() == [int(logits.argmax())]
+
+
+def test_nucleus_is_that_of_transformers() -> None:
+    logits = torch.randn(200, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
+    for temperature, top_p in ((1.0, 0.9), (0.5, 0.3), (2.0, 0.999), (1.0, 1e-9)):
+        weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
+        expected = TopPLogitsWarper(top_p)(torch.empty(0), logits / temperature).isfinite()
+        assert torch.equal(nucleus(weights, top_p), expected)
+        numbers = torch.linspace(0, 1 - 1e-9, 200, dtype=torch.float64)
+        drawn = next_tokens(logits, numbers, temperature, top_p)
+        assert expected[torch.arange(200), drawn].all()
+
+
+def test_nucleus_at_its_limits() -> None:
+    weights = torch.tensor([[1.0, 4, 4, 1], [0, 0, 0, 7], [0, 5, 5, 0]], dtype=torch.float64)
+    assert nucleus(weights, 0.4).tolist() == [
+        [False, True, False, False],
+        [False] * 3 + [True],
+        [False, True] + [False] * 2,
+    ]
+    assert nucleus(weights, 0.41)[0].tolist() == [False, True, True, False]
+    assert nucleus(weights, 0.8)[0].tolist() == [False, True, True, False]
+    assert nucleus(weights, 0.9)[0].tolist() == [True, True, True, False]  # the lower id of equals
+    assert nucleus(weights, 1.0).tolist() == [[True] * 4, [False] * 3 + [True], [False, True, True, False]]
+    logits = torch.randn(100, 300, generator=torch.Generator().manual_seed(1))
+    numbers = torch.rand(100, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    assert torch.equal(next_tokens(logits, numbers, 1.0, 1.0), next_tokens(logits, numbers, 1.0))
+    assert torch.equal(next_tokens(logits, numbers, 1.0, 1e-12), logits.argmax(-1))
+    masked = torch.tensor([[-torch.inf, 0.0, -torch.inf, -1.0]]).expand(50, -1)
+    edges = torch.linspace(0, 1 - 2**-53, 50, dtype=torch.float64)
+    assert set(next_tokens(masked, edges, 1.0, 0.99).tolist()) == {1, 3}
+
+
+@pytest.mark.parametrize("top_p", [0.0, -0.1, 1.1, float("nan")])
+def test_top_p_outside_of_its_range_is_refused(top_p: float) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 1, "temperature": 1.0, "stop_ids": [EOS], "pad_token_id": PAD}
+    with pytest.raises(ValueError, match="top_p has to be above 0 and at most 1"):
+        sample(tiny_llama(), [[BOS]], seeds=[0], sampler="static", top_p=top_p, **settings)
 
 
 def test_sampling_benchmark_command(

@@ -25,13 +25,33 @@ def uniform_numbers(seeds: Seq[int], length: int, device: torch.device) -> Tenso
     return torch.stack(rows).to(dtype).clamp(max=1 - torch.finfo(dtype).eps / 2).to(device)
 
 
-def next_tokens(logits: Tensor, numbers: Tensor, temperature: float) -> Tensor:
+def nucleus(weights: Tensor, top_p: float) -> Tensor:
+    """Return the smallest set of likeliest tokens whose probability reaches ``top_p`` (Holtzman et al., 2020).
+
+    Of equally likely tokens at the edge of the set, those of lower ids are in it.
+
+    Args:
+        weights: ``(N, V)`` probabilities up to a factor of each row.
+        top_p: Probability to reach, above 0 and at most 1.
+
+    Returns:
+        ``(N, V)``, true for tokens of the set, which always has the likeliest token of a row.
+    """
+    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    cumulative = ordered.cumsum(-1)
+    kept = cumulative.roll(1, dims=-1) < top_p * cumulative[:, -1:]
+    kept[:, 0] = True
+    return torch.empty_like(kept).scatter_(1, order, kept)
+
+
+def next_tokens(logits: Tensor, numbers: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
     """Choose one token per row, by inverting its cumulative distribution.
 
     Args:
         logits: ``(N, V)`` next-token logits.
         numbers: ``(N,)`` values in [0, 1) at which the cumulative distributions are inverted.
         temperature: Temperature of the softmax; 0 takes the likeliest token.
+        top_p: Probability that the nucleus has to reach, see :func:`nucleus`; 1 draws from all tokens.
 
     Returns:
         ``(N,)`` token ids.
@@ -41,6 +61,9 @@ def next_tokens(logits: Tensor, numbers: Tensor, temperature: float) -> Tensor:
     # The probabilities are summed in the dtype of the numbers, float64 where the device has it: in float32, the sums
     # over a large vocabulary would round rare tokens away. The normalizer cancels, so there is no division.
     relative = (logits - logits.amax(-1, keepdim=True)) / temperature
-    cumulative = relative.exp_().to(numbers.dtype).cumsum_(-1)
+    weights = relative.exp_().to(numbers.dtype)
+    if top_p < 1:
+        weights = weights.masked_fill(~nucleus(weights, top_p), 0)
+    cumulative = weights.cumsum_(-1)
     tokens = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)
     return tokens.clamp(max=logits.shape[1] - 1).squeeze(1)

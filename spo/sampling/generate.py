@@ -42,15 +42,17 @@ class _Draw(LogitsProcessor):
     Args:
         numbers: ``(N, max_new_tokens)`` uniform numbers in [0, 1) of each row.
         temperature: Temperature of the softmax.
+        top_p: Probability that the nucleus of each token has to reach.
         prompt_width: Length of the padded prompts in tokens.
     """
 
-    def __init__(self, numbers: Tensor, temperature: float, prompt_width: int) -> None:
-        self.numbers, self.temperature, self.prompt_width = numbers, temperature, prompt_width
+    def __init__(self, numbers: Tensor, temperature: float, top_p: float, prompt_width: int) -> None:
+        self.numbers, self.temperature, self.top_p, self.prompt_width = numbers, temperature, top_p, prompt_width
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores that are finite for the drawn token alone."""
-        tokens = next_tokens(scores, self.numbers[:, input_ids.shape[1] - self.prompt_width], self.temperature)
+        numbers = self.numbers[:, input_ids.shape[1] - self.prompt_width]
+        tokens = next_tokens(scores, numbers, self.temperature, self.top_p)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
@@ -63,6 +65,7 @@ def _generate(
     temperature: float,
     stop_ids: Seq[int],
     pad_token_id: int,
+    top_p: float = 1.0,
 ) -> Tensor:
     """Do what :func:`spo.sampling.static.decode` does with Hugging Face's ``generate``.
 
@@ -77,7 +80,7 @@ def _generate(
         pad_token_id=pad_token_id,
         use_cache=True,
     )
-    draw = [_Draw(numbers, temperature, ids.shape[1])] if temperature > 0 else []
+    draw = [_Draw(numbers, temperature, top_p, ids.shape[1])] if temperature > 0 else []
     generate: Any = model.generate  # Any, because nn.Module types undeclared attributes as tensors or modules.
     with default_generation_config(model):
         return generate(
@@ -122,15 +125,16 @@ def sample(
     pad_token_id: int,
     seeds: Seq[int],
     sampler: str,
+    top_p: float = 1.0,
 ) -> Sequences:
-    """Draw one completion per prompt, without truncating the distribution and with dropout off.
+    """Draw one completion per prompt, with dropout off, and from the whole distribution unless ``top_p`` cuts it.
 
     Every sampler keeps this contract, which ``tests/test_sampler_conformance.py`` checks:
 
     - The completion of a prompt depends on the weights, the prompt and its seed. It does not depend on other prompts,
       the sampler, or the global random state, except for rounding: other batch shapes add up in another order.
     - The probability of a token is that of a forward pass over the prompt and the tokens before it, which scores the
-      sequence later.
+      sequence later. With ``top_p`` below 1, it is that probability divided by the one of the nucleus.
     - A completion ends with its first stop token, which is part of it, or is cut at ``max_new_tokens``.
     - Modes, weights and random state are afterwards what they were.
 
@@ -146,10 +150,17 @@ def sample(
         seeds: Seed of each prompt.
         sampler: Name in :data:`SAMPLERS`: ``static`` for the loop of :mod:`spo.sampling.static`, with the models that
             it supports; ``generate`` for that of Hugging Face.
+        top_p: Probability that the nucleus of each token has to reach, after the temperature, see
+            :func:`spo.sampling.draw.nucleus`; 1 draws from all tokens.
 
     Returns:
         ``len(prompts)`` sequences, right-padded.
+
+    Raises:
+        ValueError: ``top_p`` is not above 0 and at most 1.
     """
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p has to be above 0 and at most 1, not {top_p:g}")
     device = next(model.parameters()).device
     if not prompts:
         none = torch.empty(0, dtype=torch.long, device=device)
@@ -168,6 +179,7 @@ def sample(
                 temperature=temperature,
                 stop_ids=stop_ids,
                 pad_token_id=pad_token_id,
+                top_p=top_p,
             )
             generated[index, : drawn.shape[1]] = drawn
     # A token is part of its completion if no stop token comes before it.

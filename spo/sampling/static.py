@@ -160,6 +160,7 @@ def decode(
     temperature: float,
     stop_ids: Seq[int],
     pad_token_id: int,
+    top_p: float = 1.0,
 ) -> Tensor:
     """Draw completions of a batch of prompts.
 
@@ -171,6 +172,7 @@ def decode(
         temperature: Temperature of the softmax; 0 decodes greedily.
         stop_ids: Tokens that end a completion.
         pad_token_id: Token id that fills the rest of the row.
+        top_p: Probability that the nucleus of each token has to reach; 1 draws from all tokens.
 
     Returns:
         ``(N, new)`` token ids.
@@ -210,7 +212,7 @@ def decode(
     active, finished = torch.arange(n, device=ids.device), torch.zeros(n, dtype=torch.bool, device=ids.device)
     every, notice = _check_schedule(ids.device)
     for step in range(limit):
-        tokens = next_tokens(logits, numbers[:, step], temperature).masked_fill(finished, pad_token_id)
+        tokens = next_tokens(logits, numbers[:, step], temperature, top_p).masked_fill(finished, pad_token_id)
         completions[active, step] = tokens
         finished |= torch.isin(tokens, stops)
         if step + 1 == limit:

@@ -21,6 +21,7 @@ def decode(
     temperature: float,
     stop_ids: Sequence[int],
     pad_token_id: int,
+    top_p: float = 1.0,
 ) -> Tensor:
     """Do what :func:`spo.sampling.static.decode` does with a plain forward pass over the whole prefix for each token.
 
@@ -32,6 +33,7 @@ def decode(
         temperature: Temperature of the softmax; 0 decodes greedily.
         stop_ids: Tokens that end a completion.
         pad_token_id: Token id that fills the rest of the row.
+        top_p: Probability that the nucleus of each token has to reach; 1 draws from all tokens.
 
     Returns:
         ``(N, new)`` token ids.
@@ -41,7 +43,7 @@ def decode(
     active = torch.arange(len(ids), device=ids.device)
     for step in range(numbers.shape[1]):
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **last_only)
-        tokens = next_tokens(output.logits[:, -1].float(), numbers[active, step], temperature)
+        tokens = next_tokens(output.logits[:, -1].float(), numbers[active, step], temperature, top_p)
         completions[active, step] = tokens
         going = ~torch.isin(tokens, stops)
         if not going.any():
