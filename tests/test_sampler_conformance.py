@@ -240,9 +240,8 @@ def altered(**changes: Callable[[Any], Any]) -> Callable[..., Tensor]:
 
     def decode(model: nn.Module, ids: Tensor, mask: Tensor, numbers: Tensor, **settings: Any) -> Tensor:
         given = {"ids": ids, "mask": mask, "numbers": numbers, **settings}
-        return generate.generate_tokens(
-            model, **given | {name: change(given[name]) for name, change in changes.items()}
-        )
+        given |= {name: change(given[name]) for name, change in changes.items()}
+        return generate.generate_tokens(model, **given)
 
     return decode
 

@@ -69,6 +69,7 @@ def generate_tokens(
     top_p: float = 1.0,
     processors: Seq[LogitsProcessor] = (),
     streamer: BaseStreamer | None = None,
+    use_cache: bool = True,
 ) -> Tensor:
     """Do what :func:`spo.sampling.static.decode` does with Hugging Face's ``generate``.
 
@@ -85,6 +86,7 @@ def generate_tokens(
         top_p: Probability that the nucleus of each token has to reach; 1 draws from all tokens.
         processors: Logits processors that come before the temperature.
         streamer: Receiver of each token as soon as it is drawn, for a single row.
+        use_cache: Whether keys and values are kept from token to token.
     """
     config = GenerationConfig(
         do_sample=False,  # Greedy decoding takes the tokens that _Draw left.
@@ -93,7 +95,7 @@ def generate_tokens(
         max_new_tokens=numbers.shape[1],
         eos_token_id=list(stop_ids),
         pad_token_id=pad_token_id,
-        use_cache=True,
+        use_cache=use_cache,
     )
     draw = [_Draw(numbers, temperature, top_p, ids.shape[1])] if temperature > 0 else []
     generate: Any = model.generate  # Any, because nn.Module types undeclared attributes as tensors or modules.
@@ -183,7 +185,7 @@ def sample(
     numbers = uniform_numbers(seeds, max_new_tokens, device)
     generated = torch.full(numbers.shape, pad_token_id, dtype=torch.long, device=device)
     with gathered(model), eval_mode(model), uncompiled(model):
-        for rows, decode in _batches(model, [*map(len, prompts)], max_new_tokens, sampler):
+        for rows, decode in batches(model, [*map(len, prompts)], max_new_tokens, sampler):
             ids, mask = pad_prompts([prompts[row] for row in rows], pad_token_id, device)
             index = torch.tensor(rows, device=device)
             drawn = decode(
@@ -200,13 +202,19 @@ def sample(
     return as_sequences(prompts, generated, stop_ids, pad_token_id)
 
 
-def _batches(
+def batches(
     model: nn.Module, lengths: list[int], max_new_tokens: int, sampler: str
 ) -> list[tuple[Seq[int], Callable[..., Tensor]]]:
     """Return the rows of each batch, and the function that decodes them.
 
     Rows that would change each other are drawn apart: only with rows of equal length, and so without padding, where
     padding changes a row; without a cache where positions change with the length that a completion may reach.
+
+    Args:
+        model: Hugging Face causal language model.
+        lengths: Length of each prompt in tokens.
+        max_new_tokens: Length limit of a completion in tokens.
+        sampler: Name in :data:`SAMPLERS`.
     """
     causal = base_model(model)
     drawing, scale = probe_drawing(model), scale_of(causal)
@@ -231,12 +239,12 @@ def _batches(
     if needs_all_processes(model):
         # Ranks gather shards together, so they need equally many batches. Their prompts are as many, but not as long.
         return [(range(len(lengths)), generate_tokens)]
-    batches: list[tuple[Seq[int], Callable[..., Tensor]]] = []
+    found: list[tuple[Seq[int], Callable[..., Tensor]]] = []
     for rows in groups:
         decode = chosen.decode if traits(rows[0])[0] else uncached.decode
         parts = even_parts_by_length([lengths[row] for row in rows], max_new_tokens, MAX_BATCH_TOKENS)
-        batches += [([rows[place] for place in part], decode) for part in parts]
-    return batches
+        found += [([rows[place] for place in part], decode) for part in parts]
+    return found
 
 
 def _is_supported(model: nn.Module, sampler: str) -> bool:

@@ -16,7 +16,7 @@ from transformers import DynamicCache, LogitsProcessor
 
 from spo.forward.head import base_model
 from spo.forward.modes import eval_mode
-from spo.forward.neighbors import Company
+from spo.forward.neighbors import Company, scale_of
 from spo.forward.probe import probe_drawing
 from spo.forward.sharding import gathered
 from spo.ops.logps import at_least_float32
@@ -102,7 +102,7 @@ class LinearAlignment(LogitsProcessor):
         }
         self.ids, self.mask = pad_prompts(plain_prompts, pad_token_id, next(model.parameters()).device)
         self.takes_positions = "position_ids" in inspect.signature(base_model(model).forward).parameters
-        keeps_states = probe_drawing(model).cache and static.unsupported(model) is None
+        keeps_states = _is_cached(model) and static.unsupported(model) is None
         self.states = DynamicCache(config=base_model(model).config) if keeps_states else None
         self.width: int | None = None
 
@@ -130,10 +130,14 @@ class LinearAlignment(LogitsProcessor):
             more[static.cache_keyword(base_model(self.model))] = self.states
         if self.takes_positions:
             more["position_ids"] = positions
-        output = self.model(
-            input_ids=ids, attention_mask=mask, use_cache=self.states is not None, return_dict=True, **more
-        )
+        more["use_cache"] = self.states is not None
+        output = self.model(input_ids=ids, attention_mask=mask, return_dict=True, **more)
         return output.logits[:, -1].float()
+
+
+def _is_cached(model: nn.Module) -> bool:
+    """Return whether keys and values of a model stay right while a sequence grows."""
+    return probe_drawing(model).cache and scale_of(base_model(model)) is None
 
 
 @torch.no_grad()
@@ -180,7 +184,7 @@ def sample_aligned(
     numbers = draw.uniform_numbers(seeds, max_new_tokens, device)
     generated = torch.full(numbers.shape, pad_token_id, dtype=torch.long, device=device)
     with gathered(model), eval_mode(model), uncompiled(model):
-        together = probe_drawing(model).company is Company.ANY
+        together = probe_drawing(model).company is Company.ANY and scale_of(base_model(model)) is None
         for rows in [[*range(len(prompts))]] if together else [[row] for row in range(len(prompts))]:
             ids, mask = pad_prompts([prompts[row] for row in rows], pad_token_id, device)
             alignment = LinearAlignment(
@@ -201,6 +205,7 @@ def sample_aligned(
                 stop_ids=stop_ids,
                 pad_token_id=pad_token_id,
                 processors=[alignment],
+                use_cache=_is_cached(model),
             )
             generated[rows, : drawn.shape[1]] = drawn
     return as_sequences(prompts, generated, stop_ids, pad_token_id)
