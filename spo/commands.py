@@ -13,6 +13,8 @@ from spo.help import COMMANDS
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from spo.stages.sample_request import SampleRequest, Words
+
 
 Job = Callable[["DictConfig"], Any]
 
@@ -213,6 +215,58 @@ def _compare(arguments: list[str]) -> int:
     return 0
 
 
+def _sample(arguments: list[str]) -> int:
+    request, words, as_json = _sampling("sample", arguments)
+    from spo.stages.sample import sample_command
+
+    sample_command(request, words, as_json=as_json)
+    return 0
+
+
+def _chat(arguments: list[str]) -> int:
+    request, words, _ = _sampling("chat", arguments)
+    from spo.stages.chat import chat_command
+
+    chat_command(request, words)
+    return 0
+
+
+def _sampling(name: str, arguments: list[str]) -> tuple[SampleRequest, Words, bool]:
+    """Return settings, overrides and ``--json`` of a command that samples, checked before torch is imported."""
+    from spo.stages.sample_request import SampleRequest, Words
+
+    parser = Parser(COMMANDS[name].usage)
+    parser.add_argument("model", metavar="RUN", type=Path)
+    if name == "sample":
+        parser.add_argument("prompt", metavar="PROMPT")
+        parser.add_argument("-n", dest="count", type=int, default=4)
+        parser.add_argument("--json", action="store_true")
+        parser.add_argument("--principle", metavar="TEXT")
+        parser.add_argument("--ratio", type=float)
+        parser.add_argument("--nucleus", choices=("principled", "contrast"))
+        parser.add_argument("--best-of", type=int, metavar="N")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--max-new-tokens", type=int)
+    parser.add_argument("--against", metavar="reference|RUN|FOLDER")
+    parser.add_argument("--plain", action="store_true")
+    parser.add_trust()
+    parser.add_argument("overrides", nargs="*")
+    given = vars(parser.parse_intermixed_args(arguments))
+    words = Words(given.pop("overrides"), given.pop("allow"), given.pop("config_dir"))
+    as_json = given.pop("json", False)
+    request = SampleRequest(**given)
+    judges = [word for word in words.overrides if word.startswith(("judge=", "judge."))]
+    problem = request.problem(needs_prompt=name == "sample")
+    if problem is None and judges and request.best_of is None:
+        problem = f"{judges[0]}: a judge chooses among several completions: add --best-of N"
+    if problem is not None:
+        raise UsageError(f"{problem}\nusage: {parser.usage}")
+    request.find_models()
+    return request, words, as_json
+
+
 def _report(arguments: list[str]) -> int:
     parser = Parser(COMMANDS["report"].usage)
     parser.add_argument("run_dir", type=Path)
@@ -338,6 +392,8 @@ RUN: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "extrapolate": _extrapolate,
     "compare": _compare,
+    "sample": _sample,
+    "chat": _chat,
     "report": _report,
     "dashboard": _dashboard,
     "inspect": _inspect,

@@ -207,6 +207,52 @@ COMMANDS = {
             "spo compare outputs/sweeps/ablation --by method,regularizer",
         ],
     ),
+    "sample": Command(
+        "print completions of a prompt, from a run or a model folder",
+        'spo sample RUN "PROMPT" [-n 4] [--seed 0] [--temperature T] [--top-p P] [--max-new-tokens N] [--json]\n'
+        "       [--against reference|RUN|FOLDER] [--principle TEXT [--ratio 2] [--nucleus NAME]] [--best-of N]\n"
+        "       [--plain] [KEY=VALUE] ... [--allow NAME] [--config-dir DIR]",
+        """
+        Samples completions from the policy of a run, or from the folder of a Hugging Face model. For a chat model, the
+        prompt is a user's message. Completion i has the seed SEED + i, and does not depend on the others.
+
+        -n N               number of completions; 4 by default
+        --seed SEED        seed of the first completion
+        --temperature T    temperature; by default that of the run's evaluation, 0 for the likeliest tokens
+        --top-p P          draw from the smallest set of likeliest tokens whose probability reaches P
+        --max-new-tokens N most tokens of a completion; by default those of the run's evaluation
+        --json             print one array of {prompt, completion, tokens, seed}, and nothing else
+        --against OTHER    the same from another model beside it: reference (of the run), a run, or a model folder
+        --principle TEXT   Linear Alignment: amplify what the principle in the prompt changes
+        --ratio K          how much: 0 for the plain prompt with the principle, 2 by default
+        --nucleus NAME     logits that choose the set of --top-p: principled (default) or contrast
+        --best-of N        draw N completions for each one, and print the best by the judge of the run
+        --plain            give the prompt as plain text, also to a chat model
+        KEY=VALUE          keys of judge (such as judge=gold), data, trainer.accelerator, model.trust_remote_code
+        --allow NAME       allow what a run of somebody else asks for, as in spo evaluate
+        """,
+        [
+            'spo sample outputs/runs/RUN "One morning, Mia"',
+            'spo sample outputs/runs/RUN "One morning, Mia" -n 2 --against reference --json',
+        ],
+    ),
+    "chat": Command(
+        "talk with a run or a model folder in the terminal",
+        "spo chat RUN [--against reference|RUN|FOLDER] [--seed 0] [--temperature T] [--top-p P] [--max-new-tokens N]\n"
+        "       [--plain] [KEY=VALUE] ... [--allow NAME] [--config-dir DIR]",
+        """
+        Answers each line that you type, token by token, until the input ends (Ctrl-D). With --against, another model
+        answers after it. A chat model sees its own conversation so far; any other model sees the line alone.
+
+        /reset             start a new conversation
+        /quit              end
+        --against OTHER    reference (of the run), another run, or a model folder
+        --seed SEED        seed of the first answer; answer t has the seed SEED + t
+
+        The other options are those of spo sample.
+        """,
+        ["spo chat outputs/runs/RUN", "spo chat outputs/runs/RUN --against reference"],
+    ),
     "report": Command(
         "write report.html of a run or an iteration again",
         "spo report RUN_DIR|ITERATION_DIR [--spec NAME|FILE]",

@@ -240,18 +240,19 @@ def altered(**changes: Callable[[Any], Any]) -> Callable[..., Tensor]:
 
     def decode(model: nn.Module, ids: Tensor, mask: Tensor, numbers: Tensor, **settings: Any) -> Tensor:
         given = {"ids": ids, "mask": mask, "numbers": numbers, **settings}
-        return generate._generate(model, **given | {name: change(given[name]) for name, change in changes.items()})
+        given |= {name: change(given[name]) for name, change in changes.items()}
+        return generate.generate_tokens(model, **given)
 
     return decode
 
 
 def trained_mode(model: nn.Module, *args: Any, **settings: Any) -> Tensor:
     model.train()
-    return generate._generate(model, *args, **settings)
+    return generate.generate_tokens(model, *args, **settings)
 
 
 def cut_short(*args: Any, **settings: Any) -> Tensor:
-    return generate._generate(*args, **settings)[:, :4]
+    return generate.generate_tokens(*args, **settings)[:, :4]
 
 
 FAULTS: dict[str, tuple[Callable[..., Tensor], Callable[[str, str], None]]] = {

@@ -710,7 +710,7 @@ class RenamedCache(LlamaForCausalLM):
     """A model that takes its cache under the name that transformers 5.24 introduced."""
 
     def forward(self, *, cache: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        return super().forward(**{static._cache_keyword(LlamaForCausalLM): cache}, **kwargs)
+        return super().forward(**{static.cache_keyword(LlamaForCausalLM): cache}, **kwargs)
 
 
 def test_static_sampler_passes_the_cache_under_the_name_of_the_signature() -> None:

@@ -90,7 +90,7 @@ def test_rows_of_every_decoding_loop_are_padded_after_the_stop_token() -> None:
     prompts = torch.tensor([[BOS, token] for token in range(3, 19)])
     numbers = uniform_numbers(SEEDS[:16], 12, torch.device("cpu"))
     shared: dict[str, Any] = {"temperature": 1.0, "pad_token_id": PAD}
-    loops = (static.decode, generate._generate, uncached.decode)
+    loops = (static.decode, generate.generate_tokens, uncached.decode)
     for decode in loops:
         free = decode(model, prompts, torch.ones_like(prompts), numbers, stop_ids=NEVER, **shared).tolist()
         drawn = decode(model, prompts, torch.ones_like(prompts), numbers, stop_ids=stop_ids, **shared).tolist()

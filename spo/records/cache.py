@@ -59,6 +59,18 @@ def cached(root: str | Path, kind: str, key: dict[str, Any], build: Callable[[Pa
     return share(folder)
 
 
+def find_cached(root: str | Path, kind: str, key: dict[str, Any]) -> Path | None:
+    """Return the complete folder that :func:`cached` has built for a key, ``None`` if it is missing or damaged.
+
+    Args:
+        root: Folder of the cache.
+        kind: Kind of content.
+        key: JSON-like values that determine the content.
+    """
+    folder = Path(root).resolve() / kind / digest(key)[:32]
+    return folder if _is_intact(folder) else None
+
+
 def build_alone(build: Callable[[Path], None]) -> Callable[[Path | None], None]:
     """Return a build for :func:`cached` in which the first process does everything.
 

@@ -20,9 +20,34 @@ def uniform_numbers(seeds: Seq[int], length: int, device: torch.device) -> Tenso
         ``(N, length)`` float64, or float32 on MPS, which does not support float64.
     """
     rows = [torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    dtype = torch.float32 if device.type == "mps" else torch.float64
+    dtype = widest_dtype(device)
     # Rounded to float32, the largest numbers would be 1, which stands for the last token even if it is impossible.
     return torch.stack(rows).to(dtype).clamp(max=1 - torch.finfo(dtype).eps / 2).to(device)
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on MPS, which does not support float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def check_top_p(top_p: float) -> None:
+    """Refuse a ``top_p`` that is not above 0 and at most 1.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p has to be above 0 and at most 1, not {top_p:g}")
+
+
+def relative_weights(logits: Tensor, temperature: float) -> Tensor:
+    """Return the ``(N, V)`` probabilities of tokens, relative to the likeliest token of each row.
+
+    Args:
+        logits: ``(N, V)`` next-token logits.
+        temperature: Temperature of the softmax, above 0.
+    """
+    return ((logits - logits.amax(-1, keepdim=True)) / temperature).exp_()
 
 
 def nucleus(weights: Tensor, top_p: float) -> Tensor:
@@ -60,8 +85,7 @@ def next_tokens(logits: Tensor, numbers: Tensor, temperature: float, top_p: floa
         return logits.argmax(-1)
     # The probabilities are summed in the dtype of the numbers, float64 where the device has it: in float32, the sums
     # over a large vocabulary would round rare tokens away. The normalizer cancels, so there is no division.
-    relative = (logits - logits.amax(-1, keepdim=True)) / temperature
-    weights = relative.exp_().to(numbers.dtype)
+    weights = relative_weights(logits, temperature).to(numbers.dtype)
     if top_p < 1:
         weights = weights.masked_fill(~nucleus(weights, top_p), 0)
     cumulative = weights.cumsum_(-1)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
 
 from spo.batching import even_parts_by_length
 from spo.forward.head import base_model
@@ -20,7 +21,7 @@ from spo.forward.probe import Drawing, probe_drawing
 from spo.forward.sharding import gathered, needs_all_processes
 from spo.logs import log_once
 from spo.sampling import static, uncached
-from spo.sampling.draw import next_tokens, uniform_numbers
+from spo.sampling.draw import check_top_p, next_tokens, uniform_numbers
 from spo.types import Sequences, pad_prompts
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ MAX_BATCH_TOKENS = 32768
 in 16 bits."""
 
 
-def _uncompiled(model: nn.Module) -> AbstractContextManager[None]:
+def uncompiled(model: nn.Module) -> AbstractContextManager[None]:
     """Run compiled blocks without compilation inside: each new sequence length would be compiled anew."""
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
@@ -56,7 +57,7 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
-def _generate(
+def generate_tokens(
     model: nn.Module,
     ids: Tensor,
     mask: Tensor,
@@ -66,10 +67,26 @@ def _generate(
     stop_ids: Seq[int],
     pad_token_id: int,
     top_p: float = 1.0,
+    processors: Seq[LogitsProcessor] = (),
+    streamer: BaseStreamer | None = None,
+    use_cache: bool = True,
 ) -> Tensor:
     """Do what :func:`spo.sampling.static.decode` does with Hugging Face's ``generate``.
 
     The result is only as wide as the longest completion.
+
+    Args:
+        model: Hugging Face causal language model.
+        ids: ``(N, T)`` token ids of the prompts, left-padded.
+        mask: ``(N, T)`` 1 on their tokens, 0 on padding.
+        numbers: ``(N, new)`` uniform numbers in [0, 1), one for each token to draw; ``new`` is the length limit.
+        temperature: Temperature of the softmax; 0 decodes greedily.
+        stop_ids: Tokens that end a completion.
+        pad_token_id: Token id that fills the rest of the row.
+        top_p: Probability that the nucleus of each token has to reach; 1 draws from all tokens.
+        processors: Logits processors that come before the temperature.
+        streamer: Receiver of each token as soon as it is drawn, for a single row.
+        use_cache: Whether keys and values are kept from token to token.
     """
     config = GenerationConfig(
         do_sample=False,  # Greedy decoding takes the tokens that _Draw left.
@@ -78,7 +95,7 @@ def _generate(
         max_new_tokens=numbers.shape[1],
         eos_token_id=list(stop_ids),
         pad_token_id=pad_token_id,
-        use_cache=True,
+        use_cache=use_cache,
     )
     draw = [_Draw(numbers, temperature, top_p, ids.shape[1])] if temperature > 0 else []
     generate: Any = model.generate  # Any, because nn.Module types undeclared attributes as tensors or modules.
@@ -87,7 +104,8 @@ def _generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
-            logits_processor=LogitsProcessorList(draw),
+            logits_processor=LogitsProcessorList([*processors, *draw]),
+            streamer=streamer,
             synced_gpus=needs_all_processes(model),  # All ranks gather the shards together.
         )[:, ids.shape[1] :]
 
@@ -109,7 +127,7 @@ class Sampler(NamedTuple):
 
 SAMPLERS: dict[str, Sampler] = {
     "static": Sampler(static.decode, static.unsupported),
-    "generate": Sampler(_generate, lambda model: None),
+    "generate": Sampler(generate_tokens, lambda model: None),
 }
 """Samplers by their name in ``speed.sampler``. One that does not support a model leaves it to ``generate``."""
 
@@ -159,16 +177,15 @@ def sample(
     Raises:
         ValueError: ``top_p`` is not above 0 and at most 1.
     """
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p has to be above 0 and at most 1, not {top_p:g}")
+    check_top_p(top_p)
     device = next(model.parameters()).device
     if not prompts:
         none = torch.empty(0, dtype=torch.long, device=device)
         return Sequences(none.view(0, 0), none, none)
     numbers = uniform_numbers(seeds, max_new_tokens, device)
     generated = torch.full(numbers.shape, pad_token_id, dtype=torch.long, device=device)
-    with gathered(model), eval_mode(model), _uncompiled(model):
-        for rows, decode in _batches(model, [*map(len, prompts)], max_new_tokens, sampler):
+    with gathered(model), eval_mode(model), uncompiled(model):
+        for rows, decode in batches(model, [*map(len, prompts)], max_new_tokens, sampler):
             ids, mask = pad_prompts([prompts[row] for row in rows], pad_token_id, device)
             index = torch.tensor(rows, device=device)
             drawn = decode(
@@ -182,19 +199,22 @@ def sample(
                 top_p=top_p,
             )
             generated[index, : drawn.shape[1]] = drawn
-    # A token is part of its completion if no stop token comes before it.
-    is_stop = torch.isin(generated, torch.tensor(stop_ids, device=device)).long()
-    completion_length = (is_stop.cumsum(1) - is_stop == 0).sum(1)
-    return _right_padded(prompts, generated, completion_length, pad_token_id)
+    return as_sequences(prompts, generated, stop_ids, pad_token_id)
 
 
-def _batches(
+def batches(
     model: nn.Module, lengths: list[int], max_new_tokens: int, sampler: str
 ) -> list[tuple[Seq[int], Callable[..., Tensor]]]:
     """Return the rows of each batch, and the function that decodes them.
 
     Rows that would change each other are drawn apart: only with rows of equal length, and so without padding, where
     padding changes a row; without a cache where positions change with the length that a completion may reach.
+
+    Args:
+        model: Hugging Face causal language model.
+        lengths: Length of each prompt in tokens.
+        max_new_tokens: Length limit of a completion in tokens.
+        sampler: Name in :data:`SAMPLERS`.
     """
     causal = base_model(model)
     drawing, scale = probe_drawing(model), scale_of(causal)
@@ -218,13 +238,13 @@ def _batches(
         )
     if needs_all_processes(model):
         # Ranks gather shards together, so they need equally many batches. Their prompts are as many, but not as long.
-        return [(range(len(lengths)), _generate)]
-    batches: list[tuple[Seq[int], Callable[..., Tensor]]] = []
+        return [(range(len(lengths)), generate_tokens)]
+    found: list[tuple[Seq[int], Callable[..., Tensor]]] = []
     for rows in groups:
         decode = chosen.decode if traits(rows[0])[0] else uncached.decode
         parts = even_parts_by_length([lengths[row] for row in rows], max_new_tokens, MAX_BATCH_TOKENS)
-        batches += [([rows[place] for place in part], decode) for part in parts]
-    return batches
+        found += [([rows[place] for place in part], decode) for part in parts]
+    return found
 
 
 def _is_supported(model: nn.Module, sampler: str) -> bool:
@@ -236,8 +256,18 @@ def _is_supported(model: nn.Module, sampler: str) -> bool:
     return reason is None
 
 
-def _right_padded(prompts: Seq[Seq[int]], generated: Tensor, completion_length: Tensor, pad: int) -> Sequences:
-    """Return prompts and their completions as sequences on the device of ``generated``."""
+def as_sequences(prompts: Seq[Seq[int]], generated: Tensor, stop_ids: Seq[int], pad: int) -> Sequences:
+    """Return prompts and their completions as sequences on the device of ``generated``, right-padded.
+
+    Args:
+        prompts: Token ids of each prompt.
+        generated: ``(N, new)`` token ids that a model drew. What follows a stop token in a row is ignored.
+        stop_ids: Tokens that end a completion.
+        pad: Token id of padding.
+    """
+    # A token is part of its completion if no stop token comes before it.
+    is_stop = torch.isin(generated, torch.tensor(stop_ids, device=generated.device)).long()
+    completion_length = (is_stop.cumsum(1) - is_stop == 0).sum(1)
     lengths = completion_length.tolist()
     width = max(len(prompt) + extra for prompt, extra in zip(prompts, lengths, strict=True))
     ids = torch.full((len(prompts), width), pad, dtype=torch.long)

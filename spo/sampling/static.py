@@ -145,7 +145,7 @@ def _overridden_generation_methods(model: type[nn.Module]) -> list[str]:
     return [name for name in shared if getattr(model, name, None) is not getattr(GenerationMixin, name)]
 
 
-def _cache_keyword(model: nn.Module) -> str:
+def cache_keyword(model: nn.Module) -> str:
     """Return the name under which a model takes its cache; transformers renamed ``past_key_values`` to ``cache``."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
@@ -180,7 +180,7 @@ def decode(
     (n, width), limit = ids.shape, numbers.shape[1]
     lengths = mask.sum(1).tolist()
     states = PreallocatedCache(n, width + limit, padded=min(lengths) < width)
-    more: dict[str, Any] = {_cache_keyword(base_model(model)): states}
+    more: dict[str, Any] = {cache_keyword(base_model(model)): states}
     if base_model(model)._supports_logits_to_keep():
         more["logits_to_keep"] = 1
 

@@ -29,7 +29,7 @@ from spo.module import AlignmentModule
 from spo.notes import note
 from spo.objective import Prompts
 from spo.processes import rank, world_size
-from spo.records.cache import build_alone, cached
+from spo.records.cache import build_alone, cached, find_cached
 from spo.records.digests import code_version, model_digest
 from spo.regularizers import NoRegularizer
 from spo.schedules import Constant
@@ -75,7 +75,25 @@ def reference_model(cfg: DictConfig, spec: ModelSpec, source: Source) -> str:
     if spec.initial is None and cfg.sft.max_steps == 0:
         assert spec.path is not None
         return spec.path
-    key = {
+    return str(cached(cfg.paths.cache, "sft", _reference_key(cfg, spec), partial(_fine_tune, cfg, spec, source)))
+
+
+def find_reference(cfg: DictConfig, spec: ModelSpec) -> str | None:
+    """Return the folder or hub name of :func:`reference_model` without making one; ``None`` if it has to be made.
+
+    Args:
+        cfg: Configuration of the run, resolved.
+        spec: Settings for loading models.
+    """
+    if spec.initial is None and cfg.sft.max_steps == 0:
+        return spec.path
+    folder = find_cached(cfg.paths.cache, "sft", _reference_key(cfg, spec))
+    return None if folder is None else str(folder)
+
+
+def _reference_key(cfg: DictConfig, spec: ModelSpec) -> dict[str, Any]:
+    """Return what a reference model in the cache depends on."""
+    return {
         "code": code_version(*CODE_DEPENDENCIES),
         "initial": OmegaConf.to_container(cfg.model.initial, resolve=True) if cfg.model.initial else None,
         "weights": None if spec.path is None else model_digest(spec.path),
@@ -85,7 +103,6 @@ def reference_model(cfg: DictConfig, spec: ModelSpec, source: Source) -> str:
         "data": data_key(cfg, _read_by_sft(cfg)),
         "rendering": rendering_key(cfg),
     }
-    return str(cached(cfg.paths.cache, "sft", key, partial(_fine_tune, cfg, spec, source)))
 
 
 def initial_model(cfg: DictConfig, spec: ModelSpec) -> str:

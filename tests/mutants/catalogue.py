@@ -152,7 +152,7 @@ SAMPLING = (
     ),
     mutant_of(
         "tokens_drawn_at_temperature_0.7",
-        "sampling.draw.next_tokens",
+        "sampling.draw.relative_weights",
         "/ temperature",
         "/ (0.7 * temperature)",
         "verify:spo:tiny:sampler",
@@ -175,14 +175,14 @@ SAMPLING = (
     ),
     mutant_of(
         "only_the_first_stop_token_ends",
-        "sampling.generate.sample",
-        "torch.tensor(stop_ids, device=device)",
-        "torch.tensor(stop_ids[:1], device=device)",
+        "sampling.generate.as_sequences",
+        "torch.tensor(stop_ids, device",
+        "torch.tensor(stop_ids[:1], device",
         "test_stops.py::test_both_samplers_stop_at_the_first_of_the_stop_tokens",
     ),
     mutant_of(
         "stop_token_left_out_of_a_sample",
-        "sampling.generate.sample",
+        "sampling.generate.as_sequences",
         "(is_stop.cumsum(1) - is_stop == 0)",
         "(is_stop.cumsum(1) == 0)",
         "verify:spo:tiny:sampler",

@@ -1,0 +1,146 @@
+"""Settings of ``spo sample`` and ``spo chat``, and the folders of the models that they name.
+
+It imports nothing slow, so that a wrong command is answered at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spo.errors import UserError
+from spo.records import filenames
+from spo.records.files import read_mapping
+from spo.records.policy import POLICY_REMEDY
+
+REFERENCE = "reference"
+"""Value of ``--against`` for the reference model of the run."""
+DEFAULT_RATIO = 2.0
+"""Strength of a principle, that of the official demo of Linear Alignment."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a person gives besides the model: overrides of its configuration, and what is trusted.
+
+    Attributes:
+        overrides: Overrides of the groups ``data``, ``evaluation`` and ``judge``, and of the device.
+        allow: Targets, modules and paths of a run's configuration that may be used although it came with the directory.
+        config_dir: Folder with further members of the groups.
+    """
+
+    overrides: Sequence[str] = ()
+    allow: Sequence[str] = ()
+    config_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Settings of a sampling.
+
+    Attributes:
+        model: Run directory, or folder of a Hugging Face model.
+        prompt: Text of the prompt, a user's message for a chat model; empty in a chat.
+        count: Number of completions.
+        seed: Seed of the first completion.
+        temperature: Temperature of the softmax; ``None`` for that of the run's evaluation.
+        top_p: Probability that the nucleus of each token has to reach.
+        max_new_tokens: Length limit of a completion in tokens; ``None`` for that of the run's evaluation.
+        against: :data:`REFERENCE`, another run directory or model folder, or ``None``.
+        principle: Principle of Linear Alignment, or ``None``.
+        ratio: Strength of the principle; ``None`` for :data:`DEFAULT_RATIO`.
+        nucleus: Name of the logits that choose the nucleus of Linear Alignment; ``None`` for ``principled``.
+        best_of: Number of completions from which the judge chooses each one; ``None`` for no choice.
+        plain: Whether the prompt is text, even for a chat model.
+    """
+
+    model: Path
+    prompt: str = ""
+    count: int = 1
+    seed: int = 0
+    temperature: float | None = None
+    top_p: float = 1.0
+    max_new_tokens: int | None = None
+    against: str | None = None
+    principle: str | None = None
+    ratio: float | None = None
+    nucleus: str | None = None
+    best_of: int | None = None
+    plain: bool = False
+
+    def problem(self, *, needs_prompt: bool = True) -> str | None:
+        """Return what is wrong with the command, ``None`` if nothing is.
+
+        Args:
+            needs_prompt: Whether the command has a prompt.
+        """
+        if needs_prompt and not self.prompt.strip():
+            return 'the prompt is empty: give its text, such as spo sample RUN "Once there was"'
+        if self.count < 1:
+            return f"-n {self.count}: at least one completion"
+        if self.seed < 0:
+            return f"--seed {self.seed}: a number from 0 on"
+        if self.temperature is not None and not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            return f"--temperature {self.temperature:g}: a number from 0 on; 0 takes the likeliest token"
+        if not 0 < self.top_p <= 1:
+            return f"--top-p {self.top_p:g}: above 0 and at most 1, which keeps all tokens"
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            return f"--max-new-tokens {self.max_new_tokens}: at least one token"
+        if self.best_of is not None and self.best_of < 1:
+            return f"--best-of {self.best_of}: at least one completion to choose from"
+        if self.principle is None:
+            for flag, value in (("--ratio", self.ratio), ("--nucleus", self.nucleus)):
+                if value is not None:
+                    return f"{flag} {value} belongs to a principle: add --principle TEXT"
+        elif not self.principle.strip():
+            return "--principle is empty: give its text, or leave it out"
+        if self.ratio is not None and not math.isfinite(self.ratio):
+            return f"--ratio {self.ratio:g}: a finite number, such as {DEFAULT_RATIO:g}"
+        return None
+
+    def find_models(self) -> None:
+        """Check that the model and the other model are there.
+
+        Raises:
+            UserError: A folder does not hold a model, or a model folder is compared with its reference.
+        """
+        is_run = is_run_directory(self.model)
+        if self.against == REFERENCE and not is_run:
+            raise UserError(
+                f"{self.model} is a model folder, and only a run has a reference: name the other model as "
+                "--against FOLDER"
+            )
+        if self.against not in (None, REFERENCE):
+            is_run_directory(Path(str(self.against)))
+
+
+def is_run_directory(path: Path) -> bool:
+    """Return whether a path is a run directory with a policy, and not the folder of a model.
+
+    Args:
+        path: Path that a person named.
+
+    Raises:
+        UserError: It is neither of both.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such folder: name a run directory, or a folder with a Hugging Face model")
+    if (path / "config.json").is_file():
+        return False
+    if (path / filenames.POLICY / "config.json").is_file():
+        return True
+    if read_mapping(path / filenames.METRICS):
+        raise UserError(f"{path / filenames.POLICY} is missing: {POLICY_REMEDY}")
+    if (path / filenames.COMPOSED).exists():
+        raise UserError(f"{path} does not have a policy yet: finish it with spo train --resume {path}")
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} holds an adapter and not a whole model: merge it into its base model, or name the run that "
+            f"trained it"
+        )
+    raise UserError(
+        f"{path} is neither a run directory, which has {filenames.POLICY}/, nor the folder of a model, which has "
+        "config.json"
+    )
