@@ -1,0 +1,261 @@
+"""``spo iterate``: the configuration of each round, the ledger, and real iterations."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from spo import cli
+from spo.config.compose import compose
+from spo.config.groups import group_members
+from spo.config.iterations import iteration_arguments
+from spo.errors import UserError
+from spo.records.iteration import read_iteration
+from spo.resources import conf_dir
+from spo.stages import iterate as stage
+from spo.stages.iterate import first_round, iterate, round_config
+from tests.commands import TINY, enter, numbers, rows, spo
+from tests.test_kills import killed
+
+ITERATIONS = group_members([conf_dir()])["iteration"]
+SMALLEST = [TINY, "logger=record", "trainer.enable_progress_bar=false", "trainer.max_steps=2"]
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in for the histories of earlier rounds, of ten steps each."""
+    monkeypatch.setattr(stage, "last_step", lambda run_dir: 0 if run_dir.name == "round-0" else 10)
+
+
+def composed(*overrides: str, directory: Path = Path("/iterations/x")) -> Any:
+    return compose([*overrides], run_dir=directory)
+
+
+# --- the configuration of a round ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ITERATIONS)
+def test_round_0_evaluates_the_first_model(name: str) -> None:
+    rewards = ["iteration.rewards=[plot,brevity]"] if name == "sequential" else []
+    own = first_round(composed(f"iteration={name}", *rewards), Path("/iterations/x"))
+    assert own.paths.run == "/iterations/x/round-0" and own.trainer.max_steps == 0 and own.iteration is None
+    assert own.method.name == "sft" and own.regularizer._target_.endswith("NoRegularizer")
+    assert own.sft.max_steps > 0 and list(own.evaluation.against) == ["reference", "chosen"]
+
+
+def test_a_reference_that_follows_is_the_policy_before_the_round(steps: None) -> None:
+    cfg, directory = composed("iteration=dpo"), Path("/iterations/x")
+    first, third = (round_config(cfg, directory, number) for number in (1, 3))
+    assert first.model.path == "/iterations/x/round-0/policy" and first.model.start is None
+    assert list(first.evaluation.against) == ["reference", "chosen"] and not first.evaluation.further_kl
+    assert third.model.path == "/iterations/x/round-2/policy" and third.model.start is None
+    assert list(third.evaluation.against) == ["reference", "chosen", "/iterations/x/round-0"]
+    assert third.evaluation.further_kl == {"first": "/iterations/x/round-0/policy"}
+    assert (third.sft.max_steps, third.model.initial, third.iteration.first_step) == (0, None, 20)
+    assert third.iteration.source.policies == [f"/iterations/x/round-{number}/policy" for number in range(3)]
+    assert third.iteration.source.round == 3 and "rounds" not in third.iteration
+
+
+def test_a_reference_that_stays_is_the_first_model(steps: None) -> None:
+    own = round_config(composed("iteration=spo"), Path("/iterations/x"), 3)
+    assert own.model.path == "/iterations/x/round-0/policy" and own.model.start == "/iterations/x/round-2/policy"
+    assert list(own.evaluation.against) == ["reference", "chosen", "/iterations/x/round-2"]
+    assert not own.evaluation.further_kl
+
+
+def test_momentum_starts_a_round_from_the_extrapolated_policy(steps: None) -> None:
+    own = round_config(composed("iteration=accelerated"), Path("/iterations/x"), 2)
+    assert own.model.path == "/iterations/x/round-1/extrapolated/policy"
+    plain = round_config(composed("iteration=accelerated", "iteration.momentum=0"), Path("/iterations/x"), 2)
+    assert plain.model.path == "/iterations/x/round-1/policy"
+
+
+def test_further_references_and_rewards_of_a_round(steps: None) -> None:
+    own = round_config(composed("iteration=alpha_spin"), Path("/iterations/x"), 2)
+    assert own.extra_references == {"base": "/iterations/x/round-0/policy"}
+    cfg = composed("iteration=dpo", "iteration.rewards=[plot,brevity,plot]")
+    assert round_config(cfg, Path("/iterations/x"), 2).iteration.source.reward == "brevity"
+
+
+def test_without_a_judge_the_evaluation_does_not_compare(steps: None) -> None:
+    own = round_config(composed("iteration=spin", "judge=none"), Path("/iterations/x"), 2)
+    assert list(own.evaluation.against) == ["reference"]
+
+
+def test_the_configuration_of_the_iteration_stays_as_it_is(steps: None) -> None:
+    cfg = composed("iteration=dpo")
+    before = OmegaConf.to_yaml(cfg)
+    first_round(cfg, Path("/iterations/x")), round_config(cfg, Path("/iterations/x"), 2)
+    assert OmegaConf.to_yaml(cfg) == before
+
+
+# --- the command line ----------------------------------------------------------------------------------------------
+
+
+def test_rounds_are_written_out_and_directories_are_added() -> None:
+    words = iteration_arguments(["iteration=dpo", "rounds=1,2", "-m"])
+    assert words[2:] == ["iteration=dpo", "iteration.rounds=1,2", "-m"]
+    assert [word.partition("=")[0] for word in words[:2]] == ["hydra.run.dir", "hydra.sweep.dir"]
+    assert iteration_arguments(["hydra.run.dir=x", "hydra.sweep.dir=y"]) == ["hydra.run.dir=x", "hydra.sweep.dir=y"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "iteration=dpo"], "rounds are trained by spo iterate"),
+        (["iterate"], "choose one, such as iteration=dpo"),
+        (["iterate", "iteration=dpoo"], "did you mean dpo?"),
+        (["iterate", "iteration=dpo", "rounds=0"], "iteration.rounds=0: must be at least 1"),
+        (["iterate", "iteration=dpo", "judge=none"], "choose judge=MEMBER"),
+        (["iterate", "iteration=dpo", "iteration.rewards=[a]"], "name one for each round"),
+        (["iterate", "iteration=alpha_spin", "method=dpo"], "does not read the reference 'base'"),
+        (["iterate", "iteration=dpo", "data=enumerable", "model=tabular"], "every response of this data is known"),
+        (["iterate", "iteration=dpo", "iteration.source.completions=1"], "a pair needs at least 2 completions"),
+        (["iterate", "iteration=rso", "iteration.source.pairing.beta=-1"], "must be a positive number"),
+        (["iterate", "iteration=accelerated", "iteration.momentum=1"], "iteration.momentum=1"),
+        (["iterate", "iteration=dpo", "method=rosepo"], "choose another method"),
+    ],
+    ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_trained_is_refused_in_words(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enter(tmp_path, tmp_path / "cache", monkeypatch)
+    assert cli.main(words) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_directory_of_another_iteration_is_refused(tmp_path: Path) -> None:
+    ledger = {"name": "spin", "reference": "previous", "planned": 3, "rounds": []}
+    (tmp_path / "iterate.json").write_text(json.dumps(ledger))
+    cfg = composed("iteration=dpo", directory=tmp_path)
+    cfg.choices = {"iteration": "dpo"}
+    with pytest.raises(UserError, match="holds the iteration spin"):
+        iterate(cfg)
+
+
+# --- real iterations -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def accelerated(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train two rounds with momentum, and return the directory."""
+    torch.set_num_threads(1)
+    directory = tmp_path_factory.mktemp("iterations") / "accelerated"
+    words = [*SMALLEST, "iteration=accelerated", "iteration.rounds=2", "iteration.source.prompts=64"]
+    iterate(compose([*words, f"paths.cache={cache_dir}"], run_dir=directory))
+    return directory
+
+
+@pytest.mark.slow
+def test_an_iteration_is_a_ledger_over_runs(accelerated: Path) -> None:
+    iteration = read_iteration(accelerated)
+    assert (iteration.name, iteration.is_finished, iteration.planned) == ("accelerated", True, 2)
+    assert [one.measured for one in iteration.rounds] == ["round-0", "round-1/extrapolated", "round-2/extrapolated"]
+    assert "<svg" in (accelerated / "report.html").read_text()
+    second = numbers(accelerated / "round-2/extrapolated")
+    keys = ["win_rate", "win_rate/round-0", "win_rate/chosen", "kl", "kl/first", "entropy", "length", "distinct_2"]
+    assert {f"eval/{key}" for key in keys} <= second.keys()
+    # The first round's KL to its reference is that to the first model.
+    assert numbers(accelerated / "round-0")["eval/kl"] == 0 < second["eval/kl/first"]
+
+
+@pytest.mark.slow
+def test_the_extrapolated_weights_are_those_of_the_formula(accelerated: Path) -> None:
+    weights = [load_file(accelerated / f"{run}/policy/model.safetensors") for run in ("round-1", "round-2")]
+    found = load_file(accelerated / "round-2/extrapolated/policy/model.safetensors")
+    for name, trained in weights[1].items():
+        torch.testing.assert_close(found[name], trained + 0.3 * (trained - weights[0][name]), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_finished_iteration_trains_nothing_again(accelerated: Path, cache_dir: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in accelerated.rglob("model.safetensors")}
+    words = [*SMALLEST, "iteration=accelerated", "iteration.rounds=2", "iteration.source.prompts=64"]
+    iterate(compose([*words, f"paths.cache={cache_dir}"], run_dir=accelerated))
+    assert {file: file.stat().st_mtime_ns for file in accelerated.rglob("model.safetensors")} == before
+    changed = compose([*words, f"paths.cache={cache_dir}", "iteration.source.completions=3"], run_dir=accelerated)
+    with pytest.raises(UserError, match=r"round-1 holds another run.*\n.*iteration.source.completions: 5 there, 3 now"):
+        iterate(changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("spin", "sequential") else pytest.param(name, marks=pytest.mark.nightly) for name in ITERATIONS],
+)
+def test_every_iteration_trains(name: str, cache_dir: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    rewards = ["experiment=sequential"] if name == "sequential" else [f"iteration={name}"]
+    words = [*SMALLEST, *rewards, "iteration.rounds=2", "iteration.source.prompts=48", f"paths.cache={cache_dir}"]
+    iterate(compose(words, run_dir=tmp_path))
+    assert read_iteration(tmp_path).is_finished
+    last = numbers(tmp_path / "round-2")
+    assert last["data/pairs_used"] > 40 and last["eval/kl"] > 0
+    assert last["train/grad_norm"] > 0
+
+
+def check_kills(name: str, seed: int, folder: Path, cache: Path) -> None:
+    """Kill an iteration at two random moments, let it finish, and compare it with one that was not killed."""
+    words = [
+        "iterate",
+        f"iteration={name}",
+        *SMALLEST,
+        "rounds=2",
+        "iteration.source.prompts=48",
+        "model.dtype=float64",
+    ]
+    generator, started = random.Random(seed), time.monotonic()
+    spo(*words, "hydra.run.dir=whole", folder=folder, cache=cache)
+    seconds = time.monotonic() - started
+    command = [str(Path(sys.executable).with_name("spo")), *words, "hydra.run.dir=broken"]
+    for _ in range(2):
+        if not killed(command, folder, folder / "another cache", generator.uniform(0.3, 0.95) * seconds, generator):
+            break
+    spo(*words, "hydra.run.dir=broken", folder=folder, cache=folder / "another cache")
+    assert read_iteration(folder / "broken").is_finished
+    for run in (f"round-{number}" for number in range(3)):
+        assert numbers(folder / "broken" / run) == pytest.approx(numbers(folder / "whole" / run), rel=1e-9, abs=1e-9)
+        texts = [
+            [row["completion"] for row in rows(folder / one / run / "samples.jsonl")] for one in ("whole", "broken")
+        ]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+def test_a_killed_iteration_ends_as_one_that_was_not(cache_dir: Path, tmp_path: Path) -> None:
+    check_kills("spo", 1, tmp_path, cache_dir)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("name", "seed"), [("accelerated", 2), ("alpha_spin", 3), ("dpo", 4), ("rso", 5)])
+def test_iterations_of_other_kinds_survive_kills(name: str, seed: int, cache_dir: Path, tmp_path: Path) -> None:
+    check_kills(name, seed, tmp_path, cache_dir)
+
+
+@pytest.mark.nightly
+def test_an_iteration_is_the_same_on_two_devices(cache_dir: Path, tmp_path: Path) -> None:
+    words = ["iterate", "iteration=dpo", *SMALLEST, "rounds=2", "iteration.source.prompts=48", "model.dtype=float64"]
+    words += ["trainer.accelerator=cpu"]
+    spo(*words, "hydra.run.dir=one", "trainer.devices=1", folder=tmp_path, cache=cache_dir)
+    spo(*words, "hydra.run.dir=two", "trainer.devices=2", "strategy=ddp", folder=tmp_path, cache=cache_dir)
+    for run in (f"round-{number}" for number in range(3)):
+        assert numbers(tmp_path / "two" / run) == pytest.approx(numbers(tmp_path / "one" / run), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.nightly
+def test_iterations_are_swept(cache_dir: Path, tmp_path: Path) -> None:
+    words = ["iterate", "-m", "iteration=dpo,sppo", *SMALLEST, "rounds=1", "iteration.source.prompts=48"]
+    spo(*words, "hydra.sweep.dir=sweep", folder=tmp_path, cache=cache_dir)
+    directories = sorted(file.parent for file in tmp_path.glob("sweep/*/iterate.json"))
+    assert [read_iteration(directory).name for directory in directories] == ["dpo", "sppo"]
