@@ -17,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import family_figures  # Beside this script.
+import iteration_figures
 import matplotlib.pyplot as plt
 import numpy as np
 import study_figures
@@ -242,7 +243,11 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
         )  # fmt: skip
 
 
-STUDIES: dict[str, Callable[..., Figure]] = {**study_figures.FIGURES, **family_figures.FIGURES}
+STUDIES: dict[str, Callable[..., Figure]] = {
+    **study_figures.FIGURES,
+    **family_figures.FIGURES,
+    **iteration_figures.FIGURES,
+}
 """Figures that compare sweeps and print their numbers."""
 FIGURES: dict[str, Callable[..., Figure]] = {
     "alpha": alpha, "labels": labels, "leak": leak, "kl_estimators": kl_estimators

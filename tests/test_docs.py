@@ -49,7 +49,7 @@ MAX_WIDTH = 100
 COMMANDS = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
 """Start of the command that runs a block of a language."""
 EXTRA_ARGUMENTS = {"run": "", "run-tiny": " +debug=tiny", "compose": " --cfg job seed=1 data.seed=0"}
-COMPOSING_COMMAND = re.compile(r"^spo (train|inspect)(?!.*--resume)\b[^#\n]*?(?=\s*(#|$))", re.MULTILINE)
+COMPOSING_COMMAND = re.compile(r"^spo (train|iterate|inspect)(?!.*--resume)\b[^#\n]*?(?=\s*(#|$))", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,12 @@ from spo.records import filenames
 from spo.records.files import read_jsonl
 from spo.records.iteration import Iteration, Round, is_iteration, read_iteration, write_iteration
 from spo.rounds.alarms import round_alarms
+from spo.rounds.metrics import FIRST
 from spo.runs.claim import set_aside
 from spo.runs.processes import sweep_dir
 from spo.stages.devices import join_processes
 from spo.stages.earlier_rewards import earlier_coefficients
 from spo.stages.train import train
-
-FIRST_MODEL = "first"
-"""Name of the first model among the models to which the evaluation measures the KL."""
 
 
 def iterate(cfg: DictConfig) -> dict[str, float]:
@@ -203,7 +201,7 @@ def round_config(cfg: DictConfig, directory: Path, number: int) -> DictConfig:
         others = [] if number == 1 else [directory / round_name(0 if follows else number - 1)]
         own.evaluation.against = _against(cfg, others)
         if follows and number > 1:
-            own.evaluation.further_kl = {FIRST_MODEL: first}
+            own.evaluation.further_kl = {FIRST: first}
     return own
 
 
