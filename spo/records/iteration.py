@@ -51,12 +51,14 @@ class Iteration:
         reference: Reference of each round: the policy of the ``previous`` round, or the ``first`` model.
         planned: Number of rounds that the iteration is to have, without round 0.
         rounds: Rounds that have begun, in their order.
+        settings: Values of the config group ``iteration``, for people to read.
     """
 
     name: str
     reference: IterationReference
     planned: int
     rounds: list[Round] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_finished(self) -> bool:
@@ -129,6 +131,8 @@ def parse_iteration(content: Any) -> Iteration | None:
     if not isinstance(content, dict) or not _has_types(content, {"name": str, "planned": int, "rounds": list}):
         return None
     entries = content["rounds"]
+    if not isinstance(content.get("settings", {}), dict):
+        return None
     if content.get("reference") not in get_args(IterationReference) or not all(map(_is_round, entries)):
         return None
     rounds = [Round(**_known(Round, entry)) for entry in entries]
