@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from spo.evaluation.settings import CHOSEN
+from spo.metrics.rounds import Measured, round_metrics, win_rate_keys
 from spo.records.iteration import (
     Iteration,
     NotAnIterationError,
@@ -19,7 +20,6 @@ from spo.records.iteration import (
     read_iteration,
     write_iteration,
 )
-from spo.rounds.metrics import Measured, round_metrics, win_rate_keys
 from tests.iterations import make_iteration
 
 ROUNDS = [Round(0, "round-0", "round-0", "finished", 1.5), Round(1, "round-1", "round-1/extrapolated", "running")]

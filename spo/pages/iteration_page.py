@@ -10,13 +10,13 @@ import yaml
 from markupsafe import Markup
 
 from spo.metrics.catalogue import label, title, unit
+from spo.metrics.rounds import ROUND_OPPONENTS, Measured, RoundMetrics, RoundOpponent, round_metrics
 from spo.pages.charts import RoundPoint, RoundSeries, marker, rounds_chart
 from spo.pages.run_page import TEMPLATES
 from spo.pages.selfcontained import write_selfcontained
 from spo.records import filenames
 from spo.records.files import flatten, load_yaml
 from spo.records.iteration import Iteration, Round, read_iteration
-from spo.rounds.metrics import ROUND_OPPONENTS, Measured, RoundMetrics, RoundOpponent, round_metrics
 from spo.wording import number, value_text
 
 OPPONENT_NAMES: dict[RoundOpponent, str] = {

@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from spo.metrics.catalogue import label
+from spo.metrics.rounds import ROUND_OPPONENTS, Measured, round_metrics
 from spo.pages.iteration_page import FIRST_KL, describe_status, quantities, time_text
 from spo.records.iteration import Iteration, RoundStatus, read_iteration
-from spo.rounds.metrics import ROUND_OPPONENTS, Measured, round_metrics
 from spo.wording import number
 
 _STYLES: dict[RoundStatus, str] = {"finished": "green", "failed": "red", "running": "yellow"}

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from spo.metrics.rounds import Measured, RoundMetrics, round_metrics
 from spo.records.iteration import Iteration
-from spo.rounds.metrics import Measured, RoundMetrics, round_metrics
 from spo.wording import number
 
 
