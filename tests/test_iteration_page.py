@@ -18,7 +18,7 @@ from spo.pages.charts import RoundPoint, RoundSeries, rounds_chart
 from spo.pages.iteration_page import FIRST_KL, render_iteration, time_text
 from spo.pages.iteration_table import print_iteration
 from spo.records.iteration import Iteration, write_iteration
-from spo.rounds.alarms import round_alarms
+from spo.rounds.alarms import alarms_of_run, round_alarms
 from tests.iterations import make_iteration
 
 LIMITS: dict[str, Any] = {"max_length_ratio": 1.5, "min_length_ratio": 0.67, "min_diversity_ratio": 0.7}
@@ -202,6 +202,18 @@ def test_alarms_state_what_ran_away_from_the_first_model(tmp_path: Path) -> None
     assert words.startswith("diversity: self-BLEU of round 2 is 0.600, where the first model has 0.200")
     assert "0.50 times that of the first model, and the limit is 0.7" in words
     assert len(found(length=400.0, distinct_2=0.0, self_bleu=1.0)) == 3
+
+
+def test_alarms_of_a_run_take_the_limits_of_its_iteration(tmp_path: Path) -> None:
+    iteration = make_iteration(tmp_path / "mine", extrapolated=True)
+    assert alarms_of_run(tmp_path / "mine" / "round-3" / "extrapolated") == round_alarms(
+        tmp_path / "mine", iteration, 3, **LIMITS
+    )
+    assert alarms_of_run(tmp_path / "mine" / "round-3") == alarms_of_run(tmp_path / "alone") == []
+    assert len(alarms_of_run(tmp_path / "mine" / "round-3" / "extrapolated")) == 1
+    iteration.settings = {}
+    write_iteration(tmp_path / "mine", iteration)
+    assert alarms_of_run(tmp_path / "mine" / "round-3" / "extrapolated") == []
 
 
 def test_no_alarm_without_limits_or_numbers(tmp_path: Path) -> None:

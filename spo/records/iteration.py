@@ -83,6 +83,15 @@ def is_iteration(directory: Path) -> bool:
     return (directory / filenames.ITERATION).is_file()
 
 
+def iteration_of(run_dir: Path) -> Path | None:
+    """Return the directory of the iteration that a run is part of, ``None`` for any other run.
+
+    Args:
+        run_dir: Run directory: that of a round, or that of an extrapolated policy within a round's.
+    """
+    return next((folder for folder in run_dir.absolute().parents[:2] if is_iteration(folder)), None)
+
+
 def read_iteration(directory: Path) -> Iteration:
     """Return the iteration in a directory.
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.records import filenames
 from spo.records.files import read_mapping
-from spo.records.iteration import is_iteration, read_iteration
+from spo.records.iteration import iteration_of, read_iteration
 from spo.records.operational_keys import CHOICES
 from spo.runs.processes import sweep_dir
 from spo.tracking import RunDescription
@@ -39,7 +39,7 @@ def describe(cfg: DictConfig, run_dir: Path, *, recorded: Sequence[Mapping[str, 
     parts = [method_name(cfg), *_coefficients(cfg), f"seed-{cfg.seed}"]
     in_sweep = sweep_dir() is not None or (run_dir.parent / filenames.SWEEP).exists()
     name, group = "_".join(parts), run_dir.parent.name if in_sweep else None
-    if (directory := _iteration_of(run_dir)) is not None:
+    if (directory := iteration_of(run_dir)) is not None:
         place = run_dir.absolute().relative_to(directory).parts
         # Two sweeps over iterations may have directories of the same names.
         sweep = f"{directory.parent.name}/" if (directory.parent / filenames.SWEEP).exists() else ""
@@ -59,12 +59,6 @@ def describe(cfg: DictConfig, run_dir: Path, *, recorded: Sequence[Mapping[str, 
         # Null outside of an iteration, and absent in runs of earlier versions.
         first_step=OmegaConf.select(cfg, "iteration.first_step") or 0,
     )
-
-
-def _iteration_of(run_dir: Path) -> Path | None:
-    """Return the directory of the iteration that a run is part of, ``None`` for any other run."""
-    # The run directory of an extrapolated policy lies in that of its round.
-    return next((folder for folder in run_dir.absolute().parents[:2] if is_iteration(folder)), None)
 
 
 def _coefficients(cfg: DictConfig) -> list[str]:
