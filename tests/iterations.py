@@ -68,39 +68,46 @@ def make_iteration(
         measured = f"{name}/extrapolated" if extrapolated and number else name
         status: RoundStatus = last if number == rounds else "finished"
         (directory / measured).mkdir(parents=True)
-        (directory / name / "config.yaml").write_text(_config(number, reference))
+        (directory / name / "config.yaml").write_text(_config(number))
         if status == "finished":
             previous = "extrapolated" if extrapolated and number > 1 else None
             numbers = round_numbers(number, reference, previous)
             (directory / measured / "metrics.json").write_text(json.dumps(numbers))
             (directory / measured / "report.html").write_text("<!doctype html>")
         listed.append(Round(number, name, measured, status, 12.5 + 31 * number))
-    iteration = Iteration("dpo", reference, 3, listed)
+    iteration = Iteration("dpo", reference, 3, listed, _settings(reference))
     write_iteration(directory, iteration)
     return iteration
 
 
-def _config(number: int, reference: str) -> str:
+def _settings(reference: str) -> dict[str, Any]:
+    """Return the group ``iteration`` as the command has it."""
+    return {
+        "rounds": 3,
+        "reference": reference,
+        "rewards": None,
+        "momentum": 0.0,
+        "limits": {"max_length_ratio": 1.5, "min_length_ratio": 0.67, "min_diversity_ratio": 0.7},
+        "source": {
+            "_target_": "spo.rounds.RoundSource",
+            "source": {"_target_": "spo.data.stories.StorySource", "num_prompts": 5},
+            "pairing": {"_target_": "spo.rounds.RejectionSampling", "beta": 0.5},
+            "completions": 4,
+            "top_p": 0.9,
+            "policies": ["/somewhere/round-0/policy"],
+            "round": 1,
+        },
+        "round": None,
+    }
+
+
+def _config(number: int) -> str:
     return f"""
-method: {{name: dpo}}
+method: {{name: {"dpo" if number else "sft"}}}
 beta: {{_target_: spo.schedules.Constant, value: 0.1}}
-data: {{name: stories}}
+data: {{path: /somewhere/pairs.jsonl}}
 judge: {{_target_: spo.evaluation.judges.GoldJudge}}
+choices: {{data: jsonl, model: tiny, judge: gold}}
 seed: 0
 trainer: {{max_steps: 200}}
-iteration:
-  name: dpo
-  rounds: 3
-  round: {number}
-  policies: [/tmp/round-0/policy]
-  completions: 4
-  temperature: 1.0
-  top_p: 1.0
-  pairing: {{_target_: spo.rounds.pairing.BestAndWorst}}
-  labels: certain
-  reference: {reference}
-  momentum: 0.0
-  history: 0
-  rewards: null
-  limits: {{max_length_ratio: 1.5, min_length_ratio: 0.67, min_diversity_ratio: 0.7}}
 """

@@ -15,6 +15,7 @@ import spo
 from spo.config.compose import compose
 from spo.runs.claim import claim
 from tests.comparison_runs import write_sweep
+from tests.iterations import make_iteration
 
 ROOT = Path(spo.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -135,11 +136,14 @@ LIBRARIES = ("datasets", "lightning", "tokenizers", "torch", "torchmetrics", "tr
         ("report sweep/method-dpo_beta-0.1_seed-1", {*LIBRARIES, "hydra", "numpy", "rich"}),
         ("dashboard entity/project", {"hydra", "lightning", "torch", "transformers"}),  # refused: there is no key
         ("report nowhere", {*LIBRARIES, "hydra", "numpy", "rich"}),
+        ("report iteration", {*LIBRARIES, "hydra", "numpy", "rich"}),
     ],
 )
 def test_command_imports_only_what_it_uses(words: str, unused: set[str], tmp_path: Path) -> None:
     if "sweep" in words:
         write_sweep(tmp_path / "sweep", seeds=(1, 2))
+    if "iteration" in words:
+        make_iteration(tmp_path / "iteration")
     status, modules, errors = run_and_list_modules(words, tmp_path)
     assert status == ("dashboard" in words or "nowhere" in words), errors
     assert not unused & modules

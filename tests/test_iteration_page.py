@@ -18,7 +18,7 @@ from spo.pages.charts import RoundPoint, RoundSeries, rounds_chart
 from spo.pages.iteration_page import FIRST_KL, render_iteration, time_text
 from spo.pages.iteration_table import print_iteration
 from spo.records.iteration import Iteration, write_iteration
-from spo.rounds.alarms import round_alarms
+from spo.rounds.alarms import alarms_of_run, round_alarms
 from tests.iterations import make_iteration
 
 LIMITS: dict[str, Any] = {"max_length_ratio": 1.5, "min_length_ratio": 0.67, "min_diversity_ratio": 0.7}
@@ -63,9 +63,19 @@ def test_page_shows_each_round_with_intervals_and_links_its_report(tmp_path: Pat
     assert "it beats the previous round (win rate 0.560, 0.520 to 0.600)" in page.text
     for key in ("kl", FIRST_KL, "reward", "entropy", "length", "distinct_2", "self_bleu"):
         assert label(key) in page.text and unit(key) in page.text
-    for words in ("3 of 3 rounds finished", "BestAndWorst", "the reference is the previous round", "0.458 – 0.558"):
+    for words in (
+        "3 of 3 rounds finished",
+        "RejectionSampling",
+        "pairing · beta",
+        "pairs.jsonl",
+        "the reference is the previous round",
+        "0.458 – 0.558",
+    ):
         assert words in page.text
-    assert "policies" not in page.text and "What runs away" not in page.text
+    assert (
+        not any(words in page.text for words in ("policies", "StorySource", "somewhere", "num prompts"))
+        and "What runs away" not in page.text
+    )
     first = file.read_bytes()
     assert render_iteration(tmp_path / "mine").read_bytes() == first
     assert len(first) < 200_000 and b"http" not in re.sub(rb"http-equiv", b"", first)
@@ -110,11 +120,11 @@ def test_texts_are_escaped_and_alarms_are_on_top(tmp_path: Path) -> None:
 
 
 def test_damaged_configuration_leaves_its_settings_out(tmp_path: Path) -> None:
-    make_iteration(tmp_path, 1)
-    for number, text in enumerate(("a: [", "")):
+    make_iteration(tmp_path, 2)
+    for number, text in enumerate(("a: [", ""), 1):
         (tmp_path / f"round-{number}" / "config.yaml").write_text(text)
     page = Page(render_iteration(tmp_path)).text
-    assert "Settings" in page and "BestAndWorst" not in page
+    assert "RejectionSampling" in page and "Training of each round" not in page
 
 
 def test_command_writes_the_page(
@@ -148,7 +158,7 @@ def test_table_has_a_row_for_each_round(tmp_path: Path) -> None:
     print_iteration(tmp_path, Console(file=out, width=80))
     text = out.getvalue()
     assert "0.660" in text and "0.62–0.70" in text and "length: long" in text
-    assert "2 of 3 rounds finished" in text and "data is the responses of the data" in text
+    assert "2 of 3 rounds finished" in text and "and chosen responses" in text
     assert re.findall(r"^(\d)( failed)? ", text, re.MULTILINE)[:4] == [
         ("0", ""),
         ("1", ""),
@@ -192,6 +202,18 @@ def test_alarms_state_what_ran_away_from_the_first_model(tmp_path: Path) -> None
     assert words.startswith("diversity: self-BLEU of round 2 is 0.600, where the first model has 0.200")
     assert "0.50 times that of the first model, and the limit is 0.7" in words
     assert len(found(length=400.0, distinct_2=0.0, self_bleu=1.0)) == 3
+
+
+def test_alarms_of_a_run_take_the_limits_of_its_iteration(tmp_path: Path) -> None:
+    iteration = make_iteration(tmp_path / "mine", extrapolated=True)
+    assert alarms_of_run(tmp_path / "mine" / "round-3" / "extrapolated") == round_alarms(
+        tmp_path / "mine", iteration, 3, **LIMITS
+    )
+    assert alarms_of_run(tmp_path / "mine" / "round-3") == alarms_of_run(tmp_path / "alone") == []
+    assert len(alarms_of_run(tmp_path / "mine" / "round-3" / "extrapolated")) == 1
+    iteration.settings = {}
+    write_iteration(tmp_path / "mine", iteration)
+    assert alarms_of_run(tmp_path / "mine" / "round-3" / "extrapolated") == []
 
 
 def test_no_alarm_without_limits_or_numbers(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from spo.evaluation.settings import CHOSEN
+from spo.metrics.rounds import Measured, round_metrics, win_rate_keys
 from spo.records.iteration import (
     Iteration,
     NotAnIterationError,
@@ -19,14 +20,15 @@ from spo.records.iteration import (
     read_iteration,
     write_iteration,
 )
-from spo.rounds.metrics import Measured, round_metrics, win_rate_keys
 from tests.iterations import make_iteration
 
 ROUNDS = [Round(0, "round-0", "round-0", "finished", 1.5), Round(1, "round-1", "round-1/extrapolated", "running")]
 
 
 def test_ledger_is_read_as_it_was_written(tmp_path: Path) -> None:
-    written = Iteration("accelerated", "first", 3, [*ROUNDS, Round(2, "round-2", "round-2", "failed", 3.0, ["long"])])
+    written = Iteration(
+        "accelerated", "first", 3, [*ROUNDS, Round(2, "round-2", "round-2", "failed", 3.0, ["long"])], {"a": 1}
+    )
     write_iteration(tmp_path / "new", written)
     assert is_iteration(tmp_path / "new") and not is_iteration(tmp_path)
     assert read_iteration(tmp_path / "new") == written
@@ -46,6 +48,7 @@ def test_keys_of_a_later_version_are_left_out(tmp_path: Path) -> None:
         {"name": None},
         {"reference": "last"},
         {"planned": True},
+        {"settings": []},
         {"rounds": {}},
         {"rounds": [{"number": 0}]},
         {"rounds": [{"number": 0, "directory": "a", "measured": "a", "status": "begun"}]},
@@ -97,7 +100,10 @@ def test_metrics_of_an_extrapolated_policy_stand_for_its_round(tmp_path: Path) -
     assert not (tmp_path / "round-2" / "metrics.json").exists()
     found = round_metrics(tmp_path, iteration, 3)
     assert list(found.win_rates) == ["previous", "first", "data"]
-    assert win_rate_keys(iteration, 3)["previous"] == "win_rate/extrapolated"
+    assert win_rate_keys(iteration, 3)["previous"] == ["win_rate/extrapolated", "win_rate/round-2"]
+    file = tmp_path / "round-3" / "extrapolated" / "metrics.json"
+    file.write_text(file.read_text().replace("win_rate/extrapolated", "win_rate/round-2"))
+    assert round_metrics(tmp_path, iteration, 3) == found
 
 
 def test_round_without_metrics_is_empty(tmp_path: Path) -> None:
@@ -108,4 +114,4 @@ def test_round_without_metrics_is_empty(tmp_path: Path) -> None:
 
 def test_data_is_the_opponent_of_that_name(tmp_path: Path) -> None:
     iteration = make_iteration(tmp_path)
-    assert win_rate_keys(iteration, 0) == {"data": f"win_rate/{CHOSEN}"}
+    assert win_rate_keys(iteration, 0) == {"data": [f"win_rate/{CHOSEN}"]}

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from spo import cli
 from spo.config.compose import compose
+from spo.records.iteration import Iteration, write_iteration
 from spo.runs.provenance import git_remote
 from spo.stages.description import describe
 from spo.tracking import RunDescription
@@ -363,23 +364,27 @@ def test_jobs_of_a_sweep_are_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_rounds_of_an_iteration_are_a_group(tmp_path: Path) -> None:
-    def found(run_dir: Path, **iteration: Any) -> RunDescription:
+    def found(folder: str, **iteration: Any) -> RunDescription:
+        run_dir = tmp_path / folder
         cfg = compose(["method=dpo", "beta=0.1"], run_dir=run_dir)
-        OmegaConf.update(cfg, "iteration", {"name": "accelerated", **iteration}, force_add=True)
+        OmegaConf.update(cfg, "iteration", iteration or None, force_add=True)
         run_dir.mkdir(parents=True)
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
         (run_dir / "provenance.json").write_text("{}")
         return describe(cfg, run_dir, recorded=[])
 
-    trained = found(tmp_path / "mine" / "round-2", round=2, first_step=200)
+    for name in ("mine", "other"):
+        write_iteration(tmp_path / name, Iteration("accelerated", "first", 3))
+    trained = found("mine/round-2", round=2, first_step=200)
     assert (trained.name, trained.group) == ("round-2 dpo_beta-0.1_seed-0", "mine")
     assert trained.job_type == "dpo" and trained.first_step == 200
     assert {"dpo", "iteration:accelerated", "round-2"} <= set(trained.tags)
-    beyond = found(tmp_path / "mine" / "round-2" / "extrapolated", round=2)
+    beyond = found("mine/round-2/extrapolated", round=2)
     assert (beyond.name, beyond.group) == ("round-2 extrapolated dpo_beta-0.1_seed-0", "mine")
-    assert beyond.first_step == 0
+    assert beyond.first_step == 0 and "round-2" in beyond.tags
+    assert found("alone").group is None and found("alone/deep/er").group is None
     (tmp_path / "sweep.json").write_text("{}")
-    assert found(tmp_path / "other" / "round-0", round=0, first_step=None).group == f"{tmp_path.name}/other"
+    assert found("other/round-0").group == f"{tmp_path.name}/other"
 
 
 @pytest.mark.parametrize(

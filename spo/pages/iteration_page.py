@@ -10,26 +10,27 @@ import yaml
 from markupsafe import Markup
 
 from spo.metrics.catalogue import label, title, unit
+from spo.metrics.rounds import ROUND_OPPONENTS, Measured, RoundMetrics, RoundOpponent, round_metrics
 from spo.pages.charts import RoundPoint, RoundSeries, marker, rounds_chart
 from spo.pages.run_page import TEMPLATES
 from spo.pages.selfcontained import write_selfcontained
 from spo.records import filenames
 from spo.records.files import flatten, load_yaml
 from spo.records.iteration import Iteration, Round, read_iteration
-from spo.rounds.metrics import ROUND_OPPONENTS, Measured, RoundMetrics, RoundOpponent, round_metrics
 from spo.wording import number, value_text
 
 OPPONENT_NAMES: dict[RoundOpponent, str] = {
     "previous": "the previous round",
     "first": "the first model",
-    "data": "the responses of the data",
+    "data": "the data",
 }
 FIRST_KL = "kl/the first model"
 """Key of the KL to the first model for the catalogue, which then names it for people."""
 _HUES = {"previous": 1, "first": 2, "data": 3}
 _HUE = 4
-# Of the settings of an iteration, these differ between rounds.
-_OF_ROUNDS = ("name", "round", "policies", "first_step", "rounds")
+# Settings of an iteration that are filled in for each round, or that the table of the training shows.
+_NOT_SHOWN = ("_target_", "earlier_coefficients", "first", "first_step", "name", "policies", "round", "rounds")
+_NOT_SHOWN += ("seed", "source", "splits")
 _TRAINING = {
     "method": ("method.name", "method.loss._target_"),
     "alpha": ("alpha.value", "alpha._target_"),
@@ -61,7 +62,7 @@ def render_iteration(directory: Path) -> Path:
     directory = Path(directory)
     iteration = read_iteration(directory)
     measured = [round_metrics(directory, iteration, one.number) for one in iteration.rounds]
-    settings, training = _settings(directory, iteration)
+    settings, training = _settings(iteration), _training(directory, iteration)
     return write_selfcontained(
         directory / filenames.REPORT,
         TEMPLATES / "iteration.html.j2",
@@ -246,10 +247,20 @@ def _links(directory: Path, one: Round) -> list[tuple[str, str]]:
     ]
 
 
-def _settings(directory: Path, iteration: Iteration) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Return the settings of the iteration, and those of the training, as the newest configuration has them."""
+def _settings(iteration: Iteration) -> list[tuple[str, str]]:
+    """Return the settings of the iteration that hold for all rounds."""
+    found = [("rounds", str(iteration.planned))]
+    for key, value in flatten(iteration.settings).items():
+        name = key.removeprefix("source.").removesuffix("._target_")
+        if name.partition(".")[0] not in _NOT_SHOWN and value not in (None, []):
+            found.append((name, _text(value)))
+    return found
+
+
+def _training(directory: Path, iteration: Iteration) -> list[tuple[str, str]]:
+    """Return facts about the training of each round, as the newest configuration has them."""
     config: Mapping[str, Any] = {}
-    for one in iteration.rounds:
+    for one in iteration.rounds[1:]:
         try:
             text = (directory / one.directory / filenames.CONFIG).read_text(encoding="utf-8", errors="replace")
             found = load_yaml(text)
@@ -257,19 +268,12 @@ def _settings(directory: Path, iteration: Iteration) -> tuple[list[tuple[str, st
             continue
         config = found if isinstance(found, dict) else config
     flat = flatten(config)
-    own = {key.removeprefix("iteration."): value for key, value in flat.items() if key.startswith("iteration.")}
-    settings = [("rounds", str(iteration.planned))]
-    settings += [
-        (key.removesuffix("._target_"), _text(value))
-        for key, value in own.items()
-        if key.partition(".")[0] not in _OF_ROUNDS and value is not None
-    ]
-    training = []
+    facts = []
     for name, keys in _TRAINING.items():
         value = next((flat[key] for key in keys if flat.get(key) is not None), None)
         if value is not None:
-            training.append((name, _text(value)))
-    return settings, training
+            facts.append((name, _text(value)))
+    return facts
 
 
 def _text(value: Any) -> str:

@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from spo.metrics.catalogue import label
-from spo.pages.iteration_page import FIRST_KL, OPPONENT_NAMES, describe_status, quantities, time_text
+from spo.metrics.rounds import ROUND_OPPONENTS, Measured, round_metrics
+from spo.pages.iteration_page import FIRST_KL, describe_status, quantities, time_text
 from spo.records.iteration import Iteration, RoundStatus, read_iteration
-from spo.rounds.metrics import ROUND_OPPONENTS, Measured, round_metrics
 from spo.wording import number
 
 _STYLES: dict[RoundStatus, str] = {"finished": "green", "failed": "red", "running": "yellow"}
@@ -47,8 +47,10 @@ def print_iteration(directory: Path, console: Console | None = None) -> None:
     console.print(table)
     for words in _alarms(iteration):
         console.print(Text(words, "yellow"), soft_wrap=True)
-    against = ", ".join(f"{name} is {words}" for name, words in OPPONENT_NAMES.items())
-    console.print(Text(f"win rates with 95% intervals over prompts: {against}"), soft_wrap=True)
+    words = (
+        "win rates with 95% intervals over prompts, against the previous round, the first model and chosen responses"
+    )
+    console.print(Text(words), soft_wrap=True)
     console.print(Text(describe_status(iteration)), soft_wrap=True)
 
 

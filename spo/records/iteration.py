@@ -51,12 +51,14 @@ class Iteration:
         reference: Reference of each round: the policy of the ``previous`` round, or the ``first`` model.
         planned: Number of rounds that the iteration is to have, without round 0.
         rounds: Rounds that have begun, in their order.
+        settings: Values of the config group ``iteration``, for people to read.
     """
 
     name: str
     reference: IterationReference
     planned: int
     rounds: list[Round] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_finished(self) -> bool:
@@ -79,6 +81,15 @@ class Iteration:
 def is_iteration(directory: Path) -> bool:
     """Return whether a directory has the ledger of an iteration."""
     return (directory / filenames.ITERATION).is_file()
+
+
+def iteration_of(run_dir: Path) -> Path | None:
+    """Return the directory of the iteration that a run is part of, ``None`` for any other run.
+
+    Args:
+        run_dir: Run directory: that of a round, or that of an extrapolated policy within a round's.
+    """
+    return next((folder for folder in run_dir.absolute().parents[:2] if is_iteration(folder)), None)
 
 
 def read_iteration(directory: Path) -> Iteration:
@@ -129,6 +140,8 @@ def parse_iteration(content: Any) -> Iteration | None:
     if not isinstance(content, dict) or not _has_types(content, {"name": str, "planned": int, "rounds": list}):
         return None
     entries = content["rounds"]
+    if not isinstance(content.get("settings", {}), dict):
+        return None
     if content.get("reference") not in get_args(IterationReference) or not all(map(_is_round, entries)):
         return None
     rounds = [Round(**_known(Round, entry)) for entry in entries]

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from spo.records.iteration import Iteration
-from spo.rounds.metrics import Measured, RoundMetrics, round_metrics
+from spo.metrics.rounds import Measured, RoundMetrics, round_metrics
+from spo.records.iteration import Iteration, iteration_of, read_iteration
 from spo.wording import number
 
 
@@ -44,6 +44,21 @@ def round_alarms(
         *_of_length(start, now, max_length_ratio, min_length_ratio),
         *_of_diversity(start, now, min_diversity_ratio),
     ]
+
+
+def alarms_of_run(run_dir: Path) -> list[str]:
+    """Return the alarms of a round from its run directory; none for a run outside of an iteration.
+
+    Args:
+        run_dir: Run directory with ``metrics.json``. The limits are those in the settings of its iteration.
+    """
+    directory = iteration_of(run_dir)
+    if directory is None:
+        return []
+    iteration, place = read_iteration(directory), run_dir.absolute().relative_to(directory).as_posix()
+    limits = iteration.settings.get("limits")
+    numbers = [one.number for one in iteration.rounds if one.measured == place]
+    return round_alarms(directory, iteration, numbers[0], **limits) if numbers and limits else []
 
 
 def _of_length(start: RoundMetrics, now: RoundMetrics, most: float | None, least: float | None) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from spo.config.coefficients import COEFFICIENTS, unused_coefficients
 from spo.records import filenames
 from spo.records.files import read_mapping
+from spo.records.iteration import iteration_of, read_iteration
 from spo.records.operational_keys import CHOICES
 from spo.runs.processes import sweep_dir
 from spo.tracking import RunDescription
@@ -38,12 +39,12 @@ def describe(cfg: DictConfig, run_dir: Path, *, recorded: Sequence[Mapping[str, 
     parts = [method_name(cfg), *_coefficients(cfg), f"seed-{cfg.seed}"]
     in_sweep = sweep_dir() is not None or (run_dir.parent / filenames.SWEEP).exists()
     name, group = "_".join(parts), run_dir.parent.name if in_sweep else None
-    iteration: Mapping[str, Any] = cfg.get("iteration") or {}  # The key is null outside of an iteration.
-    if iteration:
-        place = _place_in_iteration(run_dir)
-        name, group = f"{place.name} {name}", place.group
-        kind = iteration.get("name") or (cfg.get(CHOICES) or {}).get("iteration") or "iteration"
-        parts += [f"iteration:{kind}", f"round-{iteration['round']}"]
+    if (directory := iteration_of(run_dir)) is not None:
+        place = run_dir.absolute().relative_to(directory).parts
+        # Two sweeps over iterations may have directories of the same names.
+        sweep = f"{directory.parent.name}/" if (directory.parent / filenames.SWEEP).exists() else ""
+        name, group = " ".join((*place, name)), f"{sweep}{directory.name}"
+        parts += [f"iteration:{read_iteration(directory).name}", place[0]]
     # The record is read again, because it has the names of environment variables and not the secrets in them.
     config = OmegaConf.to_container(OmegaConf.load(run_dir / filenames.CONFIG))
     provenance = read_mapping(run_dir / filenames.PROVENANCE)
@@ -55,25 +56,9 @@ def describe(cfg: DictConfig, run_dir: Path, *, recorded: Sequence[Mapping[str, 
         config={**config, "provenance": provenance},  # type: ignore[dict-item]
         directory=run_dir,
         recorded=recorded,
-        first_step=iteration.get("first_step") or 0,
+        # Null outside of an iteration, and absent in runs of earlier versions.
+        first_step=OmegaConf.select(cfg, "iteration.first_step") or 0,
     )
-
-
-class _Place(NamedTuple):
-    """A run directory within an iteration: its name there, and the name of the iteration's directory."""
-
-    name: str
-    group: str
-
-
-def _place_in_iteration(run_dir: Path) -> _Place:
-    run_dir = run_dir.absolute()
-    # The run directory of an extrapolated policy lies in that of its round.
-    levels = 2 if run_dir.name == filenames.EXTRAPOLATED else 1
-    directory = run_dir.parents[levels - 1]
-    # Two sweeps over iterations may have directories of the same names.
-    sweep = f"{directory.parent.name}/" if (directory.parent / filenames.SWEEP).exists() else ""
-    return _Place(" ".join(run_dir.parts[-levels:]), f"{sweep}{directory.name}")
 
 
 def _coefficients(cfg: DictConfig) -> list[str]:

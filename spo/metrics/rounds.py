@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from spo.metrics.catalogue import INTERVAL_ENDS
 from spo.records import filenames
 from spo.records.files import read_mapping
-from spo.records.iteration import Iteration
+from spo.records.iteration import Iteration, Round
 from spo.wording import finite
 
 RoundOpponent = Literal["previous", "first", "data"]
@@ -79,34 +79,42 @@ def round_metrics(directory: Path, iteration: Iteration, number: int) -> RoundMe
         KeyError: The round has not begun.
     """
     found = read_mapping(directory / iteration.round(number).measured / filenames.METRICS) or {}
-    keys = win_rate_keys(iteration, number)
+    rates = {name: [_measured(found, key) for key in keys] for name, keys in win_rate_keys(iteration, number).items()}
     kl_first = "kl" if number <= 1 or iteration.reference == "first" else f"kl/{FIRST}"
     return RoundMetrics(
         number,
-        {name: one for name, key in keys.items() if (one := _measured(found, key)) is not None},
+        {name: known[0] for name, some in rates.items() if (known := [one for one in some if one is not None])},
         kl_first=_measured(found, kl_first),
         **{name: _measured(found, name) for name in ("kl", "entropy", "length", "reward", "distinct_2", "self_bleu")},
     )
 
 
-def win_rate_keys(iteration: Iteration, number: int) -> dict[RoundOpponent, str]:
-    """Return the key of the win rate against each opponent of a round, without ``eval/``.
+def win_rate_keys(iteration: Iteration, number: int) -> dict[RoundOpponent, list[str]]:
+    """Return the keys of the win rate against each opponent of a round, without ``eval/``.
 
     The reference of a round is an opponent under ``win_rate`` itself, and a run directory under its name.
 
     Args:
         iteration: Iteration with the rounds before ``number``.
         number: Number of the round.
+
+    Returns:
+        Keys by opponent, of which the first one that was measured counts. An extrapolated policy is compared with the
+        samples of an earlier round's extrapolated policy, or of its trained one.
     """
-    data = f"win_rate/{_CHOSEN}"
+    data = [f"win_rate/{_CHOSEN}"]
     if number == 0:
         return {"data": data}
-    first = previous = "win_rate"
+    first = previous = ["win_rate"]
     if number > 1 and iteration.reference == "previous":
-        first = f"win_rate/{Path(iteration.round(0).measured).name}"
+        first = _of_run(iteration.round(0))
     elif number > 1:
-        previous = f"win_rate/{Path(iteration.round(number - 1).measured).name}"
+        previous = _of_run(iteration.round(number - 1))
     return {"previous": previous, "first": first, "data": data}
+
+
+def _of_run(one: Round) -> list[str]:
+    return [f"win_rate/{name}" for name in dict.fromkeys(Path(path).name for path in (one.measured, one.directory))]
 
 
 def _measured(metrics: Mapping[str, Any], name: str) -> Measured | None:
