@@ -240,6 +240,16 @@ def test_large_beta_keeps_the_first_and_small_beta_the_best() -> None:
     assert rejection_sample([-1.7e308, 1.7e308], 1e-300, 2, Random(0)) == [1, 0]
 
 
+@pytest.mark.parametrize(("number", "keep", "mean"), [(16, 8, 0.69), (16, 2, 1.28), (64, 8, 1.34), (256, 8, 1.70)])
+def test_kept_share_limits_how_far_selection_reaches(number: int, keep: int, mean: float) -> None:
+    """Samples are not put back. Under pi exp(r / beta), normally distributed rewards have the mean 1 / beta = 2."""
+    random, kept = Random(0), []
+    for _ in range(400):
+        rewards = [random.gauss(0, 1) for _ in range(number)]
+        kept += [rewards[i] for i in rejection_sample(rewards, 0.5, keep, random)]
+    assert sum(kept) / len(kept) == pytest.approx(mean, abs=0.06)
+
+
 def test_single_best_is_accepted_in_the_first_pass() -> None:
     for position in range(4):
         rewards = [-0.1] * 4
