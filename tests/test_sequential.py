@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -20,12 +21,17 @@ from spo.config.compose import compose
 from spo.data import DataError, PreparedPairs, Renderer, Row, TokenizedPair, prepare
 from spo.data.collate import collate
 from spo.errors import UserError
+from spo.evaluation.judges.reward import RewardJudge
 from spo.exact.optimum import minimize
 from spo.losses import DPOLoss, SequentialPOLoss
 from spo.losses.declarations import DataNeeds
 from spo.models import ModelSpec
+from spo.rounds.scoring import score_completions
 from spo.stages import earlier_rewards as stage
 from spo.stages.earlier_rewards import earlier_coefficients, sequence_rewards, with_earlier_rewards
+from spo.stages.from_config import resolve_values
+from spo.stages.iterate import round_config
+from spo.stages.prepare import prepare_run
 from spo.types import PairLogps, Sequences, pad_sequences
 from tests.helpers import FAST, PAD, PLAIN, completion_logps, frozen, model_spec, save_model, tiny_llama, tiny_tokenizer
 from tests.test_dealt_stages import in_two_processes
@@ -60,7 +66,7 @@ def pairs() -> PreparedPairs:
     return prepare(rows, RENDERER, 0, 0.2, 0.2, 1, needs=DataNeeds.of(SequentialPOLoss()))
 
 
-def expected(policies: Sequence[str], batch: Any) -> Tensor:
+def expected(policies: Sequence[str], batch: Any, coefficients: Sequence[float] = COEFFICIENTS) -> Tensor:
     """Return the ``(N,)`` rewards of the sequences of a batch, from the weights and the definition alone."""
     models = []
     for i, folder in enumerate(policies):
@@ -69,7 +75,7 @@ def expected(policies: Sequence[str], batch: Any) -> Tensor:
     logps = [completion_logps(model, batch.sequences) for model in models]
     ratios = [after - before for before, after in pairwise(logps)]
     total = torch.zeros(len(batch.sequences), dtype=torch.float64)
-    for coefficient, ratio in zip(COEFFICIENTS, ratios, strict=True):
+    for coefficient, ratio in zip(coefficients, ratios, strict=True):
         total += coefficient * ratio
     return total
 
@@ -169,6 +175,36 @@ def test_coefficient_is_the_weight_times_the_final_beta(tmp_path: Path) -> None:
 def test_rounds_say_what_they_align_and_keep(words: str, message: str) -> None:
     found = problems(compose(["experiment=sequential", *words.split()]))
     assert (message in found[0] and len(found) == 1) if message else not found
+
+
+def test_second_round_has_its_own_reward_and_keeps_the_first(
+    policies: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        shutil.copytree(policies[number], tmp_path / f"round-{number}" / "policy")
+        (tmp_path / f"round-{number}" / "history.jsonl").write_text("")
+    (tmp_path / "round-1" / "coefficients.json").write_text('{"alpha": 1, "beta": 0.4}')
+    (tmp_path / "pairs.jsonl").write_text("")
+    words = [
+        *("experiment=sequential", "iteration.earlier_weights=[0.5]", "judge=none", "data.min_pairs=1"),
+        *("data=jsonl", f"data.path={tmp_path / 'pairs.jsonl'}", "data.max_length=64", "data.batch_size=2"),
+        *("model=hf", f"model.path={policies[0]}", "model.dtype=float64", "trainer.accelerator=cpu"),
+    ]
+    second = round_config(compose([*words, f"paths.cache={tmp_path / 'cache'}"], run_dir=tmp_path), tmp_path, 2)
+    assert (second.iteration.source.reward, second.iteration.source.earlier_coefficients) == ("brevity", [0.2])
+    rows = [Row(*texts) for texts in WORDS]
+    monkeypatch.setattr("spo.stages.prepare.preference_rows", lambda *_: (rows, {}))
+    found = prepare_run(resolve_values(second)).pairs
+    for of_split in (found.train, found.selection, found.test):
+        batch = collate(of_split, range(len(of_split)), PAD)
+        rewards = batch.per_completion(expected(policies[:2], batch, (0.2,))).T
+        assert torch.tensor([pair.numbers["earlier_reward"] for pair in of_split]) == pytest.approx(rewards, abs=1e-6)
+
+
+def test_scale_is_a_factor_of_the_component_that_scores() -> None:
+    judge = RewardJudge(lambda _, texts: {"reward": [0.0] * len(texts), "length": [float(len(text)) for text in texts]})
+    [found] = score_completions(judge, ["a"], [["b", "ccc"]], "length", 0.5)
+    assert found.scores == [0.5, 1.5] and found.win_rates[0] == pytest.approx((0.5 + 1 / (1 + math.e)) / 2)
 
 
 def test_processes_share_the_completions(policies: list[str], tmp_path: Path) -> None:

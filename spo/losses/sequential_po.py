@@ -26,8 +26,9 @@ class SequentialPOLoss(PreferenceLoss):
     where the reference pi_{n-1} is the policy of the round before, log-probabilities are *summed*, ``(B,)``, and E is
     the weighted sum of the implicit rewards of earlier rounds, constant in the gradient. It is read from the columns
     ``chosen_earlier_reward`` and ``rejected_earlier_reward``; rows without them are of the first round, which is DPO.
-    The loss is a reconstruction: it is our derivation from the constrained problem, and the paper's equation was not
-    read.
+    With Bradley-Terry labels of a reward r_n it leads to pi_{n-1} exp((r_n + E) / beta), so c_i > 0 keeps what round i
+    has aligned. The loss is a reconstruction: it is our derivation from the constrained problem, and the paper's
+    equation was not read.
     """
 
     features: Mapping[str, Feature] = {EARLIER_REWARD: Feature(EARLIER_REWARD, each=True, default=0.0)}
