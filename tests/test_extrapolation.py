@@ -16,11 +16,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from spo import cli
+from spo.config.compose import compose
 from spo.errors import UserError
 from spo.models import extrapolation
 from spo.models.extrapolation import BUFFER_KEYS, extrapolate_weights, extrapolated
 from spo.records.policy import write_policy_digests
+from spo.runs.claim import claim
 from spo.stages import factor_search
+from spo.stages.extrapolate import evaluated_from
 from spo.stages.extrapolation_plan import plan_extrapolation
 from spo.stages.factor_search import DOUBLING_FACTORS, Candidate, best_of, search_factor
 from tests.commands import TINY, enter, job, numbers
@@ -61,6 +64,9 @@ def second(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("factor", [0.5, -0.5, 3.0, -1.0, 0.0])
 def test_every_weight_goes_on_in_its_direction(factor: float, first: Path, second: Path, tmp_path: Path) -> None:
+    norm = "model.norm.weight"
+    change(first, lambda tensors: tensors[norm].fill_(-1.0))
+    change(second, lambda tensors: tensors[norm].fill_(-0.0))  # A sum with 0 would lose the sign.
     extrapolate_weights(first, second, factor, tmp_path / "out")
     start, end, found = weights(first), weights(second), weights(tmp_path / "out")
     assert found.keys() == start.keys() == end.keys()
@@ -351,8 +357,43 @@ def test_weights_alone_are_written_between_folders(
     assert json.loads((tmp_path / "out/extrapolation.json").read_text())["factor"] == -0.5
     written = file.stat().st_mtime_ns
     assert cli.main([*command, "-0.5"]) == 0 and file.stat().st_mtime_ns == written
+    shutil.rmtree(tmp_path / "out/policy")  # as if the command had been killed
+    assert cli.main([*command, "-0.5"]) == 0 and file.is_file()
     assert cli.main([*command, "1"]) == 1
     assert "out holds the factor -0.5 or other models: choose another --out" in capsys.readouterr().err
+
+
+def run_of(folder: Path, *overrides: str) -> Path:
+    """Write the directory of a run that has begun."""
+    with claim(folder, compose(["logger=record", *overrides], run_dir=folder)):
+        pass
+    return folder
+
+
+def test_configuration_of_a_run_is_trusted_as_far_as_that_of_an_evaluation(first: Path, tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run")
+    file = run / "composed.yaml"
+    file.write_text(re.sub(r"_target_: spo\.losses\.SPOLoss", "_target_: os.system", file.read_text()))
+    for given in (str(first), "reference"):
+        with pytest.raises(UserError, match=r"runs os\.system as method\.loss.*add --allow os\.system"):
+            plan_extrapolation(given, str(run), 0.5, None, tmp_path / "out")
+    with pytest.raises(UserError, match=r"an evaluation can change .* only, not sft\.max_steps=3"):
+        plan_extrapolation(str(first), str(run), 0.5, None, tmp_path / "out", ["sft.max_steps=3"])
+
+
+def test_reference_with_an_adapter_is_refused(first: Path, tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", "model=hf_lora", f"model.path={first}", "model.adapter_path=adapter")
+    with pytest.raises(UserError, match=r"the reference of .* is a model with an adapter \(model\.adapter_path\)"):
+        plan_extrapolation("reference", str(run), 0.5, None, tmp_path / "out")
+
+
+def test_extrapolated_weights_are_evaluated_without_adapter_and_training(first: Path, tmp_path: Path) -> None:
+    cfg = compose(["model=hf_lora", f"model.path={first}", "trainer.max_epochs=3", "sft.max_steps=5"], run_dir=tmp_path)
+    own = evaluated_from(cfg, tmp_path / "weights", tmp_path / "out")
+    assert (own.model.path, own.model.start, own.model.lora) == (str(first), str(tmp_path / "weights"), None)
+    assert own.reference == {"_target_": "spo.models.FrozenReference"}
+    assert (own.sft.max_steps, own.trainer.max_steps, own.trainer.max_epochs) == (0, 0, None)
+    assert own.paths.run == str(tmp_path / "out") and cfg.model.lora is not None and cfg.trainer.max_epochs == 3
 
 
 @pytest.mark.slow

@@ -18,8 +18,10 @@ from spo.records import filenames
 from spo.records.cache import build_alone, cached
 from spo.records.digests import code_version, model_digest
 from spo.records.files import read_mapping, write_json
+from spo.records.leftovers import remove_leftovers
 from spo.records.parameters import snapshot_folder
 from spo.runs.another_run import never_trained, read_identity
+from spo.runs.claim import locked
 from spo.runs.identity import differences, identity
 from spo.stages.devices import join_processes
 from spo.stages.extrapolation_plan import REFERENCE, Extrapolation
@@ -79,6 +81,11 @@ def _reference_of(run: DictConfig) -> Path:
         UserError: The weights are not those that the run started from.
     """
     base = prepare_run(resolve_values(run)).base
+    return first_decides(partial(_checked_reference, run, base))
+
+
+def _checked_reference(run: DictConfig, base: str) -> Path:
+    """Return the folder of a reference, and refuse one with other weights than the run recorded."""
     provenance = read_mapping(Path(run.paths.run) / filenames.PROVENANCE) or {}
     recorded = (provenance.get("inputs") or {}).get("reference_sha256")
     folder = Path(base) if Path(base).is_dir() else snapshot_folder(base)
@@ -105,14 +112,17 @@ def _refuse_another_run(out: Path, cfg: DictConfig) -> None:
 def _write_alone(first: Path, second: Path, factor: float, out: Path) -> None:
     """Write ``policy/`` in a directory that is not a run, unless it is there already."""
     facts = extrapolation_facts(first, second, factor)
-    found = read_mapping(out / filenames.EXTRAPOLATION)
-    if found is None or any(found.get(name) != value for name, value in facts.items()):
-        if out.is_dir() and any(out.iterdir()):
-            what = f"the factor {found.get('factor')} or other models" if found is not None else "something else"
+    with placed_by("give another folder with --out", out), locked(out):
+        remove_leftovers(out)
+        found = read_mapping(out / filenames.EXTRAPOLATION)
+        is_ours = found is not None and all(found.get(name) == value for name, value in facts.items())
+        if not is_ours and any(not file.name.startswith(".") for file in out.iterdir()):
+            what = "something else" if found is None else f"the factor {found.get('factor')} or other models"
             raise UserError(f"{out} holds {what}: choose another --out, or move it away")
-        with placed_by("give another folder with --out", out):
-            extrapolate_weights(first, second, factor, out / filenames.POLICY)
+        if not is_ours or not (out / filenames.POLICY).is_dir():
+            # First, so that an interrupted command finds its own directory.
             record_extrapolation(out, first, second, factor)
+            extrapolate_weights(first, second, factor, out / filenames.POLICY)
     print(f"policy   {out / filenames.POLICY}")
     print("To evaluate it like a run, add the data and a judge, such as data=jsonl data.path=PAIRS.jsonl judge=MEMBER.")
 
