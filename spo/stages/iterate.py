@@ -103,7 +103,8 @@ def _begin(cfg: DictConfig, directory: Path) -> Iteration:
     if cfg.rerun:
         set_aside(directory)
     name = str((cfg.get("choices") or {}).get("iteration"))
-    iteration = Iteration(name, cfg.iteration.reference, cfg.iteration.rounds)
+    settings: dict[str, Any] = OmegaConf.to_container(cfg.iteration, resolve=True)  # type: ignore[assignment]
+    iteration = Iteration(name, cfg.iteration.reference, cfg.iteration.rounds, settings=settings)
     if is_iteration(directory):
         before = read_iteration(directory)
         if (before.name, before.reference) != (iteration.name, iteration.reference):
