@@ -30,8 +30,21 @@ _HUES = {"previous": 1, "first": 2, "data": 3}
 _HUE = 4
 _COEFFICIENTS = ("alpha.", "beta.")
 # Settings of an iteration that are filled in for each round, or that the table of the training shows.
-_NOT_SHOWN = ("_target_", "earlier_coefficients", "first", "first_step", "name", "policies", "round", "rounds")
-_NOT_SHOWN += ("seed", "source", "splits")
+_NOT_SHOWN = frozenset(
+    [
+        "_target_",
+        "earlier_coefficients",
+        "first",
+        "first_step",
+        "name",
+        "policies",
+        "round",
+        "rounds",
+        "seed",
+        "source",
+        "splits",
+    ]
+)
 _TRAINING = {
     "method": ("method.name", "method.loss._target_"),
     "alpha": ("alpha.value", "alpha._target_"),

@@ -178,8 +178,9 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
         # The record is complete before a tracker, which may fail or hang, reads it.
         alarms = alarms_of_run(run_dir)
         for tracker in trackers:
-            for words in alarms if isinstance(tracker, LiveTracker) else ():
-                tracker.alert(f"iteration: {words.partition(':')[0]}", words, saved.step)
+            if isinstance(tracker, LiveTracker):
+                for words in alarms:
+                    tracker.alert(f"iteration: {words.partition(':')[0]}", words, saved.step)
             tracker.conclude(metrics, evaluation.samples)
         if notes.keys() - metrics.keys():
             metrics |= notes
