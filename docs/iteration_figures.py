@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from spo.metrics.rounds import Measured, RoundMetrics, round_metrics
 from spo.records.iteration import Iteration, read_iteration
-from spo.rounds.metrics import Measured, RoundMetrics, round_metrics
 
 HEADER = (
     "| iteration | round | against the first | against the previous | against the data | KL | entropy | length "

@@ -15,7 +15,7 @@ from spo.pages.charts import RoundPoint, RoundSeries, marker, rounds_chart
 from spo.pages.run_page import TEMPLATES
 from spo.pages.selfcontained import write_selfcontained
 from spo.records import filenames
-from spo.records.files import flatten, load_yaml
+from spo.records.files import flatten, load_yaml, read_mapping
 from spo.records.iteration import Iteration, Round, read_iteration
 from spo.wording import number, value_text
 
@@ -28,9 +28,23 @@ FIRST_KL = "kl/the first model"
 """Key of the KL to the first model for the catalogue, which then names it for people."""
 _HUES = {"previous": 1, "first": 2, "data": 3}
 _HUE = 4
+_COEFFICIENTS = ("alpha.", "beta.")
 # Settings of an iteration that are filled in for each round, or that the table of the training shows.
-_NOT_SHOWN = ("_target_", "earlier_coefficients", "first", "first_step", "name", "policies", "round", "rounds")
-_NOT_SHOWN += ("seed", "source", "splits")
+_NOT_SHOWN = frozenset(
+    [
+        "_target_",
+        "earlier_coefficients",
+        "first",
+        "first_step",
+        "name",
+        "policies",
+        "round",
+        "rounds",
+        "seed",
+        "source",
+        "splits",
+    ]
+)
 _TRAINING = {
     "method": ("method.name", "method.loss._target_"),
     "alpha": ("alpha.value", "alpha._target_"),
@@ -260,6 +274,7 @@ def _settings(iteration: Iteration) -> list[tuple[str, str]]:
 def _training(directory: Path, iteration: Iteration) -> list[tuple[str, str]]:
     """Return facts about the training of each round, as the newest configuration has them."""
     config: Mapping[str, Any] = {}
+    counted: Mapping[str, Any] | None = None
     for one in iteration.rounds[1:]:
         try:
             text = (directory / one.directory / filenames.CONFIG).read_text(encoding="utf-8", errors="replace")
@@ -267,7 +282,10 @@ def _training(directory: Path, iteration: Iteration) -> list[tuple[str, str]]:
         except (OSError, yaml.YAMLError):
             continue
         config = found if isinstance(found, dict) else config
+        counted = (read_mapping(directory / one.directory / filenames.IDENTITY) or {}).get("config")
     flat = flatten(config)
+    if isinstance(counted, dict):  # A coefficient that the method does not read is not part of the run's identity.
+        flat = {key: value for key, value in flat.items() if not key.startswith(_COEFFICIENTS) or key in counted}
     facts = []
     for name, keys in _TRAINING.items():
         value = next((flat[key] for key in keys if flat.get(key) is not None), None)

@@ -16,6 +16,7 @@ from spo.config.choices import pin_choices
 from spo.config.compose import compose
 from spo.errors import SET_RUN, UserError, placed_by
 from spo.evaluation.settings import CHOSEN, REFERENCE
+from spo.metrics.rounds import FIRST
 from spo.pages.iteration_page import render_iteration
 from spo.pages.iteration_table import print_iteration
 from spo.processes import first_decides, is_first_process
@@ -23,7 +24,6 @@ from spo.records import filenames
 from spo.records.files import read_jsonl
 from spo.records.iteration import Iteration, Round, is_iteration, read_iteration, write_iteration
 from spo.rounds.alarms import round_alarms
-from spo.rounds.metrics import FIRST
 from spo.runs.claim import set_aside
 from spo.runs.processes import sweep_dir
 from spo.stages.devices import join_processes
@@ -103,7 +103,8 @@ def _begin(cfg: DictConfig, directory: Path) -> Iteration:
     if cfg.rerun:
         set_aside(directory)
     name = str((cfg.get("choices") or {}).get("iteration"))
-    iteration = Iteration(name, cfg.iteration.reference, cfg.iteration.rounds)
+    settings: dict[str, Any] = OmegaConf.to_container(cfg.iteration, resolve=True)  # type: ignore[assignment]
+    iteration = Iteration(name, cfg.iteration.reference, cfg.iteration.rounds, settings=settings)
     if is_iteration(directory):
         before = read_iteration(directory)
         if (before.name, before.reference) != (iteration.name, iteration.reference):

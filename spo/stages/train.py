@@ -14,6 +14,7 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from spo.callbacks.history import HistoryLogger
+from spo.callbacks.trackers import LiveTracker
 from spo.config.checks import check_config, warnings
 from spo.config.choices import pin_choices
 from spo.config.compose import fill_empty_groups, pin
@@ -30,6 +31,7 @@ from spo.records.files import write_jsonl
 from spo.records.iteration import is_iteration
 from spo.records.leftovers import remove_abandoned_builds
 from spo.records.run import read_result
+from spo.rounds.alarms import alarms_of_run
 from spo.runs.checkpoints import last_checkpoint
 from spo.runs.claim import Status, claim, finish
 from spo.runs.processes import sweep_dir
@@ -174,7 +176,11 @@ def _run(composed: DictConfig, run_dir: Path, notes: Mapping[str, float], resume
         finish(run_dir, metrics)
         render_report(run_dir)
         # The record is complete before a tracker, which may fail or hang, reads it.
+        alarms = alarms_of_run(run_dir)
         for tracker in trackers:
+            if isinstance(tracker, LiveTracker):
+                for words in alarms:
+                    tracker.alert(f"iteration: {words.partition(':')[0]}", words, saved.step)
             tracker.conclude(metrics, evaluation.samples)
         if notes.keys() - metrics.keys():
             metrics |= notes
