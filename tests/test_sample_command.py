@@ -28,7 +28,7 @@ from spo.signals import Interrupted
 from spo.stages.sample_request import SampleRequest, Words
 from spo.stages.sampled_model import SampledModel, load_sampled
 from spo.types import Sequences
-from tests.commands import environment, spo, sweep
+from tests.commands import spo, sweep
 from tests.helpers import EOS, tiny_llama, tiny_tokenizer
 
 PROMPT = "w4 w5 w6"
@@ -319,6 +319,7 @@ WRONG = [
     (("run", "w4", "judge=gold"), 2, "judge=gold: a judge chooses among several completions: add --best-of N"),
     (("nowhere", "w4"), 1, "nowhere: there is no such folder"),
     (("empty", "w4"), 1, "empty is neither a run directory"),
+    ((".", "w4"), 1, ". holds several runs: name one of them, such as run"),
     (("unfinished", "w4"), 1, "does not have a policy yet: finish it with spo train --resume unfinished"),
     (("removed", "w4"), 1, "removed/policy is missing: restore the files"),
     (("base", "w4", "--against", "reference"), 1, "base is a model folder, and only a run has a reference"),
@@ -388,7 +389,12 @@ def test_run_of_somebody_else_must_be_allowed(models: Path, tmp_path: Path, caps
 
 
 @pytest.mark.slow
-def test_commands_with_a_trained_run(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+def test_commands_with_a_trained_run(
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     trained = sweep(tmp_path_factory)
     run = str(trained.directory("dpo"))
     words = ["sample", run, "One morning, Mia", "-n", "2", "--max-new-tokens", "12", "--best-of", "2"]
@@ -396,16 +402,5 @@ def test_commands_with_a_trained_run(tmp_path_factory: pytest.TempPathFactory, t
     found = json.loads(done.stdout)
     assert [row["model"] for row in found] == ["policy"] * 2 + ["reference"] * 2
     assert all(row["tokens"] <= 12 and isinstance(row["reward"], float) for row in found)
-    gone = spo(*words, "--against", "reference", folder=tmp_path, cache=tmp_path / "cache", status=1)
-    assert f"spo evaluate {run} makes it again" in gone.stderr and gone.stdout == ""
-    program = Path(sys.executable).with_name("spo")
-    talked = subprocess.run(
-        [program, "chat", run, "--max-new-tokens", "5"],
-        input="One morning, Mia\n/reset\n",
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment(trained.cache),
-    )
-    answer, reset = talked.stdout.splitlines()
-    assert talked.returncode == 0 and answer.strip() and reset == "(a new conversation)"
+    monkeypatch.setenv("SPO_CACHE_DIR", str(tmp_path / "cache"))
+    assert f"spo evaluate {run} makes it again" in fails(capsys, *words[1:], "--against", "reference")

@@ -140,6 +140,8 @@ def is_run_directory(path: Path) -> bool:
             f"{path} holds an adapter and not a whole model: merge it into its base model, or name the run that "
             f"trained it"
         )
+    if runs := sorted(path.glob(f"*/{filenames.POLICY}/config.json")):
+        raise UserError(f"{path} holds several runs: name one of them, such as {runs[-1].parents[1]}")
     raise UserError(
         f"{path} is neither a run directory, which has {filenames.POLICY}/, nor the folder of a model, which has "
         "config.json"
