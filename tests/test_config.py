@@ -269,6 +269,8 @@ def test_every_choice_of_a_setting_passes_the_checks(key: str, choice: object) -
         overrides = ["method=dpo"]
     if key.startswith("strategy."):
         overrides = ["strategy=fsdp", "trainer.devices=2"]
+    if key.startswith("iteration."):
+        overrides = ["iteration=dpo"]
     assert problems(compose([*overrides, f"{key}={choice}"])) == []
 
 
@@ -285,6 +287,8 @@ def test_every_choice_of_a_target_can_be_instantiated(every_member: dict[tuple[s
                     changed[name] = choice
                     if choice == "reference":  # sampled pairs need a number
                         changed.num_pairs = 9
+                    if "source" in changed:  # a round's prompts, which the group of another member may give
+                        changed.source = every_member["data", "stories"].data.source
                     assert instantiate(changed) is not None, f"{key}.{name}={choice}"
                     walked += 1
     assert walked > 10

@@ -157,6 +157,7 @@ NEW_KEYS = {
         "data.default_alpha",
         "data.default_reference_samples",
         "data.default_refresh_every",
+        "data.default_round_prompts",
         "data.regime",
         "evaluation.policy",
         "evaluation.reference_samples",

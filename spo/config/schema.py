@@ -84,6 +84,7 @@ class Data:
     default_sft_steps: NonNegativeInt
     regime: str | None
     default_refresh_every: PositiveInt
+    default_round_prompts: PositiveInt | None
     default_samples_per_prompt: PositiveInt
     default_reference_samples: PositiveInt
 

@@ -92,7 +92,7 @@ class RejectionSampling(Pairing):
 
     needs_rewards = True
 
-    def __init__(self, beta: PositiveFloat = 0.5, keep: Annotated[int, Ge(2)] = 8) -> None:
+    def __init__(self, beta: PositiveFloat = 0.5, keep: Annotated[int, Ge(2)] = 2) -> None:
         _check_beta(beta)
         if keep < 2:
             raise ValueError(f"keep must be 2 or more, as a pair needs two completions, got {keep}")

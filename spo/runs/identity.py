@@ -16,6 +16,7 @@ from spo.config.nodes import (
     FURTHER_KL,
     INITIAL,
     PROMPT_SETS,
+    ROUND_SOURCE,
     extra_references,
     further_kl_models,
     targets,
@@ -28,6 +29,7 @@ from spo.runs.saved_config import resolved
 from spo.secrets import scrubbed
 
 _ABSENT = object()
+_POLICIES = (f"{ROUND_SOURCE}.first", f"{ROUND_SOURCE}.policies")
 _FILES = {
     "data": "bytes of the data",
     "weights": "weights of the model",
@@ -38,6 +40,7 @@ _FILES = {
     "judge": "weights of the judge",
     "regularizer_prompts": "prompts of the regularizer",
     "responses": "weights of the model that writes the responses",
+    "policies": "weights of the policies of earlier rounds",
 }
 
 
@@ -52,8 +55,9 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
         A mapping with ``config`` (flat keys, without operational keys and without a coefficient that the method does
         not use), the digests ``data``, ``weights``, ``adapter``, ``judge`` and ``regularizer_prompts`` (``None`` where
         the configuration does not name such a file), those of ``extra_references`` by name if there are some, that
-        of the model that writes the ``responses`` of the data, that of the ``start`` of training and those of
-        ``further_kl`` if there are such, ``code``, ``plugins`` (a digest by module), and the ``digest`` of all these.
+        of the model that writes the ``responses`` of the data, that of the ``start`` of training, those of the
+        ``policies`` of earlier rounds and those of ``further_kl`` if there are such, ``code``, ``plugins`` (a digest by
+        module), and the ``digest`` of all these.
     """
     unused = unused_coefficients(cfg) if unused is None else unused
     flat = {
@@ -67,6 +71,7 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
     further = {name: _model_digest(paths.get(path, path)) for name, path in references.items()}
     writer = _model_digest(response_model(cfg))
     start = _model_digest(OmegaConf.select(cfg, "model.start"))
+    policies = [_model_digest(str(path)) for path in earlier_policies(cfg)]
     # The folder of such a model does not matter; a name on the hub is what there is to know of its weights.
     measured = {name: _model_digest(path) or path for name, path in further_kl_models(cfg).items()}
     # A default has the identity of the same model given by hand. Runs of earlier versions do not have the keys.
@@ -86,6 +91,7 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
             "regularizer_prompts": _data_digest(prompt_file(cfg)),
             **({"responses": writer} if writer else {}),
             **({"start": start} if start else {}),
+            **({"policies": policies} if policies else {}),
             **({"further_kl": measured} if measured else {}),
             "code": code_version(),
             "plugins": {name: source.sha256 for name, source in plugins(cfg, unused).items()},
@@ -94,7 +100,7 @@ def identity(cfg: DictConfig, unused: Sequence[str] | None = None) -> dict[str, 
 
 
 def _names_models(key: str) -> bool:
-    named = (EXTRA_REFERENCES, DEFAULT_REFERENCES, FURTHER_KL)
+    named = (EXTRA_REFERENCES, DEFAULT_REFERENCES, FURTHER_KL, *_POLICIES)
     return any(key == one or key.startswith(f"{one}.") for one in named)
 
 
@@ -171,6 +177,12 @@ def response_model(cfg: DictConfig) -> str | None:
     """Return the folder of the model that writes the responses of the data, ``None`` if that is not a further model."""
     chosen = OmegaConf.select(cfg, "data.source.responses")
     return chosen if isinstance(chosen, str) and Path(chosen).is_dir() else None
+
+
+def earlier_policies(cfg: DictConfig) -> list[str]:
+    """Return the folders of the policies that a round of an iteration reads; none outside an iteration."""
+    first, policies = (OmegaConf.select(cfg, key) for key in _POLICIES)
+    return [*([] if first is None else [first]), *(policies or [])]
 
 
 def prompt_file(cfg: DictConfig) -> str | None:

@@ -222,6 +222,8 @@ def last_step(run_dir: Path) -> int:
 def _of_round(cfg: DictConfig, directory: Path, number: int) -> DictConfig:
     """Return the part of a round's configuration that all rounds share."""
     own = copy.deepcopy(cfg)
+    with open_dict(own.paths):
+        own.paths.iteration = str(directory)  # Rounds are the same if the directory was moved.
     own.paths.run = str(directory / round_name(number))
     own.rerun = False  # The whole directory was moved aside.
     return own
