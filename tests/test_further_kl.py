@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from spo.config.checks import problems
 from spo.config.compose import compose
 from spo.data import EvalPrompt
+from spo.errors import UserError
 from spo.evaluation import EvaluationSettings
 from spo.evaluation.assess import Evaluation, assess, draw_both
 from spo.evaluation.cached_completions import cached_completions
@@ -25,7 +27,7 @@ from spo.stages.extra_references import load_further_kl
 from spo.stages.from_config import resolve_values
 from spo.stages.prepare import prepare_run
 from tests.commands import TINY, job
-from tests.helpers import EOS, FAST, PAD, save_model, tiny_llama
+from tests.helpers import EOS, FAST, PAD, model_spec, save_model, tiny_llama, tiny_tokenizer
 from tests.test_evaluation import SETTINGS, count_reward, decode, prompts, tokens_of
 
 COUNT = 6
@@ -122,17 +124,19 @@ def test_further_models_are_checked(tmp_path: Path) -> None:
     assert "evaluation.further_kl=3: must be a mapping" in wrong
 
 
+def test_model_with_other_tokens_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    cfg = compose([f"evaluation.further_kl.odd={folder}"])
+    prepared: Any = SimpleNamespace(spec=model_spec(), tokenizer=tiny_tokenizer(30))
+    with pytest.raises(UserError, match=r"further_kl\.odd=.* cannot be a model to measure the KL to: its vocabulary"):
+        load_further_kl(cfg, prepared)
+
+
 @pytest.mark.slow
 def test_command_measures_the_kl_to_further_models(cache_dir: Path, tmp_path: Path) -> None:
-    words = ["judge=none", "method=dpo", "trainer.max_steps=2"]
-    job(tmp_path / "first", cache_dir, TINY, *words)
-    policy = tmp_path / "first" / "policy"
-    again = [TINY, *words, "sft.max_steps=0", "model=hf", f"model.path={policy}", "seed=1"]
-    metrics = job(tmp_path / "second", cache_dir, *again, f"evaluation.further_kl.first={policy}")
+    words = [TINY, "judge=none", "method=dpo", "trainer.max_steps=1", f"paths.cache={cache_dir}"]
+    reference = prepare_run(resolve_values(compose(words))).base
+    metrics = job(tmp_path / "run", cache_dir, *words, f"evaluation.further_kl.start={reference}")
     for end in ("", "_ci_low", "_ci_high"):
-        assert metrics[f"eval/kl/first{end}"] == metrics[f"eval/kl{end}"]
+        assert metrics[f"eval/kl/start{end}"] == metrics[f"eval/kl{end}"]
     assert metrics["eval/kl"] > 0 and not [key for key in metrics if key.startswith("val/kl/")]
-    stranger = save_model(tmp_path / "stranger")
-    cfg = resolve_values(compose([*again, f"evaluation.further_kl.odd={stranger}", f"paths.cache={cache_dir}"]))
-    with pytest.raises(Exception, match=r"further_kl\.odd=.* cannot be a model to measure the KL to: its vocabulary"):
-        load_further_kl(cfg, prepare_run(cfg))
