@@ -83,6 +83,7 @@ class Data:
     default_alpha: PositiveFloat
     default_sft_steps: NonNegativeInt
     regime: str | None
+    default_round_prompts: PositiveInt | None
     default_refresh_every: PositiveInt
     default_round_prompts: PositiveInt | None
     default_samples_per_prompt: PositiveInt
