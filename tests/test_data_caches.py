@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from spo.config.checks import problems
 from spo.config.compose import compose
 from spo.data import Completion, EvalPrompt, FileSource, Renderer, Row
+from spo.data.rows import Writer
 from spo.data.splits import prepare
 from spo.data.stories import StoriesSource
 from spo.records.digests import digest, model_digest
@@ -174,7 +175,7 @@ def test_another_model_writes_the_responses(
     base, other = save_model(tmp_path / "base"), save_model(tmp_path / "other", seed=3)
     cfg = changed(default, data__source__responses=str(other), data__source__temperature=0.7, data__max_new_tokens=6)
     reads = Renderer(build("adds_bos"), 64, "drop_pair")
-    of = pairs._writer(cfg, model_spec(path=str(base)), made_by(cfg), str(base), reads)
+    of = pairs._writer(cfg, model_spec(path=str(base)), made_by(cfg), str(base), reads, Writer(str(other), 0.7))
     assert of.key["base"] == model_digest(other) and of.key["temperature"] == 0.7
     temperatures: list[float] = []
     monkeypatch.setattr(

@@ -85,7 +85,6 @@ class Data:
     regime: str | None
     default_round_prompts: PositiveInt | None
     default_refresh_every: PositiveInt
-    default_round_prompts: PositiveInt | None
     default_samples_per_prompt: PositiveInt
     default_reference_samples: PositiveInt
 
