@@ -199,10 +199,10 @@ def round_config(cfg: DictConfig, directory: Path, number: int) -> DictConfig:
             own.iteration.source.reward = settings.rewards[number - 1]
         finished = [directory / round_name(earlier) for earlier in range(1, number)]
         own.iteration.source.earlier_coefficients = earlier_coefficients(settings.earlier_weights, finished)
-        others = [] if number == 1 else [directory / round_name(0 if follows else number - 1)]
+        others = [] if number == 1 else [policies[0 if follows else -1].parent]
         own.evaluation.against = _against(cfg, others)
         if follows and number > 1:
-            own.evaluation.further_kl = {FIRST: first}
+            own.evaluation.further_kl[FIRST] = first
     return own
 
 
