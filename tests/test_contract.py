@@ -547,11 +547,11 @@ LITTLE += [
 ]
 
 
-def check_runs(sweep: Path) -> None:
+def check_runs(sweep: Path, methods: Sequence[str]) -> None:
     """Check that each method has a run that is finished, with finite metrics, and that its policy has moved."""
     runs = [path.parent for path in sweep.glob("*/metrics.json")]
     folders = {str(yaml.safe_load((run / "config.yaml").read_text())["method"]["name"]): run for run in runs}
-    assert folders.keys() == set(METHODS)
+    assert folders.keys() == set(methods)
     for name, run in folders.items():
         metrics = json.loads((run / "metrics.json").read_text())
         assert {"train/loss", "val/loss", "eval/kl"} <= metrics.keys(), name
@@ -559,11 +559,15 @@ def check_runs(sweep: Path) -> None:
         assert metrics["train/grad_norm"] > 0, name
 
 
-@pytest.mark.slow
-def test_every_method_trains_in_one_process(cache_dir: Path, tmp_path: Path) -> None:
-    words = [TINY, ALL, *LITTLE, "sft.max_steps=10", "hydra.sweep.dir=sweep"]
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(0, marks=pytest.mark.slow), *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 2))],
+)
+def test_every_third_method_trains_in_one_process(first: int, cache_dir: Path, tmp_path: Path) -> None:
+    methods = METHODS[first::3]
+    words = [TINY, f"method={','.join(methods)}", *LITTLE, "sft.max_steps=10", "hydra.sweep.dir=sweep"]
     spo("train", "-m", *words, folder=tmp_path, cache=cache_dir)
-    check_runs(tmp_path / "sweep")
+    check_runs(tmp_path / "sweep", methods)
 
 
 def with_columns(path: Path, out: Path, rows: int) -> Path:
@@ -590,7 +594,7 @@ def test_every_method_trains_on_real_pairs_in_one_process(cache_dir: Path, tmp_p
     words = [TINY, ALL, *LITTLE, "model=hf", f"model.path={model}", "data=jsonl", f"data.path={rows}"]
     words += ["data.truncation=trim_completion", "data.batch_size=4", "data.limit=200", "data.splits.selection=0.2"]
     spo("train", "-m", *words, "hydra.sweep.dir=sweep", folder=tmp_path, cache=cache_dir)
-    check_runs(tmp_path / "sweep")
+    check_runs(tmp_path / "sweep", METHODS)
 
 
 # --- yaml, docstring and README -------------------------------------------------------------------------------------
