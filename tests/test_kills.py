@@ -51,9 +51,8 @@ KINDS = {
     "fsdp precomputed": Kind(("method=dpo", "reference=precomputed", "strategy=fsdp", *TWO), 2),
 }
 SLOW = [("spo", 2), ("ddp kto", 4), ("fsdp spo", 6)]
-NIGHTLY = [("dpo", 1), ("ddp spo", 3), ("fsdp dpo", 5)] + [
-    (name, 100 + seed) for seed, name in enumerate([*KINDS, *list(KINDS)[4:]])
-]
+NIGHTLY = [("dpo", 1), ("ddp spo", 3), ("fsdp dpo", 5)]
+NIGHTLY += [(name, 100 + seed) for seed, name in enumerate([*KINDS, *list(KINDS)[4:]])]
 
 
 def descendants(process: int) -> list[int]:
