@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from spo import _old_names as _old_names
 
 if TYPE_CHECKING:
-    from spo.api import compare, compose, evaluate, load_run, load_runs, train
+    from spo.api import compare, compose, evaluate, iterate, load_run, load_runs, train
 
 __version__ = "0.2.0.dev0"
-__all__ = ["__version__", "compare", "compose", "evaluate", "load_run", "load_runs", "train"]
+__all__ = ["__version__", "compare", "compose", "evaluate", "iterate", "load_run", "load_runs", "train"]
 
 
 def __getattr__(name: str) -> Any:

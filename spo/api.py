@@ -51,6 +51,26 @@ def train(cfg: DictConfig) -> dict[str, float]:
     return train(cfg)
 
 
+def iterate(cfg: DictConfig) -> dict[str, float]:
+    """Train the rounds of an iteration, or those of them that are not finished.
+
+    Args:
+        cfg: Configuration of :func:`compose` with a member of the group ``iteration``, such as
+            ``compose(["iteration=dpo"], run_dir=DIRECTORY)``.
+
+    Returns:
+        The final metrics of the last round.
+
+    Raises:
+        UserError: The configuration has problems, or the directory contains another iteration.
+    """
+    from spo.config.iterations import check_command
+    from spo.stages.iterate import iterate
+
+    check_command("iterate", [cfg])
+    return iterate(cfg)
+
+
 def evaluate(run_dir: PathLike, overrides: Sequence[str] = (), *, allow: Sequence[str] = ()) -> dict[str, float]:
     """Evaluate the policy of a finished run again; the files of the run itself do not change.
 

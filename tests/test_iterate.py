@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+import spo
 from spo import cli
 from spo.config.compose import compose
 from spo.config.groups import group_members
@@ -23,7 +24,9 @@ from spo.records.iteration import read_iteration
 from spo.resources import conf_dir
 from spo.stages import iterate as stage
 from spo.stages.iterate import first_round, iterate, round_config
-from tests.commands import TINY, enter, numbers, rows, spo
+from spo.stages.train import train
+from tests.commands import TINY, enter, numbers, rows
+from tests.commands import spo as run_spo
 from tests.test_kills import killed
 
 ITERATIONS = group_members([conf_dir()])["iteration"]
@@ -135,6 +138,14 @@ def test_what_cannot_be_trained_is_refused_in_words(
     assert not (tmp_path / "outputs").exists()
 
 
+def test_functions_refuse_the_configuration_of_the_other_command(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="rounds are trained by spo iterate"):
+        train(composed("iteration=dpo", directory=tmp_path))
+    with pytest.raises(UserError, match="choose one, such as iteration=dpo"):
+        spo.iterate(composed(directory=tmp_path))
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_directory_of_another_iteration_is_refused(tmp_path: Path) -> None:
     ledger = {"name": "spin", "reference": "previous", "planned": 3, "rounds": []}
     (tmp_path / "iterate.json").write_text(json.dumps(ledger))
@@ -216,13 +227,13 @@ def check_kills(name: str, seed: int, folder: Path, cache: Path) -> None:
         "model.dtype=float64",
     ]
     generator, started = random.Random(seed), time.monotonic()
-    spo(*words, "hydra.run.dir=whole", folder=folder, cache=cache)
+    run_spo(*words, "hydra.run.dir=whole", folder=folder, cache=cache)
     seconds = time.monotonic() - started
     command = [str(Path(sys.executable).with_name("spo")), *words, "hydra.run.dir=broken"]
     for _ in range(2):
         if not killed(command, folder, folder / "another cache", generator.uniform(0.3, 0.95) * seconds, generator):
             break
-    spo(*words, "hydra.run.dir=broken", folder=folder, cache=folder / "another cache")
+    run_spo(*words, "hydra.run.dir=broken", folder=folder, cache=folder / "another cache")
     assert read_iteration(folder / "broken").is_finished
     for run in (f"round-{number}" for number in range(3)):
         assert numbers(folder / "broken" / run) == pytest.approx(numbers(folder / "whole" / run), rel=1e-9, abs=1e-9)
@@ -247,8 +258,8 @@ def test_iterations_of_other_kinds_survive_kills(name: str, seed: int, cache_dir
 def test_an_iteration_is_the_same_on_two_devices(cache_dir: Path, tmp_path: Path) -> None:
     words = ["iterate", "iteration=dpo", *SMALLEST, "rounds=2", "iteration.source.prompts=48", "model.dtype=float64"]
     words += ["trainer.accelerator=cpu"]
-    spo(*words, "hydra.run.dir=one", "trainer.devices=1", folder=tmp_path, cache=cache_dir)
-    spo(*words, "hydra.run.dir=two", "trainer.devices=2", "strategy=ddp", folder=tmp_path, cache=cache_dir)
+    run_spo(*words, "hydra.run.dir=one", "trainer.devices=1", folder=tmp_path, cache=cache_dir)
+    run_spo(*words, "hydra.run.dir=two", "trainer.devices=2", "strategy=ddp", folder=tmp_path, cache=cache_dir)
     for run in (f"round-{number}" for number in range(3)):
         assert numbers(tmp_path / "two" / run) == pytest.approx(numbers(tmp_path / "one" / run), rel=1e-9, abs=1e-9)
 
@@ -256,6 +267,6 @@ def test_an_iteration_is_the_same_on_two_devices(cache_dir: Path, tmp_path: Path
 @pytest.mark.nightly
 def test_iterations_are_swept(cache_dir: Path, tmp_path: Path) -> None:
     words = ["iterate", "-m", "iteration=dpo,sppo", *SMALLEST, "rounds=1", "iteration.source.prompts=48"]
-    spo(*words, "hydra.sweep.dir=sweep", folder=tmp_path, cache=cache_dir)
+    run_spo(*words, "hydra.sweep.dir=sweep", folder=tmp_path, cache=cache_dir)
     directories = sorted(file.parent for file in tmp_path.glob("sweep/*/iterate.json"))
     assert [read_iteration(directory).name for directory in directories] == ["dpo", "sppo"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from spo.errors import UserError
 
@@ -36,7 +36,8 @@ def check_command(command: str, jobs: Sequence[DictConfig]) -> None:
         UserError: An iteration is given to ``spo train``, or ``spo iterate`` does not have one.
     """
     for cfg in jobs:
-        has_rounds = cfg.get("iteration") is not None
+        # The configuration of a single round does not have the number of rounds.
+        has_rounds = OmegaConf.select(cfg, "iteration.rounds") is not None
         if command == "train" and has_rounds:
             raise UserError("iteration: spo train trains a single run; rounds are trained by spo iterate")
         if command == "iterate" and not has_rounds:
