@@ -10,15 +10,13 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from spo.config.compose import compose
-from spo.config.trust import Caller, check_trusted
 from spo.errors import UserError
 from spo.processes import place
 from spo.records import filenames
 from spo.records.parameters import snapshot_folder
-from spo.records.policy import POLICY_REMEDY, verify_policy
-from spo.runs.claim import is_finished
+from spo.records.policy import saved_policy, verify_policy
 from spo.runs.saved_config import load_config, refuse_redacted
-from spo.stages.evaluation_config import evaluation_config
+from spo.stages.evaluation_config import trusted_evaluation
 
 REFERENCE = "reference"
 """Word that stands for the reference of the second run, in place of the first model."""
@@ -84,11 +82,7 @@ def plan_extrapolation(
     given, cfg, own = Path(second), None, None
     if is_run(given):
         own = load_config(given)
-        cfg = evaluation_config(own, overrides, config_dir)
-        own.judge, own.evaluation, own.model = cfg.judge, cfg.evaluation, cfg.model  # Those of the run are not used.
-        caller = Caller.of(overrides, allow, config_dir)
-        for used in (cfg, own):
-            check_trusted(used, given, caller)
+        cfg = trusted_evaluation(own, given, overrides, allow, config_dir)
         refuse_redacted(cfg)
     elif overrides:
         cfg = compose(["model=hf", *overrides], config_dir, out)
@@ -153,12 +147,9 @@ def model_of(given: str) -> Path:
     """
     path = Path(given).expanduser()
     if is_run(path):
-        if not (path / filenames.POLICY / "config.json").is_file():
-            if is_finished(path):
-                raise UserError(f"{path / filenames.POLICY} is missing: {POLICY_REMEDY}")
-            raise UserError(f"{path} does not have a policy yet: finish it with spo train --resume {path}")
+        policy = saved_policy(path)
         verify_policy(path)
-        return (path / filenames.POLICY).absolute()
+        return policy.absolute()
     folder = path if path.is_dir() else snapshot_folder(given)
     if folder is None:
         raise UserError(f"{given}: there is neither a run directory nor a model folder of this name; check the path")
