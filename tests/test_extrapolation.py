@@ -25,7 +25,7 @@ from spo.runs.claim import claim
 from spo.stages import factor_search
 from spo.stages.extrapolate import evaluated_from
 from spo.stages.extrapolation_plan import plan_extrapolation
-from spo.stages.factor_search import DOUBLING_FACTORS, Candidate, best_of, search_factor
+from spo.stages.factor_search import DOUBLING_FACTORS, Candidate, best_candidate, search_factor
 from tests.commands import TINY, enter, job, numbers
 from tests.helpers import VOCAB, save_model
 from tests.test_imports import LIBRARIES, run_and_list_modules
@@ -264,7 +264,7 @@ def searched(score: Callable[[float], float | None]) -> tuple[list[float], float
 
     found = search_factor(measure, lambda _: "val/win_rate")
     assert [one.factor for one in found] == sorted(tried)
-    return tried, best_of(found, "val/win_rate").factor
+    return tried, best_candidate(found, "val/win_rate").factor
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,6 @@ POLICY = "policy"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evaluations"
-EXTRAPOLATED = "extrapolated"  # run directory of a round whose policy is extrapolated from the trained one
 
 # Files in the folder of checkpoints.
 LAST_CHECKPOINT = "last.ckpt"
@@ -51,7 +50,7 @@ COMPARISON = "comparison"
 
 # Files and folders of an iteration's directory.
 ITERATION = "iterate.json"
-EXTRAPOLATED = "extrapolated"  # in the run directory of a round: the policy beyond the trained one, as a run directory
+EXTRAPOLATED = "extrapolated"  # run directory within that of a round: the policy beyond the trained one
 
 
 def earlier_metrics(steps: int) -> str:

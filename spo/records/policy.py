@@ -7,13 +7,30 @@ from pathlib import Path
 from spo.errors import UserError
 from spo.records import filenames
 from spo.records.digests import MODEL_SUFFIXES, file_digest, folder_digests
-from spo.records.files import read_json, write_json
+from spo.records.files import read_json, read_mapping, write_json
 
 POLICY_REMEDY = (
     f"restore the files, or remove {filenames.METRICS} and resume the run, which saves its policy again from the last "
     "checkpoint"
 )
 """Remedy where the saved policy of a finished run is not as the run saved it."""
+
+
+def saved_policy(run_dir: Path) -> Path:
+    """Return the policy folder of a run.
+
+    Args:
+        run_dir: Run directory.
+
+    Raises:
+        UserError: The run has not written its policy yet, or it was removed.
+    """
+    folder = run_dir / filenames.POLICY
+    if (folder / "config.json").is_file():
+        return folder
+    if read_mapping(run_dir / filenames.METRICS):
+        raise UserError(f"{folder} is missing: {POLICY_REMEDY}")
+    raise UserError(f"{run_dir} does not have a policy yet: finish it with spo train --resume {run_dir}")
 
 
 def write_policy_digests(run_dir: Path) -> None:

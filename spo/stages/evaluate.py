@@ -18,7 +18,6 @@ from spo.config.checks import check_config
 from spo.config.coefficients import COEFFICIENTS
 from spo.config.compose import job_name
 from spo.config.nodes import further_kl_models
-from spo.config.trust import Caller, check_trusted
 from spo.data import EvalPrompt
 from spo.data.rows import Split
 from spo.errors import COPY_RUN, UserError, memory_for, placed_by
@@ -40,12 +39,11 @@ from spo.processes import deal, first_decides, place, rank
 from spo.records import filenames
 from spo.records.digests import model_digest
 from spo.records.files import read_mapping, write_json, write_jsonl, write_text
-from spo.records.policy import POLICY_REMEDY, verify_policy
-from spo.runs.claim import is_finished
+from spo.records.policy import saved_policy, verify_policy
 from spo.runs.saved_config import load_config, refuse_redacted, resolved
 from spo.schedules import Constant
 from spo.stages.devices import join_processes
-from spo.stages.evaluation_config import evaluation_config
+from spo.stages.evaluation_config import trusted_evaluation
 from spo.stages.extra_references import load_extra_references, load_further_kl
 from spo.stages.from_config import (
     build_loss,
@@ -86,15 +84,8 @@ def evaluate_command(
     """
     quiet_libraries()
     own = load_config(run_dir)
-    if not (run_dir / filenames.POLICY / "config.json").is_file():
-        if is_finished(run_dir):
-            raise UserError(f"{run_dir / filenames.POLICY} is missing: {POLICY_REMEDY}")
-        raise UserError(f"{run_dir} does not have a policy yet: finish it with spo train --resume {run_dir}")
-    cfg = evaluation_config(own, overrides, config_dir)
-    own.judge, own.evaluation, own.model = cfg.judge, cfg.evaluation, cfg.model  # Those of the run are not used.
-    caller = Caller.of(overrides, allow, config_dir)
-    for used in (cfg, own):
-        check_trusted(used, run_dir, caller)
+    saved_policy(run_dir)
+    cfg = trusted_evaluation(own, run_dir, overrides, allow, config_dir)
     refuse_redacted(cfg)
     check_config(cfg)
     values = resolve_values(cfg)

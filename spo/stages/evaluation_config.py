@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from spo.config.compose import compose, expand_numbers, parse
+from spo.config.trust import Caller, check_trusted
 from spo.errors import UserError
 
 CHANGEABLE_KEYS = (
@@ -63,4 +64,33 @@ def evaluation_config(own: DictConfig, overrides: Sequence[str], config_dir: str
                 raise UserError(
                     f"{one.input_line}: the configuration of the run does not have this key ({error})"
                 ) from error
+    return cfg
+
+
+def trusted_evaluation(
+    own: DictConfig,
+    run_dir: Path,
+    overrides: Sequence[str],
+    allow: Sequence[str] = (),
+    config_dir: str | Path | None = None,
+) -> DictConfig:
+    """Return the configuration of :func:`evaluation_config`, after a check that all it names may be used.
+
+    Args:
+        own: Configuration of the run, by which its reference is made. Its judge, evaluation and model are replaced by
+            those of the result, because those of the run are not used.
+        run_dir: Directory of the run.
+        overrides: Overrides of the keys and groups in :data:`CHANGEABLE_KEYS`.
+        allow: Targets, modules and paths of the configuration that may be used although it came with the directory.
+        config_dir: Folder with further members of the groups.
+
+    Raises:
+        UserError: An override is of another key, its key does not exist, or the configuration asks for something that
+            the caller must allow.
+    """
+    cfg = evaluation_config(own, overrides, config_dir)
+    own.judge, own.evaluation, own.model = cfg.judge, cfg.evaluation, cfg.model
+    caller = Caller.of(overrides, allow, config_dir)
+    for used in (cfg, own):
+        check_trusted(used, run_dir, caller)
     return cfg

@@ -10,28 +10,31 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from spo.config.compose import compose
-from spo.config.trust import Caller, check_trusted
 from spo.errors import UserError
 from spo.processes import place
 from spo.records import filenames
 from spo.records.parameters import snapshot_folder
-from spo.records.policy import POLICY_REMEDY, verify_policy
-from spo.runs.claim import is_finished
+from spo.records.policy import saved_policy, verify_policy
 from spo.runs.saved_config import load_config, refuse_redacted
-from spo.stages.evaluation_config import evaluation_config
+from spo.stages.evaluation_config import trusted_evaluation
 
 REFERENCE = "reference"
 """Word that stands for the reference of the second run, in place of the first model."""
+NO_SCORE = (
+    "--search: there is neither a reward nor a judge that could tell a better factor: choose judge=MEMBER, or give a "
+    "factor with --factor"
+)
+"""Message where nothing scores the candidates of a search."""
 
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """Everything that a command line of ``spo extrapolate`` asks for.
+    """Checked arguments of ``spo extrapolate``.
 
     Attributes:
         first: Model folder at factor -1; ``None`` for the reference of the second run.
         second: Model folder at factor 0.
-        factor: Factor; ``None`` to search for it.
+        factor: Factor of the extrapolation; ``None`` to search for it.
         select: Metric that chooses the factor in a search, ``None`` for the default.
         out: Directory of the result.
         cfg: Configuration by which the result is evaluated, its interpolations unresolved; ``None`` to write the
@@ -63,7 +66,7 @@ def plan_extrapolation(
     Args:
         first: Run directory, model folder, or :data:`REFERENCE`.
         second: Run directory or model folder.
-        factor: Factor; ``None`` to search for it.
+        factor: Factor of the extrapolation; ``None`` to search for it.
         select: Metric that chooses the factor in a search, ``None`` for the default.
         out: Directory of the result.
         overrides: Overrides of the evaluation, as of ``spo evaluate`` for a run, of ``spo train`` for a folder.
@@ -82,13 +85,9 @@ def plan_extrapolation(
             f"write --factor {-1 - factor:g}"
         )
     given, cfg, own = Path(second), None, None
-    if is_run(given):
+    if _is_run(given):
         own = load_config(given)
-        cfg = evaluation_config(own, overrides, config_dir)
-        own.judge, own.evaluation, own.model = cfg.judge, cfg.evaluation, cfg.model  # Those of the run are not used.
-        caller = Caller.of(overrides, allow, config_dir)
-        for used in (cfg, own):
-            check_trusted(used, given, caller)
+        cfg = trusted_evaluation(own, given, overrides, allow, config_dir)
         refuse_redacted(cfg)
     elif overrides:
         cfg = compose(["model=hf", *overrides], config_dir, out)
@@ -103,23 +102,21 @@ def plan_extrapolation(
                 f"{REFERENCE}: the reference of {second} is a model with an adapter (model.adapter_path): name a "
                 "folder in which it is merged, such as policy/ of the run that trained it"
             )
-    found = None if by_reference else model_of(first)
+    found = None if by_reference else _model_folder(first)
     _refuse_foreign(out)
     if cfg is not None:
         if factor is None:
-            refuse_unscored(cfg)
+            _refuse_unscored(cfg)
         with open_dict(cfg):
             cfg.model.initial, cfg.model.path = None, None if found is None else str(found)
-            if not any(
-                text.startswith("trainer.devices=") for text in overrides
-            ):  # Those of the training are too many.
+            if _chosen_devices(overrides) is None:  # The training may have had more devices than there are here.
                 cfg.trainer.devices, cfg.trainer.num_nodes = place().local_world_size, place().nodes
     elif factor is None:
         raise UserError(
             "--search: two model folders do not say on which prompts to search: add overrides such as "
             "data=jsonl data.path=PAIRS.jsonl judge=MEMBER"
         )
-    return Extrapolation(found, model_of(second), factor, select, out, cfg, own)
+    return Extrapolation(found, _model_folder(second), factor, select, out, cfg, own)
 
 
 def started_processes(arguments: Sequence[str], overrides: Sequence[str]) -> int | None:
@@ -129,36 +126,36 @@ def started_processes(arguments: Sequence[str], overrides: Sequence[str]) -> int
         arguments: Arguments of the command.
         overrides: Overrides among them.
     """
-    wanted = [text.partition("=")[2] for text in overrides if text.startswith("trainer.devices=")]
-    if place().world_size > 1 or not wanted or not wanted[-1].isdigit() or int(wanted[-1]) < 2:
+    wanted = _chosen_devices(overrides) or ""
+    if place().world_size > 1 or not wanted.isdigit() or int(wanted) < 2:
         return None
     from spo.runs.supervise import supervise
 
-    return supervise(["extrapolate", *arguments], int(wanted[-1]), 1, None)
+    return supervise(["extrapolate", *arguments], int(wanted), 1, None)
 
 
-def is_run(path: Path) -> bool:
+def _chosen_devices(overrides: Sequence[str]) -> str | None:
+    """Return the value of the last override of ``trainer.devices``, ``None`` without one."""
+    wanted = [text.partition("=")[2] for text in overrides if text.startswith("trainer.devices=")]
+    return wanted[-1] if wanted else None
+
+
+def _is_run(path: Path) -> bool:
     """Return whether a folder is a run directory."""
     return (path / filenames.COMPOSED).is_file() or (path / filenames.IDENTITY).is_file()
 
 
-def model_of(given: str) -> Path:
+def _model_folder(given: str) -> Path:
     """Return the model folder of a run directory, a model folder, or a model of the hub in the local cache.
-
-    Args:
-        given: Path, or name on the hub.
 
     Raises:
         UserError: There is no model, or the policy of the run was changed.
     """
     path = Path(given).expanduser()
-    if is_run(path):
-        if not (path / filenames.POLICY / "config.json").is_file():
-            if is_finished(path):
-                raise UserError(f"{path / filenames.POLICY} is missing: {POLICY_REMEDY}")
-            raise UserError(f"{path} does not have a policy yet: finish it with spo train --resume {path}")
+    if _is_run(path):
+        policy = saved_policy(path)
         verify_policy(path)
-        return (path / filenames.POLICY).absolute()
+        return policy.absolute()
     folder = path if path.is_dir() else snapshot_folder(given)
     if folder is None:
         raise UserError(f"{given}: there is neither a run directory nor a model folder of this name; check the path")
@@ -176,20 +173,14 @@ def _refuse_foreign(out: Path) -> None:
         raise UserError(f"{out} holds something else ({', '.join(found[:3])}): choose another --out, or move it away")
 
 
-def refuse_unscored(cfg: DictConfig) -> None:
-    """Refuse to search where nothing could tell a better factor.
-
-    Args:
-        cfg: Configuration of the evaluation.
+def _refuse_unscored(cfg: DictConfig) -> None:
+    """Refuse a search without a score or without prompts.
 
     Raises:
         UserError: There is neither a reward nor a judge, or no selection prompt.
     """
     judge = cfg.get("judge")
     if judge is None or (str(judge.get("_target_")).endswith(".reward_judge") and judge.get("reward") is None):
-        raise UserError(
-            "--search: there is neither a reward nor a judge that could tell a better factor: choose judge=MEMBER, or "
-            "give a factor with --factor"
-        )
+        raise UserError(NO_SCORE)
     if cfg.evaluation.selection_prompts == 0:
         raise UserError("--search: evaluation.selection_prompts=0 leaves no prompt to search on: set it to 64 or more")

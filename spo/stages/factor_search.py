@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from spo.errors import UserError
 from spo.evaluation.judges import Judge
@@ -21,13 +23,15 @@ from spo.processes import first_decides, is_first_process, share
 from spo.records import filenames
 from spo.records.files import read_mapping, write_json
 from spo.stages.evaluate import Models, evaluate_selection
+from spo.stages.extrapolation_plan import NO_SCORE
 from spo.stages.from_config import eval_device, resolve_values
-from spo.stages.prepare import prepare_run
+from spo.stages.prepare import Prepared, prepare_run
 from spo.wording import finite, number
 
 DOUBLING_FACTORS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""Factors that a search tries in this order, until two in a row are not better than the best before them."""
-PATIENCE = 2
+"""Factors that a search tries in this order."""
+_PATIENCE = 2
+"""Number of factors in a row that are not better, after which a search tries no larger one."""
 SCORES = ("val/win_rate", "val/reward")
 """Metrics that may choose the factor; the first one that was measured is the default."""
 
@@ -38,7 +42,7 @@ class Candidate:
 
     Attributes:
         factor: Factor of the extrapolation.
-        metrics: What was measured on selection prompts, under ``val/``.
+        metrics: Metrics on the selection prompts, under ``val/``.
     """
 
     factor: float
@@ -50,7 +54,7 @@ class Candidate:
         return -math.inf if value is None else value
 
 
-def best_of(candidates: Sequence[Candidate], metric: str) -> Candidate:
+def best_candidate(candidates: Sequence[Candidate], metric: str) -> Candidate:
     """Return the candidate with the highest score, among equal ones that with the smallest factor.
 
     Args:
@@ -64,7 +68,7 @@ def search_factor(measure: Callable[[float], Candidate], metric_of: Callable[[Ca
     """Try factors until the score does not grow any more, then those in the middle of the best and its neighbors.
 
     Args:
-        measure: Function from a factor to what it measures.
+        measure: Function from a factor to its candidate.
         metric_of: Function from the first candidate to the key of the score, which is the same for all.
 
     Returns:
@@ -76,7 +80,7 @@ def search_factor(measure: Callable[[float], Candidate], metric_of: Callable[[Ca
         tried.append(measure(factor))
         is_better = tried[-1].score(metric) > best.score(metric)
         best, worse = (tried[-1], 0) if is_better else (best, worse + 1)
-        if worse == PATIENCE:
+        if worse == _PATIENCE:
             break
     place = tried.index(best)
     neighbors = [*tried[max(place - 1, 0) : place], *tried[place + 1 : place + 2]]
@@ -107,19 +111,16 @@ def choose_factor(
     values = resolve_values(cfg)
     judge: Judge | None = instantiate(values.judge, _convert_="all")
     if judge is None:
-        raise UserError(
-            "--search: there is neither a reward nor a judge that could tell a better factor: choose judge=MEMBER, or "
-            "give a factor with --factor"
-        )
-    prepared: Any = None
-    reference: Any = None
+        raise UserError(NO_SCORE)
+
+    @cache
+    def loaded() -> tuple[Prepared, nn.Module]:
+        prepared = prepare_run(values)
+        return prepared, prepared.spec.start(prepared.base).to(eval_device(values))
 
     def measure(factor: float) -> Candidate:
-        nonlocal prepared, reference
         if factor not in known:
-            if prepared is None:
-                prepared = prepare_run(values)
-                reference = prepared.spec.start(prepared.base).to(eval_device(values))
+            prepared, reference = loaded()
             folder = weights(factor)
             policy = prepared.spec.base(folder / filenames.POLICY).requires_grad_(False).to(eval_device(values))
             speed = Speed(**values.speed).resolve_for(policy, reference)
@@ -140,10 +141,10 @@ def choose_factor(
 
     candidates = search_factor(measure, metric_of)
     chosen = metric_of(candidates[0])
-    best = best_of(candidates, chosen)
+    best = best_candidate(candidates, chosen)
     if is_first_process():
         _record(out, key, known, best.factor, chosen)
-        print_search(candidates, chosen, best)
+        _print_search(candidates, chosen, best)
     return best.factor
 
 
@@ -175,14 +176,8 @@ def _record(
     write_json(out / filenames.FACTOR_SEARCH, record)
 
 
-def print_search(candidates: Sequence[Candidate], metric: str, best: Candidate) -> None:
-    """Print a table of the factors that were tried, and how far the choice can be trusted.
-
-    Args:
-        candidates: Candidates by ascending factor.
-        metric: Key of the score.
-        best: Chosen candidate.
-    """
+def _print_search(candidates: Sequence[Candidate], metric: str, best: Candidate) -> None:
+    """Print a table of the factors that were tried, by ascending factor, and how far the choice can be trusted."""
     console = Console()
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     columns = [key for key in (*SCORES, "val/kl") if key in best.metrics]

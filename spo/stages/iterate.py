@@ -121,14 +121,9 @@ def _entry(iteration: Iteration, number: int) -> Round:
     """Return the entry of a round in the ledger, a new one if the round has not begun."""
     if number < len(iteration.rounds):
         return iteration.rounds[number]
-    name = round_name(number)
+    name = filenames.round_directory(number)
     iteration.rounds.append(Round(number, name, name))
     return iteration.rounds[number]
-
-
-def round_name(number: int) -> str:
-    """Return the name of the directory of a round."""
-    return f"round-{number}"
 
 
 def _train_round(cfg: DictConfig, directory: Path, one: Round) -> dict[str, float]:
@@ -140,7 +135,8 @@ def _train_round(cfg: DictConfig, directory: Path, one: Round) -> dict[str, floa
     from spo.stages.extrapolate import extrapolated_run
 
     one.measured = f"{one.directory}/{filenames.EXTRAPOLATED}"
-    before, trained = (directory / round_name(number) / filenames.POLICY for number in (one.number - 1, one.number))
+    folders = (directory / filenames.round_directory(number) for number in (one.number - 1, one.number))
+    before, trained = (folder / filenames.POLICY for folder in folders)
     return extrapolated_run(run_cfg, before, trained, cfg.iteration.momentum, directory / one.measured)
 
 
@@ -191,13 +187,13 @@ def round_config(cfg: DictConfig, directory: Path, number: int) -> DictConfig:
         # What concerns the whole iteration is no part of the run of a round.
         own.iteration = {
             "round": number,
-            "first_step": sum(last_step(directory / round_name(earlier)) for earlier in range(number)),
+            "first_step": sum(last_step(directory / filenames.round_directory(earlier)) for earlier in range(number)),
             "source": OmegaConf.to_container(settings.source, resolve=False),
         }
         own.iteration.source.update({"round": number, "policies": list(map(str, policies)), "first": first})
         if settings.rewards is not None:
             own.iteration.source.reward = settings.rewards[number - 1]
-        finished = [directory / round_name(earlier) for earlier in range(1, number)]
+        finished = [directory / filenames.round_directory(earlier) for earlier in range(1, number)]
         own.iteration.source.earlier_coefficients = earlier_coefficients(settings.earlier_weights, finished)
         others = [] if number == 1 else [policies[0 if follows else -1].parent]
         own.evaluation.against = _against(cfg, others)
@@ -208,7 +204,7 @@ def round_config(cfg: DictConfig, directory: Path, number: int) -> DictConfig:
 
 def policy_folder(cfg: DictConfig, directory: Path, number: int) -> Path:
     """Return the folder of the policy after a round, from which the next round starts."""
-    folder = directory / round_name(number)
+    folder = directory / filenames.round_directory(number)
     is_extrapolated = cfg.iteration.momentum != 0 and number > 0
     return (folder / filenames.EXTRAPOLATED if is_extrapolated else folder) / filenames.POLICY
 
@@ -224,7 +220,7 @@ def _of_round(cfg: DictConfig, directory: Path, number: int) -> DictConfig:
     own = copy.deepcopy(cfg)
     with open_dict(own.paths):
         own.paths.iteration = str(directory)  # Rounds are the same if the directory was moved.
-    own.paths.run = str(directory / round_name(number))
+    own.paths.run = str(directory / filenames.round_directory(number))
     own.rerun = False  # The whole directory was moved aside.
     return own
 

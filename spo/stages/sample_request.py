@@ -12,8 +12,7 @@ from pathlib import Path
 
 from spo.errors import UserError
 from spo.records import filenames
-from spo.records.files import read_mapping
-from spo.records.policy import POLICY_REMEDY
+from spo.records.policy import saved_policy
 
 REFERENCE = "reference"
 """Value of ``--against`` for the reference model of the run."""
@@ -129,12 +128,10 @@ def is_run_directory(path: Path) -> bool:
         raise UserError(f"{path}: there is no such folder: name a run directory, or a folder with a Hugging Face model")
     if (path / "config.json").is_file():
         return False
-    if (path / filenames.POLICY / "config.json").is_file():
+    marks = (f"{filenames.POLICY}/config.json", filenames.METRICS, filenames.COMPOSED)
+    if any((path / mark).is_file() for mark in marks):
+        saved_policy(path)
         return True
-    if read_mapping(path / filenames.METRICS):
-        raise UserError(f"{path / filenames.POLICY} is missing: {POLICY_REMEDY}")
-    if (path / filenames.COMPOSED).exists():
-        raise UserError(f"{path} does not have a policy yet: finish it with spo train --resume {path}")
     if (path / "adapter_config.json").is_file():
         raise UserError(
             f"{path} holds an adapter and not a whole model: merge it into its base model, or name the run that "

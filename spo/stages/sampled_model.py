@@ -14,7 +14,6 @@ from torch import nn
 
 from spo.config.checks import problems
 from spo.config.compose import compose
-from spo.config.trust import Caller, check_trusted
 from spo.data import DataError, Renderer, Row, Source
 from spo.data.rows import Message, Text
 from spo.errors import ConfigProblems, UserError, memory_for
@@ -28,7 +27,7 @@ from spo.runs.saved_config import load_config, refuse_redacted
 from spo.sampling import contents, sample
 from spo.sampling.linear_alignment import sample_aligned
 from spo.sampling.stream import stream
-from spo.stages.evaluation_config import evaluation_config
+from spo.stages.evaluation_config import trusted_evaluation
 from spo.stages.from_config import eval_device, make_renderer, model_spec, resolve_values, training_numerics
 from spo.stages.reference_model import find_reference
 from spo.stages.sample_request import REFERENCE, SampleRequest, Words, is_run_directory
@@ -284,11 +283,7 @@ def _reference_of(run_dir: Path, policy: SampledModel, words: Words) -> SampledM
 def _configs_of_run(run_dir: Path, words: Words) -> tuple[DictConfig, DictConfig]:
     """Return the configuration of a run with the overrides, and that by which its reference was made, resolved."""
     own = load_config(run_dir)
-    cfg = evaluation_config(own, words.overrides, words.config_dir)
-    own.judge, own.evaluation, own.model = cfg.judge, cfg.evaluation, cfg.model  # Those of the run are not used.
-    caller = Caller.of(words.overrides, words.allow, words.config_dir)
-    for used in (cfg, own):
-        check_trusted(used, run_dir, caller)
+    cfg = trusted_evaluation(own, run_dir, words.overrides, words.allow, words.config_dir)
     return resolve_values(cfg), resolve_values(own)
 
 
