@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from spo.metrics.catalogue import INTERVAL_ENDS
+from spo.metrics.catalogue import CHOSEN, INTERVAL_ENDS
 from spo.records import filenames
 from spo.records.files import read_mapping
 from spo.records.iteration import Iteration, Round
@@ -18,7 +18,6 @@ RoundOpponent = Literal["previous", "first", "data"]
 ROUND_OPPONENTS: tuple[RoundOpponent, ...] = get_args(RoundOpponent)
 FIRST = "first"
 """Name of the first model below ``evaluation.further_kl``, and in the key ``eval/kl/first``."""
-_CHOSEN = "chosen"  # CHOSEN of spo.evaluation.settings, which imports numpy
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def win_rate_keys(iteration: Iteration, number: int) -> dict[RoundOpponent, list
         Keys by opponent, of which the first one that was measured counts. An extrapolated policy is compared with the
         samples of an earlier round's extrapolated policy, or of its trained one.
     """
-    data = [f"win_rate/{_CHOSEN}"]
+    data = [f"win_rate/{CHOSEN}"]
     if number == 0:
         return {"data": data}
     first = previous = ["win_rate"]

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from spo.config.choices import pin_choices
 from spo.config.compose import compose
 from spo.errors import SET_RUN, UserError, placed_by
-from spo.evaluation.settings import CHOSEN, REFERENCE
+from spo.metrics.catalogue import CHOSEN, REFERENCE
 from spo.metrics.rounds import FIRST
 from spo.pages.iteration_page import render_iteration
 from spo.pages.iteration_table import print_iteration

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spo.errors import UserError
+from spo.metrics.catalogue import REFERENCE
 from spo.records import filenames
 from spo.records.policy import saved_policy
 
-REFERENCE = "reference"
-"""Value of ``--against`` for the reference model of the run."""
 DEFAULT_RATIO = 2.0
 """Strength of a principle, that of the official demo of Linear Alignment."""
 
@@ -47,7 +46,7 @@ class SampleRequest:
         temperature: Temperature of the softmax; ``None`` for that of the run's evaluation.
         top_p: Probability that the nucleus of each token has to reach.
         max_new_tokens: Length limit of a completion in tokens; ``None`` for that of the run's evaluation.
-        against: :data:`REFERENCE`, another run directory or model folder, or ``None``.
+        against: ``reference`` for that of the run, another run directory or model folder, or ``None``.
         principle: Principle of Linear Alignment, or ``None``.
         ratio: Strength of the principle; ``None`` for :data:`DEFAULT_RATIO`.
         nucleus: Name of the logits that choose the nucleus of Linear Alignment; ``None`` for ``principled``.

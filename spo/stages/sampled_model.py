@@ -19,6 +19,7 @@ from spo.data.rows import Message, Text
 from spo.errors import ConfigProblems, UserError, memory_for
 from spo.evaluation.judges import Judge
 from spo.forward.speed import Speed
+from spo.metrics.catalogue import REFERENCE
 from spo.models import ModelSpec
 from spo.records import filenames
 from spo.records.files import read_jsonl
@@ -30,7 +31,7 @@ from spo.sampling.stream import stream
 from spo.stages.evaluation_config import trusted_evaluation
 from spo.stages.from_config import eval_device, make_renderer, model_spec, resolve_values, training_numerics
 from spo.stages.reference_model import find_reference
-from spo.stages.sample_request import REFERENCE, SampleRequest, Words, is_run_directory
+from spo.stages.sample_request import SampleRequest, Words, is_run_directory
 
 _MARK = "730594846197"  # Templates that change letters do not change digits.
 
