@@ -37,12 +37,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class RoundMetrics:
-    """What was measured in a round, on the test prompts. A quantity that was not measured is ``None`` or left out.
+    """Metrics of a round on the test prompts. A quantity that was not measured is ``None`` or left out.
 
     Attributes:
         number: Number of the round.
-        win_rates: Win rate against each opponent, as a share of prompts. Round 0 only meets the data: against the
-            other two its win rate is 1/2 by definition.
+        win_rates: Win rate against each opponent, as a share of prompts. In round 0, only the
+            one against the data is present: against the other two it is 1/2 by definition.
         kl: KL to the reference of the round, in nats per sequence.
         kl_first: KL to the first model, in nats per sequence.
         entropy: Entropy in nats per token.
@@ -91,7 +91,8 @@ def round_metrics(directory: Path, iteration: Iteration, number: int) -> RoundMe
 def win_rate_keys(iteration: Iteration, number: int) -> dict[RoundOpponent, list[str]]:
     """Return the keys of the win rate against each opponent of a round, without ``eval/``.
 
-    The reference of a round is an opponent under ``win_rate`` itself, and a run directory under its name.
+    The win rate against the reference of a round has the key ``win_rate``, and that against a run directory has the
+    name of the directory too.
 
     Args:
         iteration: Iteration with the rounds before ``number``.
