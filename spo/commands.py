@@ -1,4 +1,7 @@
-"""The commands of ``spo``: the arguments of each and the stage that it starts. Each imports what it needs itself."""
+"""The commands of ``spo``: the arguments of each, and the stage that it starts.
+
+A command imports its stage itself, so that no command waits for what another one needs.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
 
 Job = Callable[["DictConfig"], Any]
+"""Function of the configuration of a job."""
 
 
 class UsageError(Exception):
@@ -62,6 +66,9 @@ def _launch(command: str, typed: list[str], arguments: list[str], job: Job, chec
         arguments: Arguments with what the command adds to them.
         job: Function of the configuration of a job.
         checked_job: The same function for a configuration that this process has checked.
+
+    Returns:
+        Exit status.
     """
     from hydra._internal.utils import get_args_parser
 

@@ -130,7 +130,8 @@ COMMANDS = {
         --cfg job         print the configuration instead of running it
         --config-dir DIR  a folder with your own members of the groups below
 
-        hydra.run.dir=DIR names the directory, and rerun=true starts again. All overrides of spo train work.
+        hydra.run.dir=DIR names the directory (hydra.sweep.dir=DIR with -m), and rerun=true starts again. All overrides
+        of spo train work.
         """,
         [
             "spo iterate iteration=dpo",
@@ -211,25 +212,28 @@ COMMANDS = {
         "print completions of a prompt, from a run or a model folder",
         'spo sample RUN "PROMPT" [-n 4] [--seed 0] [--temperature T] [--top-p P] [--max-new-tokens N] [--json]\n'
         "       [--against reference|RUN|FOLDER] [--principle TEXT [--ratio 2] [--nucleus NAME]] [--best-of N]\n"
-        "       [--plain] [KEY=VALUE] ... [--allow NAME] [--config-dir DIR]",
+        "       [--plain] [KEY=VALUE] ... [--allow NAME] ... [--config-dir DIR]",
         """
         Samples completions from the policy of a run, or from the folder of a Hugging Face model. For a chat model, the
         prompt is a user's message. Completion i has the seed SEED + i, and does not depend on the others.
 
         -n N               number of completions; 4 by default
         --seed SEED        seed of the first completion
-        --temperature T    temperature; by default that of the run's evaluation, 0 for the likeliest tokens
+        --temperature T    temperature; 0 takes the likeliest token, the default is that of the run's evaluation
         --top-p P          draw from the smallest set of likeliest tokens whose probability reaches P
-        --max-new-tokens N most tokens of a completion; by default those of the run's evaluation
+        --max-new-tokens N limit of tokens in a completion; the default is that of the run's evaluation
         --json             print one array of {prompt, completion, tokens, seed}, and nothing else
-        --against OTHER    the same from another model beside it: reference (of the run), a run, or a model folder
-        --principle TEXT   Linear Alignment: amplify what the principle in the prompt changes
-        --ratio K          how much: 0 for the plain prompt with the principle, 2 by default
+        --against OTHER    sample from another model too: reference (that of the run), another run, or a model folder
+        --principle TEXT   decode by Linear Alignment, which amplifies what the principle in the prompt changes
+        --ratio K          strength of the principle: 2 by default, 0 for no more than its place in the prompt
         --nucleus NAME     logits that choose the set of --top-p: principled (default) or contrast
-        --best-of N        draw N completions for each one, and print the best by the judge of the run
-        --plain            give the prompt as plain text, also to a chat model
-        KEY=VALUE          keys of judge (such as judge=gold), data, trainer.accelerator, model.trust_remote_code
-        --allow NAME       allow what a run of somebody else asks for, as in spo evaluate
+        --best-of N        draw N completions for each one that is printed, and keep the best by the judge of the run
+        --plain            give the prompt as plain text, even to a chat model
+        --allow NAME       let the directory use NAME, as in spo evaluate --help
+        --config-dir DIR   a folder with your own members of the config groups
+
+        KEY=VALUE works for a run as in spo evaluate --help, such as judge=MEMBER with --best-of, and for a model folder
+        as in spo train --help.
         """,
         [
             'spo sample outputs/runs/RUN "One morning, Mia"',
@@ -239,14 +243,14 @@ COMMANDS = {
     "chat": Command(
         "talk with a run or a model folder in the terminal",
         "spo chat RUN [--against reference|RUN|FOLDER] [--seed 0] [--temperature T] [--top-p P] [--max-new-tokens N]\n"
-        "       [--plain] [KEY=VALUE] ... [--allow NAME] [--config-dir DIR]",
+        "       [--plain] [KEY=VALUE] ... [--allow NAME] ... [--config-dir DIR]",
         """
         Answers each line that you type, token by token, until the input ends (Ctrl-D). With --against, another model
         answers after it. A chat model sees its own conversation so far; any other model sees the line alone.
 
         /reset             start a new conversation
         /quit              end
-        --against OTHER    reference (of the run), another run, or a model folder
+        --against OTHER    let another model answer too: reference (that of the run), another run, or a model folder
         --seed SEED        seed of the first answer; answer t has the seed SEED + t
 
         The other options are those of spo sample.

@@ -114,12 +114,12 @@ def test_rounds_are_written_out_and_directories_are_added() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "iteration=dpo"], "rounds are trained by spo iterate"),
+        (["train", "iteration=dpo"], "use spo iterate"),
         (["iterate"], "choose one, such as iteration=dpo"),
         (["iterate", "iteration=dpoo"], "did you mean dpo?"),
         (["iterate", "iteration=dpo", "rounds=0"], "iteration.rounds=0: must be at least 1"),
         (["iterate", "iteration=dpo", "judge=none"], "choose judge=MEMBER"),
-        (["iterate", "iteration=dpo", "iteration.rewards=[a]"], "name one for each round"),
+        (["iterate", "iteration=dpo", "iteration.rewards=[a]"], "give one component for each round"),
         (["iterate", "iteration=alpha_spin", "method=dpo"], "does not read the reference 'base'"),
         (["iterate", "iteration=dpo", "data=enumerable", "model=tabular"], "every response of this data is known"),
         (["iterate", "iteration=dpo", "iteration.source.completions=1"], "a pair needs at least 2 completions"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from spo.evaluation.settings import CHOSEN
+from spo.metrics.catalogue import CHOSEN
 from spo.metrics.rounds import Measured, round_metrics, win_rate_keys
 from spo.records.iteration import (
     Iteration,

@@ -161,13 +161,13 @@ def test_coefficient_is_the_weight_times_the_final_beta(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("iteration.rewards=null", "iteration.rewards is not set: the component of the judge's reward for each round"),
+        ("iteration.rewards=null", "iteration.rewards is not set, and method.loss keeps"),
         (
             "iteration.rounds=3 iteration.rewards=[plot,plot,plot]",
-            "iteration.earlier_weights: names 1",
+            "iteration.earlier_weights is too short for iteration.rounds=3",
         ),
-        ("iteration.earlier_weights=[-1]", "iteration.earlier_weights: -1 is not a number from 0"),
-        ("iteration.earlier_weights=[a]", "iteration.earlier_weights: a is not a number from 0"),
+        ("iteration.earlier_weights=[-1]", "iteration.earlier_weights=-1: must be a number of 0 or more"),
+        ("iteration.earlier_weights=[a]", "iteration.earlier_weights=a: must be a number of 0 or more"),
         ("iteration.rounds=1 iteration.earlier_weights=[]", ""),
         ("iteration.rounds=3 iteration.rewards=[plot,plot,plot] method=dpo", ""),
     ],

@@ -14,7 +14,7 @@ _ROUNDS = re.compile(r"^rounds=")
 
 
 def iteration_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments of ``spo iterate`` with ``rounds`` written out, and with the default directories.
+    """Return the arguments of ``spo iterate``, with ``iteration.rounds`` for ``rounds`` and with default directories.
 
     Args:
         arguments: Arguments as typed. A directory in them takes precedence.
@@ -39,6 +39,6 @@ def check_command(command: str, jobs: Sequence[DictConfig]) -> None:
         # The configuration of a single round does not have the number of rounds.
         has_rounds = OmegaConf.select(cfg, "iteration.rounds") is not None
         if command == "train" and has_rounds:
-            raise UserError("iteration: spo train trains a single run; rounds are trained by spo iterate")
+            raise UserError("iteration is set, but spo train trains a single run: use spo iterate, or remove iteration")
         if command == "iterate" and not has_rounds:
             raise UserError("iteration is not set: choose one, such as iteration=dpo (spo iterate --help lists them)")

@@ -17,11 +17,11 @@ from spo.evaluation.completions import Draws, draw_together
 from spo.evaluation.diversity import distinct_n, distinct_samples, self_bleu
 from spo.evaluation.judges import Judge, JudgedPair
 from spo.evaluation.judges.base import as_read
-from spo.evaluation.settings import REFERENCE, EvaluationSettings
+from spo.evaluation.settings import EvaluationSettings
 from spo.evaluation.winrate import verdict_of_rewards, win_rates
 from spo.forward.modes import eval_mode
 from spo.forward.speed import Speed
-from spo.metrics.catalogue import REFERENCES
+from spo.metrics.catalogue import REFERENCE, REFERENCES
 from spo.seeds import derive_seed
 from spo.stats import Bootstrap, Resamples
 

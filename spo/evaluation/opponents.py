@@ -10,7 +10,8 @@ from spo.data import EvalPrompt, TokenizedPair
 from spo.data.needs import is_desirable
 from spo.errors import UserError
 from spo.evaluation.assess import Opponent
-from spo.evaluation.settings import CHOSEN, REFERENCE, EvaluationSettings
+from spo.evaluation.settings import EvaluationSettings
+from spo.metrics.catalogue import CHOSEN, REFERENCE
 from spo.records import filenames
 from spo.records.files import read_jsonl
 

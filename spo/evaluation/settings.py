@@ -8,8 +8,6 @@ from typing import Literal
 
 from spo.bounds import NonNegativeInt, OpenFraction, PositiveFloat, PositiveInt
 
-REFERENCE, CHOSEN = "reference", "chosen"
-
 
 @dataclass(frozen=True)
 class EvaluationSettings:

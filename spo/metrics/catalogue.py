@@ -20,6 +20,8 @@ Row = Mapping[str, Any]
 PerSample = Callable[[Row], float | None]
 REFERENCES = "references"
 """Column of ``samples.jsonl`` with the completions of the reference, where a sample was compared with several."""
+REFERENCE, CHOSEN = "reference", "chosen"
+"""Opponents of a policy that are not runs: the reference model, and the chosen responses of the data."""
 Place = Literal["card", "terminal", "comparison"]
 
 INTERVAL_ENDS = ("_ci_low", "_ci_high")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from spo.metrics.catalogue import INTERVAL_ENDS
+from spo.metrics.catalogue import CHOSEN, INTERVAL_ENDS
 from spo.records import filenames
 from spo.records.files import read_mapping
 from spo.records.iteration import Iteration, Round
@@ -18,7 +18,6 @@ RoundOpponent = Literal["previous", "first", "data"]
 ROUND_OPPONENTS: tuple[RoundOpponent, ...] = get_args(RoundOpponent)
 FIRST = "first"
 """Name of the first model below ``evaluation.further_kl``, and in the key ``eval/kl/first``."""
-_CHOSEN = "chosen"  # CHOSEN of spo.evaluation.settings, which imports numpy
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class RoundMetrics:
-    """What was measured in a round, on the test prompts. A quantity that was not measured is ``None`` or left out.
+    """Metrics of a round on the test prompts. A quantity that was not measured is ``None`` or left out.
 
     Attributes:
         number: Number of the round.
-        win_rates: Win rate against each opponent, as a share of prompts. Round 0 only meets the data: against the
-            other two its win rate is 1/2 by definition.
+        win_rates: Win rate against each opponent, as a share of prompts. In round 0, only the
+            one against the data is present: against the other two it is 1/2 by definition.
         kl: KL to the reference of the round, in nats per sequence.
         kl_first: KL to the first model, in nats per sequence.
         entropy: Entropy in nats per token.
@@ -92,7 +91,8 @@ def round_metrics(directory: Path, iteration: Iteration, number: int) -> RoundMe
 def win_rate_keys(iteration: Iteration, number: int) -> dict[RoundOpponent, list[str]]:
     """Return the keys of the win rate against each opponent of a round, without ``eval/``.
 
-    The reference of a round is an opponent under ``win_rate`` itself, and a run directory under its name.
+    The win rate against the reference of a round has the key ``win_rate``, and that against a run directory has the
+    name of the directory too.
 
     Args:
         iteration: Iteration with the rounds before ``number``.
@@ -102,7 +102,7 @@ def win_rate_keys(iteration: Iteration, number: int) -> dict[RoundOpponent, list
         Keys by opponent, of which the first one that was measured counts. An extrapolated policy is compared with the
         samples of an earlier round's extrapolated policy, or of its trained one.
     """
-    data = [f"win_rate/{_CHOSEN}"]
+    data = [f"win_rate/{CHOSEN}"]
     if number == 0:
         return {"data": data}
     first = previous = ["win_rate"]

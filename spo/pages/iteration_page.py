@@ -25,11 +25,11 @@ OPPONENT_NAMES: dict[RoundOpponent, str] = {
     "data": "the data",
 }
 FIRST_KL = "kl/the first model"
-"""Key of the KL to the first model for the catalogue, which then names it for people."""
+"""Key of the KL to the first model, by which the catalogue gives it a label."""
 _HUES = {"previous": 1, "first": 2, "data": 3}
 _HUE = 4
 _COEFFICIENTS = ("alpha.", "beta.")
-# Settings of an iteration that are filled in for each round, or that the table of the training shows.
+# Settings of an iteration that are filled in for each round, or that the other table shows.
 _NOT_SHOWN = frozenset(
     [
         "_target_",
@@ -56,7 +56,7 @@ _TRAINING = {
     "judge": ("judge.path", "judge.model", "choices.judge", "judge._target_"),
     "seed": ("seed",),
 }
-"""Facts about the training of each round, and the keys of the configuration that may have them."""
+"""Facts about the training of each round, by the keys of the configuration that may hold them, the best key first."""
 
 
 def render_iteration(directory: Path) -> Path:
@@ -99,18 +99,18 @@ def render_iteration(directory: Path) -> Path:
 
 
 def time_text(seconds: float) -> str:
-    """Write a wall time in seconds, or in minutes where it is long."""
+    """Return a wall time as text, in seconds or, if it is long, in minutes."""
     return f"{seconds:,.0f} s" if seconds < 120 else f"{seconds / 60:,.1f} min"
 
 
 def describe_status(iteration: Iteration) -> str:
-    """State how many of the planned rounds have finished, such as ``2 of 3 rounds finished``."""
+    """Return how many of the planned rounds have finished, such as ``2 of 3 rounds finished``."""
     done = sum(one.status == "finished" and one.number > 0 for one in iteration.rounds)
     return f"{done} of {iteration.planned} rounds finished"
 
 
 def quantities(found: RoundMetrics) -> dict[str, Measured | None]:
-    """Return what was measured in a round besides win rates, by the key that the catalogue names it under."""
+    """Return the metrics of a round other than win rates, by their keys in the catalogue."""
     return {
         "kl": found.kl,
         FIRST_KL: found.kl_first,

@@ -15,7 +15,7 @@ from spo.records.iteration import Iteration, RoundStatus, read_iteration
 from spo.wording import number
 
 _STYLES: dict[RoundStatus, str] = {"finished": "green", "failed": "red", "running": "yellow"}
-# The quantities of the table. Reward and self-BLEU are on the page, and a terminal is narrow.
+# A terminal is narrow, so the table leaves reward and self-BLEU to the page.
 _QUANTITIES = (FIRST_KL, "entropy", "length", "distinct_2")
 
 

@@ -1,4 +1,4 @@
-"""The ledger ``iterate.json`` of an iteration: which rounds there are, and where each is measured."""
+"""The ledger ``iterate.json`` of an iteration: its rounds, their state, and the run directory that measures each."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Round:
     Attributes:
         number: Number of the round; 0 is the evaluation of the first model.
         directory: Run directory, relative to the directory of the iteration.
-        measured: Run directory whose metrics stand for the round, relative as well. It is another one than
+        measured: Run directory whose metrics stand for the round, relative as well. It differs from
             ``directory`` where the policy of the round is an extrapolation of the trained one.
         status: State of the round.
         seconds: Wall time of the round so far, in seconds.
-        alarms: Sentences about what ran away in this round.
+        alarms: Sentence for each limit that the round has crossed.
     """
 
     number: int
@@ -103,19 +103,19 @@ def read_iteration(directory: Path) -> Iteration:
     """
     if not directory.is_dir():
         raise NotAnIterationError(
-            f"{directory} is not a directory; give the directory of an iteration, outputs/iterations/... ."
+            f"{directory} is not a directory: give the directory of an iteration, such as outputs/iterations/NAME"
         )
     file = directory / filenames.ITERATION
     if not file.is_file():
         raise NotAnIterationError(
             f"{directory} is not the directory of an iteration: it does not have {filenames.ITERATION}, which "
-            "spo iterate writes."
+            "spo iterate writes; check the path"
         )
     iteration = parse_iteration(read_json(file))
     if iteration is None:
         raise NotAnIterationError(
             f"{file} is damaged, so the rounds are unknown: move it away and run the command of the iteration again, "
-            "which skips finished rounds."
+            "which skips finished rounds"
         )
     return iteration
 
@@ -132,7 +132,7 @@ def write_iteration(directory: Path, iteration: Iteration) -> None:
 
 
 def parse_iteration(content: Any) -> Iteration | None:
-    """Return the iteration in the content of ``iterate.json``, ``None`` where it is not the content of a ledger.
+    """Return the iteration in the content of ``iterate.json``, ``None`` for content of another form.
 
     Args:
         content: JSON value. Keys that this version does not know are left out.

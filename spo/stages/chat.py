@@ -48,7 +48,7 @@ def chat_command(request: SampleRequest, words: Words) -> None:
 
 
 def _converse(seed: int, models: list[SampledModel], cue: str) -> None:
-    """Read lines and answer them until the input ends."""
+    """Read lines and answer them until the input ends. The cue is printed before each line."""
     histories: list[list[Message]] = [[] for _ in models]
     turn = 0
     while True:

@@ -29,9 +29,8 @@ from spo.evaluation.judges import Judge
 from spo.evaluation.judges.together import judging
 from spo.evaluation.opponents import find_opponents
 from spo.evaluation.pair_metrics import Scoring, pair_metrics
-from spo.evaluation.settings import REFERENCE
 from spo.forward.speed import Speed
-from spo.metrics.catalogue import INTERVAL_ENDS
+from spo.metrics.catalogue import INTERVAL_ENDS, REFERENCE
 from spo.models import FrozenReference, Reference
 from spo.models.run_state import load_loss, load_reference_state
 from spo.pages.panels import result_panel

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, open_dict
 from spo.config.checks import check_config
 from spo.config.compose import pin
 from spo.errors import UserError, placed_by
+from spo.metrics.catalogue import REFERENCE
 from spo.models.extrapolation import extrapolate_weights
 from spo.processes import first_decides, is_first_process, place
 from spo.records import filenames
@@ -24,7 +25,7 @@ from spo.runs.another_run import never_trained, read_identity
 from spo.runs.claim import locked
 from spo.runs.identity import differences, identity
 from spo.stages.devices import join_processes
-from spo.stages.extrapolation_plan import REFERENCE, Extrapolation
+from spo.stages.extrapolation_plan import Extrapolation
 from spo.stages.factor_search import choose_factor
 from spo.stages.from_config import resolve_values
 from spo.stages.prepare import prepare_run

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from spo.config.compose import compose
 from spo.errors import UserError
+from spo.metrics.catalogue import REFERENCE
 from spo.processes import place
 from spo.records import filenames
 from spo.records.parameters import snapshot_folder
@@ -18,8 +19,6 @@ from spo.records.policy import saved_policy, verify_policy
 from spo.runs.saved_config import load_config, refuse_redacted
 from spo.stages.evaluation_config import trusted_evaluation
 
-REFERENCE = "reference"
-"""Word that stands for the reference of the second run, in place of the first model."""
 NO_SCORE = (
     "--search: there is neither a reward nor a judge that could tell a better factor: choose judge=MEMBER, or give a "
     "factor with --factor"
@@ -64,7 +63,7 @@ def plan_extrapolation(
     """Find the two models, and the configuration by which the result is evaluated.
 
     Args:
-        first: Run directory, model folder, or :data:`REFERENCE`.
+        first: Run directory, model folder, or ``reference`` for the reference of the second run.
         second: Run directory or model folder.
         factor: Factor of the extrapolation; ``None`` to search for it.
         select: Metric that chooses the factor in a search, ``None`` for the default.

@@ -116,7 +116,8 @@ def choose_factor(
     @cache
     def loaded() -> tuple[Prepared, nn.Module]:
         prepared = prepare_run(values)
-        return prepared, prepared.spec.start(prepared.base).to(eval_device(values))
+        reference: nn.Module = prepared.spec.start(prepared.base)
+        return prepared, reference.to(eval_device(values))
 
     def measure(factor: float) -> Candidate:
         if factor not in known:

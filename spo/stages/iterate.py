@@ -1,9 +1,10 @@
-"""``spo iterate``: rounds of training, each from the policy of the one before it. It is a ledger over ordinary runs."""
+"""``spo iterate``: rounds of training, each from the policy of the round before, as ordinary runs with a ledger."""
 
 from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from spo.config.choices import pin_choices
 from spo.config.compose import compose
 from spo.errors import SET_RUN, UserError, placed_by
-from spo.evaluation.settings import CHOSEN, REFERENCE
+from spo.metrics.catalogue import CHOSEN, REFERENCE
 from spo.metrics.rounds import FIRST
 from spo.pages.iteration_page import render_iteration
 from spo.pages.iteration_table import print_iteration
@@ -32,7 +33,7 @@ from spo.stages.train import train
 
 
 def iterate(cfg: DictConfig) -> dict[str, float]:
-    """Train the rounds of an iteration in its directory, or those of them that are not finished.
+    """Train the rounds of an iteration that are not finished.
 
     Round 0 makes and evaluates the first model. Each later round is a run that starts from the policy before it, with
     pairs of that policy's own completions. A round that is finished is skipped, and one that was interrupted resumes.
@@ -88,7 +89,7 @@ def _show_round(cfg: DictConfig, directory: Path, iteration: Iteration, one: Rou
 
 
 def _show(directory: Path) -> None:
-    """Show the rounds of a finished iteration, in one line within a sweep."""
+    """Print the table of a finished iteration, and write its page; within a sweep, print one line."""
     if sweep_dir() is None:
         print_iteration(directory)
     print(f"iteration {render_iteration(directory)}")
@@ -109,8 +110,9 @@ def _begin(cfg: DictConfig, directory: Path) -> Iteration:
         before = read_iteration(directory)
         if (before.name, before.reference) != (iteration.name, iteration.reference):
             raise UserError(
-                f"{directory} holds the iteration {before.name} with iteration.reference={before.reference}, not "
-                f"{name} with {iteration.reference}: choose another hydra.run.dir, or rerun=true to start again"
+                f"{directory} holds the iteration {before.name} with iteration.reference={before.reference}, and not "
+                f"{name} with iteration.reference={iteration.reference}: choose another hydra.run.dir, or start again "
+                "with rerun=true"
             )
         iteration.rounds = before.rounds
     write_iteration(directory, iteration)
@@ -175,13 +177,13 @@ def round_config(cfg: DictConfig, directory: Path, number: int) -> DictConfig:
     own, settings = _of_round(cfg, directory, number), cfg.iteration
     policies = [policy_folder(cfg, directory, earlier) for earlier in range(number)]
     first, newest = str(policies[0]), str(policies[-1])
-    follows = settings.reference == "previous"
+    reference_moves = settings.reference == "previous"
     with open_dict(own):
         own.sft.max_steps = 0
         own.model.initial = None
-        own.model.adapter_path = None  # It is merged in the policy of the first round.
-        own.model.path = newest if follows else first
-        own.model.start = None if follows or number == 1 else newest
+        own.model.adapter_path = None  # The policy of round 0 has it merged.
+        own.model.path = newest if reference_moves else first
+        own.model.start = None if reference_moves or number == 1 else newest
         for name in settings.first_references:
             own.extra_references[name] = first
         # What concerns the whole iteration is no part of the run of a round.
@@ -195,37 +197,48 @@ def round_config(cfg: DictConfig, directory: Path, number: int) -> DictConfig:
             own.iteration.source.reward = settings.rewards[number - 1]
         finished = [directory / filenames.round_directory(earlier) for earlier in range(1, number)]
         own.iteration.source.earlier_coefficients = earlier_coefficients(settings.earlier_weights, finished)
-        others = [] if number == 1 else [policies[0 if follows else -1].parent]
+        others = [] if number == 1 else [policies[0 if reference_moves else -1].parent]
         own.evaluation.against = _against(cfg, others)
-        if follows and number > 1:
+        if reference_moves and number > 1:
             own.evaluation.further_kl[FIRST] = first
     return own
 
 
 def policy_folder(cfg: DictConfig, directory: Path, number: int) -> Path:
-    """Return the folder of the policy after a round, from which the next round starts."""
+    """Return the folder of the policy after a round, from which the next round starts.
+
+    Args:
+        cfg: Configuration of the iteration.
+        directory: Directory of the iteration.
+        number: Number of the round.
+    """
     folder = directory / filenames.round_directory(number)
     is_extrapolated = cfg.iteration.momentum != 0 and number > 0
     return (folder / filenames.EXTRAPOLATED if is_extrapolated else folder) / filenames.POLICY
 
 
 def last_step(run_dir: Path) -> int:
-    """Return the number of optimizer steps of a finished run."""
+    """Return the number of optimizer steps of a finished run.
+
+    Args:
+        run_dir: Run directory.
+    """
     rows = read_jsonl(run_dir / filenames.HISTORY)
     return max((row["step"] for row in rows), default=0)
 
 
 def _of_round(cfg: DictConfig, directory: Path, number: int) -> DictConfig:
-    """Return the part of a round's configuration that all rounds share."""
+    """Return the settings that all rounds share, in the directory of a round."""
     own = copy.deepcopy(cfg)
     with open_dict(own.paths):
-        own.paths.iteration = str(directory)  # Rounds are the same if the directory was moved.
+        # Identities replace folders of `paths` by their names, so rounds are the same if the directory was moved.
+        own.paths.iteration = str(directory)
     own.paths.run = str(directory / filenames.round_directory(number))
     own.rerun = False  # The whole directory was moved aside.
     return own
 
 
-def _against(cfg: DictConfig, others: Any) -> list[str]:
+def _against(cfg: DictConfig, others: Sequence[Path]) -> list[str]:
     """Return the opponents of a round: those of the configuration, the data's responses, and other rounds."""
     given = [str(name) for name in cfg.evaluation.against]
     if instantiate(cfg.judge, _convert_="all") is None:

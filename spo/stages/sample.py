@@ -26,7 +26,7 @@ def sample_command(request: SampleRequest, words: Words, *, as_json: bool) -> li
     Args:
         request: Settings of the command.
         words: Overrides, and what is trusted.
-        as_json: Whether the output is a JSON array and nothing else.
+        as_json: True to print a JSON array and nothing else; false for text that a person reads.
 
     Returns:
         The rows of the array: ``prompt``, ``completion``, ``tokens`` and ``seed``; ``model`` beside another model;
@@ -109,7 +109,7 @@ def _show(rows: Sequence[dict[str, Any]], count: int) -> None:
 
 
 def _caption(row: dict[str, Any]) -> str:
-    """Return the facts about a completion in one line."""
+    """Return seed, length and score of a completion in one line."""
     facts = [f"seed {row['seed']}", f"{row['tokens']} token{'s' if row['tokens'] != 1 else ''}"]
     facts += [f"{name.replace('_', ' ')} {number(row[name])}" for name in ("reward", "win_rate") if name in row]
     return ", ".join(facts)

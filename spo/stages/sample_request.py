@@ -11,18 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spo.errors import UserError
+from spo.metrics.catalogue import REFERENCE
 from spo.records import filenames
 from spo.records.policy import saved_policy
 
-REFERENCE = "reference"
-"""Value of ``--against`` for the reference model of the run."""
 DEFAULT_RATIO = 2.0
-"""Strength of a principle, that of the official demo of Linear Alignment."""
+"""Strength of a principle: the ratio of the official demo of Linear Alignment."""
 
 
 @dataclass(frozen=True)
 class Words:
-    """What a person gives besides the model: overrides of its configuration, and what is trusted.
+    """Overrides of a model's configuration, and the names that a person trusts in it.
 
     Attributes:
         overrides: Overrides of the groups ``data``, ``evaluation`` and ``judge``, and of the device.
@@ -47,12 +46,12 @@ class SampleRequest:
         temperature: Temperature of the softmax; ``None`` for that of the run's evaluation.
         top_p: Probability that the nucleus of each token has to reach.
         max_new_tokens: Length limit of a completion in tokens; ``None`` for that of the run's evaluation.
-        against: :data:`REFERENCE`, another run directory or model folder, or ``None``.
+        against: ``reference`` for that of the run, another run directory or model folder, or ``None``.
         principle: Principle of Linear Alignment, or ``None``.
         ratio: Strength of the principle; ``None`` for :data:`DEFAULT_RATIO`.
         nucleus: Name of the logits that choose the nucleus of Linear Alignment; ``None`` for ``principled``.
         best_of: Number of completions from which the judge chooses each one; ``None`` for no choice.
-        plain: Whether the prompt is text, even for a chat model.
+        plain: True for a prompt that is plain text, even for a chat model.
     """
 
     model: Path
@@ -70,33 +69,33 @@ class SampleRequest:
     plain: bool = False
 
     def problem(self, *, needs_prompt: bool = True) -> str | None:
-        """Return what is wrong with the command, ``None`` if nothing is.
+        """Return a message about the first wrong setting, ``None`` if there is none.
 
         Args:
-            needs_prompt: Whether the command has a prompt.
+            needs_prompt: True for a command with a prompt.
         """
         if needs_prompt and not self.prompt.strip():
             return 'the prompt is empty: give its text, such as spo sample RUN "Once there was"'
         if self.count < 1:
-            return f"-n {self.count}: at least one completion"
+            return f"-n {self.count}: must be at least 1"
         if self.seed < 0:
-            return f"--seed {self.seed}: a number from 0 on"
+            return f"--seed {self.seed}: must be 0 or more"
         if self.temperature is not None and not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            return f"--temperature {self.temperature:g}: a number from 0 on; 0 takes the likeliest token"
+            return f"--temperature {self.temperature:g}: must be finite and 0 or more; 0 takes the likeliest token"
         if not 0 < self.top_p <= 1:
-            return f"--top-p {self.top_p:g}: above 0 and at most 1, which keeps all tokens"
+            return f"--top-p {self.top_p:g}: must be above 0 and at most 1, which keeps all tokens"
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            return f"--max-new-tokens {self.max_new_tokens}: at least one token"
+            return f"--max-new-tokens {self.max_new_tokens}: must be at least 1"
         if self.best_of is not None and self.best_of < 1:
-            return f"--best-of {self.best_of}: at least one completion to choose from"
+            return f"--best-of {self.best_of}: must be at least 1"
         if self.principle is None:
             for flag, value in (("--ratio", self.ratio), ("--nucleus", self.nucleus)):
                 if value is not None:
-                    return f"{flag} {value} belongs to a principle: add --principle TEXT"
+                    return f"{flag} {value} is a setting of Linear Alignment: add --principle TEXT"
         elif not self.principle.strip():
             return "--principle is empty: give its text, or leave it out"
         if self.ratio is not None and not math.isfinite(self.ratio):
-            return f"--ratio {self.ratio:g}: a finite number, such as {DEFAULT_RATIO:g}"
+            return f"--ratio {self.ratio:g}: must be a finite number, such as {DEFAULT_RATIO:g}"
         return None
 
     def find_models(self) -> None:
@@ -122,7 +121,7 @@ def is_run_directory(path: Path) -> bool:
         path: Path that a person named.
 
     Raises:
-        UserError: It is neither of both.
+        UserError: The path is neither of the two, or the run does not have a policy.
     """
     if not path.is_dir():
         raise UserError(f"{path}: there is no such folder: name a run directory, or a folder with a Hugging Face model")
@@ -135,7 +134,7 @@ def is_run_directory(path: Path) -> bool:
     if (path / "adapter_config.json").is_file():
         raise UserError(
             f"{path} holds an adapter and not a whole model: merge it into its base model, or name the run that "
-            f"trained it"
+            "trained it"
         )
     if runs := sorted(path.glob(f"*/{filenames.POLICY}/config.json")):
         raise UserError(f"{path} holds several runs: name one of them, such as {runs[-1].parents[1]}")

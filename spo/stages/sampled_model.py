@@ -1,4 +1,4 @@
-"""Models that ``spo sample`` and ``spo chat`` speak with: the policy of a run, its reference, or any model folder."""
+"""Models that ``spo sample`` and ``spo chat`` sample from: the policy of a run, its reference, or any model folder."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from spo.data.rows import Message, Text
 from spo.errors import ConfigProblems, UserError, memory_for
 from spo.evaluation.judges import Judge
 from spo.forward.speed import Speed
+from spo.metrics.catalogue import REFERENCE
 from spo.models import ModelSpec
 from spo.records import filenames
 from spo.records.files import read_jsonl
@@ -30,9 +31,10 @@ from spo.sampling.stream import stream
 from spo.stages.evaluation_config import trusted_evaluation
 from spo.stages.from_config import eval_device, make_renderer, model_spec, resolve_values, training_numerics
 from spo.stages.reference_model import find_reference
-from spo.stages.sample_request import REFERENCE, SampleRequest, Words, is_run_directory
+from spo.stages.sample_request import SampleRequest, Words, is_run_directory
 
-_MARK = "730594846197"  # Templates that change letters do not change digits.
+# Text of a message, to find what a template writes after it. Templates that change letters do not change digits.
+_MARK = "730594846197"
 
 
 class _NoData(Source):
@@ -71,7 +73,7 @@ class SampledModel:
         temperature: Temperature of the softmax.
         top_p: Probability that the nucleus of each token has to reach.
         max_new_tokens: Length limit of a completion in tokens.
-        is_chat: Whether a prompt is a user's message for the chat template.
+        is_chat: True where a prompt is a user's message for the chat template.
     """
 
     name: str
@@ -85,7 +87,7 @@ class SampledModel:
     is_chat: bool
 
     def prompt_of(self, text: str, principle: str | None = None) -> Text:
-        """Return a text as the prompt of this model: text, or the messages of a conversation.
+        """Return the prompt of this model for a text: the text itself, or the messages of a conversation.
 
         A principle becomes the system message, as in the official code of Linear Alignment. Where the chat template
         does not take one, or the prompt is text, it stands before the text of the prompt.
@@ -109,6 +111,9 @@ class SampledModel:
 
     def ids_of(self, prompt: Text) -> tuple[int, ...]:
         """Return the tokens of a prompt.
+
+        Args:
+            prompt: Prompt in the form of :meth:`prompt_of`.
 
         Raises:
             UserError: The prompt does not leave room for ``max_new_tokens`` in the context of the model.
@@ -307,9 +312,10 @@ def _sampled(
 
 
 def _speaks_in_messages(path: Path, renderer: Renderer) -> bool:
-    """Return whether prompts are messages: the model has a chat template, and the run did not train it on plain text.
+    """Return whether the model has a chat template, and was not trained on plain text.
 
-    The record of a run has its prompts as the model saw them, which end in what the template writes after a message.
+    The samples of a run hold its prompts as the model saw them. Rendered prompts end in what the template writes after
+    a message.
     """
     if not renderer.tokenizer.chat_template:
         return False

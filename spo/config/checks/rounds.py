@@ -24,12 +24,12 @@ def round_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     if rounds is None:  # A single round of an iteration, whose configuration is filled in.
         return
     if rewards is not None and len(rewards) < rounds:
-        yield f"iteration.rewards: names {len(rewards)} for iteration.rounds={rounds}: name one for each round"
+        yield f"iteration.rewards is too short for iteration.rounds={rounds}: give one component for each round"
     yield from _earlier_rewards(cfg, parts, rounds)
     if select(cfg, "iteration.reference") == "first" and getattr(parts.reference, "needs_adapter", False):
         yield (
-            "iteration.reference=first: a reference that is the policy without its adapter is the one before each "
-            "round: choose iteration.reference=previous, or reference=frozen"
+            "iteration.reference=first: the policy without its adapter is the model before each round, and not the "
+            "first one: choose iteration.reference=previous, or reference=frozen"
         )
     declared = getattr(parts.loss, "extra_references", ())
     names = [name for name in select(cfg, "iteration.first_references") or [] if name not in declared]
@@ -61,22 +61,22 @@ def _judge(parts: CheckedParts) -> Iterator[str]:
 
 
 def _earlier_rewards(cfg: DictConfig, parts: CheckedParts, rounds: int) -> Iterator[str]:
-    """Yield why a loss that keeps what earlier rounds have aligned cannot do so."""
+    """Yield why the loss cannot keep what earlier rounds have aligned."""
     from spo.losses import Loss
     from spo.losses.sequential_po import EARLIER_REWARD
 
     weights = select(cfg, "iteration.earlier_weights") or ()
     if wrong := [weight for weight in weights if not (isinstance(weight, int | float) and weight >= 0)]:
-        yield f"iteration.earlier_weights: {wrong[0]} is not a number from 0, which keeps the reward of a round"
+        yield f"iteration.earlier_weights={wrong[0]}: must be a number of 0 or more"
     if not (isinstance(parts.loss, Loss) and EARLIER_REWARD in parts.loss.features):
         return
     if select(cfg, "iteration.rewards") is None:
         yield (
-            "iteration.rewards is not set: the component of the judge's reward for each round, such as [plot,brevity]; "
-            "method.loss keeps what earlier rounds have aligned"
+            "iteration.rewards is not set, and method.loss keeps what earlier rounds have aligned: name a component of "
+            "the judge's reward for each round, such as iteration.rewards=[plot,brevity]"
         )
     if len(weights) < rounds - 1:
         yield (
-            f"iteration.earlier_weights: names {len(weights)} for iteration.rounds={rounds}: name one for each round "
-            "but the last, by which method.loss keeps the implicit reward of the round"
+            f"iteration.earlier_weights is too short for iteration.rounds={rounds}: give each round but the last a weight, "
+            "by which method.loss keeps its implicit reward"
         )
