@@ -123,7 +123,8 @@ def choose_factor(
         if factor not in known:
             prepared, reference = loaded()
             folder = weights(factor)
-            policy = prepared.spec.base(folder / filenames.POLICY).requires_grad_(False).to(eval_device(values))
+            saved: nn.Module = prepared.spec.base(folder / filenames.POLICY)
+            policy = saved.requires_grad_(False).to(eval_device(values))
             speed = Speed(**values.speed).resolve_for(policy, reference)
             models = Models(policy, reference, speed)
             known[factor] = share(evaluate_selection(values, prepared, folder, judge, models))

@@ -77,6 +77,6 @@ def _earlier_rewards(cfg: DictConfig, parts: CheckedParts, rounds: int) -> Itera
         )
     if len(weights) < rounds - 1:
         yield (
-            f"iteration.earlier_weights is too short for iteration.rounds={rounds}: give each round but the last a weight, "
-            "by which method.loss keeps its implicit reward"
+            f"iteration.earlier_weights is too short for iteration.rounds={rounds}: give each round but the last a "
+            "weight, by which method.loss keeps its implicit reward"
         )
