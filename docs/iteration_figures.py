@@ -61,18 +61,26 @@ def _rounds(directory: Path, iteration: Iteration) -> list[RoundMetrics]:
     return [round_metrics(directory, iteration, one.number) for one in iteration.rounds]
 
 
+def _mean(measured: Sequence[Measured | None]) -> Measured | None:
+    """Return the mean over seeds, from the lowest to the highest end of their intervals."""
+    known = [one for one in measured if one is not None]
+    if not known:
+        return None
+    ends = [[end for one in known if (end := getattr(one, name)) is not None] for name in ("low", "high")]
+    low, high = (choose(some) if some else None for choose, some in zip((min, max), ends, strict=True))
+    return Measured(fmean(one.value for one in known), low, high)
+
+
 def _row(name: str, rounds: Sequence[RoundMetrics]) -> str:
-    """Return a row of the table: means over seeds, with the interval over prompts where there is a single seed."""
+    """Return a row of the table."""
 
     def cell(measured: Sequence[Measured | None], digits: int) -> str:
-        known = [one for one in measured if one is not None]
-        if not known:
+        mean = _mean(measured)
+        if mean is None:
             return ""
-        [*_, last] = known
-        text = f"{fmean(one.value for one in known):.{digits}f}"
-        if len(known) == 1 and last.low is not None and last.high is not None:
-            text += f" [{last.low:.{digits}f}, {last.high:.{digits}f}]"
-        return text
+        text = f"{mean.value:.{digits}f}"
+        has_ends = mean.low is not None and mean.high is not None
+        return f"{text} [{mean.low:.{digits}f}, {mean.high:.{digits}f}]" if has_ends else text
 
     rates = [cell([one.win_rates.get(opponent) for one in rounds], 3) for opponent in ("first", "previous", "data")]
     others = [
@@ -84,20 +92,20 @@ def _row(name: str, rounds: Sequence[RoundMetrics]) -> str:
 
 def _draw(axes: Axes, title: str, measure: Callable[[RoundMetrics], Measured | None], found: Found) -> None:
     for place, (name, several) in enumerate(found.items()):
-        values = defaultdict(list)
-        for rounds in several:
-            for one in rounds:
-                if (measured := measure(one)) is not None:
-                    values[one.number].append(measured)
-        numbers = sorted(values)
-        means = [fmean(one.value for one in values[number]) for number in numbers]
         shift = 0.06 * (place - (len(found) - 1) / 2)  # So that intervals of several iterations stay apart.
-        [line] = axes.plot([number + shift for number in numbers], means, "o-", markersize=4, linewidth=1.2, label=name)
-        for number, mean in zip(numbers, means, strict=True):
-            [*_, last] = values[number]
-            if len(values[number]) == 1 and last.low is not None and last.high is not None:
-                ends = [[mean - last.low], [last.high - mean]]
-                axes.errorbar([number + shift], [mean], yerr=ends, color=line.get_color(), linewidth=0.8)
+        points = {rounds[0].number: _mean([measure(one) for one in rounds]) for rounds in zip(*several, strict=True)}
+        known = {number: mean for number, mean in points.items() if mean is not None}
+        [line] = axes.plot(
+            [number + shift for number in known],
+            [mean.value for mean in known.values()],
+            "o-",
+            markersize=4,
+            linewidth=1.2,
+            label=name,
+        )
+        for number, mean in known.items():
+            if mean.low is not None and mean.high is not None:
+                axes.plot([number + shift] * 2, [mean.low, mean.high], color=line.get_color(), linewidth=0.8)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("round")
     axes.xaxis.get_major_locator().set_params(integer=True)
