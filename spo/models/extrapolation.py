@@ -47,7 +47,7 @@ def extrapolate_weights(first: Path, second: Path, factor: float, out: Path) -> 
     Args:
         first: Model folder at factor -1, such as the supervised model.
         second: Model folder at factor 0, such as the aligned model.
-        factor: How far to go beyond ``second``, in distances between the two; a negative one interpolates.
+        factor: Distance beyond ``second``, in distances between the two; a negative one interpolates.
         out: Model folder to write, under a temporary name until it is complete. An older one is replaced.
 
     Raises:
@@ -298,7 +298,7 @@ def extrapolated(first: Tensor, second: Tensor, factor: float) -> Tensor:
 
 
 class Reader:
-    """Reads tensors of several safetensors files, of which the last one stays open."""
+    """A reader of tensors of several safetensors files, which keeps the last file open."""
 
     def __init__(self) -> None:
         self._file: Path | None = None

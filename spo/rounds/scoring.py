@@ -21,7 +21,7 @@ class Scores:
     Attributes:
         scores: ``(K,)`` score of each completion, a higher one is better: rewards, or win rates.
         win_rates: ``(K,)`` mean probability that the completion beats the ``K``, itself included with 1/2.
-        are_rewards: Whether the scores are rewards, of a judge that does not only compare.
+        are_rewards: True for rewards; false for win rates of a judge that only compares.
     """
 
     scores: list[float]

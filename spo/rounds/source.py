@@ -119,12 +119,12 @@ class RoundSource(Source):
 
     @property
     def needs_judge(self) -> bool:  # type: ignore[override]
-        """Return whether the rows depend on a judge: by the pairing, or by the columns that the loss reads."""
+        """Return whether the rows depend on a judge, because of the pairing or of a column that the loss reads."""
         return self.pairing.needs_scores or bool(self._columns)
 
     @property
     def _columns(self) -> set[str]:
-        """Return the numbers of a completion that the loss reads, among those that a round provides."""
+        """Return the names of :data:`COLUMNS` that the loss reads."""
         read = {*self.needs.number_columns, *self.needs.list_number_columns}
         return {name for name in COLUMNS if read & {f"chosen_{name}", f"{name}s"}}
 

@@ -1,4 +1,4 @@
-"""How a token follows from logits and a random number of its row, the same for every sampler."""
+"""Choice of a token by logits and a random number of its row, the same for every sampler."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_top_p(top_p: float) -> None:
     """Refuse a ``top_p`` that is not above 0 and at most 1.
 
     Raises:
-        ValueError: It is not.
+        ValueError: ``top_p`` is out of range.
     """
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p has to be above 0 and at most 1, not {top_p:g}")

@@ -86,7 +86,7 @@ def generate_tokens(
         top_p: Probability that the nucleus of each token has to reach; 1 draws from all tokens.
         processors: Logits processors that come before the temperature.
         streamer: Receiver of each token as soon as it is drawn, for a single row.
-        use_cache: Whether keys and values are kept from token to token.
+        use_cache: True to keep keys and values from token to token.
     """
     config = GenerationConfig(
         do_sample=False,  # Greedy decoding takes the tokens that _Draw left.
