@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -20,13 +22,16 @@ from spo.config.compose import compose
 from spo.config.groups import group_members
 from spo.config.iterations import iteration_arguments
 from spo.errors import UserError
-from spo.records.iteration import read_iteration
+from spo.records.iteration import Round, read_iteration
 from spo.resources import conf_dir
+from spo.runs.identity import identity
+from spo.runs.launch import below_swept_groups
 from spo.stages import iterate as stage
 from spo.stages.iterate import first_round, iterate, round_config
 from spo.stages.train import train
 from tests.commands import TINY, enter, numbers, rows
 from tests.commands import spo as run_spo
+from tests.iterations import make_iteration
 from tests.test_kills import killed
 
 ITERATIONS = group_members([conf_dir()])["iteration"]
@@ -270,3 +275,62 @@ def test_iterations_are_swept(cache_dir: Path, tmp_path: Path) -> None:
     run_spo(*words, "hydra.sweep.dir=sweep", folder=tmp_path, cache=cache_dir)
     directories = sorted(file.parent for file in tmp_path.glob("sweep/*/iterate.json"))
     assert [read_iteration(directory).name for directory in directories] == ["dpo", "sppo"]
+
+
+def test_values_below_a_swept_group_wait_for_the_jobs() -> None:
+    words = ["iteration=dpo,sppo", "iteration.rounds=1", "iteration.rewards=[a,b]", "seed=1,2", "sft.max_steps=3"]
+    assert below_swept_groups(words) == [
+        "iteration=dpo,sppo", "iteration.rounds=choice(1)", "iteration.rewards=choice([a,b])", *words[3:]
+    ]  # fmt: skip
+
+
+def test_a_configuration_is_composed_while_hydra_runs_a_sweep() -> None:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        running = GlobalHydra.instance().hydra
+        assert compose(["method=sft"]).method.name == "sft"
+        assert GlobalHydra.instance().hydra is running
+
+
+# --- the ledger ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the directory of a finished iteration of two rounds, the first of which another setting does not fit."""
+    make_iteration(tmp_path, 2)
+
+    def refuse(cfg: Any, directory: Path, one: Round) -> dict[str, float]:
+        if one.number == 1:
+            raise UserError("another run")
+        return {}
+
+    monkeypatch.setattr(stage, "_train_round", refuse)
+    return tmp_path
+
+
+def test_a_rejected_setting_leaves_the_ledger_as_it_was(refused: Path) -> None:
+    before = read_iteration(refused)
+    with pytest.raises(UserError, match="another run"):
+        iterate(composed("iteration=dpo", "iteration.source.completions=3", directory=refused))
+    assert read_iteration(refused) == before
+
+
+def test_fewer_rounds_take_nothing_away(refused: Path) -> None:
+    with pytest.raises(UserError, match="another run"):
+        iterate(composed("iteration=dpo", "iteration.rounds=1", directory=refused))
+    assert (read_iteration(refused).planned, len(read_iteration(refused).rounds)) == (2, 3)
+
+
+def test_another_momentum_is_another_iteration(refused: Path) -> None:
+    with pytest.raises(UserError, match=r"iteration.momentum=0.0, not 0.3: choose another hydra.run.dir"):
+        iterate(composed("iteration=dpo", "iteration.momentum=0.3", directory=refused))
+
+
+def test_a_round_is_the_same_where_the_iteration_was_moved(tmp_path: Path, steps: None) -> None:
+    digests = []
+    for name in ("here", "there"):
+        for number in range(3):
+            (tmp_path / name / f"round-{number}" / "policy").mkdir(parents=True)
+        own = round_config(composed("iteration=dpo", directory=tmp_path / name), tmp_path / name, 3)
+        digests.append(identity(own)["config"])
+    assert digests[0] == digests[1]

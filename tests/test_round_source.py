@@ -74,8 +74,8 @@ def complete(prompts: Sequence[str | PromptRequest], n: int, /, writer: Writer |
 def source(inner: Source | None = None, pairing: Pairing | None = None, loss: Any = None, **given: Any) -> RoundSource:
     settings = {
         "completions": 4, "temperature": 1.0, "top_p": 1.0, "prompts": None, "labels": "soft", "reward": "reward",
-        "reward_scale": 1.0, "history": 1, "seed": 0, "splits": {"selection": 0.1, "test": 0.1}, "round": 1,
-        "policies": [], "first": None, "earlier_coefficients": [],
+        "reward_scale": 1.0, "history": 1, "seed": 0, "splits": {"selection": 0.1, "test": 0.1}, "split_seed": 0,
+        "limit": None, "round": 1, "policies": [], "first": None, "earlier_coefficients": [],
     }  # fmt: skip
     made = RoundSource(inner or Given(ALL), pairing or BestAndWorst(), **{**settings, **given})
     made.needs = DataNeeds.of(loss or DPOLoss())
@@ -162,6 +162,13 @@ def test_data_without_splits_is_split_as_a_run_splits_it() -> None:
     assert {row.prompt for row in own(found)} == {row.prompt for row in placed if row.split == "train"}
     assert {row.prompt for row in found if row.split == "test"} == {row.prompt for row in placed if row.split == "test"}
     assert 0 < len([row for row in placed if row.split == "test"]) < 15
+
+
+def test_other_seeds_of_a_round_keep_the_splits_and_limits_of_the_data() -> None:
+    plain = [Row(f"prompt {i}", f"good {i}", f"bad {i}") for i in range(60)]
+    one, other = (source(Given(plain), seed=seed, limit=30).rows(complete) for seed in (0, 1))
+    prompts = [{row.prompt: row.split for row in found} for found in (one, other)]
+    assert prompts[0] == prompts[1] and len(prompts[0]) == 30
 
 
 def test_conversations_are_completed_by_an_assistant() -> None:

@@ -89,15 +89,20 @@ def composer(config_dir: str | Path | None = None) -> Iterator[Any]:
             )
         quoted = str(folder).replace("'", r"\'")
         extra.append(f"hydra.searchpath=['file://{quoted}']")
-    with hydra.initialize_config_dir(str(conf_dir()), job_name="spo", version_base=VERSION_BASE):
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), job_name="spo", version_base=VERSION_BASE):
 
-        def composed(overrides: Sequence[str]) -> DictConfig:
-            own = any(override.lstrip("+").startswith("hydra.searchpath") for override in overrides)
-            cfg = hydra.compose(MAIN_CONFIG, [*([] if own else extra), *overrides], return_hydra_config=True)
-            remember_secrets(OmegaConf.to_container(cfg, resolve=False))
-            return pin(cfg)
+            def composed(overrides: Sequence[str]) -> DictConfig:
+                own = any(override.lstrip("+").startswith("hydra.searchpath") for override in overrides)
+                cfg = hydra.compose(MAIN_CONFIG, [*([] if own else extra), *overrides], return_hydra_config=True)
+                remember_secrets(OmegaConf.to_container(cfg, resolve=False))
+                return pin(cfg)
 
-        yield composed
+            yield composed
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 PINNED = ("model.num_parameters", "model.default_lr")

@@ -62,6 +62,8 @@ class RoundSource(Source):
         history: Number of the newest policies that write completions. Each completion has one of them by chance.
         seed: Random seed of the prompts, writers and pairs.
         splits: Shares of the prompts for ``selection`` and ``test``, for a source without splits of its own.
+        split_seed: Random seed of these splits, the same in all rounds and in round 0.
+        limit: Largest number of rows of a source that does not sample its pairs; ``None`` for all.
         round: Number of the round, from 1.
         policies: Folders of the policies so far, the newest last; the reference model writes if there is none.
         first: Folder of the model that writes the completions that ``source`` samples itself; ``None`` for its own
@@ -90,6 +92,8 @@ class RoundSource(Source):
         history: PositiveInt,
         seed: int,
         splits: Mapping[str, float] | None,
+        split_seed: int,
+        limit: PositiveInt | None,
         round: PositiveInt,
         policies: Sequence[str],
         first: str | None,
@@ -109,7 +113,8 @@ class RoundSource(Source):
         self.reward, self.reward_scale = reward, reward_scale
         self.writer, self.temperature = source.writer, source.temperature
         self.policies, self.earlier_coefficients = tuple(policies), tuple(earlier_coefficients)
-        self.max_prompts, self.seed, self.splits, self.round = prompts, seed, splits or {}, round
+        self.max_prompts, self.seed, self.round = prompts, seed, round
+        self.splits, self.split_seed, self.limit = splits or {}, split_seed, limit
         newest = policies[-history:] if policies else [None]
         self.writers = tuple(Writer(model, temperature, top_p, round) for model in newest)
         own = source.writer if source.writer is not None else first
@@ -166,9 +171,11 @@ class RoundSource(Source):
         inner = self.source
         inner.needs = self._needs_of_inner()
         given = inner.rows(lambda prompts, n, writer=None: complete(prompts, n, writer or self.inner_writer))
+        if not inner.samples_rows:  # A source that samples limits its prompts itself.
+            given = given[: self.limit]
         self.bad_rows, self.findings = inner.bad_rows, inner.findings
         self.dropped_pairs, self.dropped_responses = Counter(inner.dropped_pairs), Counter(inner.dropped_responses)
-        placed = split_rows(given, self.seed, self.splits["selection"], self.splits["test"])
+        placed = split_rows(given, self.split_seed, self.splits["selection"], self.splits["test"])
         asked = self._training_prompts(placed)
         if not asked:
             raise DataError("iteration: the data does not have a training prompt")

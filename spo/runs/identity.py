@@ -162,6 +162,9 @@ def _show(config: Mapping[str, Any], key: str) -> str:
 
 
 def _without_folder(value: Any, folders: Sequence[tuple[str, str]]) -> Any:
+    if isinstance(value, list):  # Rounds alone have lists of folders, those of the opponents.
+        rounds = [pair for pair in folders if pair[1] == "<iteration>"]
+        return [_without_folder(one, rounds) for one in value]
     if isinstance(value, str):
         for folder, name in folders:
             if value.startswith(f"{folder}/"):

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import spo
 from spo import signals
-from spo.config.compose import VERSION_BASE, register_resolvers
+from spo.config.compose import VERSION_BASE, parse, register_resolvers
 from spo.config.plan import Plan
 from spo.errors import UserError, error_line, user_message
 from spo.pages.sweep_table import print_sweep
@@ -94,7 +94,7 @@ def launch_sweep(
     for note in _notes(entries):
         print(f"note: {note}", file=sys.stderr)
     directory = str(planned.sweep_dir).replace("'", r"\'")
-    arguments = [*flags, *planned.overrides, f"hydra.sweep.dir='{directory}'"]
+    arguments = [*flags, *below_swept_groups(planned.overrides), f"hydra.sweep.dir='{directory}'"]
     os.environ[SWEEP_VARIABLE] = str(planned.sweep_dir)
     died = False
     try:
@@ -126,6 +126,25 @@ def launch_sweep(
         if planned.complete:
             print_sweep(entries, planned.sweep_dir)
     return all(entry.status == "finished" for entry in entries)
+
+
+def below_swept_groups(overrides: Sequence[str]) -> list[str]:
+    """Return overrides in which a value below a swept group is a choice of one.
+
+    Hydra composes a configuration without the swept groups first. A key such as ``iteration.rounds`` does not exist in
+    it, and only a value that is swept too waits for the jobs.
+
+    Args:
+        overrides: Overrides of a multirun.
+    """
+    parsed = [parse(text) for text in overrides]
+    swept = {one.key_or_group for one in parsed if one.is_sweep_override()}
+    return [
+        f"{one.get_key_element()}=choice({one.get_value_element_as_str()})"
+        if one.key_or_group.partition(".")[0] in swept and not one.is_sweep_override() and not one.is_delete()
+        else text
+        for text, one in zip(overrides, parsed, strict=True)
+    ]
 
 
 def run_hydra(arguments: Sequence[str], task: Train) -> None:

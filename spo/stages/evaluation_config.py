@@ -50,6 +50,8 @@ def evaluation_config(own: DictConfig, overrides: Sequence[str], config_dir: str
         )
     cfg = OmegaConf.create(OmegaConf.to_container(own, resolve=False))
     assert isinstance(cfg, DictConfig)
+    if "start" in cfg.model:  # An evaluation reads policy/, and extrapolated weights may have left the cache.
+        cfg.model.start = None
     # A member of a group replaces the whole group, as in a new composition. Single keys are set below, on top of it.
     for group in {one.key_or_group for one in parsed} & {"data", "evaluation", "judge"}:
         of_group = (one.input_line for one in parsed if one.key_or_group.partition(".")[0] == group)

@@ -170,13 +170,14 @@ def data_key(cfg: DictConfig, arguments: Collection[str] | None = None) -> dict[
         cfg: Configuration of the run, resolved.
         arguments: Arguments of the source on which the result depends; ``None`` for all.
     """
-    source = OmegaConf.to_container(OmegaConf.select(cfg, source_key(cfg)), resolve=True)
+    node = OmegaConf.select(cfg, source_key(cfg))
+    source = OmegaConf.to_container(node, resolve=True)
     assert isinstance(source, dict)
     key: dict[str, Any] = {
         "source": {
             name: value for name, value in source.items() if arguments is None or name in (*arguments, "_target_")
         },
-        "plugins": plugin_digests(targets(cfg.data).values()),
+        "plugins": plugin_digests([*targets(cfg.data).values(), *targets(node).values()]),
     }
     if cfg.data.path is not None:
         key["content"] = path_digest(cfg.data.path)

@@ -55,7 +55,7 @@ def iterate(cfg: DictConfig) -> dict[str, float]:
     with placed_by(SET_RUN, directory):
         iteration = first_decides(partial(_begin, cfg, directory))
     metrics: dict[str, float] = {}
-    for number in range(iteration.planned + 1):
+    for number in range(cfg.iteration.rounds + 1):
         one = _entry(iteration, number)
         started = perf_counter() - one.seconds
 
@@ -66,11 +66,13 @@ def iterate(cfg: DictConfig) -> dict[str, float]:
 
         is_new = one.status != "finished"
         if is_new:
+            iteration.settings = _settings(cfg)
             record(status="running")
         try:
             metrics = _train_round(cfg, directory, one)
         except Exception:
-            record(status="failed")
+            if is_new:  # A finished round stays finished where other settings are rejected.
+                record(status="failed")
             raise
         if is_new:
             record(status="finished")
@@ -104,8 +106,7 @@ def _begin(cfg: DictConfig, directory: Path) -> Iteration:
     if cfg.rerun:
         set_aside(directory)
     name = str((cfg.get("choices") or {}).get("iteration"))
-    settings: dict[str, Any] = OmegaConf.to_container(cfg.iteration, resolve=True)  # type: ignore[assignment]
-    iteration = Iteration(name, cfg.iteration.reference, cfg.iteration.rounds, settings=settings)
+    iteration = Iteration(name, cfg.iteration.reference, cfg.iteration.rounds, settings=_settings(cfg))
     if is_iteration(directory):
         before = read_iteration(directory)
         if (before.name, before.reference) != (iteration.name, iteration.reference):
@@ -114,9 +115,24 @@ def _begin(cfg: DictConfig, directory: Path) -> Iteration:
                 f"{name} with iteration.reference={iteration.reference}: choose another hydra.run.dir, or start again "
                 "with rerun=true"
             )
-        iteration.rounds = before.rounds
+        momentum = before.settings.get("momentum", cfg.iteration.momentum)
+        if before.rounds[1:] and momentum != cfg.iteration.momentum:
+            raise UserError(
+                f"{directory} holds rounds with iteration.momentum={momentum}, not {cfg.iteration.momentum}: choose "
+                "another hydra.run.dir, or rerun=true to start again"
+            )
+        # Fewer rounds than are finished train nothing and do not take any away.
+        finished = [one.number for one in before.rounds if one.status == "finished"]
+        iteration.planned = max([iteration.planned, *finished])
+        iteration.rounds, iteration.settings = before.rounds, before.settings or iteration.settings
     write_iteration(directory, iteration)
     return iteration
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    """Return the values of the group ``iteration``, for people to read."""
+    settings: dict[str, Any] = OmegaConf.to_container(cfg.iteration, resolve=True)  # type: ignore[assignment]
+    return settings
 
 
 def _entry(iteration: Iteration, number: int) -> Round:
