@@ -467,7 +467,7 @@ def end_own_process(program: str, run: Path, monkeypatch: pytest.MonkeyPatch) ->
     popen = subprocess.Popen
     with monkeypatch.context() as patch, signals.handled():
         patch.setattr(launch.subprocess, "Popen", lambda command: popen([sys.executable, "-c", program]))
-        launch._run_in_own_process(None)
+        launch._run_in_own_process("train", None)
 
 
 def test_a_job_that_is_entered_after_the_signal_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,7 +184,7 @@ def test_win_rates_among_few_samples_are_those_of_a_smaller_eta() -> None:
 
 
 def test_uniform_policy_is_the_fixed_point_of_a_cycle() -> None:
-    """Where each response beats the next two, no reward exists, and the uniform policy is the equilibrium."""
+    """Stay at the uniform policy if each response beats the next two, for which no reward exists."""
     cycle = torch.full((SIZE, SIZE), 0.5, dtype=torch.float64)
     for i in range(SIZE):
         for ahead in (1, 2):

@@ -56,7 +56,7 @@ def iterate(cfg: DictConfig) -> dict[str, float]:
         iteration = first_decides(partial(_begin, cfg, directory))
     metrics: dict[str, float] = {}
     for number in range(cfg.iteration.rounds + 1):
-        one = _entry(iteration, number)
+        one = _entry(cfg, iteration, number)
         started = perf_counter() - one.seconds
 
         def record(entry: Round = one, started: float = started, **changes: Any) -> None:
@@ -135,24 +135,28 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     return settings
 
 
-def _entry(iteration: Iteration, number: int) -> Round:
+def _entry(cfg: DictConfig, iteration: Iteration, number: int) -> Round:
     """Return the entry of a round in the ledger, a new one if the round has not begun."""
-    if number < len(iteration.rounds):
-        return iteration.rounds[number]
-    name = filenames.round_directory(number)
-    iteration.rounds.append(Round(number, name, name))
+    if number == len(iteration.rounds):
+        iteration.rounds.append(Round(number, filenames.round_directory(number), measured_directory(cfg, number)))
     return iteration.rounds[number]
+
+
+def measured_directory(cfg: DictConfig, number: int) -> str:
+    """Return the run directory whose policy stands for a round, relative to that of the iteration."""
+    directory = filenames.round_directory(number)
+    is_extrapolated = cfg.iteration.momentum != 0 and number > 0
+    return f"{directory}/{filenames.EXTRAPOLATED}" if is_extrapolated else directory
 
 
 def _train_round(cfg: DictConfig, directory: Path, one: Round) -> dict[str, float]:
     """Train a round and return its metrics; with momentum, those of the extrapolated policy."""
     run_cfg = first_round(cfg, directory) if one.number == 0 else round_config(cfg, directory, one.number)
     metrics = train(run_cfg)
-    if cfg.iteration.momentum == 0 or one.number == 0:
+    if one.measured == one.directory:
         return metrics
     from spo.stages.extrapolate import extrapolated_run
 
-    one.measured = f"{one.directory}/{filenames.EXTRAPOLATED}"
     folders = (directory / filenames.round_directory(number) for number in (one.number - 1, one.number))
     before, trained = (folder / filenames.POLICY for folder in folders)
     return extrapolated_run(run_cfg, before, trained, cfg.iteration.momentum, directory / one.measured)
@@ -221,16 +225,8 @@ def round_config(cfg: DictConfig, directory: Path, number: int) -> DictConfig:
 
 
 def policy_folder(cfg: DictConfig, directory: Path, number: int) -> Path:
-    """Return the folder of the policy after a round, from which the next round starts.
-
-    Args:
-        cfg: Configuration of the iteration.
-        directory: Directory of the iteration.
-        number: Number of the round.
-    """
-    folder = directory / filenames.round_directory(number)
-    is_extrapolated = cfg.iteration.momentum != 0 and number > 0
-    return (folder / filenames.EXTRAPOLATED if is_extrapolated else folder) / filenames.POLICY
+    """Return the folder of the policy after a round, from which the next round starts."""
+    return directory / measured_directory(cfg, number) / filenames.POLICY
 
 
 def last_step(run_dir: Path) -> int:
