@@ -144,7 +144,7 @@ def test_what_cannot_be_trained_is_refused_in_words(
 
 
 def test_functions_refuse_the_configuration_of_the_other_command(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="use spo iterate"):
+    with pytest.raises(UserError, match="spo train trains a single run: use spo iterate"):
         train(composed("iteration=dpo", directory=tmp_path))
     with pytest.raises(UserError, match="choose one, such as iteration=dpo"):
         spo.iterate(composed(directory=tmp_path))

@@ -144,7 +144,8 @@ def _writer(
     if writer.model is None:
         load, sampling = partial(spec.start, base), _sampling_key(cfg, spec, base)
     else:
-        origin = Origin(writer.model, "data.source.responses")
+        key_of_path = "data.source.responses" if writer.model == source.writer else "iteration.source.policies"
+        origin = Origin(writer.model, key_of_path)
         config = load_config(origin, spec.trust_remote_code)
         tokenizer = load_tokenizer(origin, spec.trust_remote_code)
         stop_ids = read_stop_ids(writer.model, config.get_text_config().vocab_size)
