@@ -22,7 +22,9 @@ from spo.config.compose import compose
 from spo.config.groups import group_members
 from spo.config.iterations import iteration_arguments
 from spo.errors import UserError
+from spo.pages.sweep_table import FIRST_RATE, print_sweep
 from spo.records.iteration import Round, read_iteration
+from spo.records.sweep import SweepJob
 from spo.resources import conf_dir
 from spo.runs.identity import identity
 from spo.runs.launch import below_swept_groups
@@ -275,6 +277,17 @@ def test_iterations_are_swept(cache_dir: Path, tmp_path: Path) -> None:
     run_spo(*words, "hydra.sweep.dir=sweep", folder=tmp_path, cache=cache_dir)
     directories = sorted(file.parent for file in tmp_path.glob("sweep/*/iterate.json"))
     assert [read_iteration(directory).name for directory in directories] == ["dpo", "sppo"]
+
+
+def test_the_table_of_a_sweep_has_the_last_round_against_the_first_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    make_iteration(tmp_path / "a", 2)
+    print_sweep([SweepJob(["iteration=dpo"], "a", "finished")], tmp_path)
+    rate = json.loads((tmp_path / "a/round-2/metrics.json").read_text())["eval/win_rate/round-0"]
+    shown = capsys.readouterr().out
+    assert FIRST_RATE in shown and f"{rate:.3f}" in shown
 
 
 def test_values_below_a_swept_group_wait_for_the_jobs() -> None:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from spo.metrics.rounds import round_metrics
 from spo.metrics.trained import COSTS, cost_text
 from spo.records import filenames
 from spo.records.files import read_json
+from spo.records.iteration import is_iteration, read_iteration
 from spo.records.sweep import JobStatus, SweepJob
 from spo.wording import finite
 
 _STYLES: dict[JobStatus, str] = {"finished": "green", "failed": "red", "running": "yellow", "unfinished": "yellow"}
+
+FIRST_RATE = "win rate against the first model"
+"""Header of the numbers of iterations."""
 
 
 def print_sweep(jobs: Sequence[SweepJob], directory: Path) -> None:
@@ -25,9 +31,10 @@ def print_sweep(jobs: Sequence[SweepJob], directory: Path) -> None:
         jobs: Jobs with their final states.
         directory: Sweep directory.
     """
-    metrics = [read_json(directory / entry.directory / filenames.METRICS) or {} for entry in jobs]
+    metrics = [_metrics(directory / entry.directory) for entry in jobs]
     # Settings are chosen on the selection split; the number of the test split is shown only if there is no other.
-    key = "val/win_rate" if any("val/win_rate" in found for found in metrics) else "eval/win_rate"
+    keys = (FIRST_RATE, "val/win_rate", "eval/win_rate")
+    key = next((key for key in keys if any(key in found for found in metrics)), keys[-1])
     table = Table(box=None, pad_edge=False)
     costs = [f"{name} ({unit})" for name, unit in COSTS.values()]
     for column in ("job", "status", key, *costs, ""):
@@ -48,6 +55,15 @@ def print_sweep(jobs: Sequence[SweepJob], directory: Path) -> None:
             console.print(Text(words, "red"), soft_wrap=True)
     counts = {status: sum(entry.status == status for entry in jobs) for status in _STYLES}
     console.print(", ".join(f"{count} {status}" for status, count in counts.items() if count))
+
+
+def _metrics(job: Path) -> dict[str, Any]:
+    """Return the metrics of a run, or the win rate of the last round of an iteration against the first model."""
+    if not is_iteration(job):
+        return read_json(job / filenames.METRICS) or {}
+    iteration = read_iteration(job)
+    last = round_metrics(job, iteration, iteration.rounds[-1].number)
+    return {FIRST_RATE: last.win_rates["first"].value} if "first" in last.win_rates else {}
 
 
 def _labels(jobs: Sequence[SweepJob]) -> list[str]:
