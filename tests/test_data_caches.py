@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spo.config.checks import problems
 from spo.config.compose import compose
-from spo.data import Completion, EvalPrompt, FileSource, Renderer, Row
+from spo.data import Completion, EvalPrompt, FileSource, Renderer, Row, RowError
 from spo.data.rows import Writer
 from spo.data.splits import prepare
 from spo.data.stories import StoriesSource
@@ -258,3 +259,16 @@ def test_wrong_values_are_explained() -> None:
         assert problem.startswith(text)
     [problem] = problems(compose(["data=enumerable", "model=tabular", "data.num_pairs=5"]))
     assert "set data.source.num_pairs, the number of pairs of each prompt" in problem
+
+
+def test_remarks_on_rows_survive_the_cache() -> None:
+    before, after = FileSource("x.jsonl", None, "skip"), FileSource("x.jsonl", None, "skip")
+    before.findings.add("empty_prompts", "x.jsonl:3", 2)
+    before.bad_rows.append(RowError("x.jsonl:7", "must be text", "chosen"))
+    before.dropped_pairs["tied"] = 4
+    before.dropped_responses["empty"] = 1
+    remarks = json.loads(json.dumps(pairs._remarks(before)))
+    assert pairs._restore(after, remarks) == {"tied": 4}
+    assert vars(after.findings) == vars(before.findings)
+    assert [str(one) for one in after.bad_rows] == [str(one) for one in before.bad_rows]
+    assert after.dropped_responses == before.dropped_responses

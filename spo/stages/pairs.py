@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -54,7 +55,7 @@ CODE_DEPENDENCIES = (
     "stages/pairs.py",
 )
 """Files that cached pairs depend on, in addition to the reference model. Other changes leave them valid."""
-ROWS_FILE, DROPPED_FILE, BAD_FILE = "rows.jsonl", "dropped.json", "bad.jsonl"
+ROWS_FILE, REMARKS_FILE = "rows.jsonl", "remarks.json"
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,7 @@ def preference_rows(
         rows = source.rows(complete)
         if folder is not None:
             write_jsonl(folder / ROWS_FILE, map(dataclasses.asdict, rows))
-            write_json(folder / DROPPED_FILE, source.dropped_pairs)
-            write_jsonl(folder / BAD_FILE, ({name: getattr(bad, name) for name in _BAD} for bad in source.bad_rows))
+            write_json(folder / REMARKS_FILE, _remarks(source))
 
     key = {
         **load(own).key,
@@ -119,11 +119,27 @@ def preference_rows(
         "judge": None if source.judge is None else [source.judge.identity, plugin_digests(targets(cfg.judge).values())],
     }
     folder = cached(cfg.paths.cache, "pairs", key, build)
-    source.bad_rows = [RowError(**row) for row in read_jsonl(folder / BAD_FILE)]
-    return [_row(values) for values in read_jsonl(folder / ROWS_FILE)], read_json(folder / DROPPED_FILE)
+    dropped = _restore(source, read_json(folder / REMARKS_FILE))
+    return [_row(values) for values in read_jsonl(folder / ROWS_FILE)], dropped
 
 
-_BAD = ("where", "reason", "column")
+def _remarks(source: Source) -> dict[str, Any]:
+    """Return what a source has to say about its rows, as JSON values."""
+    return {
+        "dropped_pairs": source.dropped_pairs,
+        "dropped_responses": source.dropped_responses,
+        "findings": vars(source.findings),
+        "bad_rows": [{"where": one.where, "reason": one.reason, "column": one.column} for one in source.bad_rows],
+    }
+
+
+def _restore(source: Source, remarks: Mapping[str, Any]) -> dict[str, int]:
+    """Give a source the remarks on rows that come from the cache, and return the dropped pairs by reason."""
+    source.dropped_responses = Counter(remarks["dropped_responses"])
+    source.findings.counts, source.findings.first = Counter(remarks["findings"]["counts"]), remarks["findings"]["first"]
+    source.bad_rows = [RowError(**one) for one in remarks["bad_rows"]]
+    dropped: dict[str, int] = remarks["dropped_pairs"]
+    return dropped
 
 
 def _row(values: dict[str, Any]) -> Row:
