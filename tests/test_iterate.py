@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import spo
 from spo import cli
+from spo.config.checks import problems
 from spo.config.compose import compose
 from spo.config.groups import group_members
 from spo.config.iterations import iteration_arguments
@@ -106,6 +107,13 @@ def test_the_configuration_of_the_iteration_stays_as_it_is(steps: None) -> None:
     before = OmegaConf.to_yaml(cfg)
     first_round(cfg, Path("/iterations/x")), round_config(cfg, Path("/iterations/x"), 2)
     assert OmegaConf.to_yaml(cfg) == before
+
+
+def test_checks_leave_the_configuration_as_it_is() -> None:
+    cfg = composed("iteration=dpo")
+    before = OmegaConf.to_yaml(cfg)
+    assert problems(cfg) == []
+    assert OmegaConf.to_yaml(cfg) == before, "an evaluation of the round with other data would keep the old one"
 
 
 # --- the command line ----------------------------------------------------------------------------------------------

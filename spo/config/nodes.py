@@ -132,6 +132,23 @@ def extra_reference_keys(cfg: DictConfig) -> dict[str, str]:
     return {name: f"{key}.{name}" for key, given in groups if isinstance(given, DictConfig) for name in map(str, given)}
 
 
+def detached(node: DictConfig) -> DictConfig:
+    """Return a resolved copy of a node, to make objects of.
+
+    Hydra's ``instantiate`` resolves the nodes to which interpolations lead in place, such as ``data.source`` for the
+    source of a round. A configuration would then hold their values, and no longer follow what they refer to.
+
+    Args:
+        node: Node of a configuration.
+
+    Raises:
+        OmegaConfBaseException: An interpolation cannot be resolved.
+    """
+    copied = OmegaConf.create(OmegaConf.to_container(node, resolve=True))
+    assert isinstance(copied, DictConfig)
+    return copied
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

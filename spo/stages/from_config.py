@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from spo.config.nodes import source_key, targets
+from spo.config.nodes import detached, source_key, targets
 from spo.data import Renderer, Source
 from spo.errors import UserError
 from spo.forward.head import hidden_width
@@ -51,7 +51,7 @@ def model_spec(cfg: DictConfig) -> ModelSpec:
 
 def build_source(cfg: DictConfig) -> Source:
     """Return the source of the rows: that of the data, or that of a round of an iteration."""
-    source: Source = instantiate(OmegaConf.select(cfg, source_key(cfg)), _convert_="all")
+    source: Source = instantiate(detached(OmegaConf.select(cfg, source_key(cfg))), _convert_="all")
     return source
 
 

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from spo.config.choices import pin_choices
 from spo.config.compose import compose
+from spo.config.nodes import detached
 from spo.errors import SET_RUN, UserError, placed_by
 from spo.metrics.catalogue import CHOSEN, REFERENCE
 from spo.metrics.rounds import FIRST
@@ -253,6 +254,6 @@ def _of_round(cfg: DictConfig, directory: Path, number: int) -> DictConfig:
 def _against(cfg: DictConfig, others: Sequence[Path]) -> list[str]:
     """Return the opponents of a round: those of the configuration, the data's responses, and other rounds."""
     given = [str(name) for name in cfg.evaluation.against]
-    if instantiate(cfg.judge, _convert_="all") is None:
+    if instantiate(detached(cfg.judge), _convert_="all") is None:
         return given
     return list(dict.fromkeys([*given, REFERENCE, CHOSEN, *map(str, others)]))

@@ -14,7 +14,16 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from spo.config.checks.settings import HINTS, is_given, shown
-from spo.config.nodes import DATA_SOURCE, DIRECTIVES, first_line, locate, nodes_with_target, select, source_key
+from spo.config.nodes import (
+    DATA_SOURCE,
+    DIRECTIVES,
+    detached,
+    first_line,
+    locate,
+    nodes_with_target,
+    select,
+    source_key,
+)
 from spo.config.schema import typed_keys
 from spo.config.values import violation
 from spo.errors import JudgeError, missing_package
@@ -157,7 +166,7 @@ class CheckedParts:
         if not isinstance(node, DictConfig) or self.has_problem(key):
             return None
         try:
-            return instantiate(node, _convert_="all")
+            return instantiate(detached(node), _convert_="all")
         except OmegaConfBaseException:  # A missing or unresolved value is reported by itself.
             return None
         except InstantiationException as error:
