@@ -215,10 +215,13 @@ def test_a_finished_iteration_trains_nothing_again(accelerated: Path, cache_dir:
         iterate(changed)
 
 
-@pytest.mark.slow
+SLOW = ("alpha_spin", "sequential")
+"""Iterations that the slow suite trains: with a further reference, and with rewards of their own."""
+
+
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("spin", "sequential") else pytest.param(name, marks=pytest.mark.nightly) for name in ITERATIONS],
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else pytest.mark.nightly) for name in ITERATIONS],
 )
 def test_every_iteration_trains(name: str, cache_dir: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
