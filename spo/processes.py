@@ -7,6 +7,7 @@ here does what one process alone would do.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -125,6 +126,16 @@ def join(device_type: str, device_index: int | None = None) -> None:
         torch.cuda.set_device(own.local_rank if device_index is None else device_index)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, rank=own.rank, world_size=own.world_size, timeout=MAX_WAIT)
+    # The threads of an open group now and then abort a process that ends, after all of its work is done.
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Close the connection to the other processes, if it is open."""
+    if _joined():
+        import torch
+
+        torch.distributed.destroy_process_group()
 
 
 def meeting_point() -> tuple[str, int]:

@@ -7,9 +7,11 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from spo import processes, slurm
@@ -233,6 +235,21 @@ def test_two_processes_share_decisions_and_work(tmp_path: Path) -> None:
     assert first["few"] == second["few"] == ["A"] and first["none"] == second["none"] == []
     assert first["objects"] == second["objects"] == [0, 1]
     assert "lost" not in second and first["lost"] == "another process of the run has ended"
+
+
+def test_a_process_leaves_the_group_before_python_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(processes.atexit, "register", at_exit.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(processes, "place", lambda: Place(0, 2, 0, 2, "torchrun"))
+    monkeypatch.setattr(processes, "_torch_variables", lambda own: {})
+    processes.join("cpu")
+    left: list[bool] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+    [leave] = at_exit
+    leave()
+    assert left == [True]
 
 
 if __name__ == "__main__":
