@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from spo.commands import RUN, UsageError
 from spo.help import COMMANDS, help_of
+from spo.processes import end_process
 from spo.runs.processes import import_from_current_folder
 from spo.secrets import scrub_output
 from spo.wording import clean
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
+        if argv is None:
+            end_process(status)
         return status
     except BrokenPipeError:  # The reader stopped reading, as in `spo --help | head`.
         _drop_output()

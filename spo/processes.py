@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,16 +127,22 @@ def join(device_type: str, device_index: int | None = None) -> None:
         torch.cuda.set_device(own.local_rank if device_index is None else device_index)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, rank=own.rank, world_size=own.world_size, timeout=MAX_WAIT)
-    # The threads of an open group now and then abort a process that ends, after all of its work is done.
-    atexit.register(_leave)
 
 
-def _leave() -> None:
-    """Close the connection to the other processes, if it is open."""
+def end_process(status: int) -> None:
+    """End a process that has joined others, once its work is done; do nothing in a process by itself.
+
+    Threads of the group now and then abort a process while Python and its libraries are torn down, which would turn a
+    finished run into a failed one. So the functions that are registered for the end run, and nothing after them.
+
+    Args:
+        status: Exit status.
+    """
     if _joined():
-        import torch
-
-        torch.distributed.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def meeting_point() -> tuple[str, int]:
@@ -159,8 +166,6 @@ def _torch_variables(own: Place) -> dict[str, str]:
 
 
 def _joined() -> bool:
-    import sys
-
     if "torch" not in sys.modules:
         return False
     import torch

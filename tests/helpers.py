@@ -364,7 +364,7 @@ def run_on_two_ranks(module: str, folder: Path) -> None:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     done = subprocess.run(
-        [*command, "-m", module, str(folder)],
+        [*command, "-m", "tests.on_rank", module, str(folder)],
         cwd=Path(__file__).parents[1],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

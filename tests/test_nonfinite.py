@@ -240,7 +240,7 @@ def test_all_processes_decide_alike(action: str, tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command += ["-m", "tests.test_nonfinite", action, str(tmp_path)]
+    command += ["-m", "tests.on_rank", "tests.test_nonfinite", action, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):

@@ -7,11 +7,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 
 from spo import processes, slurm
@@ -237,19 +235,15 @@ def test_two_processes_share_decisions_and_work(tmp_path: Path) -> None:
     assert "lost" not in second and first["lost"] == "another process of the run has ended"
 
 
-def test_a_process_leaves_the_group_before_python_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_exit: list[Callable[[], None]] = []
-    monkeypatch.setattr(processes.atexit, "register", at_exit.append)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **options: None)
-    monkeypatch.setattr(processes, "place", lambda: Place(0, 2, 0, 2, "torchrun"))
-    monkeypatch.setattr(processes, "_torch_variables", lambda own: {})
-    processes.join("cpu")
-    left: list[bool] = []
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
-    [leave] = at_exit
-    leave()
-    assert left == [True]
+def test_a_process_with_others_ends_after_the_functions_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(processes.atexit, "_run_exitfuncs", lambda: done.append("functions"))
+    monkeypatch.setattr(processes.os, "_exit", done.append)
+    processes.end_process(3)
+    assert done == []
+    monkeypatch.setattr(processes, "_joined", lambda: True)
+    processes.end_process(3)
+    assert done == ["functions", 3]
 
 
 if __name__ == "__main__":

@@ -197,7 +197,9 @@ def test_a_resumed_run_is_the_unbroken_one_on_any_number_of_devices(runs: Path) 
     assert_same(state_of(fitted(runs / "for one device", resume=True)), straight)
     for count in (1, 3):
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", "--standalone"]
-        subprocess.run([*command, "-m", __name__, str(runs)], check=True, cwd=Path(__file__).parents[1])
+        subprocess.run(
+            [*command, "-m", "tests.on_rank", __name__, str(runs)], check=True, cwd=Path(__file__).parents[1]
+        )
         assert_same(load(runs, f"{count} processes"), straight)
 
 
