@@ -1,4 +1,4 @@
-"""Extrapolation between models: values by hand in float64, what stays as it is, and what is refused."""
+"""Extrapolation between models: values by hand in float64, copied weights, and rejected models."""
 
 from __future__ import annotations
 
@@ -415,7 +415,7 @@ def test_command_evaluates_like_a_run(
     of_folders, further = numbers(tmp_path / "folders"), numbers(tmp_path / "further")
     assert of_folders["eval/win_rate"] == further["eval/win_rate"] and of_folders["eval/kl"] == further["eval/kl"] > 0
 
-    # The same command shows the result, and another one is refused.
+    # The same command shows the result, and a different command is an error.
     written = (tmp_path / "further/metrics.json").stat().st_mtime_ns
     assert cli.main([*command, "--factor", "0.5", "--out", "further"]) == 0
     assert (tmp_path / "further/metrics.json").stat().st_mtime_ns == written

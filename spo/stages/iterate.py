@@ -207,7 +207,7 @@ def round_config(cfg: DictConfig, directory: Path, number: int) -> DictConfig:
         own.model.start = None if reference_moves or number == 1 else newest
         for name in settings.first_references:
             own.extra_references[name] = first
-        # What concerns the whole iteration is no part of the run of a round.
+        # The run of a round does not hold settings of the whole iteration, which later rounds may change.
         own.iteration = {
             "round": number,
             "first_step": sum(last_step(directory / filenames.round_directory(earlier)) for earlier in range(number)),
