@@ -99,8 +99,8 @@ def win_rate_keys(iteration: Iteration, number: int) -> dict[RoundOpponent, list
         number: Number of the round.
 
     Returns:
-        Keys by opponent, in order of preference: the first measured one counts. An extrapolated policy is compared with the
-        samples of an earlier round's extrapolated policy, or of its trained one.
+        Keys by opponent, in order of preference: the first measured one counts. An extrapolated policy is compared
+        with the samples of an earlier round's extrapolated policy, or of its trained one.
     """
     data = [f"win_rate/{CHOSEN}"]
     if number == 0:
