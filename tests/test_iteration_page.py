@@ -14,7 +14,8 @@ from rich.console import Console
 
 from spo import cli
 from spo.metrics.catalogue import label, unit
-from spo.pages.charts import RoundPoint, RoundSeries, rounds_chart
+from spo.metrics.rounds import Measured
+from spo.pages.charts import RoundSeries, rounds_chart
 from spo.pages.iteration_page import FIRST_KL, render_iteration, time_text
 from spo.pages.iteration_table import print_iteration
 from spo.records.iteration import Iteration, write_iteration
@@ -151,8 +152,8 @@ def test_command_writes_the_page(
 
 
 def test_chart_has_a_gap_where_a_round_is_missing() -> None:
-    points = [RoundPoint(0, 1.0), RoundPoint(1, 2.0, 1.5, 2.5), RoundPoint(3, 4.0)]
-    drawn = str(rounds_chart("Length", [RoundSeries("length", 4, points)], 4, baseline=1.0))
+    values = {0: Measured(1.0), 1: Measured(2.0, 1.5, 2.5), 3: Measured(4.0)}
+    drawn = str(rounds_chart("Length", [RoundSeries("length", 4, values)], 4, baseline=1.0))
     (path,) = re.findall(r'class="curve hue-4" d="([^"]+)"', drawn)
     assert re.sub(r"[\d.,]", "", path) == "MLM"
     assert drawn.count('class="whisker') == 1 and drawn.count("<title>") == 3 and 'class="baseline"' in drawn

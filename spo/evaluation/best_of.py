@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from statistics import fmean
 from typing import Literal
 
 from spo.data.rows import Text
 from spo.errors import JudgeError
-from spo.evaluation.judges.base import Judge, JudgedPair, as_read
+from spo.evaluation.judges.base import Judge, JudgedPair, as_read, compare_all
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ def standing_of(judge: Judge, prompt: Text, completions: Sequence[str]) -> Stand
     """Ask a judge about several completions of one prompt.
 
     A judge that scores is asked for its rewards. Any other judge compares each completion with each other one, so that
-    ``N`` completions take ``N (N - 1) / 2`` comparisons. A tie counts as half a win, and a single completion as 0.5.
+    ``N`` completions take ``N (N - 1) / 2`` comparisons. A tie counts as half a win, an equal completion as a tie, and
+    a single completion as 0.5. A comparison without an answer is left out.
 
     Args:
         judge: Judge of completions.
@@ -53,16 +54,16 @@ def standing_of(judge: Judge, prompt: Text, completions: Sequence[str]) -> Stand
         return Standing("reward", [*scores["reward"]])
     if len(completions) == 1:
         return Standing("win_rate", [0.5])
-    pairs = list(combinations(range(len(completions)), 2))
-    asked = [JudgedPair(as_read(prompt), completions[first], completions[second]) for first, second in pairs]
-    wins: list[list[float]] = [[] for _ in completions]
-    for (first, second), verdict in zip(pairs, judge.verdicts(asked), strict=True):
-        if verdict is not None:
-            wins[first].append(verdict)
-            wins[second].append(1 - verdict)
-    if not any(wins):
+    verdicts, shown = compare_all(judge, [prompt], [completions]), as_read(prompt)
+    win_rates: list[float | None] = []
+    for i, own in enumerate(completions):
+        others = [*completions[:i], *completions[i + 1 :]]
+        found = [verdicts.get(JudgedPair(shown, own, other), 0.5) for other in others]
+        answered = [verdict for verdict in found if verdict is not None]
+        win_rates.append(fmean(answered) if answered else None)
+    if all(rate is None for rate in win_rates):
         raise JudgeError("the judge did not answer a single question about these completions: ask again")
-    return Standing("win_rate", [sum(won) / len(won) if won else None for won in wins])
+    return Standing("win_rate", win_rates)
 
 
 def best_of(judge: Judge, prompt: Text, completions: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from spo.metrics.catalogue import label, title, unit
 from spo.metrics.rounds import ROUND_OPPONENTS, Measured, RoundMetrics, RoundOpponent, round_metrics
-from spo.pages.charts import RoundPoint, RoundSeries, marker, rounds_chart
+from spo.pages.charts import RoundSeries, marker, rounds_chart
 from spo.pages.run_page import TEMPLATES
 from spo.pages.selfcontained import write_selfcontained
 from spo.records import filenames
@@ -178,9 +178,9 @@ def _shown(rate: Measured, opponent: RoundOpponent) -> str:
 
 def _win_rates(measured: Sequence[RoundMetrics], iteration: Iteration) -> dict[str, Any] | None:
     found = [
-        RoundSeries(f"against {OPPONENT_NAMES[name]}", _HUES[name], points)
+        RoundSeries(f"against {OPPONENT_NAMES[name]}", _HUES[name], rates)
         for name in ROUND_OPPONENTS
-        if (points := [_point(one.number, one.win_rates[name]) for one in measured if name in one.win_rates])
+        if (rates := {one.number: one.win_rates[name] for one in measured if name in one.win_rates})
     ]
     if not found:
         return None
@@ -200,14 +200,14 @@ def _panels(measured: Sequence[RoundMetrics], iteration: Iteration) -> list[dict
     panels = []
     for heading, hues in groups:
         found = [
-            RoundSeries(label(name).removeprefix(f"{heading} "), hue, points)
+            RoundSeries(label(name).removeprefix(f"{heading} "), hue, values)
             for name, hue in hues.items()
-            if (points := [_point(one.number, v) for one in measured if (v := quantities(one)[name]) is not None])
+            if (values := {one.number: v for one in measured if (v := quantities(one)[name]) is not None})
         ]
         if not found:
             continue
-        start = found[0].points[0]
-        baseline = start.value if len(hues) == 1 and start.number == 0 else None
+        start = found[0].values.get(0)
+        baseline = start.value if len(hues) == 1 and start is not None else None
         chart = rounds_chart(heading, found, _last(iteration), baseline=baseline)
         named = unit(next(iter(hues)))
         panels.append({"title": heading, "unit": named, "keys": _keys(found) if len(hues) > 1 else [], "svg": chart})
@@ -216,10 +216,6 @@ def _panels(measured: Sequence[RoundMetrics], iteration: Iteration) -> list[dict
 
 def _last(iteration: Iteration) -> int:
     return max([iteration.planned, *(one.number for one in iteration.rounds)])
-
-
-def _point(of_round: int, one: Measured) -> RoundPoint:
-    return RoundPoint(of_round, one.value, one.low, one.high)
 
 
 def _keys(series: Sequence[RoundSeries]) -> list[tuple[Markup, str]]:

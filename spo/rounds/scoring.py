@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from statistics import fmean
 
 from spo.data.gold_columns import sigmoid
 from spo.data.rows import Text
 from spo.errors import UserError
-from spo.evaluation.judges.base import Judge, JudgedPair, as_read
+from spo.evaluation.judges.base import Judge, JudgedPair, as_read, compare_all
 from spo.notes import note
 
 
@@ -83,37 +82,27 @@ def win_rates_of_rewards(rewards: Sequence[float]) -> list[float]:
     Args:
         rewards: ``(K,)`` rewards of the completions of one prompt.
     """
-    return [_mean([sigmoid(own - other) for other in rewards]) for own in rewards]
+    # fmean does not depend on the order, so that completions with equal terms have equal win rates.
+    return [fmean(sigmoid(own - other) for other in rewards) for own in rewards]
 
 
 def _compared(judge: Judge, prompts: Sequence[Text], groups: Sequence[Sequence[str]]) -> list[Scores]:
-    shown = [as_read(prompt) for prompt in prompts]
-    # Equal texts are asked about once. The order of the texts does not matter to a judge, see Judge.verdicts.
-    questions = list(
-        dict.fromkeys(
-            JudgedPair(prompt, first, second)
-            for prompt, group in zip(shown, groups, strict=True)
-            for first, second in combinations(dict.fromkeys(group), 2)
-        )
-    )
-    answers = judge.verdicts(questions) if questions else []
-    if missing := sum(answer is None for answer in answers):
+    """Return the win rates of the completions of each prompt as their scores."""
+    verdicts = compare_all(judge, prompts, groups)
+    count = len(verdicts) // 2  # Each comparison is there in both orders.
+    if missing := sum(verdict is None for verdict in verdicts.values()) // 2:
         note(
             "unanswered_comparisons",
-            f"the judge did not answer {missing} of {len(questions)} comparisons of completions; each counts as a tie",
+            f"the judge did not answer {missing} of {count} comparisons of completions; each counts as a tie",
             missing,
         )
-    verdicts: dict[JudgedPair, float] = {}
-    for question, answer in zip(questions, answers, strict=True):
-        verdict = 0.5 if answer is None else answer
-        verdicts |= {question: verdict, question.swapped: 1 - verdict}
+
+    def verdict(prompt: str, own: str, other: str) -> float:
+        found = verdicts.get(JudgedPair(prompt, own, other))
+        return 0.5 if found is None else found
+
     scored = []
-    for prompt, group in zip(shown, groups, strict=True):
-        rates = [_mean([verdicts.get(JudgedPair(prompt, own, other), 0.5) for other in group]) for own in group]
+    for prompt, group in zip(map(as_read, prompts), groups, strict=True):
+        rates = [fmean(verdict(prompt, own, other) for other in group) for own in group]
         scored.append(Scores(rates, list(rates), are_rewards=False))
     return scored
-
-
-def _mean(values: Sequence[float]) -> float:
-    # An exact sum does not depend on the order, so completions with the same verdicts have equal means.
-    return math.fsum(values) / len(values)

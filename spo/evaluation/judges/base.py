@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Protocol, runtime_checkable
 
 from rich import get_console
@@ -58,6 +59,38 @@ class Judge(Protocol):
 
     def usage(self) -> dict[str, float]:
         """Return what the judge has spent, such as ``calls``, ``cached``, ``tokens``; empty if it does not count."""
+
+
+def compare_all(
+    judge: Judge, prompts: Sequence[Text], groups: Sequence[Sequence[str]]
+) -> dict[JudgedPair, float | None]:
+    """Ask a judge about every two different completions of each prompt.
+
+    Equal completions are one completion here. The order of the completions does not matter to a judge, so each question
+    is asked once.
+
+    Args:
+        judge: Judge of the completions.
+        prompts: Prompts: text, or the messages of a conversation.
+        groups: Completions of each prompt, without the tokens that end them.
+
+    Returns:
+        Verdict of each comparison in both orders, see :meth:`Judge.verdicts`.
+
+    Raises:
+        JudgeError: The judge cannot do its work.
+    """
+    questions = list(
+        dict.fromkeys(
+            JudgedPair(prompt, first, second)
+            for prompt, group in zip(map(as_read, prompts), groups, strict=True)
+            for first, second in combinations(dict.fromkeys(group), 2)
+        )
+    )
+    verdicts: dict[JudgedPair, float | None] = {}
+    for question, answer in zip(questions, judge.verdicts(questions) if questions else (), strict=True):
+        verdicts |= {question: answer, question.swapped: None if answer is None else 1 - answer}
+    return verdicts
 
 
 @contextmanager

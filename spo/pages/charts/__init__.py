@@ -10,7 +10,7 @@ from spo.pages.charts.keys import NOT_SET, KeyAxis, key_axis
 from spo.pages.charts.lines import MAX_POINTS, LineChart, Series, line_chart, thin
 from spo.pages.charts.parallel import Tried, over_key, parallel
 from spo.pages.charts.points import Cloud, Point, scatter
-from spo.pages.charts.rounds import RoundPoint, RoundSeries, rounds_chart
+from spo.pages.charts.rounds import RoundSeries, rounds_chart
 from spo.pages.charts.svg import HUES, marker
 from spo.pages.charts.tiles import Tile, tiles
 
@@ -23,7 +23,6 @@ __all__ = [
     "KeyAxis",
     "LineChart",
     "Point",
-    "RoundPoint",
     "RoundSeries",
     "Series",
     "Tile",

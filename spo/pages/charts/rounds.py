@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from spo.metrics.rounds import Measured
 from spo.pages.charts.axes import (
     BOTTOM,
     HEIGHT,
@@ -28,35 +29,18 @@ _MOST_TICKS = 12
 
 
 @dataclass(frozen=True)
-class RoundPoint:
-    """Value of a round.
-
-    Attributes:
-        number: Number of the round.
-        value: Value to mark.
-        low: Lower end of its interval, ``None`` without an interval.
-        high: Upper end of its interval, ``None`` without an interval.
-    """
-
-    number: int
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True)
 class RoundSeries:
     """Values of one quantity over rounds.
 
     Attributes:
         name: Name in the legend.
         hue: Number of its color and shape, from 1.
-        points: Values in the order of the rounds. A line joins neighboring rounds.
+        values: Value of each round by its number, in the order of the rounds. A line joins neighboring rounds.
     """
 
     name: str
     hue: int
-    points: Sequence[RoundPoint]
+    values: Mapping[int, Measured]
 
 
 def rounds_chart(
@@ -78,10 +62,10 @@ def rounds_chart(
         width: Width of the view box.
         height: Height of the view box.
     """
-    values = [v for one in series for p in one.points for v in (p.value, p.low, p.high) if v is not None] + (
-        [] if baseline is None else [baseline]
-    )
-    low, high = padded(min(values), max(values))
+    heights = [] if baseline is None else [baseline]
+    for one in series:
+        heights += [v for found in one.values.values() for v in (found.value, found.low, found.high) if v is not None]
+    low, high = padded(min(heights), max(heights))
     last = max(rounds, 1)
 
     def x(place: float) -> float:
@@ -101,23 +85,21 @@ def rounds_chart(
         parts.append(f'<line class="baseline" x1="{LEFT}" x2="{width - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
     for place, one in enumerate(series):
         shift = _SHIFT * (place - (len(series) - 1) / 2)
-        parts.append(_line(one, [(x(p.number + shift), y(p.value)) for p in one.points]))
-        for point in one.points:
-            at, top = x(point.number + shift), y(point.value)
-            whisker, words = "", f"round {point.number}\n{one.name} {number(point.value)}"
-            if point.low is not None and point.high is not None:
-                whisker = f'<path class="whisker hue-{one.hue}" d="M{at:.1f},{y(point.low):.1f}V{y(point.high):.1f}"/>'
-                words += f"\n95% interval {number(point.low)} to {number(point.high)}"
+        points = {of_round: (x(of_round + shift), y(found.value)) for of_round, found in one.values.items()}
+        parts.append(_line(one.hue, points))
+        for of_round, found in one.values.items():
+            at, top = points[of_round]
+            whisker, words = "", f"round {of_round}\n{one.name} {number(found.value)}"
+            if found.low is not None and found.high is not None:
+                whisker = f'<path class="whisker hue-{one.hue}" d="M{at:.1f},{y(found.low):.1f}V{y(found.high):.1f}"/>'
+                words += f"\n95% interval {number(found.low)} to {number(found.high)}"
             mark = marker(one.hue, at, top, 4.4, "point")
             parts.append(f'<g class="described">{whisker}{mark}<title>{escape(words)}</title></g>')
-    described = "; ".join(f"{one.name}: {', '.join(number(p.value) for p in one.points)}" for one in series)
+    described = "; ".join(f"{one.name}: {', '.join(number(v.value) for v in one.values.values())}" for one in series)
     return svg(parts, f"{title} by round: {described}", 'class="rounds"', width, height)
 
 
-def _line(series: RoundSeries, places: Sequence[tuple[float, float]]) -> str:
-    """Draw a line through the points of a series, with a gap where a round is missing."""
-    path, before = "", None
-    for point, (x, y) in zip(series.points, places, strict=True):
-        path += f"{'L' if before == point.number - 1 else 'M'}{x:.1f},{y:.1f}"
-        before = point.number
-    return f'<path class="curve hue-{series.hue}" d="{path}"/>'
+def _line(hue: int, points: Mapping[int, tuple[float, float]]) -> str:
+    """Draw a line through the points of the rounds, with a gap where a round is missing."""
+    path = "".join(f"{'L' if of_round - 1 in points else 'M'}{x:.1f},{y:.1f}" for of_round, (x, y) in points.items())
+    return f'<path class="curve hue-{hue}" d="{path}"/>'
