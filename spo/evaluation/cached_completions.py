@@ -13,18 +13,11 @@ from spo.evaluation.completions import Draws
 from spo.evaluation.settings import EvaluationSettings
 from spo.processes import first_decides
 from spo.records.cache import cached
-from spo.records.digests import code_version, digest
+from spo.records.digests import SAMPLING_CODE, code_version, digest
 from spo.records.files import read_json, write_json
 
 CODE_DEPENDENCIES = (
-    "types",
-    "batching.py",
-    "processes.py",
-    "ops",
-    "models",
-    "sampling",
-    "seeds.py",
-    "forward",
+    *SAMPLING_CODE,
     "data/encoding.py",
     "data/rendering.py",
     "evaluation/completions.py",

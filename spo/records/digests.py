@@ -12,6 +12,10 @@ import spo
 
 # Suffixes of the files of a model folder that decide what the model computes.
 MODEL_SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"}
+FORWARD_CODE = ("types", "batching.py", "processes.py", "ops", "models", "forward")
+"""Files and folders that the log-probs of a model depend on. Caches of what a model computes list them, and others."""
+SAMPLING_CODE = (*FORWARD_CODE, "sampling", "seeds.py")
+"""Files and folders that the samples of a model depend on."""
 
 
 def digest(value: Any) -> str:

@@ -23,23 +23,14 @@ from spo.models import ModelSpec
 from spo.processes import deal, gather, rank
 from spo.records import filenames
 from spo.records.cache import cached
-from spo.records.digests import code_version, digest, model_digest
+from spo.records.digests import FORWARD_CODE, code_version, digest, model_digest
 from spo.records.files import read_json, read_mapping, write_json
 from spo.stages.from_config import eval_device, model_plugins
 from spo.types import pad_sequences
 from spo.wording import finite
 
 log = logging.getLogger(__name__)
-CODE_DEPENDENCIES = (
-    "types",
-    "batching.py",
-    "processes.py",
-    "ops",
-    "models",
-    "forward",
-    "stages/from_config.py",
-    "stages/earlier_rewards.py",
-)
+CODE_DEPENDENCIES = (*FORWARD_CODE, "stages/from_config.py", "stages/earlier_rewards.py")
 """Files that cached log-probs depend on, in addition to the models and the tokens."""
 LOGPS_FILE = "logps.json"
 Scored = tuple[Ids, Ids]

@@ -27,7 +27,7 @@ from spo.models.library_errors import Origin
 from spo.models.loading import load_config, load_tokenizer
 from spo.processes import deal, gather, rank, world_size
 from spo.records.cache import cached
-from spo.records.digests import code_version, digest, model_digest
+from spo.records.digests import SAMPLING_CODE, code_version, digest, model_digest
 from spo.records.files import read_json, read_jsonl, write_json, write_jsonl
 from spo.records.plugins import plugin_digests
 from spo.sampling import contents, derive_seed, is_finished, sample
@@ -38,15 +38,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 COMPLETIONS_PER_BATCH = 512
 CODE_DEPENDENCIES = (
-    "types",
-    "batching.py",
-    "processes.py",
-    "ops",
+    *SAMPLING_CODE,
     "data",
-    "models",
-    "sampling",
-    "seeds.py",
-    "forward",
     "losses/declarations.py",
     "evaluation/judges",
     "evaluation/winrate.py",

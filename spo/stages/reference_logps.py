@@ -25,7 +25,7 @@ from spo.errors import memory_for, placed_by
 from spo.forward.speed import Speed
 from spo.models import PrecomputedReference
 from spo.processes import deal, first_decides, gather, rank, world_size
-from spo.records.digests import code_version, digest, model_digest
+from spo.records.digests import FORWARD_CODE, code_version, digest, model_digest
 from spo.records.plugins import plugin_digests
 from spo.stages.from_config import eval_device, model_plugins, sharded_dtype, training_numerics
 from spo.stages.prepare import Prepared
@@ -33,12 +33,7 @@ from spo.types import pad_sequences
 
 log = logging.getLogger(__name__)
 CODE_DEPENDENCIES = (
-    "types",
-    "batching.py",
-    "processes.py",
-    "ops",
-    "models",
-    "forward",
+    *FORWARD_CODE,
     "data/collate.py",
     "data/logps_store.py",
     "records/store.py",

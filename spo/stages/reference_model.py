@@ -30,7 +30,7 @@ from spo.notes import note
 from spo.objective import Prompts
 from spo.processes import rank, world_size
 from spo.records.cache import build_alone, cached, find_cached
-from spo.records.digests import code_version, model_digest
+from spo.records.digests import SAMPLING_CODE, code_version, model_digest
 from spo.regularizers import NoRegularizer
 from spo.schedules import Constant
 from spo.schedules.optimization import warmup_steps
@@ -40,15 +40,8 @@ from spo.stages.pairs import no_completer
 
 log = logging.getLogger(__name__)
 CODE_DEPENDENCIES = (
-    "types",
-    "batching.py",
-    "processes.py",
-    "ops",
+    *SAMPLING_CODE,
     "data",
-    "models",
-    "sampling",
-    "seeds.py",
-    "forward",
     "guard.py",
     "module.py",
     "objective",
