@@ -68,6 +68,21 @@ class _LoadedWriter:
     key: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _CompletionRequest:
+    """A completion to draw.
+
+    Attributes:
+        prompt: Tokens of the prompt.
+        max_new_tokens: Length limit of the completion in tokens.
+        seed: Random seed of the completion.
+    """
+
+    prompt: Ids
+    max_new_tokens: int
+    seed: int
+
+
 def preference_rows(
     cfg: DictConfig, spec: ModelSpec, source: Source, base: str, renderer: Renderer
 ) -> tuple[list[Row], dict[str, int]]:
@@ -244,97 +259,97 @@ def _draw(
     cfg: DictConfig, model: Any, prompts: Sequence[Ids], stop_ids: Sequence[int], renderer: Renderer
 ) -> list[list[int]]:
     """Draw one completion of each prompt from the reference model, within the length limit."""
-    room = [min(cfg.data.max_new_tokens, renderer.max_length - len(ids)) for ids in prompts]
-    seeds = [derive_seed("further completions", cfg.data.seed, *ids) for ids in prompts]
-    what = "further completions"
-    return _in_batches(cfg, model, renderer, prompts, room, seeds, stop_ids, what, Sequences.completions, Writer())
+    requests = [
+        _CompletionRequest(
+            ids,
+            min(cfg.data.max_new_tokens, renderer.max_length - len(ids)),
+            derive_seed("further completions", cfg.data.seed, *ids),
+        )
+        for ids in prompts
+    ]
+    sampler = _sampler(cfg, model, renderer, stop_ids, Writer())
+    return _in_batches(sampler, requests, Sequences.completions, "further completions")
 
 
 def _complete(
     cfg: DictConfig, writer: _LoadedWriter, prompts: Sequence[str | PromptRequest], n: int
 ) -> list[Completion]:
     """Draw ``n`` completions of each prompt from the model that writes them, those of a prompt in a row."""
-    model, renderer, settings = writer.load(), writer.renderer, writer.settings
-    requests = [PromptRequest(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    encoded = [
-        renderer.prompt_ids(one.prompt, tools=one.tools, template_kwargs=one.template_kwargs) for one in requests
-    ]
-    ids = [prompt for prompt in encoded for _ in range(n)]
-    # A prompt without room gets one token, so its completion does not end and is dropped.
-    room = [max(1, min(cfg.data.max_new_tokens, renderer.max_length - len(prompt))) for prompt in ids]
+    renderer, settings = writer.renderer, writer.settings
     stream = ("pairs", cfg.data.seed, *(() if settings.number is None else (settings.number,)))
-    known = [
-        one.prompt if isinstance(one.prompt, str) else prompt_id(one.prompt, one.tools, one.template_kwargs)
-        for one in requests
-    ]
-    seeds = [derive_seed(*stream, prompt, i) for prompt in known for i in range(n)]
-    stop_ids = renderer.stop_ids
+    requests = []
+    for prompt in prompts:
+        one = PromptRequest(prompt) if isinstance(prompt, str) else prompt
+        ids = renderer.prompt_ids(one.prompt, tools=one.tools, template_kwargs=one.template_kwargs)
+        # A prompt without room gets one token, so its completion does not end and is dropped.
+        room = max(1, min(cfg.data.max_new_tokens, renderer.max_length - len(ids)))
+        name = one.prompt if isinstance(one.prompt, str) else prompt_id(one.prompt, one.tools, one.template_kwargs)
+        requests += [_CompletionRequest(ids, room, derive_seed(*stream, name, i)) for i in range(n)]
 
     def read(sequences: Sequences) -> list[Completion]:
-        texts = map(renderer.decode, contents(sequences, stop_ids))
-        return list(map(Completion, texts, is_finished(sequences, stop_ids).tolist()))
+        texts = map(renderer.decode, contents(sequences, renderer.stop_ids))
+        return list(map(Completion, texts, is_finished(sequences, renderer.stop_ids).tolist()))
 
-    return _in_batches(cfg, model, renderer, ids, room, seeds, stop_ids, "pairs", read, settings)
+    sampler = _sampler(cfg, writer.load(), renderer, renderer.stop_ids, settings)
+    return _in_batches(sampler, requests, read, "pairs")
+
+
+def _sampler(
+    cfg: DictConfig, model: Any, renderer: Renderer, stop_ids: Sequence[int], settings: Writer
+) -> Callable[..., Sequences]:
+    """Return :func:`spo.sampling.sample` with all arguments that do not depend on the completion."""
+    return partial(
+        sample,
+        model,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        stop_ids=stop_ids,
+        pad_token_id=renderer.tokenizer.pad_token_id,
+        sampler=cfg.speed.sampler,
+    )
 
 
 def _in_batches(
-    cfg: DictConfig,
-    model: Any,
-    renderer: Renderer,
-    prompts: Sequence[Ids],
-    room: Sequence[int],
-    seeds: Sequence[int],
-    stop_ids: Sequence[int],
-    what: str,
+    sampler: Callable[..., Sequences],
+    requests: Sequence[_CompletionRequest],
     read: Callable[[Sequences], list[T]],
-    settings: Writer,
+    what: str,
 ) -> list[T]:
-    """Sample from a model in batches of similar lengths, which the processes of the run share among them.
+    """Sample in batches of similar lengths, which the processes of the run share among them.
 
     A completion follows from its prompt and its seed, so it is the same in any number of processes, except for
     rounding in batches of another size.
 
     Args:
-        cfg: Configuration of the run, resolved.
-        model: Model to sample from.
-        renderer: Conversion between texts and tokens.
-        prompts: Tokens of the prompts.
-        room: Most tokens of each completion.
-        seeds: Random seed of each completion.
-        stop_ids: Tokens that end a completion.
-        what: Word for the completions, for the progress bar.
+        sampler: Function of the prompts, ``max_new_tokens`` and ``seeds`` of a batch that draws its samples.
+        requests: Completions to draw.
         read: Function from the samples of a batch to one result for each.
-        settings: Settings of the samples.
+        what: Word for the completions, for the progress bar.
 
     Returns:
-        Result for each prompt.
+        Result for each request.
     """
-    parts: list[list[int]] = []
-    for new in sorted(set(room)):
-        alike = [row for row, own in enumerate(room) if own == new]
-        lengths = [len(prompts[row]) for row in alike]
+    batches: list[list[int]] = []
+    for length in sorted({one.max_new_tokens for one in requests}):
+        alike = [i for i, one in enumerate(requests) if one.max_new_tokens == length]
         size = min(COMPLETIONS_PER_BATCH, -(-len(alike) // world_size()))
-        parts += [[alike[i] for i in part] for part in by_length(lengths, size)]
+        batches += [[alike[i] for i in part] for part in by_length([len(requests[i].prompt) for i in alike], size)]
 
-    def draw(rows: list[int]) -> list[T]:
-        sequences = sample(
-            model,
-            [prompts[row] for row in rows],
-            max_new_tokens=room[rows[0]],
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            stop_ids=stop_ids,
-            pad_token_id=renderer.tokenizer.pad_token_id,
-            seeds=[seeds[row] for row in rows],
-            sampler=cfg.speed.sampler,
+    def draw(batch: list[int]) -> list[T]:
+        some = [requests[i] for i in batch]
+        return read(
+            sampler(
+                [one.prompt for one in some],
+                max_new_tokens=some[0].max_new_tokens,
+                seeds=[one.seed for one in some],
+            )
         )
-        return read(sequences)
 
-    own = [draw(rows) for rows in track(deal(parts), f"sampling {what}", transient=True, disable=rank() > 0)]
+    own = [draw(batch) for batch in track(deal(batches), f"sampling {what}", transient=True, disable=rank() > 0)]
     drawn: dict[int, T] = {}
-    for rows, results in zip(parts, gather(own), strict=True):
-        drawn |= zip(rows, results, strict=True)
-    return [drawn[row] for row in range(len(prompts))]
+    for batch, results in zip(batches, gather(own), strict=True):
+        drawn |= zip(batch, results, strict=True)
+    return [drawn[i] for i in range(len(requests))]
 
 
 def no_completer(
