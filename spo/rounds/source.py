@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from annotated_types import Gt, Le
 
@@ -22,13 +22,16 @@ from spo.processes import share
 from spo.rounds.pairing import Pairing
 from spo.rounds.scoring import Scores, score_completions
 
+if TYPE_CHECKING:
+    from spo.losses import DataNeeds
+
 Labels = Literal["soft", "certain"]
 COLUMNS = ("reward", "win_rate")
 """Numbers of a completion that a round provides, in columns such as ``chosen_reward``; lists have ``rewards``."""
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _TrainingPrompt:
     """A training prompt.
 
     Attributes:
@@ -47,6 +50,8 @@ class RoundSource(Source):
 
     The prompts are those of another source, and so are the pairs of the selection and test splits, on which the
     metrics of all rounds are comparable. A completion that does not end within ``data.max_new_tokens`` is dropped.
+
+    The arguments are the keys of ``iteration.source``. Those from ``round`` on are filled in for each round.
 
     Args:
         source: Source of the prompts and of the pairs of the other splits.
@@ -108,19 +113,18 @@ class RoundSource(Source):
             raise ValueError(f"iteration.source.labels={labels}: choose soft or certain")
         if completions < 2 and not pairing.pairs_with_data:
             raise ValueError(f"iteration.source.completions={completions}: a pair needs at least 2 completions")
-        self.source, self.pairing = source, pairing
-        self.number, self.labels = completions, labels
-        self.reward, self.reward_scale = reward, reward_scale
-        self.writer, self.temperature = source.writer, source.temperature
-        self.policies, self.earlier_coefficients = tuple(policies), tuple(earlier_coefficients)
-        self.max_prompts, self.seed, self.round = prompts, seed, round
+        self.source = source
         self.splits, self.split_seed, self.limit = splits or {}, split_seed, limit
+        self.round, self.seed, self.max_prompts = round, seed, prompts
+        self.pairing, self.yields_lists = pairing, pairing.yields_lists
+        self.completions, self.labels, self.reward, self.reward_scale = completions, labels, reward, reward_scale
+        self.policies, self.earlier_coefficients = tuple(policies), tuple(earlier_coefficients)
         newest = policies[-history:] if policies else [None]
         self.writers = tuple(Writer(model, temperature, top_p, round) for model in newest)
-        own = source.writer if source.writer is not None else first
-        self.inner_writer = Writer(own, source.temperature)
-        self.further_writers = (*self.writers, *((self.inner_writer,) if source.samples_rows else ()))
-        self.yields_lists = pairing.yields_lists
+        # In each round, the pairs that the source samples for the other splits are those of the first model.
+        self.writer, self.temperature = source.writer, source.temperature
+        self.source_writer = Writer(first if source.writer is None else source.writer, source.temperature)
+        self.further_writers = (*self.writers, self.source_writer) if source.samples_rows else self.writers
 
     @property
     def needs_judge(self) -> bool:  # type: ignore[override]
@@ -139,7 +143,7 @@ class RoundSource(Source):
 
     def check_columns(self) -> None:
         """Check the names that the configuration gives to columns of the prompts' source."""
-        self.source.needs = self._needs_of_inner()
+        self.source.needs = self._needs_of_source
         self.source.check_columns()
 
     def check_limits(self, max_length: int, truncation: str) -> None:
@@ -169,8 +173,8 @@ class RoundSource(Source):
             UserError: The judge does not give what the pairing needs.
         """
         inner = self.source
-        inner.needs = self._needs_of_inner()
-        given = inner.rows(lambda prompts, n, writer=None: complete(prompts, n, writer or self.inner_writer))
+        inner.needs = self._needs_of_source
+        given = inner.rows(lambda prompts, n, writer=None: complete(prompts, n, writer or self.source_writer))
         if not inner.samples_rows:  # A source that samples limits its prompts itself.
             given = given[: self.limit]
         self.bad_rows, self.findings = inner.bad_rows, inner.findings
@@ -182,18 +186,19 @@ class RoundSource(Source):
         others = [row for row in placed if row.split != "train"]
         return [*self._own_rows(asked, complete), *self._with_columns(others)]
 
-    def _needs_of_inner(self) -> Any:
+    @property
+    def _needs_of_source(self) -> DataNeeds:
         """Return what the source of the prompts has to provide: pairs if the loss reads pairs, and no numbers."""
         return replace(self.needs, features={}, rejected=needs_pairs(self.needs) and not self.pairing.pairs_with_data)
 
     # --- prompts and completions ---
 
-    def _training_prompts(self, rows: Sequence[Row]) -> list[_Asked]:
+    def _training_prompts(self, rows: Sequence[Row]) -> list[_TrainingPrompt]:
         """Return the training prompts of this round, each with the data's responses, sorted by digest."""
         supervised = self.source.sft_rows() if self.pairing.pairs_with_data else None
         named = None if self.pairing.pairs_with_data else self.source.prompts("train")
         if named is not None:
-            found = {text: _Asked(PromptRequest(text), (), "") for text in named}
+            found = {text: _TrainingPrompt(PromptRequest(text), (), "") for text in named}
         else:
             found = {}
             for row in rows if supervised is None else supervised:
@@ -201,7 +206,7 @@ class RoundSource(Source):
                     request = PromptRequest(row.prompt, row.tools, row.template_kwargs)
                     before = found.get(row_id(row))
                     answers = (*(before.answers if before else ()), row.chosen)
-                    found[row_id(row)] = _Asked(request, answers, before.where if before else row.where)
+                    found[row_id(row)] = _TrainingPrompt(request, answers, before.where if before else row.where)
         asked = [found[key] for key in sorted(found)]
         if self.max_prompts is not None and len(asked) > self.max_prompts:
             asked = self._random("prompts").sample(asked, self.max_prompts)
@@ -210,13 +215,14 @@ class RoundSource(Source):
     def _random(self, use: str) -> Random:
         return Random(f"{self.seed}:{use}:{self.round}")
 
-    def _own_rows(self, asked: Sequence[_Asked], complete: Completer) -> list[Row]:
+    def _own_rows(self, asked: Sequence[_TrainingPrompt], complete: Completer) -> list[Row]:
         """Return the pairs of the policy's own completions."""
         requests = [one.request for one in asked]
-        drawn = [complete(requests, self.number, writer) for writer in self.writers]
+        drawn = [complete(requests, self.completions, writer) for writer in self.writers]
         chance = self._random("writers")
         groups: list[list[Completion]] = [
-            [drawn[chance.randrange(len(drawn))][place][i] for i in range(self.number)] for place in range(len(asked))
+            [drawn[chance.randrange(len(drawn))][place][i] for i in range(self.completions)]
+            for place in range(len(asked))
         ]
         finished = [[one.text for one in group if one.finished] for group in groups]
         self.dropped_pairs["unfinished"] += sum(not texts for texts in finished)
@@ -236,7 +242,7 @@ class RoundSource(Source):
                 rows.append(self._row(one, [texts[place] for place in places], scores.of(places)))
         return rows
 
-    def _against_data(self, one: _Asked, texts: Sequence[str]) -> Iterator[Row]:
+    def _against_data(self, one: _TrainingPrompt, texts: Sequence[str]) -> Iterator[Row]:
         """Yield a pair of a response of the data and an own completion, for each completion that differs from it."""
         for i, text in enumerate(texts):
             chosen, rejected = one.answers[i % len(one.answers)], _in_form(text, one.request.prompt)
@@ -245,7 +251,7 @@ class RoundSource(Source):
                 continue
             yield Row(chosen=chosen, rejected=rejected, split="train", where=one.where, **vars(one.request))
 
-    def _row(self, one: _Asked, texts: Sequence[str], scores: Scores) -> Row:
+    def _row(self, one: _TrainingPrompt, texts: Sequence[str], scores: Scores) -> Row:
         """Return a row of completions, the best one first, with their scores in this order."""
         chosen, rejected, *worse = (_in_form(text, one.request.prompt) for text in texts)
         preference = None
