@@ -64,10 +64,10 @@ def iterate(cfg: DictConfig) -> dict[str, float]:
     Raises:
         UserError: The configuration has problems, or the directory contains another iteration.
     """
-    from spo.config.iterations import check_command
+    from spo.config.iterations import check_command_fits
     from spo.stages.iterate import iterate
 
-    check_command("iterate", [cfg])
+    check_command_fits("iterate", [cfg])
     return iterate(cfg)
 
 

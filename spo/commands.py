@@ -16,7 +16,7 @@ from spo.help import COMMANDS
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from spo.stages.sample_request import SampleRequest, Words
+    from spo.stages.sample_request import SampleRequest, TrustedOverrides
 
 
 Job = Callable[["DictConfig"], Any]
@@ -94,9 +94,9 @@ def _launch(command: str, typed: list[str], arguments: list[str], job: Job, chec
         single = [word for word in hydra_flags if word not in ("-m", "--multirun")]
         run_hydra([*single, *planned.jobs[0].overrides, *pinned_overrides(planned.jobs[0].cfg)], job)
         return 0
-    from spo.config.iterations import check_command
+    from spo.config.iterations import check_command_fits
 
-    check_command(command, [one.cfg for one in planned.jobs])
+    check_command_fits(command, [one.cfg for one in planned.jobs])
     if not planned.multirun:
         from spo.stages.start import start_run
 
@@ -196,9 +196,9 @@ def _extrapolate(arguments: list[str]) -> int:
     given = vars(parser.parse_intermixed_args(arguments))
     if not given.pop("search") and given["select"] is not None:
         raise UsageError(f"--select chooses the score of --search\nusage: {parser.usage}")
-    from spo.stages.extrapolation_plan import plan_extrapolation, started_processes
+    from spo.stages.extrapolation_plan import plan_extrapolation, start_processes
 
-    if (status := started_processes(arguments, given["overrides"])) is not None:
+    if (status := start_processes(arguments, given["overrides"])) is not None:
         return status
     plan = plan_extrapolation(**given)
     from spo.stages.extrapolate import extrapolate_command
@@ -223,24 +223,24 @@ def _compare(arguments: list[str]) -> int:
 
 
 def _sample(arguments: list[str]) -> int:
-    request, words, as_json = _sampling("sample", arguments)
+    request, trusted, as_json = _sampling("sample", arguments)
     from spo.stages.sample import sample_command
 
-    sample_command(request, words, as_json=as_json)
+    sample_command(request, trusted, as_json=as_json)
     return 0
 
 
 def _chat(arguments: list[str]) -> int:
-    request, words, _ = _sampling("chat", arguments)
+    request, trusted, _ = _sampling("chat", arguments)
     from spo.stages.chat import chat_command
 
-    chat_command(request, words)
+    chat_command(request, trusted)
     return 0
 
 
-def _sampling(name: str, arguments: list[str]) -> tuple[SampleRequest, Words, bool]:
+def _sampling(name: str, arguments: list[str]) -> tuple[SampleRequest, TrustedOverrides, bool]:
     """Return settings, overrides and ``--json`` of a command that samples, checked before torch is imported."""
-    from spo.stages.sample_request import SampleRequest, Words
+    from spo.stages.sample_request import SampleRequest, TrustedOverrides
 
     parser = Parser(COMMANDS[name].usage)
     parser.add_argument("model", metavar="RUN", type=Path)
@@ -261,17 +261,17 @@ def _sampling(name: str, arguments: list[str]) -> tuple[SampleRequest, Words, bo
     parser.add_trust()
     parser.add_argument("overrides", nargs="*")
     given = vars(parser.parse_intermixed_args(arguments))
-    words = Words(given.pop("overrides"), given.pop("allow"), given.pop("config_dir"))
+    trusted = TrustedOverrides(given.pop("overrides"), given.pop("allow"), given.pop("config_dir"))
     as_json = given.pop("json", False)
     request = SampleRequest(**given)
-    judges = [word for word in words.overrides if word.startswith(("judge=", "judge."))]
+    judges = [word for word in trusted.overrides if word.startswith(("judge=", "judge."))]
     problem = request.problem(needs_prompt=name == "sample")
     if problem is None and judges and request.best_of is None:
         problem = f"{judges[0]}: a judge chooses among several completions: add --best-of N"
     if problem is not None:
         raise UsageError(f"{problem}\nusage: {parser.usage}")
-    request.find_models()
-    return request, words, as_json
+    request.check_models()
+    return request, trusted, as_json
 
 
 def _report(arguments: list[str]) -> int:

@@ -262,7 +262,7 @@ def searched(score: Callable[[float], float | None]) -> tuple[list[float], float
         value = score(factor)
         return Candidate(factor, {"val/win_rate": math.nan if value is None else value})
 
-    found = search_factor(measure, lambda _: "val/win_rate")
+    found = search_factor(measure, "val/win_rate")
     assert [one.factor for one in found] == sorted(tried)
     return tried, best_candidate(found, "val/win_rate").factor
 

@@ -25,7 +25,7 @@ from spo.runs.claim import claim
 from spo.sampling import contents, sample
 from spo.sampling.linear_alignment import sample_aligned
 from spo.signals import Interrupted
-from spo.stages.sample_request import SampleRequest, Words
+from spo.stages.sample_request import SampleRequest, TrustedOverrides
 from spo.stages.sampled_model import SampledModel, load_sampled
 from spo.types import Sequences
 from tests.commands import spo, sweep
@@ -85,7 +85,7 @@ def texts_of(drawn: Sequences) -> list[str]:
 
 
 def loaded(path: Path, **changes: Any) -> SampledModel:
-    return load_sampled(SampleRequest(path, PROMPT, max_new_tokens=8, **changes), Words())[0]
+    return load_sampled(SampleRequest(path, PROMPT, max_new_tokens=8, **changes), TrustedOverrides())[0]
 
 
 # --- completions ---------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_completions_are_those_of_the_sampler(models: Path, capsys: pytest.Captu
 
 def test_temperature_and_length_are_those_of_the_evaluation(models: Path, tmp_path: Path) -> None:
     own = save_run(tmp_path / "run", models / "base", None, "evaluation.temperature=0.5", "evaluation.max_new_tokens=7")
-    model = load_sampled(SampleRequest(own, PROMPT), Words())[0]
+    model = load_sampled(SampleRequest(own, PROMPT), TrustedOverrides())[0]
     assert (model.temperature, model.max_new_tokens, model.top_p) == (0.5, 7, 1.0)
     assert loaded(own, temperature=0.0).temperature == 0.0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,7 +9,6 @@ from omegaconf import DictConfig, OmegaConf
 from spo.errors import UserError
 
 _DIRECTORY = "${paths.outputs}/iterations/${spo.sweep_name:${hydra.overrides.task}}"
-_ROUNDS = re.compile(r"^rounds=")
 
 
 def iteration_arguments(arguments: Sequence[str]) -> list[str]:
@@ -19,13 +17,13 @@ def iteration_arguments(arguments: Sequence[str]) -> list[str]:
     Args:
         arguments: Arguments as typed. A directory in them takes precedence.
     """
-    written = [_ROUNDS.sub("iteration.rounds=", word) for word in arguments]
+    written = [f"iteration.{word}" if word.startswith("rounds=") else word for word in arguments]
     directories = (f"hydra.{mode}.dir='{_DIRECTORY}'" for mode in ("run", "sweep"))
     given = {word.partition("=")[0] for word in written}
     return [*(word for word in directories if word.partition("=")[0] not in given), *written]
 
 
-def check_command(command: str, jobs: Sequence[DictConfig]) -> None:
+def check_command_fits(command: str, jobs: Sequence[DictConfig]) -> None:
     """Check that the configurations of a command are of the kind that it runs.
 
     Args:

@@ -41,6 +41,11 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
+def visible_names(folder: Path) -> list[str]:
+    """Return the sorted names in a folder that do not start with a dot; empty if the folder is missing."""
+    return sorted(path.name for path in folder.glob("*") if not path.name.startswith("."))
+
+
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Write a folder atomically: it takes the place of an older one when the block ends without an error.

@@ -65,22 +65,28 @@ def count_parameters(path: str) -> int | None:
         The number, ``None`` if there are no safetensors files on this machine or they cannot be read.
     """
     try:
-        folder = Path(path) if Path(path).is_dir() else snapshot_folder(path)
+        folder = find_model_folder(path)
         return None if folder is None else _count(folder) or None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # The checks say what is wrong with the folder.
         return None
 
 
-def snapshot_folder(name: str) -> Path | None:
-    """Return the folder of a model of the hub in the local cache."""
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+def find_model_folder(path: str) -> Path | None:
+    """Return the folder of a model on this machine, ``None`` if there is none.
+
+    Args:
+        path: Model folder, or a name on the Hugging Face hub, which stands for its snapshot in the local cache.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         return None
     # Imported here because it takes a moment, and folders do not need it.
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        config = try_to_load_from_cache(name, "config.json")
+        config = try_to_load_from_cache(path, "config.json")
     except HFValidationError:
         return None
     return Path(config).parent if isinstance(config, str) else None

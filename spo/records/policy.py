@@ -16,6 +16,12 @@ POLICY_REMEDY = (
 """Remedy where the saved policy of a finished run is not as the run saved it."""
 
 
+def looks_like_run(path: Path) -> bool:
+    """Return whether a folder has a file of a run directory, of a run that has finished or not."""
+    marks = (f"{filenames.POLICY}/config.json", filenames.METRICS, filenames.COMPOSED, filenames.IDENTITY)
+    return any((path / mark).is_file() for mark in marks)
+
+
 def saved_policy(run_dir: Path) -> Path:
     """Return the policy folder of a run.
 

@@ -10,14 +10,14 @@ from spo.data.rows import Message, Text
 from spo.errors import DataError, UserError
 from spo.signals import Interrupted
 from spo.stages.quiet import quiet_libraries
-from spo.stages.sample_request import SampleRequest, Words
+from spo.stages.sample_request import SampleRequest, TrustedOverrides
 from spo.stages.sampled_model import SampledModel, load_sampled
 from spo.wording import clean
 
 RESET, QUIT = "/reset", "/quit"
 
 
-def chat_command(request: SampleRequest, words: Words) -> None:
+def chat_command(request: SampleRequest, trusted: TrustedOverrides) -> None:
     """Answer each line of the input with a completion of each model, until the input ends.
 
     A chat model sees its own conversation so far. Any other model sees the line alone. Answer ``t`` has the seed
@@ -25,14 +25,14 @@ def chat_command(request: SampleRequest, words: Words) -> None:
 
     Args:
         request: Settings of the command.
-        words: Overrides, and what is trusted.
+        trusted: Overrides, and what may be used of the configuration that they change.
 
     Raises:
         UserError: A model cannot be found or loaded.
     """
     quiet_libraries()
     with redirect_stdout(sys.stderr):
-        models = load_sampled(request, words)
+        models = load_sampled(request, trusted)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with suppress(ImportError):

@@ -18,9 +18,9 @@ from spo.processes import first_decides, is_first_process, place
 from spo.records import filenames
 from spo.records.cache import build_alone, cached
 from spo.records.digests import code_version, model_digest
-from spo.records.files import read_mapping, write_json
+from spo.records.files import read_mapping, visible_names, write_json
 from spo.records.leftovers import remove_leftovers
-from spo.records.parameters import snapshot_folder
+from spo.records.parameters import find_model_folder
 from spo.runs.another_run import never_trained, read_identity
 from spo.runs.claim import locked
 from spo.runs.identity import differences, identity
@@ -59,8 +59,8 @@ def extrapolate_command(plan: Extrapolation) -> dict[str, float]:
         join_processes(cfg)
     first = plan.first
     if first is None:
-        assert plan.own is not None
-        first = _reference_of(plan.own)
+        assert plan.second_run is not None
+        first = _reference_of(plan.second_run)
     cfg.model.path = str(first)
     pin(cfg)
     factor = plan.factor
@@ -89,7 +89,7 @@ def _checked_reference(run: DictConfig, base: str) -> Path:
     """Return the folder of a reference, and refuse one with other weights than the run recorded."""
     provenance = read_mapping(Path(run.paths.run) / filenames.PROVENANCE) or {}
     recorded = (provenance.get("inputs") or {}).get("reference_sha256")
-    folder = Path(base) if Path(base).is_dir() else snapshot_folder(base)
+    folder = find_model_folder(base)
     if folder is None:
         raise UserError(f"{REFERENCE}: {base} is not in the local cache of the hub: name a model folder")
     if recorded not in (None, model_digest(base)):
@@ -117,7 +117,7 @@ def _write_alone(first: Path, second: Path, factor: float, out: Path) -> None:
         remove_leftovers(out)
         found = read_mapping(out / filenames.EXTRAPOLATION)
         is_ours = found is not None and all(found.get(name) == value for name, value in facts.items())
-        if not is_ours and any(not file.name.startswith(".") for file in out.iterdir()):
+        if not is_ours and visible_names(out):
             what = "something else" if found is None else f"the factor {found.get('factor')} or other models"
             raise UserError(f"{out} holds {what}: choose another --out, or move it away")
         if not is_ours or not (out / filenames.POLICY).is_dir():

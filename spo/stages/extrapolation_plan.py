@@ -14,12 +14,13 @@ from spo.errors import UserError
 from spo.metrics.catalogue import REFERENCE
 from spo.processes import place
 from spo.records import filenames
-from spo.records.parameters import snapshot_folder
-from spo.records.policy import saved_policy, verify_policy
+from spo.records.files import visible_names
+from spo.records.parameters import find_model_folder
+from spo.records.policy import looks_like_run, saved_policy, verify_policy
 from spo.runs.saved_config import load_config, refuse_redacted
 from spo.stages.evaluation_config import trusted_evaluation
 
-NO_SCORE = (
+NO_SCORE_MESSAGE = (
     "--search: there is neither a reward nor a judge that could tell a better factor: choose judge=MEMBER, or give a "
     "factor with --factor"
 )
@@ -38,7 +39,8 @@ class Extrapolation:
         out: Directory of the result.
         cfg: Configuration by which the result is evaluated, its interpolations unresolved; ``None`` to write the
             weights alone.
-        own: Configuration of the second run with its own data, which leads to its reference; ``None`` for a folder.
+        second_run: Configuration of the second run with its own data, which leads to its reference; ``None`` for a
+            model folder.
     """
 
     first: Path | None
@@ -47,7 +49,7 @@ class Extrapolation:
     select: str | None
     out: Path
     cfg: DictConfig | None
-    own: DictConfig | None
+    second_run: DictConfig | None
 
 
 def plan_extrapolation(
@@ -76,38 +78,22 @@ def plan_extrapolation(
         UserError: A model or a setting is missing, or the configuration asks for something that needs the caller's
             word.
     """
-    if factor is not None and not math.isfinite(factor):
-        raise UserError(f"--factor {factor}: must be a finite number, such as 0.5")
-    if factor is not None and factor < -1:
-        raise UserError(
-            f"--factor {factor:g} leads beyond the first model, away from the second: exchange the two models and "
-            f"write --factor {-1 - factor:g}"
-        )
-    given, cfg, own = Path(second), None, None
-    if _is_run(given):
-        own = load_config(given)
-        cfg = trusted_evaluation(own, given, overrides, allow, config_dir)
+    if factor is not None:
+        _check_factor(factor)
+    run_dir, second_run, cfg = Path(second), None, None
+    if looks_like_run(run_dir):
+        second_run = load_config(run_dir)
+        cfg = trusted_evaluation(second_run, run_dir, overrides, allow, config_dir)
         refuse_redacted(cfg)
     elif overrides:
         cfg = compose(["model=hf", *overrides], config_dir, out)
-    by_reference = first == REFERENCE and not Path(REFERENCE).exists()
-    if by_reference:
-        if own is None:
-            raise UserError(
-                f"{REFERENCE}: {second} is a model folder, and only a run has a reference: name the first model"
-            )
-        if OmegaConf.select(own, "model.adapter_path") is not None:
-            raise UserError(
-                f"{REFERENCE}: the reference of {second} is a model with an adapter (model.adapter_path): name a "
-                "folder in which it is merged, such as policy/ of the run that trained it"
-            )
-    found = None if by_reference else _model_folder(first)
+    first_folder = _first_folder(first, second, second_run)
     _refuse_foreign(out)
     if cfg is not None:
         if factor is None:
             _refuse_unscored(cfg)
         with open_dict(cfg):
-            cfg.model.initial, cfg.model.path = None, None if found is None else str(found)
+            cfg.model.initial, cfg.model.path = None, None if first_folder is None else str(first_folder)
             if _chosen_devices(overrides) is None:  # The training may have had more devices than there are here.
                 cfg.trainer.devices, cfg.trainer.num_nodes = place().local_world_size, place().nodes
     elif factor is None:
@@ -115,10 +101,10 @@ def plan_extrapolation(
             "--search: two model folders do not say on which prompts to search: add overrides such as "
             "data=jsonl data.path=PAIRS.jsonl judge=MEMBER"
         )
-    return Extrapolation(found, _model_folder(second), factor, select, out, cfg, own)
+    return Extrapolation(first_folder, _model_folder(second), factor, select, out, cfg, second_run)
 
 
-def started_processes(arguments: Sequence[str], overrides: Sequence[str]) -> int | None:
+def start_processes(arguments: Sequence[str], overrides: Sequence[str]) -> int | None:
     """Start the processes that an override asks for, and return their exit status; ``None`` for this process alone.
 
     Args:
@@ -139,9 +125,39 @@ def _chosen_devices(overrides: Sequence[str]) -> str | None:
     return wanted[-1] if wanted else None
 
 
-def _is_run(path: Path) -> bool:
-    """Return whether a folder is a run directory."""
-    return (path / filenames.COMPOSED).is_file() or (path / filenames.IDENTITY).is_file()
+def _check_factor(factor: float) -> None:
+    """Refuse a factor that is not finite, or that leads away from both models.
+
+    Raises:
+        UserError: The factor is one of these.
+    """
+    if not math.isfinite(factor):
+        raise UserError(f"--factor {factor}: must be a finite number, such as 0.5")
+    if factor < -1:
+        raise UserError(
+            f"--factor {factor:g} leads beyond the first model, away from the second: exchange the two models and "
+            f"write --factor {-1 - factor:g}"
+        )
+
+
+def _first_folder(first: str, second: str, second_run: DictConfig | None) -> Path | None:
+    """Return the first model folder, ``None`` for the reference of the second run.
+
+    Raises:
+        UserError: There is no such model, or the reference is not a model folder.
+    """
+    if first != REFERENCE or Path(REFERENCE).exists():
+        return _model_folder(first)
+    if second_run is None:
+        raise UserError(
+            f"{REFERENCE}: {second} is a model folder, and only a run has a reference: name the first model"
+        )
+    if OmegaConf.select(second_run, "model.adapter_path") is not None:
+        raise UserError(
+            f"{REFERENCE}: the reference of {second} is a model with an adapter (model.adapter_path): name a "
+            "folder in which it is merged, such as policy/ of the run that trained it"
+        )
+    return None
 
 
 def _model_folder(given: str) -> Path:
@@ -151,11 +167,11 @@ def _model_folder(given: str) -> Path:
         UserError: There is no model, or the policy of the run was changed.
     """
     path = Path(given).expanduser()
-    if _is_run(path):
+    if looks_like_run(path):
         policy = saved_policy(path)
         verify_policy(path)
         return policy.absolute()
-    folder = path if path.is_dir() else snapshot_folder(given)
+    folder = find_model_folder(str(path))
     if folder is None:
         raise UserError(f"{given}: there is neither a run directory nor a model folder of this name; check the path")
     return folder.absolute()
@@ -168,7 +184,7 @@ def _refuse_foreign(out: Path) -> None:
         raise UserError(f"--out {out}: there is a file in place of a folder; choose another --out")
     if not out.is_dir() or any((out / name).exists() for name in known):
         return
-    if found := sorted(file.name for file in out.iterdir() if not file.name.startswith(".")):
+    if found := visible_names(out):
         raise UserError(f"{out} holds something else ({', '.join(found[:3])}): choose another --out, or move it away")
 
 
@@ -180,6 +196,6 @@ def _refuse_unscored(cfg: DictConfig) -> None:
     """
     judge = cfg.get("judge")
     if judge is None or (str(judge.get("_target_")).endswith(".reward_judge") and judge.get("reward") is None):
-        raise UserError(NO_SCORE)
+        raise UserError(NO_SCORE_MESSAGE)
     if cfg.evaluation.selection_prompts == 0:
         raise UserError("--search: evaluation.selection_prompts=0 leaves no prompt to search on: set it to 64 or more")

@@ -21,18 +21,18 @@ from spo.forward.speed import Speed
 from spo.metrics.catalogue import INTERVAL_ENDS
 from spo.processes import first_decides, is_first_process, share
 from spo.records import filenames
-from spo.records.files import read_mapping, write_json
+from spo.records.files import read_mapping, visible_names, write_json
 from spo.stages.evaluate import Models, evaluate_selection
-from spo.stages.extrapolation_plan import NO_SCORE
+from spo.stages.extrapolation_plan import NO_SCORE_MESSAGE
 from spo.stages.from_config import eval_device, resolve_values
 from spo.stages.prepare import Prepared, prepare_run
 from spo.wording import finite, number
 
 DOUBLING_FACTORS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Factors that a search tries in this order."""
-_PATIENCE = 2
-"""Number of factors in a row that are not better, after which a search tries no larger one."""
-SCORES = ("val/win_rate", "val/reward")
+_MAX_WORSE_FACTORS = 2
+"""Number of factors in a row that are not better, after which a search does not try a larger one."""
+_SCORES = ("val/win_rate", "val/reward")
 """Metrics that may choose the factor; the first one that was measured is the default."""
 
 
@@ -64,23 +64,23 @@ def best_candidate(candidates: Sequence[Candidate], metric: str) -> Candidate:
     return max(candidates, key=lambda candidate: (candidate.score(metric), -candidate.factor))
 
 
-def search_factor(measure: Callable[[float], Candidate], metric_of: Callable[[Candidate], str]) -> list[Candidate]:
-    """Try factors until the score does not grow any more, then those in the middle of the best and its neighbors.
+def search_factor(measure: Callable[[float], Candidate], metric: str) -> list[Candidate]:
+    """Try factors until the score stops growing, then those halfway between the best one and its neighbors.
 
     Args:
         measure: Function from a factor to its candidate.
-        metric_of: Function from the first candidate to the key of the score, which is the same for all.
+        metric: Key of the score.
 
     Returns:
         All candidates by ascending factor.
     """
     tried = [measure(DOUBLING_FACTORS[0])]
-    metric, best, worse = metric_of(tried[0]), tried[0], 0
+    best, worse = tried[0], 0
     for factor in DOUBLING_FACTORS[1:]:
         tried.append(measure(factor))
         is_better = tried[-1].score(metric) > best.score(metric)
         best, worse = (tried[-1], 0) if is_better else (best, worse + 1)
-        if worse == _PATIENCE:
+        if worse == _MAX_WORSE_FACTORS:
             break
     place = tried.index(best)
     neighbors = [*tried[max(place - 1, 0) : place], *tried[place + 1 : place + 2]]
@@ -91,17 +91,17 @@ def search_factor(measure: Callable[[float], Candidate], metric_of: Callable[[Ca
 def choose_factor(
     cfg: DictConfig, weights: Callable[[float], Path], key: Mapping[str, Any], out: Path, metric: str | None
 ) -> float:
-    """Search the factor on the selection prompts of a configuration, print a table, and return the best factor.
+    """Search for the factor on the selection prompts of a configuration, print a table, and return the best factor.
 
-    ``search.json`` grows with each candidate, and a search that was interrupted continues from it. All processes of a
-    run call this together.
+    ``search.json`` grows with each candidate, and an interrupted search resumes from it. All processes of a run call
+    this together.
 
     Args:
         cfg: Configuration of a run without a training step, whose reference is the opponent.
         weights: Function from a factor to the folder whose ``policy/`` has the extrapolated weights.
-        key: JSON-like values that determine the result, by which an earlier search is recognized.
+        key: JSON-like values that determine the result, by which an interrupted search is recognized.
         out: Run directory of the result.
-        metric: Key of the score, ``None`` for the first of :data:`SCORES` that is measured.
+        metric: Key of the score, ``None`` for the first of :data:`_SCORES` that is measured.
 
     Raises:
         UserError: The configuration does not have a judge or selection prompts, the metric is not measured, or the
@@ -111,7 +111,7 @@ def choose_factor(
     values = resolve_values(cfg)
     judge: Judge | None = instantiate(values.judge, _convert_="all")
     if judge is None:
-        raise UserError(NO_SCORE)
+        raise UserError(NO_SCORE_MESSAGE)
 
     @cache
     def loaded() -> tuple[Prepared, nn.Module]:
@@ -132,26 +132,24 @@ def choose_factor(
                 _record(out, key, known)
         return Candidate(factor, known[factor])
 
-    def metric_of(candidate: Candidate) -> str:
-        found = [score for score in SCORES if score in candidate.metrics] if metric is None else [metric]
-        if not found or found[0] not in candidate.metrics:
-            raise UserError(
-                f"--select {found[0] if found else SCORES[0]}: the evaluation does not measure it on selection "
-                f"prompts, but {', '.join(sorted(candidate.metrics))}"
-            )
-        return found[0]
-
-    candidates = search_factor(measure, metric_of)
-    chosen = metric_of(candidates[0])
-    best = best_candidate(candidates, chosen)
+    measured = measure(DOUBLING_FACTORS[0]).metrics
+    if metric is None:
+        metric = next((score for score in _SCORES if score in measured), _SCORES[0])
+    if metric not in measured:
+        raise UserError(
+            f"--select {metric}: the evaluation does not measure it on selection prompts, but "
+            f"{', '.join(sorted(measured))}"
+        )
+    candidates = search_factor(measure, metric)
+    best = best_candidate(candidates, metric)
     if is_first_process():
-        _record(out, key, known, best.factor, chosen)
-        _print_search(candidates, chosen, best)
+        _record(out, key, known, best.factor, metric)
+        _print_search(candidates, metric, best)
     return best.factor
 
 
 def _earlier(out: Path, key: Mapping[str, Any]) -> dict[float, dict[str, float]]:
-    """Return what an earlier search with this key measured, by factor.
+    """Return the metrics that an interrupted search with this key measured, by factor.
 
     Raises:
         UserError: The directory holds something else.
@@ -159,7 +157,7 @@ def _earlier(out: Path, key: Mapping[str, Any]) -> dict[float, dict[str, float]]
     found = read_mapping(out / filenames.FACTOR_SEARCH)
     if found is not None and found.get("key") == key:
         return {float(one["factor"]): one["metrics"] for one in found["candidates"]}
-    if out.is_dir() and any(not file.name.startswith(".") for file in out.iterdir()):
+    if visible_names(out):
         what = "another search" if found is not None else "something else"
         raise UserError(f"{out} holds {what}: choose another --out, or move it away")
     return {}
@@ -182,7 +180,7 @@ def _print_search(candidates: Sequence[Candidate], metric: str, best: Candidate)
     """Print a table of the factors that were tried, by ascending factor, and how far the choice can be trusted."""
     console = Console()
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    columns = [key for key in (*SCORES, "val/kl") if key in best.metrics]
+    columns = [key for key in (*_SCORES, "val/kl") if key in best.metrics]
     for name in ("factor", *columns):
         table.add_column(name, justify="right")
     table.add_column("")

@@ -15,17 +15,17 @@ from rich.text import Text as RichText
 from spo.evaluation.best_of import standing_of
 from spo.evaluation.judges import Judge
 from spo.stages.quiet import quiet_libraries
-from spo.stages.sample_request import DEFAULT_RATIO, SampleRequest, Words
+from spo.stages.sample_request import DEFAULT_RATIO, SampleRequest, TrustedOverrides
 from spo.stages.sampled_model import Completed, SampledModel, load_judge, load_sampled
 from spo.wording import clean, number
 
 
-def sample_command(request: SampleRequest, words: Words, *, as_json: bool) -> list[dict[str, Any]]:
+def sample_command(request: SampleRequest, trusted: TrustedOverrides, *, as_json: bool) -> list[dict[str, Any]]:
     """Sample completions of a prompt, and print them.
 
     Args:
         request: Settings of the command.
-        words: Overrides, and what is trusted.
+        trusted: Overrides, and what may be used of the configuration that they change.
         as_json: True to print a JSON array and nothing else; false for text that a person reads.
 
     Returns:
@@ -37,8 +37,8 @@ def sample_command(request: SampleRequest, words: Words, *, as_json: bool) -> li
     """
     quiet_libraries()
     with redirect_stdout(sys.stderr):  # A program reads the array, and bars or messages would be in its way.
-        models = load_sampled(request, words)
-        judge = None if request.best_of is None else load_judge(models[0], words)
+        models = load_sampled(request, trusted)
+        judge = None if request.best_of is None else load_judge(models[0], trusted)
         rows = list(_rows(request, models, judge))
     if as_json:
         print(json.dumps(rows, indent=2))

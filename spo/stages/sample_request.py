@@ -13,14 +13,14 @@ from pathlib import Path
 from spo.errors import UserError
 from spo.metrics.catalogue import REFERENCE
 from spo.records import filenames
-from spo.records.policy import saved_policy
+from spo.records.policy import looks_like_run, saved_policy
 
 DEFAULT_RATIO = 2.0
 """Strength of a principle: the ratio of the official demo of Linear Alignment."""
 
 
 @dataclass(frozen=True)
-class Words:
+class TrustedOverrides:
     """Overrides of a model's configuration, and the names that a person trusts in it.
 
     Attributes:
@@ -98,7 +98,7 @@ class SampleRequest:
             return f"--ratio {self.ratio:g}: must be a finite number, such as {DEFAULT_RATIO:g}"
         return None
 
-    def find_models(self) -> None:
+    def check_models(self) -> None:
         """Check that the model and the other model are there.
 
         Raises:
@@ -127,8 +127,7 @@ def is_run_directory(path: Path) -> bool:
         raise UserError(f"{path}: there is no such folder: name a run directory, or a folder with a Hugging Face model")
     if (path / "config.json").is_file():
         return False
-    marks = (f"{filenames.POLICY}/config.json", filenames.METRICS, filenames.COMPOSED)
-    if any((path / mark).is_file() for mark in marks):
+    if looks_like_run(path):
         saved_policy(path)
         return True
     if (path / "adapter_config.json").is_file():

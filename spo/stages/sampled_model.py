@@ -31,7 +31,7 @@ from spo.sampling.stream import stream
 from spo.stages.evaluation_config import trusted_evaluation
 from spo.stages.from_config import eval_device, make_renderer, model_spec, resolve_values, training_numerics
 from spo.stages.reference_model import find_reference
-from spo.stages.sample_request import SampleRequest, Words, is_run_directory
+from spo.stages.sample_request import SampleRequest, TrustedOverrides, is_run_directory
 
 # Text of a message, to find what a template writes after it. Templates that change letters do not change digits.
 _MARK = "730594846197"
@@ -207,38 +207,38 @@ class SampledModel:
 # --- loading -------------------------------------------------------------------------------------------------------
 
 
-def load_sampled(request: SampleRequest, words: Words) -> list[SampledModel]:
+def load_sampled(request: SampleRequest, trusted: TrustedOverrides) -> list[SampledModel]:
     """Load the model of a command, and the one that it is compared with.
 
     Args:
         request: Settings of the command.
-        words: Overrides, and what is trusted.
+        trusted: Overrides, and what may be used of the configuration that they change.
 
     Raises:
         UserError: A model cannot be found or loaded, or a run's configuration asks for something that must be allowed.
     """
-    first = _load(request, request.model, words)
+    first = _load(request, request.model, trusted)
     if request.against is None:
         return [first]
     if request.against == REFERENCE:
-        return [first, _reference_of(request.model, first, words)]
+        return [first, _reference_of(request.model, first, trusted)]
     # Overrides of the data and the judge are about the first model.
-    shared = [word for word in words.overrides if word.partition(".")[0] in ("model", "trainer")]
-    other = _load(request, Path(request.against), replace(words, overrides=shared))
+    shared = [word for word in trusted.overrides if word.partition(".")[0] in ("model", "trainer")]
+    other = _load(request, Path(request.against), replace(trusted, overrides=shared))
     return [first, replace(other, name=request.against)]
 
 
-def load_judge(model: SampledModel, words: Words) -> Judge:
+def load_judge(model: SampledModel, trusted: TrustedOverrides) -> Judge:
     """Return the judge of a run, or the one that overrides name.
 
     Args:
         model: Model of the command.
-        words: Overrides, and what is trusted.
+        trusted: Overrides, and what may be used of the configuration that they change.
 
     Raises:
         UserError: There is no judge, or its settings are wrong.
     """
-    named = any(word.partition("=")[0].partition(".")[0] == "judge" for word in words.overrides)
+    named = any(word.partition("=")[0].partition(".")[0] == "judge" for word in trusted.overrides)
     is_run = model.name == filenames.POLICY
     if is_run or named:
         refuse_redacted(model.cfg)
@@ -251,14 +251,14 @@ def load_judge(model: SampledModel, words: Words) -> Judge:
     raise UserError(f"--best-of: {whose}: name one, such as judge=reward_model judge.path=MODEL")
 
 
-def _load(request: SampleRequest, path: Path, words: Words) -> SampledModel:
+def _load(request: SampleRequest, path: Path, trusted: TrustedOverrides) -> SampledModel:
     """Load the policy of a run, or the model in a folder."""
     if is_run_directory(path):
         verify_policy(path)
-        cfg, folder, name = _configs_of_run(path, words)[0], path / filenames.POLICY, filenames.POLICY
+        cfg, folder, name = _configs_of_run(path, trusted)[0], path / filenames.POLICY, filenames.POLICY
     else:
         quoted = str(path.absolute()).replace("'", r"\'")
-        composed = compose(["model=hf", f"model.path='{quoted}'", *words.overrides], words.config_dir, path)
+        composed = compose(["model=hf", f"model.path='{quoted}'", *trusted.overrides], trusted.config_dir, path)
         cfg, folder, name = resolve_values(composed), path, str(path)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -269,9 +269,9 @@ def _load(request: SampleRequest, path: Path, words: Words) -> SampledModel:
     return _sampled(request, path, name, cfg, model, renderer)
 
 
-def _reference_of(run_dir: Path, policy: SampledModel, words: Words) -> SampledModel:
+def _reference_of(run_dir: Path, policy: SampledModel, trusted: TrustedOverrides) -> SampledModel:
     """Load the reference of a run, which is a given model or lies in the cache."""
-    own = _configs_of_run(run_dir, words)[1]
+    own = _configs_of_run(run_dir, trusted)[1]
     spec: ModelSpec = model_spec(own)
     base = find_reference(own, spec)
     if base is None:
@@ -285,10 +285,10 @@ def _reference_of(run_dir: Path, policy: SampledModel, words: Words) -> SampledM
     return replace(policy, name=REFERENCE, model=model, sampler=speed.sampler)
 
 
-def _configs_of_run(run_dir: Path, words: Words) -> tuple[DictConfig, DictConfig]:
+def _configs_of_run(run_dir: Path, trusted: TrustedOverrides) -> tuple[DictConfig, DictConfig]:
     """Return the configuration of a run with the overrides, and that by which its reference was made, resolved."""
     own = load_config(run_dir)
-    cfg = trusted_evaluation(own, run_dir, words.overrides, words.allow, words.config_dir)
+    cfg = trusted_evaluation(own, run_dir, trusted.overrides, trusted.allow, trusted.config_dir)
     return resolve_values(cfg), resolve_values(own)
 
 

@@ -18,7 +18,7 @@ from spo.callbacks.trackers import LiveTracker
 from spo.config.checks import check_config, warnings
 from spo.config.choices import pin_choices
 from spo.config.compose import fill_empty_groups, pin
-from spo.config.iterations import check_command
+from spo.config.iterations import check_command_fits
 from spo.config.nodes import extra_references
 from spo.data import SPLITS, PreparedPairs
 from spo.notes import add_notes, collect_notes, written_notes
@@ -71,7 +71,7 @@ def train(cfg: DictConfig, *, resumed: bool = False, checked: bool = False) -> d
         PeerLostError: Another process of the run has ended.
     """
     quiet_libraries()
-    check_command("train", [cfg])
+    check_command_fits("train", [cfg])
     join_processes(cfg)
     fill_empty_groups(cfg)
     remember_secrets(OmegaConf.to_container(cfg, resolve=False))
