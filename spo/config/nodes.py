@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from spo.errors import missing_package
+from spo.resources import conf_dir
 from spo.wording import suggestion
 
 ROUND_SOURCE = "iteration.source"
@@ -158,3 +159,18 @@ def listed(words: Iterable[str]) -> str:
     """Return the words as ``a, b or c``."""
     *most, last = words
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def member_name(group: str, cls: type, part: str = "") -> str:
+    """Return the shipped member of a group that makes ``cls``, or the name of the class; for messages.
+
+    Args:
+        group: Group of the configuration.
+        cls: Class.
+        part: Key below the group whose ``_target_`` makes the class; empty for the group itself.
+    """
+    for file in sorted((conf_dir() / group).glob("*.yaml")):
+        target = OmegaConf.select(OmegaConf.load(file), f"{part}._target_" if part else "_target_")
+        if target is not None and str(target).rpartition(".")[2] == cls.__name__:
+            return file.stem
+    return cls.__name__

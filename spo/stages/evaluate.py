@@ -9,13 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import Progress, TimeElapsedColumn
 
 from spo.config.checks import check_config
-from spo.config.coefficients import COEFFICIENTS
 from spo.config.compose import job_name
 from spo.config.nodes import further_kl_models
 from spo.data import EvalPrompt
@@ -28,24 +26,19 @@ from spo.evaluation.completions import Draws
 from spo.evaluation.judges import Judge
 from spo.evaluation.judges.together import judging
 from spo.evaluation.opponents import find_opponents
-from spo.evaluation.pair_metrics import Scoring, pair_metrics
-from spo.forward.speed import Speed
+from spo.evaluation.pair_metrics import pair_metrics
 from spo.metrics.catalogue import INTERVAL_ENDS, REFERENCE
-from spo.models import FrozenReference, Reference
-from spo.models.run_state import load_loss, load_reference_state
 from spo.pages.panels import result_panel
 from spo.processes import deal, first_decides, place, rank
 from spo.records import filenames
 from spo.records.digests import model_digest
-from spo.records.files import read_mapping, write_json, write_jsonl, write_text
+from spo.records.files import write_json, write_jsonl, write_text
 from spo.records.policy import saved_policy, verify_policy
 from spo.runs.saved_config import load_config, refuse_redacted, resolved
-from spo.schedules import Constant
 from spo.stages.devices import join_processes
+from spo.stages.evaluated_models import Models, build_scoring, load_models
 from spo.stages.evaluation_config import trusted_evaluation
-from spo.stages.extra_references import load_extra_references, load_further_kl
 from spo.stages.from_config import (
-    build_loss,
     eval_device,
     model_plugins,
     resolve_values,
@@ -54,7 +47,6 @@ from spo.stages.from_config import (
 )
 from spo.stages.prepare import Prepared, prepare_run
 from spo.stages.quiet import quiet_libraries
-from spo.wording import finite
 
 SELECTION_METRICS = ("win_rate", *(f"win_rate{end}" for end in INTERVAL_ENDS), "reward", "kl", "entropy")
 """Metrics of the final evaluation that are measured on the selection split too, for choosing between settings."""
@@ -125,23 +117,6 @@ class RunEvaluation:
         for name, rows in ((filenames.SAMPLES, self.samples), (filenames.SELECTION_SAMPLES, self.selection_samples)):
             if rows:
                 write_jsonl(folder / name, rows)
-
-
-@dataclass(frozen=True)
-class Models:
-    """The models of an evaluation, on its device, and the speed settings that all of them support.
-
-    Attributes:
-        policy: Saved policy.
-        reference: Reference of the comparison.
-        speed: Speed settings.
-        further: Models of ``evaluation.further_kl``, in the order of the configuration.
-    """
-
-    policy: torch.nn.Module
-    reference: torch.nn.Module
-    speed: Speed
-    further: Sequence[torch.nn.Module] = ()
 
 
 def evaluate_run(
@@ -246,63 +221,6 @@ def _of_selection(settings: EvaluationSettings) -> EvaluationSettings:
     return replace(settings, against=[REFERENCE], self_bleu_samples=0)
 
 
-def build_scoring(cfg: DictConfig, prepared: Prepared, run_dir: Path, models: Models) -> Scoring:
-    """Return the loss and the references as they were at the end of training.
-
-    Args:
-        cfg: Configuration of the run, resolved.
-        prepared: Prepared run with the model.
-        run_dir: Run directory.
-        models: Saved policy and the model that training started from.
-
-    Raises:
-        UserError: A file beside the policy is missing or damaged, or belongs to another loss.
-    """
-    loss = build_loss(cfg, models.policy)
-    load_loss(loss, run_dir)
-    device = eval_device(cfg)
-    if isinstance(loss, torch.nn.Module):
-        loss.requires_grad_(False).to(device)
-    reference: Reference = instantiate(cfg.reference)
-    further = load_extra_references(cfg, prepared)
-    loaded: list[Reference] = list(further.values())
-    if reference.needs_adapter or not reference.scores_samples:
-        # The saved policy is merged, and stored log-probs are of other pairs: both come from the start of training.
-        reference = FrozenReference()
-    if loss.uses_reference or loss.needs_reference_logits:
-        # The evaluation compares samples with the start of training, so a reference that moved needs its own copy.
-        reference.attach(lambda: prepared.spec.start(prepared.base).to(device) if reference.moves else models.reference)
-        if reference.moves:
-            reference.load_state_dict(load_reference_state(run_dir))
-            loaded.append(reference)
-    speed = models.speed
-    for one in loaded:
-        one.to(device)
-        with one.active(models.policy) as model, training_numerics(cfg, device, model):
-            speed = speed.resolve_for(model)
-    return Scoring(loss, _final_coefficients(cfg, run_dir), models.policy, reference, speed, further)
-
-
-def _final_coefficients(cfg: DictConfig, run_dir: Path) -> dict[str, float]:
-    """Return the final values of alpha and beta; of a damaged file, those that are constant.
-
-    Raises:
-        UserError: The file is missing or damaged, and a coefficient varies during training.
-    """
-    file = run_dir / filenames.COEFFICIENTS
-    found = read_mapping(file) or {}
-    final = {name: value for name in COEFFICIENTS if (value := finite(found.get(name))) is not None}
-    for name in COEFFICIENTS:
-        if name not in final and isinstance(schedule := instantiate(cfg[name]), Constant):
-            final[name] = schedule(0)
-    if missing := [name for name in COEFFICIENTS if name not in final]:
-        raise UserError(
-            f"{file} is missing or damaged, so the final value of {missing[0]} is unknown: move {filenames.METRICS} "
-            f"away and resume the run (spo train --resume {run_dir}), which writes both again from the last checkpoint"
-        )
-    return final
-
-
 def refuse_nonfinite(metrics: Mapping[str, float]) -> None:
     """Refuse a result that is not a number, which no file may hold and no comparison could use.
 
@@ -318,23 +236,6 @@ def refuse_nonfinite(metrics: Mapping[str, float]) -> None:
             f"the evaluation ends in numbers that are not finite ({', '.join(wrong[:3])}{more}); the policy and its "
             "samples are saved: look at them, at optimizer.lr and model.dtype, and at the rewards of the judge"
         )
-
-
-def load_models(cfg: DictConfig, prepared: Prepared, run_dir: Path) -> Models:
-    """Load the saved policy and the model that training started from.
-
-    Args:
-        cfg: Configuration of the run, resolved.
-        prepared: Prepared run with the model.
-        run_dir: Run directory with ``policy/``.
-    """
-    device = eval_device(cfg)
-    # As nn.Module, because the `to` of PreTrainedModel is wrapped in a way that hides its arguments from type checkers.
-    saved: torch.nn.Module = prepared.spec.base(run_dir / filenames.POLICY)
-    policy = saved.requires_grad_(False).to(device)
-    reference = prepared.spec.start(prepared.base).to(device)
-    further = [model.to(device) for model in load_further_kl(cfg, prepared)]
-    return Models(policy, reference, Speed(**cfg.speed).resolve_for(policy, reference, *further), further)
 
 
 def _prompts(prepared: Prepared, settings: EvaluationSettings) -> dict[Split, list[EvalPrompt]]:

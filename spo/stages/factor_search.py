@@ -22,7 +22,8 @@ from spo.metrics.catalogue import INTERVAL_ENDS
 from spo.processes import first_decides, is_first_process, share
 from spo.records import filenames
 from spo.records.files import read_mapping, visible_names, write_json
-from spo.stages.evaluate import Models, evaluate_selection
+from spo.stages.evaluate import evaluate_selection
+from spo.stages.evaluated_models import Models
 from spo.stages.extrapolation_plan import NO_SCORE_MESSAGE
 from spo.stages.from_config import eval_device, resolve_values
 from spo.stages.prepare import Prepared, prepare_run

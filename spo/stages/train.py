@@ -43,7 +43,8 @@ from spo.stages.assemble import Parts, assemble, validation_samples
 from spo.stages.checkpointing import checkpoint_folder, fit, prepare_checkpoints
 from spo.stages.description import describe, title
 from spo.stages.devices import join_processes, refuse_few_pairs
-from spo.stages.evaluate import evaluate_run, load_models, refuse_nonfinite
+from spo.stages.evaluate import evaluate_run, refuse_nonfinite
+from spo.stages.evaluated_models import load_models
 from spo.stages.extra_references import reference_paths
 from spo.stages.from_config import resolve_values
 from spo.stages.length import with_length

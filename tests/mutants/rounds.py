@@ -55,9 +55,9 @@ ROUNDS = (
     ),
     mutant_of(
         "win_rates_summed_in_order",
-        "rounds.scoring._mean",
-        "math.fsum(values)",
-        "sum(values)",
+        "rounds.scoring._compared",
+        "fmean(verdict(prompt, own, other) for other in group)",
+        "sum(verdict(prompt, own, other) for other in group) / len(group)",
         "test_round_scores.py::test_equal_verdicts_give_equal_scores_in_any_order",
     ),
     mutant_of(
@@ -70,10 +70,11 @@ ROUNDS = (
     ),
     mutant_of(
         "verdicts_not_turned_for_the_swapped_pair",
-        "rounds.scoring._compared",
-        "1 - verdict",
-        "verdict",
+        "evaluation.judges.base.compare_all",
+        "1 - answer",
+        "answer",
         "test_round_scores.py::test_comparing_judge_is_asked_about_all_different_pairs_once",
+        "test_best_of.py::test_best_by_wins_against_the_others_in_both_orders",
     ),
     mutant_of(
         "sppo_targets_not_centered",
