@@ -9,20 +9,23 @@ from spo.models.library_errors import Origin
 
 
 def check_same_tokens(
-    origin: Origin, other: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, role: str = "a reference"
+    origin: Origin,
+    tokenizer: PreTrainedTokenizerBase,
+    policy_tokenizer: PreTrainedTokenizerBase,
+    role: str = "a reference",
 ) -> None:
-    """Refuse a model for which a token id stands for another text than for the policy.
+    """Refuse a model whose token ids do not stand for the same texts as those of the policy.
 
     Args:
         origin: Place of the model.
-        other: Tokenizer of the model.
-        own: Tokenizer of the policy.
+        tokenizer: Tokenizer of the model.
+        policy_tokenizer: Tokenizer of the policy.
         role: Role of the model, for the message.
 
     Raises:
         UserError: The vocabularies differ.
     """
-    theirs, ours = other.get_vocab(), own.get_vocab()
+    theirs, ours = tokenizer.get_vocab(), policy_tokenizer.get_vocab()
     if differing := sorted(token for token in theirs.keys() | ours.keys() if theirs.get(token) != ours.get(token)):
         raise UserError(
             f"{origin} cannot be {role}: its vocabulary differs from the policy's in {len(differing):,} tokens, "

@@ -194,7 +194,7 @@ class RoundSource(Source):
     # --- prompts and completions ---
 
     def _training_prompts(self, rows: Sequence[Row]) -> list[_TrainingPrompt]:
-        """Return the training prompts of this round, each with the data's responses, sorted by digest."""
+        """Return the training prompts of this round, each with the data's responses, in an order of their own."""
         supervised = self.source.sft_rows() if self.pairing.pairs_with_data else None
         named = None if self.pairing.pairs_with_data else self.source.prompts("train")
         if named is not None:

@@ -105,7 +105,7 @@ def plan_extrapolation(
 
 
 def start_processes(arguments: Sequence[str], overrides: Sequence[str]) -> int | None:
-    """Start the processes that an override asks for, and return their exit status; ``None`` for this process alone.
+    """Start the processes that an override asks for, and return their exit status; ``None`` if one process suffices.
 
     Args:
         arguments: Arguments of the command.
@@ -182,9 +182,8 @@ def _refuse_foreign(out: Path) -> None:
     known = (filenames.IDENTITY, filenames.CONFIG, filenames.FACTOR_SEARCH, filenames.EXTRAPOLATION)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: there is a file in place of a folder; choose another --out")
-    if not out.is_dir() or any((out / name).exists() for name in known):
-        return
-    if found := visible_names(out):
+    is_ours = any((out / name).exists() for name in known)
+    if not is_ours and (found := visible_names(out)):
         raise UserError(f"{out} holds something else ({', '.join(found[:3])}): choose another --out, or move it away")
 
 

@@ -1,6 +1,6 @@
 """Settings of ``spo sample`` and ``spo chat``, and the folders of the models that they name.
 
-It imports nothing slow, so that a wrong command is answered at once.
+It does not import torch, so that a wrong command is answered at once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TrustedOverrides:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Settings of a sampling.
+    """Settings of ``spo sample`` and ``spo chat``.
 
     Attributes:
         model: Run directory, or folder of a Hugging Face model.
@@ -46,8 +46,9 @@ class SampleRequest:
         temperature: Temperature of the softmax; ``None`` for that of the run's evaluation.
         top_p: Probability that the nucleus of each token has to reach.
         max_new_tokens: Length limit of a completion in tokens; ``None`` for that of the run's evaluation.
-        against: ``reference`` for that of the run, another run directory or model folder, or ``None``.
-        principle: Principle of Linear Alignment, or ``None``.
+        against: Other model to sample from: ``reference`` for that of the run, a run directory or a model folder;
+            ``None`` for none.
+        principle: Principle of Linear Alignment; ``None`` to sample without one.
         ratio: Strength of the principle; ``None`` for :data:`DEFAULT_RATIO`.
         nucleus: Name of the logits that choose the nucleus of Linear Alignment; ``None`` for ``principled``.
         best_of: Number of completions from which the judge chooses each one; ``None`` for no choice.
