@@ -18,6 +18,7 @@ from spo.records.parameters import snapshot_folder
 from spo.records.policy import saved_policy, verify_policy
 from spo.runs.saved_config import load_config, refuse_redacted
 from spo.stages.evaluation_config import trusted_evaluation
+from spo.stages.sample_request import is_run_directory
 
 NO_SCORE = (
     "--search: there is neither a reward nor a judge that could tell a better factor: choose judge=MEMBER, or give a "
@@ -155,6 +156,8 @@ def _model_folder(given: str) -> Path:
         policy = saved_policy(path)
         verify_policy(path)
         return policy.absolute()
+    if path.is_dir():
+        is_run_directory(path)
     folder = path if path.is_dir() else snapshot_folder(given)
     if folder is None:
         raise UserError(f"{given}: there is neither a run directory nor a model folder of this name; check the path")
