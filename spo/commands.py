@@ -39,7 +39,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--config-dir", "-cd", metavar="DIR")
 
     def error(self, message: str) -> Any:
-        raise UsageError(f"{message}\nusage: {self.usage}")
+        # Arguments that may stand anywhere make argparse ask for overrides too, which are optional.
+        raise UsageError(f"{message.removesuffix(', overrides')}\nusage: {self.usage}")
 
 
 # --- spo train -----------------------------------------------------------------------------------------------------

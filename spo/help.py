@@ -236,8 +236,8 @@ COMMANDS = {
         as in spo train --help.
         """,
         [
-            'spo sample outputs/runs/RUN "One morning, Mia"',
-            'spo sample outputs/runs/RUN "One morning, Mia" -n 2 --against reference --json',
+            'spo sample outputs/runs/RUN "Mia the fox lived by the sea."',
+            'spo sample outputs/runs/RUN "Mia the fox lived by the sea." -n 2 --against reference --json',
         ],
     ),
     "chat": Command(

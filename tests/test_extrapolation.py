@@ -305,6 +305,7 @@ def test_search_goes_on_while_the_score_grows(
         ("first second --out x --search judge=none", "there is neither a reward nor a judge that could tell"),
         ("first second --out x --search evaluation.selection_prompts=0", "leaves no prompt to search on"),
         ("first second --out first --factor 1", "first holds something else (config.json"),
+        (". second --out x --factor 1", ". is neither a run directory, which has policy/, nor the folder of a model"),
         ("first second --out file --factor 1", "there is a file in place of a folder"),
     ],
 )
@@ -421,7 +422,9 @@ def test_command_evaluates_like_a_run(
     assert (tmp_path / "further/metrics.json").stat().st_mtime_ns == written
     capsys.readouterr()
     assert cli.main([*command, "--factor", "0.25", "--out", "further"]) == 1
-    assert "the weights that training starts from have changed\nchoose another --out" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert "What differs:\n  - factor: 0.5 there, 0.25 now\n" in refused and "model.start" not in refused
+    assert "the weights that training starts from have changed\nchoose another --out" in refused
     assert cli.main([*command, "--search", "--out", "further"]) == 1
     assert "further holds something else: choose another --out" in capsys.readouterr().err
 
@@ -452,7 +455,7 @@ def test_command_evaluates_like_a_run(
     assert scores[0] == trained["val/win_rate"] and scores[record["best"]] == found["val/win_rate"]
     assert "eval/win_rate" in found
     assert json.loads((tmp_path / "searched/extrapolation.json").read_text())["factor"] == record["best"]
-    assert "the test prompts below did not choose it" in " ".join(capsys.readouterr().out.split())
+    assert "come from the test prompts, which did not choose the factor" in " ".join(capsys.readouterr().out.split())
 
     assert cli.main([*command[:-1], "other", "--select", "val/accuracy"]) == 1
     assert "--select val/accuracy: the evaluation does not measure it" in capsys.readouterr().err

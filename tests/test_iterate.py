@@ -131,6 +131,7 @@ def test_rounds_are_written_out_and_directories_are_added() -> None:
     [
         (["train", "iteration=dpo"], "use spo iterate"),
         (["iterate"], "choose one, such as iteration=dpo"),
+        (["iterate", "rounds=2"], "iteration is not set: choose one"),
         (["iterate", "iteration=dpoo"], "did you mean dpo?"),
         (["iterate", "iteration=dpo", "rounds=0"], "iteration.rounds=0: must be at least 1"),
         (["iterate", "iteration=dpo", "judge=none"], "choose judge=MEMBER"),

@@ -60,8 +60,11 @@ def test_page_shows_each_round_with_intervals_and_links_its_report(tmp_path: Pat
     assert file == tmp_path / "mine" / "report.html" and page.open == []
     assert page.links == [f"round-{number}/report.html" for number in range(4)]
     assert all((file.parent / link).is_file() for link in page.links)
-    assert "beats the first model (win rate 0.780, 0.740 to 0.820), at a KL of 8.600 nats per sequence" in page.text
-    assert "it beats the previous round (win rate 0.560, 0.520 to 0.600)" in page.text
+    assert (
+        "beats the first model (win rate 0.780, 95% interval 0.740 to 0.820), at a KL of 8.600 nats per sequence"
+        in page.text
+    )
+    assert "it beats the previous round (win rate 0.560, 95% interval 0.520 to 0.600)" in page.text
     for key in ("kl", FIRST_KL, "reward", "entropy", "length", "distinct_2", "self_bleu"):
         assert label(key) in page.text and unit(key) in page.text
     for words in (
@@ -75,7 +78,7 @@ def test_page_shows_each_round_with_intervals_and_links_its_report(tmp_path: Pat
         assert words in page.text
     assert (
         not any(words in page.text for words in ("policies", "StorySource", "somewhere", "num prompts"))
-        and "What runs away" not in page.text
+        and "Alarms" not in page.text
     )
     first = file.read_bytes()
     assert render_iteration(tmp_path / "mine").read_bytes() == first

@@ -361,6 +361,11 @@ def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return captured.err
 
 
+def test_only_a_prompt_is_missing_in_a_command_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sample", "RUN"]) == 2
+    assert "arguments are required: PROMPT\nusage: spo sample RUN" in capsys.readouterr().err
+
+
 def test_errors_of_loading_and_choosing(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, base = models / "run", models / "base"
     assert "leaves no room for 80 new ones in the context of 64 tokens (policy)" in fails(capsys, run, PROMPT)

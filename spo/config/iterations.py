@@ -9,6 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from spo.errors import UserError
 
 _DIRECTORY = "${paths.outputs}/iterations/${spo.sweep_name:${hydra.overrides.task}}"
+_CHOOSE = "iteration is not set: choose one, such as iteration=dpo (spo iterate --help lists them)"
+_MAY_CHOOSE = frozenset(["iteration", "experiment", "hparams_search", "--config-name", "-cn"])
 
 
 def iteration_arguments(arguments: Sequence[str]) -> list[str]:
@@ -16,7 +18,13 @@ def iteration_arguments(arguments: Sequence[str]) -> list[str]:
 
     Args:
         arguments: Arguments as typed. A directory in them takes precedence.
+
+    Raises:
+        UserError: A number of rounds is given, but no argument chooses an iteration.
     """
+    names = {word.lstrip("+").partition("=")[0] for word in arguments}
+    if "rounds" in names and not names & _MAY_CHOOSE:
+        raise UserError(_CHOOSE)
     written = [f"iteration.{word}" if word.startswith("rounds=") else word for word in arguments]
     directories = (f"hydra.{mode}.dir='{_DIRECTORY}'" for mode in ("run", "sweep"))
     given = {word.partition("=")[0] for word in written}
@@ -39,4 +47,4 @@ def check_command_fits(command: str, jobs: Sequence[DictConfig]) -> None:
         if command == "train" and has_rounds:
             raise UserError("iteration is set, but spo train trains a single run: use spo iterate, or remove iteration")
         if command == "iterate" and not has_rounds:
-            raise UserError("iteration is not set: choose one, such as iteration=dpo (spo iterate --help lists them)")
+            raise UserError(_CHOOSE)

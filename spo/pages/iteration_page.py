@@ -141,11 +141,12 @@ def _status(iteration: Iteration) -> str | None:
     failed = [one for one in iteration.rounds if one.status == "failed"]
     if failed:
         return (
-            f"Round {failed[-1].number} has failed. The same command skips finished rounds and begins this one where "
-            "it stopped."
+            f"Round {failed[-1].number} has failed. Run the same command again: it skips finished rounds and resumes "
+            "this one."
         )
     running = [f"round {one.number} is running" for one in iteration.rounds if one.status == "running"]
-    return f"This iteration has not finished{': ' + running[-1] if running else ''}."
+    state = f"This iteration has not finished{': ' + running[-1] if running else ''}."
+    return f"{state} If it was interrupted, run the same command again to resume it."
 
 
 def _verdict(measured: Sequence[RoundMetrics]) -> str | None:
@@ -164,7 +165,7 @@ def _verdict(measured: Sequence[RoundMetrics]) -> str | None:
 
 def _shown(rate: Measured, opponent: RoundOpponent) -> str:
     name = OPPONENT_NAMES[opponent]
-    ends = "" if rate.low is None or rate.high is None else f", {number(rate.low)} to {number(rate.high)}"
+    ends = "" if rate.low is None or rate.high is None else f", 95% interval {number(rate.low)} to {number(rate.high)}"
     figure = f"(win rate {number(rate.value)}{ends})"
     if rate.low is not None and rate.low > 0.5:
         return f"beats {name} {figure}"
@@ -184,12 +185,16 @@ def _win_rates(measured: Sequence[RoundMetrics], iteration: Iteration) -> dict[s
     ]
     if not found:
         return None
-    chart = rounds_chart(title("win_rate"), found, _last(iteration), baseline=0.5, width=1000, height=320)
-    return {"title": title("win_rate"), "unit": unit("win_rate"), "keys": _keys(found), "svg": chart}
+    # Text in a drawing shrinks with it, so a phone gets a drawing of its own.
+    charts = {
+        name: rounds_chart(title("win_rate"), found, _last(iteration), baseline=0.5, width=width, height=height)
+        for name, width, height in (("wide", 1000, 320), ("narrow", 360, 260))
+    }
+    return {"title": title("win_rate"), "unit": unit("win_rate"), "keys": _keys(found), "charts": charts}
 
 
 def _panels(measured: Sequence[RoundMetrics], iteration: Iteration) -> list[dict[str, Any]]:
-    """Return a panel for each group of quantities that were measured; the thin line is the value of round 0."""
+    """Return a panel for each group of quantities that were measured; its dotted line is the value of round 0."""
     of_kl = {FIRST_KL: _HUES["first"]}
     if iteration.reference == "previous":
         of_kl = {"kl": _HUES["previous"]} | of_kl
@@ -243,8 +248,9 @@ def _row(directory: Path, one: Round, found: RoundMetrics, iteration: Iteration)
 def _cell(one: Measured | None) -> tuple[str, str]:
     if one is None:
         return "–", ""
-    ends = "" if one.low is None or one.high is None else f"{number(one.low)} – {number(one.high)}"
-    return number(one.value), ends
+    if one.low is None or one.high is None or one.low == one.high:  # The KL of a model to itself is 0.
+        return number(one.value), ""
+    return number(one.value), f"{number(one.low)} – {number(one.high)}"
 
 
 def _links(directory: Path, one: Round) -> list[tuple[str, str]]:

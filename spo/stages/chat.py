@@ -37,14 +37,20 @@ def chat_command(request: SampleRequest, trusted: TrustedOverrides) -> None:
     if is_terminal:
         with suppress(ImportError):
             import readline  # noqa: F401  # It lets the arrow keys edit a line.
-        memory = "" if any(model.is_chat for model in models) else ", each line by itself"
-        print(f"{' and '.join(clean(model.name) for model in models)}{memory}; {RESET} starts anew, {QUIT} ends")
+        print(f"{' and '.join(clean(model.name) for model in models)}: {_advice(models)}")
     try:
         _converse(request.seed, models, "> " if is_terminal else "")
     except (KeyboardInterrupt, Interrupted) as interruption:
         if isinstance(interruption, Interrupted) and interruption.signum != signal.SIGINT:
             raise
         print()
+
+
+def _advice(models: list[SampledModel]) -> str:
+    """Return what to type, in one line."""
+    if any(model.is_chat for model in models):
+        return f"type a message; {RESET} starts a new conversation, {QUIT} ends"
+    return f"type the beginning of a text, where each line is a new prompt; {RESET} restarts the seeds, {QUIT} ends"
 
 
 def _converse(seed: int, models: list[SampledModel], cue: str) -> None:
@@ -78,7 +84,7 @@ def _answer(model: SampledModel, history: list[Message], line: str, seed: int, *
     try:
         drawn = model.stream(prompt, seed, lambda text: print(clean(text), end="", flush=True))
     except (DataError, UserError) as error:
-        advice = f"; {RESET} starts anew" if history else ""
+        advice = f"; {RESET} starts a new conversation" if history else ""
         print(f"spo: {clean(str(error))}{advice}", file=sys.stderr)
         return
     print()

@@ -71,7 +71,7 @@ def extrapolate_command(plan: Extrapolation) -> dict[str, float]:
         weights = partial(extrapolated_weights, cfg.paths.cache, first, plan.second)
         factor = choose_factor(searched, weights, key, plan.out, plan.select)
     start = extrapolated_weights(cfg.paths.cache, first, plan.second, factor) / filenames.POLICY
-    first_decides(partial(_refuse_another_run, plan.out, evaluated_from(cfg, start, plan.out)))
+    first_decides(partial(_refuse_another_run, plan.out, evaluated_from(cfg, start, plan.out), factor))
     return extrapolated_run(cfg, first, plan.second, factor, plan.out)
 
 
@@ -100,12 +100,16 @@ def _checked_reference(run: DictConfig, base: str) -> Path:
     return folder.absolute()
 
 
-def _refuse_another_run(out: Path, cfg: DictConfig) -> None:
+def _refuse_another_run(out: Path, cfg: DictConfig, factor: float) -> None:
     """Refuse a directory with another run; the message lists the differences."""
     theirs = read_identity(out)
     if theirs is None or never_trained(out):
         return
     if lines := differences(theirs, identity(cfg)):
+        there = (read_mapping(out / filenames.EXTRAPOLATION) or {}).get("factor", factor)
+        if there != factor:  # It says what two folders of the cache do not.
+            others = (line for line in lines if not line.startswith("model.start:"))
+            lines = [f"factor: {there} there, {factor} now", *others]
         what = [f"{out} holds another run. What differs:", *(f"  - {line}" for line in lines)]
         raise UserError("\n".join([*what, "choose another --out, or move it away"]))
 

@@ -19,6 +19,7 @@ from spo.records.parameters import find_model_folder
 from spo.records.policy import looks_like_run, saved_policy, verify_policy
 from spo.runs.saved_config import load_config, refuse_redacted
 from spo.stages.evaluation_config import trusted_evaluation
+from spo.stages.sample_request import is_run_directory
 
 NO_SCORE_MESSAGE = (
     "--search: there is neither a reward nor a judge that could tell a better factor: choose judge=MEMBER, or give a "
@@ -171,6 +172,8 @@ def _model_folder(given: str) -> Path:
         policy = saved_policy(path)
         verify_policy(path)
         return policy.absolute()
+    if path.is_dir():
+        is_run_directory(path)
     folder = find_model_folder(str(path))
     if folder is None:
         raise UserError(f"{given}: there is neither a run directory nor a model folder of this name; check the path")

@@ -66,7 +66,7 @@ def best_candidate(candidates: Sequence[Candidate], metric: str) -> Candidate:
 
 
 def search_factor(measure: Callable[[float], Candidate], metric: str) -> list[Candidate]:
-    """Try factors until the score stops growing, then those halfway between the best one and its neighbors.
+    """Try growing factors until the score stops growing, then those halfway between the best and its neighbors.
 
     Args:
         measure: Function from a factor to its candidate.
@@ -190,12 +190,15 @@ def _print_search(candidates: Sequence[Candidate], metric: str, best: Candidate)
         table.add_row(f"{one.factor:g}", *cells, "best" if one is best else "", style="bold" if one is best else "")
     console.print(table)
     console.print(
-        f"The factor {best.factor:g} has the best {metric} of {len(candidates)} on the same selection prompts, so its "
-        "value there is optimistic; the test prompts below did not choose it.",
+        f"The factor {best.factor:g} has the best {metric} of {len(candidates)} factors on the selection prompts. This "
+        "value is too high on average. The numbers below come from the test prompts, which did not choose the factor.",
         style="dim",
     )
     if best.factor == DOUBLING_FACTORS[-1]:
-        console.print("The best factor is the largest that was tried: a larger one may be better.", style="yellow")
+        console.print(
+            "The best factor is the largest one that was tried. A larger --factor may be better.",
+            style="yellow",
+        )
 
 
 def _cell(candidate: Candidate, key: str) -> str:

@@ -76,7 +76,7 @@ class SampleRequest:
             needs_prompt: True for a command with a prompt.
         """
         if needs_prompt and not self.prompt.strip():
-            return 'the prompt is empty: give its text, such as spo sample RUN "Once there was"'
+            return 'the prompt is empty: give its text, such as spo sample RUN "Mia the fox lived by the sea."'
         if self.count < 1:
             return f"-n {self.count}: must be at least 1"
         if self.seed < 0:
