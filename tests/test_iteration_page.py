@@ -184,7 +184,10 @@ def test_a_narrow_terminal_has_fewer_quantities_and_whole_words(width: int, left
     print_iteration(tmp_path, Console(file=out, width=width))
     text = out.getvalue()
     head, words, first = text.splitlines()[2:5]
-    assert words.split() == [*"round previous first data first entropy length 2".split()[: 8 - left_out], "time"]
+    assert words.split() == [
+        *["round", "previous", "first", "data", "first", "entropy", "length", "2"][: 8 - left_out],
+        "time",
+    ]
     assert head.split()[:5] == ["against", "against", "against", "KL", "to"] and first.startswith("0 ")
     assert max(map(len, text.splitlines()[2:12])) <= width and "…" not in text
     assert ("on the page: length, distinct-2\n" in text) == (left_out == 2)

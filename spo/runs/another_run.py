@@ -74,10 +74,12 @@ def refuse_differences(run_dir: Path, theirs: Mapping[str, Any], ours: Mapping[s
         old = "the old one" if iteration is None else f"the whole iteration {iteration}"
         remedies = [f"choose another hydra.run.dir, or add rerun=true to move {old} aside"]
         only_code = not differences({**theirs, **_NO_CODE}, {**ours, **_NO_CODE})
-        if only_code and (plugins := changed_plugins(theirs, ours)):
-            files = ", ".join(str(found.path) for found in plugin_sources(plugins).values()) or ", ".join(plugins)
-            work = "the run" if iteration is None else "the rounds so far"
-            remedies.append(f"where {files} is again what {work} used, the same command continues")
+        if only_code and theirs.get("code") == ours.get("code"):
+            plugins = changed_plugins(theirs, ours)
+            found = plugin_sources(plugins)
+            files = ", ".join(str(found[name].path) if name in found else name for name in plugins)
+            whose = "the run" if iteration is None else "the rounds so far"
+            remedies.append(f"or restore {files} as {whose} used it, and the same command continues")
         # A resumed round keeps the code that began it, so the iteration would refuse it again.
         if only_code and iteration is None and read_mapping(run_dir / filenames.METRICS) is None:
             remedies.append(f"spo train --resume {run_dir} continues it with the code as it is now")
