@@ -103,9 +103,11 @@ def with_own_rounds(config: Any, run_dir: Path) -> Any:
         run_dir: Run directory as it is now.
     """
     paths = config.get("paths") if isinstance(config, Mapping) else None
-    recorded = paths.get("iteration") if isinstance(paths, Mapping) else None
     own = iteration_of(run_dir) or iteration_of(run_dir.resolve())
-    if own is None or not isinstance(recorded, str) or recorded == str(own):
+    if own is None or not isinstance(paths, Mapping):
+        return config
+    recorded = paths.get("iteration")
+    if not isinstance(recorded, str) or recorded == str(own):
         return config
     return {**_with_own(config, recorded, own), "paths": {**paths, "iteration": str(own)}}
 
