@@ -335,7 +335,7 @@ def evaluate_against(run: Path, opponent: Path, shares: list[float | None], **ch
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["evaluation"]["against"] = [str(opponent)]
     for group, values in changes.items():
-        config[group].update(values)
+        config.setdefault(group, {}).update(values)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
 
@@ -349,6 +349,15 @@ def test_duels_use_the_verdicts_of_a_judge(tmp_path: Path, monkeypatch: pytest.M
     one, two = find_runs(paths).runs
     assert list(win_shares(one, two).values()) == [1.0, 0.5, 0.0]
     assert list(win_shares(two, one).values()) == [0.0, 0.5, 1.0]
+
+
+def test_verdicts_of_a_moved_iteration_are_found(tmp_path: Path) -> None:
+    own, old = tmp_path / "own", tmp_path / "old"
+    one, two = (write_run(own, method=name, prompts=4, judge=False) for name in ("one", "two"))
+    evaluate_against(one, old / two.name, [1.0, 0.5, 0.0, 0.0], paths={"iteration": str(old)})
+    assert win_shares(*find_runs([one, two]).runs) == {}
+    (own / "iterate.json").touch()
+    assert list(win_shares(*find_runs([one, two]).runs).values()) == [1.0, 0.5, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from spo.data import EvalPrompt, Reward
+from spo.errors import UserError
 from spo.evaluation import (
     EvaluationSettings,
     completions,
@@ -26,7 +27,9 @@ from spo.evaluation import (
 from spo.evaluation.assess import Evaluation, Opponent, assess, draw_both
 from spo.evaluation.completions import Draws
 from spo.evaluation.judges import Judge, JudgedPair, RewardJudge, reward_judge
+from spo.evaluation.opponents import find_opponents
 from spo.forward.speed import Speed
+from spo.notes import collect_notes
 from spo.stats import Bootstrap
 from tests.helpers import (
     BOS,
@@ -68,6 +71,15 @@ def count_reward(prompts: Sequence[str], completions: Sequence[str]) -> dict[str
 
 def decode(ids: Sequence[int]) -> str:
     return " ".join(f"w{token}" for token in ids)
+
+
+def test_chosen_responses_may_be_missing_where_nobody_asked_for_them() -> None:
+    settings = EvaluationSettings(**SETTINGS | {"against": ["chosen"], "num_prompts": 3})
+    with pytest.raises(UserError, match="none of the test prompts has a chosen or desirable response"):
+        find_opponents(settings, prompts(3), [])
+    with collect_notes() as notes:
+        assert find_opponents(settings, prompts(3), [], needs_chosen=False) == {}
+    assert notes == {"notes/no_chosen_responses": 3.0}
 
 
 def tokens_of(row: dict[str, Any]) -> list[int]:

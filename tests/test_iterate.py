@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,7 @@ from spo.resources import conf_dir
 from spo.runs.identity import identity
 from spo.runs.launch import below_swept_groups
 from spo.stages import iterate as stage
+from spo.stages.evaluate import evaluate_command
 from spo.stages.iterate import first_round, iterate, round_config
 from spo.stages.train import train
 from tests.commands import TINY, enter, numbers, rows
@@ -142,6 +144,7 @@ def test_rounds_are_written_out_and_directories_are_added() -> None:
         (["iterate", "iteration=rso", "iteration.source.pairing.beta=-1"], "must be a positive number"),
         (["iterate", "iteration=accelerated", "iteration.momentum=1"], "iteration.momentum=1"),
         (["iterate", "iteration=dpo", "method=rosepo"], "choose another method"),
+        (["iterate", "iteration=dpo", "iteration.source.prompts=0"], "a round needs a prompt to train on"),
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
 )
@@ -152,6 +155,39 @@ def test_what_cannot_be_trained_is_refused_in_words(
     assert cli.main(words) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["iteration=dpo"], ["round-0"]),
+        (["iteration=spo"], ["round-1", "round-2"]),
+        (["iteration=spo", "iteration.rounds=2"], ["round-1"]),
+        (["iteration=spo", "iteration.momentum=0.3"], ["extrapolated"]),
+        (["iteration=dpo", "iteration.rounds=1"], []),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_opponents_with_the_names_of_earlier_rounds_are_refused(
+    words: list[str], names: list[str], tmp_path: Path, steps: None
+) -> None:
+    given = [tmp_path / name for name in ("round-0", "round-1", "round-2", "round-3", "extrapolated")]
+    for run in given:
+        run.mkdir()
+        (run / "samples.jsonl").touch()
+    cfg = composed(*words, f"evaluation.against=[{','.join(map(str, given))}]")
+    found = [problem for problem in problems(cfg) if problem.startswith("evaluation.against")]
+    refused = [run.name for run in given if any(f"{run} has the name of a run" in problem for problem in found)]
+    assert refused == names and len(found) == len(names)
+    # These are the names that rounds add by themselves.
+    rounds = [round_config(cfg, Path("/iterations/x"), number) for number in range(1, cfg.iteration.rounds + 1)]
+    added = {Path(name).name for own in rounds for name in own.evaluation.against if name.startswith("/iterations/x")}
+    assert added == set(names)
+
+
+def test_data_responses_are_an_opponent_once(steps: None) -> None:
+    cfg = composed("iteration=dpo", "evaluation.against=[chosen,reference,chosen]")
+    assert list(round_config(cfg, Path("/iterations/x"), 1).evaluation.against) == ["chosen", "reference"]
 
 
 def test_functions_refuse_the_configuration_of_the_other_command(tmp_path: Path) -> None:
@@ -214,6 +250,37 @@ def test_a_finished_iteration_trains_nothing_again(accelerated: Path, cache_dir:
     changed = compose([*words, f"paths.cache={cache_dir}", "iteration.source.completions=3"], run_dir=accelerated)
     with pytest.raises(UserError, match=r"round-1 holds another run.*\n.*iteration.source.completions: 5 there, 3 now"):
         iterate(changed)
+
+
+@pytest.mark.slow
+def test_a_moved_iteration_is_evaluated_as_before(accelerated: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(accelerated, moved)
+    shutil.copytree(accelerated / "round-2", tmp_path / "alone")
+    before = evaluate_command(accelerated / "round-2/extrapolated", [])
+    accelerated.rename(tmp_path / "away")
+    try:
+        after = evaluate_command(moved / "round-2/extrapolated", [])
+        with pytest.raises(UserError, match="there is no such folder"):
+            evaluate_command(tmp_path / "alone", [])
+    finally:
+        (tmp_path / "away").rename(accelerated)
+    assert after == before and "eval/win_rate/round-0" in after
+
+
+@pytest.mark.slow
+def test_a_round_is_evaluated_on_other_data_without_its_completions(
+    accelerated: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    pairs = [{"prompt": f"Once {i}", "chosen": f"a cat {i}.", "rejected": f"a dog {i}."} for i in range(40)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    before = set(cache_dir.glob("completions_for_pairs/*"))
+    # No judge is needed, as for the data of a run that is not a round.
+    words = ["data=jsonl", f"data.path={file}", "evaluation.against=[reference]", "evaluation.num_prompts=2"]
+    found = evaluate_command(accelerated / "round-1", words)
+    assert 0 <= found["eval/rewards/accuracies"] <= 1
+    assert set(cache_dir.glob("completions_for_pairs/*")) == before
 
 
 SLOW = ("alpha_spin", "sequential")

@@ -181,6 +181,22 @@ def test_table_has_a_row_for_each_round(tmp_path: Path) -> None:
     assert max(map(len, text.splitlines()[2:12])) <= 80
 
 
+@pytest.mark.parametrize(("width", "left_out"), [(60, 2), (70, 1), (80, 0), (100, 0), (120, 0)])
+def test_a_narrow_terminal_has_fewer_quantities_and_whole_words(width: int, left_out: int, tmp_path: Path) -> None:
+    make_iteration(tmp_path)
+    out = io.StringIO()
+    print_iteration(tmp_path, Console(file=out, width=width))
+    text = out.getvalue()
+    head, words, first = text.splitlines()[2:5]
+    assert words.split() == [
+        *["round", "previous", "first", "data", "first", "entropy", "length", "2"][: 8 - left_out],
+        "time",
+    ]
+    assert head.split()[:5] == ["against", "against", "against", "KL", "to"] and first.startswith("0 ")
+    assert max(map(len, text.splitlines()[2:12])) <= width and "…" not in text
+    assert ("on the page: length, distinct-2\n" in text) == (left_out == 2)
+
+
 def test_time_is_in_minutes_where_it_is_long() -> None:
     assert [time_text(seconds) for seconds in (0, 119.4, 120, 5400)] == ["0 s", "119 s", "2.0 min", "90.0 min"]
 

@@ -18,6 +18,7 @@ from spo.records.iteration import (
     is_iteration,
     parse_iteration,
     read_iteration,
+    with_own_rounds,
     write_iteration,
 )
 from tests.iterations import make_iteration
@@ -33,6 +34,35 @@ def test_ledger_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert is_iteration(tmp_path / "new") and not is_iteration(tmp_path)
     assert read_iteration(tmp_path / "new") == written
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["iterate.json"]
+
+
+def test_a_moved_round_names_the_rounds_beside_it(tmp_path: Path) -> None:
+    old, own = tmp_path / "old", tmp_path / "new"
+    write_iteration(own, Iteration("dpo", "previous", 3, ROUNDS))
+    for folder in (own / "round-0/policy", own / "round-1/extrapolated", old / "round-0/policy", old / "round-7"):
+        folder.mkdir(parents=True)
+    config = {
+        "paths": {"iteration": str(old), "run": str(old / "round-1")},
+        "model": {"path": f"{old}/round-0/policy", "start": None, "name": f"{old}er/round-0/policy"},
+        "against": ["reference", f"{old}/round-7", f"{old}/round-1/extrapolated"],
+    }
+    before = json.dumps(config)
+    for run_dir in (own / "round-1", own / "round-1/extrapolated"):
+        found = with_own_rounds(config, run_dir)
+        assert found["model"] == {
+            "path": f"{own}/round-0/policy",  # Even though the old place has one, maybe of another iteration.
+            "start": None,
+            "name": f"{old}er/round-0/policy",
+        }
+        assert found["against"] == ["reference", f"{old}/round-7", f"{own}/round-1/extrapolated"]
+        assert found["paths"]["iteration"] == str(own)
+    assert json.dumps(config) == before
+    (tmp_path / "link").symlink_to(own / "round-1")
+    assert with_own_rounds(config, tmp_path / "link") == found
+    (tmp_path / "alone").mkdir()
+    for alone in (with_own_rounds(config, tmp_path / "alone"), with_own_rounds(config, old / "round-1")):
+        assert alone == config
+    assert with_own_rounds({}, own / "round-1") == {} and with_own_rounds({"paths": None}, own) == {"paths": None}
 
 
 def test_keys_of_a_later_version_are_left_out(tmp_path: Path) -> None:

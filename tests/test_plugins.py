@@ -176,6 +176,14 @@ def test_edited_loss_makes_it_another_run(write: Write, tmp_path: Path, capsys: 
     with pytest.raises(UserError, match=words) as failure:
         refuse_another_run(run_dir, cfg)
     assert "--resume" not in str(failure.value)
+    assert f"; or restore {file} as the run used it, and the same command continues" in str(failure.value)
+    (tmp_path / "iterate.json").touch()  # A round that was resumed with this code would be refused again.
+    (run_dir / "metrics.json").unlink()
+    with pytest.raises(UserError, match=rf"move the whole iteration {tmp_path} aside") as failure:
+        refuse_another_run(run_dir, cfg)
+    assert "--resume" not in str(failure.value) and f"{file} as the rounds so far used it" in str(failure.value)
+    (tmp_path / "iterate.json").unlink()
+    finish(run_dir, {"eval/kl": 1.0})
     write("plug_parts.py", "weight = 1\n")
     new_process()
     with claim(run_dir, cfg) as status:  # as it was: the result is that of this code

@@ -97,6 +97,20 @@ def test_best_and_worst_with_soft_labels() -> None:
     assert found[3:] == ALL[3:], "the other splits keep the pairs of the data"
 
 
+def test_an_evaluation_on_other_data_completes_no_training_prompt() -> None:
+    def refuse(prompts: Any, n: int, /, writer: Any = None) -> Any:
+        raise AssertionError
+
+    found = source(prompts=0, inner=Given([*rows(number=100), *ALL[3:]]))
+    assert not found.needs_judge and source().needs_judge
+    read = found.rows(refuse)
+    assert read == [*rows(number=100)[:32], *ALL[3:]]
+    scored = source(prompts=0, loss=SPPOLoss(win_rates=True))
+    assert scored.needs_judge
+    test = [row.columns for row in source(loss=SPPOLoss(win_rates=True)).rows(complete) if row.split == "test"]
+    assert [row.columns for row in scored.rows(refuse) if row.split == "test"] == test
+
+
 def test_certain_labels_and_the_scale_of_the_reward() -> None:
     assert all(row.preference is None for row in own(source(labels="certain").rows(complete)))
     scaled = own(source(reward_scale=0.5, reward="half").rows(complete))

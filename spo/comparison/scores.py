@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -11,6 +12,7 @@ import numpy as np
 from spo.comparison.runs import Run, on_test_split
 from spo.evaluation.winrate import at_equal_length, verdict_of_rewards
 from spo.metrics.catalogue import PerSample, Row, comparisons, find, with_opponent
+from spo.records.iteration import with_own_rounds
 from spo.stats import Array
 from spo.wording import finite
 
@@ -168,9 +170,9 @@ def _judged(run: Run, other: Run) -> dict[str, float]:
     directory = other.path.resolve()
     for evaluation in run.evaluations:
         # Rows hold the name of a directory only, which directories of different sweeps share.
-        if directory not in [
-            Path(str(name)).expanduser().resolve() for name in evaluation.get("evaluation.against") or ()
-        ]:
+        config = with_own_rounds(evaluation.config, run.path)
+        against = replace(evaluation, config=config).get("evaluation.against") or ()
+        if directory not in [Path(str(name)).expanduser().resolve() for name in against]:
             continue
         for row in on_test_split(evaluation):
             verdict = finite(((row.get("opponents") or {}).get(directory.name) or {}).get("verdict"))

@@ -12,6 +12,7 @@ from spo.errors import UserError
 from spo.evaluation.assess import Opponent
 from spo.evaluation.settings import EvaluationSettings
 from spo.metrics.catalogue import CHOSEN, REFERENCE
+from spo.notes import note
 from spo.records import filenames
 from spo.records.files import read_jsonl
 
@@ -19,7 +20,11 @@ log = logging.getLogger(__name__)
 
 
 def find_opponents(
-    settings: EvaluationSettings, prompts: Sequence[EvalPrompt], pairs: Sequence[TokenizedPair]
+    settings: EvaluationSettings,
+    prompts: Sequence[EvalPrompt],
+    pairs: Sequence[TokenizedPair],
+    *,
+    needs_chosen: bool = True,
 ) -> dict[str, Opponent]:
     """Return what the policy is compared with besides the reference, by name.
 
@@ -27,6 +32,7 @@ def find_opponents(
         settings: Settings of the evaluation; ``against`` lists the opponents.
         prompts: Prompts of the test split.
         pairs: Pairs of the test split.
+        needs_chosen: False to leave ``chosen`` out, with a note, where no prompt has a chosen response.
 
     Raises:
         UserError: No prompt has a pair, or another run does not have samples of these prompts.
@@ -34,7 +40,16 @@ def find_opponents(
     found: dict[str, Opponent] = {}
     for name in settings.against:
         if name == CHOSEN:
-            found[name] = _chosen_responses(settings, prompts, pairs)
+            if responses := _chosen_responses(settings, prompts, pairs):
+                found[name] = responses
+            elif needs_chosen:
+                raise UserError(
+                    "evaluation.against=[chosen]: none of the test prompts has a chosen or desirable response; leave "
+                    "chosen out"
+                )
+            else:
+                words = f"none of the {len(prompts)} test prompts has a chosen response, so there is no comparison with"
+                note("no_chosen_responses", f"{words} the data", len(prompts))
         elif name != REFERENCE:
             folder = Path(name).expanduser()
             found[folder.resolve().name] = _samples_of_run(folder, settings, prompts)
@@ -44,7 +59,7 @@ def find_opponents(
 def _chosen_responses(
     settings: EvaluationSettings, prompts: Sequence[EvalPrompt], pairs: Sequence[TokenizedPair]
 ) -> Opponent:
-    """Return the chosen responses of the data, by prompt and sample.
+    """Return the chosen responses of the data, by prompt and sample; empty where there are none.
 
     If a prompt has several pairs, its samples are compared with their chosen responses in turn. The chosen responses of
     labelled data are the desirable ones.
@@ -55,11 +70,7 @@ def _chosen_responses(
             continue
         responses.setdefault(pair.prompt_id, []).append((pair.chosen_text, len(pair.chosen_ids)))
     answered = [prompt.prompt_id for prompt in prompts if prompt.prompt_id in responses]
-    if not answered:
-        raise UserError(
-            "evaluation.against=[chosen]: none of the test prompts has a chosen or desirable response; leave chosen out"
-        )
-    if without_pair := len(prompts) - len(answered):
+    if answered and (without_pair := len(prompts) - len(answered)):
         log.warning(
             "%d of %d test prompts do not have a chosen response: they are not compared with one",
             without_pair,

@@ -92,6 +92,38 @@ def iteration_of(run_dir: Path) -> Path | None:
     return next((folder for folder in run_dir.absolute().parents[:2] if is_iteration(folder)), None)
 
 
+def with_own_rounds(config: Any, run_dir: Path) -> Any:
+    """Return the configuration of a round in which folders of the iteration are those beside the round.
+
+    A round records where the iteration was, with the policies and samples of other rounds. After a move there may be
+    nothing, or another iteration. A folder that is not beside the round keeps its path.
+
+    Args:
+        config: Recorded configuration of a run as plain values, which stay as they are.
+        run_dir: Run directory as it is now.
+    """
+    paths = config.get("paths") if isinstance(config, Mapping) else None
+    own = iteration_of(run_dir) or iteration_of(run_dir.resolve())
+    if own is None or not isinstance(paths, Mapping):
+        return config
+    recorded = paths.get("iteration")
+    if not isinstance(recorded, str) or recorded == str(own):
+        return config
+    return {**_with_own(config, recorded, own), "paths": {**paths, "iteration": str(own)}}
+
+
+def _with_own(value: Any, recorded: str, own: Path) -> Any:
+    """Return a value in which each path below one directory lies below another, if it is there."""
+    if isinstance(value, Mapping):
+        return {key: _with_own(one, recorded, own) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_with_own(one, recorded, own) for one in value]
+    if isinstance(value, str) and value.startswith(f"{recorded}/"):
+        moved = own / value.removeprefix(f"{recorded}/")
+        return str(moved) if moved.exists() else value
+    return value
+
+
 def read_iteration(directory: Path) -> Iteration:
     """Return the iteration in a directory.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from annotated_types import Gt, Le
 
-from spo.bounds import PositiveFloat, PositiveInt
+from spo.bounds import NonNegativeInt, PositiveFloat, PositiveInt
 from spo.data.gold_columns import sigmoid
 from spo.data.needs import needs_pairs
 from spo.data.rows import Completer, Completion, DataError, PromptRequest, Row, Split, Text, Writer
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 Labels = Literal["soft", "certain"]
 COLUMNS = ("reward", "win_rate")
 """Numbers of a completion that a round provides, in columns such as ``chosen_reward``; lists have ``rewards``."""
+
+_STAND_INS = 32
+"""Pairs of the data in place of own pairs that are not read."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class RoundSource(Source):
         completions: Number of completions of each prompt.
         temperature: Temperature of the completions.
         top_p: Probability of the nucleus that the completions are drawn from; 1 for all tokens.
-        prompts: Largest number of training prompts, a random choice in each round; ``None`` for all.
+        prompts: Largest number of training prompts, a random choice in each round; ``None`` for all. With 0, the
+            policy completes nothing, and a few pairs of the data stand in for own pairs: for an evaluation on other
+            data, which does not read them.
         labels: ``soft`` for the probability that chosen is better by the Bradley-Terry model of the judge's rewards;
             ``certain`` for 1. Labels of a judge that only compares are always certain.
         reward: Component of the judge's reward that scores completions, ``reward`` for the whole.
@@ -90,7 +95,7 @@ class RoundSource(Source):
         completions: PositiveInt,
         temperature: PositiveFloat,
         top_p: Annotated[float, Gt(0), Le(1)],
-        prompts: PositiveInt | None,
+        prompts: NonNegativeInt | None,
         labels: Labels,
         reward: str,
         reward_scale: PositiveFloat,
@@ -129,7 +134,7 @@ class RoundSource(Source):
     @property
     def needs_judge(self) -> bool:  # type: ignore[override]
         """Return whether the rows depend on a judge, because of the pairing or of a column that the loss reads."""
-        return self.pairing.needs_scores or bool(self._columns)
+        return (self.pairing.needs_scores and self.max_prompts != 0) or bool(self._columns)
 
     @property
     def _columns(self) -> set[str]:
@@ -180,10 +185,12 @@ class RoundSource(Source):
         self.bad_rows, self.findings = inner.bad_rows, inner.findings
         self.dropped_pairs, self.dropped_responses = Counter(inner.dropped_pairs), Counter(inner.dropped_responses)
         placed = split_rows(given, self.split_seed, self.splits["selection"], self.splits["test"])
+        others = [row for row in placed if row.split != "train"]
+        if self.max_prompts == 0:
+            return self._with_columns([*[row for row in placed if row.split == "train"][:_STAND_INS], *others])
         asked = self._training_prompts(placed)
         if not asked:
             raise DataError("iteration: the data does not have a training prompt")
-        others = [row for row in placed if row.split != "train"]
         return [*self._own_rows(asked, complete), *self._with_columns(others)]
 
     @property

@@ -13,7 +13,9 @@ from spo.errors import UserError
 from spo.processes import is_first_process
 from spo.records import filenames
 from spo.records.files import parse_jsonl, read_mapping
-from spo.runs.identity import differences, identity
+from spo.records.iteration import iteration_of
+from spo.records.plugins import plugin_sources
+from spo.runs.identity import changed_plugins, differences, identity
 
 _NO_CODE = {"code": None, "plugins": None}
 
@@ -68,9 +70,18 @@ def refuse_another_run(run_dir: Path, cfg: DictConfig) -> None:
 def refuse_differences(run_dir: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise :class:`UserError` with what differs between two identities, unless nothing does."""
     if lines := differences(theirs, ours):
-        remedy = "choose another hydra.run.dir, or add rerun=true to move the old one aside"
+        iteration = iteration_of(run_dir)
+        old = "the old one" if iteration is None else f"the whole iteration {iteration}"
+        remedies = [f"choose another hydra.run.dir, or add rerun=true to move {old} aside"]
         only_code = not differences({**theirs, **_NO_CODE}, {**ours, **_NO_CODE})
-        if only_code and read_mapping(run_dir / filenames.METRICS) is None:
-            remedy += f"; spo train --resume {run_dir} continues it with the code as it is now"
-        what = [f"{run_dir} holds another run. What differs:", *(f"  - {line}" for line in lines), remedy]
+        if only_code and theirs.get("code") == ours.get("code"):
+            plugins = changed_plugins(theirs, ours)
+            found = plugin_sources(plugins)
+            files = ", ".join(str(found[name].path) if name in found else name for name in plugins)
+            whose = "the run" if iteration is None else "the rounds so far"
+            remedies.append(f"or restore {files} as {whose} used it, and the same command continues")
+        # A resumed round keeps the code that began it, so the iteration would refuse it again.
+        if only_code and iteration is None and read_mapping(run_dir / filenames.METRICS) is None:
+            remedies.append(f"spo train --resume {run_dir} continues it with the code as it is now")
+        what = [f"{run_dir} holds another run. What differs:", *(f"  - {line}" for line in lines), "; ".join(remedies)]
         raise UserError("\n".join(what))

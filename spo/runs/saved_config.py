@@ -13,6 +13,7 @@ from spo.config.nodes import first_line
 from spo.errors import UserError
 from spo.records import filenames
 from spo.records.files import flatten, load_yaml, read_mapping, write_text
+from spo.records.iteration import with_own_rounds
 from spo.secrets import REDACTED, is_secret_key, reads_secret_variable, redact, remember_secrets, scrubbed
 
 
@@ -66,6 +67,8 @@ def is_readable_config(file: Path) -> bool:
 def load_config(run_dir: Path) -> DictConfig:
     """Return the configuration of the run in a directory, with the path that the directory has now.
 
+    A round of an iteration that was moved names the policies and samples of the other rounds where they are now.
+
     Raises:
         UserError: The directory does not hold a run, or its configuration is damaged.
     """
@@ -90,11 +93,15 @@ def load_config(run_dir: Path) -> DictConfig:
         raise _damaged(file, f"it does not have the key {absent[0]}")
     if not isinstance(cfg._get_node("paths"), DictConfig):
         raise _damaged(file, "its key paths does not hold further keys")
-    remember_secrets(OmegaConf.to_container(cfg, resolve=False))
-    cfg.pop("hydra", None)
-    cfg.paths.run = str(run_dir.absolute())  # The directory may have been moved.
-    OmegaConf.set_struct(cfg, True)
-    return cfg
+    values = OmegaConf.to_container(cfg, resolve=False)
+    remember_secrets(values)
+    # The directory may have been moved.
+    placed = OmegaConf.create(with_own_rounds(values, run_dir))
+    placed.pop("hydra", None)
+    placed.paths.run = str(run_dir.absolute())
+    OmegaConf.set_struct(placed, True)
+    assert isinstance(placed, DictConfig)
+    return placed
 
 
 def _damaged(file: Path, reason: str) -> UserError:

@@ -147,7 +147,8 @@ def evaluate_run(
     prompts = _prompts(prepared, settings)
     opponents = {}
     if judge is not None and rank() == 0:
-        opponents = find_opponents(settings, prompts["test"], prepared.pairs.test)
+        needs_chosen = "iteration" not in cfg.paths  # Nobody asked for this comparison of a round.
+        opponents = find_opponents(settings, prompts["test"], prepared.pairs.test, needs_chosen=needs_chosen)
     with training_numerics(cfg, eval_device(cfg), models.policy, models.reference, *models.further):
         with memory_for("sampling for the evaluation", "evaluation.batch_size", "evaluation.max_new_tokens"):
             completions = _draw(cfg, prepared, run_dir, models, prompts, settings)

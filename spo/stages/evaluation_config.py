@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from spo.config.compose import compose, expand_numbers, parse
+from spo.config.nodes import ROUND_SOURCE, select
 from spo.config.trust import Caller, check_trusted
 from spo.errors import UserError
 
@@ -66,6 +67,9 @@ def evaluation_config(own: DictConfig, overrides: Sequence[str], config_dir: str
                 raise UserError(
                     f"{one.input_line}: the configuration of the run does not have this key ({error})"
                 ) from error
+    if {one.key_or_group for one in parsed} & {"data", "data.path"} and select(cfg, ROUND_SOURCE) is not None:
+        # An evaluation does not read training pairs, so none are made of the policy's completions.
+        cfg.iteration.source.prompts, cfg.data.num_pairs = 0, None
     return cfg
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from omegaconf import DictConfig
 
 from spo.config.checks.targets import CheckedParts
 from spo.config.nodes import ROUND_SOURCE, listed, select
+from spo.records import filenames
 
 
 def round_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
@@ -23,8 +25,11 @@ def round_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     rounds, rewards = select(cfg, "iteration.rounds"), select(cfg, "iteration.rewards")
     if rounds is None:  # A single round of an iteration, whose configuration is filled in.
         return
+    if select(cfg, f"{ROUND_SOURCE}.prompts") == 0:
+        yield f"{ROUND_SOURCE}.prompts=0: a round needs a prompt to train on; set 1 or more, or null for all"
     if rewards is not None and len(rewards) < rounds:
         yield f"iteration.rewards is too short for iteration.rounds={rounds}: give one component for each round"
+    yield from _opponents(cfg, rounds)
     yield from _earlier_rewards(cfg, parts, rounds)
     if select(cfg, "iteration.reference") == "first" and getattr(parts.reference, "needs_adapter", False):
         yield (
@@ -39,6 +44,21 @@ def round_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
             f"iteration.first_references: method={select(cfg, 'method.name')} does not read the reference {names[0]!r} "
             f"({reads}): choose iteration.first_references=[{','.join(declared)}]"
         )
+
+
+def _opponents(cfg: DictConfig, rounds: int) -> Iterator[str]:
+    """Yield opponents whose names are those of the rounds that later rounds are compared with."""
+    earlier = [filenames.round_directory(number) for number in range(rounds)]
+    compared = earlier[1:] if select(cfg, "iteration.reference") == "first" else earlier[:1]
+    if select(cfg, "iteration.reference") == "first" and select(cfg, "iteration.momentum"):
+        compared = [filenames.EXTRAPOLATED]
+    for run in (select(cfg, "evaluation.against") or []) if rounds > 1 else []:
+        if (name := Path(str(run)).expanduser().resolve().name) in compared:
+            yield (
+                f"evaluation.against: {run} has the name of a run that the rounds are compared with by themselves "
+                f"({name}): leave it out, or compare a finished round with it by spo evaluate ROUND "
+                f"evaluation.against=[{run}]"
+            )
 
 
 def _judge(parts: CheckedParts) -> Iterator[str]:
