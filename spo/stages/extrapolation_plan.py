@@ -168,13 +168,12 @@ def _model_folder(given: str) -> Path:
         UserError: There is no model, or the policy of the run was changed.
     """
     path = Path(given).expanduser()
-    if looks_like_run(path):
-        policy = saved_policy(path)
-        verify_policy(path)
-        return policy.absolute()
     if path.is_dir():
-        is_run_directory(path)
-    folder = find_model_folder(str(path))
+        if not is_run_directory(path):
+            return path.absolute()
+        verify_policy(path)
+        return saved_policy(path).absolute()
+    folder = find_model_folder(given)
     if folder is None:
         raise UserError(f"{given}: there is neither a run directory nor a model folder of this name; check the path")
     return folder.absolute()
