@@ -233,6 +233,13 @@ def test_run_page_escapes_hostile_text(tmp_path: Path) -> None:
     assert any("</script>" in key for key in page.charts)
 
 
+def test_tags_are_shown_because_they_tell_an_extrapolated_run(tmp_path: Path) -> None:
+    page = report(tmp_path / "run", config__yaml=CONFIG + "tags: [extrapolated 0.5, 3]\n")
+    assert "extrapolated 0.5 · regularizer GlobalKL" in page.text
+    damaged = report(tmp_path / "damaged", config__yaml=CONFIG + "tags: extrapolated\n")
+    assert "d · regularizer" not in damaged.text and "regularizer GlobalKL" in damaged.text
+
+
 def points(path: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in re.findall(r"[ML]([-\d.]+),([-\d.]+)", path)]
 

@@ -106,8 +106,9 @@ def _title(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def _facts(run: RunRecord) -> list[str]:
-    """Return model, data, regularizer and length of the run, as far as the config has them."""
-    facts = []
+    """Return tags, model, data, regularizer and length of the run, as far as the config has them."""
+    tags = run.get("tags")  # That of an extrapolated run holds the factor.
+    facts = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
     for name, paths in (("model", ("model.name", "model.path")), ("data", ("data.name", "data.path"))):
         value = next((run.get(path) for path in paths if isinstance(run.get(path), str)), None)
         if value:
