@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import spo
 from spo import cli
-from spo.config.checks import problems
+from spo.config.checks import problems, warnings
 from spo.config.compose import compose
 from spo.config.groups import group_members
 from spo.config.iterations import iteration_arguments
@@ -63,6 +63,11 @@ def test_round_0_evaluates_the_first_model(name: str) -> None:
     assert own.paths.run == "/iterations/x/round-0" and own.trainer.max_steps == 0 and own.iteration is None
     assert own.method.name == "sft" and own.regularizer._target_.endswith("NoRegularizer")
     assert own.sft.max_steps > 0 and list(own.evaluation.against) == ["reference", "chosen"]
+
+
+def test_round_0_does_not_warn_of_coefficients_that_later_rounds_read() -> None:
+    own = first_round(composed("iteration=dpo", "alpha=0.3", "beta=0.3"), Path("/iterations/x"))
+    assert not [note for note in warnings(own) if "alpha" in note or "beta" in note]
 
 
 def test_a_reference_that_follows_is_the_policy_before_the_round(steps: None) -> None:

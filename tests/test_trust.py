@@ -263,9 +263,10 @@ def test_a_link_out_of_a_received_directory_is_refused(place: str, tmp_path: Pat
     assert resumed_config(run, [], allow=[str(target)])
 
 
-def test_links_of_wandb_to_its_logs_are_no_reason_for_a_refusal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", ["wandb", "extrapolated/wandb"])
+def test_links_of_wandb_to_its_logs_are_no_reason_for_a_refusal(own: str, tmp_path: Path) -> None:
     run = received(tmp_path)
-    logs = run / "wandb/offline-run-1/logs"
+    logs = run / own / "offline-run-1/logs"
     logs.mkdir(parents=True)
     (logs / "debug-core.log").symlink_to(tmp_path / "core-debug.log")
     assert resumed_config(run, [])

@@ -27,6 +27,7 @@ from omegaconf.grammar_parser import parse as parse_value
 from spo.config.compose import compose, parse, register_resolvers
 from spo.config.nodes import first_line, listed
 from spo.errors import UserError
+from spo.records import filenames
 from spo.records.files import load_yaml
 from spo.resources import conf_dir
 
@@ -317,13 +318,15 @@ def _places(values: Any, run_dir: Path, caller: Caller) -> Iterator[_Found]:
 
 def _links(run_dir: Path, caller: Caller) -> Iterator[_Found]:
     """Yield links in the run directory that lead out of it: what is written there would land elsewhere."""
+    # A round holds the run of its extrapolated policy.
+    of_wandb = [str(run / _WANDB_FOLDER) for run in (run_dir, run_dir / filenames.EXTRAPOLATED)]
     for folder, folders, files in os.walk(run_dir):
         for name in sorted([*folders, *files]):
             path = os.path.join(folder, name)
             if os.path.islink(path) and not _is_inside(path, run_dir) and not caller.allows_path(path):
                 target = os.path.realpath(path)
                 yield f"has a link out of it ({os.path.relpath(path, run_dir)} to {target})", ("--allow", target)
-        if folder == os.path.join(run_dir, _WANDB_FOLDER):
+        if folder in of_wandb:
             # W&B links the folder of each run to its log in the user's cache, and never writes to that folder again.
             folders.clear()
 

@@ -72,7 +72,7 @@ def _chosen_responses(
     answered = [prompt.prompt_id for prompt in prompts if prompt.prompt_id in responses]
     if answered and (without_pair := len(prompts) - len(answered)):
         log.warning(
-            "%d of %d test prompts do not have a chosen response: they are not compared with one",
+            "the comparison with chosen responses leaves out %d of %d test prompts, which do not have one",
             without_pair,
             len(prompts),
         )

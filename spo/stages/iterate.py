@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from spo.config.choices import pin_choices
+from spo.config.coefficients import COEFFICIENTS
 from spo.config.compose import compose
 from spo.config.nodes import detached
 from spo.errors import SET_RUN, UserError, placed_by
@@ -176,7 +177,7 @@ def first_round(cfg: DictConfig, directory: Path) -> DictConfig:
     own = _of_round(cfg, directory, 0)
     supervised = compose(["method=sft"])
     with open_dict(own):
-        for group in ("method", "regularizer", "reference"):
+        for group in ("method", "regularizer", "reference", *COEFFICIENTS):
             own[group] = OmegaConf.to_container(supervised[group], resolve=False)
         own.iteration = None
         own.extra_references = {}
