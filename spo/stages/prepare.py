@@ -167,9 +167,10 @@ def _prepare_pairs(
     """Return the rows as tokens, in splits; counts and warnings include what the source dropped."""
     # In a round, the other splits have the pairs of the data.
     if any(dropped.values()) and not any(row.split in (None, "train") for row in rows):
+        ties = "the judge scores tied completions of a prompt alike; " if dropped.get("tied") else ""
         raise DataError(
-            f"none of the sampled pairs can be used ({_list(dropped)}): an unfinished completion does not end within "
-            "data.max_new_tokens; raise it, or sft.max_steps, or sample more with data.source.pairs_per_prompt, "
+            f"none of the sampled pairs can be used ({_list(dropped)}): {ties}an unfinished completion does not end "
+            "within data.max_new_tokens; raise it, or sft.max_steps, or sample more with data.source.pairs_per_prompt, "
             "or with iteration.source.completions in a round"
         )
     # The pairs of an enumerable language are a complete description, so every split consists of all of them.

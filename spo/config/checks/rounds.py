@@ -21,8 +21,8 @@ def round_problems(cfg: DictConfig, parts: CheckedParts) -> Iterator[str]:
     """
     if select(cfg, ROUND_SOURCE) is None:
         return
-    yield from _judge(parts)
     rounds, rewards = select(cfg, "iteration.rounds"), select(cfg, "iteration.rewards")
+    yield from _judge(parts, "" if rounds is None else ", or iteration=spin, which does not need one")
     if rounds is None:  # A single round of an iteration, whose configuration is filled in.
         return
     if select(cfg, f"{ROUND_SOURCE}.prompts") == 0:
@@ -61,8 +61,8 @@ def _opponents(cfg: DictConfig, rounds: int) -> Iterator[str]:
             )
 
 
-def _judge(parts: CheckedParts) -> Iterator[str]:
-    """Yield why the judge cannot score the completions of a round."""
+def _judge(parts: CheckedParts, otherwise: str) -> Iterator[str]:
+    """Yield why the judge cannot score the completions of a round; ``otherwise`` is a remedy beside another judge."""
     from spo.evaluation.judges.pairwise import PairwiseJudge  # Imports what a wrong command must not wait for.
 
     source = parts.source
@@ -71,7 +71,7 @@ def _judge(parts: CheckedParts) -> Iterator[str]:
     if parts.judge is None:
         yield (
             "iteration: a judge scores the completions of a round, and there is none (judge=none, or judge=gold of "
-            "data without a reward): choose judge=MEMBER, or iteration=spin, which does not need one"
+            f"data without a reward): choose judge=MEMBER{otherwise}"
         )
     elif source.pairing.needs_rewards and isinstance(parts.judge, PairwiseJudge):
         yield (
