@@ -350,6 +350,7 @@ def gpus_per_node(devices: Any, accelerator: str) -> int | None:
 MAX_NAME_LENGTH = 120
 # A name leaves out groups that change no result, except for two: a sweep over them needs a directory for each value.
 _UNNAMED_GROUPS = {key for key in OPERATIONAL_KEYS if "." not in key} - {"speed", "strategy"}
+_UNNAMED_KEYS = {"iteration.rounds"}  # An iteration keeps its directory when it gets more rounds.
 _KEY = re.compile(r"[A-Za-z][A-Za-z0-9._]*")
 _VALUE = re.compile(r"[A-Za-z0-9._-]+")
 _NUMBER = re.compile(r"[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
@@ -385,7 +386,9 @@ def job_name(overrides: Sequence[str], dropped: Sequence[str] = ()) -> str:
     """
     typed: Any = OmegaConf.to_container(overrides, resolve=False) if isinstance(overrides, ListConfig) else overrides
     named = [
-        text for text in without_secrets(list(map(str, typed))) if _group(text) not in _UNNAMED_GROUPS.union(dropped)
+        text
+        for text in without_secrets(list(map(str, typed)))
+        if _group(text) not in _UNNAMED_GROUPS.union(dropped) and text.partition("=")[0] not in _UNNAMED_KEYS
     ]
     if not named:
         return "default"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from spo.data import EvalPrompt, TokenizedPair
 from spo.data.needs import is_desirable
@@ -14,7 +15,7 @@ from spo.evaluation.settings import EvaluationSettings
 from spo.metrics.catalogue import CHOSEN, REFERENCE
 from spo.notes import note
 from spo.records import filenames
-from spo.records.files import read_jsonl
+from spo.records.files import load_yaml, read_jsonl
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,12 @@ def _chosen_responses(
 
 
 def _samples_of_run(folder: Path, settings: EvaluationSettings, prompts: Sequence[EvalPrompt]) -> Opponent:
-    """Return the completions of another run for the same prompts and samples."""
+    """Return the completions of another run for the same prompts, by prompt and sample.
+
+    Two runs with the same evaluation seed draw samples of the same number with the same random numbers. Such samples
+    are alike if the policies are, and a win rate between them is further from 0.5 than one of independent samples. A
+    sample therefore meets the next one of the other run.
+    """
     rows = read_jsonl(folder / filenames.SAMPLES)
     found = {(row["prompt_id"], row["sample_index"]): (row["completion"], row["tokens"]) for row in rows}
     wanted = [(prompt.prompt_id, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
@@ -95,4 +101,19 @@ def _samples_of_run(folder: Path, settings: EvaluationSettings, prompts: Sequenc
             f"evaluation.samples_per_prompt={settings.samples_per_prompt} (spo evaluate {folder} ...), and name the "
             "folder of that evaluation"
         )
-    return {one: found[one] for one in wanted}
+    if settings.samples_per_prompt == 1 and _evaluation_seed(folder) == settings.seed:
+        note(
+            "equal_evaluation_seeds",
+            f"evaluation.against: the samples of {folder} and of this run are drawn with the same random numbers "
+            f"(evaluation.seed={settings.seed}), which moves the win rate away from 0.5; another evaluation.seed, or "
+            "evaluation.samples_per_prompt of 2 or more, compares independent samples",
+        )
+    return {(prompt, i): found[prompt, (i + 1) % settings.samples_per_prompt] for prompt, i in wanted}
+
+
+def _evaluation_seed(folder: Path) -> Any:
+    """Return the seed of the samples in a run directory or the folder of an evaluation; ``None`` if it is unknown."""
+    file = folder / filenames.CONFIG
+    config = load_yaml(file.read_text(encoding="utf-8")) if file.is_file() else None
+    evaluation = config.get("evaluation") if isinstance(config, Mapping) else None
+    return evaluation.get("seed") if isinstance(evaluation, Mapping) else None

@@ -87,9 +87,8 @@ def _of_diversity(start: RoundMetrics, now: RoundMetrics, least: float | None) -
     ratio = _ratio(_rest(start.self_bleu), _rest(now.self_bleu))
     if ratio is not None and start.self_bleu is not None and now.self_bleu is not None and ratio < least:
         yield (
-            f"diversity: self-BLEU of round {now.number} is {number(now.self_bleu.value)}, where the first model has "
-            f"{number(start.self_bleu.value)}; the rest up to 1 is {ratio:.2f} times that of the first model, and the "
-            f"limit is {least:g}"
+            f"diversity: 1 - self-BLEU of round {now.number} is {number(1 - now.self_bleu.value)}, {ratio:.2f} times "
+            f"the {number(1 - start.self_bleu.value)} of the first model; the limit is {least:g}"
         )
 
 

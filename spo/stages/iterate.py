@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -32,6 +33,10 @@ from spo.runs.processes import sweep_dir
 from spo.stages.devices import join_processes
 from spo.stages.earlier_rewards import earlier_coefficients
 from spo.stages.train import train
+
+log = logging.getLogger(__name__)
+EVALUATION_SEED_STEP = 1_000_000
+"""Difference between the evaluation seeds of neighboring rounds. It is larger than the seeds that people choose."""
 
 
 def iterate(cfg: DictConfig) -> dict[str, float]:
@@ -68,6 +73,7 @@ def iterate(cfg: DictConfig) -> dict[str, float]:
 
         is_new = one.status != "finished"
         if is_new:
+            log.info("round %d of %d, in %s", number, cfg.iteration.rounds, directory / one.directory)
             iteration.settings = _settings(cfg)
             record(status="running")
         try:
@@ -79,12 +85,12 @@ def iterate(cfg: DictConfig) -> dict[str, float]:
         if is_new:
             record(status="finished")
             first_decides(partial(_show_round, cfg, directory, iteration, one))
-    first_decides(partial(_show, directory))
+    first_decides(partial(_show, cfg, directory, iteration))
     return metrics
 
 
 def _show_round(cfg: DictConfig, directory: Path, iteration: Iteration, one: Round) -> None:
-    """Give the alarms of a finished round, and write the page of the iteration so far."""
+    """Print the alarms of a finished round, and write the page of the iteration so far."""
     one.alarms = round_alarms(directory, iteration, one.number, **cfg.iteration.limits)
     write_iteration(directory, iteration)
     for words in one.alarms:
@@ -92,11 +98,18 @@ def _show_round(cfg: DictConfig, directory: Path, iteration: Iteration, one: Rou
     render_iteration(directory)
 
 
-def _show(directory: Path) -> None:
-    """Print the table of a finished iteration, and write its page; within a sweep, print one line."""
+def _show(cfg: DictConfig, directory: Path, iteration: Iteration) -> None:
+    """Print the table of a finished iteration, and write its page; within a sweep, print one line.
+
+    The limits of alarms may have changed since the rounds were trained, so the alarms are found again.
+    """
+    iteration.settings["limits"] = _settings(cfg)["limits"]
+    for one in iteration.rounds:
+        one.alarms = round_alarms(directory, iteration, one.number, **cfg.iteration.limits)
+    write_iteration(directory, iteration)
     if sweep_dir() is None:
         print_iteration(directory)
-    print(f"iteration {render_iteration(directory)}")
+    print(f"report {render_iteration(directory)}")
 
 
 def _begin(cfg: DictConfig, directory: Path) -> Iteration:
@@ -127,7 +140,8 @@ def _begin(cfg: DictConfig, directory: Path) -> Iteration:
         finished = [one.number for one in before.rounds if one.status == "finished"]
         iteration.planned = max([iteration.planned, *finished])
         iteration.rounds, iteration.settings = before.rounds, before.settings or iteration.settings
-    write_iteration(directory, iteration)
+    else:
+        write_iteration(directory, iteration)
     return iteration
 
 
@@ -244,6 +258,11 @@ def last_step(run_dir: Path) -> int:
 def _of_round(cfg: DictConfig, directory: Path, number: int) -> DictConfig:
     """Return the settings that all rounds share, in the directory of a round."""
     own = copy.deepcopy(cfg)
+    if number > 0:
+        # Rounds with the same random numbers would write similar samples, and the win rate of one against another would
+        # not be that of independent samples. The seed still follows that of the run, as spo compare expects.
+        seed = OmegaConf.to_container(cfg.evaluation, resolve=False)["seed"]  # type: ignore[call-overload,index]
+        own.evaluation.seed = f"${{spo.add:{seed},{number * EVALUATION_SEED_STEP}}}"
     with open_dict(own.paths):
         # Identities replace folders of `paths` by their names, so rounds are the same if the directory was moved.
         own.paths.iteration = str(directory)
