@@ -367,6 +367,7 @@ def test_multiply_is_decimal() -> None:
         (["alpha=constant"], "alpha-constant"),
         (["alpha.value=0.5"], "alpha.value-0.5"),
         (["trainer.max_steps=20"], "trainer.max_steps-20"),
+        (["iteration=dpo", "iteration.rounds=3", "iteration.source.round=1"], "iteration-dpo_iteration.source.round-1"),
         (["method=spo_weighted", "beta=constant", "beta.value=1e-3"], "method-spo__weighted_beta-1e-3"),
     ],
 )

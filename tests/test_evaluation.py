@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,30 @@ def test_chosen_responses_may_be_missing_where_nobody_asked_for_them() -> None:
     with collect_notes() as notes:
         assert find_opponents(settings, prompts(3), [], needs_chosen=False) == {}
     assert notes == {"notes/no_chosen_responses": 3.0}
+
+
+def write_samples(folder: Path, count: int, seed: int) -> Path:
+    """Write the samples of another run: sample 1 of prompt 2 is ``2.1``."""
+    folder.mkdir()
+    rows = [
+        {"prompt_id": one.prompt_id, "sample_index": i, "completion": f"{one.prompt_id}.{i}", "tokens": 3}
+        for one in prompts(3)
+        for i in range(count)
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(f"evaluation:\n  seed: {seed}\n")
+    return folder
+
+
+@pytest.mark.parametrize(("count", "seed", "noted"), [(1, 0, 1), (1, 1, 0), (2, 0, 0), (3, 1, 0)])
+def test_samples_meet_independent_ones_of_another_run(tmp_path: Path, count: int, seed: int, noted: int) -> None:
+    """Two runs draw samples of the same number and seed with the same random numbers."""
+    other = write_samples(tmp_path / "other", count, seed)
+    settings = EvaluationSettings(**SETTINGS | {"against": [str(other)], "samples_per_prompt": count})
+    with collect_notes() as notes:
+        found = find_opponents(settings, prompts(3), [])["other"]
+    assert notes.get("notes/equal_evaluation_seeds", 0) == noted
+    assert found == {(f"id{p}", i): (f"id{p}.{(i + 1) % count}", 3) for p in range(3) for i in range(count)}
 
 
 def tokens_of(row: dict[str, Any]) -> list[int]:

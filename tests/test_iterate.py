@@ -83,6 +83,19 @@ def test_a_reference_that_follows_is_the_policy_before_the_round(steps: None) ->
     assert third.iteration.source.round == 3 and "rounds" not in third.iteration
 
 
+def test_samples_of_the_rounds_are_independent(steps: None) -> None:
+    """Win rates against an earlier round would otherwise compare samples with the same random numbers."""
+    seeds = []
+    for words in ([], ["seed=5"], ["evaluation.seed=7"]):
+        cfg, directory = composed("iteration=dpo", *words), Path("/iterations/x")
+        rounds = [first_round(cfg, directory), *(round_config(cfg, directory, number) for number in (1, 2, 3))]
+        seeds += [own.evaluation.seed for own in rounds]
+    assert len(set(seeds)) == 12 and seeds[::4] == [0, 5, 7]
+    own = round_config(composed("iteration=dpo"), Path("/iterations/x"), 2)
+    own.seed = 5
+    assert own.evaluation.seed == seeds[6], "the runs of several seeds are one setting to spo compare"
+
+
 def test_a_reference_that_stays_is_the_first_model(steps: None) -> None:
     own = round_config(composed("iteration=spo"), Path("/iterations/x"), 3)
     assert own.model.path == "/iterations/x/round-0/policy" and own.model.start == "/iterations/x/round-2/policy"
@@ -416,10 +429,31 @@ def test_a_rejected_setting_leaves_the_ledger_as_it_was(refused: Path) -> None:
     assert read_iteration(refused) == before
 
 
-def test_fewer_rounds_take_nothing_away(refused: Path) -> None:
+def test_a_rejected_command_leaves_the_ledger_as_it_was(refused: Path) -> None:
+    before = (refused / "iterate.json").read_bytes()
     with pytest.raises(UserError, match="another run"):
-        iterate(composed("iteration=dpo", "iteration.rounds=1", directory=refused))
-    assert (read_iteration(refused).planned, len(read_iteration(refused).rounds)) == (2, 3)
+        iterate(composed("iteration=dpo", "iteration.rounds=4", directory=refused))
+    assert (refused / "iterate.json").read_bytes() == before
+
+
+def test_other_limits_change_the_alarms_of_finished_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_iteration(tmp_path, 2)
+    monkeypatch.setattr(stage, "_train_round", lambda cfg, directory, one: {})
+    found = []
+    for limit in (100, 0.001):
+        words = [f"iteration.limits.max_length_ratio={limit}", "iteration.limits.min_length_ratio=null"]
+        iterate(composed("iteration=dpo", "iteration.rounds=2", *words, directory=tmp_path))
+        iteration = read_iteration(tmp_path)
+        found.append([sum(words.startswith("length:") for words in one.alarms) for one in iteration.rounds])
+        assert iteration.settings["limits"]["max_length_ratio"] == limit
+    assert found == [[0, 0, 0], [0, 1, 1]]
+
+
+def test_fewer_rounds_take_nothing_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_iteration(tmp_path, 2)
+    monkeypatch.setattr(stage, "_train_round", lambda cfg, directory, one: {})
+    iterate(composed("iteration=dpo", "iteration.rounds=1", directory=tmp_path))
+    assert (read_iteration(tmp_path).planned, len(read_iteration(tmp_path).rounds)) == (2, 3)
 
 
 def test_another_momentum_is_another_iteration(refused: Path) -> None:
