@@ -213,6 +213,33 @@ def test_own_completions_lose_against_the_data_without_a_judge() -> None:
     assert [(row.chosen, row.rejected) for row in found] == expected
 
 
+def numbered(prompts: Sequence[str | PromptRequest], n: int, /, writer: Writer | None = None) -> list[list[Completion]]:
+    """Complete a prompt with numbers, of which the third does not end."""
+    return [[Completion(f"{i}", i != 2) for i in range(n)] for _ in prompts]
+
+
+def test_every_response_of_a_prompt_is_paired_with_samples_of_its_own() -> None:
+    several = [Row("three", text, "-", split="train") for text in ("x", "y", "x", "z", "y", "3")]
+    made = source(Given([*ALL, *several]), OwnAgainstData(), completions=1)
+    found = own(made.rows(numbered))
+    # Of the responses x, y, z and 3, z has the sample that does not end, and 3 has one that repeats it.
+    expected = [("three", "x", "0"), ("three", "y", "1"), *((f"train {i}", f"good {i}", "0") for i in range(3))]
+    assert [(row.prompt, row.chosen, row.rejected) for row in found] == expected
+    assert made.dropped_pairs == {"unfinished": 1, "identical": 1}
+    found = own(source(Given(several[:2]), OwnAgainstData(), completions=2).rows(numbered))
+    assert [(row.chosen, row.rejected) for row in found] == [("x", "0"), ("x", "1"), ("y", "3")]
+
+
+def test_conversations_may_have_several_responses() -> None:
+    def turn(text: str) -> Any:
+        return ({"role": "assistant", "content": text},)
+
+    prompt = ({"role": "user", "content": "Hello"},)
+    data = [Row(prompt, turn(text), turn("-"), split="train") for text in ("x", "y", "x")]
+    found = source(Given(data), OwnAgainstData(), completions=1).rows(complete)
+    assert [(row.chosen, row.rejected) for row in found] == [(turn("x"), turn("a")), (turn("y"), turn("bb"))]
+
+
 def test_supervised_rows_are_the_data_of_self_play() -> None:
     inner = Given(ALL, supervised=[Row("story", "a person's", split="train")])
     [row] = own(source(inner, OwnAgainstData(), completions=1).rows(complete))
