@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -157,6 +158,14 @@ def test_unfinished_identical_and_tied_completions_are_counted() -> None:
     made = source(completions=2)
     assert own(made.rows(cut)) == []
     assert made.dropped_pairs == {"unfinished": 2, "tied": 1}
+
+
+def test_pairs_that_the_data_dropped_have_reasons_of_their_own() -> None:
+    inner = Given(ALL)
+    inner.dropped_pairs = Counter(unfinished=7)
+    made = source(inner, completions=2)
+    made.rows(lambda prompts, n, writer=None: [[Completion("a", True)] * n for _ in prompts])
+    assert made.dropped_pairs == {"unfinished in the data": 7, "tied": 3, "unfinished": 0}
 
 
 def test_the_prompts_of_a_round_are_a_new_subset() -> None:

@@ -30,6 +30,9 @@ Labels = Literal["soft", "certain"]
 COLUMNS = ("reward", "win_rate")
 """Numbers of a completion that a round provides, in columns such as ``chosen_reward``; lists have ``rewards``."""
 
+OF_DATA = " in the data"
+"""End of the reasons for which the source of the prompts dropped pairs of its own."""
+
 _STAND_INS = 32
 """Pairs of the data in place of own pairs that are not read."""
 
@@ -185,7 +188,8 @@ class RoundSource(Source):
         if not inner.samples_rows:  # A source that samples limits its prompts itself.
             given = given[: self.limit]
         self.bad_rows, self.findings = inner.bad_rows, inner.findings
-        self.dropped_pairs, self.dropped_responses = Counter(inner.dropped_pairs), Counter(inner.dropped_responses)
+        self.dropped_responses = Counter(inner.dropped_responses)
+        self.dropped_pairs = Counter({f"{reason}{OF_DATA}": n for reason, n in inner.dropped_pairs.items()})
         placed = split_rows(given, self.split_seed, self.splits["selection"], self.splits["test"])
         others = [row for row in placed if row.split != "train"]
         if self.max_prompts == 0:
