@@ -235,7 +235,7 @@ def _check_own_pairs(number: int, dropped: Mapping[str, int], min_pairs: int) ->
         advice = _REMEDIES[max(own, key=own.__getitem__)]
     raise DataError(
         f"the round has {number} training pairs, but data.min_pairs={min_pairs} are needed"
-        f"{f' ({_list(own)})' if own else ''}: {advice}, or set data.min_pairs lower"
+        f"{f' ({_list(own)})' if own else ''}: {advice}{', or set data.min_pairs lower' if number else ''}"
     )
 
 

@@ -8,6 +8,7 @@ import os
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -140,7 +141,6 @@ def test_drops_are_counted_and_too_many_warn_or_raise() -> None:
         prepared(ROWS, selection=0.5, test=0.5)
     with pytest.raises(RowError, match="does not have a BOS"):
         prepare([Row("", "a", "b")], Renderer(build("no_bos"), 9, "drop_pair"), 0, 0.1, 0.1, 1)
-
 
 
 def test_the_limit_of_pairs_may_be_that_of_training_pairs() -> None:
