@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -159,6 +160,14 @@ def test_unfinished_identical_and_tied_completions_are_counted() -> None:
     assert made.dropped_pairs == {"unfinished": 2, "tied": 1}
 
 
+def test_pairs_that_the_data_dropped_have_reasons_of_their_own() -> None:
+    inner = Given(ALL)
+    inner.dropped_pairs = Counter(unfinished=7)
+    made = source(inner, completions=2)
+    made.rows(lambda prompts, n, writer=None: [[Completion("a", True)] * n for _ in prompts])
+    assert made.dropped_pairs == {"unfinished in the data": 7, "tied": 3, "unfinished": 0}
+
+
 def test_the_prompts_of_a_round_are_a_new_subset() -> None:
     inner = Given([*rows(number=40), *rows("test", 2)])
     chosen = [
@@ -211,6 +220,33 @@ def test_own_completions_lose_against_the_data_without_a_judge() -> None:
     found = own(made.rows(complete))
     expected = [(f"good {i}", text) for i in range(3) for text in ("a", "bb")]
     assert [(row.chosen, row.rejected) for row in found] == expected
+
+
+def numbered(prompts: Sequence[str | PromptRequest], n: int, /, writer: Writer | None = None) -> list[list[Completion]]:
+    """Complete a prompt with numbers, of which the third does not end."""
+    return [[Completion(f"{i}", i != 2) for i in range(n)] for _ in prompts]
+
+
+def test_every_response_of_a_prompt_is_paired_with_samples_of_its_own() -> None:
+    several = [Row("three", text, "-", split="train") for text in ("x", "y", "x", "z", "y", "3")]
+    made = source(Given([*ALL, *several]), OwnAgainstData(), completions=1)
+    found = own(made.rows(numbered))
+    # Of the responses x, y, z and 3, z has the sample that does not end, and 3 has one that repeats it.
+    expected = [("three", "x", "0"), ("three", "y", "1"), *((f"train {i}", f"good {i}", "0") for i in range(3))]
+    assert [(row.prompt, row.chosen, row.rejected) for row in found] == expected
+    assert made.dropped_pairs == {"unfinished": 1, "identical": 1}
+    found = own(source(Given(several[:2]), OwnAgainstData(), completions=2).rows(numbered))
+    assert [(row.chosen, row.rejected) for row in found] == [("x", "0"), ("x", "1"), ("y", "3")]
+
+
+def test_conversations_may_have_several_responses() -> None:
+    def turn(text: str) -> Any:
+        return ({"role": "assistant", "content": text},)
+
+    prompt = ({"role": "user", "content": "Hello"},)
+    data = [Row(prompt, turn(text), turn("-"), split="train") for text in ("x", "y", "x")]
+    found = source(Given(data), OwnAgainstData(), completions=1).rows(complete)
+    assert [(row.chosen, row.rejected) for row in found] == [(turn("x"), turn("a")), (turn("y"), turn("bb"))]
 
 
 def test_supervised_rows_are_the_data_of_self_play() -> None:

@@ -100,6 +100,7 @@ def prepare(
     draw: Draw | None = None,
     num_pairs: int | None = None,
     subset_seed: int = 0,
+    training_only: bool = False,
 ) -> PreparedPairs:
     """Tokenize the rows and split them by prompt.
 
@@ -124,6 +125,7 @@ def prepare(
         num_pairs: Number of training pairs in use, see :func:`draw_subset`; ``None`` for all. The pairs of the other
             splits stay as they are.
         subset_seed: Random seed of the training pairs in use.
+        training_only: Count training pairs alone for ``min_pairs``, where the source assigns all splits.
 
     Raises:
         DataError: If fewer than ``min_pairs`` pairs are left, if there are fewer than ``num_pairs`` training pairs, if
@@ -193,6 +195,11 @@ def prepare(
         "boundary_moved": sum(pair.boundary_moved for pair in in_use),
         **{split: len(pairs) for split, pairs in parts.items()},
     }
+    if training_only and (left := len(data["train"]) + len(left_out)) < min_pairs:
+        raise DataError(
+            f"only {left} of {sum(row.split == 'train' for row in rows)} training pairs are left, but data.min_pairs="
+            f"{min_pairs} are needed; dropped from all splits{_explain_drops(reasons, renderer)}"
+        )
     if len(kept) < min_pairs:
         raise DataError(
             f"only {len(kept)} of {len(rows)} pairs are left, but data.min_pairs={min_pairs} are needed"

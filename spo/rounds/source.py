@@ -13,6 +13,7 @@ from annotated_types import Gt, Le
 from spo.bounds import NonNegativeInt, PositiveFloat, PositiveInt
 from spo.data.gold_columns import sigmoid
 from spo.data.needs import needs_pairs
+from spo.data.rendering import prompt_id
 from spo.data.rows import Completer, Completion, DataError, PromptRequest, Row, Split, Text, Writer
 from spo.data.source import Source
 from spo.data.splits import row_id, split_rows
@@ -29,6 +30,9 @@ Labels = Literal["soft", "certain"]
 COLUMNS = ("reward", "win_rate")
 """Numbers of a completion that a round provides, in columns such as ``chosen_reward``; lists have ``rewards``."""
 
+OF_DATA = " in the data"
+"""End of the reasons for which the source of the prompts dropped pairs of its own."""
+
 _STAND_INS = 32
 """Pairs of the data in place of own pairs that are not read."""
 
@@ -39,7 +43,7 @@ class _TrainingPrompt:
 
     Attributes:
         request: Prompt with the values of its chat template.
-        answers: Responses of the data.
+        answers: Distinct responses of the data.
         where: Place of the prompt that a person can open.
     """
 
@@ -59,7 +63,8 @@ class RoundSource(Source):
     Args:
         source: Source of the prompts and of the pairs of the other splits.
         pairing: Choice of pairs among the completions of a prompt.
-        completions: Number of completions of each prompt.
+        completions: Number of completions of each prompt, or of each distinct response of the data where the pairing
+            is against it.
         temperature: Temperature of the completions.
         top_p: Probability of the nucleus that the completions are drawn from; 1 for all tokens.
         prompts: Largest number of training prompts, a random choice in each round; ``None`` for all. With 0, the
@@ -183,7 +188,8 @@ class RoundSource(Source):
         if not inner.samples_rows:  # A source that samples limits its prompts itself.
             given = given[: self.limit]
         self.bad_rows, self.findings = inner.bad_rows, inner.findings
-        self.dropped_pairs, self.dropped_responses = Counter(inner.dropped_pairs), Counter(inner.dropped_responses)
+        self.dropped_responses = Counter(inner.dropped_responses)
+        self.dropped_pairs = Counter({f"{reason}{OF_DATA}": n for reason, n in inner.dropped_pairs.items()})
         placed = split_rows(given, self.split_seed, self.splits["selection"], self.splits["test"])
         others = [row for row in placed if row.split != "train"]
         if self.max_prompts == 0:
@@ -207,13 +213,11 @@ class RoundSource(Source):
         if named is not None:
             found = {text: _TrainingPrompt(PromptRequest(text), (), "") for text in named}
         else:
-            found = {}
+            of_prompt: dict[str, dict[str, Row]] = {}
             for row in rows if supervised is None else supervised:
                 if row.split == "train":
-                    request = PromptRequest(row.prompt, row.tools, row.template_kwargs)
-                    before = found.get(row_id(row))
-                    answers = (*(before.answers if before else ()), row.chosen)
-                    found[row_id(row)] = _TrainingPrompt(request, answers, before.where if before else row.where)
+                    of_prompt.setdefault(row_id(row), {}).setdefault(prompt_id(row.chosen), row)
+            found = {key: _training_prompt(list(distinct.values())) for key, distinct in of_prompt.items()}
         asked = [found[key] for key in sorted(found)]
         if self.max_prompts is not None and len(asked) > self.max_prompts:
             asked = self._random("prompts").sample(asked, self.max_prompts)
@@ -224,17 +228,11 @@ class RoundSource(Source):
 
     def _own_rows(self, asked: Sequence[_TrainingPrompt], complete: Completer) -> list[Row]:
         """Return the pairs of the policy's own completions."""
-        requests = [one.request for one in asked]
-        drawn = [complete(requests, self.completions, writer) for writer in self.writers]
-        chance = self._random("writers")
-        groups: list[list[Completion]] = [
-            [drawn[chance.randrange(len(drawn))][place][i] for i in range(self.completions)]
-            for place in range(len(asked))
-        ]
-        finished = [[one.text for one in group if one.finished] for group in groups]
-        self.dropped_pairs["unfinished"] += sum(not texts for texts in finished)
+        groups = self._drawn(asked, complete)
         if self.pairing.pairs_with_data:
-            return [row for one, texts in zip(asked, finished, strict=True) for row in self._against_data(one, texts)]
+            return [row for one, group in zip(asked, groups, strict=True) for row in self._against_data(one, group)]
+        finished = [_finished(group) for group in groups]
+        self.dropped_pairs["unfinished"] += sum(not texts for texts in finished)
         scored = self._scores([one.request.prompt for one in asked], finished, self.pairing.needs_rewards)
         chance = self._random("pairs")
         rows: list[Row] = []
@@ -249,14 +247,35 @@ class RoundSource(Source):
                 rows.append(self._row(one, [texts[place] for place in places], scores.of(places)))
         return rows
 
-    def _against_data(self, one: _TrainingPrompt, texts: Sequence[str]) -> Iterator[Row]:
-        """Yield a pair of a response of the data and an own completion, for each completion that differs from it."""
-        for i, text in enumerate(texts):
-            chosen, rejected = one.answers[i % len(one.answers)], _in_form(text, one.request.prompt)
-            if chosen == rejected:
-                self.dropped_pairs["identical"] += 1
-                continue
-            yield Row(chosen=chosen, rejected=rejected, split="train", where=one.where, **vars(one.request))
+    def _drawn(self, asked: Sequence[_TrainingPrompt], complete: Completer) -> list[list[Completion]]:
+        """Return the completions of each prompt, each of a writer by chance."""
+        numbers = [self.completions * (len(one.answers) if self.pairing.pairs_with_data else 1) for one in asked]
+        written: dict[int, list[list[Completion]]] = {}
+        for number in sorted(set(numbers)):
+            places = [place for place, of_prompt in enumerate(numbers) if of_prompt == number]
+            requests = [asked[place].request for place in places]
+            by_writer = [complete(requests, number, writer) for writer in self.writers]
+            written |= zip(places, map(list, zip(*by_writer, strict=True)), strict=True)
+        chance = self._random("writers")
+        return [
+            [written[place][chance.randrange(len(self.writers))][i] for i in range(number)]
+            for place, number in enumerate(numbers)
+        ]
+
+    def _against_data(self, one: _TrainingPrompt, group: Sequence[Completion]) -> Iterator[Row]:
+        """Yield a pair of a response of the data and an own completion, for each completion that differs from it.
+
+        Each response has completions of its own, as SPIN pairs every supervised response (arXiv:2401.01335).
+        """
+        for place, chosen in enumerate(one.answers):
+            texts = _finished(group[place * self.completions : (place + 1) * self.completions])
+            self.dropped_pairs["unfinished"] += not texts
+            for text in texts:
+                rejected = _in_form(text, one.request.prompt)
+                if chosen == rejected:
+                    self.dropped_pairs["identical"] += 1
+                    continue
+                yield Row(chosen=chosen, rejected=rejected, split="train", where=one.where, **vars(one.request))
 
     def _row(self, one: _TrainingPrompt, texts: Sequence[str], scores: Scores) -> Row:
         """Return a row of completions, the best one first, with their scores in this order."""
@@ -313,6 +332,18 @@ class RoundSource(Source):
             for name in sorted(self._columns)
             for rank, value in zip(("chosen", "rejected"), numbers[name], strict=True)
         }
+
+
+def _training_prompt(rows: Sequence[Row]) -> _TrainingPrompt:
+    """Return the prompt of rows that have it in common, with their chosen responses."""
+    first = rows[0]
+    request = PromptRequest(first.prompt, first.tools, first.template_kwargs)
+    return _TrainingPrompt(request, tuple(row.chosen for row in rows), first.where)
+
+
+def _finished(group: Sequence[Completion]) -> list[str]:
+    """Return the texts of completions that ended."""
+    return [one.text for one in group if one.finished]
 
 
 def _in_form(text: str, prompt: Text) -> Text:

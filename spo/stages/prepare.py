@@ -25,10 +25,21 @@ from spo.models.library_errors import Origin
 from spo.models.loading import load_config, load_tokenizer
 from spo.models.same_tokens import check_same_tokens
 from spo.rounds import RoundSource
+from spo.rounds.source import OF_DATA
 from spo.stages.earlier_rewards import with_earlier_rewards
 from spo.stages.from_config import build_source, data_needs, make_renderer, model_spec
 from spo.stages.pairs import drawn_completions, preference_rows
 from spo.stages.reference_model import initial_model, reference_model
+
+_UNFINISHED = "an unfinished completion does not end within data.max_new_tokens; raise it, or sft.max_steps, or "
+_MORE_DIFFERENT = "raise iteration.source.temperature or iteration.source.completions"
+_REMEDIES = {
+    "unfinished": f"{_UNFINISHED}iteration.source.completions",
+    "identical": f"samples repeat each other or the data's response; {_MORE_DIFFERENT}",
+    "tied": f"the judge scores the completions of a prompt alike; check judge and iteration.source.reward, or "
+    f"{_MORE_DIFFERENT}",
+}
+"""Remedy for each reason for which a round drops pairs."""
 
 
 @dataclass(frozen=True)
@@ -165,14 +176,15 @@ def _prepare_pairs(
     cfg: DictConfig, source: Source, renderer: Renderer, rows: Sequence[Row], dropped: Mapping[str, int], draw: Draw
 ) -> PreparedPairs:
     """Return the rows as tokens, in splits; counts and warnings include what the source dropped."""
-    # In a round, the other splits have the pairs of the data.
-    if any(dropped.values()) and not any(row.split in (None, "train") for row in rows):
-        ties = "the judge scores tied completions of a prompt alike; " if dropped.get("tied") else ""
-        raise DataError(
-            f"none of the sampled pairs can be used ({_list(dropped)}): {ties}an unfinished completion does not end "
-            "within data.max_new_tokens; raise it, or sft.max_steps, or sample more with data.source.pairs_per_prompt, "
-            "or with iteration.source.completions in a round"
-        )
+    # A round source without prompts is that of an evaluation on other data, which does not train.
+    in_round = isinstance(source, RoundSource) and source.max_prompts != 0
+    if in_round:
+        _check_own_pairs(sum(row.split == "train" for row in rows), dropped, cfg.data.min_pairs)
+    elif any(dropped.values()) and not any(row.split in (None, "train") for row in rows):
+        advice = "sample more completions of each prompt with the keys of data.source"
+        if dropped.get("unfinished") == max(dropped.values()):
+            advice = f"{_UNFINISHED}sample more with data.source.pairs_per_prompt"
+        raise DataError(f"none of the sampled pairs can be used ({_list(dropped)}): {advice}")
     # The pairs of an enumerable language are a complete description, so every split consists of all of them.
     whole = source.language is not None
     selection, test = (0.0, 0.0) if whole else (cfg.data.splits.selection, cfg.data.splits.test)
@@ -193,6 +205,7 @@ def _prepare_pairs(
         # The configuration of an older run does not have these keys.
         num_pairs=cfg.data.get("num_pairs"),
         subset_seed=cfg.data.get("subset_seed", cfg.seed),
+        training_only=in_round,
     )
     if whole:
         counts = pairs.counts | dict.fromkeys(SPLITS, len(pairs.train))
@@ -201,6 +214,29 @@ def _prepare_pairs(
         pairs.warnings.append(f"{sum(unused.values())} responses were dropped from their lists ({_list(unused)})")
     counts = {**pairs.counts, "read": pairs.counts["read"] + lost, "dropped": pairs.counts["dropped"] + lost}
     return dataclasses.replace(pairs, counts=counts)
+
+
+def _check_own_pairs(number: int, dropped: Mapping[str, int], min_pairs: int) -> None:
+    """Check that a round has enough training pairs, since the pairs of its other splits are those of the data.
+
+    Args:
+        number: Number of training pairs.
+        dropped: Number of pairs that the source dropped, by reason.
+        min_pairs: Smallest number of training pairs.
+
+    Raises:
+        DataError: There are fewer.
+    """
+    if number >= min_pairs:
+        return
+    own = {reason: count for reason, count in dropped.items() if count and not reason.endswith(OF_DATA)}
+    advice = "raise iteration.source.prompts, or add prompts to the data"
+    if number + sum(own.values()) >= min_pairs:
+        advice = _REMEDIES[max(own, key=own.__getitem__)]
+    raise DataError(
+        f"the round has {number} training pairs, but data.min_pairs={min_pairs} are needed"
+        f"{f' ({_list(own)})' if own else ''}: {advice}{', or set data.min_pairs lower' if number else ''}"
+    )
 
 
 def _list(counts: Mapping[str, int]) -> str:

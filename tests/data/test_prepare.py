@@ -8,6 +8,7 @@ import os
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -140,6 +141,18 @@ def test_drops_are_counted_and_too_many_warn_or_raise() -> None:
         prepared(ROWS, selection=0.5, test=0.5)
     with pytest.raises(RowError, match="does not have a BOS"):
         prepare([Row("", "a", "b")], Renderer(build("no_bos"), 9, "drop_pair"), 0, 0.1, 0.1, 1)
+
+
+def test_the_limit_of_pairs_may_be_that_of_training_pairs() -> None:
+    few = [replace(row, split="train" if i < 30 else "test") for i, row in enumerate(ROWS)]
+    few[:12] = [replace(row, chosen=row.chosen + " on" * 40) for row in few[:12]]
+    settings: dict[str, Any] = {"selection": 0.0, "training_only": True}
+    assert len(prepared(few, 40, min_pairs=18, **settings).train) == 18
+    assert len(prepared(few, 40, min_pairs=18, num_pairs=5, **settings).train) == 5
+    assert len(prepared(few, 40, selection=0.0, min_pairs=19).train) == 18
+    words = r"only 18 of 30 training pairs are left, but data\.min_pairs=19 .* all splits \(too long: 12\).*truncation"
+    with pytest.raises(DataError, match=words):
+        prepared(few, 40, min_pairs=19, **settings)
 
 
 def test_rows_that_the_renderer_cannot_use_are_skipped_on_request() -> None:
