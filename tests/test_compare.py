@@ -289,6 +289,30 @@ def test_duels_compare_rewards(tmp_path: Path) -> None:
     assert duels["two", "one"] is not None and math.isclose(duels["two", "one"].value, 1 / 3)
 
 
+def test_samples_with_the_same_random_numbers_do_not_meet(tmp_path: Path) -> None:
+    """Sample i of equal seeds is alike in both runs: it meets samples of other numbers, or those of other seeds."""
+    paths = [write_run(tmp_path / "two", method=name, prompts=1, samples=2) for name in ("one", "two")]
+    for path, rewards in zip(paths, ([5, 2], [4, 3]), strict=True):
+        of_rows = iter(rewards)
+        rewrite(path / "samples.jsonl", lambda row, of_rows=of_rows: row.update(reward=next(of_rows)))
+    # 5 meets 3 and 2 meets 4. All four comparisons would have the same mean by chance, so one more reward is changed.
+    assert list(win_shares(*find_runs(paths).runs).values()) == [0.5]
+    of_rows = iter([3, 3])
+    rewrite(paths[0] / "samples.jsonl", lambda row: row.update(reward=next(of_rows)))
+    assert list(win_shares(*find_runs(paths).runs).values()) == [0.25]  # 3 meets 3, and 3 meets 4.
+
+    rewards = {("one", 1): 2, ("one", 2): 4, ("two", 1): 1, ("two", 2): 3}
+    for (name, seed), reward in rewards.items():
+        path = write_run(tmp_path / "single", method=name, seed=seed, prompts=2, samples=1)
+        rewrite(path / "samples.jsonl", lambda row, reward=reward: row.update(reward=reward))
+    comparison = compared(tmp_path / "single")
+    duels = {(duel.first, duel.second): duel.estimate for duel in comparison.duels}
+    assert duels["one", "two"] is not None and duels["one", "two"].value == 0.5  # 2 loses to 3, and 4 beats 1.
+    assert not any("random numbers" in note for note in comparison.notes)
+    one_seed = compared(*(tmp_path / "single").glob("*seed-1*"))
+    assert any("random numbers" in note for note in one_seed.notes)
+
+
 def test_duels_are_corrected_and_stated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in (1, 2, 3):
         for name, lift in (("good", 3.0), ("fair", 0.5), ("equal", 0.5)):
@@ -349,6 +373,14 @@ def test_duels_use_the_verdicts_of_a_judge(tmp_path: Path, monkeypatch: pytest.M
     one, two = find_runs(paths).runs
     assert list(win_shares(one, two).values()) == [1.0, 0.5, 0.0]
     assert list(win_shares(two, one).values()) == [0.0, 0.5, 1.0]
+
+
+def test_verdicts_of_independent_samples_take_precedence(tmp_path: Path) -> None:
+    one, two = (write_run(tmp_path, method=name, prompts=4, judge=False) for name in ("one", "two"))
+    evaluate_against(one, two, [1.0, 1.0, 1.0, 1.0])
+    assert list(win_shares(*find_runs([one, two]).runs).values()) == [1.0, 1.0, 1.0, 1.0]
+    evaluate_against(one, two, [1.0, 0.5, 0.0, 0.0], evaluation={"seed": 9})
+    assert list(win_shares(*find_runs([one, two]).runs).values()) == [1.0, 0.5, 0.0, 0.0]
 
 
 def test_verdicts_of_a_moved_iteration_are_found(tmp_path: Path) -> None:

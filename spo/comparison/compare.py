@@ -22,7 +22,7 @@ from spo.comparison.choice import (
 from spo.comparison.groups import Groups, group_runs
 from spo.comparison.refusals import Problem, find_problems
 from spo.comparison.runs import CannotCompare, Found, Run
-from spo.comparison.scores import score_table, shared_prompts, win_shares
+from spo.comparison.scores import score_table, share_random_numbers, shared_prompts, win_shares
 from spo.metrics.catalogue import SHARE, find, shown_in
 from spo.stats import Array, Bootstrap, Estimate, holm
 from spo.wording import quoted
@@ -204,7 +204,7 @@ def compare(
     seeds = sorted({run.seed for run in runs})
     for method in methods if select is not None else ():
         notes += edges(quoted(method.name), method.settings, method.best)
-    notes += _about_seeds(methods)
+    notes += [*_about_seeds(methods), *_about_duels(methods)]
     return Comparison(
         methods=methods,
         differences=_differences(methods, main, baseline, bootstrap),
@@ -221,6 +221,17 @@ def compare(
         bootstrap=bootstrap,
         groups=groups,
     )
+
+
+def _about_duels(methods: Sequence[Method]) -> list[str]:
+    """Say where the head-to-head results compare samples that are alike by their random numbers."""
+    runs = [method.best.runs[0] for method in methods if len(method.best.runs) == 1]
+    if any(share_random_numbers(one, two) for one, two in combinations(runs, 2)):
+        return [
+            "Head to head, the samples of one seed share their random numbers, which moves the shares away from one "
+            "half. Several seeds, or evaluation.samples_per_prompt of 2 or more, compare independent samples."
+        ]
+    return []
 
 
 def _about_seeds(methods: Sequence[Method]) -> list[str]:
@@ -316,7 +327,11 @@ def _duel(one: Method, two: Method, bootstrap: Bootstrap) -> Estimate | None:
     prompts = _common([shares for row in met for shares in row])
     if len(prompts) > 1:
         cube = np.stack([_table(row, prompts) for row in met])
-        return bootstrap.share(cube.mean(axis=1), cube.mean(axis=0))
+        alike = np.array([[share_random_numbers(run, other) for other in theirs] for run in ours])
+        # Runs of other seeds have independent samples. Without any, a duel of equal seeds is better than none.
+        if not alike.all(axis=0).any() and not alike.all(axis=1).any():
+            cube[alike] = np.nan
+        return bootstrap.share(np.nanmean(cube, axis=1), np.nanmean(cube, axis=0))
     # A judge may have compared runs of equal seeds only.
     if one.best.seeds != two.best.seeds:
         return None

@@ -106,7 +106,7 @@ class Run:
 
     @cached_property
     def evaluations(self) -> list[RunRecord]:
-        """Return the run's own evaluation, and each ``spo evaluate`` that differs from it in opponents only."""
+        """Return the run's own evaluation, and each ``spo evaluate`` that differs from it in opponents or seed only."""
         again = [
             read_run(file.parent) for file in sorted(self.path.glob(f"{filenames.EVALUATIONS}/*/{filenames.SAMPLES}"))
         ]
@@ -286,11 +286,13 @@ def _read(directory: Path, overrides: Sequence[str] | None) -> Run | str:
 
 
 def _evaluation_config(record: RunRecord) -> dict[str, Any]:
-    """Return the configuration that the numbers of an evaluation depend on, besides the policy."""
+    """Return the configuration that the numbers of an evaluation depend on, besides the policy and the seed."""
     return {
         key: value
         for key, value in flatten(record.config).items()
-        if key.partition(".")[0] in ("data", "evaluation", "judge") and is_part_of_setting(key)
+        if key.partition(".")[0] in ("data", "evaluation", "judge")
+        and key != "evaluation.seed"
+        and is_part_of_setting(key)
     }
 
 

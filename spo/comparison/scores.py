@@ -134,8 +134,9 @@ def score_table(runs: Sequence[Run], metric: str, prompts: Sequence[str]) -> Arr
 def win_shares(run: Run, other: Run) -> dict[str, float]:
     """Return how often a run beats another on each prompt, by their rewards or by the verdicts of a judge.
 
-    With rewards, every sample of one run is compared with every sample of the other. Verdicts exist where one of the
-    two was evaluated against the other with the same settings: ``spo evaluate RUN evaluation.against=[OTHER]``.
+    With rewards, every sample of one run is compared with every independent sample of the other, see
+    :func:`share_random_numbers`. Verdicts exist where one of the two was evaluated against the other with the same
+    settings: ``spo evaluate RUN evaluation.against=[OTHER]``.
 
     Args:
         run: Run whose wins count.
@@ -146,13 +147,38 @@ def win_shares(run: Run, other: Run) -> dict[str, float]:
     """
     ours, theirs = _rewards(run), _rewards(other)
     if ours and theirs:
+        equal_seeds = _have_equal_seeds(run, other)
         return {
-            prompt: fmean(verdict_of_rewards(one, two) for one in ours[prompt] for two in theirs[prompt])
+            prompt: fmean(
+                verdict_of_rewards(one, two)
+                for i, one in enumerate(ours[prompt])
+                for j, two in enumerate(theirs[prompt])
+                if not equal_seeds or i != j or len(ours[prompt]) == len(theirs[prompt]) == 1
+            )
             for prompt in ours
             if prompt in theirs
         }
     verdicts = _judged(run, other)
     return verdicts or {prompt: 1 - share for prompt, share in _judged(other, run).items()}
+
+
+def share_random_numbers(run: Run, other: Run) -> bool:
+    """Return whether the only samples of two runs are drawn with the same random numbers.
+
+    Runs with the same evaluation seed draw sample i of a prompt with the same random numbers. If their policies are
+    alike, so are these samples, and the share of wins is further from one half than that of independent samples.
+    With several samples of a prompt, :func:`win_shares` compares those of different numbers.
+
+    Args:
+        run: Run that recorded its samples.
+        other: Another such run.
+    """
+    rewards = [*_rewards(run).values(), *_rewards(other).values()]
+    return _have_equal_seeds(run, other) and max(map(len, rewards), default=0) == 1
+
+
+def _have_equal_seeds(run: Run, other: Run) -> bool:
+    return bool(run.record.get("evaluation.seed") == other.record.get("evaluation.seed"))
 
 
 def _rewards(run: Run) -> dict[str, list[float]]:
@@ -165,8 +191,12 @@ def _rewards(run: Run) -> dict[str, list[float]]:
 
 
 def _judged(run: Run, other: Run) -> dict[str, float]:
-    """Return the verdicts of the evaluations that name the directory of the other run as an opponent."""
-    found: dict[str, list[float]] = {}
+    """Return the verdicts of the evaluations that name the directory of the other run as an opponent.
+
+    Evaluations with another seed than that of the other run have independent samples, and take precedence.
+    """
+    independent: dict[str, list[float]] = {}
+    alike: dict[str, list[float]] = {}
     directory = other.path.resolve()
     for evaluation in run.evaluations:
         # Rows hold the name of a directory only, which directories of different sweeps share.
@@ -174,8 +204,10 @@ def _judged(run: Run, other: Run) -> dict[str, float]:
         against = replace(evaluation, config=config).get("evaluation.against") or ()
         if directory not in [Path(str(name)).expanduser().resolve() for name in against]:
             continue
+        has_equal_seed = evaluation.get("evaluation.seed") == other.record.get("evaluation.seed")
+        found = alike if has_equal_seed else independent
         for row in on_test_split(evaluation):
             verdict = finite(((row.get("opponents") or {}).get(directory.name) or {}).get("verdict"))
             if verdict is not None:
                 found.setdefault(resampling_unit(run, row), []).append(verdict)
-    return {prompt: fmean(verdicts) for prompt, verdicts in found.items()}
+    return {prompt: fmean(verdicts) for prompt, verdicts in (independent or alike).items()}
