@@ -17,13 +17,13 @@ from tests.test_round_source import Given, rows, source
 OTHERS = [*rows("selection", 20), *rows("test", 20)]
 
 
-def prepared(number: int, dropped: dict[str, int], min_pairs: int = 8, own: Any = None) -> Any:
+def prepared(number: int, dropped: dict[str, int], min_pairs: int = 8, own: Any = None, max_length: int = 64) -> Any:
     """Prepare the pairs of a round, with a number of training pairs beside those of the other splits."""
     cfg = OmegaConf.create({"data": {"seed": 0, "splits": {"selection": 0.1, "test": 0.1}, "min_pairs": min_pairs}})
     cfg.seed = 0
     made = source() if own is None else own
     given: Sequence[Row] = [*rows(number=number), *OTHERS]
-    renderer = Renderer(build("adds_bos"), 64, "drop_pair")
+    renderer = Renderer(build("adds_bos"), max_length, "drop_pair")
     return prepare._prepare_pairs(cfg, made, renderer, given, Counter(dropped), lambda *_: [])
 
 
@@ -33,6 +33,11 @@ def test_a_round_counts_its_own_training_pairs() -> None:
     with pytest.raises(DataError, match=words) as caught:
         prepared(7, {"tied": 41, "unfinished": 2, "unfinished in the data": 90})
     assert "iteration.source.temperature" in str(caught.value) and "max_new_tokens" not in str(caught.value)
+
+
+def test_training_pairs_that_are_too_long_do_not_count() -> None:
+    with pytest.raises(DataError, match=r"only 0 of 20 training pairs are left, .*data\.truncation"):
+        prepared(20, {}, max_length=3)
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def _prepare_pairs(
     # A round source without prompts is that of an evaluation on other data, which does not train.
     in_round = isinstance(source, RoundSource) and source.max_prompts != 0
     if in_round:
-        _check_own_pairs(sum(row.split == "train" for row in rows), dropped, cfg.data.min_pairs)
+        _check_own_pairs(sum(row.split in (None, "train") for row in rows), dropped, cfg.data.min_pairs)
     elif any(dropped.values()) and not any(row.split in (None, "train") for row in rows):
         advice = "sample more completions of each prompt with the keys of data.source"
         if dropped.get("unfinished") == max(dropped.values()):
