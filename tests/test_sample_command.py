@@ -163,6 +163,22 @@ def test_prompt_of_a_chat_model_is_a_message(models: Path) -> None:
     assert not base.is_chat and base.ids_of(base.prompt_of(PROMPT, "w7")) == (1, 7, 4, 5, 6)
 
 
+def test_prompt_comes_from_the_standard_input(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", piped(f" {PROMPT}\nw7 \n\n".encode()))
+    found = printed(capsys, models / "base", "-", "-n", "1")
+    assert found == printed(capsys, models / "base", f" {PROMPT}\nw7 \n", "-n", "1")
+    assert found[0]["prompt"] == f" {PROMPT}\nw7 \n"
+    for content, message in (
+        (b"\n", "the prompt is empty"),
+        (b"w4 \xff\n", "the prompt is not valid UTF-8 after 'w4 '"),
+    ):
+        monkeypatch.setattr(sys, "stdin", piped(content))
+        assert cli.main(["sample", str(models / "base"), "-"]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_principle_stands_in_the_message_without_a_system_role(tmp_path: Path) -> None:
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
     chat = loaded(save(tmp_path / "chat", 5, refuses))
@@ -269,6 +285,26 @@ def test_chat_goes_on_after_a_line_without_room(
     assert len(found) == 1 and "leaves no room for 8 new ones in the context of 64 tokens" in errors
 
 
+def piped(content: bytes) -> io.TextIOWrapper:
+    """Return a standard input that refuses bytes that are not UTF-8, as in most locales."""
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
+
+
+def test_chat_answers_mistyped_commands_and_other_encodings_with_a_message(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected, _ = talk(monkeypatch, capsys, f"{PROMPT}\n/ w4\n", models / "base")
+    lines = b"caf\xe9 \xff\n/resett\n  " + PROMPT.encode() + b" \n/ w4\n"
+    monkeypatch.setattr(sys, "stdin", piped(lines))
+    assert cli.main(["chat", str(models / "base"), *SHORT]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == expected and len(expected) == 2
+    assert captured.err.splitlines() == [
+        "spo: the line is not valid UTF-8 after 'caf': write it in this encoding",
+        "spo: there is no command /resett: the commands are /reset and /quit",
+    ]
+
+
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt(), Interrupted(signal.SIGINT)])
 def test_an_interrupt_ends_a_chat_cleanly(
     models: Path, interruption: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -310,6 +346,8 @@ WRONG = [
     (("run", "w4", "--seed", "-1"), 2, "--seed -1: must be 0 or more"),
     (("run", "w4", "--ratio", "2"), 2, "--ratio 2.0 is a setting of Linear Alignment: add --principle TEXT"),
     (("run", "w4", "--nucleus", "contrast"), 2, "--nucleus contrast is a setting of Linear Alignment"),
+    (("run", "caf\udce9 x"), 2, "the prompt is not valid UTF-8 after 'caf': write it in this encoding"),
+    (("run", "w4", "--principle", "\udcff"), 2, "--principle is not valid UTF-8"),
     (("run", "w4", "--principle", " "), 2, "--principle is empty"),
     (("run", "w4", "--principle", "w5", "--ratio", "inf"), 2, "--ratio inf: must be a finite number"),
     (("run", "w4", "--temperature", "-1"), 2, "--temperature -1: must be finite and 0 or more"),
