@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from spo import cli
 from spo.config.compose import compose
@@ -425,7 +426,56 @@ def test_run_of_somebody_else_must_be_allowed(models: Path, tmp_path: Path, caps
     assert "lets code in a model folder run" in fails(capsys, run, PROMPT)
     assert "lets code in a model folder run" in fails(capsys, models / "base", PROMPT, *SHORT, "--against", run)
     file.write_text(file.read_text().replace("spo.evaluation.judges.reward_judge", "os.system"))
-    assert "runs os.system as judge" in fails(capsys, run, PROMPT, "model.trust_remote_code=false")
+    best_of = (PROMPT, "--best-of", "2", "model.trust_remote_code=false")
+    assert "runs os.system as judge" in fails(capsys, run, *best_of)
+
+
+# Key of the configuration -> words with which the part there would run.
+FOREIGN_PARTS = {
+    "judge.reward": ("--best-of", "2"),
+    "method.loss": ("--best-of", "2"),
+    "callbacks.mine": ("--best-of", "2"),
+    "data.source": ("--against", "reference"),
+    "data.reward": ("--against", "reference"),
+    "model.initial": (),
+    "data.tokenizer": (),
+    "strategy.plugin": (),
+    "extra.mine": (),
+}
+
+
+@pytest.mark.parametrize("key", FOREIGN_PARTS)
+def test_only_what_a_command_builds_must_be_allowed(
+    key: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_run(tmp_path / "run", models / "base")
+    cfg = OmegaConf.load(run / "composed.yaml")
+    OmegaConf.update(cfg, key, {"_target_": "os.system", "command": f"touch {tmp_path / 'ran'}"}, force_add=True)
+    cfg.tags = [f"${{{key}.command}}"]  # Values can still be read.
+    OmegaConf.save(cfg, run / "composed.yaml")
+    words = FOREIGN_PARTS[key]
+    assert f"runs os.system as {key}" in fails(capsys, run, PROMPT, *words)
+    if words:
+        assert printed(capsys, run, PROMPT, "-n", "1") == printed(capsys, models / "run", PROMPT, "-n", "1")
+        assert len(printed(capsys, models / "base", PROMPT, "-n", "1", "--against", run)) == 2
+    if words[:1] == ("--best-of",):
+        assert len(printed(capsys, run, PROMPT, "-n", "1", "--against", "reference")) == 2
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_unused_part_cannot_run_through_another_key(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_run(tmp_path / "run", models / "base")
+    cfg = OmegaConf.load(run / "composed.yaml")
+    cfg.judge = {"_target_": "os.system", "command": f"touch {tmp_path / 'ran'}"}
+    cfg.model.initial = "${judge}"
+    OmegaConf.save(cfg, run / "composed.yaml")
+    cli.main(["sample", str(run), PROMPT, *SHORT])
+    assert not (tmp_path / "ran").exists()
+    assert cli.main(["sample", str(run), PROMPT, *SHORT, "--allow", "os.system"]) == 0
+    assert not (tmp_path / "ran").exists()
+    capsys.readouterr()
 
 
 # --- the real command ----------------------------------------------------------------------------------------------
