@@ -308,7 +308,7 @@ def _configs_of_run(request: SampleRequest, run_dir: Path, trusted: TrustedOverr
     They do not name the parts that the command does not build, so that nobody has to allow them. A judge is built after
     a check of the whole configuration, which imports all of its parts.
     """
-    unused = () if request.best_of is not None else _UNUSED_GROUPS
+    unused: tuple[str, ...] = () if request.best_of is not None else _UNUSED_GROUPS
     if unused and request.against != REFERENCE:
         unused += _OF_REFERENCE
     own = load_config(run_dir)
