@@ -495,5 +495,8 @@ def test_commands_with_a_trained_run(
     found = json.loads(done.stdout)
     assert [row["model"] for row in found] == ["policy"] * 2 + ["reference"] * 2
     assert all(row["tokens"] <= 12 and isinstance(row["reward"], float) for row in found)
+    monkeypatch.setenv("SPO_CACHE_DIR", str(trained.cache))
+    unjudged = printed(capsys, run, "One morning, Mia", "-n", "2", "--against", "reference")
+    assert [row["model"] for row in unjudged] == ["policy"] * 2 + ["reference"] * 2
     monkeypatch.setenv("SPO_CACHE_DIR", str(tmp_path / "cache"))
     assert f"spo evaluate {run} makes it again" in fails(capsys, *words[1:], "--against", "reference")
