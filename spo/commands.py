@@ -241,7 +241,7 @@ def _chat(arguments: list[str]) -> int:
 
 def _sampling(name: str, arguments: list[str]) -> tuple[SampleRequest, TrustedOverrides, bool]:
     """Return settings, overrides and ``--json`` of a command that samples, checked before torch is imported."""
-    from spo.stages.sample_request import SampleRequest, TrustedOverrides
+    from spo.stages.sample_request import STANDARD_INPUT, SampleRequest, TrustedOverrides, let_input_hold_any_bytes
 
     parser = Parser(COMMANDS[name].usage)
     parser.add_argument("model", metavar="RUN", type=Path)
@@ -264,6 +264,9 @@ def _sampling(name: str, arguments: list[str]) -> tuple[SampleRequest, TrustedOv
     given = vars(parser.parse_intermixed_args(arguments))
     trusted = TrustedOverrides(given.pop("overrides"), given.pop("allow"), given.pop("config_dir"))
     as_json = given.pop("json", False)
+    if given.get("prompt") == STANDARD_INPUT:
+        let_input_hold_any_bytes()
+        given["prompt"] = sys.stdin.read().removesuffix("\n")
     request = SampleRequest(**given)
     judges = [word for word in trusted.overrides if word.startswith(("judge=", "judge."))]
     problem = request.problem(needs_prompt=name == "sample")

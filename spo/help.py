@@ -215,7 +215,8 @@ COMMANDS = {
         "       [--plain] [KEY=VALUE] ... [--allow NAME] ... [--config-dir DIR]",
         """
         Samples completions from the policy of a run, or from the folder of a Hugging Face model. For a chat model, the
-        prompt is a user's message. Completion i has the seed SEED + i, and does not depend on the others.
+        prompt is a user's message. Completion i has the seed SEED + i, and does not depend on the others. The prompt is
+        taken as it is typed; - reads it from the standard input.
 
         -n N               number of completions; 4 by default
         --seed SEED        seed of the first completion
@@ -246,7 +247,8 @@ COMMANDS = {
         "       [--plain] [KEY=VALUE] ... [--allow NAME] ... [--config-dir DIR]",
         """
         Answers each line that you type, token by token, until the input ends (Ctrl-D). With --against, another model
-        answers after it. A chat model sees its own conversation so far; any other model sees the line alone.
+        answers after it. A chat model sees its own conversation so far; any other model sees the line alone. Blanks at
+        the ends of a line are removed.
 
         /reset             start a new conversation
         /quit              end

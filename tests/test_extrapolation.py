@@ -160,13 +160,41 @@ def test_tied_head_is_extrapolated_once(tmp_path: Path) -> None:
     assert found["lm_head.weight"].equal(expected["model.embed_tokens.weight"])
     change(first, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
     change(second, lambda tensors: tensors.pop("lm_head.weight"))
-    with pytest.raises(UserError, match=r"1 tensor is in the latter alone \(lm_head.weight\)"):
+    with pytest.raises(UserError, match=r"the latter has a head of its own \(lm_head.weight\)"):
         extrapolate_weights(first, second, 0.5, tmp_path / "none")
     settings(first, tie_word_embeddings=False)
     change(first, lambda tensors: tensors.pop("lm_head.weight"))
     change(second, repeat)
     with pytest.raises(UserError, match=r"1 tensor is in the former alone \(lm_head.weight\)"):
         extrapolate_weights(first, second, 0.5, tmp_path / "none")
+
+
+def logits(folder: Path) -> Tensor:
+    with torch.no_grad():
+        value: Tensor = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([[1, 4, 5, 6]])).logits
+    return value
+
+
+def test_head_of_one_model_may_be_tied_where_the_result_can_hold_it(tmp_path: Path) -> None:
+    tied = save_model(tmp_path / "tied", seed=1, tie_word_embeddings=True)
+    untied = save_model(tmp_path / "untied", seed=2)
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    extrapolate_weights(tied, untied, 0.5, tmp_path / "out")
+    found, start, end = weights(tmp_path / "out"), weights(tied), weights(untied)
+    torch.testing.assert_close(found[head], 1.5 * end[head] - 0.5 * start[embedding])
+    torch.testing.assert_close(found[embedding], 1.5 * end[embedding] - 0.5 * start[embedding])
+    extrapolate_weights(tied, untied, -1.0, tmp_path / "back")
+    assert logits(tmp_path / "back").equal(logits(tied))
+    # A tied second model is refused in both of its forms; untied by hand, it is the same model and is taken.
+    for form in ("embedding alone", "head repeated"):
+        with pytest.raises(UserError, match="the former ties its head to the embedding"):
+            extrapolate_weights(untied, tied, 0.5, tmp_path / form)
+        change(tied, lambda tensors: tensors.update({head: tensors[embedding].clone()}))
+    settings(tied, tie_word_embeddings=False)
+    extrapolate_weights(untied, tied, 0.5, tmp_path / "by hand")
+    extrapolate_weights(untied, tied, -1.0, tmp_path / "to the first")
+    torch.testing.assert_close(weights(tmp_path / "by hand")[head], 1.5 * start[embedding] - 0.5 * end[head])
+    assert logits(tmp_path / "to the first").equal(logits(untied))
 
 
 def test_names_may_lack_the_prefix_of_the_base_model(tmp_path: Path) -> None:

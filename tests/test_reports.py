@@ -307,6 +307,18 @@ def test_schedules_are_drawn_if_they_vary_and_the_method_uses_them(tmp_path: Pat
     assert "SPO alpha 0.1 → 0.025 (cosine) seed 7" in page.text
 
 
+def test_title_of_an_untrained_run_omits_what_its_method_does_not_read(tmp_path: Path) -> None:
+    rows = [{"step": 0, "val/loss": 1.0}]  # An extrapolated run takes no training step.
+    config = f"model: {{path: /x/sft/{'0f' * 16}}}\ntags: [extrapolated 0.5]\n{CONFIG}"
+    identity = {"config": {"beta.value": 0.02, "seed": 7}}
+    page = report(tmp_path / "run", history__jsonl=rows, config__yaml=config, identity__json=identity)
+    assert "SPO beta 0.02 seed 7" in page.text and "alpha 0.05" not in page.text
+    assert "extrapolated 0.5" in page.text and "model 0f" not in page.text
+    config = config.replace(f"/x/sft/{'0f' * 16}", "/x/round-2/policy")
+    page = report(tmp_path / "older", history__jsonl=rows, config__yaml=config)
+    assert "SPO alpha 0.05 beta 0.02 seed 7" in page.text and "model round-2" in page.text
+
+
 def test_run_page_omits_reward_and_win_rate_without_a_reward(tmp_path: Path) -> None:
     hidden = ("reward", "reference_reward", "verdict")
     page = report(

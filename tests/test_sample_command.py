@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from spo import cli
 from spo.config.compose import compose
@@ -163,6 +164,22 @@ def test_prompt_of_a_chat_model_is_a_message(models: Path) -> None:
     assert not base.is_chat and base.ids_of(base.prompt_of(PROMPT, "w7")) == (1, 7, 4, 5, 6)
 
 
+def test_prompt_comes_from_the_standard_input(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", piped(f" {PROMPT}\nw7 \n\n".encode()))
+    found = printed(capsys, models / "base", "-", "-n", "1")
+    assert found == printed(capsys, models / "base", f" {PROMPT}\nw7 \n", "-n", "1")
+    assert found[0]["prompt"] == f" {PROMPT}\nw7 \n"
+    for content, message in (
+        (b"\n", "the prompt is empty"),
+        (b"w4 \xff\n", "the prompt is not valid UTF-8 after 'w4 '"),
+    ):
+        monkeypatch.setattr(sys, "stdin", piped(content))
+        assert cli.main(["sample", str(models / "base"), "-"]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_principle_stands_in_the_message_without_a_system_role(tmp_path: Path) -> None:
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
     chat = loaded(save(tmp_path / "chat", 5, refuses))
@@ -269,6 +286,26 @@ def test_chat_goes_on_after_a_line_without_room(
     assert len(found) == 1 and "leaves no room for 8 new ones in the context of 64 tokens" in errors
 
 
+def piped(content: bytes) -> io.TextIOWrapper:
+    """Return a standard input that refuses bytes that are not UTF-8, as in most locales."""
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
+
+
+def test_chat_answers_mistyped_commands_and_other_encodings_with_a_message(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected, _ = talk(monkeypatch, capsys, f"{PROMPT}\n/ w4\n", models / "base")
+    lines = b"caf\xe9 \xff\n/resett\n  " + PROMPT.encode() + b" \n/ w4\n"
+    monkeypatch.setattr(sys, "stdin", piped(lines))
+    assert cli.main(["chat", str(models / "base"), *SHORT]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == expected and len(expected) == 2
+    assert captured.err.splitlines() == [
+        "spo: the line is not valid UTF-8 after 'caf': write it in this encoding",
+        "spo: there is no command /resett: the commands are /reset and /quit",
+    ]
+
+
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt(), Interrupted(signal.SIGINT)])
 def test_an_interrupt_ends_a_chat_cleanly(
     models: Path, interruption: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -310,6 +347,8 @@ WRONG = [
     (("run", "w4", "--seed", "-1"), 2, "--seed -1: must be 0 or more"),
     (("run", "w4", "--ratio", "2"), 2, "--ratio 2.0 is a setting of Linear Alignment: add --principle TEXT"),
     (("run", "w4", "--nucleus", "contrast"), 2, "--nucleus contrast is a setting of Linear Alignment"),
+    (("run", "caf\udce9 x"), 2, "the prompt is not valid UTF-8 after 'caf': write it in this encoding"),
+    (("run", "w4", "--principle", "\udcff"), 2, "--principle is not valid UTF-8"),
     (("run", "w4", "--principle", " "), 2, "--principle is empty"),
     (("run", "w4", "--principle", "w5", "--ratio", "inf"), 2, "--ratio inf: must be a finite number"),
     (("run", "w4", "--temperature", "-1"), 2, "--temperature -1: must be finite and 0 or more"),
@@ -387,7 +426,56 @@ def test_run_of_somebody_else_must_be_allowed(models: Path, tmp_path: Path, caps
     assert "lets code in a model folder run" in fails(capsys, run, PROMPT)
     assert "lets code in a model folder run" in fails(capsys, models / "base", PROMPT, *SHORT, "--against", run)
     file.write_text(file.read_text().replace("spo.evaluation.judges.reward_judge", "os.system"))
-    assert "runs os.system as judge" in fails(capsys, run, PROMPT, "model.trust_remote_code=false")
+    best_of = (PROMPT, "--best-of", "2", "model.trust_remote_code=false")
+    assert "runs os.system as judge" in fails(capsys, run, *best_of)
+
+
+# Key of the configuration -> words with which the part there would run.
+FOREIGN_PARTS = {
+    "judge.reward": ("--best-of", "2"),
+    "method.loss": ("--best-of", "2"),
+    "callbacks.mine": ("--best-of", "2"),
+    "data.source": ("--against", "reference"),
+    "data.reward": ("--against", "reference"),
+    "model.initial": (),
+    "data.tokenizer": (),
+    "strategy.plugin": (),
+    "extra.mine": (),
+}
+
+
+@pytest.mark.parametrize("key", FOREIGN_PARTS)
+def test_only_what_a_command_builds_must_be_allowed(
+    key: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_run(tmp_path / "run", models / "base")
+    cfg = OmegaConf.load(run / "composed.yaml")
+    OmegaConf.update(cfg, key, {"_target_": "os.system", "command": f"touch {tmp_path / 'ran'}"}, force_add=True)
+    cfg.tags = [f"${{{key}.command}}"]  # Values can still be read.
+    OmegaConf.save(cfg, run / "composed.yaml")
+    words = FOREIGN_PARTS[key]
+    assert f"runs os.system as {key}" in fails(capsys, run, PROMPT, *words)
+    if words:
+        assert printed(capsys, run, PROMPT, "-n", "1") == printed(capsys, models / "run", PROMPT, "-n", "1")
+        assert len(printed(capsys, models / "base", PROMPT, "-n", "1", "--against", run)) == 2
+    if words[:1] == ("--best-of",):
+        assert len(printed(capsys, run, PROMPT, "-n", "1", "--against", "reference")) == 2
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_unused_part_cannot_run_through_another_key(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save_run(tmp_path / "run", models / "base")
+    cfg = OmegaConf.load(run / "composed.yaml")
+    cfg.judge = {"_target_": "os.system", "command": f"touch {tmp_path / 'ran'}"}
+    cfg.model.initial = "${judge}"
+    OmegaConf.save(cfg, run / "composed.yaml")
+    cli.main(["sample", str(run), PROMPT, *SHORT])
+    assert not (tmp_path / "ran").exists()
+    assert cli.main(["sample", str(run), PROMPT, *SHORT, "--allow", "os.system"]) == 0
+    assert not (tmp_path / "ran").exists()
+    capsys.readouterr()
 
 
 # --- the real command ----------------------------------------------------------------------------------------------
@@ -407,5 +495,8 @@ def test_commands_with_a_trained_run(
     found = json.loads(done.stdout)
     assert [row["model"] for row in found] == ["policy"] * 2 + ["reference"] * 2
     assert all(row["tokens"] <= 12 and isinstance(row["reward"], float) for row in found)
+    monkeypatch.setenv("SPO_CACHE_DIR", str(trained.cache))
+    unjudged = printed(capsys, run, "One morning, Mia", "-n", "2", "--against", "reference")
+    assert [row["model"] for row in unjudged] == ["policy"] * 2 + ["reference"] * 2
     monkeypatch.setenv("SPO_CACHE_DIR", str(tmp_path / "cache"))
     assert f"spo evaluate {run} makes it again" in fails(capsys, *words[1:], "--against", "reference")

@@ -160,12 +160,25 @@ class Stored:
             return None
         return next(filter(EMBEDDING_KEYS.search, self.tensors), None)
 
+    def own_head(self) -> str | None:
+        """Return the name of a head with other values than the embedding, ``None`` if the embedding is the head.
+
+        A head whose values differ counts even if ``config.json`` ties it, as in transformers.
+        """
+        head, embedding = next(filter(HEAD_KEYS.search, self.tensors), None), self.tied_head()
+        if head is None or embedding is None:
+            return head
+        one, other = (Reader().read(self.tensors[name].file, name) for name in (head, embedding))
+        return None if one.dtype == other.dtype and one.equal(other) else head
+
 
 def check_extrapolation(first: Stored, second: Stored) -> dict[str, str]:
     """Check that two models belong together, and return the tensor of the first for each of the second to extrapolate.
 
     One of the files may name the tensors without the prefix of the base model, such as ``transformer.``. One may hold
-    a tied head explicitly, where the other has the embedding alone.
+    a tied head explicitly, where the other has the embedding alone. The embedding of a tied first model stands in for
+    its head where the second one is untied. A tied second model cannot take up an untied first one, because the result
+    has the tensors and the configuration of the second.
 
     Args:
         first: Model at factor -1.
@@ -183,6 +196,12 @@ def check_extrapolation(first: Stored, second: Stored) -> dict[str, str]:
         if one is not None and other is not None and one != other:
             raise UserError(f"{where}: {key} is {one} and {other} in their config.json; choose models of one origin")
     _check_vocabulary(first.folder, second.folder, where)
+    if second.tied_head() is not None and second.own_head() is None and (head := first.own_head()) is not None:
+        raise UserError(
+            f"{where}: the former ties its head to the embedding, and the latter has a head of its own ({head}), which "
+            "has no place in a result with the form of the former; save the former with tie_word_embeddings=false and "
+            "a copy of the embedding as its head"
+        )
     without_prefix = {name.partition(".")[2]: name for name in first.tensors}
     partners, extra = {}, []
     for name, one in second.tensors.items():
@@ -217,10 +236,8 @@ def _is_lost(first: Stored, second: Stored, name: str) -> bool:
     one = first.tensors[name]
     if not one.is_floating_point or BUFFER_KEYS.search(name):
         return False
-    if HEAD_KEYS.search(name) and second.tied_head() is not None and (embedding := first.tied_head()) is not None:
-        # A file may repeat the embedding as the head.
-        return not torch.equal(_tensor(one, name), _tensor(first.tensors[embedding], embedding))
-    return True
+    # A file may repeat the embedding as the head.
+    return not (HEAD_KEYS.search(name) and second.tied_head() is not None)
 
 
 def _check_vocabulary(first: Path, second: Path, where: str) -> None:
@@ -293,7 +310,7 @@ def extrapolated(first: Tensor, second: Tensor, factor: float) -> Tensor:
     exact = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
     start, end = first.to(exact), second.to(exact)
     if factor == -1:  # The difference of the sum below would be rounded.
-        return start.to(second.dtype)
+        return start.to(second.dtype, copy=True)  # A tied embedding is read twice, and a file may not share memory.
     return torch.where(start == end, end, end + factor * (end - start)).to(second.dtype)
 
 
@@ -315,10 +332,6 @@ class Reader:
             self._file, self._opened = file, safe_open(file, framework="pt")
         tensor: Tensor = self._opened.get_tensor(name)
         return tensor
-
-
-def _tensor(stored: StoredTensor, name: str) -> Tensor:
-    return Reader().read(stored.file, name)
 
 
 def _setting(config: Mapping[str, Any], key: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def _method(run: RunRecord) -> str | None:
 
 
 def _schedule(run: RunRecord, name: str) -> str | None:
-    """Write alpha or beta; ``None`` if the method does not read it, so that no row of the history has it."""
+    """Write alpha or beta; ``None`` if the method does not read it: neither the identity nor the history has it."""
+    if run.identifying and not any(key.partition(".")[0] == name for key in run.identifying):
+        return None
     if run.curve("train/loss")[0] and not any(run.curve(f"{split}/{name}")[0] for split in SPLITS):
         return None
     node = run.get(name)
@@ -111,8 +114,8 @@ def _facts(run: RunRecord) -> list[str]:
     facts = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
     for name, paths in (("model", ("model.name", "model.path")), ("data", ("data.name", "data.path"))):
         value = next((run.get(path) for path in paths if isinstance(run.get(path), str)), None)
-        if value:
-            facts.append(f"{name} {value.rstrip('/').rpartition('/')[2]}")
+        if value and (shown := _name_of(value)):
+            facts.append(f"{name} {shown}")
     regularizer = run.get("regularizer._target_")
     if regularizer:
         weight = finite(run.get("regularizer.weight"))
@@ -125,6 +128,13 @@ def _facts(run: RunRecord) -> list[str]:
     if (best := run.metric("policy/step")) is not None:
         facts.append(f"weights of step {best:,.0f}, the best by {run.get('callbacks.checkpoint.monitor')}")
     return facts
+
+
+def _name_of(path: str) -> str | None:
+    """Return the name of a file, a model or the run of a policy; ``None`` for a folder of the cache without one."""
+    parts = path.rstrip("/").split("/")
+    name = parts[-2] if parts[-1] == filenames.POLICY and len(parts) > 1 else parts[-1]
+    return None if re.fullmatch("[0-9a-f]{32}", name) else name
 
 
 def _status(run: RunRecord) -> str | None:

@@ -32,6 +32,8 @@ class RunRecord:
         name: Name of the directory.
         config: Resolved configuration, empty where it is missing.
         config_text: Text of ``config.yaml``.
+        identifying: Configuration that tells the run from others, by dotted key, without coefficients that the method
+            does not read; empty where it is missing.
         metrics: Final numbers, ``None`` where the run has not written them.
         history: One mapping per logged step.
         samples: One mapping per evaluated completion.
@@ -43,6 +45,7 @@ class RunRecord:
     name: str
     config: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
+    identifying: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -102,6 +105,8 @@ def read_run(run_dir: Path) -> RunRecord:
         run.config = config if isinstance(config, dict) else {}
     except yaml.YAMLError as error:
         run.notes.append(f"{filenames.CONFIG} is not valid YAML ({str(error).splitlines()[0]}); it is shown as it is.")
+    identifying = (read_mapping(run_dir / filenames.IDENTITY) or {}).get("config")
+    run.identifying = identifying if isinstance(identifying, dict) else {}
     run.metrics = _mapping(run, run_dir / filenames.METRICS, "the run has not finished, so there are no final numbers")
     run.history = _rows(run, run_dir / filenames.HISTORY, "there are no curves")
     run.samples = _rows(run, run_dir / filenames.SAMPLES, "there are no samples")

@@ -10,7 +10,7 @@ from spo.data.rows import Message, Text
 from spo.errors import DataError, UserError
 from spo.signals import Interrupted
 from spo.stages.quiet import quiet_libraries
-from spo.stages.sample_request import SampleRequest, TrustedOverrides
+from spo.stages.sample_request import SampleRequest, TrustedOverrides, encoding_problem, let_input_hold_any_bytes
 from spo.stages.sampled_model import SampledModel, load_sampled
 from spo.wording import clean
 
@@ -33,6 +33,7 @@ def chat_command(request: SampleRequest, trusted: TrustedOverrides) -> None:
     quiet_libraries()
     with redirect_stdout(sys.stderr):
         models = load_sampled(request, trusted)
+    let_input_hold_any_bytes()
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with suppress(ImportError):
@@ -69,10 +70,20 @@ def _converse(seed: int, models: list[SampledModel], cue: str) -> None:
         if line == RESET:
             histories, turn = [[] for _ in models], 0
             print("(a new conversation)")
+        elif (problem := _problem(line)) is not None:
+            print(f"spo: {problem}", file=sys.stderr)
         elif line:
             for model, history in zip(models, histories, strict=True):
                 _answer(model, history, line, seed + turn, named=len(models) > 1)
             turn += 1
+
+
+def _problem(line: str) -> str | None:
+    """Return a message about a line that cannot be answered, ``None`` for a prompt."""
+    if line.startswith("/") and len(line.split()) == 1:
+        return f"there is no command {clean(line)}: the commands are {RESET} and {QUIT}"
+    problem = encoding_problem(line)
+    return None if problem is None else f"the line {problem}"
 
 
 def _answer(model: SampledModel, history: list[Message], line: str, seed: int, *, named: bool) -> None:

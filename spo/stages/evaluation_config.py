@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,6 +22,7 @@ CHANGEABLE_KEYS = (
     "model.trust_remote_code",
 )
 """Groups and keys that an evaluation may change."""
+_NEED_TRUST = ("_target_", "base_url", "trust_remote_code")
 
 
 def evaluation_config(own: DictConfig, overrides: Sequence[str], config_dir: str | Path | None = None) -> DictConfig:
@@ -79,6 +81,7 @@ def trusted_evaluation(
     overrides: Sequence[str],
     allow: Sequence[str] = (),
     config_dir: str | Path | None = None,
+    unused: Collection[str] = (),
 ) -> DictConfig:
     """Return the configuration of :func:`evaluation_config`, after a check that all it names may be used.
 
@@ -89,6 +92,8 @@ def trusted_evaluation(
         overrides: Overrides of the keys and groups in :data:`CHANGEABLE_KEYS`.
         allow: Targets, modules and paths of the configuration that may be used although it came with the directory.
         config_dir: Folder with further members of the groups.
+        unused: Groups and keys of groups of which the caller builds nothing. Here and in ``own``, their parts lose what
+            would have to be allowed, so nothing can run them. Their values stay, because other keys may read them.
 
     Raises:
         UserError: An override is of another key, its key does not exist, or the configuration asks for something that
@@ -98,5 +103,27 @@ def trusted_evaluation(
     own.judge, own.evaluation, own.model = cfg.judge, cfg.evaluation, cfg.model
     caller = Caller.of(overrides, allow, config_dir)
     for used in (cfg, own):
+        _remove_parts(used, unused)
         check_trusted(used, run_dir, caller)
     return cfg
+
+
+def _remove_parts(cfg: DictConfig, keys: Collection[str]) -> None:
+    """Remove what needs the word of the caller from groups and keys of groups, in place."""
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)  # No resolver may be called before the check.
+    for key in keys:
+        group, _, name = key.partition(".")
+        if not isinstance(raw.get(group), dict):
+            continue
+        if not name:
+            raw[group] = _without_parts(raw[group])
+        elif name in raw[group]:
+            raw[group][name] = _without_parts(raw[group][name])
+        cfg[group] = raw[group]
+
+
+def _without_parts(node: Any) -> Any:
+    """Return nested dictionaries and lists without targets, addresses and the word that lets code of a model run."""
+    if isinstance(node, dict):
+        return {name: _without_parts(value) for name, value in node.items() if name not in _NEED_TRUST}
+    return [_without_parts(value) for value in node] if isinstance(node, list) else node

@@ -6,6 +6,7 @@ It does not import torch, so that a wrong command is answered at once.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from spo.metrics.catalogue import REFERENCE
 from spo.records import filenames
 from spo.records.policy import looks_like_run, saved_policy
 
+STANDARD_INPUT = "-"
+"""Prompt that stands for the text of the standard input."""
 DEFAULT_RATIO = 2.0
 """Strength of a principle: the ratio of the official demo of Linear Alignment."""
 
@@ -75,6 +78,9 @@ class SampleRequest:
         Args:
             needs_prompt: True for a command with a prompt.
         """
+        for name, text in (("the prompt", self.prompt), ("--principle", self.principle or "")):
+            if (problem := encoding_problem(text)) is not None:
+                return f"{name} {problem}"
         if needs_prompt and not self.prompt.strip():
             return 'the prompt is empty: give its text, such as spo sample RUN "Mia the fox lived by the sea."'
         if self.count < 1:
@@ -113,6 +119,25 @@ class SampleRequest:
             )
         if self.against not in (None, REFERENCE):
             is_run_directory(Path(str(self.against)))
+
+
+def encoding_problem(text: str) -> str | None:
+    """Return the end of a sentence about a text that was not typed in UTF-8, ``None`` for one that a model can read.
+
+    Args:
+        text: Text of the command line or the standard input, with lone surrogates for what is not UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"is not valid UTF-8 after {text[: error.start]!r}: write it in this encoding"
+    return None
+
+
+def let_input_hold_any_bytes() -> None:
+    """Read lone surrogates in place of bytes that are not UTF-8, for :func:`encoding_problem`, and not fail at them."""
+    if (reconfigure := getattr(sys.stdin, "reconfigure", None)) is not None:
+        reconfigure(errors="surrogateescape")
 
 
 def is_run_directory(path: Path) -> bool:

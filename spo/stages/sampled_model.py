@@ -33,6 +33,21 @@ from spo.stages.from_config import eval_device, make_renderer, model_spec, resol
 from spo.stages.reference_model import find_reference
 from spo.stages.sample_request import SampleRequest, TrustedOverrides, is_run_directory
 
+# Groups of which neither a model nor its tokens are made. A judge chooses only with --best-of.
+_UNUSED_GROUPS = (
+    "alpha",
+    "beta",
+    "callbacks",
+    "judge",
+    "logger",
+    "method",
+    "optimizer",
+    "reference",
+    "regularizer",
+    "scheduler",
+)
+# A reference by supervised fine-tuning is found by them.
+_OF_REFERENCE = ("data.source", "data.reward", "iteration")
 # Text of a message, to find what a template writes after it. Templates that change letters do not change digits.
 _MARK = "730594846197"
 
@@ -221,10 +236,11 @@ def load_sampled(request: SampleRequest, trusted: TrustedOverrides) -> list[Samp
     if request.against is None:
         return [first]
     if request.against == REFERENCE:
-        return [first, _reference_of(request.model, first, trusted)]
+        return [first, _reference_of(request, first, trusted)]
     # Overrides of the data and the judge are about the first model.
     shared = [word for word in trusted.overrides if word.partition(".")[0] in ("model", "trainer")]
-    other = _load(request, Path(request.against), replace(trusted, overrides=shared))
+    unjudged = replace(request, best_of=None)
+    other = _load(unjudged, Path(request.against), replace(trusted, overrides=shared))
     return [first, replace(other, name=request.against)]
 
 
@@ -255,7 +271,7 @@ def _load(request: SampleRequest, path: Path, trusted: TrustedOverrides) -> Samp
     """Load the policy of a run, or the model in a folder."""
     if is_run_directory(path):
         verify_policy(path)
-        cfg, folder, name = _configs_of_run(path, trusted)[0], path / filenames.POLICY, filenames.POLICY
+        cfg, folder, name = _configs_of_run(request, path, trusted)[0], path / filenames.POLICY, filenames.POLICY
     else:
         quoted = str(path.absolute()).replace("'", r"\'")
         composed = compose(["model=hf", f"model.path='{quoted}'", *trusted.overrides], trusted.config_dir, path)
@@ -269,9 +285,10 @@ def _load(request: SampleRequest, path: Path, trusted: TrustedOverrides) -> Samp
     return _sampled(request, path, name, cfg, model, renderer)
 
 
-def _reference_of(run_dir: Path, policy: SampledModel, trusted: TrustedOverrides) -> SampledModel:
+def _reference_of(request: SampleRequest, policy: SampledModel, trusted: TrustedOverrides) -> SampledModel:
     """Load the reference of a run, which is a given model or lies in the cache."""
-    own = _configs_of_run(run_dir, trusted)[1]
+    run_dir = request.model
+    own = _configs_of_run(request, run_dir, trusted)[1]
     spec: ModelSpec = model_spec(own)
     base = find_reference(own, spec)
     if base is None:
@@ -285,10 +302,17 @@ def _reference_of(run_dir: Path, policy: SampledModel, trusted: TrustedOverrides
     return replace(policy, name=REFERENCE, model=model, sampler=speed.sampler)
 
 
-def _configs_of_run(run_dir: Path, trusted: TrustedOverrides) -> tuple[DictConfig, DictConfig]:
-    """Return the configuration of a run with the overrides, and that by which its reference was made, resolved."""
+def _configs_of_run(request: SampleRequest, run_dir: Path, trusted: TrustedOverrides) -> tuple[DictConfig, DictConfig]:
+    """Return the configuration of a run with the overrides, and that by which its reference was made, resolved.
+
+    They do not name the parts that the command does not build, so that nobody has to allow them. A judge is built after
+    a check of the whole configuration, which imports all of its parts.
+    """
+    unused: tuple[str, ...] = () if request.best_of is not None else _UNUSED_GROUPS
+    if unused and request.against != REFERENCE:
+        unused += _OF_REFERENCE
     own = load_config(run_dir)
-    cfg = trusted_evaluation(own, run_dir, trusted.overrides, trusted.allow, trusted.config_dir)
+    cfg = trusted_evaluation(own, run_dir, trusted.overrides, trusted.allow, trusted.config_dir, unused)
     return resolve_values(cfg), resolve_values(own)
 
 

@@ -240,4 +240,5 @@ def _record_inputs(cfg: DictConfig, prepared: Prepared, run_dir: Path, step: int
     if bad := prepared.bad_rows:
         rows = [{"where": error.where, "column": error.column, "reason": error.reason} for error in bad]
         write_jsonl(run_dir / filenames.BAD_ROWS, rows)
-        prepared.pairs.warnings.append(f"{len(rows)} bad rows were skipped; they are listed in {filenames.BAD_ROWS}")
+        skipped = "1 bad row was skipped; it is" if len(rows) == 1 else f"{len(rows):,} bad rows were skipped; they are"
+        prepared.pairs.warnings.append(f"{skipped} listed in {filenames.BAD_ROWS}")
