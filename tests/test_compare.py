@@ -22,7 +22,7 @@ from spo.comparison.choice import better
 from spo.comparison.compare import Comparison, Method, compare
 from spo.comparison.refusals import find_problems
 from spo.comparison.runs import CannotCompare, find_runs
-from spo.comparison.scores import scores_by_prompt, win_shares
+from spo.comparison.scores import scores_by_prompt, share_random_numbers, win_shares
 from spo.evaluation.winrate import win_rates
 from spo.pages.comparison_files import columns, to_csv, to_dict, to_markdown
 from spo.pages.comparison_table import print_comparison
@@ -311,6 +311,31 @@ def test_samples_with_the_same_random_numbers_do_not_meet(tmp_path: Path) -> Non
     assert not any("random numbers" in note for note in comparison.notes)
     one_seed = compared(*(tmp_path / "single").glob("*seed-1*"))
     assert any("random numbers" in note for note in one_seed.notes)
+    # One seed against two: the run whose only opponent has its random numbers is left out.
+    paths = [*(tmp_path / "single").glob("*two*"), *(tmp_path / "single").glob("*one*seed-1*")]
+    against_one = compared(*paths, anyway=True)
+    duels = {(duel.first, duel.second): duel.estimate for duel in against_one.duels}
+    assert duels["one", "two"] is not None and duels["one", "two"].value == 0  # 2 loses to 3.
+    assert not any("random numbers" in note for note in against_one.notes)
+
+
+def test_a_missing_reward_does_not_let_equal_random_numbers_meet(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path, method=name, prompts=1, samples=3) for name in ("one", "two")]
+    for path, rewards in zip(paths, ([math.nan, 1, 5], [2, 1, 5]), strict=True):
+        of_rows = iter(rewards)
+        rewrite(path / "samples.jsonl", lambda row, of_rows=of_rows: row.update(reward=next(of_rows)))
+    # 1 meets 2 and 5 and loses; 5 meets 2 and 1 and wins.
+    assert list(win_shares(*find_runs(paths).runs).values()) == [0.5]
+    assert list(win_shares(*reversed(find_runs(paths).runs)).values()) == pytest.approx([(0.5 + 0 + 1) / 3])
+
+
+def test_samples_of_all_prompts_meet_the_next_number(tmp_path: Path) -> None:
+    changes = {"data.source._target_": "spo.data.EnumerableSource"}
+    paths = [write_run(tmp_path, method=name, prompts=1, samples=3, changes=changes) for name in ("one", "two")]
+    for path, rewards in zip(paths, ([1, 2, 3], [1, 2, 3]), strict=True):
+        of_rows = iter(rewards)
+        rewrite(path / "samples.jsonl", lambda row, of_rows=of_rows: row.update(reward=next(of_rows)))
+    assert list(win_shares(*find_runs(paths).runs).values()) == [0.0, 0.0, 1.0]
 
 
 def test_duels_are_corrected_and_stated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -379,8 +404,12 @@ def test_verdicts_of_independent_samples_take_precedence(tmp_path: Path) -> None
     one, two = (write_run(tmp_path, method=name, prompts=4, judge=False) for name in ("one", "two"))
     evaluate_against(one, two, [1.0, 1.0, 1.0, 1.0])
     assert list(win_shares(*find_runs([one, two]).runs).values()) == [1.0, 1.0, 1.0, 1.0]
-    evaluate_against(one, two, [1.0, 0.5, 0.0, 0.0], evaluation={"seed": 9})
-    assert list(win_shares(*find_runs([one, two]).runs).values()) == [1.0, 0.5, 0.0, 0.0]
+    assert share_random_numbers(*find_runs([one, two]).runs)
+    evaluate_against(two, one, [1.0, 0.5, 0.0, 0.0], evaluation={"seed": 9})
+    found = find_runs([one, two]).runs
+    assert list(win_shares(*found).values()) == [0.0, 0.5, 1.0, 1.0]
+    assert list(win_shares(*reversed(found)).values()) == [1.0, 0.5, 0.0, 0.0]
+    assert not share_random_numbers(*found)
 
 
 def test_verdicts_of_a_moved_iteration_are_found(tmp_path: Path) -> None:

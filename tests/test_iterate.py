@@ -151,6 +151,7 @@ def test_rounds_are_written_out_and_directories_are_added() -> None:
     [
         (["train", "iteration=dpo"], "use spo iterate"),
         (["iterate"], "choose one, such as iteration=dpo"),
+        (["iterate", "-m", "iteration=dpo", "rounds=1,2"], "a sweep takes a single value"),
         (["iterate", "rounds=2"], "iteration is not set: choose one"),
         (["iterate", "iteration=dpoo"], "did you mean dpo?"),
         (["iterate", "iteration=dpo", "rounds=0"], "iteration.rounds=0: must be at least 1"),
@@ -295,8 +296,10 @@ def test_a_round_is_evaluated_on_other_data_without_its_completions(
     file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     before = set(cache_dir.glob("completions_for_pairs/*"))
     # No judge is needed, as for the data of a run that is not a round.
-    words = ["data=jsonl", f"data.path={file}", "evaluation.against=[reference]", "evaluation.num_prompts=2"]
-    found = evaluate_command(accelerated / "round-1", words)
+    words = ["data=jsonl", f"data.path={file}", "evaluation.num_prompts=2"]
+    for name in ("round-1", "round-2"):  # Round 2 was compared with samples of round 0, which are of other prompts.
+        found = evaluate_command(accelerated / name, words)
+        assert "eval/kl" in found and not any(key.startswith("eval/win_rate") for key in found)
     assert 0 <= found["eval/rewards/accuracies"] <= 1
     assert set(cache_dir.glob("completions_for_pairs/*")) == before
 

@@ -45,8 +45,8 @@ def test_training_pairs_that_are_too_long_do_not_count() -> None:
     [
         ({"unfinished": 30, "tied": 4}, "does not end within data.max_new_tokens; raise it"),
         ({"unfinished": 0, "identical": 30}, "repeat each other or the data's response; raise iteration.source.temp"),
-        ({"tied": 1, "unfinished in the data": 50}, "raise iteration.source.prompts, or add prompts"),
-        ({}, "are needed: raise iteration.source.prompts"),
+        ({"tied": 1, "unfinished in the data": 50}, "add prompts to the data, or raise iteration.source.prompts"),
+        ({}, "are needed: add prompts to the data"),
     ],
 )
 def test_the_remedy_fits_the_largest_cause(dropped: dict[str, int], words: str) -> None:

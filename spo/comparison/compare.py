@@ -225,8 +225,11 @@ def compare(
 
 def _about_duels(methods: Sequence[Method]) -> list[str]:
     """Say where the head-to-head results compare samples that are alike by their random numbers."""
-    runs = [method.best.runs[0] for method in methods if len(method.best.runs) == 1]
-    if any(share_random_numbers(one, two) for one, two in combinations(runs, 2)):
+    alike = [
+        all(share_random_numbers(run, other) for run in one.best.runs for other in two.best.runs)
+        for one, two in combinations(methods, 2)
+    ]
+    if any(alike):
         return [
             "Head to head, the samples of one seed share their random numbers, which moves the shares away from one "
             "half. Several seeds, or evaluation.samples_per_prompt of 2 or more, compare independent samples."
@@ -328,8 +331,10 @@ def _duel(one: Method, two: Method, bootstrap: Bootstrap) -> Estimate | None:
     if len(prompts) > 1:
         cube = np.stack([_table(row, prompts) for row in met])
         alike = np.array([[share_random_numbers(run, other) for other in theirs] for run in ours])
-        # Runs of other seeds have independent samples. Without any, a duel of equal seeds is better than none.
-        if not alike.all(axis=0).any() and not alike.all(axis=1).any():
+        # A run that meets its own random numbers alone is left out, unless all do: such a duel is better than none.
+        if not alike.all():
+            ours_kept, theirs_kept = ~alike.all(axis=1), ~alike.all(axis=0)
+            cube, alike = cube[ours_kept][:, theirs_kept], alike[ours_kept][:, theirs_kept]
             cube[alike] = np.nan
         return bootstrap.share(np.nanmean(cube, axis=1), np.nanmean(cube, axis=0))
     # A judge may have compared runs of equal seeds only.

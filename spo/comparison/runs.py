@@ -105,6 +105,21 @@ class Run:
         return on_test_split(self.record)
 
     @cached_property
+    def rewards(self) -> dict[str, dict[int, float]]:
+        """Return the rewards of the test split by prompt and number of the sample; empty without rewards."""
+        found: dict[str, dict[int, float]] = {}
+        for row in self.samples:
+            if (reward := finite(row.get("reward"))) is not None:
+                found.setdefault(str(row.get("prompt_id")), {})[int(row.get("sample_index") or 0)] = reward
+        return found
+
+    @cached_property
+    def has_single_samples(self) -> bool:
+        """Return whether no prompt of the test split has several samples."""
+        prompts = [row.get("prompt_id") for row in self.samples]
+        return len(prompts) == len(set(prompts))
+
+    @cached_property
     def evaluations(self) -> list[RunRecord]:
         """Return the run's own evaluation, and each ``spo evaluate`` that differs from it in opponents or seed only."""
         again = [

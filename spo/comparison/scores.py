@@ -13,6 +13,7 @@ from spo.comparison.runs import Run, on_test_split
 from spo.evaluation.winrate import at_equal_length, verdict_of_rewards
 from spo.metrics.catalogue import PerSample, Row, comparisons, find, with_opponent
 from spo.records.iteration import with_own_rounds
+from spo.records.run import RunRecord
 from spo.stats import Array
 from spo.wording import finite
 
@@ -145,25 +146,14 @@ def win_shares(run: Run, other: Run) -> dict[str, float]:
     Returns:
         Share of wins by prompt; empty where the two were not compared.
     """
-    ours, theirs = _rewards(run), _rewards(other)
-    if ours and theirs:
-        equal_seeds = _have_equal_seeds(run, other)
-        return {
-            prompt: fmean(
-                verdict_of_rewards(one, two)
-                for i, one in enumerate(ours[prompt])
-                for j, two in enumerate(theirs[prompt])
-                if not equal_seeds or i != j or len(ours[prompt]) == len(theirs[prompt]) == 1
-            )
-            for prompt in ours
-            if prompt in theirs
-        }
-    verdicts = _judged(run, other)
-    return verdicts or {prompt: 1 - share for prompt, share in _judged(other, run).items()}
+    if run.rewards and other.rewards:
+        return _shares_of_rewards(run, other)
+    found, is_reversed, _ = _shares_of_verdicts(run, other)
+    return {prompt: 1 - share for prompt, share in found.items()} if is_reversed else found
 
 
 def share_random_numbers(run: Run, other: Run) -> bool:
-    """Return whether the only samples of two runs are drawn with the same random numbers.
+    """Return whether two runs have one sample per prompt and draw it with the same random numbers.
 
     Runs with the same evaluation seed draw sample i of a prompt with the same random numbers. If their policies are
     alike, so are these samples, and the share of wins is further from one half than that of independent samples.
@@ -173,30 +163,55 @@ def share_random_numbers(run: Run, other: Run) -> bool:
         run: Run that recorded its samples.
         other: Another such run.
     """
-    rewards = [*_rewards(run).values(), *_rewards(other).values()]
-    return _have_equal_seeds(run, other) and max(map(len, rewards), default=0) == 1
+    if not (run.has_single_samples and other.has_single_samples):
+        return False
+    if run.rewards and other.rewards:
+        return _have_equal_seeds(run.record, other.record)
+    return _shares_of_verdicts(run, other)[2]
 
 
-def _have_equal_seeds(run: Run, other: Run) -> bool:
-    return bool(run.record.get("evaluation.seed") == other.record.get("evaluation.seed"))
+def _have_equal_seeds(evaluation: RunRecord, other: RunRecord) -> bool:
+    return bool(evaluation.get("evaluation.seed") == other.get("evaluation.seed"))
 
 
-def _rewards(run: Run) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
+def _shares_of_rewards(run: Run, other: Run) -> dict[str, float]:
+    """Return how often the rewards of one run are higher, by prompt or whatever else is independent."""
+    equal_seeds, shares = _have_equal_seeds(run.record, other.record), dict[str, list[float]]()
     for row in run.samples:
-        reward = finite(row.get("reward"))
-        if reward is not None:
-            found.setdefault(resampling_unit(run, row), []).append(reward)
-    return found
+        prompt, number = str(row.get("prompt_id")), int(row.get("sample_index") or 0)
+        reward, theirs = run.rewards.get(prompt, {}).get(number), other.rewards.get(prompt, {})
+        others = [one for one in theirs if one != number or not equal_seeds or len(theirs) == 1]
+        if reward is None or not others:
+            continue
+        if run.has_all_prompts:  # A sample of the other run that several samples meet would make them dependent.
+            others = [min((one for one in others if one > number), default=others[0])]
+        wins = [verdict_of_rewards(reward, theirs[one]) for one in others]
+        shares.setdefault(resampling_unit(run, row), []).append(fmean(wins))
+    return {unit: fmean(wins) for unit, wins in shares.items()}
 
 
-def _judged(run: Run, other: Run) -> dict[str, float]:
+def _shares_of_verdicts(run: Run, other: Run) -> tuple[dict[str, float], bool, bool]:
+    """Return the verdicts between two runs, those of independent samples if there are any.
+
+    Returns:
+        Shares by prompt or whatever else is independent, empty without verdicts; whether they are the shares of the
+        other run; and whether the samples had the same random numbers.
+    """
+    ours, theirs = _judged(run, other), _judged(other, run)
+    for equal_seeds in (False, True):
+        for found, is_reversed in ((ours, False), (theirs, True)):
+            if found[equal_seeds]:
+                return found[equal_seeds], is_reversed, equal_seeds
+    return {}, False, False
+
+
+def _judged(run: Run, other: Run) -> tuple[dict[str, float], dict[str, float]]:
     """Return the verdicts of the evaluations that name the directory of the other run as an opponent.
 
-    Evaluations with another seed than that of the other run have independent samples, and take precedence.
+    Returns:
+        Verdicts of the evaluations with another seed than that of the other run, and those with the same one.
     """
-    independent: dict[str, list[float]] = {}
-    alike: dict[str, list[float]] = {}
+    by_seed: tuple[dict[str, list[float]], dict[str, list[float]]] = ({}, {})
     directory = other.path.resolve()
     for evaluation in run.evaluations:
         # Rows hold the name of a directory only, which directories of different sweeps share.
@@ -204,10 +219,10 @@ def _judged(run: Run, other: Run) -> dict[str, float]:
         against = replace(evaluation, config=config).get("evaluation.against") or ()
         if directory not in [Path(str(name)).expanduser().resolve() for name in against]:
             continue
-        has_equal_seed = evaluation.get("evaluation.seed") == other.record.get("evaluation.seed")
-        found = alike if has_equal_seed else independent
+        found = by_seed[_have_equal_seeds(evaluation, other.record)]
         for row in on_test_split(evaluation):
             verdict = finite(((row.get("opponents") or {}).get(directory.name) or {}).get("verdict"))
             if verdict is not None:
                 found.setdefault(resampling_unit(run, row), []).append(verdict)
-    return {prompt: fmean(verdicts) for prompt, verdicts in (independent or alike).items()}
+    independent, alike = ({unit: fmean(verdicts) for unit, verdicts in found.items()} for found in by_seed)
+    return independent, alike

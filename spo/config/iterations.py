@@ -39,8 +39,13 @@ def check_command_fits(command: str, jobs: Sequence[DictConfig]) -> None:
         jobs: Configuration of each job.
 
     Raises:
-        UserError: An iteration is given to ``spo train``, or ``spo iterate`` does not have one.
+        UserError: An iteration is given to ``spo train``, or ``spo iterate`` does not have one, or sweeps over rounds.
     """
+    if len({OmegaConf.select(cfg, "iteration.rounds") for cfg in jobs}) > 1:
+        # Jobs that differ in this key alone would share a directory.
+        raise UserError(
+            "iteration.rounds: a sweep takes a single value, such as the largest, which includes the others"
+        )
     for cfg in jobs:
         # The configuration of a single round does not have the number of rounds.
         has_rounds = OmegaConf.select(cfg, "iteration.rounds") is not None

@@ -107,6 +107,14 @@ def select(cfg: DictConfig, key: str, default: Any = None) -> Any:
         return default
 
 
+def has_judge(cfg: DictConfig) -> bool:
+    """Return whether a configuration has a judge, without making it: ``judge=gold`` takes data with a reward."""
+    target = select(cfg, "judge._target_")
+    if target is None:
+        return False
+    return not str(target).endswith(".reward_judge") or select(cfg, "judge.reward") is not None
+
+
 def source_key(cfg: DictConfig) -> str:
     """Return the key of the source of a run's rows: that of a round where there is one, else that of the data."""
     return DATA_SOURCE if select(cfg, ROUND_SOURCE) is None else ROUND_SOURCE

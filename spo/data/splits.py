@@ -125,11 +125,12 @@ def prepare(
         num_pairs: Number of training pairs in use, see :func:`draw_subset`; ``None`` for all. The pairs of the other
             splits stay as they are.
         subset_seed: Random seed of the training pairs in use.
-        training_only: Count training pairs alone for ``min_pairs``, where the source assigns all splits.
+        training_only: True to apply ``min_pairs`` to the training pairs alone, for a source that assigns all splits.
 
     Raises:
-        DataError: If fewer than ``min_pairs`` pairs are left, if there are fewer than ``num_pairs`` training pairs, if
-            there are too few prompts for the splits, or if a further completion that the loss declares cannot be made.
+        DataError: If fewer than ``min_pairs`` (training) pairs are left, if there are fewer than ``num_pairs`` training
+            pairs, if there are too few prompts for the splits, or if a further completion that the loss declares cannot
+            be made.
         RowError: If the renderer or the loss cannot use a row.
     """
     if not (selection >= 0 and test >= 0 and selection + test < 1):

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from spo.data import EvalPrompt, TokenizedPair
 from spo.data.needs import is_desirable
 from spo.errors import UserError
@@ -49,8 +51,11 @@ def find_opponents(
                     "chosen out"
                 )
             else:
-                words = f"none of the {len(prompts)} test prompts has a chosen response, so there is no comparison with"
-                note("no_chosen_responses", f"{words} the data", len(prompts))
+                note(
+                    "no_chosen_responses",
+                    f"none of the {len(prompts)} test prompts has a chosen response, so the data is not an opponent",
+                    len(prompts),
+                )
         elif name != REFERENCE:
             folder = Path(name).expanduser()
             found[folder.resolve().name] = _samples_of_run(folder, settings, prompts)
@@ -94,6 +99,9 @@ def _samples_of_run(folder: Path, settings: EvaluationSettings, prompts: Sequenc
     rows = read_jsonl(folder / filenames.SAMPLES)
     found = {(row["prompt_id"], row["sample_index"]): (row["completion"], row["tokens"]) for row in rows}
     wanted = [(prompt.prompt_id, i) for prompt in prompts for i in range(settings.samples_per_prompt)]
+    count = settings.samples_per_prompt
+    if all((prompt.prompt_id, count) in found for prompt in prompts):
+        count += 1
     if absent := [one for one in wanted if one not in found]:
         raise UserError(
             f"{folder} was evaluated on other prompts: it does not have samples for {len(absent)} of the {len(wanted)} "
@@ -101,19 +109,21 @@ def _samples_of_run(folder: Path, settings: EvaluationSettings, prompts: Sequenc
             f"evaluation.samples_per_prompt={settings.samples_per_prompt} (spo evaluate {folder} ...), and name the "
             "folder of that evaluation"
         )
-    if settings.samples_per_prompt == 1 and _evaluation_seed(folder) == settings.seed:
+    if count == 1 and _evaluation_seed(folder) == settings.seed:
         note(
             "equal_evaluation_seeds",
             f"evaluation.against: the samples of {folder} and of this run are drawn with the same random numbers "
             f"(evaluation.seed={settings.seed}), which moves the win rate away from 0.5; another evaluation.seed, or "
             "evaluation.samples_per_prompt of 2 or more, compares independent samples",
         )
-    return {(prompt, i): found[prompt, (i + 1) % settings.samples_per_prompt] for prompt, i in wanted}
+    return {(prompt, i): found[prompt, (i + 1) % count] for prompt, i in wanted}
 
 
 def _evaluation_seed(folder: Path) -> Any:
     """Return the seed of the samples in a run directory or the folder of an evaluation; ``None`` if it is unknown."""
-    file = folder / filenames.CONFIG
-    config = load_yaml(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        config = load_yaml((folder / filenames.CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
     evaluation = config.get("evaluation") if isinstance(config, Mapping) else None
     return evaluation.get("seed") if isinstance(evaluation, Mapping) else None

@@ -17,10 +17,12 @@ from spo.records.iteration import Iteration, RoundStatus, read_iteration
 from spo.wording import number
 
 _STYLES: dict[RoundStatus, str] = {"finished": "green", "failed": "red", "running": "yellow"}
-# A terminal is narrow, so the table leaves reward and self-BLEU to the page. The last ones give way first.
+# A terminal is narrow, so the table leaves reward and self-BLEU to the page. In a narrower one, the last quantities
+# are left out first.
 _QUANTITIES = (FIRST_KL, "entropy", "length", "distinct_2")
 
-_WIDEST = 1000
+_MEASURING_WIDTH = 1000
+"""Width in characters at which no table is cut."""
 
 
 def print_iteration(directory: Path, console: Console | None = None) -> None:
@@ -73,7 +75,7 @@ def _table(
         cells += [_cell(quantities(found)[name]) for name in names]
         state = "" if one.status == "finished" else f" {one.status}"
         table.add_row(Text(f"{one.number}{state}", _STYLES[one.status]), *cells, time_text(one.seconds))
-    return table, Measurement.get(console, console.options.update(width=_WIDEST), table).maximum
+    return table, Measurement.get(console, console.options.update(width=_MEASURING_WIDTH), table).maximum
 
 
 def _cell(one: Measured | None, *, ends: bool = False) -> str:

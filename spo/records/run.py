@@ -32,7 +32,7 @@ class RunRecord:
         name: Name of the directory.
         config: Resolved configuration, empty where it is missing.
         config_text: Text of ``config.yaml``.
-        identifying: Configuration that tells the run from others, by dotted key, without coefficients that the method
+        identifying: Configuration of the identity of the run, by dotted key, without coefficients that the method
             does not read; empty where it is missing.
         metrics: Final numbers, ``None`` where the run has not written them.
         history: One mapping per logged step.

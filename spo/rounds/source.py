@@ -33,8 +33,8 @@ COLUMNS = ("reward", "win_rate")
 OF_DATA = " in the data"
 """End of the reasons for which the source of the prompts dropped pairs of its own."""
 
-_STAND_INS = 32
-"""Pairs of the data in place of own pairs that are not read."""
+_MAX_STAND_IN_PAIRS = 32
+"""Number of pairs of the data that stand in for own pairs, where nothing reads them."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class RoundSource(Source):
         placed = split_rows(given, self.split_seed, self.splits["selection"], self.splits["test"])
         others = [row for row in placed if row.split != "train"]
         if self.max_prompts == 0:
-            return self._with_columns([*[row for row in placed if row.split == "train"][:_STAND_INS], *others])
+            return self._with_columns([*[row for row in placed if row.split == "train"][:_MAX_STAND_IN_PAIRS], *others])
         asked = self._training_prompts(placed)
         if not asked:
             raise DataError("iteration: the data does not have a training prompt")

@@ -147,7 +147,7 @@ def evaluate_run(
     prompts = _prompts(prepared, settings)
     opponents = {}
     if judge is not None and rank() == 0:
-        needs_chosen = "iteration" not in cfg.paths  # Nobody asked for this comparison of a round.
+        needs_chosen = "iteration" not in cfg.paths  # spo iterate adds it to every round.
         opponents = find_opponents(settings, prompts["test"], prepared.pairs.test, needs_chosen=needs_chosen)
     with training_numerics(cfg, eval_device(cfg), models.policy, models.reference, *models.further):
         with memory_for("sampling for the evaluation", "evaluation.batch_size", "evaluation.max_new_tokens"):

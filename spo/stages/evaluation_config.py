@@ -9,9 +9,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from spo.config.compose import compose, expand_numbers, parse
-from spo.config.nodes import ROUND_SOURCE, select
+from spo.config.nodes import ROUND_SOURCE, has_judge, select
 from spo.config.trust import Caller, check_trusted
 from spo.errors import UserError
+from spo.metrics.catalogue import REFERENCE
 
 CHANGEABLE_KEYS = (
     "data",
@@ -71,7 +72,12 @@ def evaluation_config(own: DictConfig, overrides: Sequence[str], config_dir: str
                 ) from error
     if {one.key_or_group for one in parsed} & {"data", "data.path"} and select(cfg, ROUND_SOURCE) is not None:
         # An evaluation does not read training pairs, so none are made of the policy's completions.
-        cfg.iteration.source.prompts, cfg.data.num_pairs = 0, None
+        cfg.iteration.source.prompts, cfg.data.num_pairs, cfg.data.min_pairs = 0, None, 1
+        # The iteration itself added its other rounds, which do not have samples of other prompts.
+        rounds = f"{select(cfg, 'paths.iteration')}/"
+        if not {one.key_or_group for one in parsed} & {"evaluation", "evaluation.against"}:
+            against = [name for name in cfg.evaluation.against if not str(name).startswith(rounds)]
+            cfg.evaluation.against = against if has_judge(cfg) else [REFERENCE]
     return cfg
 
 

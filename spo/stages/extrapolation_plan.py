@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from spo.config.compose import compose
+from spo.config.nodes import has_judge
 from spo.errors import UserError
 from spo.metrics.catalogue import REFERENCE
 from spo.processes import place
@@ -195,8 +196,7 @@ def _refuse_unscored(cfg: DictConfig) -> None:
     Raises:
         UserError: There is neither a reward nor a judge, or no selection prompt.
     """
-    judge = cfg.get("judge")
-    if judge is None or (str(judge.get("_target_")).endswith(".reward_judge") and judge.get("reward") is None):
+    if not has_judge(cfg):
         raise UserError(NO_SCORE_MESSAGE)
     if cfg.evaluation.selection_prompts == 0:
         raise UserError("--search: evaluation.selection_prompts=0 leaves no prompt to search on: set it to 64 or more")

@@ -101,7 +101,7 @@ def _show_round(cfg: DictConfig, directory: Path, iteration: Iteration, one: Rou
 def _show(cfg: DictConfig, directory: Path, iteration: Iteration) -> None:
     """Print the table of a finished iteration, and write its page; within a sweep, print one line.
 
-    The limits of alarms may have changed since the rounds were trained, so the alarms are found again.
+    The limits of alarms may have changed since the rounds were trained, so the alarms are computed again.
     """
     iteration.settings["limits"] = _settings(cfg)["limits"]
     for one in iteration.rounds:

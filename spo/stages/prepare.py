@@ -230,12 +230,16 @@ def _check_own_pairs(number: int, dropped: Mapping[str, int], min_pairs: int) ->
     if number >= min_pairs:
         return
     own = {reason: count for reason, count in dropped.items() if count and not reason.endswith(OF_DATA)}
-    advice = "raise iteration.source.prompts, or add prompts to the data"
-    if number + sum(own.values()) >= min_pairs:
-        advice = _REMEDIES[max(own, key=own.__getitem__)]
+    is_short_without_drops = number + sum(own.values()) < min_pairs
+    advice = []
+    # A pairing may count dropped prompts, which would have had several pairs each.
+    if own and (not is_short_without_drops or sum(own.values()) > number):
+        advice.append(_REMEDIES[max(own, key=own.__getitem__)])
+    if is_short_without_drops:
+        advice.append("add prompts to the data, or raise iteration.source.prompts if it is set")
     raise DataError(
         f"the round has {number} training pairs, but data.min_pairs={min_pairs} are needed"
-        f"{f' ({_list(own)})' if own else ''}: {advice}{', or set data.min_pairs lower' if number else ''}"
+        f"{f' ({_list(own)})' if own else ''}: {'; '.join(advice)}{', or set data.min_pairs lower' if number else ''}"
     )
 
 

@@ -135,7 +135,7 @@ def encoding_problem(text: str) -> str | None:
 
 
 def let_input_hold_any_bytes() -> None:
-    """Read lone surrogates in place of bytes that are not UTF-8, for :func:`encoding_problem`, and not fail at them."""
+    """Make the standard input read bytes that are not UTF-8 as lone surrogates, which :func:`encoding_problem` reports."""
     if (reconfigure := getattr(sys.stdin, "reconfigure", None)) is not None:
         reconfigure(errors="surrogateescape")
 

@@ -46,8 +46,8 @@ _UNUSED_GROUPS = (
     "regularizer",
     "scheduler",
 )
-# A reference by supervised fine-tuning is found by them.
-_OF_REFERENCE = ("data.source", "data.reward", "iteration")
+# The cache finds a fine-tuned reference by these keys, so they stay whole with --against reference.
+_KEYS_OF_CACHED_REFERENCE = ("data.source", "data.reward", "iteration")
 # Text of a message, to find what a template writes after it. Templates that change letters do not change digits.
 _MARK = "730594846197"
 
@@ -305,12 +305,12 @@ def _reference_of(request: SampleRequest, policy: SampledModel, trusted: Trusted
 def _configs_of_run(request: SampleRequest, run_dir: Path, trusted: TrustedOverrides) -> tuple[DictConfig, DictConfig]:
     """Return the configuration of a run with the overrides, and that by which its reference was made, resolved.
 
-    They do not name the parts that the command does not build, so that nobody has to allow them. A judge is built after
-    a check of the whole configuration, which imports all of its parts.
+    They do not name the parts that the command does not build, so that nobody has to allow them. With --best-of,
+    a check of the whole configuration imports every part, so every part has to be allowed.
     """
     unused: tuple[str, ...] = () if request.best_of is not None else _UNUSED_GROUPS
     if unused and request.against != REFERENCE:
-        unused += _OF_REFERENCE
+        unused += _KEYS_OF_CACHED_REFERENCE
     own = load_config(run_dir)
     cfg = trusted_evaluation(own, run_dir, trusted.overrides, trusted.allow, trusted.config_dir, unused)
     return resolve_values(cfg), resolve_values(own)

@@ -55,7 +55,7 @@ def _opponents(cfg: DictConfig, rounds: int) -> Iterator[str]:
     for run in (select(cfg, "evaluation.against") or []) if rounds > 1 else []:
         if (name := Path(str(run)).expanduser().resolve().name) in compared:
             yield (
-                f"evaluation.against: {run} has the name of a run that the rounds are compared with by themselves "
+                f"evaluation.against: {run} has the name of a run that the iteration itself compares its rounds with "
                 f"({name}): leave it out, or compare a finished round with it by spo evaluate ROUND "
                 f"evaluation.against=[{run}]"
             )
