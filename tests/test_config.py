@@ -25,7 +25,7 @@ from spo.config.checks.targets import parameter_types
 from spo.config.coefficients import unused_coefficients
 from spo.config.compose import MAX_NAME_LENGTH, compose, composer, directory, expand_numbers, job_name, multiply
 from spo.config.groups import group_members
-from spo.config.nodes import entries, keys_of, locate
+from spo.config.nodes import entries, has_judge, keys_of, locate
 from spo.config.plan import Plan, plan
 from spo.config.schema import Precision, typed_keys
 from spo.config.values import choices_of, violation
@@ -842,3 +842,17 @@ def test_mapping_over_a_mapping_names_what_is_new_in_it() -> None:
 )
 def test_wrong_weights_of_a_mix_are_explained(overrides: list[str], words: str) -> None:
     assert words in problem_text("method=mix", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], True),
+        (["judge=none"], False),
+        (["data=jsonl", "data.path=x.jsonl"], False),
+        (["data=jsonl", "data.path=x.jsonl", "judge=function", "judge.reward._target_=builtins.len"], True),
+        (["judge=language_model", "judge.path=x"], True),
+    ],
+)
+def test_whether_there_is_a_judge_is_known_without_making_it(words: list[str], expected: bool) -> None:
+    assert has_judge(compose(words)) is expected

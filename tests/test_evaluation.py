@@ -105,6 +105,11 @@ def test_samples_meet_independent_ones_of_another_run(tmp_path: Path, count: int
         found = find_opponents(settings, prompts(3), [])["other"]
     assert notes.get("notes/equal_evaluation_seeds", 0) == noted
     assert found == {(f"id{p}", i): (f"id{p}.{(i + 1) % count}", 3) for p in range(3) for i in range(count)}
+    fewer = EvaluationSettings(**SETTINGS | {"against": [str(other)], "samples_per_prompt": 1})
+    with collect_notes() as notes:
+        found = find_opponents(fewer, prompts(3), [])["other"]
+    assert found == {(f"id{p}", 0): (f"id{p}.{1 % count}", 3) for p in range(3)}
+    assert notes.get("notes/equal_evaluation_seeds", 0) == noted
 
 
 def tokens_of(row: dict[str, Any]) -> list[int]:

@@ -135,7 +135,7 @@ def encoding_problem(text: str) -> str | None:
 
 
 def let_input_hold_any_bytes() -> None:
-    """Make the standard input read bytes that are not UTF-8 as lone surrogates, which :func:`encoding_problem` reports."""
+    """Make the standard input read bytes that are not UTF-8 as surrogates, which :func:`encoding_problem` reports."""
     if (reconfigure := getattr(sys.stdin, "reconfigure", None)) is not None:
         reconfigure(errors="surrogateescape")
 
