@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -22,6 +23,9 @@ LAUNCHERS = ("SIGUSR2",)
 """Names of further signals that a launcher of jobs may handle, as submitit does before a job's time is up."""
 REPEAT_SECONDS = 0.5
 """Time within which a repeated signal counts as one: a terminal signals all processes, and they signal each other."""
+
+RAISE_AGAIN_SECONDS = 0.05
+"""Time after which a signal is sent again whose interruption Python discarded."""
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -130,12 +134,33 @@ def handled() -> Iterator[None]:
             _state.earlier[signum] = found  # type: ignore[assignment]
         before[signum] = found
         signal.signal(signum, _state.handle)
+    hook = sys.unraisablehook
+    sys.unraisablehook = partial(_raise_again, hook)
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for signum, found in before.items():
             signal.signal(signum, found)
         _state.process = None
+
+
+def _raise_again(hook: Callable[[Any], Any], unraisable: Any) -> None:
+    """Send a signal again that came within a finalizer, where Python discards what is raised; pass on the rest.
+
+    Args:
+        hook: Hook of Python for other exceptions that are discarded.
+        unraisable: Discarded exception, see :func:`sys.unraisablehook`.
+    """
+    if not isinstance(unraisable.exc_value, Interrupted) or os.getpid() != _state.process:
+        hook(unraisable)
+        return
+    if not unraisable.exc_value.consequence:  # A second signal stays the second one.
+        _state.received = None
+    # The finalizer has not returned yet, and an exception that is raised here is discarded as well.
+    timer = threading.Timer(RAISE_AGAIN_SECONDS, os.kill, (os.getpid(), unraisable.exc_value.signum))
+    timer.daemon = True
+    timer.start()
 
 
 @contextmanager

@@ -58,6 +58,50 @@ def test_a_signal_outside_of_training_interrupts_at_once(name: str, status: int)
     assert not isinstance(caught.value, Exception) and signal.getsignal(getattr(signal, name)) is before
 
 
+class Dying:
+    """Object that a signal reaches in its finalizer, where Python discards the exception of the handler."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), self.signum)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_within_a_finalizer_is_not_lost(name: str) -> None:
+    hook, discarded = sys.unraisablehook, []
+    signum = getattr(signal, name)
+    with signals.handled():
+        Dying(signum)
+        with pytest.raises(Interrupted, match=f"interrupted by {name}"):
+            time.sleep(10)
+    assert sys.unraisablehook is hook
+
+    class Failing:
+        def __del__(self) -> None:
+            raise ValueError("another exception")
+
+    sys.unraisablehook = discarded.append
+    try:
+        with signals.handled():
+            Failing()
+    finally:
+        sys.unraisablehook = hook
+    assert len(discarded) == 1
+
+
+def test_a_second_int_within_a_finalizer_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.0)
+    with signals.handled():
+        signals.defer(True)
+        os.kill(os.getpid(), signal.SIGINT)
+        Dying(signal.SIGINT)
+        with pytest.raises(Interrupted, match="ended at once"):
+            time.sleep(10)
+
+
 def test_training_defers_a_signal_and_a_second_int_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with signals.handled():
         signals.defer(True)
