@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--config-dir", "-cd", metavar="DIR")
 
     def error(self, message: str) -> Any:
-        # Arguments that may stand anywhere make argparse ask for overrides too, which are optional.
+        # Options may stand between overrides, so argparse counts overrides as missing, although they are optional.
         raise UsageError(f"{message.removesuffix(', overrides')}\nusage: {self.usage}")
 
 

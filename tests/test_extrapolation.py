@@ -185,7 +185,7 @@ def test_head_of_one_model_may_be_tied_where_the_result_can_hold_it(tmp_path: Pa
     torch.testing.assert_close(found[embedding], 1.5 * end[embedding] - 0.5 * start[embedding])
     extrapolate_weights(tied, untied, -1.0, tmp_path / "back")
     assert logits(tmp_path / "back").equal(logits(tied))
-    # A tied second model is refused in both of its forms; untied by hand, it is the same model and is taken.
+    # A tied second model is rejected in both of its forms. Untied by hand, it is the same model, and is accepted.
     for form in ("embedding alone", "head repeated"):
         with pytest.raises(UserError, match="the former ties its head to the embedding"):
             extrapolate_weights(untied, tied, 0.5, tmp_path / form)

@@ -223,7 +223,7 @@ def test_own_completions_lose_against_the_data_without_a_judge() -> None:
 
 
 def numbered(prompts: Sequence[str | PromptRequest], n: int, /, writer: Writer | None = None) -> list[list[Completion]]:
-    """Complete a prompt with numbers, of which the third does not end."""
+    """Complete a prompt with numbers. The third completion does not end."""
     return [[Completion(f"{i}", i != 2) for i in range(n)] for _ in prompts]
 
 

@@ -25,7 +25,7 @@ def chat_command(request: SampleRequest, trusted: TrustedOverrides) -> None:
 
     Args:
         request: Settings of the command.
-        trusted: Overrides, and what may be used of the configuration that they change.
+        trusted: Overrides, and the names that the person trusts.
 
     Raises:
         UserError: A model cannot be found or loaded.

@@ -23,6 +23,7 @@ CHANGEABLE_KEYS = (
     "model.trust_remote_code",
 )
 """Groups and keys that an evaluation may change."""
+# Keys that spo.config.trust checks.
 _NEED_TRUST = ("_target_", "base_url", "trust_remote_code")
 
 
@@ -98,8 +99,9 @@ def trusted_evaluation(
         overrides: Overrides of the keys and groups in :data:`CHANGEABLE_KEYS`.
         allow: Targets, modules and paths of the configuration that may be used although it came with the directory.
         config_dir: Folder with further members of the groups.
-        unused: Groups and keys of groups of which the caller builds nothing. Here and in ``own``, their parts lose what
-            would have to be allowed, so nothing can run them. Their values stay, because other keys may read them.
+        unused: Groups, and keys of groups, whose parts the caller does not build. Their targets, addresses and
+            permissions for remote code are removed, here and in ``own``. Other values stay, because other keys may
+            read them.
 
     Raises:
         UserError: An override is of another key, its key does not exist, or the configuration asks for something that
@@ -115,7 +117,7 @@ def trusted_evaluation(
 
 
 def _remove_parts(cfg: DictConfig, keys: Collection[str]) -> None:
-    """Remove what needs the word of the caller from groups and keys of groups, in place."""
+    """Remove the keys that a caller must allow from groups and keys of groups, in place."""
     raw: Any = OmegaConf.to_container(cfg, resolve=False)  # No resolver may be called before the check.
     for key in keys:
         group, _, name = key.partition(".")
@@ -129,7 +131,7 @@ def _remove_parts(cfg: DictConfig, keys: Collection[str]) -> None:
 
 
 def _without_parts(node: Any) -> Any:
-    """Return nested dictionaries and lists without targets, addresses and the word that lets code of a model run."""
+    """Return nested dictionaries and lists without the keys that a caller must allow."""
     if isinstance(node, dict):
         return {name: _without_parts(value) for name, value in node.items() if name not in _NEED_TRUST}
     return [_without_parts(value) for value in node] if isinstance(node, list) else node

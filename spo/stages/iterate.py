@@ -91,11 +91,17 @@ def iterate(cfg: DictConfig) -> dict[str, float]:
 
 def _show_round(cfg: DictConfig, directory: Path, iteration: Iteration, one: Round) -> None:
     """Print the alarms of a finished round, and write the page of the iteration so far."""
-    one.alarms = round_alarms(directory, iteration, one.number, **cfg.iteration.limits)
-    write_iteration(directory, iteration)
+    _record_alarms(cfg, directory, iteration, [one])
     for words in one.alarms:
         print(f"note: {words}", file=sys.stderr)
     render_iteration(directory)
+
+
+def _record_alarms(cfg: DictConfig, directory: Path, iteration: Iteration, rounds: Sequence[Round]) -> None:
+    """Write the alarms of some rounds into the ledger, by the limits of the configuration."""
+    for one in rounds:
+        one.alarms = round_alarms(directory, iteration, one.number, **cfg.iteration.limits)
+    write_iteration(directory, iteration)
 
 
 def _show(cfg: DictConfig, directory: Path, iteration: Iteration) -> None:
@@ -104,9 +110,7 @@ def _show(cfg: DictConfig, directory: Path, iteration: Iteration) -> None:
     The limits of alarms may have changed since the rounds were trained, so the alarms are computed again.
     """
     iteration.settings["limits"] = _settings(cfg)["limits"]
-    for one in iteration.rounds:
-        one.alarms = round_alarms(directory, iteration, one.number, **cfg.iteration.limits)
-    write_iteration(directory, iteration)
+    _record_alarms(cfg, directory, iteration, iteration.rounds)
     if sweep_dir() is None:
         print_iteration(directory)
     print(f"report {render_iteration(directory)}")

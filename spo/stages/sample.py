@@ -25,7 +25,7 @@ def sample_command(request: SampleRequest, trusted: TrustedOverrides, *, as_json
 
     Args:
         request: Settings of the command.
-        trusted: Overrides, and what may be used of the configuration that they change.
+        trusted: Overrides, and the names that the person trusts.
         as_json: True to print a JSON array and nothing else; false for text that a person reads.
 
     Returns:

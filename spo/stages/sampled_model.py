@@ -227,7 +227,7 @@ def load_sampled(request: SampleRequest, trusted: TrustedOverrides) -> list[Samp
 
     Args:
         request: Settings of the command.
-        trusted: Overrides, and what may be used of the configuration that they change.
+        trusted: Overrides, and the names that the person trusts.
 
     Raises:
         UserError: A model cannot be found or loaded, or a run's configuration asks for something that must be allowed.
@@ -249,7 +249,7 @@ def load_judge(model: SampledModel, trusted: TrustedOverrides) -> Judge:
 
     Args:
         model: Model of the command.
-        trusted: Overrides, and what may be used of the configuration that they change.
+        trusted: Overrides, and the names that the person trusts.
 
     Raises:
         UserError: There is no judge, or its settings are wrong.
